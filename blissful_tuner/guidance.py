@@ -439,7 +439,7 @@ def parse_cfg_schedule(text: str, steps: int, guidance_scale: float) -> dict[int
             if colon:
                 scale = read_or_explain(float, scale_text, "the scale {!r} is not a number")
             if colon and not abs(scale) <= MAX_SCALE:  # written so that NaN fails too
-                raise ValueError(f"give a scale of at most {MAX_SCALE}")
+                raise ValueError(f"pass a scale of at most {MAX_SCALE}")
         except ValueError as error:
             raise OptionError(
                 f"--cfg_schedule entry {entry!r}: {error}. Write entries such as 1-10, 20, e~3 or 1-10:6.5, "

@@ -42,7 +42,7 @@ _NO_CODE = "files that contain program code are never opened here, because openi
 _SHOWN = "what is shown; without any of these options: the kind of file, its dtypes and sizes"
 _WRITTEN, _NAMES, _SAFETY = "what is written", "names of tensors", "safety"
 _TEXTS = "one of these texts in their names"
-_TO_SAY_WHICH = "--full_target_keys and --full_exclude_keys leave tensors out"
+_TO_SAY_WHICH = "--full_target_keys and --full_exclude_keys omit tensors"
 
 
 class ModelUtilityOptions(Options):

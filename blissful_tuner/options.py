@@ -168,7 +168,7 @@ def parse_layers(text: str | None) -> frozenset[int]:
         layers = frozenset(int(part) for part in (text or "").split(",") if part.strip())
     except ValueError:
         raise OptionError(
-            f"--slg_layers {text!r}: give block numbers separated by commas, such as 9,10"
+            f"--slg_layers {text!r}: use block numbers separated by commas, such as 9,10"
         ) from None
     if any(layer < 0 for layer in layers):
         raise OptionError(f"--slg_layers {text!r}: blocks are counted from 0")

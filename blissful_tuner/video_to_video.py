@@ -169,7 +169,7 @@ def _make_length_error(source: Source, num_frames: int, needed: int) -> MediaErr
     """Return the exception for a source video that is too short."""
     return MediaError(
         f"{_name_source(source)}: it has {num_frames} frames, but {needed} are needed. Lower the length, "
-        "give a longer video, or repeat its last frame with --v2v_pad_mode end."
+        "use a longer video, or repeat its last frame with --v2v_pad_mode end."
     )
 
 

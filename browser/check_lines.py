@@ -70,7 +70,7 @@ FAULTS = (
     ),
     say(
         "%(n)s captions are JSON objects, which shuffle_caption, caption_tag_dropout_rate and "
-        "token_warmup_step take apart. Leave these keys out"
+        "token_warmup_step take apart. Omit these keys"
     ),
     say(
         "%(n)s clips have a rate far from that of the model; source_fps = %(auto)s plays them at their speed"

@@ -118,7 +118,7 @@ LINES = (
         "does not edit. To train on it, rename it"
     ),
     say("%(folder)s: left out. Runs write into a folder of this name: rename it"),
-    say("%(folder)s: left out because it is too deep. Move its files up, or give this folder to `new`"),
+    say("%(folder)s: left out because it is too deep. Move its files up, or pass this folder to `new`"),
     say("%(folder)s: left out. No file there has the name of a picture next to it"),
     say(
         "%(folder)s: left out, as %(kind)s does not use control pictures. %(n)s of %(total)s pictures have "
@@ -301,7 +301,7 @@ PLACEHOLDER_TEXTS = (
     say("%(n)s to download"),
     say("Slow on a CPU"),
     say("fix the problems listed above"),
-    say("give captions or a trigger word as above"),
+    say("add captions or a trigger word as above"),
     say("exit code %(code)s"),
     say("it was stopped"),
     say("downloading the model"),

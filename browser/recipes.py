@@ -549,7 +549,7 @@ class RenderRequest:
                 self._check_text(name, text.strip())
         has_one_side = bool(self._field_text("width")) != bool(self._field_text("height"))
         if "width" in self.recipe.fields and has_one_side:
-            raise OptionError(say("Width and Height: give both, or neither for the model's usual size."))
+            raise OptionError(say("Width and Height: pass both, or neither for the model's usual size."))
         for name in IMAGES:
             self._check_images(name)
 
@@ -558,7 +558,7 @@ class RenderRequest:
         character = bad_character(text)
         if character is not None:
             raise OptionError(
-                say("%(label)s: leave out %(character)s.", label=self._field_label(name), character=character)
+                say("%(label)s: omit %(character)s.", label=self._field_label(name), character=character)
             )
         if len(text) > MAX_OF_TEXT:
             raise OptionError(

@@ -261,7 +261,7 @@ def _check_edit(edit: _RowEdit, check_image: Callable[[str], None]) -> None:
         # dashes would begin another option of the prompt line
         if " --" in f" {text}":
             raise OptionError(
-                say("%(title)s %(name)s: %(text)s: leave out the dashes.", title=title, name=name, text=text)
+                say("%(title)s %(name)s: %(text)s: omit the dashes.", title=title, name=name, text=text)
             )
         if name in IMAGE_FIELDS and text:
             check_image(text)

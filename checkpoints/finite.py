@@ -56,6 +56,6 @@ def make_non_finite_error(path: Path, names: Sequence[str]) -> CheckpointError:
     return CheckpointError(
         f"{path} has weights that are NaN or infinite: {', '.join(names[:3])}{tail}.\n"
         "  The file is damaged, or was saved by a training that diverged. Download or copy it again, or "
-        "give another file.",
+        "pass another file.",
         path,
     )

@@ -79,7 +79,7 @@ class CropFacesOptions(Options, title="what to do"):
             return None
         width, height = map(int, pair)
         if (width, height) != pair or not 1 <= min(pair) <= max(pair) <= MAX_SIDE:
-            raise OptionError(f"--crop_size {self.crop_size}: give whole pixels, from 1 to {MAX_SIDE}")
+            raise OptionError(f"--crop_size {self.crop_size}: use whole pixels, from 1 to {MAX_SIDE}")
         return width, height
 
     def crop_factors(self) -> tuple[float, float] | None:
@@ -96,9 +96,7 @@ def _read_pair(name: str, text: str | None, example: str) -> tuple[float, float]
         return None
     match = _PAIR.fullmatch(text)
     if match is None:
-        raise OptionError(
-            f"{name} {text[:40]}: give two numbers with a comma between them, such as {example}"
-        )
+        raise OptionError(f"{name} {text[:40]}: use two numbers with a comma between them, such as {example}")
     return float(match[1]), float(match[2])
 
 

@@ -51,7 +51,7 @@ class ResizeImagesOptions(Options, title="what to do"):
 
     def __post_init__(self) -> None:
         if not self.sizes:
-            raise OptionError(f"--max_resolution is empty: give sizes such as {DEFAULT_SIZES}")
+            raise OptionError(f"--max_resolution is empty: use sizes such as {DEFAULT_SIZES}")
         for width, height in self.sizes:
             if width * height < self.divisible_by**2:
                 raise OptionError(
@@ -74,7 +74,7 @@ class ResizeImagesOptions(Options, title="what to do"):
             size = (int(match[1]), int(match[2])) if match else (0, 0)
             if not 0 < min(size) <= max(size) <= MAX_SIDE:
                 raise OptionError(
-                    f"--max_resolution {text.strip()[:40]}: give width and height in pixels with an x "
+                    f"--max_resolution {text.strip()[:40]}: use width and height in pixels with an x "
                     f"between them, such as 512x512, up to {MAX_SIDE}"
                 )
             sizes.append(size)

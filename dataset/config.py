@@ -299,7 +299,7 @@ def for_family(config: DatasetConfig, family: "Caches", for_texts: bool = False)
     if guided and not abilities.trains_with_guides:
         raise DatasetError(
             f"{guided[0]}: this model is not trained with guides (keyframe_guide_directory, "
-            "latent_idx_guide_directory). Leave these keys out"
+            "latent_idx_guide_directory). Omit these keys"
         )
     config = with_references(config, family.references, abilities.references)
     has_audio_references = any(table.reference_audio_directory is not None for table in tables)

@@ -224,7 +224,7 @@ class ConvertCacheOptions(Options):
     def __post_init__(self) -> None:
         if self.dataset_config is None and self.cache_directory is None:
             raise OptionError(
-                "give either --dataset_config, for the cache folders of all its tables, or --cache_directory"
+                "pass either --dataset_config, for the cache folders of all its tables, or --cache_directory"
             )
 
 

@@ -224,7 +224,7 @@ class SubsetOptions(Options, title="data sets without a TOML file"):
                 FACES.read(self.face_crop_aug_range)
         except forms.InvalidValue:
             raise OptionError(
-                f"--face_crop_aug_range {self.face_crop_aug_range}: give two numbers, the smaller one first, "
+                f"--face_crop_aug_range {self.face_crop_aug_range}: use two numbers, the smaller one first, "
                 "as 2.0,4.0"
             ) from None
         # without a dataset file, the resolution has to come from the option

@@ -371,7 +371,7 @@ class Inversion:
                 alternative = f", or {option_names.without_captions}, which needs no captions"
             raise DatasetError(
                 f"{option_names.word} {word}: no caption has this word, so that nothing would be learned. "
-                f'Write it into the captions, or give trigger_word = "{word}" in the dataset\'s configuration'
+                f'Write it into the captions, or set trigger_word = "{word}" in the dataset\'s configuration'
                 f"{alternative}"
             )
         if not lacking:

@@ -203,7 +203,7 @@ class FluxFiles(AutoencoderFiles):
         if self.says_chroma and header.config.kind != CHROMA:
             raise OptionError(
                 f"--model_type chroma: {self.dit_path} is {NAMES[header.config.kind]}. Omit the option, "
-                "or give a Chroma checkpoint"
+                "or pass a Chroma checkpoint"
             )
         if header.config.kind == CHROMA and not self.says_chroma:
             _log_chroma(self.dit_path)

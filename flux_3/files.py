@@ -162,7 +162,7 @@ class Flux3Files(LanguageModelFiles):
                 f"--dit {self.dit_path} is {describe(header)}, which cannot be trained: it predicts the mean "
                 "velocity of a jump between two noise levels, and the loss of a training is that of one "
                 "level. Train on base (flux-3-image-klein-base), whose LoRAs work on the distilled model "
-                f"too, and give this file to {SAMPLE_DIT_OPTION} for samples"
+                f"too, and pass this file to {SAMPLE_DIT_OPTION} for samples"
             )
         if self.needs_distilled and not is_distilled:
             raise OptionError(

@@ -167,7 +167,7 @@ class FramePackVideoOptions(Options, title="length and images of a video"):
             )
         if self.one_frame_inference is not None and not self.one_frame_inference.strip():
             raise OptionError(
-                "--one_frame_inference is empty: give default for an image, or places such as "
+                "--one_frame_inference is empty: pass default for an image, or places such as "
                 "target_index=1,control_index=0+10; or omit it for a video"
             )
 

@@ -140,7 +140,7 @@ def parse_paddings(text: str) -> tuple[int, ...]:
         paddings = (-1,)  # refused below, with the same message
     if min(paddings) < 0 or max(paddings) > FURTHEST:
         raise OptionError(
-            f"--latent_paddings {text!r}: give whole numbers from 0 to {FURTHEST} with commas between them, "
+            f"--latent_paddings {text!r}: use whole numbers from 0 to {FURTHEST} with commas between them, "
             "such as 3,2,1,0."
         )
     return paddings

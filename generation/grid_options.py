@@ -175,7 +175,7 @@ class CompareOptions(Options, title="comparison"):
     def __post_init__(self) -> None:
         if self.lora_high_noise and len(self.lora_high_noise) != len(self.lora):
             raise OptionError(
-                f"--lora has {len(self.lora)} files, --lora_high_noise {len(self.lora_high_noise)}: give as "
+                f"--lora has {len(self.lora)} files, --lora_high_noise {len(self.lora_high_noise)}: use as "
                 "many, the first of each for the first column"
             )
         columns = len(self.lora) * len(self.lora_multiplier) + 1

@@ -56,7 +56,7 @@ logger = logging.getLogger(__name__)
 
 NOT_FINITE = (
     "The model produced NaN or infinite values, so nothing is written. Usual causes: --dit_dtype float16 "
-    "(give bfloat16), a LoRA whose training diverged, a strength or guidance that is far too high"
+    "(pass bfloat16), a LoRA whose training diverged, a strength or guidance that is far too high"
 )
 
 

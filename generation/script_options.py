@@ -142,12 +142,12 @@ class OutputOptions(Options, title="output"):
         if self.save_last_frame and self.output_type in UNDECODED:
             raise OptionError(
                 "--save_last_frame with --output_type latent: no frames are decoded. Use --output_type both, "
-                "or give --save_last_frame when the latents are decoded (--latent_path)"
+                "or pass --save_last_frame when the latents are decoded (--latent_path)"
             )
         if self.save_audio and self.output_type in UNDECODED:
             raise OptionError(
                 "--save_audio with --output_type latent: no sound is decoded. Use --output_type both, or "
-                "give --save_audio when the latents are decoded (--latent_path)"
+                "pass --save_audio when the latents are decoded (--latent_path)"
             )
         if self.names_file:
             self._check_new_file()

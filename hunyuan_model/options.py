@@ -89,7 +89,7 @@ class TextReadingOptions(Options):
             tokens = mean = math.nan
         if not (math.isfinite(tokens) and math.isfinite(mean)):
             raise OptionError(
-                f"--te_multiplier {' '.join(self.te_multiplier)}: give two numbers, such as 1.2 1.0"
+                f"--te_multiplier {' '.join(self.te_multiplier)}: use two numbers, such as 1.2 1.0"
             )
         return tokens, mean
 

@@ -142,7 +142,7 @@ def _check_extensions(media: Ltx2GivenMedia, frames: int, latent: LatentSpec) ->
     if has_extension and prefix_latents + suffix_latents >= num_latent_frames:
         raise OptionError(
             f"--video_length {frames}: --extend_prefix and --extend_suffix cover all of it. Make it longer, "
-            "or give --extend_prefix_frames, --extend_suffix_frames"
+            "or pass --extend_prefix_frames, --extend_suffix_frames"
         )
 
 
@@ -329,7 +329,7 @@ def make_unchanged_mask(media: Ltx2GivenMedia, prepared: Prepared, latent: Laten
         amount = "all" if is_unchanged.all() else "nothing"
         raise OptionError(
             f"--inpaint_mask {media.inpaint_mask}: it keeps {amount} of the clip. White is kept: "
-            "give another mask, or --inpaint_invert, which keeps black"
+            "pass another mask, or --inpaint_invert, which keeps black"
         )
     # a latent frame, except the first, covers several frames, and stays unchanged if all of them do
     later_latent_frames = is_unchanged[1:].unflatten(0, (-1, latent.frame_step)).all(1)

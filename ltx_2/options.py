@@ -467,7 +467,7 @@ class Ltx2GenerationOptions(Ltx2TransformerOptions, title=NAME):
         if self.output_name is not None:
             check_output_name("--output_name", self.output_name)
         if (self.height is None) != (self.width is None):
-            raise OptionError("--height and --width: give both")
+            raise OptionError("--height and --width: pass both")
         if self.drive_video is not None and (self.silent or AUDIO not in self.model.streams):
             raise OptionError(f"--drive_video {self.drive_video}: no audio is generated. Pass --ltx2_mode av")
         if self.given.audio_files and (self.silent or AUDIO not in self.streams):

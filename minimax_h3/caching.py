@@ -106,7 +106,7 @@ class H3Caching:
         elif table.has_control:
             raise DatasetError(
                 f"{table.name}: only single images are generated from control images, with --task "
-                f"{KEYFRAMES} --one_frame. Leave control media out"
+                f"{KEYFRAMES} --one_frame. Omit control media"
             )
 
     def _check_references(self, table: MediaTable) -> None:

@@ -311,7 +311,7 @@ def _reject_placeholders(prompt: str, ids: Collection[int], tokenizer: TextToken
     """Raise MediaError if a prompt contains a placeholder, which would be replaced by an image."""
     for token in PLACEHOLDERS:
         if tokenizer.token_to_id(token) in ids:
-            raise MediaError(f"{token} stands for an image. Leave it out of the prompt: {prompt}")
+            raise MediaError(f"{token} stands for an image. Remove it from the prompt: {prompt}")
 
 
 def _read_video_vae(checkpoint: Checkpoint) -> H3VideoVaeConfig:

@@ -66,7 +66,7 @@ ADAPTIVE = "adaptive"  # a value of --ratio
 MAX_SHIFT = 1000.0
 _ATTENTION = "the text encoder computes attention with PyTorch's own kernels"
 _FP4 = "weights in nvfp4 are read, and multiplied in 16 bits. Omit it"
-_FP4_FORM = "nvfp4 is a form of files, which are read without an option. Omit it, and give such a file"
+_FP4_FORM = "nvfp4 is a form of files, which are read without an option. Omit it, and pass such a file"
 _FIRST_ALONE = "clips are trained with both frames, or with none. Use --task fl2va"
 _OMNI = "items have references, or none: cache those with --task ref2va, and the others with --task t2va"
 _TEXTS = "prompts are encoded each time. Pass the text encoder to --text_encoder"
@@ -339,7 +339,7 @@ class H3GenerationOptions(H3ModelOptions, title=NAME):
 
     def __post_init__(self) -> None:
         if (self.height is None) != (self.width is None):
-            raise OptionError("--height and --width: give both")
+            raise OptionError("--height and --width: pass both")
 
 
 def caching_options(options: H3TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:

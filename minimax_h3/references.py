@@ -327,12 +327,10 @@ def check_references(references: Sequence[H3Reference]) -> None:
     names = {IMAGE: "images", VIDEO: "videos", AUDIO: "references with audio"}
     for kind, count in counts.items():
         if count > MAX_COUNTS[kind]:
-            raise OptionError(
-                f"{count} {names[kind]}: the model takes at most {MAX_COUNTS[kind]}. Leave some out"
-            )
+            raise OptionError(f"{count} {names[kind]}: the model takes at most {MAX_COUNTS[kind]}. Omit some")
     if len(references) > MAX_REFERENCES:
         raise OptionError(
-            f"{len(references)} references: the model takes at most {MAX_REFERENCES}. Leave some out"
+            f"{len(references)} references: the model takes at most {MAX_REFERENCES}. Omit some"
         )
     if not counts[IMAGE] and not counts[VIDEO]:
         raise OptionError("all references are audio: the model also needs an image or a video. Pass one")

@@ -25,7 +25,7 @@ WHY_UNIFORM = (
     "the noise of images and audio follows one even base time, as in a generation. "
     "--timestep_focus draws more from a range of it. Omit it"
 )
-OTHER_SHIFTS = "give the shifts of images and of audio by --h3_shift_video and --h3_shift_audio"
+OTHER_SHIFTS = "pass the shifts of images and of audio by --h3_shift_video and --h3_shift_audio"
 _PARTS = "of a clip that is made, the first and last frame and references are given: --task. Omit it"
 _PROBABLY = "the loss has no such term; --teacher, --guided_target and the priors are its further targets"
 _VALIDATED = "tables with validation = true are measured. Put them into --dataset_config"

@@ -143,7 +143,7 @@ class CompileOptions(Options):
             settings["FULLGRAPH"] = "true"
         if settings and self.compile_args != default:
             raise OptionError(
-                f"--compile_args and --compile_{next(iter(settings)).lower()} both set how to compile: give "
+                f"--compile_args and --compile_{next(iter(settings)).lower()} both set how to compile: pass "
                 "either all four values to --compile_args, or an option for each"
             )
         return settings
@@ -208,7 +208,7 @@ class GenerationCompileOptions(CompileOptions):
     """Options for compiling the blocks in generation."""
 
     optimized_compile = unsupported(
-        "give --compile, which compiles whole blocks, attention and positions with them, once for all blocks "
+        "pass --compile, which compiles whole blocks, attention and positions with them, once for all blocks "
         "of a list",
         "compile attention, positions and embeddings only",
     )

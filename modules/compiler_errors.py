@@ -28,7 +28,7 @@ def explain_compilation(error: Exception) -> str | None:
         )
     return (
         f"compiling the blocks failed: {shorten(cause, MAX_OF_CAUSE)}\n"
-        f"  {remedy}. Or leave --compile, --dynamo_backend and --optimized out"
+        f"  {remedy}. Or omit --compile, --dynamo_backend and --optimized"
     )
 
 

@@ -72,5 +72,5 @@ def _load(entry: EntryPoint) -> Any:
     except Exception as error:  # third-party code may raise anything
         raise InstallationError(
             f"extension {entry.name} ({entry.value}) cannot be loaded: {type(error).__name__}: {error}. "
-            f"Leave it out of {EXTENSIONS}, or install a version for this Reelsmith"
+            f"Remove it from {EXTENSIONS}, or install a version for this Reelsmith"
         ) from error

@@ -284,9 +284,9 @@ def reject_starting(option: str, effect: str = "starts a program") -> None:
     `effect` describes what the option does, for the message.
     """
     if os.environ.get(RUN_GOES_ON):
-        remedy = f"Leave it out of run.toml; or, if you want it, type --{option} after `run FOLDER`"
+        remedy = f"Remove it from run.toml; or, if you want it, type --{option} after `run FOLDER`"
     elif os.environ.get(FROM_QUEUE):
-        remedy = "Leave it out of the job; or, if you want it, start the command in a terminal"
+        remedy = "Remove it from the job; or, if you want it, start the command in a terminal"
     else:
         return
     raise OptionError(f"--{option} {effect}, which no file may do: the option has to be typed. {remedy}")
@@ -301,7 +301,7 @@ def reject_in_queue(option: str) -> None:
     if os.environ.get(FROM_QUEUE):
         raise OptionError(
             f"--{option}: a job takes no settings of other libraries from a file: they can name any server. "
-            "Leave it out of the job; or, if you want it, start the command in a terminal"
+            "Remove it from the job; or, if you want it, start the command in a terminal"
         )
 
 

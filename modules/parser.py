@@ -197,9 +197,9 @@ class Parser(argparse.ArgumentParser):
                 continue
             if action.metavar == HEIGHT_WIDTH:
                 sides = " ".join(height_width(numbers))
-                self.error(f"{flag} {value}: give height and width: {flag} {sides}")
+                self.error(f"{flag} {value}: use height and width: {flag} {sides}")
             if action.nargs == 2:
-                self.error(f"{flag} {value}: give two numbers: {flag} {numbers[1]} {numbers[3]}")
+                self.error(f"{flag} {value}: use two numbers: {flag} {numbers[1]} {numbers[3]}")
 
     def _insert_omitted_flags(
         self, argv: Sequence[str], without_flag: Sequence[argparse.Action]
@@ -381,7 +381,7 @@ class Parser(argparse.ArgumentParser):
                 raise
         default = action.default
         example = f", such as {' '.join(map(str, default))}" if isinstance(default, list) else ""
-        raise argparse.ArgumentError(action, f"give {len(names)} values: {' and '.join(names)}{example}")
+        raise argparse.ArgumentError(action, f"use {len(names)} values: {' and '.join(names)}{example}")
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
         """Convert a word as argparse does, but explain the allowed values in plain words."""

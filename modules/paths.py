@@ -125,7 +125,7 @@ def explain_path(text: str) -> str | None:
     if any(character in _ESCAPES for character in text):
         return _explain_escapes(text)
     if _ADDRESS.match(text) or _HUB.match(text):
-        return "this is an address. Download the file first and give its path"
+        return "this is an address. Download the file first and pass its path"
     if text.startswith(QUOTES) or text.endswith(QUOTES):
         plain = text.strip("".join(QUOTES))
         return f'quotation marks are part of this path. Write it with straight ones around: "{plain}"'

@@ -68,7 +68,7 @@ class AveragingOptions(Options):
     def __post_init__(self) -> None:
         files = self.files()
         if len(files) < 2:
-            raise OptionError(f"{files[0]} is a single file: give two or more of one run")
+            raise OptionError(f"{files[0]} is a single file: use two or more of one run")
         require_files("path", files, folder_advice="its files end in .safetensors")
         reject_replacing("--output_file", self.output_file, files)
         check_output_file("--output_file", self.output_file)

@@ -115,7 +115,7 @@ def read_blocks(network_args: Mapping[str, Any]) -> BlockSettings | None:
         raise OptionError(f"--network_args {THRESHOLD} needs one of {', '.join(RATES)}: pass one of them too")
     for dims, alphas in ((DIMS, ALPHAS), (CONV_DIMS, CONV_ALPHAS)):
         if alphas in arguments and dims not in arguments:
-            raise OptionError(f"--network_args {alphas} needs {dims}: give both")
+            raise OptionError(f"--network_args {alphas} needs {dims}: pass both")
     values_by_argument: dict[str, tuple[float, ...]] = {}
     for name in (DIMS, ALPHAS, CONV_DIMS, CONV_ALPHAS):
         if name in arguments:

@@ -130,7 +130,7 @@ class ConvertOptions(Options):
 
     def __post_init__(self) -> None:
         if self.output_high_noise is not None and real_path(self.output) == real_path(self.output_high_noise):
-            raise OptionError(f"--output and --output_high_noise are both {self.output}: give two names")
+            raise OptionError(f"--output and --output_high_noise are both {self.output}: use two names")
         is_joined = self.input_high_noise is not None and self.output_high_noise is None
         if is_joined and self.target != "diffusers":
             raise OptionError(
@@ -151,7 +151,7 @@ class FluxConvertOptions(Options, must_give=True):
 
     def __post_init__(self) -> None:
         if self.src == self.dst:
-            raise OptionError(f"--src and --dst are both {self.src}: give two dialects")
+            raise OptionError(f"--src and --dst are both {self.src}: use two dialects")
         if self.src_path is None or self.dst_path is None:
             raise OptionError("--src_path and --dst_path are both needed: the LoRA and the file to write")
 

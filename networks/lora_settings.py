@@ -297,7 +297,7 @@ def _reject_unknown_arguments(typed: Mapping[str, Any], readers: Mapping[str, Re
         kind = ALGORITHMS.get(str(typed["algo"]).lower(), "one of the modules in --help")
         raise OptionError(
             f"--network_args algo={typed['algo']}: algo is a setting of LyCORIS. Here --network_module "
-            f"selects the kind of network: pass {kind}, and leave algo out"
+            f"selects the kind of network: pass {kind}, and omit algo"
         )
     if unknown:
         raise OptionError(
@@ -310,7 +310,7 @@ def _reject_conflicts(values: Mapping[str, Any]) -> None:
     """Raise OptionError for --network_args that require or exclude each other."""
     if ("ggpo_sigma" in values) != ("ggpo_beta" in values):
         raise OptionError(
-            "--network_args ggpo_sigma and ggpo_beta need each other: give both, such as ggpo_sigma=0.03 "
+            "--network_args ggpo_sigma and ggpo_beta need each other: pass both, such as ggpo_sigma=0.03 "
             "ggpo_beta=0.01"
         )
     # `is not False`: ggpo_sigma is a number, and 0 counts as set

@@ -154,7 +154,7 @@ class FluxMergeOptions(Options, must_give=True):
         outputs = [real_path(path) for path in typed_outputs if path]
         if len(set(outputs)) < len(outputs):
             names = ", ".join(f"--{name}" for name in FLUX_OUTPUTS.values())
-            raise OptionError(f"{names} are the same file: give different ones")
+            raise OptionError(f"{names} are the same file: pass different ones")
 
     @property
     def targets(self) -> dict[str, Path]:

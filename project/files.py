@@ -555,7 +555,7 @@ def _describe_next(setup: describing.RunSetup, has_errors: bool) -> str:
     if has_errors:
         steps_before.append("fix the problems listed above")
     if _find_uncaptioned_media(setup):
-        steps_before.append("give captions or a trigger word as above")
+        steps_before.append("add captions or a trigger word as above")
     text = run_text
     if steps_before:
         text = f"First {', and '.join(steps_before)}. Then {run_text}"

@@ -612,7 +612,7 @@ def _describe_too_deep_media(folders: Sequence[Path]) -> list[str]:
             continue
         if _list_media_files(folder):
             text = (
-                f"{folder}: left out because it is too deep. Move its files up, or give this folder to `new`"
+                f"{folder}: left out because it is too deep. Move its files up, or pass this folder to `new`"
             )
             lines.append(warning(text))
         folders_to_search += _list_subfolders(folder)

@@ -277,7 +277,7 @@ def _find_task_contradiction(family: Any, model: ModelSet, dits: Sequence[Path])
         instead = "" if task is None else f"--task {task}, or "
         return (
             f"{dit} seems to be {subject} ({verdict.evidence}), and --task {model.task} is not: "
-            f"give {instead}the file of {model.task}"
+            f"pass {instead}the file of {model.task}"
         )
     return None
 

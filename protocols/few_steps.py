@@ -66,7 +66,7 @@ class FewSteps:
 
     base: str = "the model that it was made from"  # completes "Train on ..."; "": there is no such model
     also: str = ""  # completes "whose LoRAs work on ... too"
-    adapter: str = UNDOING  # completes "give --training_adapter with ..."; "": there is none
+    adapter: str = UNDOING  # completes "pass --training_adapter with ..."; "": there is none
     targets: tuple[KeepingTarget, ...] = (GUIDED,)  # for users who train it anyway, best first
     # complete "The model ...", "Plain training unlearns ..." and "with the trained network ..."
     distillation_clause: str = "was distilled to few steps"

@@ -232,7 +232,7 @@ class QwenImageReleaseFiles(QwenImageFiles):
         if self.version.has_layers and not header.config.has_layers:
             raise CheckpointError(
                 f"{self.dit_path} has no {LAYER_TENSOR}, so it is not the transformer of {NAME}-Layered. "
-                "Pass qwen_image_layered_bf16.safetensors, or leave --model_version layered out",
+                "Pass qwen_image_layered_bf16.safetensors, or omit --model_version layered",
                 self.dit_path,
             )
         return header

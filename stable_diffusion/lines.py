@@ -199,7 +199,7 @@ def expand(text: str, random: Random) -> list[str]:
     for number, variant in enumerate(_expand_groups(text, random), 1):
         variants.append(re.sub(r"\\([{}])", r"\1", variant))  # \{ and \} are literal braces
         if number > MAX_VARIANTS:
-            raise OptionError(f"{text[:60]!r} has more than {MAX_VARIANTS:,} variants. Leave some out")
+            raise OptionError(f"{text[:60]!r} has more than {MAX_VARIANTS:,} variants. Omit some")
     return list(dict.fromkeys(variants))
 
 

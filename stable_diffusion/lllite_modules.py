@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from checkpoints.dialects import LoadPlan, make_wrong_kind_error
 from checkpoints.opening import Checkpoint, list_tensor_sources
 from modules.errors import CheckpointError
-from networks.module_names import module_path, from_alias
+from networks.module_names import from_alias, module_path
 from stable_diffusion.contract import SDXL
 from stable_diffusion.names import SDXL as SDXL_NAMES
 

@@ -124,7 +124,7 @@ def check_regions(num_parts: int, num_loras: int, is_folded: bool) -> None:
         raise OptionError(
             f"the prompt has {format_count(num_parts, 'part')} between AND, --network_weights "
             f"{format_count(num_loras, 'LoRA')}. With regions (--mask_path) LoRA 1 belongs to part 1, LoRA 2 "
-            "to part 2 and so on, without those that are folded into the checkpoint: give as many LoRAs as "
+            "to part 2 and so on, without those that are folded into the checkpoint: use as many LoRAs as "
             "parts, or omit the mask"
         )
 

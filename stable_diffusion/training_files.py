@@ -106,7 +106,7 @@ class TrainingFiles:
         if kind not in self.kinds:
             raise CheckpointError(
                 f"--ckpt {path} is {kind.title}, which {self.scripts[kind]}. Use that, or "
-                f"give a checkpoint of {' or '.join(supported.title for supported in self.kinds)}.",
+                f"pass a checkpoint of {' or '.join(supported.title for supported in self.kinds)}.",
                 path,
             )
         if self.v2 and kind is not SD2:

@@ -191,7 +191,7 @@ def _log_trained_expert(
             _warn_of_other_experts_weights(family, network, network.network_weights, weights_expert)
     if len(experts) == 1 and options.samples.sample_prompts is not None and not has_sample_only_networks:
         option = family.abilities.sampling_dit_option
-        logger.info("Only the trained transformer generates samples; give %s to use both.", option)
+        logger.info("Only the trained transformer generates samples; pass %s to use both.", option)
     # if only the expert from 0 on is trained, the boundary is the start of the other one
     boundary = max(expert.min_timestep for expert in experts) or all_experts[-1].min_timestep
     if len(experts) > 1:

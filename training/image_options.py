@@ -304,7 +304,7 @@ def _find_tokenizers(args: argparse.Namespace, folder_by_option: Mapping[str, st
 def _write_config_and_exit(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Write the options that differ from their defaults to the file of --config_file, and exit."""
     if args.config_file is None:
-        raise OptionError("--output_config writes to the file that --config_file names: give both")
+        raise OptionError("--output_config writes to the file that --config_file names: pass both")
     name = args.config_file if args.config_file.endswith(".toml") else f"{args.config_file}.toml"
     path = Path(to_path("--config_file", name))
     values: dict[str, Any] = {}

@@ -369,7 +369,7 @@ class LrScheduleOptions(Options, title="learning-rate schedule"):
             names = (*CURVES, ADAFACTOR)
             raise OptionError(
                 f"--lr_scheduler {name}: unknown.{did_you_mean(name, names)} Use one of {', '.join(names)}, "
-                "or give the import path of a torch scheduler to --lr_scheduler_type."
+                "or pass the import path of a torch scheduler to --lr_scheduler_type."
             )
         if name == "constant":
             self._reject_warmup("Use --lr_scheduler constant_with_warmup")

@@ -371,7 +371,7 @@ class RunPlanner:
             )
         if validation:
             return training, validation
-        remedy = "give --validation_split, or `validation = true` in a table"
+        remedy = "pass --validation_split, or `validation = true` in a table"
         if validating.validate_every_n_steps is not None:
             raise OptionError(f"--validate_every_n_steps has nothing to validate on: {remedy}")
         for name in ("validate_every_n_epochs", "max_validation_steps", "validation_seed"):

@@ -185,7 +185,7 @@ def add_vace_header(checkpoint: Checkpoint, header: DitHeader[WanConfig], dit: P
         raise CheckpointError(f"--vace {path}: it has no blocks of VACE. Pass a file with vace_blocks.", path)
     width, channels, *_ = patch_shape
     if config.vace_layers:
-        raise CheckpointError(f"{dit} already has blocks of VACE: leave --vace {path} out.", path)
+        raise CheckpointError(f"{dit} already has blocks of VACE: omit --vace {path}.", path)
     if width != config.dim or config.num_layers % layers:
         raise CheckpointError(
             f"--vace {path}: {layers} blocks of width {width}; {dit} has {config.num_layers} of width "

@@ -314,7 +314,7 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
             check_one_frame(TASKS[self.task])
             if not self.one_frame_inference.strip():
                 raise OptionError(
-                    "--one_frame_inference is empty: give default, or positions such as "
+                    "--one_frame_inference is empty: pass default, or positions such as "
                     "target_index=1,control_index=0+2; or omit it for a video"
                 )
         if TASKS[self.task].kind != VACE:

@@ -83,7 +83,7 @@ class ShapeOptions(Options, title="frames and sizes"):
         for name in ("height_buckets", "width_buckets"):
             for side in getattr(self, name):
                 if side % 2:
-                    raise OptionError(f"--{name} {side}: give even numbers; the videos have colors by twos")
+                    raise OptionError(f"--{name} {side}: use even numbers; the videos have colors by twos")
 
 
 class EncodingOptions(Options, title="encoding"):

@@ -84,9 +84,7 @@ class FinderOptions(Options, title="what to find"):
             if len(words) > MAX_WORDS or len(words.splitlines()) > 1:
                 raise OptionError(f"--what: pass one line of at most {MAX_WORDS} characters")
         if self.colour is not None and not IS_COLOR.fullmatch(self.colour):
-            raise OptionError(
-                f"--colour {self.colour}: give six hexadecimal digits, such as 00ff00 for green"
-            )
+            raise OptionError(f"--colour {self.colour}: use six hexadecimal digits, such as 00ff00 for green")
 
     def require_one(self) -> None:
         """Raise OptionError unless some option says what the masks should cover."""

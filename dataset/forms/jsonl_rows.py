@@ -127,5 +127,5 @@ def _reject_other_format(path: Path, line: str) -> None:
     if has_separator and not text.startswith(("{", "[")):
         raise DatasetError(
             f"{path} looks like a table with a header ({text[:60]!r}); {rule}. Name it .csv or .tsv, and "
-            "give it to image_table_file or video_table_file."
+            "pass it to image_table_file or video_table_file."
         )

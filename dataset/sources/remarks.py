@@ -34,7 +34,7 @@ BACKSLASH = (
 )
 TORN = (
     "captions are JSON objects, which shuffle_caption, caption_tag_dropout_rate and token_warmup_step take "
-    "apart. Leave these keys out"
+    "apart. Omit these keys"
 )
 _BACKSLASH = re.compile(r"\\[()\[\]]")
 _SPECIAL = frozenset("{}\\")  # characters that the warnings about captions are about

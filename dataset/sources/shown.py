@@ -67,7 +67,7 @@ def _locate(text: Any, file: Path, position: str) -> Path:
     if not isinstance(text, str) or not text.strip():
         raise DatasetError(f"{position} = {_show(text)} is not a path in quotes")
     if is_address(text):
-        raise DatasetError(f"{position}: references must be local files. Download it and give its path")
+        raise DatasetError(f"{position}: references must be local files. Download it and pass its path")
     try:
         in_working_folder = expand_path(text, None)
         in_folder_of_list = expand_path(text, file.parent)

@@ -116,7 +116,7 @@ def _reject_pickled_yolo(path: Path, option: str) -> None:
         raise CheckpointError(
             f"{path} is a YOLO in the format of ultralytics (AGPL-3.0): only that program can open it.\n  "
             f"Export it where that is installed, with yolo export model={path.name} format=onnx, and "
-            f"give the .onnx file to {option}.",
+            f"pass the .onnx file to {option}.",
             path,
         )
 

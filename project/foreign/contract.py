@@ -297,7 +297,7 @@ def read_side(value: Any) -> tuple[int, int]:
     parts = re.split(r"[,x]", value.lower()) if isinstance(value, str) else [value]
     sides = [integer(64, 8192)(part) for part in parts]
     if len(sides) > 2:
-        raise ValueError("it is not a size: give resolution in dataset.toml")
+        raise ValueError("it is not a size: set resolution in dataset.toml")
     rounded = [side // 32 * 32 for side in sides]
     return rounded[0], rounded[-1]
 
@@ -312,7 +312,7 @@ def read_largest(value: Any) -> tuple[int, int]:
     for item in items:
         if isinstance(item, list):
             if len(item) not in {2, 3}:  # width, height and perhaps frames
-                raise ValueError("it is not a size: give resolution in dataset.toml")
+                raise ValueError("it is not a size: set resolution in dataset.toml")
             item = f"{integer()(item[0])}x{integer()(item[1])}"  # as `read_side` takes it
         sizes.append(read_side(item))
     if not sizes:

@@ -22,7 +22,7 @@ _STRATEGY_TABLE = "training_strategy"
 _CONDITION = re.compile(rf"({_STRATEGY_TABLE}\.(?:video|audio)\.conditions)\[\d+\]\.")
 _FRAMES = integer(0, 100_000)
 _read_fraction = number(0, 1)
-_CONVERTED = omitted("`new` and `run` make caches of clips; give their folder")
+_CONVERTED = omitted("`new` and `run` make caches of clips; pass their folder")
 
 
 def _name_conditions(values: dict[str, Any]) -> dict[str, Any]:

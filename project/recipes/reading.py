@@ -325,7 +325,7 @@ def _read_value(action: argparse.Action, name: str, value: Any, modules: set[str
 
 def _read_switch(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise ValueError(f"{name} = {_show(str(value))}: give true or false")
+        raise ValueError(f"{name} = {_show(str(value))}: pass true or false")
     return value
 
 

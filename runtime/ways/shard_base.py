@@ -58,7 +58,7 @@ def _check_uses(uses: RunUses) -> None:
         raise OptionError(
             f"{uses.turn_taking_options[0]} and --shard_base cannot be used together: each process has a "
             "part of "
-            "both transformers, and they stay on the devices. Leave one of the two options out"
+            "both transformers, and they stay on the devices. Omit one of the two options"
         )
     if uses.separate_sample_model:
         raise OptionError(

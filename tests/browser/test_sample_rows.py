@@ -110,7 +110,7 @@ def test_options_of_a_prompt_are_taken_as_they_are_typed() -> None:
         ({"steps_1": "-3"}, "Sample 1 steps: -3"),
         ({"height_1": "9" * 5000}, "Sample 1 height: 9+... .* is not a whole number"),
         ({"guidance_1": "strong"}, "Sample 1 guidance: strong is not a number, such as 4 or 3.5"),
-        ({"seed_1": "1 --w 5"}, "Sample 1 seed: 1 --w 5: leave out the dashes"),
+        ({"seed_1": "1 --w 5"}, "Sample 1 seed: 1 --w 5: omit the dashes"),
         ({"seed_3": "5"}, "Sample 3: the prompt is empty. Write one."),
         ({"prompt_3": "# no prompt"}, "Sample 3: a line that begins with # is a comment"),
     ],

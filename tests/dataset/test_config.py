@@ -249,9 +249,7 @@ def test_keys_of_the_known_fork_are_refused_with_the_reason(
     text = "[general]\nresolution = 64\n[[datasets]]\nvideo_directory = 'v'\n".replace(
         place, f"{place}\n{key}"
     )
-    with pytest.raises(
-        DatasetError, match=f"{key.split()[0]} = .* is not supported: .*{reason}.*Omit it$"
-    ):
+    with pytest.raises(DatasetError, match=f"{key.split()[0]} = .* is not supported: .*{reason}.*Omit it$"):
         tables(tmp_path, text)
 
 

@@ -94,9 +94,7 @@ def test_keys_above_all_tables_are_those_of_general(tmp_path: Path) -> None:
     assert (first.validation_split, first.validation_seed, first.resolution) == (0.1, 7, (640, 512))
     assert (other.validation_seed, other.resolution) == (7, (768, 512))
     said = faults(tmp_path, f"shuffle_caption = true\n{TWO_SIZES}")
-    assert said.endswith(
-        "cannot be used:\n  above all tables and in [general]: shuffle_caption; omit one"
-    )
+    assert said.endswith("cannot be used:\n  above all tables and in [general]: shuffle_caption; omit one")
     said = faults(tmp_path, f'image_directory = "cats"\n{TWO_SIZES}')
     assert said.endswith(
         "cannot be used:\n  image_directory is above all tables: write it below [[datasets]]"

@@ -45,8 +45,8 @@ NUMBERS = (
     wrong((WAN, HV), "--video_length 0", "--video_length 0", "from 1"),
     wrong((WAN, HV), "--video_size 16384 16384 --video_length 81", "16384 16384: 81", "Lower the size"),
     wrong(GENERATIONS, "--video_size 33 47", "--video_size 33 47", "Nearest"),
-    wrong(GENERATIONS, "--video_size 832x480", "give height and width: --video_size 480 832"),
-    wrong(WAN, "--video_size=480,832", "give height and width: --video_size 480 832"),
+    wrong(GENERATIONS, "--video_size 832x480", "use height and width: --video_size 480 832"),
+    wrong(WAN, "--video_size=480,832", "use height and width: --video_size 480 832"),
     wrong(GENERATIONS, "--video_size 480", "--video_size: pass 2 values: HEIGHT and WIDTH, such as"),
     wrong(GENERATIONS, "--video_size large small", "large is not a whole number. Pass one"),
     wrong(GENERATIONS, f"--seed {2**70}", "--seed", "64 bits"),
@@ -54,7 +54,7 @@ NUMBERS = (
     wrong(GENERATIONS, "--slg_mode original --slg_layers one", "--slg_layers 'one'", "9,10"),
     wrong(GENERATIONS, "--cfg_schedule 1-99999", "--cfg_schedule", "the steps are 1 to 1"),
     wrong(
-        GENERATIONS, "--cfg_schedule 1:nan", "--cfg_schedule entry '1:nan'", "give a scale of at most 1000"
+        GENERATIONS, "--cfg_schedule 1:nan", "--cfg_schedule entry '1:nan'", "pass a scale of at most 1000"
     ),
     wrong(GENERATIONS, "--guidance_scale 3 --cfgzerostar_init_steps 1", "none of the 1 steps", "fewer"),
     wrong(GENERATIONS, "--guidance_scale 1 --cfgzerostar_scaling", "--cfgzerostar_scaling", "pass a"),
@@ -288,7 +288,7 @@ TOGETHER = (
     wrong(GENERATIONS, "--latent_path latent.safetensors --output_type latent", "Use video or images"),
     wrong(GENERATIONS, "--cfg_skip_mode early", "--cfg_skip_mode needs --cfg_apply_ratio"),
     wrong(TRAININGS, "--gradient_checkpointing True", "is a switch: omit True"),
-    wrong(GENERATIONS, "--save_path bell.mp3", "--save_path bell.mp3", "written as WAV: give bell.wav"),
+    wrong(GENERATIONS, "--save_path bell.mp3", "--save_path bell.mp3", "written as WAV: pass bell.wav"),
     wrong(GENERATIONS, "--save_path made.gif", "--save_path made.gif", "Pass made.mp4"),
     wrong(GENERATIONS, "--save_path a.mp4 --num_videos 2", "a.mp4 with --num_videos 2", "such as a"),
     wrong(GENERATIONS, "--save_path a.mp4 --output_type latent", "their own names", "such as a"),
@@ -308,7 +308,7 @@ TOGETHER = (
     wrong(TRAININGS, "", "--output_name is missing", without=["--output_name"]),
     wrong(TRAININGS, "", "--output_dir is missing", without=["--output_dir"]),
     wrong(TRAININGS, "", "--dit is missing", without=["--dit"]),
-    wrong(TRAININGS, "--validate_every_n_steps 5", "give --validation_split"),
+    wrong(TRAININGS, "--validate_every_n_steps 5", "pass --validation_split"),
     wrong(FULL_TRAININGS, "--fp8_base", "--fp8_base", "omit it"),
     wrong(FULL_TRAININGS, "--full_bf16", "--full_bf16", "use bf16 for both"),
     wrong(FULL_TRAININGS, "--blocks_to_swap 1", "--fused_backward_pass"),

@@ -339,5 +339,5 @@ def test_a_launcher_that_would_split_the_tokens_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PARALLELISM_CONFIG_CP_SIZE", "2")
-    with pytest.raises(OptionError, match=r"ring attention.* give --context_parallel N"):
+    with pytest.raises(OptionError, match=r"ring attention.* pass --context_parallel N"):
         run(tmp_path / "out", "--prompt", "x")

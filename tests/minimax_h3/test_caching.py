@@ -307,7 +307,7 @@ def test_pictures_with_control_images_at_places_of_theirs(tmp_path: Path, files:
         ({}, (), "trained with 124 to 345 frames"),
         ({"frame_extraction": "full", "max_frames": 400}, (), "clips of 400 frames"),
         ({}, ("--task", "ref2va", "--allow_experimental_duration"), "generates clips from references"),
-        ({"control_directory": "clips"}, ("--allow_experimental_duration",), "Leave control media out"),
+        ({"control_directory": "clips"}, ("--allow_experimental_duration",), "Omit control media"),
     ],
 )
 def test_what_the_model_does_not_take_is_refused(

@@ -55,9 +55,9 @@ def _parser() -> Parser:
             "--save_path x --codec prorse",
             "argument --codec: prorse is not a choice. Use h264, prores. Did you mean prores?",
         ),
-        ("--size 832x480", "--size 832x480: give height and width: --size 480 832"),
-        ("--size=832×480", "--size 832×480: give height and width: --size 480 832"),
-        ("--size 480,832", "--size 480,832: give height and width: --size 480 832"),
+        ("--size 832x480", "--size 832x480: use height and width: --size 480 832"),
+        ("--size=832×480", "--size 832×480: use height and width: --size 480 832"),
+        ("--size 480,832", "--size 480,832: use height and width: --size 480 832"),
         ("--save_path x --layers one", "argument --layers: one is not a whole number. Pass one, such as 1."),
         (
             "--save_path x --layers \x1b[2J",

@@ -121,7 +121,7 @@ def test_skipping_that_has_no_effect_is_told(family: MossImage, caplog: pytest.L
     "options", [own.MossImageTrainingOptions.from_defaults(), own.MossImageGenerationOptions.from_defaults()]
 )
 def test_a_window_that_ends_before_it_begins_is_refused(options: Any) -> None:
-    with pytest.raises(OptionError, match="--negative_skip_start 0.8: give less than .*end, 0.2; .* none"):
+    with pytest.raises(OptionError, match="--negative_skip_start 0.8: use less than .*end, 0.2; .* none"):
         replace(options, negative_skip_start=0.8, negative_skip_end=0.2)
 
 

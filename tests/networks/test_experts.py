@@ -238,7 +238,7 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path, pair: Pair) -> Non
         (["--input", low, "--input_high_noise", high, "--target", "other"], "use --target diffusers"),
         (["--input", low, "--output_high_noise", more, "--target", "other"], "contains a single LoRA"),
         (["--input", low, "--expert", HIGH_NOISE, "--target", "other"], "contains a single LoRA"),
-        (["--input", both, "--output_high_noise", out, "--target", "other"], "give two names"),
+        (["--input", both, "--output_high_noise", out, "--target", "other"], "use two names"),
         (["--input", low, "--input_high_noise", out, "--target", "diffusers"], "no such file"),
     ):
         with pytest.raises(OptionError, match=text):

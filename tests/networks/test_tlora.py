@@ -149,7 +149,7 @@ def test_a_killed_run_ends_with_equal_bytes(tmp_path: Path) -> None:
         (["--network_args", "tlora=True", "tlora_alpha=0"], "tlora_alpha=0: all ranks would be active"),
         (["--network_args", "tlora=yes"], "pass True or False"),
         (["--network_args", "t_lora=True"], "no such setting"),
-        (["--network_args", "algo=lokr"], "give networks.lokr, and leave algo out"),
+        (["--network_args", "algo=lokr"], "pass networks.lokr, and omit algo"),
         (["--network_args", "algo=full"], "pass one of the modules in --help"),
     ],
 )

@@ -674,7 +674,7 @@ def test_the_last_line_says_what_is_missing(models: Path, tmp_path: Path) -> Non
     first, second, third = (new(tmp_path / name, *words).splitlines()[-1] for name in "abc")
 
     run = "python reelsmith.py run"
-    assert first.startswith("First give captions or a trigger word as above. Then python ")
+    assert first.startswith("First add captions or a trigger word as above. Then python ")
     assert second == f"{run} {tmp_path / 'b'} checks, caches and trains"
     assert third.startswith("First fix the problems listed above. Then python ")
     assert new(tmp_path / "b", "--overwrite").splitlines()[-1] == (

@@ -118,7 +118,7 @@ def test_anything_but_one_picture_is_refused(family: QwenImageLayered, picture: 
 def test_a_number_of_layers_that_cannot_be_is_refused(
     family: QwenImageLayered, picture: Path, count: int
 ) -> None:
-    with pytest.raises(OptionError, match=f"--output_layers {count} .*give 1 to 64 layers"):
+    with pytest.raises(OptionError, match=f"--output_layers {count} .*pass 1 to 64 layers"):
         prepare(family, picture, extra={"output_layers": str(count)})
 
 

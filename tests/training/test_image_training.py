@@ -323,7 +323,7 @@ def test_another_name_is_the_option_that_it_stands_for(argv: str, same_as: str) 
             "--deepspeed is refused: DeepSpeed is not used. Processes of accelerate launch share ",
         ),
         ("--zero_stage 3", "with --shard_base and tokens with --context_parallel"),
-        ("--face_crop_aug_range 4,2", "--face_crop_aug_range 4,2: give two numbers"),
+        ("--face_crop_aug_range 4,2", "--face_crop_aug_range 4,2: use two numbers"),
         ("--output_config", "--output_config writes to the file that --config_file names"),
     ],
 )

@@ -73,7 +73,7 @@ def test_a_launcher_that_would_split_the_model_is_refused(
         if "ACCELERATE_USE" in name or "PARALLELISM" in name:
             monkeypatch.setenv(name, value)
     name, ours = LAUNCHED[tuple(words)]
-    with pytest.raises(OptionError, match=rf"asks for .*{re.escape(name)}.* give {ours}"):
+    with pytest.raises(OptionError, match=rf"asks for .*{re.escape(name)}.* pass {ours}"):
         make_accelerator(PLAIN)
 
 

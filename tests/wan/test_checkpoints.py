@@ -107,7 +107,7 @@ ALIKE = "Use --task t2v-14B or t2v-1.3B or t2v-A14B (their files have the same t
             "img_emb.emb_pos, by which flf2v-14B distinguishes two images, is missing",
             "Use --task i2v-14B",
         ),
-        ("t2v", "i2v-14B-FC", "takes 16 input channels, i2v-14B-FC has 48", "give a Wan2.1 Fun-Control"),
+        ("t2v", "i2v-14B-FC", "takes 16 input channels, i2v-14B-FC has 48", "pass a Wan2.1 Fun-Control"),
     ],
 )
 def test_another_kind_than_the_task_is_an_error_that_names_the_right_task(

@@ -410,7 +410,7 @@ def _explain_no_draws(options: TimestepOptions, expert: Expert) -> OptionError:
     return OptionError(
         f"no timestep of this run reaches the {expert.description}, which is trained from "
         f"{expert.min_timestep:g} {end}: of {NUM_SCANNED_DRAWS} draws of --timestep_sampling {sampler} none "
-        "lies there. Leave this transformer out, or change --min_timestep, --max_timestep, "
+        "lies there. Omit this transformer, or change --min_timestep, --max_timestep, "
         "--discrete_flow_shift (or the dataset's keys of these names) or --timestep_boundary" + hint
     )
 

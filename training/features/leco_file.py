@@ -94,7 +94,7 @@ def _parse(location: str, path: Path) -> Any:
         kind = "YAML" if path.suffix.lower() in YAML else "TOML"
         raise OptionError(
             f"{location}: it is not a {kind} file ({error}). "
-            "The documentation of Stable Diffusion shows one: give [[prompts]]"
+            "The documentation of Stable Diffusion shows one: set [[prompts]]"
         ) from None
 
 

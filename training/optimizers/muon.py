@@ -50,7 +50,7 @@ class MuonWithAdam(Optimizer):
             ValueError: If an argument is invalid.
         """
         if adjust_lr_fn not in ADJUSTMENTS:
-            raise ValueError(f"adjust_lr_fn {adjust_lr_fn}: give original or {MATCH_RMS_ADAMW}")
+            raise ValueError(f"adjust_lr_fn {adjust_lr_fn}: pass original or {MATCH_RMS_ADAMW}")
         if len(ns_coefficients) != 3 or not 0 < ns_steps < 100 or not 0 <= momentum <= 1:
             raise ValueError("three ns_coefficients, 1 to 99 ns_steps and a momentum from 0 to 1 are needed")
         settings = {

@@ -175,6 +175,6 @@ class MetadataOptions(Options, title="metadata of saved files"):
     def __post_init__(self) -> None:
         if self.resolution is not None and not RESOLUTION.fullmatch(self.resolution.strip()):
             raise OptionError(
-                f"--metadata_reso {self.resolution}: give width and height, such as 832,480, or one number "
+                f"--metadata_reso {self.resolution}: use width and height, such as 832,480, or one number "
                 "for a square"
             )

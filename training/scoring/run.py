@@ -318,7 +318,7 @@ def _select_history(folder: Path) -> Path:
     histories = _find_histories(folder, f"*{END}")
     if not histories:
         inner = {str(path.parent): None for path in _find_histories(folder, f"*/*{END}")}
-        advice = f"There is one in {list_some([*inner])}: give that folder." if inner else ""
+        advice = f"There is one in {list_some([*inner])}: pass that folder." if inner else ""
         raise OptionError(
             f"{folder}: there is no run in this folder: no ...{END}. "
             + (advice or "Pass the --output_dir of a training that was not run with --no_page.")

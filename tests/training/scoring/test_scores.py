@@ -238,7 +238,7 @@ def test_what_cannot_be_scored_is_said(run: Path, knowing: Path) -> None:
     wrong = {
         ("nothing",): "nothing",
         ("empty",): "there is no run in this folder",
-        (".",): "There is one in output, two: give that folder.",
+        (".",): "There is one in output, two: pass that folder.",
         ("two",): "there are 2 runs in this folder",
         ("dataset.toml",): "pass the folder of a run",
         ("output", "--model", "empty"): "there is no config.json",
