@@ -4,11 +4,11 @@ import modules.interpreter  # noqa: F401
 from blissful_tuner.video_to_video_options import SourceDefaults
 from fibo_2.options import (
     GUIDANCE,
-    GUIDANCE_OF_TURBO,
+    TURBO_GUIDANCE,
     MASK,
     SIDE,
     STEPS,
-    STEPS_OF_TURBO,
+    TURBO_STEPS,
 )
 from generation.prompt_lines import CANCELS, IMAGE_GENERATION_OPTIONS, REFERENCES, LineOption, read_path
 from generation.script_options import IMAGE_FPS, PICTURE_OUTPUTS, ScriptDefaults
@@ -24,8 +24,8 @@ DEFAULTS = ScriptDefaults(
         "the shape of the first",
         "flow_shift": "time shift of the schedule; default: by size, e^1.15 at 1024 x 1024",
         "guidance_scale": "weight of the prompt: negative + weight * (positive - negative); 1 turns guidance "
-        f"off; default: {GUIDANCE:g}, of edit-turbo {GUIDANCE_OF_TURBO:g}",
-        "infer_steps": f"number of denoising steps; default: {STEPS}, of edit-turbo {STEPS_OF_TURBO}",
+        f"off; default: {GUIDANCE:g}, of edit-turbo {TURBO_GUIDANCE:g}",
+        "infer_steps": f"number of denoising steps; default: {STEPS}, of edit-turbo {TURBO_STEPS}",
     },
     size=(SIDE, SIDE),
     pictures=True,

@@ -2,7 +2,7 @@
 
 import modules.interpreter  # noqa: F401
 from blissful_tuner.video_to_video_options import SourceDefaults
-from flux_3.options import GUIDANCE, SHIFT, SIDE, STEPS, STEPS_OF_DISTILLED
+from flux_3.options import GUIDANCE, SHIFT, SIDE, STEPS, DISTILLED_STEPS
 from generation.prompt_lines import IMAGE_GENERATION_OPTIONS, REFERENCES
 from generation.script_options import IMAGE_FPS, PICTURE_OUTPUTS, ScriptDefaults
 from generation.scripts import generation_script
@@ -18,7 +18,7 @@ DEFAULTS = ScriptDefaults(
         "guidance_scale": "weight of the prompt: negative + weight * (positive - negative); 1 turns guidance "
         f"off; default: {GUIDANCE}, of the distilled model none",
         "infer_steps": f"number of denoising steps; default: {STEPS}, of the distilled model "
-        f"{STEPS_OF_DISTILLED}",
+        f"{DISTILLED_STEPS}",
     },
     size=(SIDE, SIDE),
     pictures=True,

@@ -5,7 +5,7 @@ from flux.options import CONTROL_NET_REJECTED, TRAINER, translate_older_options
 from training.image_options import (
     OTHER_TRAINERS_OPTIONS,
     ImageTrainerDefaults,
-    OfManyWeights,
+    ManyWeightsOptions,
     control_net_trainer,
 )
 from training.scripts import training_script
@@ -13,7 +13,7 @@ from training.scripts import training_script
 DEFAULTS = control_net_trainer(
     "a ControlNet",
     ImageTrainerDefaults(
-        **{**TRAINER, "translate": translate_older_options}, foreign=(*OTHER_TRAINERS_OPTIONS, OfManyWeights)
+        **{**TRAINER, "translate": translate_older_options}, foreign=(*OTHER_TRAINERS_OPTIONS, ManyWeightsOptions)
     ),
     refused=CONTROL_NET_REJECTED,
 )

@@ -1,11 +1,11 @@
 """Extract a LoRA from a fine-tuned Qwen-Image transformer."""
 
 import modules.interpreter  # noqa: F401
-from networks.tool_options import OF_FULL, BlockExtractOptions, ExtractOptions
+from networks.tool_options import NON_DIT_OPTIONS, BlockExtractOptions, ExtractOptions
 from protocols.families import plain_script
 
 main = plain_script(
-    __doc__, "networks.extracting.extract_qwen", ExtractOptions, BlockExtractOptions, without=OF_FULL
+    __doc__, "networks.extracting.extract_qwen", ExtractOptions, BlockExtractOptions, without=NON_DIT_OPTIONS
 )
 
 

@@ -28,7 +28,7 @@ from anima.options import (
 from anima.text_encoder import IDS, MASK, STATES, WEIGHTS, check_tokens
 from checkpoints.dits import with_dtype
 from encoders import control_pictures
-from encoders.pictures import ModelOfImages, encode_images, image_defaults
+from encoders.pictures import ImageModelFamily, encode_images, image_defaults
 from modules.control_codes import shorten
 from modules.devices import send
 from modules.media.pixels import to_pixels
@@ -63,7 +63,7 @@ DEFAULTS = image_defaults(STEPS, GUIDANCE_SCALE, 1024, FLOW_SHIFT)
 
 
 @dataclass(frozen=True)
-class Anima(ModelOfImages):
+class Anima(ImageModelFamily):
     """Description of Anima for one run, built by the `family_for_...` functions below."""
 
     files: AnimaFiles

@@ -87,7 +87,7 @@ ANIMA = FamilyNames(
         *renamed_parts(_CONDITIONER, _ADAPTER, ((name, name) for name in ("out_proj", "norm", "embed"))),
     ),
     version_prefixes=("anima",),
-    encoders=(("lora_te", layouts.OF_LANGUAGE_MODEL),),
+    encoders=(("lora_te", layouts.LANGUAGE_MODEL_LAYER_PREFIX),),
     texts_in_comfyui=(("lora_te_", "text_encoders.qwen3_06b.transformer.model."),),
     relative_sizes=(
         *((f".blocks.{{n}}.{attention}.q_proj", 1, 1) for attention in ("self_attn", "cross_attn")),

@@ -9,7 +9,7 @@ from typing import Any
 from modules.command import did_you_mean
 from modules.errors import OptionError
 from modules.option_values import Placeholder
-from modules.options import FREE, HABIT, IDENTITY, OF_DECODING, Options, not_needed, option, unsupported
+from modules.options import FREE, HABIT, IDENTITY, DECODING_SETTING, Options, not_needed, option, unsupported
 from modules.parser import typed_names
 from modules.speed_options import (
     GENERATION_VALUES,
@@ -36,7 +36,7 @@ PARTS = {
     "cross_attn_lr": ".cross_attn.",
     "mlp_lr": ".mlp.",
 }
-_OF_FULL = (
+_FULL_TRAINING_ONLY = (
     "it is for anima_train.py, which trains the whole transformer. --network_args network_reg_lrs gives "
     "rates to parts of a LoRA"
 )
@@ -46,7 +46,7 @@ class AnimaVaeOptions(Options):
     """Options of the VAE: its path, dtype and tiling."""
 
     file: VaeOptions = option(
-        facts=OF_DECODING, settings={"vae": {"help": "Qwen-Image's VAE: file or folder"}}
+        facts=DECODING_SETTING, settings={"vae": {"help": "Qwen-Image's VAE: file or folder"}}
     )
     vae_chunk_size = not_needed(
         "an image goes through the VAE at once; --vae_tiling takes less memory.", type=int
@@ -150,10 +150,10 @@ class AnimaLearningOptions(Options, title=NAME):
 class AnimaTrainingOptions(AnimaLearningOptions, title=NAME):
     """Options of anima_train_network.py in addition to those of all image trainers."""
 
-    self_attn_lr = unsupported(_OF_FULL, type=float)
-    cross_attn_lr = unsupported(_OF_FULL, type=float)
-    mlp_lr = unsupported(_OF_FULL, type=float)
-    mod_lr = unsupported(_OF_FULL, type=float)
+    self_attn_lr = unsupported(_FULL_TRAINING_ONLY, type=float)
+    cross_attn_lr = unsupported(_FULL_TRAINING_ONLY, type=float)
+    mlp_lr = unsupported(_FULL_TRAINING_ONLY, type=float)
+    mod_lr = unsupported(_FULL_TRAINING_ONLY, type=float)
     llm_adapter_lr = unsupported(
         "it is for anima_train.py. In a LoRA the adapter learns with --network_args "
         "train_llm_adapter=True, and network_reg_lrs='llm_adapter=1e-5' gives it a rate",

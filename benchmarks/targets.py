@@ -48,7 +48,7 @@ from pocket.concepts import CLIPS, CONCEPTS, KNOWN_CLIPS, draw_known  # noqa: E4
 from pocket.measure import CLIP, IN_FLOAT32, POCKET, Asked, judge, read_verdicts, some_prompts  # noqa: E402
 
 WORD = "zindle"
-FIRST_SEED, FIRST_SEED_OF_WORD, FIRST_SEED_OF_OWN = 30000, 40000, 50000
+FIRST_SEED, FIRST_WORD_SEED, FIRST_OWN_SEED = 30000, 40000, 50000
 OWN_CLIPS = 64  # that a training adapter is made of
 DATASET = """[general]
 resolution = [64, 64]
@@ -228,7 +228,7 @@ class Trial:
         data = self.folder / "own.toml"
         write_text(data, OWN_DATASET.format(folder=self.folder.as_posix()))
         own = self.folder / "own"
-        asked = some_prompts(OWN_CLIPS, FIRST_SEED_OF_OWN)
+        asked = some_prompts(OWN_CLIPS, FIRST_OWN_SEED)
         make_clips(own, self.turbo, FEW_STEPS, asked)
         for clip in own.glob("*.mp4"):
             write_text(clip.with_suffix(".txt"), asked[int(clip.stem.split("_")[-1])].prompt)
@@ -251,7 +251,7 @@ class Trial:
     def asked(self, words: bool) -> Mapping[int, Asked]:
         """Return the prompts with or without the word, by seed."""
         if words:
-            return some_prompts(self.prompts, FIRST_SEED_OF_WORD, CONCEPTS[WORD])
+            return some_prompts(self.prompts, FIRST_WORD_SEED, CONCEPTS[WORD])
         return some_prompts(self.prompts, FIRST_SEED)
 
     def figures(self, name: str) -> Figures:

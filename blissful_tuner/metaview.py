@@ -36,7 +36,7 @@ LEADING_NAMES = (  # entries that are shown first, in this order
 )
 # metadata keys that FFmpeg writes into every file
 CONTAINER_KEYS = frozenset({"major_brand", "minor_version", "compatible_brands", "encoder", "creation_time"})
-MAX_OF_VALUE = 20_000  # characters in a line; training notes of LoRA files can take megabytes
+MAX_VALUE_LENGTH = 20_000  # characters in a line; training notes of LoRA files can take megabytes
 
 
 class MetaviewOptions(Options):
@@ -161,7 +161,7 @@ def sort_metadata(metadata: Mapping[str, str]) -> list[tuple[str, str]]:
 def _as_line(text: str) -> str:
     """Return a text as one line without control characters, which could affect a terminal."""
     plain = text.replace("\r\n", "\n").replace("\n", "\\n").replace("\t", "\\t")
-    return shorten(escape_control_codes(plain), MAX_OF_VALUE)
+    return shorten(escape_control_codes(plain), MAX_VALUE_LENGTH)
 
 
 if __name__ == "__main__":

@@ -30,9 +30,9 @@ from protocols.loading import TensorInfo
 logger = logging.getLogger(__name__)
 
 
-MAX_OF_VALUE = 200  # characters of a value of the metadata; metaview.py shows all
+MAX_VALUE_LENGTH = 200  # characters of a value of the metadata; metaview.py shows all
 MAX_VALUES = 40
-MAX_OF_KIND = 1000  # characters of the description of a file's kind; unknown tensor names may be long
+MAX_DESCRIPTION_LENGTH = 1000  # characters of the description of a file's kind; unknown tensor names may be long
 PIECE_BYTES = 1 << 20  # bytes that are read at once
 # AUTOMATIC1111's first checksum of models: offset and length of the bytes that it covers
 AUTOV1_START, AUTOV1_BYTES = 0x100000, 0x10000
@@ -191,7 +191,7 @@ def format_info(model: ModelSummary, listed_tensors: Mapping[str, TensorInfo] | 
         model: The model's summary.
         listed_tensors: Tensors to list by name; None lists none.
     """
-    yield f"{model.path}: {shorten(_join_lines(model.description), MAX_OF_KIND)}"
+    yield f"{model.path}: {shorten(_join_lines(model.description), MAX_DESCRIPTION_LENGTH)}"
     files = f", {len(model.files)} files" if len(model.files) > 1 else ""
     yield f"container: {model.container}{files}, {format_size(model.file_bytes)}"
     numbers = "1 number" if model.num_parameters == 1 else f"{model.num_parameters:,} numbers"
@@ -305,7 +305,7 @@ def _hash_ranges(file: BinaryIO, ranges: Mapping[str, range], bar: Bar) -> dict[
 
 def _shorten_line(text: str) -> str:
     """Return a text as one line, shortened to at most MAX_OF_VALUE characters."""
-    return shorten(_join_lines(text), MAX_OF_VALUE)
+    return shorten(_join_lines(text), MAX_VALUE_LENGTH)
 
 
 def _join_lines(text: str) -> str:

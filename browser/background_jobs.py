@@ -30,7 +30,7 @@ from training.reports.history import describe_process
 NAME = re.compile(r"[a-z]+-[0-9a-f]{16}")
 STORED_FIELDS = ("line", "folder", "process", "stops")
 LOOKED_EVERY = 0.1  # seconds
-MAX_OF_RECORD = 1 << 17  # bytes
+MAX_RECORD_BYTES = 1 << 17  # bytes
 
 
 def name_background_job(kind: str, folder: Path) -> str:
@@ -99,7 +99,7 @@ class BackgroundJobs:
                 earlier_job = self.find(name)
                 if earlier_job is not None and earlier_job.state == RUNNING:
                     raise OptionError(say("it is already running: wait until it has ended, or stop it"))
-                check_space(self._record(name), MAX_OF_RECORD)  # before the earlier files are removed
+                check_space(self._record(name), MAX_RECORD_BYTES)  # before the earlier files are removed
                 process = self._start_waiting_process(name, within, typed)
                 record = {
                     "line": as_line(argv),
@@ -135,7 +135,7 @@ class BackgroundJobs:
         if child is not None and child.poll() is not None:  # reap a process that has ended
             del self._children[name]
         try:
-            record = parse_json(read_text(self._record(name), MAX_OF_RECORD))
+            record = parse_json(read_text(self._record(name), MAX_RECORD_BYTES))
             for key in STORED_FIELDS:
                 if not isinstance(record[key], STORED_TYPES[key]):
                     return None

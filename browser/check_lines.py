@@ -102,7 +102,7 @@ UNREAD_LINES = (
     say("%(folder)s: 1 file is not read: %(kinds)s"),
 )
 # whole lines
-LINES_OF_CHECKS = (
+CHECK_LINES = (
     say("%(file)s: no %(caption)s next to it"),
     say("%(folder)s: its masks are not used. %(key)s in the table of %(name)s uses them"),
     say("%(folder)s: its images are not used: folders inside a folder are not searched. Give it a table"),
@@ -164,7 +164,7 @@ LINES_OF_CHECKS = (
     ),
 )
 # parts of lines
-PARTS_OF_CHECKS = (
+CHECK_LINE_PARTS = (
     say("captions of no image"),
     say("captions of no video"),
     say("no tokenizer for %(path)s: there is none next to it or inside it, and the hub's cache has none"),

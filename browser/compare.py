@@ -43,7 +43,7 @@ SCRIPT = ["python", "tools/compare.py"]
 LORA = "--lora_weight"
 # generation options that the comparison sets itself, or that would write into other folders
 # fmt: off
-OPTIONS_OF_COMPARISON = {
+COMPARISON_OPTIONS = {
     LORA, f"{LORA}_{HIGH_NOISE}", "--lora_multiplier", f"--lora_multiplier_{HIGH_NOISE}", "--prompt",
     "--seed", "--save_path", "--from_file", "--config_file", "--console_log_file",
 }
@@ -88,7 +88,7 @@ class ComparableRun:
     def problem(self) -> str:
         """Reason why no clip can be generated with this run's LoRA files; "" if clips can be generated."""
         for name, values in self.options.items():
-            if name in OPTIONS_OF_COMPARISON:  # the comparison replaces their values
+            if name in COMPARISON_OPTIONS:  # the comparison replaces their values
                 continue
             if any(word in self.unfilled_words or PLACEHOLDER.fullmatch(word) for word in values):
                 return say(
@@ -639,7 +639,7 @@ def _plan_job(
     if len(files[0].paths) > 1:  # each column is a pair of files, one for each expert of Wan 2.2
         argv += ["--lora_high_noise", *(str(file.paths[1]) for file in files)]
     for name, values in source.options.items():
-        if name not in OPTIONS_OF_COMPARISON:  # this job sets these itself
+        if name not in COMPARISON_OPTIONS:  # this job sets these itself
             argv += [name, *values]
     argv += ["--seed", DEFAULT_SEED, "--from_file", str(prompt_file), "--save_path", str(source.folder)]
     return PlannedJob(argv, prompt_file, prompts)

@@ -50,7 +50,7 @@ MODELS = {
 }
 IMAGE_MODELS = "models of pictures"
 # keyed by the model's name in the history of a run
-MODEL_OF_FAMILY = {
+MODEL_BY_FAMILY = {
     "hunyuan_video": "HunyuanVideo",
     "framepack": "FramePack",
     "ltx2_v1": "LTX-2",
@@ -268,7 +268,7 @@ def _make_run_dataset(config: Path, located_runs: Sequence[_LocatedRun], is_proj
         folder,
         is_project=is_project,
         runs=[(run.id, run.name) for run in runs],
-        model=MODEL_OF_FAMILY.get(newest_family, default_model),
+        model=MODEL_BY_FAMILY.get(newest_family, default_model),
         caption_format=caption_families[0] if caption_families else "",
     )
 

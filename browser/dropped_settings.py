@@ -17,7 +17,7 @@ from modules.pages.language import say
 from modules.text_files import parse_json
 
 MAX_HOPS = 20  # maximum number of links followed in a workflow graph
-MAX_OF_GRAPH = 4 << 20  # characters
+MAX_GRAPH_LENGTH = 4 << 20  # characters
 NO_SETTINGS = say(
     "It contains no settings: programs that edit pictures often remove them. To start from it, drop "
     "it on the field Start from, or on Edit."
@@ -88,7 +88,7 @@ def _is_number(text: str) -> bool:
 
 def _read_graph(text: str) -> dict[str, Any]:
     """Return the nodes of a ComfyUI graph in JSON by id; {} if the text is not a graph."""
-    if not text.lstrip().startswith("{") or len(text) > MAX_OF_GRAPH:
+    if not text.lstrip().startswith("{") or len(text) > MAX_GRAPH_LENGTH:
         return {}
     with contextlib.suppress(ValueError, RecursionError):
         graph = parse_json(text)

@@ -17,7 +17,7 @@ SETTINGS = (
     ".yaml",
     ".yml",
 )
-MAX_OF_SETTINGS = 1 << 20  # bytes
+MAX_SETTINGS_BYTES = 1 << 20  # bytes
 QUOTED = re.compile(r""""((?:[^"\\\n]|\\.)*)"|'([^'\n]*)'""")
 
 
@@ -70,7 +70,7 @@ def _list_named_paths(path: Path, folder: Path) -> Iterator[Path]:
 
 
 def _list_quoted(file: Path) -> list[str]:
-    quoted = QUOTED.findall(read_text(file, MAX_OF_SETTINGS))
+    quoted = QUOTED.findall(read_text(file, MAX_SETTINGS_BYTES))
     return [double.replace("\\\\", "\\") or single for double, single in quoted if double or single]
 
 

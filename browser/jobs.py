@@ -38,7 +38,7 @@ LOGS = "logs"
 RENDER_FOLDER = "making"  # folder of the Generate page
 WAITING = "waiting"
 ENDED = (FINISHED, STOPPED, DIED)
-MAX_OF_CODE = 100  # maximum bytes read from the exit code file
+MAX_EXIT_CODE_BYTES = 100  # maximum bytes read from the exit code file
 LAST_LINES = 20
 EVERY_SECONDS = 0.5
 # a line of the text file, with its continuation lines
@@ -47,7 +47,7 @@ MAX_TAIL_BYTES = 64 << 10  # bytes at the end of a log that are searched for its
 MAX_JOBS = 10**9
 MAX_BORN = 1e11  # seconds since 1970
 MAX_LINES = 1000  # lines of the text file
-MAX_OF_JOB = 100_000  # characters of a job
+MAX_JOB_LENGTH = 100_000  # characters of a job
 STORED_TYPES: dict[str, Any] = {
     "line": str,
     "folder": str,
@@ -107,7 +107,7 @@ class Job:
 
     def _read_code(self) -> int | None:
         with contextlib.suppress(OSError, ValueError):
-            return int(read_text(self.code_path, MAX_OF_CODE))
+            return int(read_text(self.code_path, MAX_EXIT_CODE_BYTES))
         return None
 
     def as_row(self) -> dict[str, Any]:
@@ -574,14 +574,14 @@ class JobQueue:
     def _read_entries(self) -> list[str]:
         """Return the lines of the queue's text file. Raises OutputError if there are too many or too long."""
         entries = [entry for entry in ENTRY.findall(_read_or_empty(self.folder / QUEUE)) if entry]
-        if len(entries) > MAX_LINES or any(len(entry) > MAX_OF_JOB for entry in entries):
+        if len(entries) > MAX_LINES or any(len(entry) > MAX_JOB_LENGTH for entry in entries):
             raise OutputError(
                 say(
                     "%(folder)s: at most %(most_lines)s lines of %(most_of_job)s characters are "
                     "read. Remove some",
                     folder=self.folder / QUEUE,
                     most_lines=f"{MAX_LINES:,}",
-                    most_of_job=f"{MAX_OF_JOB:,}",
+                    most_of_job=f"{MAX_JOB_LENGTH:,}",
                 )
             )
         if entries and not entries[-1].endswith("\n"):  # an added entry must begin a new line

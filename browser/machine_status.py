@@ -33,7 +33,7 @@ RECENT_SECONDS = 600.0  # for which pages report that a run has ended
 EVERY_SECONDS = 4.0  # pages ask every five seconds; all share one answer
 PATIENCE = 1.0  # seconds for the driver's answer
 PAUSE_SECONDS = 60.0  # pause after a failed call
-MAX_OF_LINE = 60  # characters of a command or a name
+MAX_LINE_LENGTH = 60  # characters of a command or a name
 QUERY = "--query-gpu=name,memory.used,memory.total,temperature.gpu"
 
 
@@ -266,7 +266,7 @@ def _describe_run(run: RunSummary) -> RunningThing:
 def _shorten_line(text: str) -> str:
     """Return the beginning of a text as one line."""
     line = " ".join(text.split())
-    return line if len(line) <= MAX_OF_LINE else f"{line[:MAX_OF_LINE]} …"
+    return line if len(line) <= MAX_LINE_LENGTH else f"{line[:MAX_LINE_LENGTH]} …"
 
 
 def machine_routes(site: Site) -> list[Route]:

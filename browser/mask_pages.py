@@ -28,7 +28,7 @@ from modules.pages.language import say
 from modules.text_files import parse_json
 
 DRAWN_ADDRESS = f"{ADDRESS}/drawn"
-MAX_OF_DRAWN = 32 << 20  # maximum bytes of a drawn mask
+MAX_DRAWN_MASK_BYTES = 32 << 20  # maximum bytes of a drawn mask
 PAGE_SIZE = 24  # media on a page for browsers without scripts
 
 

@@ -44,10 +44,10 @@ DEFAULT_SIZE = 24  # GiB, on a machine without a card
 STOP_SECONDS = 5
 TABLE_HEAD = re.compile(r"GiB +device +host")
 PART = re.compile(r"( *)(.*?) {2,}(\d+\.\d+)")
-OF_CUDA = re.compile(r"about (\d+\.\d+) of CUDA itself")
+CUDA_CONTEXT_SIZE = re.compile(r"about (\d+\.\d+) of CUDA itself")
 # storage formats of the transformer's weights -> options that select them
-SWITCHES_OF_WEIGHT_FORMAT = {form.name: form.switches for form in BASE_FORMS}
-SWITCHES_OF_CHECKPOINTING = {
+WEIGHT_FORMAT_SWITCHES = {form.name: form.switches for form in BASE_FORMS}
+CHECKPOINTING_SWITCHES = {
     "recomputed": ("gradient_checkpointing",),
     "offloaded": ("gradient_checkpointing", "gradient_checkpointing_cpu_offload"),
 }
@@ -75,7 +75,7 @@ class ReadPlan:
     @property
     def cuda_gib(self) -> float:
         """GPU memory in GiB that the CUDA context takes."""
-        match = OF_CUDA.search(" ".join(self.remarks))
+        match = CUDA_CONTEXT_SIZE.search(" ".join(self.remarks))
         return float(match[1]) if match else 0.0
 
     @property
@@ -184,12 +184,12 @@ def read_switches(values: Mapping[str, Any], option_names: Sequence[str]) -> Mem
     # one switch is enough for a weight format, because scripts have different ones of its switches
     weights = {
         choice: keys
-        for choice, keys in SWITCHES_OF_WEIGHT_FORMAT.items()
+        for choice, keys in WEIGHT_FORMAT_SWITCHES.items()
         if any(key in option_names for key in keys)
     }
     checkpointing = {
         choice: keys
-        for choice, keys in SWITCHES_OF_CHECKPOINTING.items()
+        for choice, keys in CHECKPOINTING_SWITCHES.items()
         if all(key in option_names for key in keys)
     }
     return MemoryOptions(
@@ -217,10 +217,10 @@ def edit_switches(
         changes[SWAP_KEY] = tomlkit.value(swap) if NUMBER.fullmatch(swap) else swap or None
     weights = fields.get("weights", "")
     if weights != current.weights:
-        changes |= _select_choice(SWITCHES_OF_WEIGHT_FORMAT, weights, option_names)
+        changes |= _select_choice(WEIGHT_FORMAT_SWITCHES, weights, option_names)
     checkpointing = fields.get("checkpointing", "")
     if checkpointing != current.checkpointing:
-        changes |= _select_choice(SWITCHES_OF_CHECKPOINTING, checkpointing, option_names)
+        changes |= _select_choice(CHECKPOINTING_SWITCHES, checkpointing, option_names)
     return edit_toml(text, changes)
 
 

@@ -31,7 +31,7 @@ FULL_WIDTH_DIGITS = {0xFF10 + digit: str(digit) for digit in range(10)}
 DEFAULT_STEPS = NewOptions(folder=Path()).max_train_steps
 MAX_STEPS = 10_000_000
 # field name -> label, for the fields that `new` writes into all three files
-FIELDS_OF_ALL_FILES = {
+SHARED_FIELDS = {
     "family": say("Model"),
     "task": say("Version"),
     "train": say("What is trained"),
@@ -40,7 +40,7 @@ FIELDS_OF_ALL_FILES = {
     "recipe": say("Recipe"),
 }
 # fields that are keys of run.toml only
-FIELDS_OF_RUN_FILE = {
+RUN_FILE_FIELDS = {
     "name": say("Name"),
     "steps": say("Training steps"),
 }
@@ -397,7 +397,7 @@ def make_new_argv(form: NewForm, models: Path, overwrite: bool = False, dry_run:
 def list_changed_fields(form: NewForm, before: NewForm) -> list[str]:
     """Return the labels of the changed fields that apply to all files of a folder."""
     return [
-        label for name, label in FIELDS_OF_ALL_FILES.items() if getattr(before, name) != getattr(form, name)
+        label for name, label in SHARED_FIELDS.items() if getattr(before, name) != getattr(form, name)
     ]
 
 
@@ -412,10 +412,10 @@ def list_unsaved(sent: NewForm, initial: NewForm, saved: NewForm) -> list[str]:
         saved: Values in the folder's current files.
     """
     labels: list[str] = []
-    for name, label in (FIELDS_OF_ALL_FILES | FIELDS_OF_RUN_FILE).items():
+    for name, label in (SHARED_FIELDS | RUN_FILE_FIELDS).items():
         value = getattr(sent, name)
         is_unsaved = value != getattr(initial, name) and value != getattr(saved, name)
-        stands_for_saved_value = not value and name in FIELDS_OF_RUN_FILE
+        stands_for_saved_value = not value and name in RUN_FILE_FIELDS
         if is_unsaved and not stands_for_saved_value:
             labels.append(label)
     return labels

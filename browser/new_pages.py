@@ -143,7 +143,7 @@ from project.model_sizes import find_memory
 from project.options import CAPTION_MODEL, RUN_FILE, find_models
 from protocols.families import caption_formats
 
-LINES_OF_FAILURE = 3
+MAX_FAILURE_LINES = 3
 DRY_RUN = "compare"  # kind of background job: shows how `new` would change existing files
 TRY_CAPTIONS = "try"  # kind of background job: captions a few files as a trial
 BACKGROUND_KINDS = (DESCRIBE, DRY_RUN, CHECK, TRY_CAPTIONS, REPAIR_CAPTIONS)
@@ -1246,7 +1246,7 @@ def _split_line(line: str) -> list[str]:
 def describe_failure(download: Download | None) -> str:
     """Return the last lines that a failed download has printed, with advice; "" if it has not failed."""
     return (
-        download.job.last_lines(LINES_OF_FAILURE) if download is not None and download.state == DIED else ""
+        download.job.last_lines(MAX_FAILURE_LINES) if download is not None and download.state == DIED else ""
     )
 
 

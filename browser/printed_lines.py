@@ -12,8 +12,8 @@ from browser.check_lines import (
     FAULT_LINE,
     FAULTS,
     FILE_KINDS,
-    LINES_OF_CHECKS,
-    PARTS_OF_CHECKS,
+    CHECK_LINES,
+    CHECK_LINE_PARTS,
     UNKNOWN_FILE,
     UNREAD_FILES,
     UNREAD_LINES,
@@ -384,7 +384,7 @@ def is_for_terminal(line: str) -> bool:
 
 def translate_line(line: str) -> str:
     """Return a printed line as translatable text; an unknown line unchanged."""
-    return _translate_by_pattern(line, (*UNREAD_LINES, *LINES, *LINES_OF_CHECKS)) or _find_fault(line) or line
+    return _translate_by_pattern(line, (*UNREAD_LINES, *LINES, *CHECK_LINES)) or _find_fault(line) or line
 
 
 def translate_file_kind(kind: str | None) -> str:
@@ -450,7 +450,7 @@ def _translate_placeholder(name: str, value: str) -> str:
     if name == "kinds":  # suffixes of files that are not read
         kinds = [_translate_by_pattern(kind, (UNREAD_FILES,)) or kind for kind in value.split("; ")]
         return join("; ", kinds)
-    patterns: tuple[TranslatableText, ...] = (*RUN_ERRORS, *PARTS_OF_CHECKS, *PLACEHOLDER_TEXTS)
+    patterns: tuple[TranslatableText, ...] = (*RUN_ERRORS, *CHECK_LINE_PARTS, *PLACEHOLDER_TEXTS)
     if name in FILE_KIND_PLACEHOLDERS:
         patterns = (*FILE_KINDS, *patterns)
     return _translate_by_pattern(value, patterns) or value

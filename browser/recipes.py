@@ -33,7 +33,7 @@ LORA = "--lora_weight"
 STRENGTHS = "--lora_multiplier"
 RESULTS = "generated"  # folder of results, in a root or in the output folder of a run
 MAX_STRENGTH = 1000  # maximum strength of a LoRA, as in training
-MAX_OF_TEXT = 30_000  # characters; Linux limits an argument to 131,072 bytes
+MAX_TEXT_LENGTH = 30_000  # characters; Linux limits an argument to 131,072 bytes
 # form field -> options that it may set; the first one that the script has is used. The fields are in the
 # order in which a command lists them
 FIELDS: Mapping[str, Sequence[str]] = {
@@ -64,7 +64,7 @@ SIDE_POSITIONS = {
 SIZE = "video_size"
 # options that the form sets itself, in addition to the options of its fields
 # fmt: off
-OPTIONS_OF_FORM = {
+FORM_OPTIONS = {
     "prompt", "save_path", "lora_weight", "lora_multiplier", f"lora_weight_{HIGH_NOISE}",
     f"lora_multiplier_{HIGH_NOISE}", "num_videos", "from_file", "interactive", "preview_latent_every",
 }
@@ -419,7 +419,7 @@ class _CommandOption:
     def is_fixed(self) -> bool:
         """Whether the page's commands always use the option's value unchanged, because no field shows it."""
         is_shown = self.is_size or self.field is not None or self.key == "prompt"
-        return not is_shown and self.key not in OPTIONS_OF_FORM
+        return not is_shown and self.key not in FORM_OPTIONS
 
 
 def _make_recipe_of_command(
@@ -560,14 +560,14 @@ class RenderRequest:
             raise OptionError(
                 say("%(label)s: omit %(character)s.", label=self._field_label(name), character=character)
             )
-        if len(text) > MAX_OF_TEXT:
+        if len(text) > MAX_TEXT_LENGTH:
             raise OptionError(
                 say(
                     "%(label)s has %(n)s characters: at most %(most_of_text)s are accepted, and "
                     "models read far fewer.",
                     label=self._field_label(name),
                     n=f"{len(text):,}",
-                    most_of_text=f"{MAX_OF_TEXT:,}",
+                    most_of_text=f"{MAX_TEXT_LENGTH:,}",
                 )
             )
 

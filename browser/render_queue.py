@@ -24,7 +24,7 @@ from modules.text_files import parse_json, read_text
 
 NAME = re.compile(r"(\d{1,9})\.json")
 CANCEL_FILE = "{}.cancel"  # name of the file that asks the server working on a render job to stop
-MAX_OF_RENDER_JOB = 2 << 20  # bytes of a job's file, which contains the prompt three times
+MAX_RENDER_JOB_BYTES = 2 << 20  # bytes of a job's file, which contains the prompt three times
 MAX_WAITING = 200
 MAX_ENDED = 300  # older ended jobs are removed; their results stay
 LOADING = say("loading the model")
@@ -110,7 +110,7 @@ FIELD_TYPES: dict[str, Any] = {
     "last_lines": str,
     "warnings": str,
 }
-DEFAULTS_OF_NEW_FIELDS: dict[str, Any] = {"warnings": ""}  # fields that files of earlier versions lack
+NEW_FIELD_DEFAULTS: dict[str, Any] = {"warnings": ""}  # fields that files of earlier versions lack
 STATES = (WAITING, RUNNING, FINISHED, STOPPED, DIED)
 
 
@@ -231,8 +231,8 @@ class RenderQueue:
 
     def _write(self, job: RenderJob) -> None:
         text = json.dumps({name: getattr(job, name) for name in FIELD_TYPES})
-        if len(text) > MAX_OF_RENDER_JOB:  # `_read_entry` would reject it
-            raise OptionError(f"a request of {len(text):,} bytes: {MAX_OF_RENDER_JOB:,} are the most")
+        if len(text) > MAX_RENDER_JOB_BYTES:  # `_read_entry` would reject it
+            raise OptionError(f"a request of {len(text):,} bytes: {MAX_RENDER_JOB_BYTES:,} are the most")
         write_text(self._path(job.id), text)
 
     def _read_job(self, number: int, path: Path) -> RenderJob | None:
@@ -246,7 +246,7 @@ class RenderQueue:
             cached_version, cached_job = self._cached_jobs.get(number, (None, None))
             if cached_job is not None and cached_version == version:
                 return replace(cached_job)
-            row = {**DEFAULTS_OF_NEW_FIELDS, **parse_json(read_text(path, MAX_OF_RENDER_JOB))}
+            row = {**NEW_FIELD_DEFAULTS, **parse_json(read_text(path, MAX_RENDER_JOB_BYTES))}
             for name, field_type in FIELD_TYPES.items():
                 if not isinstance(row[name], field_type):
                     raise TypeError(f"{name} is {row[name]!r}")

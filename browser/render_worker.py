@@ -49,11 +49,11 @@ PROGRESS_WRITE_SECONDS = 1.0  # interval of storing a job's progress for other s
 RETRY_SECONDS = 2.0  # retry interval after an error or while another server works
 SHUTDOWN_SECONDS = 20.0  # seconds for a process to end by itself
 SERVER_SHUTDOWN_SECONDS = 5.0  # the same, when the server ends
-MAX_OF_SESSION = 1000  # bytes
+MAX_SESSION_BYTES = 1000  # bytes
 TAIL = 64 << 10  # bytes at the end of the log that are searched for an error
 LAST_LINES = 12
-MAX_OF_LINE = 500
-MAX_OF_WARNINGS = 4000  # characters that are kept of a render job
+MAX_LINE_LENGTH = 500
+MAX_WARNINGS_LENGTH = 4000  # characters that are kept of a render job
 FindProgram = Callable[[Sequence[str], Path], tuple[object, list[str]]]
 FINAL_FIELDS = ("state", "reason", "file", "process", "doing", "done", "steps", "last_lines", "warnings")
 GENERATE = say("the page Generate")
@@ -466,7 +466,7 @@ class RenderWorker:
                 render_job.steps = int(answer["steps"])
             case "phase" if not is_canceled:
                 render_job.doing = str(answer["what"])
-            case "warned" if len(render_job.warnings) < MAX_OF_WARNINGS:
+            case "warned" if len(render_job.warnings) < MAX_WARNINGS_LENGTH:
                 render_job.warnings = f"{render_job.warnings}\n{answer['text']}".strip()
             case "step":
                 render_job.done = int(answer["done"])
@@ -639,7 +639,7 @@ class RenderWorker:
     def _read_session(self) -> dict[str, dict[str, Any]]:
         """Return the records of the process that holds a model and of its server; {} if there are none."""
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            row = parse_json(read_text(self.folder / SESSION, MAX_OF_SESSION))
+            row = parse_json(read_text(self.folder / SESSION, MAX_SESSION_BYTES))
             return {"server": dict(row["server"]), "process": dict(row["process"])}
         return {}
 
@@ -659,7 +659,7 @@ class RenderWorker:
     def _read_last_lines(self) -> str:
         """Return the last lines that the process has logged."""
         lines = [line for line in self._read_log().split("\n") if line.strip()]
-        return shorten_lines(escape_control_codes("\n".join(lines[-LAST_LINES:])), MAX_OF_LINE)
+        return shorten_lines(escape_control_codes("\n".join(lines[-LAST_LINES:])), MAX_LINE_LENGTH)
 
     def read_last_error(self) -> str:
         """Return the error message that the model's process has logged, or a text that says there is none."""

@@ -76,7 +76,7 @@ UPSCALE_FACTOR = 2  # factor for width and height
 UPSCALERS = "upscalers"  # subfolder of the models folder
 UPSCALER_SUFFIXES = (".pth", ".safetensors")
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".gguf", ".sft")
-MAX_OF_PROMPTS = 1 << 20  # bytes of a prompt file
+MAX_PROMPT_FILE_BYTES = 1 << 20  # bytes of a prompt file
 MAX_TITLE_CHARACTERS = 160  # characters of a prompt in the list
 
 
@@ -896,7 +896,7 @@ def _list_catalog_families(family: str) -> set[str]:
 
 def _read_or_nothing(path: Path) -> bytes | None:
     try:
-        return read_content(path, MAX_OF_PROMPTS)
+        return read_content(path, MAX_PROMPT_FILE_BYTES)
     except FileNotFoundError:
         return None
 

@@ -39,7 +39,7 @@ from protocols.families import HIGH_NOISE, with_scripts
 PREFIX = "bt_"
 NOT_SET = "N/A"
 # metadata that `ResultSettings.rows` shows in rows with translated names
-NAMES_OF_MAIN_ROWS = {
+MAIN_ROW_NAMES = {
     "prompt",
     "negative_prompt",
     "width",
@@ -161,7 +161,7 @@ class ResultSettings:
         rows = [(name, text) for name, text in main_values.items() if text]
         rows += [("LoRA", lora.description) for lora in self.loras]
         rows += [("afterwards", text) for text in self.done]  # later processing, such as upscaling
-        rows += [(name, text) for name, text in self.values.items() if name not in NAMES_OF_MAIN_ROWS]
+        rows += [(name, text) for name, text in self.values.items() if name not in MAIN_ROW_NAMES]
         return rows
 
     def shortened(self) -> "ResultSettings":

@@ -65,7 +65,7 @@ KILLED_EXIT_CODES = (9, -9, 137)  # exit codes after SIGKILL
 DISK_FULL_EXIT_CODES = (1, 120)  # exit codes of Python after an error, 120 if flushing its output failed
 SHOWN_LINES = 12  # number of lines of a log that a page shows
 READ_LINES = 60  # lines of a log that are searched for the reason of a failure
-MAX_OF_REASON = 600  # characters
+MAX_REASON_LENGTH = 600  # characters
 START_TIME_TOLERANCE = 1.0  # start times of processes are rounded
 
 
@@ -799,7 +799,7 @@ def _explain_failure(job: Job, otherwise: str) -> str:
     if job.code in KILLED_EXIT_CODES:
         return say("It was killed: memory ran out, or somebody ended it.")
     if ERROR_LINE.search(lines):
-        return translate_reason(shorten_lines(extract_error_message(lines), MAX_OF_REASON))
+        return translate_reason(shorten_lines(extract_error_message(lines), MAX_REASON_LENGTH))
     if job.state == RUNNING:  # it is about to end
         return otherwise
     # None: not even the exit code was written

@@ -25,13 +25,13 @@ from browser.background_jobs import BackgroundJobs
 from browser.compare_pages import compare_routes
 from browser.dataset_pages import dataset_routes
 from browser.draft_changes import folder_routes
-from browser.dropped_files import MAX_BYTES as MAX_OF_INPUT
+from browser.dropped_files import MAX_BYTES as MAX_INPUT_BYTES
 from browser.folder_settings import FolderSettingsPages
 from browser.generate_pages import generate_routes
 from browser.jobs import JobQueue, open_queue
 from browser.machine_status import machine_routes
 from browser.mask_making import mask_making_routes
-from browser.mask_pages import DRAWN_ADDRESS, MAX_OF_DRAWN, mask_routes
+from browser.mask_pages import DRAWN_ADDRESS, MAX_DRAWN_MASK_BYTES, mask_routes
 from browser.memory_plan import MemoryPages
 from browser.model_pages import model_routes
 from browser.new_pages import new_routes
@@ -119,11 +119,11 @@ TRANSLATED = (b"text/html", b"text/plain", b"application/json")  # content types
 MAX_BYTES = 512 << 10  # largest body of a request: a form with two long prompts
 # maximum body sizes of requests that upload files, by address
 LARGEST_BODIES = {
-    "/generate/file": MAX_OF_INPUT,
-    "/generate/settings": MAX_OF_INPUT,
+    "/generate/file": MAX_INPUT_BYTES,
+    "/generate/settings": MAX_INPUT_BYTES,
     uploads.ADDRESS: uploads.DEFAULT_LIMITS.file_bytes,
     upload_parts.ADDRESS: upload_parts.PIECE_BYTES,
-    DRAWN_ADDRESS: MAX_OF_DRAWN,
+    DRAWN_ADDRESS: MAX_DRAWN_MASK_BYTES,
 }
 
 

@@ -18,7 +18,7 @@ from browser.server_state import Site
 from browser.tag_editor import TagEditor
 from browser.tool_form import (
     CHOICE,
-    CHOICE_OF_SWITCHES,
+    SWITCH_CHOICE,
     NUMBER,
     SWITCH,
     TEXT,
@@ -53,7 +53,7 @@ FORM = ToolForm(
         ToolField(
             "which",
             say("Captions"),
-            CHOICE_OF_SWITCHES,
+            SWITCH_CHOICE,
             {
                 "": say("only those that are missing"),
                 "fill_empty": say("empty ones too"),

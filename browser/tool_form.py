@@ -12,7 +12,7 @@ from modules.options import default_of, find_record_type, hints_of, info_of, opt
 from modules.pages.language import say
 
 NUMBER, TEXT, SWITCH = "number", "text", "switch"
-CHOICE, CHOICE_OF_SWITCHES = "choice", "choice of switches"
+CHOICE, SWITCH_CHOICE = "choice", "choice of switches"
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class ToolForm:
 
     def name_default(self, field: ToolField) -> str:
         """Return the default of a field, for its placeholder."""
-        if field.kind in (SWITCH, CHOICE_OF_SWITCHES):
+        if field.kind in (SWITCH, SWITCH_CHOICE):
             return ""
         value = find_default(self.record, field.name)
         return "" if value is None else str(value)
@@ -68,7 +68,7 @@ class ToolForm:
             if not text or text == self.name_default(field):
                 continue
             self._check(field, text)
-            if field.kind == CHOICE_OF_SWITCHES:  # each choice is the name of a switch
+            if field.kind == SWITCH_CHOICE:  # each choice is the name of a switch
                 argv.append(f"--{text}")
             elif field.kind == SWITCH:
                 argv.append(f"--{field.name}")

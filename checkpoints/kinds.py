@@ -11,7 +11,7 @@ _PREFIXES = ("model.diffusion_model.", "control_model.", "model.model.", "module
 
 _NOT_YET = "which is not supported yet"
 _HUNYUAN_15 = f"the transformer of HunyuanVideo 1.5, a different network than HunyuanVideo's, {_NOT_YET}"
-_OF_LTX = "a VAE of LTX-Video or LTX-2; LTX-Video is not supported yet"
+_LTX_VAE = "a VAE of LTX-Video or LTX-2; LTX-Video is not supported yet"
 _VOCODER = "the vocoder of LTX-2, a part of its --audio_vae"
 
 # Current models that no script supports yet, by one of their tensors. When a family is added, its rows are
@@ -50,10 +50,10 @@ UNSUPPORTED_MODELS: Marks = (
         "post_upsample_res_blocks.0.conv1.weight",
         "a latent upscaler of LTX-Video or LTX-2 (of LTX-2: --spatial_upsampler_path)",
     ),
-    ("latents_mean", _OF_LTX),
-    ("vae.per_channel_statistics.mean-of-means", _OF_LTX),
-    ("audio_vae.per_channel_statistics.mean-of-means", _OF_LTX),
-    ("per_channel_statistics.mean-of-means", _OF_LTX),
+    ("latents_mean", _LTX_VAE),
+    ("vae.per_channel_statistics.mean-of-means", _LTX_VAE),
+    ("audio_vae.per_channel_statistics.mean-of-means", _LTX_VAE),
+    ("per_channel_statistics.mean-of-means", _LTX_VAE),
     ("vocoder.conv_pre.weight", _VOCODER),
     ("vocoder.vocoder.conv_pre.weight", _VOCODER),
     ("mel_stft.mel_basis", _VOCODER),
@@ -69,7 +69,7 @@ UNSUPPORTED_MODELS: Marks = (
     ("siglip_embedder.0.weight", f"the transformer of Z-Image-Omni, {_NOT_YET}"),
 )
 # networks and layouts that several families share; compared after the tensors that only one family has
-OF_PARTS: Marks = (
+SHARED_PART_MARKS: Marks = (
     ("quant_conv.weight", "a VAE of another model"),
     ("encoder.down.0.block.0.conv1.weight", "a VAE for images"),
     ("transformer_blocks.0.attn.to_q.weight", "a transformer in diffusers layout"),
@@ -101,7 +101,7 @@ OF_PARTS: Marks = (
 
 # networks that process finished videos, and preview decoders; the first row whose tensor is in the file
 # counts
-OF_TOOLS: Marks = (
+TOOL_MARKS: Marks = (
     (
         "layers.0.residual_group.overlap_attn.relative_position_bias_table",
         "a HAT upscaler, which is not supported",
@@ -134,7 +134,7 @@ OF_TOOLS: Marks = (
 
 
 # a tensor of a LoRA, LoHa, LoKr or OFT of any program
-_OF_LORAS = re.compile(
+_LORA_TENSOR_NAME = re.compile(
     r"[._](?:lora_(?:down|up|A|B|a|b)|lora\.(?:down|up)|hada_w1_a|lokr_w[12](?:_a)?|oft_R)(?:[._]|$)"
     r"|\.(?:diff|diff_b|set_weight)$"  # of whole weights
 )
@@ -142,7 +142,7 @@ _OF_LORAS = re.compile(
 
 def is_lora(names: Iterable[str]) -> bool:
     """Return whether any of these tensor names belongs to a LoRA, LoHa, LoKr or OFT."""
-    return any(_OF_LORAS.search(name) for name in names)
+    return any(_LORA_TENSOR_NAME.search(name) for name in names)
 
 
 def kind_by_name(path: Path, is_sharded: bool) -> str | None:
@@ -168,7 +168,7 @@ def kind_of(names: Iterable[str], marks: Marks | None = None) -> str | None:
             None: all known files.
     """
     if marks is None:
-        marks = (*UNSUPPORTED_MODELS, *family_marks(), *OF_PARTS, *OF_TOOLS)
+        marks = (*UNSUPPORTED_MODELS, *family_marks(), *SHARED_PART_MARKS, *TOOL_MARKS)
     bare_names = set()
     for name in names:
         for prefix in _PREFIXES:

@@ -38,7 +38,7 @@ from modules.text_files import parse_json, read_text, require_regular_file
 from protocols.loading import TensorInfo, TensorSource
 
 MAX_LISTED_NAMES = 8  # number of file names in a message
-MAX_OF_NAME = 200  # characters of a file name that a message shows
+MAX_NAME_LENGTH = 200  # characters of a file name that a message shows
 SUFFIXES = (".safetensors", ".sft", ".gguf", ".pth", ".pt", ".bin", ".ckpt")
 _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
 
@@ -312,7 +312,7 @@ def _read_index(path: Path) -> list[Path]:
         for name in parse_json(read_text(path))["weight_map"].values():
             relative = Path(name)
             if relative.is_absolute() or relative.drive or ".." in relative.parts:
-                raise ValueError(f"{shorten(name, MAX_OF_NAME)} is not in its folder")
+                raise ValueError(f"{shorten(name, MAX_NAME_LENGTH)} is not in its folder")
             names.add(str(relative))
         if len(names) > MAX_SHARDS:
             raise ValueError(f"it names {len(names):,} files, but no model has more than {MAX_SHARDS:,}")
@@ -334,7 +334,7 @@ def _require_neighbors(path: Path, names: Sequence[str]) -> list[Path]:
                 continue
         missing.append(name)
     if missing:
-        listed_names = ", ".join(shorten(name, MAX_OF_NAME) for name in missing[:MAX_LISTED_NAMES])
+        listed_names = ", ".join(shorten(name, MAX_NAME_LENGTH) for name in missing[:MAX_LISTED_NAMES])
         if len(missing) > MAX_LISTED_NAMES:
             listed_names += ", ..."
         raise CheckpointError(

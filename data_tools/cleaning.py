@@ -26,7 +26,7 @@ _RATING = "rating:"  # beginning of DeepDanbooru's rating tags
 _SEVERAL_PEOPLE = re.compile("girls|boys")
 _LENGTHS = "long|short|medium"
 # kinds of tags: one person has at most one of each
-_OF_A_PERSON = (
+_PERSON_TAG_KINDS = (
     re.compile(rf"({_LENGTHS}) hair"),
     re.compile(rf"(?!({_LENGTHS}) )[\w-]+ hair"),
     re.compile("(bob|hime) cut"),
@@ -101,7 +101,7 @@ def clean_tags(text: str) -> str:
     tags = [remove_underscores(tag) for tag in split_tags(text, ",")]
     tags = [tag for tag in tags if not tag.startswith(_RATING)]
     if any(_SEVERAL_PEOPLE.search(tag) for tag in tags):
-        for kind in _OF_A_PERSON:
+        for kind in _PERSON_TAG_KINDS:
             tags_of_kind = {tag for tag in tags if kind.fullmatch(tag)}
             if len(tags_of_kind) > 1:  # such as two hair colors: unclear whose they are
                 tags = [tag for tag in tags if tag not in tags_of_kind]

@@ -14,9 +14,9 @@ from dataset import config_keys as forms
 from dataset.config_keys import MODES
 from dataset.forms.composing import (
     FORMAT_KEYS,
-    FORMAT_OF_SOURCE,
+    FORMAT_BY_SOURCE,
     KEYS,
-    KEYS_OF_SOURCE,
+    KEYS_BY_SOURCE,
     SHARED_CACHES,
     SOURCES,
     SOURCES_WITH_ADDRESSES,
@@ -46,7 +46,7 @@ TOP_LEVEL = ("general", "datasets")
 MAX_LISTED = 100  # maximum number of problems in a message
 KNOWN_KEYS = {*KEYS, *forms.OTHER_SPELLINGS, *SUBSET_KEYS, *OTHER_NAMES}  # of both dataset file layouts
 # keys that only tables with subsets have, and the end of the message if another table has the key
-KEYS_OF_SUBSETS = {
+SUBSET_KEY_REASONS = {
     name: "is a key of tables with [[datasets.subsets]] (docs/image_datasets.md), and there are none. Leave "
     "it out, or convert the file to that layout"
     for name, key in SUBSET_KEYS.items()
@@ -55,7 +55,7 @@ KEYS_OF_SUBSETS = {
 
 # A table of audio files is read as a table of clips with 25 black frames a second, which no network sees.
 # source key of audio files -> source key of clips
-VIDEO_KEY_OF_AUDIO_KEY = {"audio_directory": "video_directory", "audio_jsonl_file": "video_jsonl_file"}
+VIDEO_KEY_BY_AUDIO_KEY = {"audio_directory": "video_directory", "audio_jsonl_file": "video_jsonl_file"}
 # values of these tables that cannot be changed
 BLACK = {"resolution": [64, 64], "enable_bucket": False, "bucket_no_upscale": False, "source_fps": "auto"}
 # its defaults: 497 frames at 25 a second are the 20 seconds for which LTX-2 has positions
@@ -145,7 +145,7 @@ def _read_tables(path: Path, content: Table, errors: list[str]) -> tuple[Dataset
         errors=errors,
         misplaced_reasons=misplaced_reasons,
         other_spellings=forms.OTHER_SPELLINGS,
-        other_layout_reasons=KEYS_OF_SUBSETS,
+        other_layout_reasons=SUBSET_KEY_REASONS,
     )
     tables = []
     for index, entry in enumerate(entries):
@@ -509,7 +509,7 @@ def _read_table(
     if source_key is None:
         return None
     # the key that names images or clips; audio is read as clips, whose frames are black
-    media_key = VIDEO_KEY_OF_AUDIO_KEY.get(source_key, source_key)
+    media_key = VIDEO_KEY_BY_AUDIO_KEY.get(source_key, source_key)
     if media_key != source_key:
         entry = _audio_to_clips(entry, source_key, general)
     kind: Literal["image", "video"] = "image" if media_key.startswith("image") else "video"
@@ -520,7 +520,7 @@ def _read_table(
         errors=errors,
         misplaced_reasons=_find_misplaced_keys(media_key, kind),
         other_spellings=forms.OTHER_SPELLINGS,
-        other_layout_reasons=KEYS_OF_SUBSETS,
+        other_layout_reasons=SUBSET_KEY_REASONS,
     )
     validation_error = find_unused(entry) if entry.get("validation") else None
     if validation_error is not None:
@@ -530,11 +530,11 @@ def _read_table(
     if len(errors) > num_errors_before or forms.INVALID in values.values():
         return None
     fields = _make_fields(values, source_key, media_key)
-    conflict = _find_conflict(fields, source_key, FORMAT_OF_SOURCE[media_key])
+    conflict = _find_conflict(fields, source_key, FORMAT_BY_SOURCE[media_key])
     if conflict is not None:
         errors.append(f"{table_label}: {conflict}")
         return None
-    _complete_fields(fields, FORMAT_OF_SOURCE[media_key], f"{path}, {table_label}")
+    _complete_fields(fields, FORMAT_BY_SOURCE[media_key], f"{path}, {table_label}")
     return DatasetTable(path, index, kind, **fields)
 
 
@@ -546,7 +546,7 @@ def _make_fields(values: dict[str, Any], source_key: str, media_key: str) -> dic
         source_key: Key that names the source in the table.
         media_key: The same key, or for a table of audio files, the corresponding key for clips.
     """
-    source_format = FORMAT_OF_SOURCE[media_key]
+    source_format = FORMAT_BY_SOURCE[media_key]
     fields = {name: value for name, value in values.items() if name not in {*SOURCES, *FORMAT_KEYS}}
     fields |= {"directory": None, "is_audio_only": source_key != media_key, "format_keys": None}
     if source_format.keys is None:  # the source is a field, such as `directory`
@@ -566,7 +566,7 @@ def _find_source(entry: dict[str, Any], table_label: str, errors: list[str]) -> 
     """
     sources = [name for name in SOURCES if name in entry]
     if not sources:
-        sources = [name for name in VIDEO_KEY_OF_AUDIO_KEY if name in entry]
+        sources = [name for name in VIDEO_KEY_BY_AUDIO_KEY if name in entry]
     if len(sources) == 1:
         return sources[0]
     if sources:
@@ -591,11 +591,11 @@ def _find_misplaced_keys(source_key: str, kind: str) -> dict[str, str]:
     `kind` is "image" or "video".
     """
     misplaced_reasons = {}
-    for name in KEYS.keys() - KEYS_OF_SOURCE[source_key]:
+    for name in KEYS.keys() - KEYS_BY_SOURCE[source_key]:
         if name in SOURCES and kind in KEYS[name].kinds:
             continue  # two sources: reported by _find_source
         fitting_sources = []
-        for source, keys in KEYS_OF_SOURCE.items():
+        for source, keys in KEYS_BY_SOURCE.items():
             if name in keys and kind in KEYS[source].kinds:
                 fitting_sources.append(source)
         if fitting_sources:
@@ -619,7 +619,7 @@ def _audio_to_clips(entry: dict[str, Any], source_key: str, general: dict[str, A
     if "target_frames" in entry:  # the clips have these lengths, not the length of the file
         defaults.pop("frame_extraction", None)
     declared = {key: value for key, value in entry.items() if key != source_key and key not in forms.LENGTHS}
-    return {**defaults, **declared, **BLACK, VIDEO_KEY_OF_AUDIO_KEY[source_key]: entry[source_key]}
+    return {**defaults, **declared, **BLACK, VIDEO_KEY_BY_AUDIO_KEY[source_key]: entry[source_key]}
 
 
 def _complete_fields(fields: dict[str, Any], source_format: SourceFormat, table_label: str) -> None:

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 MAX_READ = 20_000  # caption files that are read only for a warning
 # bytes of a stem; the name of a cache adds span, size and family, and a temporary ending while it is written
-MAX_OF_STEM = 190
+MAX_STEM_BYTES = 190
 
 
 def find_sources(
@@ -126,11 +126,11 @@ def _check_stems(table: DatasetTable, sources: Sequence[MediaSource], faults: li
         elif first_source is not source:
             faults.append(Fault(shared_cache, f"{first_source.path} and {source.path}", source.stem))
         # fast path: no character takes more than four bytes, so that the name need not be encoded
-        if len(source.stem) * 4 <= MAX_OF_STEM:
+        if len(source.stem) * 4 <= MAX_STEM_BYTES:
             continue
         size_bytes = len(os.fsencode(source.stem))
-        if size_bytes > MAX_OF_STEM:
-            text = f"{source.path}: {size_bytes} bytes, at most {MAX_OF_STEM} leave room"
+        if size_bytes > MAX_STEM_BYTES:
+            text = f"{source.path}: {size_bytes} bytes, at most {MAX_STEM_BYTES} leave room"
             faults.append(Fault(too_long, text, source.stem))
 
 

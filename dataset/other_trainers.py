@@ -7,7 +7,7 @@ from modules.command import quote_command
 
 _A_FOLDER = "image_directory or video_directory"
 # key that only files of another trainer have -> name of the trainer, and how its keys are called here
-OF_OTHERS: Mapping[str, tuple[str, str]] = {
+OTHER_TRAINER_KEYS: Mapping[str, tuple[str, str]] = {
     "directory": (
         "diffusion-pipe",
         f"[[directory]] is [[datasets]], its path {_A_FOLDER}; resolutions is resolution, enable_ar_bucket "
@@ -50,8 +50,8 @@ def hint_of(content: Any) -> str:
             if isinstance(table, dict):
                 keys += [key for key in table if key not in AT_TOP]
     for key in keys:
-        if key in OF_OTHERS:
-            trainer, _ = OF_OTHERS[key]
+        if key in OTHER_TRAINER_KEYS:
+            trainer, _ = OTHER_TRAINER_KEYS[key]
             return f"It seems to be a file of {trainer}. {_translate(key)}"
     return ""
 
@@ -59,5 +59,5 @@ def hint_of(content: Any) -> str:
 def _translate(key: str) -> str:
     """Return the hint to write a new file, with this program's keys for another trainer's `key`."""
     command = quote_command(["python", "reelsmith.py", "new", "FOLDER"])
-    _, our_keys = OF_OTHERS[key]
+    _, our_keys = OTHER_TRAINER_KEYS[key]
     return f"Write a new file ({command} does it): {our_keys}."

@@ -211,7 +211,7 @@ class DatasetTable:
         forms.PATHS, kinds=VIDEO, of_some_forms=True, stale=NOTHING
     )
     keyframe_guide_extra_frame_idxs: tuple[int, ...] | None = key(
-        forms.FRAMES_OF_CLIP, kinds=VIDEO, stale=LEARNING, rank=9
+        forms.FRAME_INDICES, kinds=VIDEO, stale=LEARNING, rank=9
     )
     keyframe_guide_extra_strengths: tuple[float, ...] | None = key(
         forms.STRENGTHS, kinds=VIDEO, stale=LEARNING, rank=9

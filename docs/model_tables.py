@@ -27,8 +27,8 @@ from project.recipes.reading import list_shipped  # noqa: E402
 
 PAGE = ROOT / "docs" / "models.md"
 FIRST = "## Models and tasks"  # from here on
-FIRST_OF_RECIPES = "| recipe |"  # the last table of docs/recipes.md
-FIRST_OF_PROVEN = "## What has come"  # the end of docs/proven.md
+RECIPE_TABLE_HEAD = "| recipe |"  # the last table of docs/recipes.md
+PROVEN_HEADING = "## What has come"  # the end of docs/proven.md
 TOKENIZER = "its tokenizer"
 
 
@@ -45,15 +45,15 @@ def main() -> None:
         page.write_text(renew_family_tables(page.read_text(encoding="utf-8"), of_page), encoding="utf-8")
     page = PAGE.with_name("recipes.md")
     text = page.read_text(encoding="utf-8")
-    page.write_text(text[: text.index(FIRST_OF_RECIPES)] + recipe_table(), encoding="utf-8")
+    page.write_text(text[: text.index(RECIPE_TABLE_HEAD)] + recipe_table(), encoding="utf-8")
     page = PAGE.with_name("proven.md")
     text = page.read_text(encoding="utf-8")
-    page.write_text(text[: text.index(FIRST_OF_PROVEN)] + proven_part(), encoding="utf-8")
+    page.write_text(text[: text.index(PROVEN_HEADING)] + proven_part(), encoding="utf-8")
 
 
 def proven_part() -> str:
     """Return the end of docs/proven.md: the figures of the files in docs/proven."""
-    return f"{FIRST_OF_PROVEN}\n\n{make_proven_table(list_figures(PAGE.with_name('proven')))}"
+    return f"{PROVEN_HEADING}\n\n{make_proven_table(list_figures(PAGE.with_name('proven')))}"
 
 
 def recipe_table() -> str:

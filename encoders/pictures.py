@@ -187,7 +187,7 @@ def guidance_in(cond: Conditions, device: torch.device) -> Tensor | None:
     return send_ahead(guidance, device).float() if isinstance(guidance, Tensor) else None
 
 
-class ModelOfImages(OneTransformer):
+class ImageModelFamily(OneTransformer):
     """Base class of image model families."""
 
     moments: MomentsRules = NO_MOMENTS

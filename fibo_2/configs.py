@@ -19,7 +19,7 @@ RELEASE = ModelRelease(
 # block that reads the text
 BUNDLES = ((9, 20, 31), (5, 16, 27), (7, 18, 29), (9, 20, 31), (11, 22, 33), (13, 24, 35))
 STATES = tuple(sorted({layer for bundle in BUNDLES for layer in bundle}))  # each is cached once
-STATES_OF_BUNDLE = len(BUNDLES[0])
+STATES_PER_BUNDLE = len(BUNDLES[0])
 # places in STATES of each bundle's
 PLACES = tuple(tuple(STATES.index(layer) for layer in bundle) for bundle in BUNDLES)
 MAX_INJECTIONS = len(BUNDLES) - 1
@@ -42,7 +42,7 @@ class Fibo2Config(LuminaConfig):
     @property
     def state_dim(self) -> int:
         """Return the width of one of the language model's states."""
-        return self.text_dim // STATES_OF_BUNDLE
+        return self.text_dim // STATES_PER_BUNDLE
 
     @property
     def rotary_widths(self) -> tuple[int, int, int]:

@@ -14,7 +14,7 @@ from encoders.files import judge_distillation
 from fibo_2 import options as own
 from fibo_2.captions import NULL, find_caption_errors, write_caption, write_edit
 from fibo_2.configs import DIT, LATENT, NOISE, RELEASE, STATES
-from fibo_2.files import OF_SAMPLES, Fibo2Files
+from fibo_2.files import SAMPLE_DIT_OPTION, Fibo2Files
 from fibo_2.names import LORA
 from fibo_2.options import MASK, NAME, SIDE
 from fibo_2.texts import ENCODER_SETTINGS, KEY
@@ -48,11 +48,11 @@ MAX_REFERENCES = 4  # as released
 SHIFT_AT_FEW_TOKENS, SHIFT_AT_MANY_TOKENS = (256, 0.5), (4096, 1.15)
 PATCH = 2  # latent pixels along each side of a token, in the layout that noise is drawn in
 DEFAULTS = pictures.image_defaults(own.STEPS, own.GUIDANCE, SIDE, sized_by_references=True, extras=(MASK,))
-TURBO = replace(DEFAULTS, steps=own.STEPS_OF_TURBO, guidance_scale=own.GUIDANCE_OF_TURBO)
+TURBO = replace(DEFAULTS, steps=own.TURBO_STEPS, guidance_scale=own.TURBO_GUIDANCE)
 
 
 @dataclass(frozen=True)
-class Fibo2(pictures.ModelOfImages):
+class Fibo2(pictures.ImageModelFamily):
     """Description of Fibo 2.0 for one run, built by the `family_for_...` functions below."""
 
     files: Fibo2Files
@@ -63,7 +63,7 @@ class Fibo2(pictures.ModelOfImages):
     draws_latents: ClassVar[bool] = False
     few_steps: ClassVar = FewSteps("dev (briaai/Fibo-2.0-dev)", also="edit-turbo", adapter="")
     abilities: ClassVar = Abilities(
-        detects_few_steps=True, sampling_dit_option=OF_SAMPLES, adjusts_captions=True
+        detects_few_steps=True, sampling_dit_option=SAMPLE_DIT_OPTION, adjusts_captions=True
     )
     references: ReferenceRules | None = field(
         default=ReferenceRules(MAX_REFERENCES, seen_by_text=True, text_sees_vae_input=True), init=False
@@ -262,7 +262,7 @@ def family_for_samples(options: own.Fibo2TrainingOptions) -> Fibo2 | None:
     """
     if options.distilled_dit is None:
         return None
-    files = replace(_make_files(options), dit=options.distilled_dit, dit_option=OF_SAMPLES)
+    files = replace(_make_files(options), dit=options.distilled_dit, dit_option=SAMPLE_DIT_OPTION)
     files.dit_header()
     return Fibo2(files, options, samples_on_turbo=True)
 

@@ -25,7 +25,7 @@ from checkpoints.dits import DitFormat, DitHeader
 from checkpoints.model_files import inside, read_once
 from checkpoints.opening import Checkpoint, list_tensor_sources
 from encoders.language_encoder import LanguageEncoderSettings, LanguageModelEncoder, LanguageModelFiles
-from fibo_2.configs import MAX_INJECTIONS, STATES_OF_BUNDLE, Fibo2Config
+from fibo_2.configs import MAX_INJECTIONS, STATES_PER_BUNDLE, Fibo2Config
 from fibo_2.model import Fibo2Model
 from fibo_2.names import FIBO_2
 from fibo_2.options import NAME
@@ -36,7 +36,7 @@ from networks.names.layouts import joined_tensors, tensor_patterns
 from protocols.loading import TensorSource
 
 MODEL_KIND = f"a {NAME} transformer"
-DIT_OPTION, OF_SAMPLES = "--dit", "--distilled_dit"
+DIT_OPTION, SAMPLE_DIT_OPTION = "--dit", "--distilled_dit"
 FILES = "fibo2_dev_bf16.safetensors of Comfy-Org, or the folder transformer of briaai/Fibo-2.0-dev"
 IDENTIFYING_TENSOR = "perceiver.latent_queries"
 STACKED_QKV_WEIGHT = "layers.0.attention.qkv.weight"
@@ -89,7 +89,7 @@ def _read_config(shapes: DitShapes) -> Fibo2Config:
         and head_dim % 16 == 0
         and gist_dim == dim
         and max_gist % 8 == 0
-        and text_dim % STATES_OF_BUNDLE == 0
+        and text_dim % STATES_PER_BUNDLE == 0
         and len(injections) <= MAX_INJECTIONS
         and shapes.shape_of("layers.0.attention.to_q.weight") == (dim, dim)
     )
@@ -150,7 +150,7 @@ class Fibo2Files(LanguageModelFiles):
 
     def text_width(self) -> int:
         """Return the width of a bundle's text states, several layers side by side."""
-        return STATES_OF_BUNDLE * super().text_width()
+        return STATES_PER_BUNDLE * super().text_width()
 
     def load_vae(self, device: torch.device) -> Flux2Vae:
         """Load the VAE with the options for its dtype and tiles."""

@@ -7,13 +7,13 @@ from typing import Any
 from flux_2.options import Flux2VaeOptions
 from modules.errors import OptionError
 from modules.option_values import Placeholder
-from modules.options import FREE, OF_DECODING, Options, not_needed, of_request, option
+from modules.options import FREE, DECODING_SETTING, Options, not_needed, of_request, option
 from modules.speed_options import TextEncoderOptions, dit_dtype_option, fp8_text_option
 
 NAME = "Fibo 2.0"
 SIDE = 1024  # default width and height of images
 STEPS, GUIDANCE = 30, 5.0
-STEPS_OF_TURBO, GUIDANCE_OF_TURBO = 4, 1.0
+TURBO_STEPS, TURBO_GUIDANCE = 4, 1.0
 MASK = "mask_path"  # in `Request.extra`
 _VERSION = "dev and edit-turbo have the same tensors; --dit says which."
 
@@ -46,7 +46,7 @@ class Fibo2ModelOptions(Options, title=NAME):
 
     dit: Path | None = option("transformer checkpoint", facts=FREE, often=True)  # resume compares its name
     dit_dtype: str | None = dit_dtype_option()
-    vae: Flux2VaeOptions = option(facts={**FREE, **OF_DECODING})
+    vae: Flux2VaeOptions = option(facts={**FREE, **DECODING_SETTING})
     text: Fibo2TextOptions = option(facts=FREE)
     model_version = not_needed(_VERSION)
 
@@ -56,7 +56,7 @@ class Fibo2TrainingOptions(Fibo2ModelOptions, title=NAME):
 
     distilled_dit: Path | None = option(
         "transformer of edit-turbo, which generates samples instead of --dit, with the trained network: "
-        f"{STEPS_OF_TURBO} steps without guidance. Each of the two waits in host memory while the other one "
+        f"{TURBO_STEPS} steps without guidance. Each of the two waits in host memory while the other one "
         "works",
         facts=FREE,
     )
@@ -93,7 +93,7 @@ def generation_options(options: Fibo2TrainingOptions, sample: Mapping[str, Any])
     # the generation script recognizes Turbo only by the file's name, but --distilled_dit accepts any name:
     # so steps and guidance are given here, unless the sample sets its number of steps
     if options.distilled_dit is not None and not sample.get("steps"):
-        turbo = {"--infer_steps": STEPS_OF_TURBO, "--guidance_scale": GUIDANCE_OF_TURBO}
+        turbo = {"--infer_steps": TURBO_STEPS, "--guidance_scale": TURBO_GUIDANCE}
     return {
         "--dit": options.distilled_dit or options.dit or Placeholder("DIT_FILE"),
         **turbo,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from encoders import control_pictures
 from encoders.pictures import (
     GUIDANCE,
-    ModelOfImages,
+    ImageModelFamily,
     guidance_in,
     image_defaults,
     references_in,
@@ -72,7 +72,7 @@ CLIP_L_WIDTH = 768  # width of its pooled text
 
 
 @dataclass(frozen=True)
-class Flux(ModelOfImages):
+class Flux(ImageModelFamily):
     """Description of FLUX.1 or Chroma for one run, built by the `family_for_...` functions below.
 
     The transformer's file shows whether it is dev, schnell or Chroma.

@@ -14,7 +14,7 @@ from modules.options import (
     HABIT,
     IDENTITY,
     NO_PIXELS,
-    OF_DECODING,
+    DECODING_SETTING,
     Options,
     not_needed,
     option,
@@ -236,7 +236,7 @@ class FluxGenerationOptions(Options, title=NAME):
     )
     dit_dtype: str | None = dit_dtype_option()
     model_type: str = _model_type()
-    vae: VaeOptions = option(facts=OF_DECODING, settings=AE)
+    vae: VaeOptions = option(facts=DECODING_SETTING, settings=AE)
     text: FluxTextOptions
     controlnet: Path | None = option(
         "ControlNet of FLUX.1, which follows --control_image: a folder in diffusers' layout, its file, or "

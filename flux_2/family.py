@@ -49,7 +49,7 @@ ALONE, AMONG_SEVERAL = 2024**2, 1024**2
 
 
 @dataclass(frozen=True)
-class Flux2(pictures.ModelOfImages):
+class Flux2(pictures.ImageModelFamily):
     """Description of FLUX.2 for one run, built by the `family_for_...` functions below.
 
     Files do not distinguish klein from klein-base: --model_version does.

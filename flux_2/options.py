@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.option_values import Placeholder
-from modules.options import FREE, HABIT, IDENTITY, OF_DECODING, OF_REFERENCES, OF_REQUEST, Options, option
+from modules.options import FREE, HABIT, IDENTITY, DECODING_SETTING, REFERENCES_ONLY, REQUEST_SETTING, Options, option
 from modules.speed_options import TextEncoderOptions, VaeOptions, dit_dtype_option
 
 NAME = "FLUX.2"
@@ -66,10 +66,10 @@ class Flux2GenerationOptions(Options, title=NAME):
 
     dit: Path | None = option("transformer checkpoint", often=True)
     dit_dtype: str | None = dit_dtype_option()
-    vae: Flux2VaeOptions = option(facts=OF_DECODING)
+    vae: Flux2VaeOptions = option(facts=DECODING_SETTING)
     text: Flux2TextOptions
     model_version: str = _version()
-    no_resize_control: bool = option(_OWN_SIZE, facts={**OF_REQUEST, **OF_REFERENCES})
+    no_resize_control: bool = option(_OWN_SIZE, facts={**REQUEST_SETTING, **REFERENCES_ONLY})
 
 
 def caching_options(options: Flux2TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -78,8 +78,8 @@ QWEN3_8B_USE = replace(
 # default guidance: an input of dev; with klein-base, classifier-free guidance by a second pass
 GUIDANCE = 4.0
 _HUB = "https://huggingface.co/black-forest-labs/{}/blob/main/LICENSE.md"
-_OF_DEV = ("FLUX [dev] Non-Commercial License", "other", _HUB.format("FLUX.2-dev"))
-_OF_9B = ("FLUX Non-Commercial License", "other", _HUB.format("FLUX.2-klein-9B"))
+_DEV_LICENSE = ("FLUX [dev] Non-Commercial License", "other", _HUB.format("FLUX.2-dev"))
+_KLEIN_9B_LICENSE = ("FLUX Non-Commercial License", "other", _HUB.format("FLUX.2-klein-9B"))
 _APACHE = ("Apache-2.0", "apache-2.0", "https://www.apache.org/licenses/LICENSE-2.0")
 
 
@@ -107,7 +107,7 @@ DEV = Flux2Version(
     name="flux_2_dev",
     architecture="Flux.2-dev",
     encoder_settings=MISTRAL_USE,
-    release=_release("FLUX.2-dev", _OF_DEV),
+    release=_release("FLUX.2-dev", _DEV_LICENSE),
     defaults=image_defaults(50, 1.0, 1024, embedded_guidance=GUIDANCE),
     dim=6144,
     text_dim=15360,
@@ -130,7 +130,7 @@ KLEIN_9B = replace(
     name="flux_2_klein_9b",
     architecture="Flux.2-klein-9b",
     encoder_settings=QWEN3_8B_USE,
-    release=_release("FLUX.2-klein-9B", _OF_9B),
+    release=_release("FLUX.2-klein-9B", _KLEIN_9B_LICENSE),
     dim=4096,
     text_dim=12288,
 )
@@ -143,7 +143,7 @@ VERSIONS = {
     "klein-9b": KLEIN_9B,
     "klein-base-9b": replace(
         KLEIN_9B,
-        release=_release("FLUX.2-klein-base-9B", _OF_9B),
+        release=_release("FLUX.2-klein-base-9B", _KLEIN_9B_LICENSE),
         defaults=BASE,
         is_distilled=False,
     ),

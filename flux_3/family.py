@@ -45,12 +45,12 @@ BASE = pictures.image_defaults(
     flux_3_options.STEPS, flux_3_options.GUIDANCE, SIDE, flow_shift=SHIFT, sized_by_references=True
 )
 DISTILLED = replace(
-    BASE, steps=flux_3_options.STEPS_OF_DISTILLED, guidance_scale=flux_3_options.GUIDANCE_OF_DISTILLED
+    BASE, steps=flux_3_options.DISTILLED_STEPS, guidance_scale=flux_3_options.DISTILLED_GUIDANCE
 )
 
 
 @dataclass(frozen=True)
-class Flux3(pictures.ModelOfImages):
+class Flux3(pictures.ImageModelFamily):
     """Description of FLUX 3 for one run, built by the `family_for_...` functions below."""
 
     files: Flux3Files
@@ -192,7 +192,7 @@ class Flux3(pictures.ModelOfImages):
                 "the mean velocity of each step, which only Euler's method uses unchanged. Pass "
                 "--sample_solver vanilla, or omit it"
             )
-        if request.guidance_scale in (None, flux_3_options.GUIDANCE_OF_DISTILLED):
+        if request.guidance_scale in (None, flux_3_options.DISTILLED_GUIDANCE):
             return request
         logger.warning(
             "the guidance scale %g is ignored: %s is distilled, so its guidance is built in",

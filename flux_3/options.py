@@ -7,14 +7,14 @@ from typing import Any
 from flux_2.options import Flux2VaeOptions
 from modules.errors import OptionError
 from modules.option_values import Placeholder
-from modules.options import FREE, OF_DECODING, Options, not_needed, option
+from modules.options import FREE, DECODING_SETTING, Options, not_needed, option
 from modules.speed_options import TextEncoderOptions, dit_dtype_option, fp8_text_option
 
 NAME = "FLUX 3"
 SIDE = 1024  # default width and height of images
 SHIFT = 6.93  # shift of the noise levels, for all sizes and both models. Source: the released code
 STEPS, GUIDANCE = 50, 3.5
-STEPS_OF_DISTILLED, GUIDANCE_OF_DISTILLED = 16, 1.0
+DISTILLED_STEPS, DISTILLED_GUIDANCE = 16, 1.0
 _VERSION = "the tensors of the transformer show whether it is base or distilled."
 
 
@@ -50,7 +50,7 @@ class Flux3TrainingOptions(Options, title=NAME):
     text: Flux3TextOptions = option(facts=FREE)
     distilled_dit: Path | None = option(
         "distilled transformer, which generates samples instead of --dit, with the trained network: "
-        f"{STEPS_OF_DISTILLED} steps without guidance. Each of the two waits in host memory while the other "
+        f"{DISTILLED_STEPS} steps without guidance. Each of the two waits in host memory while the other "
         "one works",
         facts=FREE,
     )
@@ -69,7 +69,7 @@ class Flux3GenerationOptions(Options, title=NAME):
 
     dit: Path | None = option("transformer checkpoint, of base or distilled", often=True)
     dit_dtype: str | None = dit_dtype_option()
-    vae: Flux2VaeOptions = option(facts=OF_DECODING)
+    vae: Flux2VaeOptions = option(facts=DECODING_SETTING)
     text: Flux3TextOptions
     model_version = not_needed(_VERSION)
 

@@ -18,7 +18,7 @@ from modules.media.reading import image_size, read_image, resize_frame
 
 MAX_PIXELS, MAX_SIDE = 4 * 1024 * 1024, 4096  # limits of a canvas
 MIN_SIDE = 64
-AREA_OF_SEVERAL = 1024 * 1024  # pixels of each of several references
+MULTI_REFERENCE_AREA = 1024 * 1024  # pixels of each of several references
 SHRINKING = 0.995  # by which an image is reduced until its canvas fits
 
 
@@ -83,9 +83,9 @@ def fit_one_of_several(path: Path, step: int) -> Fit:
 
     Raises MediaError if its size cannot be read.
     """
-    return fit_within(image_size(path), AREA_OF_SEVERAL, step)
+    return fit_within(image_size(path), MULTI_REFERENCE_AREA, step)
 
 
 def read_one_of_several(path: Path, step: int) -> Tensor:
     """Read one of several reference images, 1 1 H W 3 uint8, at the size for several."""
-    return read_reference(path, AREA_OF_SEVERAL, step)
+    return read_reference(path, MULTI_REFERENCE_AREA, step)

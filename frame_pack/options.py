@@ -18,7 +18,7 @@ from hunyuan_model.options import (
 )
 from modules.errors import OptionError
 from modules.option_values import Placeholder
-from modules.options import FREE, HABIT, OF_DECODING, OF_REQUEST, Options, of_request, option
+from modules.options import FREE, HABIT, DECODING_SETTING, REQUEST_SETTING, Options, of_request, option
 
 SEPARATOR = ";;;"
 _SECTION_RANGE = re.compile(r"(-?[0-9]+)(?:-([0-9]+))?")
@@ -180,15 +180,15 @@ class FramePackGenerationOptions(Options, title="FramePack"):
     text: HunyuanTextOptions
     image_encoder: Path | None = option(_IMAGE_ENCODER, often=True)
     latent_window_size: int = option(
-        f"latent frames of a section; default {WINDOW}", facts=OF_REQUEST, **_WINDOW
+        f"latent frames of a section; default {WINDOW}", facts=REQUEST_SETTING, **_WINDOW
     )
-    bulk_decode: bool = option(_BULK, facts=OF_DECODING)
-    f1: bool = option("generate the video as FramePack-F1 does, in playing order", facts=OF_REQUEST, flags=F1)
+    bulk_decode: bool = option(_BULK, facts=DECODING_SETTING)
+    f1: bool = option("generate the video as FramePack-F1 does, in playing order", facts=REQUEST_SETTING, flags=F1)
     video: FramePackVideoOptions
     one_frame_auto_resize: bool = option(
         "with --one_frame_inference: the pixel count of --video_size in the aspect ratio of the first "
         "control image, or of the start image if there is none",
-        facts=OF_REQUEST,
+        facts=REQUEST_SETTING,
     )
     latent_paddings: str | None = option(
         "distance of each section to the start image, last section first: 3,2,1,0"

@@ -31,10 +31,10 @@ from modules.command import name_as_typed
 from modules.errors import OptionError
 from modules.options import (
     NO_PIXELS,
-    OF_DECODING,
-    OF_REFERENCES,
-    OF_REQUEST,
-    OF_TYPING,
+    DECODING_SETTING,
+    REFERENCES_ONLY,
+    REQUEST_SETTING,
+    NOT_COMPARED,
     Options,
     info_of,
     list_given_with,
@@ -46,7 +46,7 @@ from modules.options import (
 from modules.parser import Parser, add_options, reject_unsupported, typed_names
 from modules.paths import path_exists
 from modules.script_options import read_command_line
-from modules.speed_options import IN_PLACE_OF_SCALED, TO_OTHER_FORMS
+from modules.speed_options import EXCLUDES_FP8_SCALED, TO_OTHER_FORMS
 from networks.use_options import (
     LoraOptions,
     LoraPatternOptions,
@@ -65,13 +65,13 @@ class ExpertOptions(Options, title="two experts"):
         "LoRA files for --dit_high_noise; those of --lora_weight are for --dit. --include_patterns and "
         "--exclude_patterns count over both: first the files of --lora_weight, then these",
         place="there",
-        facts=OF_REQUEST,
+        facts=REQUEST_SETTING,
     )
     lora_multiplier_high_noise: tuple[float, ...] = option(
         "strength of each file of --lora_weight_high_noise; missing ones are 1",
         default=(1.0,),
         ignored_without="lora_weight_high_noise",
-        facts=OF_REQUEST,
+        facts=REQUEST_SETTING,
     )
     offload_inactive_dit: bool = option(
         "keep the idle expert in host memory, even if the device has room for both",
@@ -102,7 +102,7 @@ class PostOptions(Options, title="tools for finished videos"):
         action="append",
         nargs=None,
         metavar="TOOL ...",
-        facts=OF_DECODING,
+        facts=DECODING_SETTING,
     )
 
     def __post_init__(self) -> None:
@@ -134,9 +134,9 @@ ALWAYS_RECORDED = frozenset({"sample_solver", "guidance_rescale"})  # by the kno
 class GenerationOptions(Options, title="run"):
     """All shared options of a generation script."""
 
-    request: RequestOptions = option(facts=OF_REQUEST)
+    request: RequestOptions = option(facts=REQUEST_SETTING)
     scheduler: str | None = option(
-        "another spelling of --sample_solver", title="what to make", facts=OF_REQUEST
+        "another spelling of --sample_solver", title="what to make", facts=REQUEST_SETTING
     )
     prompts: PromptOptions
     rewriting: PromptRewriteOptions
@@ -166,14 +166,14 @@ class GenerationOptions(Options, title="run"):
         excludes=("from_file", "interactive"),
         hint="--latent_path only decodes",
     )
-    device: str | None = option("cuda, cuda:1, mps or cpu; default: the best available", facts=OF_REQUEST)
+    device: str | None = option("cuda, cuda:1, mps or cpu; default: the best available", facts=REQUEST_SETTING)
     cpu_noise: bool = option("draw the noise on the CPU, so that it is the same on every machine")
     split_uncond: bool = option("run the guidance passes one after the other, which takes less memory")
     output: OutputOptions = option(facts=NO_PIXELS)
     post: PostOptions
     preview: PreviewOptions = option(facts=NO_PIXELS)
     sheet: SheetOptions = option(facts=NO_PIXELS)
-    lora: LoraOptions = option(facts=OF_REQUEST, title="LoRA", defaults={"lora_multiplier": 1.0})
+    lora: LoraOptions = option(facts=REQUEST_SETTING, title="LoRA", defaults={"lora_multiplier": 1.0})
     lora_patterns: LoraPatternOptions = option(title="LoRA")
     lora_rounding: str = lora_rounding_option(title="LoRA")
     lycoris = not_needed("LoHa and LoKr files are recognized automatically")
@@ -190,7 +190,7 @@ class GenerationOptions(Options, title="run"):
     )
     experts: ExpertOptions
     speed: GenerationSpeedOptions
-    optimized: bool = option(OPTIMIZED, title="preset", facts=OF_REQUEST, often=True)
+    optimized: bool = option(OPTIMIZED, title="preset", facts=REQUEST_SETTING, often=True)
     step_cache: StepCacheOptions
     # no options:
     # --interactive: the options of a line apply to later ones
@@ -203,7 +203,7 @@ class GenerationOptions(Options, title="run"):
     # options given that do nothing without reference images
     typed_reference_options: tuple[str, ...] = option(default=(), facts=NO_PIXELS)
     # arguments of the options that are typed, with their usual values too
-    typed_options: frozenset[str] = option(default=frozenset(), facts={**NO_PIXELS, **OF_TYPING})
+    typed_options: frozenset[str] = option(default=frozenset(), facts={**NO_PIXELS, **NOT_COMPARED})
 
     @property
     def splits_guidance(self) -> bool:
@@ -373,14 +373,14 @@ def read_generation(
     recorded_names = _select_recorded(parser, args, info)
     # options that do nothing without an image to edit, by the marks in their declarations
     reference_options: tuple[str, ...] = ()
-    if any(option_info.items() >= OF_REFERENCES.items() for option_info in info.values()):
-        reference_options = list_given_with(family_options, OF_REFERENCES)
+    if any(option_info.items() >= REFERENCES_ONLY.items() for option_info in info.values()):
+        reference_options = list_given_with(family_options, REFERENCES_ONLY)
     options = replace(
         options,
         settings={name: value for name, value in values.items() if name in recorded_names},
         # options that only change how latents are decoded, likewise
         decoding_options=frozenset(
-            name for name, option_info in info.items() if option_info.items() >= OF_DECODING.items()
+            name for name, option_info in info.items() if option_info.items() >= DECODING_SETTING.items()
         ),
         typed_reference_options=reference_options,
         # a --save_path with a file name is split into folder and name
@@ -474,7 +474,7 @@ def fill_arguments(parser: Parser, args: argparse.Namespace) -> argparse.Namespa
 
 def _apply_preset(args: argparse.Namespace) -> None:
     """Set the options of the --optimized preset, except typed options and those that conflict with them."""
-    typed_quantisations = IN_PLACE_OF_SCALED & args.typed_options
+    typed_quantisations = EXCLUDES_FP8_SCALED & args.typed_options
     not_by_preset = (args.preset.keys() & args.typed_options) | typed_quantisations
     if typed_quantisations:
         not_by_preset.add("fp8_scaled")

@@ -215,7 +215,7 @@ NAMED_OPTIONS: Mapping[str, LineOption] = {
 
 
 # options of the lines of all generation scripts, by name and by letter
-OF_ALL_SCRIPTS: Mapping[str, LineOption] = {
+ALL_LINE_OPTIONS: Mapping[str, LineOption] = {
     # a letter may have different meanings; `option.key` keeps all names
     **{option.key: option for option in SECTIONED_GENERATION_OPTIONS.values()},
     **SECTIONED_GENERATION_OPTIONS,
@@ -232,7 +232,7 @@ def find_option(word: str, options: Mapping[str, LineOption]) -> LineOption | No
     by_name = {**NAMED_OPTIONS, **{option.key: option for option in options.values()}}
     name = word.lower().replace("-", "_")
     # do not guess another name for an option of other scripts' lines: seconds would be taken for frames
-    if name not in by_name and any(name == option.key for option in OF_ALL_SCRIPTS.values()):
+    if name not in by_name and any(name == option.key for option in ALL_LINE_OPTIONS.values()):
         return None
     key = key_of(word, by_name)
     return None if key is None else by_name[key]
@@ -383,7 +383,7 @@ def parse_option_line(
         text = text.strip()
         option = find(name)
         if option is None:
-            is_of_other_script = find_option(name, OF_ALL_SCRIPTS) is not None
+            is_of_other_script = find_option(name, ALL_LINE_OPTIONS) is not None
             hint = unsupported_hint if is_of_other_script else suggest(name, options, usable_names())
             _warn_of_unknown_option(displayed_line, name_and_value, hint)
             continue

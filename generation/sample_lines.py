@@ -48,7 +48,7 @@ def _match_leading(pattern: str, text: str) -> str:
 
 
 # settings of single models, which arrive in `Request.extra`
-OF_SOME_MODELS: Mapping[str, prompt_lines.LineOption] = {
+MODEL_SPECIFIC_OPTIONS: Mapping[str, prompt_lines.LineOption] = {
     "of": prompt_lines.LineOption("one_frame", prompt_lines.read_name),
     "v": prompt_lines.LineOption("reference_video", prompt_lines.read_path),
     "ctr": prompt_lines.LineOption("cfg_trunc_ratio", _read_leading_number),
@@ -102,7 +102,7 @@ SAMPLE_OPTIONS: Mapping[str, prompt_lines.LineOption] = {
     "cs": prompt_lines.LineOption("cfg_schedule", str, prompt_lines.NO_TEXT),
     "p2": prompt_lines.LineOption("prompt_2", str, prompt_lines.NO_TEXT),
     "fps": prompt_lines.NAMED_OPTIONS["fps"],
-    **OF_SOME_MODELS,
+    **MODEL_SPECIFIC_OPTIONS,
 }
 
 
@@ -114,7 +114,7 @@ _CHARACTERS = {
         **prompt_lines.EMBEDDED_GENERATION_OPTIONS,
         **prompt_lines.REFERENCES,
     }.items()
-    if letter in SAMPLE_OPTIONS and letter not in OF_SOME_MODELS
+    if letter in SAMPLE_OPTIONS and letter not in MODEL_SPECIFIC_OPTIONS
 }
 
 

@@ -12,7 +12,7 @@ from modules.errors import OptionError
 from modules.media.lengths import DEFAULT_LENGTHS, ClipLengths
 from modules.media.options import FormatOptions
 from modules.option_values import HEIGHT_WIDTH, check_path
-from modules.options import NO_PIXELS, OF_DECODING, SETTING, WRITES, Options, option
+from modules.options import NO_PIXELS, DECODING_SETTING, SETTING, WRITES, Options, option
 from modules.output_files import check_place
 
 MEDIA = ("image_path", "end_image_path", "control_path", "control_image_path")
@@ -89,7 +89,7 @@ WRITABLE_SUFFIXES = {".mp4", ".mkv", ".png", ".wav"}
 _IMAGE_SUFFIXES = {".gif", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tif", ".tiff"}
 _AUDIO_SUFFIXES = {".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac"}
 _MORE_SUFFIXES = {".mov", ".webm", ".avi", ".m4v", ".safetensors"}
-OF_RESULTS = WRITABLE_SUFFIXES | _IMAGE_SUFFIXES | _AUDIO_SUFFIXES | _MORE_SUFFIXES
+RESULT_SUFFIXES = WRITABLE_SUFFIXES | _IMAGE_SUFFIXES | _AUDIO_SUFFIXES | _MORE_SUFFIXES
 
 
 class OutputOptions(Options, title="output"):
@@ -106,7 +106,7 @@ class OutputOptions(Options, title="output"):
         "number of frames to cut off the end, e.g. 3 frames that an end image has degraded",
         default=0,
         minimum=0,
-        facts=OF_DECODING,
+        facts=DECODING_SETTING,
     )
     no_progressive_save: bool = option(
         "do not write NAME_progress.mp4, a preview updated after each section and removed when the video is "
@@ -182,7 +182,7 @@ class OutputOptions(Options, title="output"):
     @property
     def names_file(self) -> bool:
         """Whether --save_path is a file: it has the suffix of an output file and is not a folder."""
-        return self.save_path.suffix.lower() in OF_RESULTS and not self.save_path.is_dir()
+        return self.save_path.suffix.lower() in RESULT_SUFFIXES and not self.save_path.is_dir()
 
     def in_folder(self) -> "OutputOptions":
         """Return the options with a --save_path that is a file split into its folder and its name."""
@@ -247,7 +247,7 @@ def as_typed(preset: Mapping[str, Any], name: str) -> str:
 
 NO_VIDEOS = "this script makes pictures, and a picture has one frame. Omit it"
 # what a script of images refuses
-OF_VIDEOS = ("video_length", "fps", "trim_tail_frames", "save_last_frame", "keep_pngs", "codec", "container")
+VIDEO_ONLY_OPTIONS = ("video_length", "fps", "trim_tail_frames", "save_last_frame", "keep_pngs", "codec", "container")
 EXPERTS = ("lora_weight_high_noise", "lora_multiplier_high_noise", "offload_inactive_dit", "lazy_loading")
 OPTIMIZED = (
     "faster settings: {}; options that you pass take precedence, and unsupported ones are skipped with a "
@@ -325,7 +325,7 @@ class ScriptDefaults:
     def declared(self) -> dict[str, Any]:
         """Return this script's changes to `GenerationOptions`, as keyword arguments of `add_options`."""
         source = self.source.declared()
-        rejected_videos = dict.fromkeys(OF_VIDEOS, NO_VIDEOS) if self.pictures else {}
+        rejected_videos = dict.fromkeys(VIDEO_ONLY_OPTIONS, NO_VIDEOS) if self.pictures else {}
         return {
             "without": {*source["without"], *self._list_absent()},
             "defaults": {**self._list_defaults(), **source["defaults"]},

@@ -251,7 +251,7 @@ class _Pen:
         self.draw.text((left + 2, top + 2), line, "black", self.font)
 
 
-MAX_CELL_SIDE_OF_SHEET = 512  # pixels: the longer side of a clip in a sheet, if there is room
+MAX_SHEET_CELL_SIDE = 512  # pixels: the longer side of a clip in a sheet, if there is room
 MAX_TITLE_LENGTH = 300  # characters
 
 CellIndex = tuple[int, int]  # column, row
@@ -344,7 +344,7 @@ def _make_grid(axes: Sequence[Axis], paths: Mapping[CellIndex, Path], prompt: st
         rows=tuple(rows),
         title="" if has_prompts else shorten_prompt(prompt, MAX_TITLE_LENGTH),
         # small enough that all rows and their labels fit
-        max_cell_side=min(MAX_CELL_SIDE_OF_SHEET, MAX_VIDEO_HEIGHT // num_rows - TEXT_HEIGHT),
+        max_cell_side=min(MAX_SHEET_CELL_SIDE, MAX_VIDEO_HEIGHT // num_rows - TEXT_HEIGHT),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from encoders.pictures import ModelOfImages, image_defaults
+from encoders.pictures import ImageModelFamily, image_defaults
 from hunyuan_image.configs import DIT, HUNYUAN_IMAGE, LATENT, NOISE
 from hunyuan_image.files import HunyuanImageFiles
 from hunyuan_image.names import LORA
@@ -58,7 +58,7 @@ APG_SCALE, APG_MOMENTUM, APG_NORM = 10.0, -0.5, 10.0
 
 
 @dataclass(frozen=True)
-class HunyuanImage(ModelOfImages):
+class HunyuanImage(ImageModelFamily):
     """Description of HunyuanImage-2.1 for one run, built by the `family_for_...` functions below."""
 
     files: HunyuanImageFiles

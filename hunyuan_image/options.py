@@ -8,7 +8,7 @@ from typing import Any
 
 from modules.errors import OptionError
 from modules.option_values import Placeholder
-from modules.options import FREE, NO_PIXELS, OF_DECODING, Options, option
+from modules.options import FREE, NO_PIXELS, DECODING_SETTING, Options, option
 from modules.parser import typed_names
 from modules.speed_options import (
     GENERATION_VALUES,
@@ -33,7 +33,7 @@ class HunyuanImageVaeOptions(Options):
     """Path of the VAE and how it runs."""
 
     file: VaeOptions = option(
-        facts=OF_DECODING,
+        facts=DECODING_SETTING,
         settings={"vae_tiling": {"help": f"encode and decode in tiles of {TILE} pixels: less memory"}},
     )
     vae_chunk_size: int | None = option(

@@ -7,7 +7,7 @@ from typing import Any
 
 from modules.errors import OptionError
 from modules.option_values import Placeholder
-from modules.options import FREE, HABIT, NO_PIXELS, OF_DECODING, Options, option
+from modules.options import FREE, HABIT, NO_PIXELS, DECODING_SETTING, Options, option
 from modules.speed_options import VAE_TILE, VaeOptions, dit_dtype_option, fp8_text_option, text_form_option
 
 # default of --hidden_state_skip_layer: layers of the language model after the state used in training
@@ -28,7 +28,7 @@ REPRODUCE = "use only deterministic algorithms: slower, but every run gives the 
 class HunyuanVaeOptions(Options):
     """Path of the VAE and how it runs."""
 
-    file: VaeOptions = option(facts=OF_DECODING)
+    file: VaeOptions = option(facts=DECODING_SETTING)
     vae_chunk_size: int | None = option(
         "number of frames that a layer of the VAE computes at a time; fewer take less memory",
         minimum=1,

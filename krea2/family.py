@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 TEXTS_AGAIN, LATENTS_AGAIN = "krea2_cache_text_encoder_outputs.py", "krea2_cache_latents.py"
 DEFAULTS = pictures.image_defaults(28, 5.5, SIDE, extras=tuple(EXTRAS))
-TURBO = replace(DEFAULTS, steps=own.STEPS_OF_TURBO, guidance_scale=own.GUIDANCE_OF_TURBO)
+TURBO = replace(DEFAULTS, steps=own.TURBO_STEPS, guidance_scale=own.TURBO_GUIDANCE)
 FEW_TOKENS, MANY_TOKENS = 256, 6400  # numbers of image tokens for which mu is defined
 
 
@@ -73,7 +73,7 @@ def _warn_of_unused_mu(mu_values: Mapping[str, float]) -> None:
 
 
 @dataclass(frozen=True)
-class Krea2(pictures.ModelOfImages):
+class Krea2(pictures.ImageModelFamily):
     """Description of Krea 2 for one run, built by the `family_for_...` functions below."""
 
     files: Krea2Files
@@ -265,8 +265,8 @@ class Krea2(pictures.ModelOfImages):
         if "mu" in mu_values:
             return math.exp(mu_values["mu"])
         if self.is_turbo and not mu_values:
-            return math.exp(own.MU_OF_TURBO)
-        few, many = mu_values.get("y1", own.MU_OF_FEW), mu_values.get("y2", own.MU_OF_MANY)
+            return math.exp(own.TURBO_MU)
+        few, many = mu_values.get("y1", own.FEW_TOKENS_MU), mu_values.get("y2", own.MANY_TOKENS_MU)
         tokens = count_image_tokens(LATENT.shape(1, height, width))
         return size_shift(tokens, (FEW_TOKENS, few), (MANY_TOKENS, many))
 

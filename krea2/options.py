@@ -12,8 +12,8 @@ from modules.option_values import Placeholder
 from modules.options import (
     FREE,
     HABIT,
-    OF_REFERENCES,
-    OF_REQUEST,
+    REFERENCES_ONLY,
+    REQUEST_SETTING,
     Options,
     not_needed,
     of_request,
@@ -32,7 +32,7 @@ SIDE = 1024  # default width and height of images
 MAX_SIDE = 16384
 MAX_MU = 20.0  # e^20: all steps at pure noise
 # mu of the noise levels at 256 and at 6400 tokens; Turbo's at all sizes. Source: the released code
-MU_OF_FEW, MU_OF_MANY, MU_OF_TURBO = 0.5, 1.15, 1.15
+FEW_TOKENS_MU, MANY_TOKENS_MU, TURBO_MU = 0.5, 1.15, 1.15
 _EDIT = "edits: control images of the dataset are references, which the text encoder reads too"
 _MATCH = (
     "reduce references to at most the pixel count of the generated image, keeping their aspect ratio; "
@@ -47,7 +47,7 @@ REPLACED = {
     "mu": ("flow_shift", "y1", "y2"),
     **dict.fromkeys(("y1", "y2"), ("flow_shift", "mu")),
 }
-STEPS_OF_TURBO, GUIDANCE_OF_TURBO = 8, 1.0
+TURBO_STEPS, TURBO_GUIDANCE = 8, 1.0
 _VAE: Mapping[str, Any] = {"vae": {"help": "Qwen-Image's VAE: file or folder"}}
 
 
@@ -128,31 +128,31 @@ class Krea2GenerationOptions(Krea2ModelOptions, title=NAME):
         default=SIDE,
         minimum=16,
         maximum=MAX_SIDE,
-        facts=OF_REQUEST,
+        facts=REQUEST_SETTING,
     )
     height: int | None = option(
-        "height in pixels", default=SIDE, minimum=16, maximum=MAX_SIDE, facts=OF_REQUEST
+        "height in pixels", default=SIDE, minimum=16, maximum=MAX_SIDE, facts=REQUEST_SETTING
     )
     mu: float | None = option(
         "how far the noise levels are shifted, as the exponent of --flow_shift (--mu in a prompt line); "
-        f"default: {MU_OF_TURBO} for Turbo, else by the size",
+        f"default: {TURBO_MU} for Turbo, else by the size",
         facts=of_request("mu"),
     )
     y1: float | None = option(
         "mu of an image of 256 tokens, 256 x 256 pixels (--y1 in a prompt line); it grows evenly to --y2",
-        default=MU_OF_FEW,
+        default=FEW_TOKENS_MU,
         facts=of_request("y1"),
     )
     y2: float | None = option(
         "mu of an image of 6400 tokens, 1280 x 1280 pixels (--y2 in a prompt line)",
-        default=MU_OF_MANY,
+        default=MANY_TOKENS_MU,
         facts=of_request("y2"),
     )
     kv_cache: bool = option(
         f"{_ALONE}, for LoRAs of edits that were trained with --kv_cache",
-        facts={**OF_REQUEST, **OF_REFERENCES},
+        facts={**REQUEST_SETTING, **REFERENCES_ONLY},
     )
-    match_target_res: bool = option(_MATCH, facts={**OF_REQUEST, **OF_REFERENCES})
+    match_target_res: bool = option(_MATCH, facts={**REQUEST_SETTING, **REFERENCES_ONLY})
     edit = not_needed("--control_image_path alone makes it an edit.")
 
     def __post_init__(self) -> None:
@@ -241,10 +241,10 @@ def generation_options(options: Krea2TrainingOptions, sample: Mapping[str, Any])
     levels = {f"--{name}": extra[name] for name in EXTRAS if name in extra}
     turbo: dict[str, Any] = {}
     if options.turbo_dit is not None:
-        levels = levels or {"--mu": MU_OF_TURBO}
+        levels = levels or {"--mu": TURBO_MU}
         # stated because the file's name may not say Turbo; a sample's own number of steps takes precedence
         if not sample.get("steps"):
-            turbo = {"--steps": STEPS_OF_TURBO, "--guidance_scale": GUIDANCE_OF_TURBO}
+            turbo = {"--steps": TURBO_STEPS, "--guidance_scale": TURBO_GUIDANCE}
     return {
         "--dit": options.turbo_dit or options.dit or Placeholder("DIT_FILE"),
         **levels,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ltx_2.model_options import AUDIO, VIDEO
-from modules.options import FREE, HABIT, OF_REQUEST, OF_SAMPLES, Options, of_request, option
+from modules.options import FREE, HABIT, REQUEST_SETTING, SAMPLES_ONLY, Options, of_request, option
 
 NEGATIVE_POSITIONS = "audio_ref_use_negative_positions"  # option, and key in the metadata of LoRAs
 IDENTITY_SCALE = "audio_ref_identity_guidance_scale"
@@ -91,7 +91,7 @@ class Ltx2AudioReferences(Options, title="audio references"):
         name=("audio_ref_mask_reference_from_text_attention"),
         facts=HABIT,
     )
-    identity_scale: float = _identity({**FREE, **OF_SAMPLES})
+    identity_scale: float = _identity({**FREE, **SAMPLES_ONLY})
 
 
 class Ltx2GivenAudioReference(Options, title="audio references"):
@@ -110,4 +110,4 @@ class Ltx2GivenAudioReference(Options, title="audio references"):
         None,
         name=NEGATIVE_POSITIONS,
     )
-    identity_scale: float = _identity(OF_REQUEST)
+    identity_scale: float = _identity(REQUEST_SETTING)

@@ -8,7 +8,7 @@ from typing import Any
 from checkpoints.dialects import DitShapes, Names, join_parts, joined_shapes, make_wrong_kind_error
 from checkpoints.dits import DitFormat, DitHeader
 from checkpoints.opening import Checkpoint, list_tensor_sources
-from ltx_2.configs import AUDIO, LATENT, OF_AUDIO, OF_VIDEO, VIDEO, LtxConfig, Modality, StreamConfig
+from ltx_2.configs import AUDIO, LATENT, AUDIO_TENSOR_PATTERNS, VIDEO_TENSOR_PATTERNS, VIDEO, LtxConfig, Modality, StreamConfig
 from ltx_2.model import LtxModel
 from ltx_2.names import LTX_2
 from ltx_2.options import NAME
@@ -190,12 +190,12 @@ FORMAT = DitFormat(
 SILENT = replace(
     FORMAT,
     network=lambda config, attention: LtxModel(replace(config, audio=None), attention),
-    ignore=(*CONNECTORS, *OF_AUDIO),
+    ignore=(*CONNECTORS, *AUDIO_TENSOR_PATTERNS),
 )
 # without the video's
 AUDIO_ALONE = replace(
     FORMAT,
     network=lambda config, attention: LtxModel(replace(config, has_video=False), attention),
-    ignore=(*CONNECTORS, *OF_VIDEO),
+    ignore=(*CONNECTORS, *VIDEO_TENSOR_PATTERNS),
 )
 identify = FORMAT.identify

@@ -35,9 +35,9 @@ AUDIO = Modality(
     cross_attn="video_to_audio_attn",
 )
 # patterns of tensors, in either layout, that a network without the audio stream leaves out
-OF_AUDIO = ("*audio*", "av_c*", "*_a2v_*")
+AUDIO_TENSOR_PATTERNS = ("*audio*", "av_c*", "*_a2v_*")
 # patterns of tensors that a network without the video stream leaves out
-OF_VIDEO = (
+VIDEO_TENSOR_PATTERNS = (
     "*.attn[12].*",
     "*.ff.*",
     "scale_shift_table",

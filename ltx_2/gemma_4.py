@@ -20,7 +20,7 @@ from encoders.language_models import (
     SLIDING_ATTENTION,
     LanguageModel,
 )
-from ltx_2.model_options import OF_GEMMA_4
+from ltx_2.model_options import GEMMA_4_KEY
 from ltx_2.text_encoder import GEMMA_USE, NEAR_THETA, THETA, TOKENIZER_FILES, WINDOW
 from modules.errors import CheckpointError
 from modules.text_files import parse_json
@@ -149,7 +149,7 @@ def is_gemma_4(checkpoint: Checkpoint) -> bool:
 
 def wanted_gemma(checkpoint: Checkpoint) -> str | None:
     """Return the Gemma version that a transformer was trained with; None if the file does not record it."""
-    return _read_version(checkpoint, OF_GEMMA_4)
+    return _read_version(checkpoint, GEMMA_4_KEY)
 
 
 def _read_own_version(checkpoint: Checkpoint) -> str | None:

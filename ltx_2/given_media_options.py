@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from modules.errors import OptionError
-from modules.options import OF_REQUEST, Options, of_request, option
+from modules.options import REQUEST_SETTING, Options, of_request, option
 
 FEATHER = 16  # pixels, half of a latent: content generated next to a latent hardly changes more of it
 
@@ -21,7 +21,7 @@ class Rectangle(NamedTuple):
 
 
 def _file(text: str, **relations: Any) -> Any:
-    return option(text, place="there", facts=OF_REQUEST, **relations)
+    return option(text, place="there", facts=REQUEST_SETTING, **relations)
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
         "how many frames, made 8n + 1; default: all",
         minimum=1,
         ignored_without="extend_prefix",
-        facts=OF_REQUEST,
+        facts=REQUEST_SETTING,
     )
     extend_suffix: Path | None = _file(
         "generate what comes before this clip: its first frames are the end of the result"
@@ -62,7 +62,7 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
         "how many frames, made 8n + 1; the first one is not shown; default: all",
         minimum=9,
         ignored_without="extend_suffix",
-        facts=OF_REQUEST,
+        facts=REQUEST_SETTING,
     )
     keyframe: tuple[str, ...] | None = option(
         "an image that the result resembles at a frame, from 0; STRENGTH: 0 to 1, the default. May be given "
@@ -86,7 +86,7 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
         flags=("--num-generated-keyframes",),
         default=0,
         minimum=0,
-        facts=OF_REQUEST,
+        facts=REQUEST_SETTING,
     )
     outpaint_source: Path | None = _file(
         "clip or folder of images that the result extends on all sides of --outpaint_region",
@@ -95,7 +95,7 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
     outpaint_region: str | None = option(
         "X,Y,WIDTH,HEIGHT: where --outpaint_source is in the result, in pixels; in multiples of 32",
         needs="outpaint_source",
-        facts=OF_REQUEST,
+        facts=REQUEST_SETTING,
     )
     inpaint_source: Path | None = _file("clip or folder of images that --inpaint_mask or --retake changes")
     inpaint_mask: Path | None = option(
@@ -108,7 +108,7 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
         default=False,
         action=argparse.BooleanOptionalAction,
         ignored_without="inpaint_mask",
-        facts=OF_REQUEST,
+        facts=REQUEST_SETTING,
     )
     inpaint_threshold: float = option(
         "a latent is kept if the mean of the mask over its pixels is above this, in all of its frames",
@@ -116,7 +116,7 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
         minimum=0,
         maximum=1,
         ignored_without="inpaint_mask",
-        facts=OF_REQUEST,
+        facts=REQUEST_SETTING,
     )
     paste_source: int | None = option(
         "paste the kept pixels of --inpaint_source or --outpaint_source into the decoded result; PIXELS: "
@@ -129,12 +129,12 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
         maximum=1024,
         excludes=("retake", "extend_prefix", "extend_suffix", "latent_frame"),
         hint="only pixels of one clip, kept in all frames, are put back",
-        facts=OF_REQUEST,
+        facts=REQUEST_SETTING,
     )
     retake: str | None = option(
         "START,END in seconds: part of --inpaint_source that is regenerated, images and audio",
         needs="inpaint_source",
-        facts=OF_REQUEST,
+        facts=REQUEST_SETTING,
     )
     drive_audio: Path | None = _file(
         "generate images for this audio, which does not change; with --ltx2_mode av"
@@ -143,7 +143,7 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
         "continue the audio of this file: its last seconds are the start of the result's"
     )
     audio_prefix_seconds: float | None = option(
-        "how many seconds; default: all", above=0, ignored_without="audio_prefix", facts=OF_REQUEST
+        "how many seconds; default: all", above=0, ignored_without="audio_prefix", facts=REQUEST_SETTING
     )
     audio_inpaint_audio: Path | None = _file(
         "file whose audio is kept, except in --audio_inpaint_interval", needs="audio_inpaint_interval"
@@ -151,7 +151,7 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
     audio_inpaint_interval: str | None = option(
         "START,END in seconds: part of --audio_inpaint_audio that is regenerated",
         needs="audio_inpaint_audio",
-        facts=OF_REQUEST,
+        facts=REQUEST_SETTING,
     )
 
     @property

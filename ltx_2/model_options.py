@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.option_values import Placeholder
-from modules.options import FREE, IDENTITY, OF_DECODING, Options, option
+from modules.options import FREE, IDENTITY, DECODING_SETTING, Options, option
 from modules.speed_options import VaeOptions, fp8_text_option, text_form_option
 from modules.text_files import read_safetensors_texts
 
@@ -15,14 +15,14 @@ MODES = {  # values of --ltx2_mode: streams that are trained or generated
     **dict.fromkeys(("a", "audio"), (AUDIO,)),
 }
 CHECKPOINT = Path("models/ltx-2.3-22b-dev.safetensors")
-OF_GEMMA_4 = "gemma_source_checkpoint"  # metadata of transformers that were trained with Gemma 4: LTX-2.5
+GEMMA_4_KEY = "gemma_source_checkpoint"  # metadata of transformers that were trained with Gemma 4: LTX-2.5
 GEMMA = Path("models/gemma-3-12b-it-qat-q4_0-unquantized")
 
 
 def is_version_2_5(checkpoint: Path) -> bool:
     """Return whether a released file's metadata show LTX-2.5; False if they cannot be read."""
     try:
-        return OF_GEMMA_4 in read_safetensors_texts(checkpoint)
+        return GEMMA_4_KEY in read_safetensors_texts(checkpoint)
     except (OSError, ValueError):
         return False
 
@@ -35,7 +35,7 @@ class Ltx2ModelOptions(Options):
         "connectors); or the folder of a release in diffusers' layout",
         flags=("--transformer-path",),
         default=CHECKPOINT,
-        facts={**FREE, **OF_DECODING},
+        facts={**FREE, **DECODING_SETTING},
         often=True,
     )
     ltx_mode: str = option(
@@ -116,7 +116,7 @@ class Ltx2VaeOptions(Options):
     """VAE files that replace the VAEs in --ltx2_checkpoint, and settings for running VAEs."""
 
     file: VaeOptions = option(
-        facts=OF_DECODING,
+        facts=DECODING_SETTING,
         settings={
             "vae": {
                 "help": "video VAE; default: that in --ltx2_checkpoint",
@@ -127,7 +127,7 @@ class Ltx2VaeOptions(Options):
     audio_vae: Path | None = option(
         "file of the audio VAE and vocoder; default: those in --ltx2_checkpoint",
         flags=("--ltx2_audio_vae", "--audio-vae-path"),
-        facts=OF_DECODING,
+        facts=DECODING_SETTING,
     )
 
 

@@ -146,12 +146,12 @@ LTX_2 = FamilyNames(
 
 LORA = (LTX_2,)
 _LTX_09 = "the transformer of LTX-Video 0.9, a different network than LTX-2's, which is not supported yet"
-_OF_LTX_2 = "the connectors of LTX-2, a part of its text encoder"
+_LTX_2_CONNECTORS = "the connectors of LTX-2, a part of its text encoder"
 MARKS: Marks = (
     ("audio_patchify_proj.weight", "an LTX-2 transformer (--dit)"),
     ("audio_time_embed.linear.weight", "an LTX-2 transformer in diffusers layout (--dit)"),
-    ("audio_embeddings_connector.learnable_registers", _OF_LTX_2),
-    ("audio_connector.learnable_registers", _OF_LTX_2),
+    ("audio_embeddings_connector.learnable_registers", _LTX_2_CONNECTORS),
+    ("audio_connector.learnable_registers", _LTX_2_CONNECTORS),
     ("patchify_proj.weight", _LTX_09),
     ("time_embed.linear.weight", f"{_LTX_09}, in diffusers layout"),
 )

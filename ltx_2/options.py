@@ -38,7 +38,7 @@ from modules.options import (
     HABIT,
     IDENTITY,
     NO_PIXELS,
-    OF_SAMPLES,
+    SAMPLES_ONLY,
     Options,
     is_set,
     not_needed,
@@ -66,7 +66,7 @@ _TIMES = "--show_timesteps draws the distribution of timesteps."
 _ONE_FILE = "one LoRA file is saved, with the names of --lora_format; convert_lora.py makes others of it."
 FPS = 24.0  # frame rate of the release
 # options for video, or for the attention between both streams
-_OF_IMAGES = {
+_VIDEO_OPTIONS = {
     "video_loss_weight",
     "independent_audio_timestep",
     "first_frame_probability",
@@ -81,7 +81,7 @@ _OF_IMAGES = {
     "image_crf",
 }
 # options for audio, or for the attention between both streams
-_OF_AUDIO = {
+_AUDIO_OPTIONS = {
     "video_loss_weight",  # weight of the only loss
     "audio_vae",
     "ltx2_audio_source",
@@ -124,9 +124,9 @@ def _version() -> Any:
 def log_ignored(streams: Collection[str], *records: Options) -> None:
     """Warn about set options that have no effect because audio or video is missing."""
     if VIDEO not in streams:
-        lacking, reason = _OF_IMAGES, "audio alone has no images"
+        lacking, reason = _VIDEO_OPTIONS, "audio alone has no images"
     elif AUDIO not in streams:
-        lacking, reason = _OF_AUDIO, "images alone have no audio"
+        lacking, reason = _AUDIO_OPTIONS, "images alone have no audio"
     else:
         return
     given = [field for record in records for field in fields(record) if is_set(record, field)]
@@ -280,16 +280,16 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
         facts=HABIT,
     )
     height: int = option(
-        "height of samples, if their line gives none", default=512, minimum=1, facts={**FREE, **OF_SAMPLES}
+        "height of samples, if their line gives none", default=512, minimum=1, facts={**FREE, **SAMPLES_ONLY}
     )
     width: int = option(
-        "width of samples, if their line gives none", default=768, minimum=1, facts={**FREE, **OF_SAMPLES}
+        "width of samples, if their line gives none", default=768, minimum=1, facts={**FREE, **SAMPLES_ONLY}
     )
     sample_num_frames: int = option(
         "frames of samples, if their line gives none: 8n + 1",
         default=41,
         minimum=1,
-        facts={**FREE, **OF_SAMPLES},
+        facts={**FREE, **SAMPLES_ONLY},
     )
     given: Ltx2GivenParts = option(facts=HABIT)
     references: Ltx2ReferenceOptions = option(facts=HABIT)
@@ -303,9 +303,9 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
     ic_lora_ref_probability: float = option(
         "fraction of batches that use their references", default=1.0, minimum=0, maximum=1, facts=HABIT
     )
-    guidance: Ltx2GuidanceOptions = option(facts={**FREE, **OF_SAMPLES})
-    stages: Ltx2StageOptions = option(facts={**FREE, **OF_SAMPLES})
-    silent: bool = _silent(OF_SAMPLES)
+    guidance: Ltx2GuidanceOptions = option(facts={**FREE, **SAMPLES_ONLY})
+    stages: Ltx2StageOptions = option(facts={**FREE, **SAMPLES_ONLY})
+    silent: bool = _silent(SAMPLES_ONLY)
     sample_i2v_token_timestep_mask = _given_first()
     log_timestep_distribution_tensorboard = not_needed(_TIMES, action="store_true", default=True)
     disable_timestep_distribution_tensorboard = not_needed(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from modules.errors import OptionError
 from modules.option_values import to_path
-from modules.options import HABIT, OF_REQUEST, Options, option
+from modules.options import HABIT, REQUEST_SETTING, Options, option
 
 MAX_REFERENCES = 8  # references of a clip
 # keys in the metadata of a LoRA, the newer name last. Source: the trainer of LTX-2
@@ -48,12 +48,12 @@ class Ltx2GivenReferences(Options, title="references (IC-LoRA)"):
         "reference clip, folder of images or image for the video, with an IC-LoRA",
         flags=("--reference-video",),
         place="there",
-        facts=OF_REQUEST,
+        facts=REQUEST_SETTING,
     )
     reference_videos: tuple[Path, ...] | None = option(
         "several of them, for a LoRA that was trained with several",
         place="there",
-        facts=OF_REQUEST,
+        facts=REQUEST_SETTING,
         nargs="+",
     )
     reference_downscale: int | None = option(
@@ -73,20 +73,20 @@ class Ltx2GivenReferences(Options, title="references (IC-LoRA)"):
         default=1.0,
         minimum=0,
         maximum=1,
-        facts=OF_REQUEST,
+        facts=REQUEST_SETTING,
     )
     video_conditioning: tuple[str, ...] | None = option(
         "FILE STRENGTH: as --reference_video with --reference_strength; may be given again",
         flags=("--video-conditioning",),
         action="extend",
-        facts=OF_REQUEST,
+        facts=REQUEST_SETTING,
     )
     conditioning_attention_mask: tuple[str, ...] | None = option(
         "[FILE] STRENGTH: how much video and references attend to each other, 0 to 1; a gray image or "
         "clip sets it by position: white is STRENGTH, black 0",
         flags=("--conditioning-attention-mask",),
         nargs="+",
-        facts=OF_REQUEST,
+        facts=REQUEST_SETTING,
     )
 
     @property

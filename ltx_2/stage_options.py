@@ -4,7 +4,7 @@ from pathlib import Path
 
 from modules.errors import OptionError
 from modules.option_values import to_path
-from modules.options import OF_REQUEST, Options, option
+from modules.options import REQUEST_SETTING, Options, option
 
 _STAGES, _LORA = "sample_two_stage", "distilled_lora_path"
 
@@ -65,7 +65,7 @@ class Ltx2OfficialStages(Ltx2StageOptions, title="two stages"):
         flags=("--distilled-lora",),
         excludes=(_LORA, "sample_stage2_distilled_lora_multiplier"),
         ignored_without=_STAGES,
-        facts=OF_REQUEST,
+        facts=REQUEST_SETTING,
     )
     skip_stage_2: bool = option(
         "stop after the first stage", flags=("--skip-stage-2",), ignored_without=_STAGES

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from encoders.pictures import ModelOfImages, image_defaults
+from encoders.pictures import ImageModelFamily, image_defaults
 from lumina.configs import DIT, LATENT, LUMINA_2, NOISE
 from lumina.files import LuminaFiles
 from lumina.names import LORA
@@ -55,7 +55,7 @@ NUM_TRAIN_TIMESTEPS = 1000
 
 
 @dataclass(frozen=True)
-class Lumina(ModelOfImages):
+class Lumina(ImageModelFamily):
     """Description of Lumina-Image-2.0 for one run, built by the `family_for_...` functions below."""
 
     files: LuminaFiles

@@ -78,7 +78,7 @@ LUMINA = FamilyNames(
         *renamed_parts("", "", _LUMINA_REST),
     ),
     version_prefixes=("lumina2", "lumina-2", "lumina-image-2"),
-    encoders=(("lora_te", layouts.OF_LANGUAGE_MODEL),),
+    encoders=(("lora_te", layouts.LANGUAGE_MODEL_LAYER_PREFIX),),
     texts_in_comfyui=(("lora_te_", "text_encoders.gemma2_2b.transformer.model."),),
     relative_sizes=((".qkv", 5 / 3, 1), (".out", 1, 1), *LUMINA_SIDES),
     released_sizes=((2304, (("layers", 26),)),),

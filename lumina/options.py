@@ -7,7 +7,7 @@ from typing import Any
 
 from modules.errors import OptionError
 from modules.option_values import Placeholder
-from modules.options import FREE, OF_DECODING, Options, not_needed, of_request, option
+from modules.options import FREE, DECODING_SETTING, Options, not_needed, of_request, option
 from modules.parser import typed_names
 from modules.speed_options import AE, AE_HELP, VaeOptions, dit_dtype_option, take_ae
 
@@ -83,7 +83,7 @@ class LuminaGenerationOptions(Options, title=NAME):
         often=True,
     )
     dit_dtype: str | None = dit_dtype_option()
-    vae: VaeOptions = option(facts=OF_DECODING, settings=AE)
+    vae: VaeOptions = option(facts=DECODING_SETTING, settings=AE)
     text: LuminaTextOptions
     add_system_prompt_to_negative_prompt: bool = option("put the system prompt before negative prompts too")
     cfg_trunc_ratio: float = option(

@@ -43,7 +43,7 @@ DILATIONS = (1, 3, 5)
 HEADS = 8
 DIFFUSERS_CLASS = "AutoencoderKLMiniMaxH3Audio"
 # suffix of a tensor's name in files -> in the network: magnitude and direction of a weight
-PARTS_OF_WEIGHTS = {
+WEIGHT_NORM_SUFFIXES = {
     "weight_g": "parametrizations.weight.original0",
     "weight_v": "parametrizations.weight.original1",
 }
@@ -154,7 +154,7 @@ def _read_settings_without_tensors(checkpoint: Checkpoint) -> dict[str, Any]:
 def _parametrized(name: str) -> str:
     """Translate a file's tensor name to the name under PyTorch's weight_norm parametrization."""
     path, _, end = name.rpartition(".")
-    return f"{path}.{PARTS_OF_WEIGHTS[end]}" if end in PARTS_OF_WEIGHTS else name
+    return f"{path}.{WEIGHT_NORM_SUFFIXES[end]}" if end in WEIGHT_NORM_SUFFIXES else name
 
 
 def _are_numbers(values: Any, count: int) -> bool:

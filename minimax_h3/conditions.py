@@ -23,7 +23,7 @@ from torch import Tensor
 
 from encoders.tiles import sample_posterior
 from minimax_h3.configs import PATCH
-from minimax_h3.model import CLEAN_FRACTION_OF_IMAGES, H3Condition
+from minimax_h3.model import IMAGE_CLEAN_FRACTION, H3Condition
 from minimax_h3.positions import (
     TIME_PER_FRAME,
     AudioPosition,
@@ -71,7 +71,7 @@ def encode_condition(vae: H3VideoVae, pixels: Tensor) -> Tensor:
 
 
 def add_condition_noise(
-    latents: Tensor, noise: Tensor, clean_fraction: float = CLEAN_FRACTION_OF_IMAGES
+    latents: Tensor, noise: Tensor, clean_fraction: float = IMAGE_CLEAN_FRACTION
 ) -> Tensor:
     """Mix a fraction of clean latents with noise, as the network expects of conditions."""
     # 1 - fraction is rounded, as released

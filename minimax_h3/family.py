@@ -51,7 +51,7 @@ from minimax_h3.options import (
     check_ratio,
 )
 from minimax_h3.presentation import AUDIO, IMAGE, IMAGE_TAG, VIDEO
-from minimax_h3.reference_options import IMAGE_EDGE, OF_MEDIA, TASK, VIDEO_EDGE, warn_of_edges
+from minimax_h3.reference_options import IMAGE_EDGE, REFERENCE_MEDIA_KEYS, TASK, VIDEO_EDGE, warn_of_edges
 from minimax_h3.reference_sound import read_reference_audio
 from minimax_h3.references import (
     ClipSource,
@@ -111,7 +111,7 @@ from protocols.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
 
 logger = logging.getLogger(__name__)
 
-SHIFT_OF_AUDIO = "h3_shift_audio"  # in Request.extra
+AUDIO_SHIFT_KEY = "h3_shift_audio"  # in Request.extra
 SOLVER = "euler"
 
 
@@ -202,7 +202,7 @@ class MiniMaxH3(OneTransformer):
             width=width,
             height=height,
             frames=FRAMES,
-            extras=(SHIFT_OF_AUDIO, *OF_MEDIA),
+            extras=(AUDIO_SHIFT_KEY, *REFERENCE_MEDIA_KEYS),
         )
 
     # encoding
@@ -617,7 +617,7 @@ def _describe_media(media: H3Media) -> dict[str, str]:
 
 def _find_audio_shift(request: Request, noise: NoiseSpec) -> float:
     """Return the audio schedule's time shift; raise OptionError unless it is above 0."""
-    shift = float(request.extra.get(SHIFT_OF_AUDIO, noise.base_shift * noise.audio_shift))
+    shift = float(request.extra.get(AUDIO_SHIFT_KEY, noise.base_shift * noise.audio_shift))
     if not 0 < shift < float("inf"):
         raise OptionError(f"--h3_shift_audio {shift:g} (--fsa in a prompt line): use a number above 0")
     return shift

@@ -37,7 +37,7 @@ if TYPE_CHECKING:  # loaded only if processes share tokens
     from runtime.offload.context import TokenShard
 
 MODULATION_VECTORS = 6  # of a block: shift, scale and gate of attention and of feed-forward
-CLEAN_FRACTION_OF_IMAGES = 0.999  # minimum time of image conditions, nearly clean
+IMAGE_CLEAN_FRACTION = 0.999  # minimum time of image conditions, nearly clean
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class H3Condition:
         """
         if self.is_audio:
             return 1.0 if self.clean_fraction is None else self.clean_fraction
-        fraction = CLEAN_FRACTION_OF_IMAGES if self.clean_fraction is None else self.clean_fraction
+        fraction = IMAGE_CLEAN_FRACTION if self.clean_fraction is None else self.clean_fraction
         return max(image_timestep, fraction)
 
 

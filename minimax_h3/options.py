@@ -31,9 +31,9 @@ from modules.options import (
     FREE,
     HABIT,
     IDENTITY,
-    OF_DECODING,
-    OF_REQUEST,
-    OF_SAMPLES,
+    DECODING_SETTING,
+    REQUEST_SETTING,
+    SAMPLES_ONLY,
     Options,
     not_needed,
     of_request,
@@ -122,10 +122,10 @@ class H3VaeOptions(Options):
     """Paths of the image VAE and the audio VAE."""
 
     file: VaeOptions = option(
-        facts=OF_DECODING,
+        facts=DECODING_SETTING,
         settings={"vae": {"help": "video VAE: file or folder", "flags": ("--video_vae",)}},
     )
-    audio_vae: Path | None = option("audio VAE: file or folder", facts=OF_DECODING, often=True)
+    audio_vae: Path | None = option("audio VAE: file or folder", facts=DECODING_SETTING, often=True)
 
 
 class H3TextCachingOptions(Options, title=NAME):
@@ -264,7 +264,7 @@ class H3TrainingOptions(H3ModelOptions, title=NAME):
     h3_allow_experimental_sample_duration: bool = option(
         f"also generate samples of less than {MIN_FRAMES} or more than {MAX_FRAMES} frames, for which the "
         "model was not trained",
-        facts={**FREE, **OF_SAMPLES},
+        facts={**FREE, **SAMPLES_ONLY},
     )
 
     def __post_init__(self) -> None:
@@ -291,20 +291,20 @@ class H3GenerationOptions(H3ModelOptions, title=NAME):
         facts=of_request(TASK),
         often=True,
     )
-    height: int | None = option("with --width: the same as --video_size", minimum=1, facts=OF_REQUEST)
-    width: int | None = option("with --height: the same as --video_size", minimum=1, facts=OF_REQUEST)
+    height: int | None = option("with --width: the same as --video_size", minimum=1, facts=REQUEST_SETTING)
+    width: int | None = option("with --height: the same as --video_size", minimum=1, facts=REQUEST_SETTING)
     duration: float | None = option(
-        "seconds, in place of --video_length: the next length that the model makes", above=0, facts=OF_REQUEST
+        "seconds, in place of --video_length: the next length that the model makes", above=0, facts=REQUEST_SETTING
     )
     ratio: str | None = option(
         "aspect ratio as width:height, instead of --video_size: gives the size that the model was trained "
         "with; adaptive: that of the first keyframe",
         choices=(ADAPTIVE, "21:9", "16:9", "4:3", "1:1", "3:4", "9:16"),
         excludes=("height", "width"),
-        facts=OF_REQUEST,
+        facts=REQUEST_SETTING,
     )
     dtype: str | None = option(
-        "the same as --dit_dtype", choices=("bfloat16", "float16", "float32"), facts=OF_REQUEST
+        "the same as --dit_dtype", choices=("bfloat16", "float16", "float32"), facts=REQUEST_SETTING
     )
     block_swap_granularity: str | None = granularity_option(None)
     h3_shift_audio: float | None = option(
@@ -318,7 +318,7 @@ class H3GenerationOptions(H3ModelOptions, title=NAME):
     allow_experimental_duration: bool = option(
         f"also generate clips of less than {MIN_FRAMES} or more than {MAX_FRAMES} frames, for which the "
         "model was not trained",
-        facts=OF_REQUEST,
+        facts=REQUEST_SETTING,
     )
     prune_adaln = unsupported(
         "a file is read as it is, whole or pruned. Pass minimax_h3_*_pruned_*.safetensors"

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping
 
 from modules.errors import OptionError
-from modules.options import OF_REQUEST, Options, of_request, option
+from modules.options import REQUEST_SETTING, Options, of_request, option
 
 logger = logging.getLogger(__name__)
 
@@ -14,7 +14,7 @@ MAX_EDGE = 8192
 KEYFRAMES, CONDITION_IMAGES = "keyframe", "condition_image"  # in Request.extra, as the names below
 REF, JSONL, INDEX, ONE_FRAME, TASK = "ref", "reference_jsonl", "reference_index", "one_frame", "task"
 BY_KIND = {"image": "reference_image", "video": "reference_video", "audio": "reference_audio"}
-OF_MEDIA = (KEYFRAMES, CONDITION_IMAGES, REF, JSONL, INDEX, ONE_FRAME, TASK, *BY_KIND.values())
+REFERENCE_MEDIA_KEYS = (KEYFRAMES, CONDITION_IMAGES, REF, JSONL, INDEX, ONE_FRAME, TASK, *BY_KIND.values())
 FIELDS = ("type", "audio")  # fields of --ref
 
 
@@ -77,14 +77,14 @@ class H3MediaOptions(Options, title="keyframes and references"):
         default=IMAGE_EDGE,
         minimum=TOKEN,
         maximum=MAX_EDGE,
-        facts=OF_REQUEST,
+        facts=REQUEST_SETTING,
     )
     reference_video_short_edge: int = option(
         "short side of reference videos in pixels; they have at most 768 x 1344 pixels",
         default=VIDEO_EDGE,
         minimum=TOKEN,
         maximum=MAX_EDGE,
-        facts=OF_REQUEST,
+        facts=REQUEST_SETTING,
     )
 
 

@@ -22,7 +22,7 @@ from minimax_h3.conditions import (
     sort_condition_keys,
 )
 from minimax_h3.configs import PATCH
-from minimax_h3.model import CLEAN_FRACTION_OF_IMAGES
+from minimax_h3.model import IMAGE_CLEAN_FRACTION
 from minimax_h3.presentation import AUDIO, IMAGE, VIDEO
 from minimax_h3.training_options import CONDITION_SETS
 from modules.errors import CacheError
@@ -33,7 +33,7 @@ LATENTS_AGAIN = "minimax_h3_cache_latents.py"
 # keys of the clip itself, as the reference of its teacher
 CLIP_AS_REFERENCE, AUDIO_AS_REFERENCE = "taught_latents", "taught_sound"
 # task -> conditions of the model that is trained; a text-to-video model has none
-SETS_OF_TASKS = {"fl2va": FIRST_LAST, "ref2va": SUBJECT}
+CONDITION_SET_BY_TASK = {"fl2va": FIRST_LAST, "ref2va": SUBJECT}
 
 CLEAN_FRACTIONS = "clean_shares"  # in conditions of a training run: `CleanFractions`, 2 float32 on the host
 
@@ -49,7 +49,7 @@ def read_clean_fractions(cond: Conditions) -> CleanFractions:
     """Return the fractions of clean signal in a pass's conditions; by default the released ones."""
     fractions = cond.get(CLEAN_FRACTIONS)
     if not isinstance(fractions, Tensor):
-        return CleanFractions(CLEAN_FRACTION_OF_IMAGES, 1.0)
+        return CleanFractions(IMAGE_CLEAN_FRACTION, 1.0)
     # float32 stores 0.999 as 0.99900001
     visual, audio = (round(fraction, 6) for fraction in fractions.tolist())
     return CleanFractions(visual, audio)
@@ -116,7 +116,7 @@ def media_conditions(batch: Batch, task: str, latents: Tensor) -> dict[str, Tens
     """
     tensors = batch.tensors
     # `batch.condition_set` says what a teacher sees instead of the task's media; "" in an ordinary pass
-    condition_set = batch.condition_set or SETS_OF_TASKS.get(task)
+    condition_set = batch.condition_set or CONDITION_SET_BY_TASK.get(task)
     if condition_set == CLIP:
         return {**_use_clip_as_reference(tensors, latents), **_read_time_indices(tensors)}
     keys: list[str] = []

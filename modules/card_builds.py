@@ -11,7 +11,7 @@ from modules.nvidia_driver import OLDEST_DRIVER, NvidiaCard, find_nvidia_cards
 
 # Cards that each build has code for, by capability. torch 2.13 for CUDA 13.0 begins with Turing, as CUDA 13
 # does; torch 2.9 for CUDA 12.6 ends before Blackwell, which came with CUDA 12.8
-FIRST_OF_CUDA_13 = (7, 5)
+MIN_CUDA_13_CAPABILITY = (7, 5)
 FIRST_BEYOND_CUDA_12_6 = (10, 0)
 # AMD cards supported by PyTorch's builds for ROCm 6.4, in Linux's numbers: 110000 is gfx1100
 AMD_CARDS = frozenset({90000, 90006, 90008, 90010, 90402, 100300, 110000, 110001, 110002, 120000, 120001})
@@ -85,8 +85,8 @@ def _select_for_nvidia(cards: Sequence[NvidiaCard]) -> BuildChoice:
     first = cards[0]  # all cards share one driver
     card_text = f"{first.name}, driver {first.driver}"
     known_capabilities = [card.capability for card in cards if card.capability != (0, 0)]
-    newest = max(known_capabilities, default=FIRST_OF_CUDA_13)
-    if newest >= FIRST_OF_CUDA_13 and first.series >= OLDEST_DRIVER[13]:
+    newest = max(known_capabilities, default=MIN_CUDA_13_CAPABILITY)
+    if newest >= MIN_CUDA_13_CAPABILITY and first.series >= OLDEST_DRIVER[13]:
         return BuildChoice("cu130", card_text)
     needs_cuda_13 = newest >= FIRST_BEYOND_CUDA_12_6
     needed_driver = OLDEST_DRIVER[13] if needs_cuda_13 else OLDEST_DRIVER[12]

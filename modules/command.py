@@ -29,9 +29,9 @@ QUIET_LOGGERS = ("bitsandbytes.backends.cpu.ops", "torch._subclasses.fake_tensor
 LAUNCHER_SECONDS = 2.0  # seconds in which a launcher ends the other processes
 INTERRUPTED = 130  # the shell's code for a program ended by Ctrl-C
 MAX_LINES = 3  # maximum lines of a message, including a hint below it
-MAX_OF_LINE = 2000  # characters of a line of a message
+MAX_LINE_LENGTH = 2000  # characters of a line of a message
 LISTS_OPTIONS = " --help lists all options"  # hint below an error in a terminal
-MAX_OF_WORD = 240  # characters of a typed word in a message
+MAX_WORD_LENGTH = 240  # characters of a typed word in a message
 # variables of multi-process launchers: torchrun and accelerate, Intel MPI, Open MPI, MVAPICH
 RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 COUNT = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -295,14 +295,14 @@ def plain_message(text: str, typed: Sequence[str] = ()) -> str:
     """
     for word in typed:
         for part in (word, word.partition("=")[2]):
-            if len(part) > MAX_OF_WORD or "\n" in part:
+            if len(part) > MAX_WORD_LENGTH or "\n" in part:
                 text = text.replace(part, shorten_word(part))
-    return shorten_lines(escape_control_codes(text), MAX_OF_LINE)
+    return shorten_lines(escape_control_codes(text), MAX_LINE_LENGTH)
 
 
 def shorten_word(word: str) -> str:
     r"""Format a typed word for a message: shortened, with line breaks as \n."""
-    return shorten(word, MAX_OF_WORD).replace("\n", "\\n")
+    return shorten(word, MAX_WORD_LENGTH).replace("\n", "\\n")
 
 
 def did_you_mean(word: str, names: Iterable[str], min_similar: float = 0.6) -> str:
@@ -317,7 +317,7 @@ def did_you_mean(word: str, names: Iterable[str], min_similar: float = 0.6) -> s
         min_similar: Minimum similarity of a name, from 0 to 1 (equal).
     """
     names = list(names)
-    compared = word[:MAX_OF_WORD]  # a hostile word has megabytes
+    compared = word[:MAX_WORD_LENGTH]  # a hostile word has megabytes
     similar = difflib.get_close_matches(compared, names, n=1, cutoff=min_similar)
     if not similar:
         letters = sorted(compared)
@@ -389,7 +389,7 @@ class _LineFormatter(logging.Formatter):
         draw: Callable[[bool, bool], str] | None = getattr(record, "draw", None)
         if draw is not None and self._boxes:
             return draw(self._color, self._unicode)
-        line = shorten_lines(escape_control_codes(super().format(record)), MAX_OF_LINE)
+        line = shorten_lines(escape_control_codes(super().format(record)), MAX_LINE_LENGTH)
         if record.levelno != logging.INFO:
             line = f"{record.levelname}: {line}"
         line = wrap_text(line, terminal_width(sys.stderr) if self._boxes else None)

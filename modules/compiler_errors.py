@@ -9,7 +9,7 @@ from pathlib import Path
 from modules.control_codes import shorten
 from modules.errors import is_of_compiler
 
-MAX_OF_CAUSE = 240  # characters of the compiler's own message
+MAX_CAUSE_LENGTH = 240  # characters of the compiler's own message
 
 
 def explain_compilation(error: Exception) -> str | None:
@@ -27,7 +27,7 @@ def explain_compilation(error: Exception) -> str | None:
             f"{folder} has a space in its path, which breaks the compiler's command: use a folder without one"
         )
     return (
-        f"compiling the blocks failed: {shorten(cause, MAX_OF_CAUSE)}\n"
+        f"compiling the blocks failed: {shorten(cause, MAX_CAUSE_LENGTH)}\n"
         f"  {remedy}. Or omit --compile, --dynamo_backend and --optimized"
     )
 

@@ -33,7 +33,7 @@ MEMORY = rf"([0-9]{{1,6}}(?:\.[0-9]+)?) *{UNIT}?"  # GiB of a graphics card, in 
 HEIGHT_WIDTH = ("HEIGHT", "WIDTH")  # metavar of options for a size
 SEED_BITS = 32
 MAX_DIGITS = 100  # maximum digits of an integer
-MAX_OF_ARGUMENT = 10_000  # maximum characters of one KEY=VALUE
+MAX_ARGUMENT_LENGTH = 10_000  # maximum characters of one KEY=VALUE
 
 
 class Placeholder(str):
@@ -221,9 +221,9 @@ def split_pairs(option: str, items: Sequence[str]) -> dict[str, str]:
     """
     pairs: dict[str, str] = {}
     for item in items:
-        if len(item) > MAX_OF_ARGUMENT:
+        if len(item) > MAX_ARGUMENT_LENGTH:
             raise OptionError(
-                f"{option} {' '.join(item[:40].split())}...: {MAX_OF_ARGUMENT:,} characters are allowed at "
+                f"{option} {' '.join(item[:40].split())}...: {MAX_ARGUMENT_LENGTH:,} characters are allowed at "
                 "most. Write less, or omit it"
             )
         key, equals, value = item.partition("=")

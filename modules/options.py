@@ -34,18 +34,18 @@ IDENTITY = {"resume": "identity"}  # a resumed run must have the saved value
 CHANGEABLE = {"resume": "identity", "resume_changed": True}  # unless --resume_changed is given
 HABIT = {"resume": "habit"}  # a resumed run may change the value, with a warning
 FREE = {"resume": "free"}  # a resumed run may change the value
-HABIT_OF_NAMES = {"resume": "names"}  # as HABIT, but files are compared by name
+HABIT_BY_NAME = {"resume": "names"}  # as HABIT, but files are compared by name
 SECRET = {"secret": True}  # a key or token: shown and recorded nowhere
 SETTING = {"record": "setting"}  # recorded as given; the default for options without this fact
-OF_DECODING = {"record": "decoding"}  # recorded as given; a run that only decodes records its own value
+DECODING_SETTING = {"record": "decoding"}  # recorded as given; a run that only decodes records its own value
 # recorded with the value of this video, which a prompt line, an image or the task may decide
-OF_REQUEST = {"record": "request"}
+REQUEST_SETTING = {"record": "request"}
 NO_PIXELS = {"record": "nothing"}  # not recorded: it changes no pixel
 IN_IMAGE_FILES = {"image_files": True}  # image trainers' files record it even if it is not given
-OF_BLOCKS = {"of_blocks": True}  # it acts between transformer blocks
-OF_SAMPLES = {"acts_on": "samples"}  # in a training run, it affects only the samples
-OF_REFERENCES = {"of_references": True}  # in a generation, it affects only reference images
-OF_TYPING = {"typing": True}  # not an option's value: it is ignored when records are compared
+BETWEEN_BLOCKS = {"of_blocks": True}  # it acts between transformer blocks
+SAMPLES_ONLY = {"acts_on": "samples"}  # in a training run, it affects only the samples
+REFERENCES_ONLY = {"of_references": True}  # in a generation, it affects only reference images
+NOT_COMPARED = {"typing": True}  # not an option's value: it is ignored when records are compared
 BY_SCRIPT = {"by_script": True}  # set by the script, so it never counts as given by the user
 # Effects of a value outside of the program; for most paths, `place` states them (`find_reach`).
 # docs/new_and_run.md lists which of them somebody else's folder may use.
@@ -54,7 +54,7 @@ APPENDS = {"reach": "appends"}  # it appends to a file; an options file may do s
 # data leaves this machine; `run` allows it only on the command line. Fact `stays`: values that send nothing;
 # fact `intention`: the effect of all other values
 SENDS = {"reach": "sends"}
-OF_RUN = {"of_run": True}  # a training option that `run` has too, and passes on
+SHARED_WITH_RUN = {"of_run": True}  # a training option that `run` has too, and passes on
 # a settings file of another library, which may send data; `run` allows it only on the command line
 CONFIGURES = {"reach": "configures"}
 # a program at an address that can make this one run its code; allowed only on the command line
@@ -71,7 +71,7 @@ def of_request(name: str) -> dict[str, str]:
 
     `name` is the option's key in `Request.extra`. A prompt line may set it too.
     """
-    return {**OF_REQUEST, "extra": name}
+    return {**REQUEST_SETTING, "extra": name}
 
 
 TYPED = "typed_options"  # parsed attribute: names of typed arguments, even with default values
@@ -472,7 +472,7 @@ def _check_reach(record: Any, field: "dataclasses.Field[Any]") -> None:
     elif reach in ("sends", "configures"):
         sends_nothing = value in field.metadata.get("stays", ())
         if not sends_nothing:
-            reject_sending(name, value, run_has_option=field.metadata.items() >= OF_RUN.items())
+            reject_sending(name, value, run_has_option=field.metadata.items() >= SHARED_WITH_RUN.items())
         if reach == "configures":
             reject_in_queue(name)
 

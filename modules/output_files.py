@@ -14,7 +14,7 @@ from modules.text_files import real_path
 
 logger = logging.getLogger(__name__)
 
-MAX_OF_OUTPUT_NAME = 160  # bytes; suffixes add up to 90, and file systems allow 255
+MAX_OUTPUT_NAME_BYTES = 160  # bytes; suffixes add up to 90, and file systems allow 255
 WINDOWS_DEVICE = re.compile(
     r"(con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])\s*(\..*)?", re.IGNORECASE | re.DOTALL
 )
@@ -41,8 +41,8 @@ def check_output_name(option: str, name: str, is_new: bool = True) -> None:
         reason = "it contains control codes"
     elif name.lower().endswith(".safetensors"):
         reason = "the suffix is added automatically"
-    elif size > MAX_OF_OUTPUT_NAME:
-        reason = f"it has {size} bytes, and {MAX_OF_OUTPUT_NAME} are the most"
+    elif size > MAX_OUTPUT_NAME_BYTES:
+        reason = f"it has {size} bytes, and {MAX_OUTPUT_NAME_BYTES} are the most"
     elif is_new:
         reason = find_error_on_windows(name)
     if reason:

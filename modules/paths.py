@@ -16,7 +16,7 @@ from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
 
 MAX_NAMES = 10_000  # maximum number of names compared with a missing file
 MIN_SIMILARITY = 0.6  # minimum similarity of two names without suffix; 1: equal
-MAX_OF_NAME, MAX_OF_PATH = 255, 4096  # bytes, characters; limits of file systems
+MAX_NAME_BYTES, MAX_PATH_LENGTH = 255, 4096  # bytes, characters; limits of file systems
 QUOTES = tuple("\"'`\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u00ab\u00bb")
 # opening quotation mark -> possible closing marks
 _PAIRS = (
@@ -83,9 +83,9 @@ def strip_quotes(text: str) -> str:
 
 def check_length(path: Path) -> None:
     """Raise ValueError if a path is too long for any file system."""
-    if len(os.fsencode(path)) > MAX_OF_NAME:  # otherwise no part of the path is too long
+    if len(os.fsencode(path)) > MAX_NAME_BYTES:  # otherwise no part of the path is too long
         longest = max(len(os.fsencode(part)) for part in path.parts)
-        if longest > MAX_OF_NAME or len(str(path)) > MAX_OF_PATH:
+        if longest > MAX_NAME_BYTES or len(str(path)) > MAX_PATH_LENGTH:
             raise ValueError("no file has so long a name. Pass the path of a file")
 
 
@@ -184,8 +184,8 @@ def similar_path(path: Path, only_folders: bool = False) -> Path | None:
         for entry in itertools.islice(entries, MAX_NAMES):
             if takes_files or entry.is_dir():
                 names.append(entry.name)
-    stem = missing.stem[:MAX_OF_NAME]
-    for name in difflib.get_close_matches(missing.name[:MAX_OF_NAME], names, 5):
+    stem = missing.stem[:MAX_NAME_BYTES]
+    for name in difflib.get_close_matches(missing.name[:MAX_NAME_BYTES], names, 5):
         stem_similarity = difflib.SequenceMatcher(None, stem, Path(name).stem).ratio()
         if stem_similarity >= MIN_SIMILARITY:  # otherwise only the suffixes are alike
             similar = missing.with_name(name) / path.relative_to(missing)

@@ -18,7 +18,7 @@ WORDS = {
 }
 FAMILY = "hv"  # family of scripts without one in their name
 # scripts of a model without words of their own
-OF_A_MODEL = re.compile(r"\w+_minimal_inference")
+MODEL_SCRIPT = re.compile(r"\w+_minimal_inference")
 
 
 def name_words(script: str) -> str:
@@ -37,7 +37,7 @@ def has_own_command(script: str) -> bool:
     Scripts of a model have one. Generic names such as `compare` and `download` would hide other programs on
     the PATH, so these scripts only run as `reelsmith compare`.
     """
-    return " " in name_words(script) or OF_A_MODEL.fullmatch(script) is not None
+    return " " in name_words(script) or MODEL_SCRIPT.fullmatch(script) is not None
 
 
 def console_words(script: str) -> list[str]:

@@ -253,7 +253,7 @@ BASE_FORMS = (
 )
 # generation options that exclude --fp8_scaled: --fp8 rounds to fp8 too, the others do not
 TO_OTHER_FORMS = {name for form in BASE_FORMS if form.rounds_in_one_way for name in form.switches}
-IN_PLACE_OF_SCALED = {"fp8", *TO_OTHER_FORMS}
+EXCLUDES_FP8_SCALED = {"fp8", *TO_OTHER_FORMS}
 # for advice if fp8 does not save enough memory
 SMALL_FORMS = "; in place of fp8 --convrot_int8 is as small, --nf4_base (in generation --nf4) half of it"
 SMALLER_WEIGHTS = "fp8 or nf4"  # for messages

@@ -56,7 +56,7 @@ class NegativeSkipChoice:
 
 
 @dataclass(frozen=True)
-class MossImage(pictures.ModelOfImages):
+class MossImage(pictures.ImageModelFamily):
     """Description of MOSS-Image for one run, built by the `family_for_...` functions below."""
 
     files: MossImageFiles

@@ -10,9 +10,9 @@ from modules.option_values import Placeholder
 from modules.options import (
     FREE,
     HABIT,
-    OF_DECODING,
-    OF_REFERENCES,
-    OF_REQUEST,
+    DECODING_SETTING,
+    REFERENCES_ONLY,
+    REQUEST_SETTING,
     Options,
     not_needed,
     of_request,
@@ -77,7 +77,7 @@ class MossImageModelOptions(Options, title=NAME):
 
     dit: Path | None = option("transformer checkpoint", facts=FREE, often=True)  # resume compares its name
     dit_dtype: str | None = dit_dtype_option()
-    vae: Flux2VaeOptions = option(facts={**FREE, **OF_DECODING})
+    vae: Flux2VaeOptions = option(facts={**FREE, **DECODING_SETTING})
     text: MossImageTextOptions = option(facts=FREE)
     model_version = not_needed(_VERSION)
 
@@ -116,12 +116,12 @@ class MossImageGenerationOptions(MossImageModelOptions, title=NAME):
         default=0.0,
         minimum=0,
         maximum=1,
-        facts=OF_REQUEST,
+        facts=REQUEST_SETTING,
     )
     negative_skip_end: float = option(
-        "fraction of the steps at which it ends", default=1.0, minimum=0, maximum=1, facts=OF_REQUEST
+        "fraction of the steps at which it ends", default=1.0, minimum=0, maximum=1, facts=REQUEST_SETTING
     )
-    joint_references: bool = option(_JOINT, facts={**OF_REQUEST, **OF_REFERENCES})
+    joint_references: bool = option(_JOINT, facts={**REQUEST_SETTING, **REFERENCES_ONLY})
 
     def __post_init__(self) -> None:
         read_blocks(self.negative_skip_blocks)

@@ -38,7 +38,7 @@ from protocols.loading import TensorSource
 
 logger = getLogger(__name__)
 # names of factors that show that a module is not a plain LoRA
-FACTORS_OF_OTHER_KINDS = {
+NON_LORA_FACTORS = {
     MAGNITUDES,
     MID,
     *(mark for mark, kind in KIND_BY_FACTOR.items() if kind is not LORA),
@@ -108,7 +108,7 @@ def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> Baked:
     modules = _group_as_in_model(lora, family)
     to_approximate: dict[str, Factors] = {}
     for name, module_factors in modules.items():
-        if module_factors.keys() & FACTORS_OF_OTHER_KINDS:
+        if module_factors.keys() & NON_LORA_FACTORS:
             to_approximate[name] = module_factors
     losses: dict[str, Loss] = {}
     with open_weights(_require_models(lora.path, to_approximate, baking), family) as weights:

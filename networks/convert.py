@@ -19,7 +19,7 @@ from modules.output_files import reject_replacing
 from modules.text_files import real_path
 from networks import module_names
 from networks.alphas import without_alphas
-from networks.baking import FACTORS_OF_OTHER_KINDS, Baked, Baking, bake
+from networks.baking import NON_LORA_FACTORS, Baked, Baking, bake
 from networks.delta import read_delta
 from networks.deltas import add_missing_alphas, group_by_module, ungroup
 from networks.formats import TARGETS
@@ -403,7 +403,7 @@ def _find_modules_to_bake(tensors: Mapping[str, Tensor]) -> dict[str, Factors]:
     """Return modules (with factors) that ComfyUI fuses but whose kind, such as LoKr, cannot be joined."""
     unjoinable: dict[str, Factors] = {}
     for name, factors in group_by_module(tensors).items():
-        is_other_kind = bool(factors.keys() & (FACTORS_OF_OTHER_KINDS - {MAGNITUDES}))
+        is_other_kind = bool(factors.keys() & (NON_LORA_FACTORS - {MAGNITUDES}))
         if is_other_kind and module_names.is_fused_elsewhere(name.removeprefix(OURS), Z_IMAGE):
             unjoinable[name] = factors
     return unjoinable
@@ -593,7 +593,7 @@ def _advise_on_left_out(native: Mapping[str, Tensor], left_out: Collection[str])
     modules = group_by_module(native)
     if any(read_delta(modules[name]).rotation is not None for name in left_out):
         return "\n  --bake RANK --dit MODEL makes plain LoRAs of them, with some loss."
-    if any(FACTORS_OF_OTHER_KINDS & modules[name].keys() for name in left_out):
+    if any(NON_LORA_FACTORS & modules[name].keys() for name in left_out):
         return "\n  --bake RANK makes plain LoRAs of them."
     return ""
 

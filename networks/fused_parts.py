@@ -40,7 +40,7 @@ class FusedPiece(NamedTuple):
     factors: Factors
 
 
-class FactorsOfRows(NamedTuple):
+class RowFactors(NamedTuple):
     """LoRA factors for some rows of a fused weight."""
 
     row_slice: slice
@@ -504,9 +504,9 @@ def _is_low_rank_matrix(factors: Factors) -> bool:
     return not further_factors and factors[UP].ndim == 2
 
 
-def _sort_by_rows(pieces: Sequence[FusedPiece], slices: Sequence[slice]) -> list[FactorsOfRows]:
+def _sort_by_rows(pieces: Sequence[FusedPiece], slices: Sequence[slice]) -> list[RowFactors]:
     """Pair the factors of each part with its rows of the fused weight, sorted by rows."""
-    parts = [FactorsOfRows(rows, piece.factors) for rows, piece in zip(slices, pieces, strict=True)]
+    parts = [RowFactors(rows, piece.factors) for rows, piece in zip(slices, pieces, strict=True)]
     return sorted(parts, key=lambda part: part.row_slice.start)
 
 
@@ -525,7 +525,7 @@ def _check_magnitudes(factors_of_parts: Sequence[Factors], num_rows: int) -> Non
         )
 
 
-def _join_low_rank(parts: Sequence[FactorsOfRows], num_rows: int) -> Factors:
+def _join_low_rank(parts: Sequence[RowFactors], num_rows: int) -> Factors:
     """Return a single LoRA for all parts of a weight.
 
     Its up factor is block-diagonal (each part's up factor in the part's rows), unless all parts share one
@@ -537,7 +537,7 @@ def _join_low_rank(parts: Sequence[FactorsOfRows], num_rows: int) -> Factors:
     """
     scale = scaling_of(parts[0].factors)  # alpha / rank
     if any(scaling_of(part.factors) != scale for part in parts):
-        parts = [FactorsOfRows(part.row_slice, _fold_into_up(part.factors)) for part in parts]
+        parts = [RowFactors(part.row_slice, _fold_into_up(part.factors)) for part in parts]
         scale = 1.0
     downs = [part.factors[DOWN] for part in parts]
     # parts that were cut from one LoRA have the same down factor
@@ -554,7 +554,7 @@ def _join_low_rank(parts: Sequence[FactorsOfRows], num_rows: int) -> Factors:
     return joined
 
 
-def _join_up_factors(parts: Sequence[FactorsOfRows], num_rows: int, rank: int, shares_down: bool) -> Tensor:
+def _join_up_factors(parts: Sequence[RowFactors], num_rows: int, rank: int, shares_down: bool) -> Tensor:
     """Return the joined up factor, num_rows x rank.
 
     Args:
@@ -583,7 +583,7 @@ def _fold_into_up(factors: Factors) -> Factors:
     return folded
 
 
-def _stack_factor(parts: Sequence[FactorsOfRows], name: str, num_rows: int) -> Tensor:
+def _stack_factor(parts: Sequence[RowFactors], name: str, num_rows: int) -> Tensor:
     """Stack one factor of each part of a fused weight along rows, with zeros for parts that lack it.
 
     Args:
@@ -638,7 +638,7 @@ def _cover_all_rows(ranges: Sequence[tuple[int, int]], num_rows: int) -> bool:
     return starts == [0, *stops[:-1]] and stops[-1] == num_rows
 
 
-def _join_full_matrices(parts: Sequence[FactorsOfRows], num_rows: int) -> Factors:
+def _join_full_matrices(parts: Sequence[RowFactors], num_rows: int) -> Factors:
     """Return the full float32 change of a weight with `num_rows` rows from the changes of its parts.
 
     Args:
@@ -660,7 +660,7 @@ def _join_full_matrices(parts: Sequence[FactorsOfRows], num_rows: int) -> Factor
     return joined
 
 
-def _stack_changes(part_deltas: Sequence[Delta], parts: Sequence[FactorsOfRows], num_rows: int) -> Tensor:
+def _stack_changes(part_deltas: Sequence[Delta], parts: Sequence[RowFactors], num_rows: int) -> Tensor:
     """Return the full change of a weight; raise FusionError if its parts differ in the shape of a row."""
     changes = [delta.compute_change(deltas.CPU) for delta in part_deltas]
     row_shapes = {None if change is None else change.shape[1:] for change in changes}
@@ -671,7 +671,7 @@ def _stack_changes(part_deltas: Sequence[Delta], parts: Sequence[FactorsOfRows],
     return _write_rows(parts, changes, torch.zeros(num_rows, *row_shape))
 
 
-def _check_full_matrices(part_deltas: Sequence[Delta], parts: Sequence[FactorsOfRows], num_rows: int) -> None:
+def _check_full_matrices(part_deltas: Sequence[Delta], parts: Sequence[RowFactors], num_rows: int) -> None:
     """Raise FusionError if a part replaces the weight, or if only some rows would have DoRA magnitudes."""
     if any(delta.replaces_weight for delta in part_deltas):
         raise FusionError(f"{deltas.SET_WEIGHT} is only for some of its rows")
@@ -685,7 +685,7 @@ def _check_full_matrices(part_deltas: Sequence[Delta], parts: Sequence[FactorsOf
         )
 
 
-def _write_rows(parts: Sequence[FactorsOfRows], values: Sequence[Tensor | None], total: Tensor) -> Tensor:
+def _write_rows(parts: Sequence[RowFactors], values: Sequence[Tensor | None], total: Tensor) -> Tensor:
     """Write the values of each part into its rows of `total`; return `total`."""
     for part, part_values in zip(parts, values, strict=True):
         if part_values is not None:

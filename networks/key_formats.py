@@ -39,7 +39,7 @@ from networks.tensor_names import (
     split_text,
 )
 
-_FAMILY_OF_DIALECT = {"HunyuanVideo-I2V": "hunyuan_video"}
+_FAMILY_BY_DIALECT = {"HunyuanVideo-I2V": "hunyuan_video"}
 _PARAMETER_NAMES = ("weight", "bias")
 # prefixes of tensor names in model files, removed in this order
 _MODEL_PREFIXES = (
@@ -271,7 +271,7 @@ def _find_possible_families(
 
 def _family_of_dialects(dialects: Iterable[str]) -> str | None:
     """Return the family of the first dialect that only one family's files use; None if there is none."""
-    families = (_FAMILY_OF_DIALECT.get(dialect) for dialect in dialects)
+    families = (_FAMILY_BY_DIALECT.get(dialect) for dialect in dialects)
     return next((family for family in families if family is not None), None)
 
 

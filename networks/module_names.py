@@ -94,12 +94,12 @@ def families_of_scripts(name: str) -> tuple[FamilyNames, ...]:
     return tuple(family for family in parent_families if family.name in own_names) or parent_families
 
 
-SizeOf = Callable[[str], tuple[int, int] | None]
+GetSize = Callable[[str], tuple[int, int] | None]
 # a complete list of blocks identifies a model only from this length: the user may have chosen fewer blocks
 _LONG = 16
 
 
-def likely_families(names: Iterable[str], size_of: SizeOf, hint: str | None = None) -> list[FamilyNames]:
+def likely_families(names: Iterable[str], size_of: GetSize, hint: str | None = None) -> list[FamilyNames]:
     """Return the families that a LoRA may be for; several if nothing distinguishes them.
 
     Args:
@@ -126,7 +126,7 @@ def likely_families(names: Iterable[str], size_of: SizeOf, hint: str | None = No
     return [family for family in families if levels[family] >= min(best_level, _AS_RELEASED)]
 
 
-def _known_sizes(names: Iterable[str], size_of: SizeOf) -> dict[str, tuple[int, int]]:
+def _known_sizes(names: Iterable[str], size_of: GetSize) -> dict[str, tuple[int, int]]:
     """Return the rows and columns of each module's change, leaving out modules of unknown size."""
     sizes: dict[str, tuple[int, int]] = {}
     for name in names:
@@ -136,7 +136,7 @@ def _known_sizes(names: Iterable[str], size_of: SizeOf) -> dict[str, tuple[int, 
     return sizes
 
 
-def sizes_fit(family: FamilyNames, names: Iterable[str], size_of: SizeOf) -> bool:
+def sizes_fit(family: FamilyNames, names: Iterable[str], size_of: GetSize) -> bool:
     """Return whether the family may have modules of these names with the sizes of the LoRA's changes."""
     return _rate_agreement(family, [], _known_sizes(names, size_of)) != _CONTRADICTS
 

@@ -48,8 +48,8 @@ TOLERANCE = 1e-12  # of cumulative fractions, which may end slightly below 1
 DIFFERENT_RANKS = "Dynamic"  # ss_network_dim of a LoRA whose modules have different ranks
 # values of --dynamic_method
 RATIO = "sv_ratio"
-FRACTION_OF_SUM = "sv_cumulative"
-FRACTION_OF_NORM = "sv_fro"
+SUM_FRACTION = "sv_cumulative"
+NORM_FRACTION = "sv_fro"
 
 
 class ResizeOptions(Options):
@@ -72,9 +72,9 @@ class ResizeOptions(Options):
     )
     dynamic_method: str | None = option(
         f"give each module a rank of its own. {RATIO}: the directions that are larger than the largest one "
-        f"divided by --dynamic_param; {FRACTION_OF_SUM}: the fewest whose sizes have this share of the sum "
-        f"of all; {FRACTION_OF_NORM}: the fewest whose change has this share of the Frobenius norm",
-        choices=(RATIO, FRACTION_OF_NORM, FRACTION_OF_SUM),
+        f"divided by --dynamic_param; {SUM_FRACTION}: the fewest whose sizes have this share of the sum "
+        f"of all; {NORM_FRACTION}: the fewest whose change has this share of the Frobenius norm",
+        choices=(RATIO, NORM_FRACTION, SUM_FRACTION),
         needs="dynamic_param",
         hint="for example 0.9, or 10 with sv_ratio",
     )
@@ -415,8 +415,8 @@ def select_rank(
     elif method is not None:
         assert param is not None
         # the Frobenius norm is the root of the sum of squares
-        summands = singular_values if method == FRACTION_OF_SUM else singular_values**2
-        threshold = param if method == FRACTION_OF_SUM else param**2
+        summands = singular_values if method == SUM_FRACTION else singular_values**2
+        threshold = param if method == SUM_FRACTION else param**2
         fractions = np.cumsum(summands) / summands.sum()
         # the first rank at which the fraction is reached
         rank = int((fractions < threshold - TOLERANCE).sum()) + 1

@@ -30,10 +30,10 @@ from networks.module_names import FAMILIES, is_known_module
 from networks.names.layouts import (
     IN_COMFYUI,
     IN_DIFFUSERS,
-    OF_CLIP,
-    OF_LANGUAGE_MODEL,
-    OF_LTX_FORK,
-    OF_T5,
+    CLIP_LAYER_PREFIX,
+    LANGUAGE_MODEL_LAYER_PREFIX,
+    LTX_FORK_PREFIX,
+    T5_LAYER_PREFIX,
     OURS,
     UNET_IN_DIFFUSERS,
     FamilyNames,
@@ -42,7 +42,7 @@ from networks.names.texts import TEXT_PROJECTION
 
 IN_OUR_NAMES = "ours"  # dialect of the names that established trainers write
 # prefixes that reveal a dialect only as a whole; they are removed in several steps, like other prefixes
-_SPECIAL = {OF_LTX_FORK: "musubi-tuner for LTX-2", "lora_unet__": "VideoX-Fun"}
+_SPECIAL = {LTX_FORK_PREFIX: "musubi-tuner for LTX-2", "lora_unet__": "VideoX-Fun"}
 # parts of a path added by wrappers of modules: torch.compile, checkpointing, FSDP
 _WRAPPERS = re.compile(
     r"(?:(?<=[._])|^)_(?:orig_mod|checkpoint_wrapped_module|fsdp_wrapped_module)(?:[._]|$)"
@@ -69,7 +69,7 @@ _CLIP_WITHOUT_TEXT_MODEL = ("encoder_layers_", "embeddings_", "final_layer_norm"
 # prefixes of layer names that reveal a text encoder in files that do not name the encoder
 _UNPREFIXED_TEXT_LAYERS = ("text_model.encoder.", "encoder.block.")
 # text encoders to assume if the family is unknown
-_ENCODERS_OF_UNKNOWN_FAMILY = (*FamilyNames.encoders, ("lora_te2", OF_CLIP), ("lora_te", OF_LANGUAGE_MODEL))
+_FALLBACK_ENCODERS = (*FamilyNames.encoders, ("lora_te2", CLIP_LAYER_PREFIX), ("lora_te", LANGUAGE_MODEL_LAYER_PREFIX))
 # names of the LoRA factors in other programs -> ours
 FACTORS = {"A": "lora_down", "B": "lora_up", "a": "lora_down", "b": "lora_up"}
 FACTORS |= {"down": "lora_down", "up": "lora_up"}
@@ -93,7 +93,7 @@ _FACTOR = re.compile(
 )
 # diffusers before PEFT: factors belong to the attention module, not to its layers
 _PROCESSOR = re.compile(r"(\.processor)?\.to_(?P<layer>q|k|v|out)_lora\.(?P<factor>down|up)\.weight$")
-_OF_PROCESSOR = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
+_PROCESSOR_LAYERS = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
 _MODULATION = ".diff_m"  # ending in LightX2V for the parameter `modulation` of a block or the head
 
 
@@ -190,7 +190,7 @@ class StrippedPath(NamedTuple):
 
 def split_key(key: str) -> ParsedKey | None:
     """Split a transformer LoRA's key into module path, factor name and dialect; None for other keys."""
-    key = _PROCESSOR.sub(lambda match: f".{_OF_PROCESSOR[match['layer']]}.lora_{match['factor']}.weight", key)
+    key = _PROCESSOR.sub(lambda match: f".{_PROCESSOR_LAYERS[match['layer']]}.lora_{match['factor']}.weight", key)
     if key.endswith(_MODULATION):
         key = f"{key.removesuffix(_MODULATION)}.modulation.diff"
     full_path, part = split_end(key)
@@ -309,11 +309,11 @@ def _text_layer(path: str) -> tuple[str, str]:
     while True:
         name = path.replace(".", "_")
         if name.startswith(_CLIP_WITHOUT_TEXT_MODEL):  # CLIP as in transformers 5 and later
-            name = OF_CLIP + name
+            name = CLIP_LAYER_PREFIX + name
         full_name = full_name or name
-        if name.removeprefix(OF_CLIP) == TEXT_PROJECTION:  # some files have it inside `text_model`
-            return OF_CLIP, TEXT_PROJECTION
-        for kind in (OF_CLIP, OF_T5, OF_LANGUAGE_MODEL):
+        if name.removeprefix(CLIP_LAYER_PREFIX) == TEXT_PROJECTION:  # some files have it inside `text_model`
+            return CLIP_LAYER_PREFIX, TEXT_PROJECTION
+        for kind in (CLIP_LAYER_PREFIX, T5_LAYER_PREFIX, LANGUAGE_MODEL_LAYER_PREFIX):
             if name.startswith(kind):
                 return kind, name
         prefix = next((prefix for prefix in _TEXT_LAYER_PREFIXES if path.startswith(prefix)), "")
@@ -335,11 +335,11 @@ def _text_prefix(key: ParsedTextKey, kind: str, family: FamilyNames | None) -> s
     Returns:
         The prefix; None if the family uses the file's prefix for a different kind of encoder.
     """
-    kind_by_prefix = dict(_ENCODERS_OF_UNKNOWN_FAMILY if family is None else family.encoders)
+    kind_by_prefix = dict(_FALLBACK_ENCODERS if family is None else family.encoders)
     prefixes_of_kind = [prefix for prefix, encoder_kind in kind_by_prefix.items() if encoder_kind == kind]
     file_prefix = key.start.rstrip("_.-").replace("lycoris_", "lora_")
     # files for Stable Diffusion 1 and 2 call their only CLIP lora_te
-    is_only_clip = kind == OF_CLIP and file_prefix == "lora_te"
+    is_only_clip = kind == CLIP_LAYER_PREFIX and file_prefix == "lora_te"
     if is_only_clip and (family is None or len(prefixes_of_kind) > 1):
         return file_prefix
     if prefixes_of_kind:

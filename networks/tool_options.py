@@ -23,12 +23,12 @@ EXACT_SUM = (
     "first file's rank is written"
 )
 MERGED_FAMILIES = ("sd1", "sd2", "sdxl")
-OF_LORAS = "it is for merging LoRAs into one"
+LORA_MERGE_HINT = "it is for merging LoRAs into one"
 # option of a model to merge into -> option of the result
 FLUX_OUTPUTS = {"flux_model": "save_to", "clip_l": "clip_l_save_to", "t5xxl": "t5xxl_save_to"}
 NO_SHUFFLE = not_needed("the merged LoRA is exact, in whatever order its ranks are.")
 MIN_DIFF = 0.01
-OF_FULL = ("conv_dim", "min_diff")  # of `ExtractOptions`: options that do not apply to a DiT
+NON_DIT_OPTIONS = ("conv_dim", "min_diff")  # of `ExtractOptions`: options that do not apply to a DiT
 
 
 class MergeOptions(Options):
@@ -119,7 +119,7 @@ class FluxMergeOptions(Options, must_give=True):
         default="float",
         one_of=PRECISIONS,
     )
-    concat: bool = option(EXACT_SUM, excludes=("flux_model", "clip_l", "t5xxl"), hint=OF_LORAS)
+    concat: bool = option(EXACT_SUM, excludes=("flux_model", "clip_l", "t5xxl"), hint=LORA_MERGE_HINT)
     flux_model: Path | None = option(
         "FLUX.1 or Chroma model to merge into, for --save_to", place="there", needs="save_to"
     )
@@ -187,13 +187,13 @@ class FullMergeOptions(Options):
     ratios: tuple[float, ...] = option("strength of each file of --models", nargs="+", required=True)
     lora_rounding: str = lora_rounding_option(needs="sd_model")
     no_metadata: bool = option(ONLY_NEEDED)
-    concat: bool = option(EXACT_SUM, excludes="sd_model", hint=OF_LORAS)
+    concat: bool = option(EXACT_SUM, excludes="sd_model", hint=LORA_MERGE_HINT)
     family: str | None = option(
         "the model that the LoRAs are for, if one LoRA is written and neither their metadata nor their "
         "names and sizes show it",
         choices=MERGED_FAMILIES,
         excludes="sd_model",
-        hint=OF_LORAS,
+        hint=LORA_MERGE_HINT,
     )
     shuffle = NO_SHUFFLE
     lbws = unsupported(

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Iterable
 from typing import NamedTuple
 
 from networks import module_names
-from networks.names.layouts import OF_CLIP, OF_LANGUAGE_MODEL, OF_T5, OURS, FamilyNames
+from networks.names.layouts import CLIP_LAYER_PREFIX, LANGUAGE_MODEL_LAYER_PREFIX, T5_LAYER_PREFIX, OURS, FamilyNames
 from networks.names.texts import TEXT_PROJECTION
 from networks.tensor_names import strip_known_prefixes
 from protocols.bundled_embeddings import BUNDLE, word_of
@@ -170,7 +170,7 @@ def explain_absent_text_module(name: str) -> UnusedReason:
     encoder = _ENCODERS.get(prefix, "a text encoder")
     if path == TEXT_PROJECTION:
         return UnusedReason(f": they are the projection of {encoder}, which this model does not use")
-    if path.startswith((OF_CLIP, OF_T5, OF_LANGUAGE_MODEL)):
+    if path.startswith((CLIP_LAYER_PREFIX, T5_LAYER_PREFIX, LANGUAGE_MODEL_LAYER_PREFIX)):
         return UnusedReason(f": {encoder} of this model has no such layers")
     return UnusedReason(f": no known text encoder has layers of these names ({encoder})")
 

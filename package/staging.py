@@ -14,7 +14,7 @@ from modules.installation import SCRIPT_ROOMS
 from modules.option_tables import TABLES
 from modules.script_words import console_words, has_own_command
 from modules.version import VERSION
-from package.reelsmith.commands import OF_A_CHECKOUT, find_commands
+from package.reelsmith.commands import CHECKOUT_SCRIPTS, find_commands
 
 PACKAGE = "reelsmith"
 FRONT_NAME = "package.reelsmith"  # files at the top level of the package
@@ -228,4 +228,4 @@ def entry_points(root: Path) -> dict[str, str]:
 
 
 def _top_modules(root: Path) -> list[Path]:
-    return [path for path in sorted(root.glob("*.py")) if path.stem not in OF_A_CHECKOUT]
+    return [path for path in sorted(root.glob("*.py")) if path.stem not in CHECKOUT_SCRIPTS]

@@ -52,10 +52,10 @@ GIT_SECONDS = 60.0  # an older lock of git belongs to a process that was killed
 # names that belong to the user or the machine, wherever a zip file has them
 USER_FOLDERS = frozenset({".git", ".reelsmith", ".venv", ".venv-second", "models", "quickstart"})
 MAX_FILES, MAX_BYTES = 50_000, 2 << 30
-MAX_OF_PROJECT = 1 << 17  # bytes of pyproject.toml; a TOML reader takes quadratic time for some inputs
-MAX_OF_NAME = 1000  # bytes of a file's path
-MAX_OF_NOTE = 1 << 26  # bytes of a note about an update
-MAX_OF_FILE = 1 << 23  # bytes of a file that a version may have; the user's models and clips are larger
+MAX_PYPROJECT_BYTES = 1 << 17  # bytes of pyproject.toml; a TOML reader takes quadratic time for some inputs
+MAX_PATH_BYTES = 1000  # bytes of a file's path
+MAX_NOTE_BYTES = 1 << 26  # bytes of a note about an update
+MAX_FILE_BYTES = 1 << 23  # bytes of a file that a version may have; the user's models and clips are larger
 MAX_LISTED = 20  # lines about the user's files
 OBJECT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # how git names a commit
 SHORT_NAME = re.compile(r"~\d")  # Windows' second name of a file: GIT~1 is .git
@@ -167,7 +167,7 @@ def note_version(root: Path) -> None:
         names = [(subfolder / name).as_posix() for name in files]
         for name in names:
             path = root / name
-            if path.is_file() and path.stat().st_size <= MAX_OF_FILE and not _find_name_error(name):
+            if path.is_file() and path.stat().st_size <= MAX_FILE_BYTES and not _find_name_error(name):
                 digests[name] = _digest(path)
         if len(digests) > MAX_FILES:  # more files than any version has
             break
@@ -567,7 +567,7 @@ def _find_program_folder(path: Path, archive: zipfile.ZipFile, members: Iterable
     top = min(tops, key=len, default="")
     try:
         with archive.open(f"{top}{PROJECT}") as file:
-            text = file.read(MAX_OF_PROJECT).decode("utf-8")
+            text = file.read(MAX_PYPROJECT_BYTES).decode("utf-8")
         project = parse_toml(text).get("project")
     except (KeyError, ValueError):
         project = None
@@ -620,8 +620,8 @@ def _find_name_error(name: str) -> str:
         return "it leads out of the folder"
     if escape_control_codes(name) != name or len(name.splitlines()) != 1 or "\t" in name:
         return "control codes"
-    if len(name.encode("utf-8", "surrogatepass")) > MAX_OF_NAME:
-        return f"more than {MAX_OF_NAME} bytes"
+    if len(name.encode("utf-8", "surrogatepass")) > MAX_PATH_BYTES:
+        return f"more than {MAX_PATH_BYTES} bytes"
     if fold_name(parts[0]) in USER_FOLDERS or ".git" in map(fold_name, parts) or SHORT_NAME.search(parts[0]):
         return "a folder of yours"
     return next(filter(None, map(find_error_on_windows, parts)), "")
@@ -677,7 +677,7 @@ def _read_files(root: Path) -> list[str]:
     if not note.is_file():
         return []
     try:
-        names = read_text(note, MAX_OF_NOTE).split("\n")
+        names = read_text(note, MAX_NOTE_BYTES).split("\n")
     except (OSError, ValueError):
         raise UserError(
             f"{note}, a record of the last update, cannot be read. Delete it, and run the update again: "
@@ -689,7 +689,7 @@ def _read_files(root: Path) -> list[str]:
 def _read_digests(root: Path) -> dict[str, str]:
     """Return the digests of the current version's files by case-folded name; {} if they are not known."""
     note = root / STATE_FOLDER / DIGESTS_FILE
-    lines = read_text(note, MAX_OF_NOTE).split("\n") if note.is_file() else []
+    lines = read_text(note, MAX_NOTE_BYTES).split("\n") if note.is_file() else []
     return {fold_name(name): digest for digest, _, name in (line.partition("  ") for line in lines)}
 
 
@@ -794,7 +794,7 @@ def _read_plan(path: Path) -> FileChange:
         UserError: If its record is damaged.
     """
     try:
-        plan = parse_json(read_text(path, MAX_OF_NOTE))
+        plan = parse_json(read_text(path, MAX_NOTE_BYTES))
         edited_copies = plan.pop("beside", {})  # `_make_backup` omits the key if there are none
         change = FileChange(**plan, edited_copies=edited_copies)
         names = [

@@ -63,7 +63,7 @@ SITUATIONS = {
 }
 MIN_FILES_FOR_VALIDATION = 10  # minimum number of files for holding out a tenth for validation
 MAX_FRAMES_READ = 240  # maximum frames read of a clip to find a sample's end image
-MAX_OF_SUBJECT = 80  # maximum characters of a caption used in a prompt
+MAX_SUBJECT_LENGTH = 80  # maximum characters of a caption used in a prompt
 AUDIO_FRAMES = 121  # length of an audio sample in frames: five seconds
 
 
@@ -547,7 +547,7 @@ def _find_subject(captions: Sequence[str]) -> str:
     subject = " ".join(common)
     if all(word.lower() in {"a", "an", "the"} for word in common):
         subject = min((text for text in captions if text), key=len, default="")
-    return re.split(r"[,.;:]", subject)[0][:MAX_OF_SUBJECT].strip() or "a person"
+    return re.split(r"[,.;:]", subject)[0][:MAX_SUBJECT_LENGTH].strip() or "a person"
 
 
 def _join_shared_tags(tags: TagLists, trigger: str | None) -> str:
@@ -556,7 +556,7 @@ def _join_shared_tags(tags: TagLists, trigger: str | None) -> str:
     length = 0
     for tag in map(as_words, tags.shared_tags):
         length += len(tag)
-        if length <= MAX_OF_SUBJECT:
+        if length <= MAX_SUBJECT_LENGTH:
             words.append(tag)
     return ", ".join(words)
 
@@ -837,7 +837,7 @@ def _make_output_name(setup: RunSetup) -> str | None:
     """Return the name of the trained files: the folder's name; for an embedding, the trigger word."""
     if setup.kind.trains_embedding:
         return setup.trigger_word  # prompts use an embedding by its file name
-    name = re.sub(r"[^\w.-]+", "_", setup.folder.name).strip("._")[:MAX_OF_SUBJECT]
+    name = re.sub(r"[^\w.-]+", "_", setup.folder.name).strip("._")[:MAX_SUBJECT_LENGTH]
     if is_windows_device(name):  # such as CON or NUL, which cannot be a file name
         name = f"lora_{name}"
     name = name or "lora"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dataset.forms.composing import FORMAT_OF_SUFFIX, column_names, read_columns
+from dataset.forms.composing import FORMAT_BY_SUFFIX, column_names, read_columns
 from dataset.forms.rows import CAPTION_COLUMNS, PATH_COLUMNS, check_text
 from dataset.sources.captions import guess_windows_encoding
 from modules.console import format_count, list_some
@@ -73,7 +73,7 @@ def read_lists(files: Mapping[Path, Collection[Path]], ignored: Collection[str])
 
 
 def _lists_in(folder: Path, ignored: Collection[str]) -> list[Path]:
-    kinds = {*FORMAT_OF_SUFFIX, JSON}
+    kinds = {*FORMAT_BY_SUFFIX, JSON}
     with contextlib.suppress(OSError):
         return [
             path
@@ -253,7 +253,7 @@ def _open_as_table(path: Path, names: Collection[str], remarks: list[str]) -> It
     A converted copy is made if needed: spreadsheets write other encodings, and lists written by hand have no
     header line.
     """
-    if not FORMAT_OF_SUFFIX[path.suffix.lower()].is_text:
+    if not FORMAT_BY_SUFFIX[path.suffix.lower()].is_text:
         yield path
         return
     text = _add_column_names(path, _decode_table(path, remarks), names)
@@ -289,7 +289,7 @@ def _add_column_names(path: Path, text: str, names: Collection[str]) -> str:
 
     `names` are the media files in the table's folder.
     """
-    if not FORMAT_OF_SUFFIX[path.suffix.lower()].has_header:
+    if not FORMAT_BY_SUFFIX[path.suffix.lower()].has_header:
         return text
     first_line = text.split("\n", 1)[0]
     separator = next((sign for sign in "\t,;" if sign in first_line), ",")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from dataset.sources.captions import caption_path, describe_encoding, read_caption_file
 from dataset.sources.folders import ControlFolder, find_audio_beside
 from dataset.sources.layers import group_layers
-from dataset.sources.left_out import FOLDERS_OF_RUNS, NO_MEDIA, CaptionOwners
+from dataset.sources.left_out import RUN_SUBFOLDERS, NO_MEDIA, CaptionOwners
 from dataset.subsets import FolderName, read_folder_name
 from modules.command import quote_command
 from modules.console import format_count
@@ -40,7 +40,7 @@ CAPTIONS = ".txt"
 OTHER_CAPTIONS = (".TXT", ".caption")  # the second is used by image trainers
 CHECK_PAGE = "check.html"
 FIRST_FRAMES = "first_frames"  # folder of images that `new` takes from clips
-RUN_FOLDERS = {*FOLDERS_OF_RUNS, FIRST_FRAMES}
+RUN_FOLDERS = {*RUN_SUBFOLDERS, FIRST_FRAMES}
 CONTROL_FOLDER = "conditioning"
 DRAW_EDGES = ["python", "tools/control_pictures.py", "--canny", "--output"]
 REGULARIZATION = re.compile(r"regs?|regulari[sz]ation([-_ ]?images?)?|class([-_ ]images?)?", re.IGNORECASE)

@@ -31,7 +31,7 @@ KIND_NAMES = (
     FULL_MODEL,
 )
 MODELS = Path("models")  # folder of models in the working folder
-MAX_OF_WORD = 200  # maximum characters of a trigger word
+MAX_WORD_LENGTH = 200  # maximum characters of a trigger word
 # small, and of a kind that tools/caption_dataset.py is tested with
 CAPTION_MODEL = "Qwen/Qwen2-VL-2B-Instruct"
 CAPTION_MODEL_SIZE = "4.4 GB"
@@ -135,9 +135,9 @@ def check_trigger(word: str) -> None:
         reason = "a tab"
     if reason is not None:
         raise OptionError(f"--trigger_word {word!r} holds {reason}. Pass a word of letters, such as mrsfluff")
-    if not word.strip() or len(word) > MAX_OF_WORD:
+    if not word.strip() or len(word) > MAX_WORD_LENGTH:
         raise OptionError(
-            f"--trigger_word has {len(word.strip())} characters: pass 1 to {MAX_OF_WORD}, such as mrsfluff"
+            f"--trigger_word has {len(word.strip())} characters: pass 1 to {MAX_WORD_LENGTH}, such as mrsfluff"
         )
 
 

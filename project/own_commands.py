@@ -14,7 +14,7 @@ from project.own_samples import OWN_FOLDER, OWN_PROMPTS
 
 # of the adapter for MiniMax-H3-Image; those for Qwen-Image-2.1 took 1,000, then 30,000
 TYPICAL_STEPS = 4000
-OF_ONE = {"--prompt", "--seed", "--save_path"}  # options for a single result
+SINGLE_RESULT_OPTIONS = {"--prompt", "--seed", "--save_path"}  # options for a single result
 
 
 def lacks_media(folder: Path) -> bool:
@@ -81,7 +81,7 @@ def _without_single(argv: Sequence[str]) -> list[str]:
     is_dropped = False
     for word in argv:
         if word.startswith("--"):
-            is_dropped = word in OF_ONE
+            is_dropped = word in SINGLE_RESULT_OPTIONS
         if not is_dropped:
             remaining.append(word)
     return remaining

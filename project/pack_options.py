@@ -14,7 +14,7 @@ MANIFEST = "reelsmith.json"  # member of a packed file with its format and modif
 VERSION = 1
 # first part of a model's path in a packed run.toml; `unpack` puts its own folder of models there
 ARCHIVE_MODEL_FOLDER = "models"
-MAX_OF_NAME = 1000  # maximum bytes of a file name
+MAX_NAME_BYTES = 1000  # maximum bytes of a file name
 
 
 class PackOptions(Options):
@@ -61,8 +61,8 @@ def find_error_of_name(name: str, on_windows: bool) -> str:
         num_bytes = len(name.encode("utf-8"))
     except UnicodeEncodeError:
         return "it is not UTF-8"
-    if num_bytes > MAX_OF_NAME:
-        return f"it has {num_bytes} bytes, and at most {MAX_OF_NAME} are allowed"
+    if num_bytes > MAX_NAME_BYTES:
+        return f"it has {num_bytes} bytes, and at most {MAX_NAME_BYTES} are allowed"
     errors_on_windows = map(find_error_on_windows, parts if on_windows else ())
     return next(filter(None, errors_on_windows), "")
 

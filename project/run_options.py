@@ -28,19 +28,19 @@ def _options_of_new() -> Collection[str]:
     return info_of(NewOptions)
 
 
-OF_NEW = KeyFile(_options_of_new, "`new` has it, which describes the folder: type `new` again with --{key}.")
+NEW_COMMAND_KEYS = KeyFile(_options_of_new, "`new` has it, which describes the folder: type `new` again with --{key}.")
 
 
 if TYPE_CHECKING:  # record generated from the list of features
-    OptionsOfFeatures = Options
+    RunFeatureOptions = Options
 else:
-    OptionsOfFeatures = options_of_run()
+    RunFeatureOptions = options_of_run()
 
 
 class RunOptions(Options):
     """Options of `run`: the dataset folder to train on, and what may be downloaded or started."""
 
-    key_files = (DATASET_FILE, MODEL_FILES, TRAINING_TABLE, OF_NEW)
+    key_files = (DATASET_FILE, MODEL_FILES, TRAINING_TABLE, NEW_COMMAND_KEYS)
 
     folder: Path = option("folder that `new` described", positional=True)
     download: bool = option("download the model, after its licenses")
@@ -48,7 +48,7 @@ class RunOptions(Options):
     output_dir: Path | None = option(
         "folder for the trained files, anywhere; default: that of run.toml, in the folder", place="new folder"
     )
-    of_features: OptionsOfFeatures  # options that are passed to the training script
+    of_features: RunFeatureOptions  # options that are passed to the training script
     may_write: tuple[Path, ...] = option(
         "further folders that the run may write into, as caches may lie elsewhere; default: its own alone",
         default=(),

@@ -32,7 +32,7 @@ from project.relocating import change_texts
 from training.config_options import PROJECT_TABLE
 
 PIECE_BYTES = 1 << 20
-MAX_OF_RUN_FILE = 1 << 18  # bytes; `new` writes 5 kB, and parsing a megabyte takes seconds
+MAX_RUN_FILE_BYTES = 1 << 18  # bytes; `new` writes 5 kB, and parsing a megabyte takes seconds
 ENCRYPTED = 0x1
 LATEST_NS = 1 << 62  # latest time of a file: the year 2116
 
@@ -103,7 +103,7 @@ def _read_models(archive: zipfile.ZipFile, models: Path) -> list[str]:
 
     Raises ValueError or TypeError for a file that `pack` would not write; OSError if run.toml is too large.
     """
-    if archive.getinfo(RUN_FILE).file_size > MAX_OF_RUN_FILE:
+    if archive.getinfo(RUN_FILE).file_size > MAX_RUN_FILE_BYTES:
         raise ValueError(f"{RUN_FILE} is too long")
     with archive.open(RUN_FILE) as file:
         text = _replace_model_folder(_read_member(file).decode("utf-8-sig"), models)
@@ -189,7 +189,7 @@ def _write_folder(
             _extract_member(archive, entry, temporary, bar)
         run_file = temporary / RUN_FILE
         # its model paths become those of this machine's model folder
-        text = _replace_model_folder(read_text(run_file, MAX_OF_RUN_FILE), real_path(options.models))
+        text = _replace_model_folder(read_text(run_file, MAX_RUN_FILE_BYTES), real_path(options.models))
         run_file.write_text(text, encoding="utf-8", newline="\n")
         # run.toml was changed just now, so its old time would be wrong
         unchanged_names = [entry.filename for entry in members if entry.filename != RUN_FILE]

@@ -55,7 +55,7 @@ HAS_AUDIO = "has_sound"
 # because integers stay on the host
 FPS = "reelsmith_fps"
 
-_OF_REFERENCES = (CONTROL, REFERENCE_LATENTS, REFERENCE_AUDIO)  # beginnings of names
+_REFERENCE_PREFIXES = (CONTROL, REFERENCE_LATENTS, REFERENCE_AUDIO)  # beginnings of names
 
 # size conditions of each image (as in SDXL), in batches B 6 float32: height and width of the file, top and
 # left of `modules.media.buckets.inner_box`, height and width in training
@@ -166,7 +166,7 @@ class Batch:
 
     def without_references(self) -> "Batch":
         """Return the batch without reference images: their latents move from `tensors` to `undropped`."""
-        dropped = {name: value for name, value in self.tensors.items() if name.startswith(_OF_REFERENCES)}
+        dropped = {name: value for name, value in self.tensors.items() if name.startswith(_REFERENCE_PREFIXES)}
         remaining = {name: value for name, value in self.tensors.items() if name not in dropped}
         return replace(self, tensors=remaining, undropped={**self.undropped, **dropped})
 
@@ -179,7 +179,7 @@ class Batch:
         parts = {
             name: value
             for name, value in self.undropped.items()
-            if (REFERENCE if name.startswith(_OF_REFERENCES) else CAPTION) in names
+            if (REFERENCE if name.startswith(_REFERENCE_PREFIXES) else CAPTION) in names
         }
         return replace(self, tensors={**self.tensors, **parts})
 

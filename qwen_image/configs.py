@@ -50,7 +50,7 @@ LATENT = LatentSpec(
     preview_bias=PREVIEW_BIAS,
 )
 # statistics of Qwen-Image-Layered, whose VAE has an alpha channel
-LATENT_OF_LAYERS = replace(LATENT, has_alpha=True, has_layers=True)
+LAYERED_LATENT = replace(LATENT, has_alpha=True, has_layers=True)
 NOISE = NoiseSpec(count_tokens=count_image_tokens)
 DIT = DitSpec(
     block_lists=("transformer_blocks",),

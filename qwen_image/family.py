@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from encoders.pictures import (
-    ModelOfImages,
+    ImageModelFamily,
     encode_images,
     image_defaults,
     references_in,
@@ -83,7 +83,7 @@ SHIFT_AT_FEW_TOKENS, SHIFT_AT_MANY_TOKENS = (256, 0.5), (8192, 0.9)
 
 
 @dataclass(frozen=True)
-class QwenImage(ModelOfImages):
+class QwenImage(ImageModelFamily):
     """Description of Qwen-Image for one run, built by the `family_for_...` functions below."""
 
     files: QwenImageFiles

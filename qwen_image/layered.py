@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from encoders.pictures import ModelOfImages, image_defaults, references_in
+from encoders.pictures import ImageModelFamily, image_defaults, references_in
 from modules.errors import CacheError, OptionError
 from modules.media.buckets import Size
 from modules.media.pixels import from_bytes
@@ -43,7 +43,7 @@ from protocols.requests import (
 from protocols.rules import NO_GUIDANCE_RULES, GuidanceRules, ModelRelease, SourceRules
 from protocols.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
 from qwen_image.caches import LATENTS_AGAIN, PIXELS, check_batch
-from qwen_image.configs import DIT, LATENT_OF_LAYERS, NOISE, PATCH
+from qwen_image.configs import DIT, LAYERED_LATENT, NOISE, PATCH
 from qwen_image.files import KEY, QWEN_SETTINGS, VERSIONS, QwenImageFiles
 from qwen_image.names import LORA
 from qwen_image.options import LAYER_COUNT, LAYERED, MAX_LAYERS, QwenImageReferenceOptions
@@ -65,7 +65,7 @@ class ReferenceResize(NamedTuple):
 
 
 @dataclass(frozen=True)
-class QwenImageLayered(ModelOfImages):
+class QwenImageLayered(ImageModelFamily):
     """Description of Qwen-Image-Layered for one run, built by the `family_for_...` functions of `family`."""
 
     files: QwenImageFiles
@@ -87,7 +87,7 @@ class QwenImageLayered(ModelOfImages):
     @property
     def latent(self) -> LatentSpec:
         """Return the latent space of the layers, with or without the composite image before them."""
-        return replace(LATENT_OF_LAYERS, has_full=not self.omits_first_image)
+        return replace(LAYERED_LATENT, has_full=not self.omits_first_image)
 
     @property
     def metadata(self) -> Mapping[str, str]:

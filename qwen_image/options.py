@@ -11,8 +11,8 @@ from modules.options import (
     FREE,
     HABIT,
     NO_PIXELS,
-    OF_DECODING,
-    OF_REFERENCES,
+    DECODING_SETTING,
+    REFERENCES_ONLY,
     Options,
     not_needed,
     of_request,
@@ -58,7 +58,7 @@ class QwenImageVersionOptions(Options):
 class QwenImageVaeOptions(Options):
     """Path of the VAE and how it runs."""
 
-    file: VaeOptions = option(facts=OF_DECODING)
+    file: VaeOptions = option(facts=DECODING_SETTING)
     vae_chunk_size = not_needed(
         "an image goes through the VAE at once; --vae_tiling takes less memory.", type=int
     )
@@ -119,13 +119,13 @@ class QwenImageReferenceOptions(Options, title="images to edit"):
         "resize the images to about a megapixel in their own shape, as the model was trained (for the "
         "text encoder smaller, from edit-2509 on); default: their own size, cut to multiples of 16",
         excludes="resize_control_to_image_size",
-        facts=OF_REFERENCES,
+        facts=REFERENCES_ONLY,
     )
     resize_control_to_image_size: bool = option(
-        "resize the images to the size of the result, and crop them", facts=OF_REFERENCES
+        "resize the images to the size of the result, and crop them", facts=REFERENCES_ONLY
     )
     append_original_name: bool = option(
-        "add the name of the first image to that of the result", facts={**NO_PIXELS, **OF_REFERENCES}
+        "add the name of the first image to that of the result", facts={**NO_PIXELS, **REFERENCES_ONLY}
     )
     mask_path: str | None = option(
         "an image that is white where the first one is changed; the rest of it stays as it is. That "
@@ -140,7 +140,7 @@ class QwenImageReferenceOptions(Options, title="images to edit"):
         above=0,
         below=math.inf,
         hint="such as 0.05",
-        facts=OF_REFERENCES,
+        facts=REFERENCES_ONLY,
     )
     rcm_relative_threshold: bool = option(
         "count --rcm_threshold in shares of the largest difference of the step; 0.1 to 0.5 is then usual",
@@ -189,12 +189,12 @@ class QwenImageLayerOptions(Options, title="layers"):
     remove_first_image_from_target: bool = option(
         "make the layers alone, for a LoRA that was trained with this option: there is no whole image "
         "in front of them",
-        facts=OF_REFERENCES,
+        facts=REFERENCES_ONLY,
     )
     cfg_norm: bool = option(
         "keep the size of what the prompt alone predicts when guidance changes it, with --model_version "
         "layered, as other tools do; the release does not",
-        facts=OF_REFERENCES,
+        facts=REFERENCES_ONLY,
     )
     automatic_prompt_lang_for_layered = unsupported(
         "captions are not written while generating: tools/caption_dataset.py captions images",
@@ -205,7 +205,7 @@ class QwenImageLayerOptions(Options, title="layers"):
 class QwenImageGenerationOptions(QwenImageModelOptions, title=NAME):
     """Options of qwen_image_generate_image.py in addition to the shared ones."""
 
-    vae_enable_tiling: bool = option("another spelling of --vae_tiling", facts=OF_DECODING)
+    vae_enable_tiling: bool = option("another spelling of --vae_tiling", facts=DECODING_SETTING)
     embedded_cfg_scale = not_needed(
         "the model has no such input; --guidance_scale guides it.", type=float, default=2.5
     )

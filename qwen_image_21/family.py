@@ -58,7 +58,7 @@ REFERENCES = ReferenceRules(
 
 
 @dataclass(frozen=True)
-class QwenImage21(pictures.ModelOfImages):
+class QwenImage21(pictures.ImageModelFamily):
     """Description of Qwen-Image-2.1 for one run, built by the `family_for_...` functions below."""
 
     files: QwenImage21Files

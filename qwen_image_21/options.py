@@ -8,9 +8,9 @@ from typing import Any
 from modules.option_values import Placeholder
 from modules.options import (
     FREE,
-    OF_DECODING,
-    OF_REFERENCES,
-    OF_REQUEST,
+    DECODING_SETTING,
+    REFERENCES_ONLY,
+    REQUEST_SETTING,
     Options,
     not_needed,
     of_request,
@@ -32,7 +32,7 @@ _CONFIG = (
 class QwenImage21VaeOptions(Options):
     """Path of the VAE and how it runs."""
 
-    file: VaeOptions = option(facts=OF_DECODING)
+    file: VaeOptions = option(facts=DECODING_SETTING)
     vae_chunk_size = not_needed(
         "an image goes through the VAE at once; --vae_tiling takes less memory.", type=int
     )
@@ -84,12 +84,12 @@ class QwenImage21ReferenceOptions(Options, title="images to edit"):
     resize_control_to_image_size: bool = option(
         "resize the images to the size of the result, and crop them; default: to about a megapixel in "
         "their own shape, as the model was trained",
-        facts=OF_REFERENCES,
+        facts=REFERENCES_ONLY,
     )
     resize_control_to_official_size: bool = option(
         "resize the images to about a megapixel, which is the default",
         excludes="resize_control_to_image_size",
-        facts=OF_REFERENCES,
+        facts=REFERENCES_ONLY,
     )
     mask_path: Path | None = option(
         "an image that is white where the first one is changed; the rest of it stays as it is. That "
@@ -109,7 +109,7 @@ class QwenImage21GenerationOptions(QwenImage21ModelOptions, title=NAME):
     no_kv_cache: bool = option(
         "compute the prompt and the images to edit again in each step: slower, but their keys and "
         "values, half a megabyte for each of their tokens, are not kept",
-        facts=OF_REQUEST,
+        facts=REQUEST_SETTING,
     )
     references: QwenImage21ReferenceOptions
 

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 # variants of a part before torch runs it uncompiled; torch's default of 8 is too low for buckets and tiles
 RECOMPILE_LIMIT = 32
 # the same limit if each size is compiled separately: U-Net blocks of all widths share their code
-VARIANTS_OF_EACH_SIZE = 256
+VARIANTS_PER_SIZE = 256
 # CUDA graphs need weights at fixed addresses, but all blocks share their code
 NO_GRAPHS = {"max-autotune": "max-autotune-no-cudagraphs"}
 
@@ -55,7 +55,7 @@ def compile_blocks(dit: nn.Module, spec: DitSpec, choice: Compilation) -> DitSpe
     compiled_modules: Sequence[nn.Module] = [*chain.from_iterable(spec.blocks(dit).values())]
     outer_spec = replace(spec, checkpointed_layers_attribute="")
     if spec.compiled_layers_attribute and choice.dynamic is False:  # whole blocks, a variant for each size
-        choice = replace(choice, variants=choice.variants or VARIANTS_OF_EACH_SIZE)
+        choice = replace(choice, variants=choice.variants or VARIANTS_PER_SIZE)
     elif spec.compiled_layers_attribute:  # compile layers of the blocks one by one, with dynamic sizes
         outer_spec = spec
         compiled_modules = [

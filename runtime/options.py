@@ -23,11 +23,11 @@ from runtime.ways.composing import join_ways, options_of_ways
 from runtime.ways.contract import RunModes
 
 if TYPE_CHECKING:  # records of what the list of ways contains
-    WaysOfTraining = Options
-    WaysOfGeneration = Options
+    TrainingWayOptions = Options
+    GenerationWayOptions = Options
 else:
-    WaysOfTraining = options_of_ways(is_training=True)
-    WaysOfGeneration = options_of_ways(is_training=False)
+    TrainingWayOptions = options_of_ways(is_training=True)
+    GenerationWayOptions = options_of_ways(is_training=False)
 
 AUTO = "auto"
 
@@ -178,7 +178,7 @@ class TrainingSpeedOptions(Options, title="memory and speed"):
     attention: TrainingAttentionOptions = option(facts=FREE)
     fp8: TrainingFp8Options = option(facts=HABIT)
     swap: SwapOptions = option(facts=FREE)
-    ways: WaysOfTraining = option(facts=FREE)
+    ways: TrainingWayOptions = option(facts=FREE)
     compilation: TrainingCompileOptions
     disable_numpy_memmap = _READ_IN_PIECES
     plan: PlanOptions = option(facts=FREE)
@@ -201,7 +201,7 @@ class GenerationSpeedOptions(Options, title="memory and speed"):
     )
     fp8: GenerationFp8Options
     swap: SwapOptions = option(facts=NO_PIXELS)  # bit-identical
-    ways: WaysOfGeneration
+    ways: GenerationWayOptions
     compilation: GenerationCompileOptions
     disable_numpy_memmap = _READ_IN_PIECES
     plan: PlanOptions = option(facts=NO_PIXELS)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from checkpoints.shards import SavedForm
 from encoders import control_pictures
 from encoders.new_words import NewWord
-from encoders.pictures import ModelOfImages, image_defaults
+from encoders.pictures import ImageModelFamily, image_defaults
 from modules.console import quiet
 from modules.devices import compute_dtype_of, select_compute_dtype
 from modules.errors import CacheError, OptionError
@@ -113,19 +113,19 @@ LARGE_SD2 = 768  # default sides for the 2.x model that predicts v
 _TAGS = {SD1: "sd", SD2: "sd", SDXL: "sdxl"}
 _STEPS = {SD1: 8, SD2: 8, SDXL: 32}  # sides of images are multiples of this
 # least-squares fits from latents in model space to colors (R, G, B); common previewers use the same
-_COLORS_OF_SD = (
+_SD_PREVIEW_FACTORS = (
     (0.3512, 0.2297, 0.3227),
     (0.3250, 0.4974, 0.2350),
     (-0.2829, 0.1762, 0.2721),
     (-0.2120, -0.2616, -0.7177),
 )
-_COLORS_OF_XL = (
+_SDXL_PREVIEW_FACTORS = (
     (0.3651, 0.4232, 0.4341),
     (-0.2533, -0.0042, 0.1068),
     (0.1076, 0.1111, -0.0362),
     (-0.3165, -0.2492, -0.2188),
 )
-_BIAS_OF_XL = (0.1084, -0.0175, -0.0011)
+_SDXL_PREVIEW_BIAS = (0.1084, -0.0175, -0.0011)
 
 _RAIL = "CreativeML OpenRAIL-M"
 RELEASES: Mapping[ModelKind, ModelRelease] = {
@@ -163,15 +163,15 @@ def latent_spec(kind: ModelKind) -> LatentSpec:
         pixel_step=_STEPS[kind],
         frame_step=1,
         scale=kind.latent_scale,
-        preview_factors=_COLORS_OF_XL if kind is SDXL else _COLORS_OF_SD,
-        preview_bias=_BIAS_OF_XL if kind is SDXL else (0.0, 0.0, 0.0),
+        preview_factors=_SDXL_PREVIEW_FACTORS if kind is SDXL else _SD_PREVIEW_FACTORS,
+        preview_bias=_SDXL_PREVIEW_BIAS if kind is SDXL else (0.0, 0.0, 0.0),
         npz=NpzFormat(f"_{tag}", text_cache_suffix, has_resolutions=False, reads_untagged_files=True),
         has_size_conditions=kind is SDXL,
     )
 
 
 @dataclass(frozen=True)
-class StableDiffusion(ModelOfImages):
+class StableDiffusion(ImageModelFamily):
     """Stable Diffusion for one training, caching or generation run, built from a checkpoint."""
 
     files: TrainingFiles  # type: ignore[assignment]  # all networks are in one checkpoint

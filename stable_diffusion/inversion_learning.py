@@ -33,7 +33,7 @@ from stable_diffusion.training_options import StableDiffusionTrainingOptions, ge
 
 MODULE = "textual inversion"  # recorded in files instead of a network module
 
-_OF_OBJECTS = """
+_OBJECT_TEMPLATES = """
 a photo of a {}; a rendering of a {}; a cropped photo of the {}; the photo of a {}; a photo of a clean {};
 a photo of a dirty {}; a dark photo of the {}; a photo of my {}; a photo of the cool {};
 a close-up photo of a {}; a bright photo of the {}; a cropped photo of a {}; a photo of the {};
@@ -43,7 +43,7 @@ a photo of the nice {}; a photo of the small {}; a photo of the weird {}; a phot
 a photo of a cool {}; a photo of a small {}
 """
 # as published: two of the nineteen templates occur twice
-_OF_STYLES = """
+_STYLE_TEMPLATES = """
 painting; rendering; cropped painting; the painting; clean painting; dirty painting; dark painting; picture;
 cool painting; close-up painting; bright painting; cropped painting; good painting; close-up painting;
 rendition; nice painting; small painting; weird painting; large painting
@@ -54,9 +54,9 @@ def _split(sentences: str) -> tuple[str, ...]:
     return tuple(" ".join(sentence.split()) for sentence in sentences.split(";"))
 
 
-OBJECT_SENTENCES = _split(_OF_OBJECTS)
+OBJECT_SENTENCES = _split(_OBJECT_TEMPLATES)
 STYLE_SENTENCES = tuple(
-    f"{kind if kind.startswith('the ') else f'a {kind}'} in the style of {{}}" for kind in _split(_OF_STYLES)
+    f"{kind if kind.startswith('the ') else f'a {kind}'} in the style of {{}}" for kind in _split(_STYLE_TEMPLATES)
 )
 
 

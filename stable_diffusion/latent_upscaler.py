@@ -22,7 +22,7 @@ from modules.paths import explain_missing
 ARGS = "--highres_fix_upscaler_args"
 WIDTH = 128
 NUM_BLOCKS = 20
-BLOCKS_OF_A_GROUP = 4  # each group adds its input to its output
+BLOCKS_PER_GROUP = 4  # each group adds its input to its output
 LATENT_SCALE = 0.18215  # factor from the autoencoder's latents to those of Stable Diffusion 1.x and 2.x
 
 
@@ -61,9 +61,9 @@ class LatentRefiner(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         """Add the predicted detail to latents, B 4 h w."""
         x = torch.relu(self.bn1(self.conv1(latents)))
-        for first in range(1, NUM_BLOCKS + 1, BLOCKS_OF_A_GROUP):
+        for first in range(1, NUM_BLOCKS + 1, BLOCKS_PER_GROUP):
             group = x
-            for number in range(first, first + BLOCKS_OF_A_GROUP):
+            for number in range(first, first + BLOCKS_PER_GROUP):
                 group = self.get_submodule(f"resblock{number}")(group)
             x = x + group
         x = torch.relu(self.bn2(self.conv2(x)))

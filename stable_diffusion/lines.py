@@ -25,7 +25,7 @@ from modules.limits import MAX_VARIANTS
 from modules.media.reading import folder_images, image_size, read_tags
 from modules.option_values import parse_int
 from modules.options import option_values
-from modules.paths import MAX_OF_NAME
+from modules.paths import MAX_NAME_BYTES
 from stable_diffusion.options import GenImgOptions, ImageInputOptions
 from stable_diffusion.sampling_options import read_unsharp
 
@@ -33,7 +33,7 @@ SEEDS = "seeds"
 MULTIPLIERS = "network_mul"
 SEED_BITS = 64
 # maximum bytes of a name: "_0_1234.png" and the suffix of a temporary file are appended to it
-LONGEST_NAME = MAX_OF_NAME - 35
+LONGEST_NAME = MAX_NAME_BYTES - 35
 
 
 def _read_seeds(text: str) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from networks.names.layouts import OF_CLIP, UNET_IN_DIFFUSERS, FamilyNames, Sides, with_endings
+from networks.names.layouts import CLIP_LAYER_PREFIX, UNET_IN_DIFFUSERS, FamilyNames, Sides, with_endings
 from protocols.families import FamilyEntry, Marks
 
 ENTRY = FamilyEntry("stable_diffusion")
@@ -145,7 +145,7 @@ def _pair_names(num_levels: int, block_index: str, levels_without_attention: tup
 
 _SD = _pair_names(4, "0", (0,))
 _SDXL = (*_pair_names(3, "{n}", (2,)), *SDXL_EMBEDDING_LAYERS)
-_OF_TEXTS: Sides = ((".attn2.to_k", 0, 1), (".attn2.to_v", 0, 1))
+_CROSS_ATTENTION_SIDES: Sides = ((".attn2.to_k", 0, 1), (".attn2.to_v", 0, 1))
 
 
 SD1 = FamilyNames(
@@ -156,10 +156,10 @@ SD1 = FamilyNames(
     is_as_in_diffusers=True,
     underscored_names="ours",
     compatible_families=("sd2",),  # has the same names; only sizes differ
-    encoders=(("lora_te", OF_CLIP),),
+    encoders=(("lora_te", CLIP_LAYER_PREFIX),),
     texts_in_diffusers=("lora_te",),
     written_base_model="sd_v1",
-    relative_sizes=_OF_TEXTS,
+    relative_sizes=_CROSS_ATTENTION_SIDES,
     released_sizes=((768, ()),),
     version_prefixes=("sd_v1", "sd_1", "sd1", "stable-diffusion-v1"),
 )
@@ -177,13 +177,13 @@ SDXL = FamilyNames(
     "sdxl",
     "stable-diffusion-xl-v1-base",
     aliases=_SDXL,
-    encoders=(("lora_te1", OF_CLIP), ("lora_te2", OF_CLIP)),
+    encoders=(("lora_te1", CLIP_LAYER_PREFIX), ("lora_te2", CLIP_LAYER_PREFIX)),
     texts_in_diffusers=("lora_te1", "lora_te2"),
     path_prefix=UNET_IN_DIFFUSERS,
     is_as_in_diffusers=True,
     underscored_names="aliases",
     written_base_model="sdxl_base_v1-0",
-    relative_sizes=_OF_TEXTS,
+    relative_sizes=_CROSS_ATTENTION_SIDES,
     released_sizes=((2048, ()),),
     version_prefixes=("sdxl", "stable-diffusion-xl"),
 )

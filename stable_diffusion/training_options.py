@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.option_values import Placeholder
-from modules.options import FREE, HABIT, IDENTITY, OF_SAMPLES, Options, not_needed, option
+from modules.options import FREE, HABIT, IDENTITY, SAMPLES_ONLY, Options, not_needed, option
 from stable_diffusion.sampling_options import SAMPLERS
 
 CKPT = "--pretrained_model_name_or_path"
@@ -115,7 +115,7 @@ class StableDiffusionTrainingOptions(Options, title="Stable Diffusion"):
         "sampler for samples, as gen_img.py --sampler",
         default=DEFAULT_SAMPLER,
         choices=SAMPLERS,
-        facts={**FREE, **OF_SAMPLES},
+        facts={**FREE, **SAMPLES_ONLY},
     )
     varied_noise: VariedNoiseOptions = option(facts=HABIT)
     loss_weights: LossWeightOptions = option(facts=HABIT)

@@ -21,7 +21,7 @@ def text_rate(help: str, acts_if: Mapping[str, Callable[[Any], bool]] | None = N
     )
 
 
-class OfFullCheckpoint:
+class FullFineTuningMixin:
     """Options shared by all scripts for full fine-tuning."""
 
     full_bf16: bool

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dataset.forms import CACHES, FOLDER, FORMS, JSON_LINES, JSONL, ROWS
-from dataset.forms.composing import FORMAT_OF_SOURCE
+from dataset.forms.composing import FORMAT_BY_SOURCE
 from dataset.forms.contract import SourceFormat
 from dataset.forms.metadata import METADATA
 from dataset.table import declared_keys
@@ -130,7 +130,7 @@ def name_what_it_brings(name: str) -> list[str]:
     form = FORM_FILES.get(name)
     if isinstance(form, SourceFormat):
         keys = [] if form.keys is None else [*declared_keys(form.keys)]
-        return [*keys, *(key for key, other in FORMAT_OF_SOURCE.items() if other is form)]
+        return [*keys, *(key for key, other in FORMAT_BY_SOURCE.items() if other is form)]
     parts: dict[str, Any] = {feature.name: feature for feature in FEATURES}
     parts |= {way.name: way for way in WAYS}
     if name not in parts:

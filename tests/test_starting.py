@@ -20,13 +20,13 @@ from modules.environment import TORCH
 from modules.errors import InstallationError, UserError
 from modules.installation import IMPORTED_AS, command_words, own_name, read_requirements, requirement_name
 from modules.media.writing import write_video
-from package.reelsmith.commands import OF_A_CHECKOUT, find_commands
+from package.reelsmith.commands import CHECKOUT_SCRIPTS, find_commands
 from tests.commands import ROOT, assert_user_error, run_program, run_python
 from tests.tiny.families import family_called
 from tests.tiny.project import moving_square, write_animations
 
 SCRIPTS = sorted(command.path.relative_to(ROOT).as_posix() for command in find_commands(ROOT))
-FRONT_DOORS = [*SCRIPTS, *(f"{name}.py" for name in sorted(OF_A_CHECKOUT))]
+FRONT_DOORS = [*SCRIPTS, *(f"{name}.py" for name in sorted(CHECKOUT_SCRIPTS))]
 OLDEST = (3, 8)  # that a distribution may still have
 OLDER = [found for minor in (10, 9, 8) if (found := shutil.which(f"python3.{minor}")) is not None]
 

@@ -59,7 +59,7 @@ WALKS = {
 # pages about one subject, whose sentences name files of all kinds
 OTHERS = [page.stem for page in PAGES if page.parent != ROOT and page.stem not in {*ONE_WAY, "first_lora"}]
 # files of other programs and releases, which no command of a page reads
-OF_OTHERS = {
+OTHER_PROGRAM_FILES = {
     *("krea2_raw_bf16.safetensors", "hunyuanimage2.1_bf16.safetensors"),
     *("model_index.json", "tokenizer.json", "config.json"),
     *("ltx-2.3-22b-distilled-1.1.safetensors", "my.safetensors"),
@@ -123,7 +123,7 @@ class Walk:
         self.write(shown.path, shown.text)
 
     def name(self, path: str) -> None:
-        is_of_others = path in RELEASED | OF_OTHERS and not path.startswith("models/")
+        is_of_others = path in RELEASED | OTHER_PROGRAM_FILES and not path.startswith("models/")
         if not (self.exists(path) or (ROOT / path).exists() or is_of_others):
             self.announced.append(path)
 

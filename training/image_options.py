@@ -398,7 +398,7 @@ class NotNeededByFlows(Options, title="not needed"):
 CODE = "only safetensors files are written: other forms can hold code"
 
 
-class OfLoraFiles(Options, title="not built"):
+class UnsupportedLoraFileOptions(Options, title="not built"):
     """Unsupported options of other trainers for the format and dtype of LoRA files."""
 
     save_model_as = unsupported(CODE, default="safetensors", choices=("ckpt", "pt", "safetensors"))
@@ -410,7 +410,7 @@ class OfLoraFiles(Options, title="not built"):
 _TEXTS_STAY = "the text encoders are not trained. Omit it, or train a LoRA"
 
 
-class OfManyWeights(Options, title="many weights"):
+class ManyWeightsOptions(Options, title="many weights"):
     """Options of image trainers for runs that train more weights than a LoRA has."""
 
     blockwise_fused_optimizers: bool = option(
@@ -424,7 +424,7 @@ class OfManyWeights(Options, title="many weights"):
     use_safetensors = not_needed("only safetensors files are written.")
 
 
-class UnsupportedInFullFineTuning(OfManyWeights, title="full fine-tuning"):
+class UnsupportedInFullFineTuning(ManyWeightsOptions, title="full fine-tuning"):
     """Options that full fine-tuning rejects: unsupported ones, and those that apply only to LoRAs."""
 
     network_train_unet_only = not_needed("the text encoders are not trained.")
@@ -434,7 +434,7 @@ class UnsupportedInFullFineTuning(OfManyWeights, title="full fine-tuning"):
 
 
 # options that image trainers have only for LoRAs, only for whole models, and those of other trainers
-LORA_OPTIONS = (PartsOptions, OfLoraFiles)
+LORA_OPTIONS = (PartsOptions, UnsupportedLoraFileOptions)
 FULL_MODEL_OPTIONS = (UnsupportedInFullFineTuning,)
 OTHER_TRAINERS_OPTIONS = (OtherModels, DeepspeedOptions, NotNeeded, NotNeededByFlows)
 
@@ -447,8 +447,8 @@ class NotForNoise(Options, title="not built"):
     )
 
 
-_OF_FLOWS = "it is for models that learn a flow, and this one learns 1000 discrete levels of noise"
-_OF_BLOCKS = (
+_FLOW_ONLY = "it is for models that learn a flow, and this one learns 1000 discrete levels of noise"
+_TRANSFORMER_ONLY = (
     "it acts between the blocks of a transformer, and the parts of a U-Net hand on features of several "
     "sizes. --gradient_checkpointing and --fp8_base save memory"
 )
@@ -458,14 +458,14 @@ _rejected_by_noise = {
             *("discrete_flow_shift", "sigmoid_scale", "weighting_scheme", "logit_mean", "logit_std"),
             *("mode_scale", "model_prediction_type", "guidance_scale"),
         ),
-        _OF_FLOWS,
+        _FLOW_ONLY,
     ),
     **dict.fromkeys(
         (
             *(*SWAPPING, "use_pinned_memory_for_block_swap"),
             *(*list_block_options(), *options_of_blocks()),
         ),
-        _OF_BLOCKS,
+        _TRANSFORMER_ONLY,
     ),
 }
 
@@ -483,7 +483,7 @@ def apply_sd_scripts_defaults(args: argparse.Namespace) -> None:
         args.max_timestep = lowest + 1
 
 
-class OfFullCheckpoints(Options, title="full fine-tuning"):
+class FullCheckpointOptions(Options, title="full fine-tuning"):
     """Options for training a full checkpoint with its text encoders, and LoRA options that it rejects."""
 
     fused_optimizer_groups: int | None = option(
@@ -554,7 +554,7 @@ NOISE_TRAINER = ImageTrainerDefaults(
 # defaults for full fine-tuning of these models, which writes the whole checkpoint
 CHECKPOINT_TRAINER = replace(
     NOISE_TRAINER,
-    whole=(OfFullCheckpoints,),
+    whole=(FullCheckpointOptions,),
     translate=_read_full_checkpoint,
     settings={
         "save_model_as": {
@@ -566,7 +566,7 @@ CHECKPOINT_TRAINER = replace(
     },
 )
 
-_OF_LORAS = "it is of LoRAs, and this script trains {}. "
+_LORA_ONLY = "it is of LoRAs, and this script trains {}. "
 _REJECTED_BESIDE = {
     "network_module": "Omit it",
     "network_alpha": "It has no alpha; omit it",
@@ -597,7 +597,7 @@ def _list_lora_rejections(network_title: str) -> dict[str, str]:
     Args:
         network_title: Name of the trained network.
     """
-    reasons = {name: _OF_LORAS.format(network_title) + remedy for name, remedy in _REJECTED_BESIDE.items()}
+    reasons = {name: _LORA_ONLY.format(network_title) + remedy for name, remedy in _REJECTED_BESIDE.items()}
     reasons["masked_loss"] = (
         "conditioning_data_dir holds the control pictures here, not masks. Set mask_directory in a subset "
         "for masks of the loss"
@@ -707,7 +707,7 @@ def word_trainer(**settings: Any) -> ImageTrainerDefaults:
         settings: Fields of `ImageTrainerDefaults` to replace.
     """
     network_title = "textual inversion; the scripts whose names end in train_network.py train LoRAs"
-    reasons = {name: _OF_LORAS.format(network_title) + remedy for name, remedy in _REJECTED_FOR_WORDS.items()}
+    reasons = {name: _LORA_ONLY.format(network_title) + remedy for name, remedy in _REJECTED_FOR_WORDS.items()}
     refused = {**_rejected_by_noise, **reasons}
     return replace(NOISE_TRAINER, refused=refused, translate=_read_word, **settings)
 

@@ -300,7 +300,7 @@ def _of_curves(*curves: str) -> dict[str, Callable[[Any], bool]]:
     return {why: lambda options: not options.lr_scheduler_type and options.lr_scheduler in curves}
 
 
-OF_STEPS = "steps, or a fraction of the run such as 0.05 or 5%"
+STEPS_OR_FRACTION_HINT = "steps, or a fraction of the run such as 0.05 or 5%"
 
 
 class LrScheduleOptions(Options, title="learning-rate schedule"):
@@ -314,7 +314,7 @@ class LrScheduleOptions(Options, title="learning-rate schedule"):
         default=0,
         type=int_or_float,
         minimum=0,
-        hint=OF_STEPS,
+        hint=STEPS_OR_FRACTION_HINT,
         acts_if={
             **_WITHOUT_CLASS,
             "piecewise_constant has no warm-up": lambda options: options.lr_scheduler != "piecewise_constant",
@@ -325,7 +325,7 @@ class LrScheduleOptions(Options, title="learning-rate schedule"):
         default=0,
         type=int_or_float,
         minimum=0,
-        hint=OF_STEPS,
+        hint=STEPS_OR_FRACTION_HINT,
         acts_if=_of_curves("warmup_stable_decay"),
     )
     lr_scheduler_num_cycles: int = option(

@@ -19,7 +19,7 @@ from protocols.steps import NO_OVERRIDES, CleanTokens, Overrides, clean_fraction
 from training.noise_options import ADDITIVE, L2, RAW, WITH_THRESHOLD, LossOptions
 
 Autocast = Callable[[], AbstractContextManager[object]]  # mixed precision around the network only
-DitOf = Callable[[int], nn.Module]  # index of an expert -> its network, ready to be called
+GetDit = Callable[[int], nn.Module]  # index of an expert -> its network, ready to be called
 
 # name of the loss weights of image positions, 0..1, B H W in any size; for clips see LOSS_MASK
 MASK = "alpha_mask"

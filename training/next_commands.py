@@ -41,7 +41,7 @@ COMFYUI_TOOL = "ComfyUI"
 STARTING = {"initial_step", "initial_epoch"}
 SCALES = ("guidance_scale", f"guidance_scale_{HIGH_NOISE}")
 # generation options that reproduce a sample, and the fields of `Request` that have other names
-OPTIONS_OF_SAMPLES = ("infer_steps", *SCALES, "flow_shift", "sample_solver", "seed", "negative_prompt")
+SAMPLE_OPTION_NAMES = ("infer_steps", *SCALES, "flow_shift", "sample_solver", "seed", "negative_prompt")
 FIELD_BY_OPTION = {"infer_steps": "steps", "sample_solver": "solver"}
 
 
@@ -391,7 +391,7 @@ def arguments_of_sample(sample: Mapping[str, Any], spellings: Mapping[str, str] 
     values = {
         "prompt": sample.get("prompt") or Placeholder("what it should show"),
         "video_size": size if len(size) == 2 else None,
-        **{name: sample.get(FIELD_BY_OPTION.get(name, name)) for name in OPTIONS_OF_SAMPLES},
+        **{name: sample.get(FIELD_BY_OPTION.get(name, name)) for name in SAMPLE_OPTION_NAMES},
     }
     flags = spellings or {}
     value_by_flag = {flags.get(name, f"--{name}"): value for name, value in values.items()}

@@ -27,12 +27,12 @@ SHIFTED_LOGIT = "shifted_logit_normal"
 SIZE_SAMPLERS = ("nextdit_shift", SHIFTED_LOGIT)
 TRUNCATED_LOGIT = "cut_logit_normal"  # for one model only, whose rule is `NoiseSpec.cut_logit`
 WEIGHTINGS = ("logit_normal", "mode", "cosmap", "sigma_sqrt", "none")
-WEIGHTS_OF_LOSS = ("cosmap", "sigma_sqrt")  # those that do not shape the draws
+LOSS_WEIGHTINGS = ("cosmap", "sigma_sqrt")  # those that do not shape the draws
 NUM_TIMESTEPS = 1000  # all supported models count time in thousandths
 MAX_LOGIT = 16  # sigmoid(16) is 1 to seven digits
 
 
-_OF_LOGIT = {
+_IF_LOGIT_NORMAL = {
     "only --weighting_scheme logit_normal and --timestep_sampling logsnr use it": lambda options: (
         options.timestep_sampling in {"logsnr", "qinglong_flux"}
         or (options.timestep_sampling == "sigma" and options.weighting_scheme == "logit_normal")
@@ -83,7 +83,7 @@ class TimestepOptions(Options, title="timesteps and loss weights"):
         minimum=-MAX_LOGIT,
         maximum=MAX_LOGIT,
         hint="0 is usual",
-        acts_if=_OF_LOGIT,
+        acts_if=_IF_LOGIT_NORMAL,
     )
     logit_std: float = option(
         "width of logit_normal, logsnr, qinglong_flux",
@@ -91,7 +91,7 @@ class TimestepOptions(Options, title="timesteps and loss weights"):
         minimum=0,
         maximum=MAX_LOGIT,
         hint="1 is usual",
-        acts_if=_OF_LOGIT,
+        acts_if=_IF_LOGIT_NORMAL,
     )
     mode_scale: float = option(
         "scale of the weighting scheme mode",
@@ -183,7 +183,7 @@ PREDICTIONS = (RAW, ADDITIVE, SIGMA_SCALED)
 # what --weighting_scheme computes the loss weight from: rounded timestep, exact sigma, or no weighting
 TIMESTEP, SIGMA, NOTHING = "timestep", "sigma", "nothing"
 WITH_THRESHOLD = ("huber", "smooth_l1")
-_OF_HUBER = {
+_IF_HUBER = {
     "only --loss_type huber and smooth_l1 use it": lambda options: options.loss_type in WITH_THRESHOLD,
 }
 
@@ -201,17 +201,17 @@ class LossOptions(Options, title="loss"):
         "threshold of huber and smooth_l1: constant, or smaller the more noise there is",
         default="snr",
         choices=("constant", "exponential", "snr"),
-        acts_if=_OF_HUBER,
+        acts_if=_IF_HUBER,
     )
     huber_c: float = option(
-        "threshold of huber and smooth_l1 in pure noise", default=0.1, above=0, acts_if=_OF_HUBER
+        "threshold of huber and smooth_l1 in pure noise", default=0.1, above=0, acts_if=_IF_HUBER
     )
     huber_scale: float = option(
         "factor on the thresholds of constant and exponential",
         default=1.0,
         above=0,
         acts_if={
-            **_OF_HUBER,
+            **_IF_HUBER,
             "--huber_schedule snr does not use it": lambda options: options.huber_schedule != "snr",
         },
     )

@@ -18,7 +18,7 @@ from modules.options import (
     CONFIGURES,
     FREE,
     HABIT,
-    OF_TYPING,
+    NOT_COMPARED,
     SENDS,
     Options,
     list_idle,
@@ -119,9 +119,9 @@ class TrainingOptions(Options, must_give=True):
     start: run_options.StartOptions | None = option(facts=FREE)
     subset: SubsetOptions | None = option(facts=FREE)  # the resulting tables are compared instead
     # no option: see `name_as_typed`
-    typed_names: Mapping[str, str] = option(default={}, facts={**FREE, **OF_TYPING})
+    typed_names: Mapping[str, str] = option(default={}, facts={**FREE, **NOT_COMPARED})
     # no option: names of all options on the command line, even those with their default value
-    typed_options: frozenset[str] = option(default=frozenset(), facts={**FREE, **OF_TYPING})
+    typed_options: frozenset[str] = option(default=frozenset(), facts={**FREE, **NOT_COMPARED})
     caching: CachingInRunOptions | None = option(facts=FREE)
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ from blissful_tuner.options import PreviewOptions
 from dataset.options import DATASET_FILE, CheckPageOptions
 from modules.errors import OptionError
 from modules.option_values import text_to_seed
-from modules.options import FREE, HABIT, OF_SAMPLES, Options, not_needed, option
+from modules.options import FREE, HABIT, SAMPLES_ONLY, Options, not_needed, option
 from networks.multipliers import files_with_multipliers
 
 logger = logging.getLogger(__name__)
@@ -195,9 +195,9 @@ class SampleOptions(Options, title="samples while training"):
         "LoRA files that samples use in addition to the trained network, e.g. distill.safetensors:0.8 for "
         "samples of 4 steps; neither trained nor saved",
         metavar="FILE[:MULTIPLIER]",
-        facts=OF_SAMPLES,
+        facts=SAMPLES_ONLY,
     )
-    preview: PreviewOptions = option(facts=OF_SAMPLES)  # previews while samples are generated
+    preview: PreviewOptions = option(facts=SAMPLES_ONLY)  # previews while samples are generated
 
     def __post_init__(self) -> None:
         if self.is_timed and self.sample_prompts is None:

@@ -32,7 +32,7 @@ from generation.loaded_networks import (
 )
 from generation.prompt_lines import SOLVERS
 from generation.sample_lines import (
-    OF_SOME_MODELS,
+    MODEL_SPECIFIC_OPTIONS,
     fit_side,
     parse_sample_prompts,
     read_all,
@@ -56,7 +56,7 @@ from protocols.loading import BlockSharder
 from protocols.requests import Prepared, Prompts, Request, check_values
 from protocols.rules import expert_at
 from protocols.steps import CompletedStep, EncodedPrompts, Section, StepCallback
-from training.loss import Autocast, DitOf
+from training.loss import Autocast, GetDit
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ class Sampler:
 
     def make(
         self,
-        get_dit: DitOf,
+        get_dit: GetDit,
         autocast: Autocast,
         step_label: str,
         check: Callable[[], None],
@@ -178,7 +178,7 @@ class Sampler:
         sample: Sample,
         title: str,
         *,
-        get_dit: DitOf,
+        get_dit: GetDit,
         autocast: Autocast,
         check: Callable[[], None],
         show_progress: Callable[[str], None],
@@ -476,7 +476,7 @@ def warn_of_unused(entries: Sequence[Mapping[str, Any]], family: Family, prompt_
             prompt_file,
         )
     ignored_keys = keys - {*family.defaults.extras}
-    for option, setting in OF_SOME_MODELS.items():
+    for option, setting in MODEL_SPECIFIC_OPTIONS.items():
         if setting.key in ignored_keys:
             ignored_keys.remove(setting.key)  # some keys have two options; the first one is named
             logger.warning(
@@ -612,7 +612,7 @@ def _read_size(
 
 def _read_extra_settings(values: Mapping[str, Any]) -> dict[str, str]:
     """Return an entry's settings that only some models have, as `Request.extra` takes them."""
-    keys = [setting.key for setting in OF_SOME_MODELS.values()]
+    keys = [setting.key for setting in MODEL_SPECIFIC_OPTIONS.values()]
     return {key: _as_text(values[key]) for key in keys if key in values}
 
 

@@ -14,7 +14,7 @@ from modules.options import (
 )
 from modules.speed_options import TRAINING_FLAGS
 from training.learning_options import PartsOptions
-from training.noise_options import NOTHING, WEIGHTS_OF_LOSS
+from training.noise_options import NOTHING, LOSS_WEIGHTINGS
 from training.options import TrainingOptions
 
 
@@ -50,7 +50,7 @@ def _list_unused_weighting(options: TrainingOptions) -> list[str]:
     """Return a line if --weighting_scheme affects neither the loss weights nor the timestep distribution."""
     weighting = options.timesteps.weighting_scheme
     beginning = f"--weighting_scheme {weighting} has no effect: it"
-    if weighting in WEIGHTS_OF_LOSS and options.weighted_by == NOTHING:
+    if weighting in LOSS_WEIGHTINGS and options.weighted_by == NOTHING:
         return [f"{beginning} weights the loss only with --model_prediction_type sigma_scaled."]
     if weighting in {"logit_normal", "mode"} and options.timesteps.timestep_sampling != "sigma":
         return [f"{beginning} shapes the draws of --timestep_sampling sigma only."]

@@ -19,7 +19,7 @@ from protocols.data import AUDIO_LATENTS, Batch
 from protocols.rules import expert_at
 from training.data.feed import draw_num_clean_frames, seed_generator
 from training.data.timesteps import Timesteps, times_at, times_of_audio
-from training.loss import Autocast, DitOf, LossRule, NoisyAudio, NoisyBatch
+from training.loss import Autocast, GetDit, LossRule, NoisyAudio, NoisyBatch
 from training.noise_options import NUM_TIMESTEPS, TimestepOptions
 from training.plan import TrainingPlan
 from training.reports.history import LOSS
@@ -66,7 +66,7 @@ class Validation:
         return values
 
     @torch.no_grad()
-    def measure(self, dit_at: DitOf, autocast: Autocast) -> dict[str, float]:
+    def measure(self, dit_at: GetDit, autocast: Autocast) -> dict[str, float]:
         """Return the mean loss over the items as `validation/loss`, and per level as `validation/loss_100`.
 
         The number in a name is the level's timestep; levels at which no expert is trained are skipped. The
@@ -87,7 +87,7 @@ class Validation:
             losses[f"validation/loss_{round(1000 * sigma):03d}"] = mean
         return losses
 
-    def _sum_losses(self, dit_at: DitOf, autocast: Autocast) -> Tensor:
+    def _sum_losses(self, dit_at: GetDit, autocast: Autocast) -> Tensor:
         """Return the sum of this process's losses at each noise level, and its number of items as last value.
 
         Args:

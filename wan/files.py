@@ -182,8 +182,8 @@ OFFICIAL_DIT = (
 PIPELINE_INDEX = "model_index.json"
 PIPELINE = {"vae": "vae", "t5": "text_encoder", "clip": "image_encoder", "t5_tokenizer": "tokenizer"}
 PIPELINE_DIT = {"dit": "transformer"}
-_OPTION_OF_EXPERT = {LOW_NOISE: "dit", HIGH_NOISE: "dit_high_noise"}
-PIPELINE_EXPERTS = {_OPTION_OF_EXPERT[expert]: folder for folder, expert in WAN.experts}
+_OPTION_BY_EXPERT = {LOW_NOISE: "dit", HIGH_NOISE: "dit_high_noise"}
+PIPELINE_EXPERTS = {_OPTION_BY_EXPERT[expert]: folder for folder, expert in WAN.experts}
 
 
 class WanRelease(NamedTuple):
@@ -285,7 +285,7 @@ def check_expert_file_names(dit: Path | None, dit_high_noise: Path | None) -> No
         use = "all noise levels" if is_alone else f"{_name_noise(expert)} noise"
         logger.warning(
             "--%s %s is used for %s, but its name says that it is for %s noise",
-            _OPTION_OF_EXPERT[expert],
+            _OPTION_BY_EXPERT[expert],
             files[expert],
             use,
             _name_noise(named_expert),

@@ -12,9 +12,9 @@ from modules.options import (
     HABIT,
     IDENTITY,
     NO_PIXELS,
-    OF_DECODING,
-    OF_REQUEST,
-    OF_SAMPLES,
+    DECODING_SETTING,
+    REQUEST_SETTING,
+    SAMPLES_ONLY,
     Options,
     not_needed,
     of_request,
@@ -122,7 +122,7 @@ class WanModelOptions(Options, title="Wan"):
         default="t2v-14B",
         choices=tuple(TASKS),
         refused=UNSUPPORTED_OPTIONS,
-        facts={**IDENTITY, **OF_REQUEST},
+        facts={**IDENTITY, **REQUEST_SETTING},
         often=True,
     )
     dit: Path | None = option(  # resume compares its name
@@ -144,7 +144,7 @@ class WanModelOptions(Options, title="Wan"):
     vace_high_noise: Path | None = option(
         "the same for --dit_high_noise; it may be the same file", needs="vace", facts=FREE
     )
-    vae: VaeOptions = option(facts={**FREE, **OF_DECODING})
+    vae: VaeOptions = option(facts={**FREE, **DECODING_SETTING})
     vae_cache_cpu: bool = option(_CACHE_CPU, facts={**FREE, **NO_PIXELS})
     text: WanTextOptions = option(facts=FREE)
     clip: Path | None = option("CLIP image encoder, for image-to-video models", facts=FREE)
@@ -196,7 +196,7 @@ class WanTrainingOptions(WanModelOptions, title="Wan"):
     sample_dit_other: Path | None = option(
         "training one transformer of a model with two: the file of the other one, for samples only. It "
         "is not trained and gets only the LoRAs of --sample_lora; both wait in host memory",
-        facts={**FREE, **OF_SAMPLES},
+        facts={**FREE, **SAMPLES_ONLY},
     )
     first_frame_probability: float | None = option(
         "ti2v-5B: fraction of the batches of clips that are trained from image to video, with the "
@@ -254,7 +254,7 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
     ckpt_dir: Path | None = option(
         "folder of the official release or of a pipeline of diffusers: VAE, T5, CLIP and, without --dit, the "
         "transformers are found in it",
-        facts=OF_DECODING,
+        facts=DECODING_SETTING,
     )
     lower_precision_attention: bool = option(
         "time embedding, modulation and rotary embedding in float16 instead of float32: less memory, "
@@ -268,8 +268,8 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
     )
     # read here only to be checked early
     riflex_index: int = option()
-    control_path: Path | None = option(facts=OF_REQUEST)
-    control_image_path: tuple[str, ...] | None = option(facts=OF_REQUEST)
+    control_path: Path | None = option(facts=REQUEST_SETTING)
+    control_image_path: tuple[str, ...] | None = option(facts=REQUEST_SETTING)
     from_file: Path | None = option(facts=NO_PIXELS)
     interactive: bool = option(facts=NO_PIXELS)
     src_mask: Path | None = option(

@@ -13,7 +13,7 @@ from encoders.autoencoder import SCALE, SHIFT
 from encoders.files import judge_distillation
 from encoders.language_encoder import LanguageEncoderSettings, LanguageModelFiles, qwen3_chat, qwen_tokenizer
 from encoders.language_models import QWEN3
-from encoders.pictures import AutoencoderFiles, ModelOfImages, image_defaults
+from encoders.pictures import AutoencoderFiles, ImageModelFamily, image_defaults
 from lumina.family import guidance_rules
 from lumina.options import EXTRAS
 from modules.attention.attend import BACKENDS
@@ -68,9 +68,9 @@ Z_IMAGE_USE = LanguageEncoderSettings(
 
 
 FLOW_SHIFT = 3.0  # default
-EULER_OF_MUSUBI = "euler-thousandth"  # Euler's steps, at the noise levels of musubi-tuner
+MUSUBI_EULER = "euler-thousandth"  # Euler's steps, at the noise levels of musubi-tuner
 # defaults for a transformer whose name does not show its release: those of musubi-tuner
-DEFAULTS = image_defaults(25, 0.0, 1024, FLOW_SHIFT, solver=EULER_OF_MUSUBI, extras=tuple(EXTRAS))
+DEFAULTS = image_defaults(25, 0.0, 1024, FLOW_SHIFT, solver=MUSUBI_EULER, extras=tuple(EXTRAS))
 # of the releases, which names tell apart: tensors do not. Source: the model cards
 TURBO = replace(DEFAULTS, steps=8)
 BASE = replace(DEFAULTS, steps=28, guidance_scale=4.0)
@@ -97,7 +97,7 @@ class ZImageFiles(AutoencoderFiles, LanguageModelFiles):
 
 
 @dataclass(frozen=True)
-class ZImage(ModelOfImages):
+class ZImage(ImageModelFamily):
     """Description of Z-Image for one run, built by the `family_for_...` functions below."""
 
     files: ZImageFiles
@@ -234,9 +234,9 @@ class ZImage(ModelOfImages):
 
         With --even_steps, the noise levels are those of diffusers; without it, those of musubi-tuner.
         """
-        if solver not in {"euler", EULER_OF_MUSUBI}:
+        if solver not in {"euler", MUSUBI_EULER}:
             return solver
-        return "euler" if self.even_steps else EULER_OF_MUSUBI
+        return "euler" if self.even_steps else MUSUBI_EULER
 
     def comfy_model(self) -> "ComfyModel":
         """Return the ComfyUI settings of the model, for workflows."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from lumina.options import check_renorm, check_trunc_ratio, list_guidance_options
 from modules.option_values import Placeholder
-from modules.options import FREE, OF_DECODING, Options, not_needed, of_request, option
+from modules.options import FREE, DECODING_SETTING, Options, not_needed, of_request, option
 from modules.speed_options import TextEncoderOptions, VaeOptions, dit_dtype_option, fp8_text_option
 
 NAME = "Z-Image"
@@ -40,7 +40,7 @@ class ZImageModelOptions(Options, title=NAME):
 
     dit: Path | None = option("transformer checkpoint", facts=FREE, often=True)  # resume compares its name
     dit_dtype: str | None = dit_dtype_option()
-    vae: VaeOptions = option(facts={**FREE, **OF_DECODING}, settings=_VAE)
+    vae: VaeOptions = option(facts={**FREE, **DECODING_SETTING}, settings=_VAE)
     text: ZImageTextOptions = option(facts=FREE)
     use_32bit_attention: bool = option(
         "compute attention in float32 in a model of 16 bits: slower; float16 overflows without"

@@ -14,7 +14,7 @@ from modules.console import quiet
 from modules.errors import UserError
 
 MAX_LISTED = 50_000  # files of a folder, including captions
-MAX_OF_PROMPT = 1000  # characters
+MAX_PROMPT_LENGTH = 1000  # characters
 
 
 @dataclass(frozen=True)
@@ -109,4 +109,4 @@ def _read_caption(item: TrainingItem, stores: Stores) -> str:
             caption = captions[0] if captions else entry.metadata.get("caption1", "")
         else:
             caption = item.cache_info.on_the_fly_caption(item.source_stem, 0)
-    return " ".join(caption.split())[:MAX_OF_PROMPT]
+    return " ".join(caption.split())[:MAX_PROMPT_LENGTH]

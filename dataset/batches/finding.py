@@ -38,8 +38,8 @@ from protocols.data import FPS, REFERENCE_AUDIO, AudioSpec, LatentSpec
 logger = logging.getLogger(__name__)
 
 SAMPLED = 1000  # items whose headers are read to find out whether any item has a reference
-_LATENTS_OF_ANY = re.compile(r"_[0-9]+x[0-9]+_[a-z0-9]+\.safetensors$")  # names of latent caches of any model
-_TEXTS_OF_ANY = re.compile(r"_[a-z0-9]+_te\.safetensors$")
+_LATENT_CACHE_NAME = re.compile(r"_[0-9]+x[0-9]+_[a-z0-9]+\.safetensors$")  # names of latent caches of any model
+_TEXT_CACHE_NAME = re.compile(r"_[a-z0-9]+_te\.safetensors$")
 
 
 @dataclass
@@ -426,7 +426,7 @@ class _TextCaches:
 
     def _record_other_model(self, names: Iterable[str]) -> None:
         """Add a text cache of another model to `found` as an example, if there is one."""
-        foreign_name = next((name for name in sorted(names) if _TEXTS_OF_ANY.search(name)), None)
+        foreign_name = next((name for name in sorted(names) if _TEXT_CACHE_NAME.search(name)), None)
         if foreign_name is not None:
             self._found.texts_of_other_models[self._table.cache_directory] = foreign_name
 
@@ -584,7 +584,7 @@ def _explain_empty(table: DatasetTable) -> str:
     """Return an explanation why a table may have no latent cache."""
     # shared caches are npz files, whose names the pattern below does not match
     names = [] if table.cache_format in SHARED_CACHES else sorted(open_store(table).names())
-    of_other_model = next(filter(_LATENTS_OF_ANY.search, names), None)
+    of_other_model = next(filter(_LATENT_CACHE_NAME.search, names), None)
     error = f"{table.name}: no latent cache in {table.cache_directory}"
     folder = table.directory
     if folder is not None and not folder.exists() and not table.cache_directory.exists():

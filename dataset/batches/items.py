@@ -103,7 +103,7 @@ class TrainingItem:
         return self.table.cache_directory / name
 
 
-class OfSource(Protocol):
+class HasSource(Protocol):
     """Protocol of dataclasses that can be held out for validation: they have a table and a source stem."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
@@ -117,7 +117,7 @@ class OfSource(Protocol):
         """Stem of the media file; all items of one file are held out for validation together."""
 
 
-def tables_of(items: Iterable[OfSource]) -> list[DatasetTable]:
+def tables_of(items: Iterable[HasSource]) -> list[DatasetTable]:
     """Return the tables of these items, each once, in the order of the dataset file."""
     by_index = {item.table.index: item.table for item in items}
     return [by_index[index] for index in sorted(by_index)]

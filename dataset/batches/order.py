@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar
 
-from dataset.batches.items import OfSource, TrainingItem, tables_of
+from dataset.batches.items import HasSource, TrainingItem, tables_of
 from dataset.cache_files import EMPTY
 from dataset.sources.captions import complete_caption, join_parts, lines_of
 from dataset.sources.media_source import pause_garbage_collection
@@ -231,7 +231,7 @@ def _shuffle(values: Sequence[T], draw_bits: Callable[[int], int]) -> list[T]:
     return shuffled
 
 
-S = TypeVar("S", bound=OfSource)
+S = TypeVar("S", bound=HasSource)
 
 
 def split_validation(items: Sequence[S], fraction: float, seed: int = 0) -> tuple[list[S], list[S]]:

@@ -30,7 +30,7 @@ from dataset.cache.catalog import (
     open_shard,
 )
 from dataset.cache_files import Entry, unpack, unpack_header
-from dataset.sources.media_source import OF_SHARDS, OLD_INDEXES
+from dataset.sources.media_source import SHARD_FILE_NAME, OLD_INDEXES
 from modules.atomic_write import check_space, remove_leftovers
 from modules.errors import CacheError, OutputError
 from modules.file_locks import only_one
@@ -279,7 +279,7 @@ def merge_shards(folder: Path, shard_bytes: int = SHARD_BYTES, with_tars: bool =
     if not folder.is_dir():
         return
     with explain_sqlite(folder), only_one(folder / LOCK):
-        remove_leftovers(folder, lambda name: OF_SHARDS.fullmatch(name) is not None)
+        remove_leftovers(folder, lambda name: SHARD_FILE_NAME.fullmatch(name) is not None)
         finish_abandoned_shards(folder)
         for name in OLD_INDEXES:
             (folder / name).unlink(missing_ok=True)

@@ -25,7 +25,7 @@ from dataset.cache_files import (
     write_tensors,
 )
 from dataset.forms.composing import SHARED_CACHES, source_format_of
-from dataset.sources.media_source import OF_SHARDS
+from dataset.sources.media_source import SHARD_FILE_NAME
 from dataset.table import DatasetTable
 from modules.atomic_write import remove_leftovers, write_bytes
 from modules.errors import CacheError
@@ -186,7 +186,7 @@ def may_have_both_formats(table: DatasetTable, names: Collection[str] | None = N
         return False
     if names is None:
         names = os.listdir(folder) if folder.is_dir() else ()
-    return any(map(OF_SHARDS.fullmatch, names))
+    return any(map(SHARD_FILE_NAME.fullmatch, names))
 
 
 def npz_names(family: Caches) -> NpzNames:

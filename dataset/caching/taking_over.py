@@ -21,7 +21,7 @@ from protocols.family import Caches
 logger = logging.getLogger(__name__)
 
 _TAG = re.compile(r"_[0-9]+x[0-9]+_([a-z0-9]+)\.safetensors$")
-_SIZES_OF_REFERENCES = "its reference images were cached in the sizes that the other model uses"
+_OTHER_REFERENCE_SIZES = "its reference images were cached in the sizes that the other model uses"
 
 
 class OtherCaches:
@@ -77,7 +77,7 @@ class OtherCaches:
         copied. `first_file` is the first of the `existing` caches.
         """
         if source.control:  # models resize reference images differently
-            return _Rejection(first_file, _SIZES_OF_REFERENCES)
+            return _Rejection(first_file, _OTHER_REFERENCE_SIZES)
         plan = SourcePlanner(source, existing, self._cache_settings).plan()
         nothing_to_encode = plan.missing_spans == ()  # None would mean that this is unknown
         if plan.valid_files and nothing_to_encode and not plan.num_without_record:

@@ -41,7 +41,7 @@ def _list_declared_sources() -> dict[str, tuple[TableKey, SourceFormat]]:
 
 
 _SOURCES = _list_declared_sources()
-FORMAT_OF_SOURCE: Mapping[str, SourceFormat] = {
+FORMAT_BY_SOURCE: Mapping[str, SourceFormat] = {
     name: source_format for name, (_, source_format) in _SOURCES.items()
 }
 # a table has exactly one of these source keys; its other keys must fit that kind of source
@@ -79,8 +79,8 @@ def _list_keys_of(source: str, source_format: SourceFormat) -> frozenset[str]:
     return frozenset(name for name in keys_of_format if kind in KEYS[name].kinds)
 
 
-KEYS_OF_SOURCE: Mapping[str, frozenset[str]] = {
-    source: _list_keys_of(source, source_format) for source, source_format in FORMAT_OF_SOURCE.items()
+KEYS_BY_SOURCE: Mapping[str, frozenset[str]] = {
+    source: _list_keys_of(source, source_format) for source, source_format in FORMAT_BY_SOURCE.items()
 }
 # formats whose rows, or whose source key, may name URLs
 _ADDRESSING = [source_format for source_format in FORMS if "allow_urls" in source_format.shared_keys]
@@ -112,7 +112,7 @@ def read_format_keys(source_format: SourceFormat, source_key: str, values: Mappi
 # --- rows of tables
 # ------------------------------------------------------------------------------------------------------------
 
-FORMAT_OF_SUFFIX: Mapping[str, RowFormat] = {suffix: rows for rows in ROWS for suffix in rows.suffixes}
+FORMAT_BY_SUFFIX: Mapping[str, RowFormat] = {suffix: rows for rows in ROWS for suffix in rows.suffixes}
 
 
 def row_format(path: Path) -> RowFormat:

@@ -15,7 +15,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from dataset.forms.composing import FORMAT_OF_SUFFIX, row_format
+from dataset.forms.composing import FORMAT_BY_SUFFIX, row_format
 from dataset.forms.contract import FindCell
 from modules.errors import DatasetError, MediaError
 from modules.limits import MAX_GROUP_BYTES, MAX_UNPACKED_TIMES, MIN_UNPACKED_BYTES
@@ -48,7 +48,7 @@ def parquet_parts(path: Path) -> list[Path]:
     parts = sorted(
         part
         for part in path.iterdir()
-        if FORMAT_OF_SUFFIX.get(part.suffix.lower()) is row_format(path)
+        if FORMAT_BY_SUFFIX.get(part.suffix.lower()) is row_format(path)
         and not part.name.startswith((".", "_"))
     )
     if not parts:

@@ -315,7 +315,7 @@ def _list_local_tars(table: DatasetTable, name: str) -> list[Path]:
         # Path.glob takes no absolute patterns
         matches = [Path(match) for match in sorted(glob.glob(str(path)))]  # noqa: PTH207
     # caches may be next to the sources, and shards of earlier versions are tars, too
-    tars = [match for match in matches if not media_source.OF_SHARDS.fullmatch(match.name)]
+    tars = [match for match in matches if not media_source.SHARD_FILE_NAME.fullmatch(match.name)]
     if not tars:
         raise DatasetError(f"{path}: no such file{explain_lookup(path, table.config_path)}")
     return tars

@@ -27,7 +27,7 @@ def caption_path(media: Path, extension: str) -> Path:
 SHOWN = 60  # characters of a caption in a message
 # encodings of Windows Notepad: "ANSI" in Western Europe and America, in Central Europe, and "Unicode"
 ANSI = "cp1252"
-ANSI_OF_CENTER = "cp1250"
+ANSI_CENTRAL_EUROPE = "cp1250"
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 NOT_UTF8 = "have a caption that is not UTF-8"
 
@@ -103,7 +103,7 @@ def guess_windows_encoding(content: bytes) -> "EncodingGuess | None":
     guess = guess_encoding(content)
     if guess is None or guess.encoding == ANSI or content.startswith(UTF_16):
         return guess
-    if guess.encoding == ANSI_OF_CENTER:  # many letters are the same in both encodings
+    if guess.encoding == ANSI_CENTRAL_EUROPE:  # many letters are the same in both encodings
         western = content.decode(ANSI, "replace")
         is_valid = "\ufffd" not in western  # U+FFFD stands for bytes that ANSI does not have
         if guess.text == western or (is_valid and not guess.is_sure):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dataset.sources.folders import is_file, list_entries, media_suffixes, split_name
-from dataset.sources.media_source import OF_SHARDS
+from dataset.sources.media_source import SHARD_FILE_NAME
 from dataset.table import DatasetConfig, DatasetTable, folder_id
 from modules.errors import MediaError
 from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
@@ -25,7 +25,7 @@ _EXPECTED = frozenset({".json", ".jsonl", ".toml", ".bak", ".npz", ".safetensors
 _EXPECTED |= {".caption", ".csv", ".tsv", ".parquet", ".md"}
 # common suffixes of captions, in lower case
 CAPTION_ENDINGS = frozenset({".txt", ".caption", ".cap", ".tags", ".tag", ".text"})
-FOLDERS_OF_RUNS = {"cache", "output"}  # subfolders of a folder with run.toml, which are not reported
+RUN_SUBFOLDERS = {"cache", "output"}  # subfolders of a folder with run.toml, which are not reported
 _KINDS = ("image", "video")
 _SplitEntry = tuple["os.DirEntry[str]", str, str]  # entry of a folder, and its stem and suffix
 
@@ -104,7 +104,7 @@ class TableFolders:
                 )
             suffixes = _all_suffixes([table.media_kind])
             for folder in folders:
-                is_of_run = Path(folder).name in FOLDERS_OF_RUNS and (table.directory / "run.toml").exists()
+                is_of_run = Path(folder).name in RUN_SUBFOLDERS and (table.directory / "run.toml").exists()
                 if is_of_run or folder_id(folder) in used_folders:
                     continue
                 if _contains_media(folder, suffixes, used_folders):
@@ -188,7 +188,7 @@ def _is_read_or_folder(entry: "os.DirEntry[str]", ending: str, folder: Path, rul
         is_unread = rules.may_be_still(ending) and _is_still(folder / entry.name)
         if not is_unread:
             return True
-    return not is_file(entry) or OF_SHARDS.fullmatch(entry.name) is not None
+    return not is_file(entry) or SHARD_FILE_NAME.fullmatch(entry.name) is not None
 
 
 class CaptionOwners:

@@ -366,4 +366,4 @@ OLD_INDEXES = {"cache-index.sqlite", "cache-index.parquet"}  # indexes of shards
 # names of shards: finished ones, also of earlier versions (tar), and those that are being written
 SHARD = re.compile(r"cache-[0-9a-f]{16}\.(sqlite|tar)|cache-[0-9a-f]{32}\.writing")
 # names of shards, their journals, and their former indexes
-OF_SHARDS = re.compile(rf"(?:{SHARD.pattern})(-journal|-wal)?|cache-index\.(sqlite|parquet)")
+SHARD_FILE_NAME = re.compile(rf"(?:{SHARD.pattern})(-journal|-wal)?|cache-index\.(sqlite|parquet)")

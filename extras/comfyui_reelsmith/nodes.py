@@ -29,7 +29,7 @@ DESCRIPTION = "run.toml"  # that `reelsmith new` writes
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 CLIP_SUFFIXES = (".mp4", ".mkv", ".webm")
 MAX_SAMPLES = 64
-MAX_OF_LOG = 1500  # characters of a failed command's output in its state
+MAX_LOG_LENGTH = 1500  # characters of a failed command's output in its state
 
 
 def find_command() -> list[str]:
@@ -115,7 +115,7 @@ class QueuedTraining:
             return "stopped"
         if self.process is not None and self.process.returncode == 0:
             return f"finished: {last_line}"
-        return "failed:\n" + "\n".join(lines).strip()[-MAX_OF_LOG:]
+        return "failed:\n" + "\n".join(lines).strip()[-MAX_LOG_LENGTH:]
 
 
 class TrainingQueue:

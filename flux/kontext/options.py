@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.option_values import Placeholder
-from modules.options import FREE, HABIT, OF_DECODING, OF_REFERENCES, OF_REQUEST, Options, not_needed, option
+from modules.options import FREE, HABIT, DECODING_SETTING, REFERENCES_ONLY, REQUEST_SETTING, Options, not_needed, option
 from modules.speed_options import VaeOptions, dit_dtype_option, fp8_text_option, text_form_option
 
 NAME = "FLUX.1 Kontext"
@@ -69,9 +69,9 @@ class KontextGenerationOptions(Options, title=NAME):
 
     dit: Path | None = option("transformer checkpoint", often=True)
     dit_dtype: str | None = dit_dtype_option()
-    vae: KontextVaeOptions = option(facts=OF_DECODING)
+    vae: KontextVaeOptions = option(facts=DECODING_SETTING)
     text: KontextTextOptions
-    no_resize_control: bool = option(_OWN_SIZE, facts={**OF_REQUEST, **OF_REFERENCES})
+    no_resize_control: bool = option(_OWN_SIZE, facts={**REQUEST_SETTING, **REFERENCES_ONLY})
 
 
 def caching_options(options: KontextTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -528,7 +528,7 @@ def _check_duration(path: Path, seconds: float) -> None:
 logger = logging.getLogger(__name__)
 
 # metadata of cameras and editors that may contain a thumbnail as text, and similar entries
-_OF_IMAGES = re.compile(r"xmp|exif|raw profile|thumb|coverart|metadata_block_picture", re.IGNORECASE)
+_IMAGE_TAG_NAME = re.compile(r"xmp|exif|raw profile|thumb|coverart|metadata_block_picture", re.IGNORECASE)
 # numbered processing steps of a finished file; mkv stores names in upper case
 TOOL_TAG = re.compile(r"post_(\d{1,6})", re.IGNORECASE)
 _CODED = re.compile(r"(?:[A-Za-z0-9+/=_-]{40,}\s){9}|[A-Za-z0-9+/=_-]{400}")
@@ -565,7 +565,7 @@ def without_images(path: Path, tags: Mapping[str, str]) -> dict[str, str]:
     left_out = [
         name
         for name, text in tags.items()
-        if _OF_IMAGES.search(name) or len(text) > MAX_TAG_CHARACTERS or _CODED.search(text)
+        if _IMAGE_TAG_NAME.search(name) or len(text) > MAX_TAG_CHARACTERS or _CODED.search(text)
     ]
     if left_out:
         logger.warning("%s: left out, because it may contain a picture: %s", path, ", ".join(left_out))

@@ -18,7 +18,7 @@ SWAPPED = -2
 BEFORE_REST = -3
 # prefixes of module names in LoRA files
 OURS = "lora_unet_"  # used by us and most trainers
-OF_LTX_FORK = "lora_unet_model_"  # musubi-tuner's fork for LTX-2
+LTX_FORK_PREFIX = "lora_unet_model_"  # musubi-tuner's fork for LTX-2
 IN_COMFYUI = "diffusion_model."
 IN_DIFFUSERS = "transformer."
 UNET_IN_DIFFUSERS = "unet."
@@ -46,7 +46,7 @@ LORA_FORMAT = "ss_lora_format"  # format of the names, a value of --lora_format
 # JSON in our files without alphas: rank -> alpha / rank, which was multiplied into factors of this rank
 FOLDED = "reelsmith_folded"
 # prefixes of the names of layers in text encoders
-OF_CLIP, OF_T5, OF_LANGUAGE_MODEL = "text_model_", "encoder_block_", "layers_"
+CLIP_LAYER_PREFIX, T5_LAYER_PREFIX, LANGUAGE_MODEL_LAYER_PREFIX = "text_model_", "encoder_block_", "layers_"
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ class FamilyNames:
     newest_release: tuple[str, str] = ("", "")
     # text encoders that LoRAs change: (prefix in LoRA files, prefix of the names of their layers). Encoders
     # of the same kind are listed in the order of their numbers
-    encoders: tuple[tuple[str, str], ...] = (("lora_te1", OF_CLIP), ("lora_te3", OF_T5))
+    encoders: tuple[tuple[str, str], ...] = (("lora_te1", CLIP_LAYER_PREFIX), ("lora_te3", T5_LAYER_PREFIX))
     # Sizes that distinguish families with equal names: (ending of "." + our path, rows of the weight,
     # columns), as multiples of a block's width; 0 means any size
     relative_sizes: Sides = ()

@@ -33,7 +33,7 @@ BEGINNER_SCRIPTS = {
     "compare": "make a grid of clips or pictures from several LoRA files",
 }
 # scripts that set up a checkout, and its door to the commands; the package has none of them
-OF_A_CHECKOUT = {"quickstart", "reelsmith", "run_tests", "set_up"}
+CHECKOUT_SCRIPTS = {"quickstart", "reelsmith", "run_tests", "set_up"}
 # It is the program of networks/sdxl_merge_lora.py under its second name in sd-scripts, with the same options:
 # `sdxl-merge` runs it, and `merge` is merge_lora.py, which merges into a DiT.
 EXCLUDED_SCRIPTS = {Path("networks", "merge_lora.py")}
@@ -87,7 +87,7 @@ def _name_files(folder: Path) -> list[ScriptCommand]:
 def _is_script(path: Path) -> bool:
     text = path.read_text(encoding="utf-8")
     runs = re.search(r"^ +(command_line|main\.run)\(", text, re.MULTILINE)
-    return bool(runs) and path.stem not in OF_A_CHECKOUT
+    return bool(runs) and path.stem not in CHECKOUT_SCRIPTS
 
 
 def main() -> None:

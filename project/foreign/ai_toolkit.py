@@ -25,7 +25,7 @@ _JOB = "config.process[]"
 _FIRST_PROCESS = "config.process[0]"
 _TRAINER_TYPES = ("sd_trainer", "ui_trainer", "diffusion_trainer")
 _EMBEDDING_TYPES = ("textual_inversion_trainer", "textual_inversion")
-_OF_LOKR = omitted("network_args and network_dim below [training] say it: docs/networks.md")
+_SET_BY_NETWORK_ARGS = omitted("network_args and network_dim below [training] say it: docs/networks.md")
 _SLIDER = "--slider of a training script learns from two prompts, without files: docs/targets.md"
 
 
@@ -95,8 +95,8 @@ _RULES = {
     "embedding.tokens": rules.VECTORS,
     "embedding.init_words": rules.INIT_WORD,
     "network.type": rules.NETWORK_KIND,
-    "network.lokr_factor": _OF_LOKR,
-    "network.lokr_full_rank": _OF_LOKR,
+    "network.lokr_factor": _SET_BY_NETWORK_ARGS,
+    "network.lokr_full_rank": _SET_BY_NETWORK_ARGS,
     "network.linear": rules.RANK,
     "network.linear_alpha": rules.ALPHA,
     "network.rank": rules.RANK,
@@ -134,9 +134,9 @@ _RULES = {
             "warmup_init",
         )
     },
-    "train.dtype": rules.OF_CARD,
-    "train.gradient_checkpointing": rules.OF_CARD,
-    "train.unload_text_encoder": rules.OF_CARD,
+    "train.dtype": rules.CHOSEN_BY_NEW,
+    "train.gradient_checkpointing": rules.CHOSEN_BY_NEW,
+    "train.unload_text_encoder": rules.CHOSEN_BY_NEW,
     "train.cache_text_embeddings": rules.CACHES,
     "train.noise_scheduler": omitted("the model's own noise is used"),
     "train.timestep_type": rules.TIMESTEPS,
@@ -156,7 +156,7 @@ _RULES = {
     ),
     "save.save_every": rules.SAVE_STEPS,
     "save.max_step_saves_to_keep": rules.KEPT_FILES,
-    "save.dtype": rules.OF_CARD,
+    "save.dtype": rules.CHOSEN_BY_NEW,
     "save.save_format": omitted("files are safetensors"),
     "save.push_to_hub": rules.UPLOADS,
     "save.hf_*": rules.UPLOADS,
@@ -182,16 +182,16 @@ _RULES = {
     "model.arch": rules.MODEL_NAME,
     **{f"model.{name}": rules.MODEL_NAME for name in ("is_flux", "is_xl", "is_v2", "is_lumina2")},
     **{
-        f"model.{name}": rules.OF_CARD
+        f"model.{name}": rules.CHOSEN_BY_NEW
         for name in ("quantize", "quantize_te", "qtype", "qtype_te", "low_vram")
     },
-    "model.dtype": rules.OF_CARD,
+    "model.dtype": rules.CHOSEN_BY_NEW,
     "model.assistant_lora_path": rules.ADAPTER,
     "model.model_kwargs.*": omitted("of two networks both learn; min_timestep and max_timestep choose one"),
-    "model.layer_offloading*": rules.OF_CARD,
+    "model.layer_offloading*": rules.CHOSEN_BY_NEW,
     "sample.sample_every": rules.SAMPLE_STEPS,
     "sample.*": rules.SAMPLES,
-    "device": rules.OF_CARD,
+    "device": rules.CHOSEN_BY_NEW,
     "type": omitted("it says what is trained"),
     "training_folder": rules.OUTPUT_FOLDER,
     "performance_log_every": rules.LOGS,

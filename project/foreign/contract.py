@@ -233,10 +233,10 @@ _OPTIMIZERS = {
     **{name: name for name in ("adagrad", "nadam", "radam")},
 }
 # our name of an optimizer -> arguments that it accepts here
-_OF_ADAM = frozenset({"betas", "eps", "weight_decay", "amsgrad"})
+_ADAM_ARGUMENTS = frozenset({"betas", "eps", "weight_decay", "amsgrad"})
 OPTIMIZER_ARGUMENTS: Mapping[str, frozenset[str]] = {
-    **dict.fromkeys(("adamw", "adam"), _OF_ADAM),
-    **dict.fromkeys(("adamw8bit", "pagedadamw8bit"), _OF_ADAM | {"min_8bit_size", "percentile_clipping"}),
+    **dict.fromkeys(("adamw", "adam"), _ADAM_ARGUMENTS),
+    **dict.fromkeys(("adamw8bit", "pagedadamw8bit"), _ADAM_ARGUMENTS | {"min_8bit_size", "percentile_clipping"}),
     **dict.fromkeys(("lion", "lion8bit"), frozenset({"betas", "weight_decay"})),
     **dict.fromkeys(("nadam", "radam"), frozenset({"betas", "eps", "weight_decay"})),
     "adafactor": frozenset(
@@ -250,7 +250,7 @@ OPTIMIZER_ARGUMENTS: Mapping[str, frozenset[str]] = {
     "sgd": frozenset({"momentum", "dampening", "weight_decay", "nesterov"}),
     "rmsprop": frozenset({"alpha", "eps", "weight_decay", "momentum", "centered"}),
     "adagrad": frozenset({"lr_decay", "weight_decay", "initial_accumulator_value", "eps"}),
-    **dict.fromkeys(("adamwschedulefree", "radamschedulefree"), _OF_ADAM - {"amsgrad"} | {"r"}),
+    **dict.fromkeys(("adamwschedulefree", "radamschedulefree"), _ADAM_ARGUMENTS - {"amsgrad"} | {"r"}),
     "sgdschedulefree": frozenset({"momentum", "weight_decay", "r"}),
 }
 _SCHEDULERS = {

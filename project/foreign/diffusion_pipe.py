@@ -71,9 +71,9 @@ PROGRAM = Program(
         "force_constant_lr": omitted("learning_rate below [training] may be changed before a run continues"),
         "pseudo_huber_c": omitted("loss_type and huber_c below [training]"),
         "pipeline_stages": omitted("the model is on one card; docs/speed.md has several"),
-        **dict.fromkeys(("activation_checkpointing", "blocks_to_swap", "save_dtype"), rules.OF_CARD),
-        **dict.fromkeys(("caching_batch_size", "map_num_proc", "compile", "partition_method"), rules.OF_CARD),
-        **dict.fromkeys(("reentrant_activation_checkpointing", "partition_split"), rules.OF_CARD),
+        **dict.fromkeys(("activation_checkpointing", "blocks_to_swap", "save_dtype"), rules.CHOSEN_BY_NEW),
+        **dict.fromkeys(("caching_batch_size", "map_num_proc", "compile", "partition_method"), rules.CHOSEN_BY_NEW),
+        **dict.fromkeys(("reentrant_activation_checkpointing", "partition_split"), rules.CHOSEN_BY_NEW),
         **dict.fromkeys(_EVALUATION, rules.VALIDATION),
         "eval_datasets[].name": rules.VALIDATION,
         "eval_datasets[].config": rules.VALIDATION,
@@ -92,7 +92,7 @@ PROGRAM = Program(
         ),
         "model.type": rules.MODEL_NAME,
         **{
-            f"model.{name}": rules.OF_CARD for name in ("dtype", "transformer_dtype", "diffusion_model_dtype")
+            f"model.{name}": rules.CHOSEN_BY_NEW for name in ("dtype", "transformer_dtype", "diffusion_model_dtype")
         },
         "model.timestep_sample_method": rules.TIMESTEPS,
         "model.shift": rules.SHIFT,
@@ -108,7 +108,7 @@ PROGRAM = Program(
         "adapter.rank": rules.RANK,
         "adapter.alpha": rules.ALPHA,
         "adapter.dropout": rules.DROPOUT,
-        "adapter.dtype": rules.OF_CARD,
+        "adapter.dtype": rules.CHOSEN_BY_NEW,
         "adapter.init_from_existing": rules.START,
         "adapter.decompose_factor": KeyRule(NETWORK_ARGUMENT, "factor", integer(-1, 100_000)),
         "optimizer.type": rules.OPTIMIZER,

@@ -25,9 +25,9 @@ from project.foreign.contract import (
     read_text,
 )
 
-_OF_UI = omitted("only the form itself uses it")
-_OF_NETWORK = omitted("set it by network_args below [training]: docs/networks.md")
-_OF_LAUNCHER = omitted("`run` starts the training on one card")
+_UI_ONLY = omitted("only the form itself uses it")
+_SET_BY_NETWORK_ARGS = omitted("set it by network_args below [training]: docs/networks.md")
+_LAUNCHER_ONLY = omitted("`run` starts the training on one card")
 _NETWORK_ARGUMENTS = ("conv_dim", "conv_alpha", "rank_dropout", "module_dropout", "factor")
 _LYCORIS_KEYS = (
     *("algo", "block_size", "bypass_mode", "constrain", "decompose_both", "rank_dropout_scale"),
@@ -199,7 +199,7 @@ PROGRAM = Program(
         "network_dim": rules.RANK,
         "network_alpha": rules.ALPHA,
         **{name: KeyRule(NETWORK_ARGUMENT, name, number(-1, 1e6)) for name in _NETWORK_ARGUMENTS},
-        **dict.fromkeys((*_LYCORIS_KEYS, *_BLOCK_WEIGHT_KEYS, "LyCORIS_preset"), _OF_NETWORK),
+        **dict.fromkeys((*_LYCORIS_KEYS, *_BLOCK_WEIGHT_KEYS, "LyCORIS_preset"), _SET_BY_NETWORK_ARGS),
         "dora_wd": rules.DORA,
         "token_string": rules.WORD,
         "init_word": rules.INIT_WORD,
@@ -230,7 +230,7 @@ PROGRAM = Program(
         "anima_discrete_flow_shift": KeyRule(TRAINING, "discrete_flow_shift", number(0, 1000)),
         "anima_sigmoid_scale": KeyRule(TRAINING, "sigmoid_scale", number(0, 1000)),
         "anima_timestep_sampling": KeyRule(TRAINING, "timestep_sampling", read_text),
-        "anima_*": rules.OF_CARD,
+        "anima_*": rules.CHOSEN_BY_NEW,
         **dict.fromkeys(
             ("anima_qwen3", "anima_vae", "anima_llm_adapter_path", "anima_t5_tokenizer_path"), rules.OWN_FILES
         ),
@@ -262,16 +262,16 @@ PROGRAM = Program(
             ("flux1_cache_text_encoder_outputs", "flux1_cache_text_encoder_outputs_to_disk"), rules.CACHES
         ),
         "sdxl_cache_text_encoder_outputs": rules.CACHES,
-        **dict.fromkeys(("gradient_checkpointing", "mixed_precision", "save_precision"), rules.OF_CARD),
-        **dict.fromkeys(("xformers", "mem_eff_attn", "sdxl_no_half_vae", "no_half_vae"), rules.OF_CARD),
-        **dict.fromkeys(("full_bf16", "full_fp16", "fp8_base", "fp8_base_unet", "highvram"), rules.OF_CARD),
-        **dict.fromkeys(("lowvram", "lowram", "blocks_to_swap", "vae_batch_size"), rules.OF_CARD),
-        **dict.fromkeys(("max_data_loader_n_workers", "persistent_data_loader_workers"), rules.OF_CARD),
-        **dict.fromkeys(("split_mode", "mem_eff_save", "fused_backward_pass"), rules.OF_CARD),
-        **dict.fromkeys(("num_cpu_threads_per_process", "num_processes", "num_machines"), _OF_LAUNCHER),
-        **dict.fromkeys(("multi_gpu", "gpu_ids", "main_process_port", "dynamo_backend"), _OF_LAUNCHER),
-        **dict.fromkeys(("dynamo_mode", "dynamo_use_dynamic", "dynamo_use_fullgraph"), _OF_LAUNCHER),
-        "extra_accelerate_launch_args": _OF_LAUNCHER,
+        **dict.fromkeys(("gradient_checkpointing", "mixed_precision", "save_precision"), rules.CHOSEN_BY_NEW),
+        **dict.fromkeys(("xformers", "mem_eff_attn", "sdxl_no_half_vae", "no_half_vae"), rules.CHOSEN_BY_NEW),
+        **dict.fromkeys(("full_bf16", "full_fp16", "fp8_base", "fp8_base_unet", "highvram"), rules.CHOSEN_BY_NEW),
+        **dict.fromkeys(("lowvram", "lowram", "blocks_to_swap", "vae_batch_size"), rules.CHOSEN_BY_NEW),
+        **dict.fromkeys(("max_data_loader_n_workers", "persistent_data_loader_workers"), rules.CHOSEN_BY_NEW),
+        **dict.fromkeys(("split_mode", "mem_eff_save", "fused_backward_pass"), rules.CHOSEN_BY_NEW),
+        **dict.fromkeys(("num_cpu_threads_per_process", "num_processes", "num_machines"), _LAUNCHER_ONLY),
+        **dict.fromkeys(("multi_gpu", "gpu_ids", "main_process_port", "dynamo_backend"), _LAUNCHER_ONLY),
+        **dict.fromkeys(("dynamo_mode", "dynamo_use_dynamic", "dynamo_use_fullgraph"), _LAUNCHER_ONLY),
+        "extra_accelerate_launch_args": _LAUNCHER_ONLY,
         "additional_parameters": omitted("write each of these options below [training]"),
         **dict.fromkeys(("output_dir", "resume"), rules.OUTPUT_FOLDER),
         "logging_dir": omitted("logging_dir below [training] says where logs go"),
@@ -285,9 +285,9 @@ PROGRAM = Program(
             ),
             rules.UPLOADS,
         ),
-        **dict.fromkeys(("model_list", "stop_text_encoder_training_pct", "save_as_bool"), _OF_UI),
-        **dict.fromkeys(("create_caption", "create_buckets", "full_path", "use_latent_files"), _OF_UI),
-        "noise_offset_type": _OF_UI,
+        **dict.fromkeys(("model_list", "stop_text_encoder_training_pct", "save_as_bool"), _UI_ONLY),
+        **dict.fromkeys(("create_caption", "create_buckets", "full_path", "use_latent_files"), _UI_ONLY),
+        "noise_offset_type": _UI_ONLY,
         "stop_text_encoder_training": omitted("everything that is trained is trained until the end"),
         "use_8bit_adam": omitted("optimizer says it"),
         "save_model_as": omitted("files are safetensors"),

@@ -86,7 +86,7 @@ def _read_every(value: Any) -> int:
     return integer(0)(count)
 
 
-_OF_CONCEPTS = {
+_CONCEPT_RULES = {
     "path": rules.MEDIA_FOLDER,
     "repeats": rules.NUM_REPEATS,
     "balancing": rules.NUM_REPEATS,
@@ -111,7 +111,7 @@ _OF_CONCEPTS = {
     ),
     "image.resolution_override": omitted("resolution in dataset.toml is for all folders"),
 }
-_OF_OPTIMIZERS = ("betas", "beta3", "eps", "weight_decay", "amsgrad", "clip_threshold", "decay_rate", "d0")
+_OPTIMIZER_ARGUMENTS = ("betas", "beta3", "eps", "weight_decay", "amsgrad", "clip_threshold", "decay_rate", "d0")
 _SWITCHES = ("scale_parameter", "relative_step", "warmup_init", "decouple", "use_bias_correction")
 
 PROGRAM = Program(
@@ -170,7 +170,7 @@ PROGRAM = Program(
         "optimizer.beta1": rules.argument("beta1"),
         "optimizer.beta2": rules.argument("beta2"),
         "optimizer.eps2": rules.argument("eps2"),
-        **{f"optimizer.{name}": rules.argument(name) for name in (*_OF_OPTIMIZERS, *_SWITCHES)},
+        **{f"optimizer.{name}": rules.argument(name) for name in (*_OPTIMIZER_ARGUMENTS, *_SWITCHES)},
         **{f"optimizer.{name}": rules.argument(name) for name in ("safeguard_warmup", "d_coef", "momentum")},
         "epochs": rules.NUM_EPOCHS,
         "batch_size": rules.BATCH_SIZE,
@@ -216,22 +216,22 @@ PROGRAM = Program(
         "normalize_masked_area_loss": omitted("a loss with masks is divided by the area of all pixels"),
         "latent_caching": rules.CACHES,
         "aspect_ratio_bucketing": rules.BUCKETS,
-        **dict.fromkeys(("train_dtype", "train_device", "temp_device", "weight_dtype"), rules.OF_CARD),
+        **dict.fromkeys(("train_dtype", "train_device", "temp_device", "weight_dtype"), rules.CHOSEN_BY_NEW),
         **dict.fromkeys(
-            ("gradient_checkpointing", "output_dtype", "compile", "dataloader_threads"), rules.OF_CARD
+            ("gradient_checkpointing", "output_dtype", "compile", "dataloader_threads"), rules.CHOSEN_BY_NEW
         ),
-        **dict.fromkeys(("attention_mechanism", "layer_offload_fraction", "caching_threads"), rules.OF_CARD),
+        **dict.fromkeys(("attention_mechanism", "layer_offload_fraction", "caching_threads"), rules.CHOSEN_BY_NEW),
         **dict.fromkeys(
-            ("fallback_train_dtype", "enable_autocast_cache", "lora_weight_dtype"), rules.OF_CARD
+            ("fallback_train_dtype", "enable_autocast_cache", "lora_weight_dtype"), rules.CHOSEN_BY_NEW
         ),
-        **{f"{name}.*": rules.OF_CARD for name in (*_TEXT_ENCODER_NAMES, *_DIT_NAMES, *_FURTHER_PARTS)},
+        **{f"{name}.*": rules.CHOSEN_BY_NEW for name in (*_TEXT_ENCODER_NAMES, *_DIT_NAMES, *_FURTHER_PARTS)},
         **{f"{name}.dropout_probability": rules.CAPTION_DROPOUT for name in _TEXT_ENCODER_NAMES},
         **dict.fromkeys(("workspace_dir", "debug_dir"), rules.OUTPUT_FOLDER),
         "cache_dir": omitted("dataset.toml says where caches go"),
         **dict.fromkeys(("tensorboard", "tensorboard_port", "tensorboard_expose"), rules.LOGS),
         "__version": rules.NAMES,
-        **{f"concepts[].{key}": rule for key, rule in _OF_CONCEPTS.items()},
-        **{f"concept_file_name:[].{key}": rule for key, rule in _OF_CONCEPTS.items()},
+        **{f"concepts[].{key}": rule for key, rule in _CONCEPT_RULES.items()},
+        **{f"concept_file_name:[].{key}": rule for key, rule in _CONCEPT_RULES.items()},
     },
     model_by_name={
         "STABLE_DIFFUSION_15": ("stable_diffusion", "1.5"),

@@ -14,7 +14,7 @@ _CPU_OPTIMIZERS = {
     "pagedadamw8bit": "adamw",
     "lion8bit": "lion",
 }
-_PACKAGE_OF_OPTIMIZER = {"lion": "lion_pytorch", "prodigy": "prodigyopt"}  # optimizer -> package
+_PACKAGE_BY_OPTIMIZER = {"lion": "lion_pytorch", "prodigy": "prodigyopt"}  # optimizer -> package
 # optimizers that support only one learning rate for all parameters
 SINGLE_RATE_OPTIMIZERS = frozenset({"prodigy"})
 _ADAFACTOR_SETS_RATE = "Adafactor with relative_step finds its own rate, there and here"
@@ -59,7 +59,7 @@ def _replace_gpu_optimizer(project: ForeignProject) -> None:
 
 
 def _report_missing_package(project: ForeignProject, optimizer: str) -> None:
-    package = _PACKAGE_OF_OPTIMIZER.get(str(optimizer))
+    package = _PACKAGE_BY_OPTIMIZER.get(str(optimizer))
     if package is not None and find_spec(package) is None:
         remedy = f"it is not installed: pip install {DISTRIBUTIONS[package]}"
         project.report_omitted_value("optimizer_type", optimizer, remedy)

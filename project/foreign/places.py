@@ -13,7 +13,7 @@ Size = tuple[int, int]  # width and height
 
 _NOT_LEARNED = "it is not learned there"
 _NOT_DESCRIBED = "its folder is not in the one that is described"
-_OF_ALL_SUBSETS = "[[datasets.subsets]] of dataset.toml have one for all folders"
+_NOT_PER_SUBSET = "[[datasets.subsets]] of dataset.toml have one for all folders"
 
 
 def join_datasets(project: ForeignProject) -> None:
@@ -139,7 +139,7 @@ def omit_keys_of_tables(project: ForeignProject) -> None:
     """Omit keys of single folders that are allowed in [[datasets]] tables, but not in subsets."""
     for dataset in project.datasets.values():
         names = [name for name in dataset.table_keys if name not in SUBSET_KEYS]
-        _report_omitted_keys(project, dataset, names, _OF_ALL_SUBSETS)
+        _report_omitted_keys(project, dataset, names, _NOT_PER_SUBSET)
         for name in names:
             dataset.table_keys.pop(name)
 

@@ -91,7 +91,7 @@ REGULARISING = omitted(
 )
 CONTROLS = omitted("control pictures are looked for in a folder control or conditioning of the one described")
 
-OF_CARD = omitted("`new` chooses it for the card and the model")
+CHOSEN_BY_NEW = omitted("`new` chooses it for the card and the model")
 SAMPLES = omitted("prompts.txt has prompts of your captions: write others there")
 CACHES = omitted("encoded data are always cached")
 KEPT_FILES = omitted("each saved file is kept; save_last_n_steps below [training] keeps the last ones")

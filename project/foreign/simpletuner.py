@@ -80,7 +80,7 @@ def _read_repeats(value: Any) -> int:
 
 
 _DATASETS = "data_backend_config:[]"
-_OF_CARD = (
+_KEYS_CHOSEN_BY_NEW = (
     *("mixed_precision", "gradient_checkpointing", "base_model_precision", "text_encoder_1_precision"),
     *("attention_mechanism", "vae_batch_size", "offload_during_startup", "base_model_default_dtype"),
     *(
@@ -160,7 +160,7 @@ _RULES = {
     "strict_epoch_limit": omitted("max_train_steps says how long a run is"),
     "fsdp_*": omitted("the model is on one card; docs/speed.md has several"),
     "_*": rules.NAMES,
-    **dict.fromkeys(_OF_CARD, rules.OF_CARD),
+    **dict.fromkeys(_KEYS_CHOSEN_BY_NEW, rules.CHOSEN_BY_NEW),
     **dict.fromkeys(("report_to", "logging_dir", "tracker_project_name", "disable_benchmark"), rules.LOGS),
     **dict.fromkeys(("push_to_hub", "push_checkpoints_to_hub", "hub_*", "model_card_note"), rules.UPLOADS),
     **dict.fromkeys(("aspect_bucket_*", "minimum_image_size", "disable_bucket_pruning"), rules.BUCKETS),
@@ -169,7 +169,7 @@ _RULES = {
     "caption_strategy": rules.CAPTIONS,
     "instance_prompt": rules.CAPTIONS,
 }
-_OF_BACKENDS = {
+_BACKEND_RULES = {
     "instance_data_dir": rules.MEDIA_FOLDER,
     "repeats": KeyRule(DATA, "num_repeats", _read_repeats),
     "resolution": KeyRule(DATA, "resolution", _read_size),
@@ -210,7 +210,7 @@ PROGRAM = Program(
         "dataset_type": ("text_embeds", "image_embeds", "conditioning", "eval"),
         "disabled": (True, "true"),
     },
-    rules={**_RULES, **{f"{_DATASETS}.{key}": rule for key, rule in _OF_BACKENDS.items()}},
+    rules={**_RULES, **{f"{_DATASETS}.{key}": rule for key, rule in _BACKEND_RULES.items()}},
     model_by_name={
         "flux": ("flux", "dev"),
         "flux dev": ("flux", "dev"),

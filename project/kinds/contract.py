@@ -10,7 +10,7 @@ from downloads.catalogue import ModelSet
 from modules import installation
 
 # prefixes of options that only LoRA runs have
-OF_LORA = ("network_", "lora_format")
+LORA_OPTION_PREFIXES = ("network_", "lora_format")
 
 
 def drop_lora_options(values: Mapping[str, Any], memory: float) -> dict[str, Any]:
@@ -18,7 +18,7 @@ def drop_lora_options(values: Mapping[str, Any], memory: float) -> dict[str, Any
 
     `memory`, the GPU memory in GiB, has no effect.
     """
-    return {name: value for name, value in values.items() if not name.startswith(OF_LORA)}
+    return {name: value for name, value in values.items() if not name.startswith(LORA_OPTION_PREFIXES)}
 
 
 def find_catalog_command(key: str, model: ModelSet) -> list[str]:

@@ -9,7 +9,7 @@ from downloads.catalogue import ModelSet
 from project.kinds.contract import RunKind, drop_lora_options, find_lora_script
 
 ALONE = "--embedding_only"
-OF_LORA_SCRIPT = f"{ALONE} --train_embedding {{word}} --embedding_vectors 4 --learning_rate 1e-3"
+EMBEDDING_ARGUMENTS = f"{ALONE} --train_embedding {{word}} --embedding_vectors 4 --learning_rate 1e-3"
 
 
 def _find_training_command(model: ModelSet) -> list[str]:
@@ -17,7 +17,7 @@ def _find_training_command(model: ModelSet) -> list[str]:
     named = model.properties.get("embedding")
     if named is not None:
         return shlex.split(named)
-    return [*find_lora_script(model), *shlex.split(OF_LORA_SCRIPT)]
+    return [*find_lora_script(model), *shlex.split(EMBEDDING_ARGUMENTS)]
 
 
 def _why_not(model: ModelSet, memory: float) -> str | None:

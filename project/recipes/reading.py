@@ -36,7 +36,7 @@ from training.run_options import AcceleratorOptions
 SHIPPED = Path(__file__).resolve().parent
 OWN = Path("recipes")  # folder of own recipes in the working folder, where `recipe save` writes them
 MAX_BYTES = 1 << 16
-MAX_OF_TEXT = 300  # characters
+MAX_TEXT_LENGTH = 300  # characters
 MAX_FIGURES = 20
 TEXT_KEYS = ("title", "family", "task", "train", "tried_on")
 TABLE_KEYS = ("training", "figures")
@@ -148,7 +148,7 @@ def read_recipe(path: Path) -> TrainingRecipe:
     try:
         content = parse_toml(read_text(path, MAX_BYTES))
     except (OSError, ValueError, RecursionError) as error:
-        reason = shorten(" ".join(str(error).split()), MAX_OF_TEXT).rstrip(".")
+        reason = shorten(" ".join(str(error).split()), MAX_TEXT_LENGTH).rstrip(".")
         raise OptionError(f"recipe {path} cannot be read: {reason}. Pass a file of `recipe save`") from None
     try:
         return _parse_recipe(path.stem, content)
@@ -194,8 +194,8 @@ def _read_text(key: str, value: Any) -> str:
     """
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{_show(key)} is missing, or is not text")
-    if len(value) > MAX_OF_TEXT or escape_control_codes(value) != value or len(value.splitlines()) > 1:
-        raise ValueError(f"{_show(key)} has to be a line of at most {MAX_OF_TEXT} characters")
+    if len(value) > MAX_TEXT_LENGTH or escape_control_codes(value) != value or len(value.splitlines()) > 1:
+        raise ValueError(f"{_show(key)} has to be a line of at most {MAX_TEXT_LENGTH} characters")
     if "://" in value:
         raise ValueError(f"{_show(key)} contains an address, which a recipe must not")
     return value.strip()

@@ -261,7 +261,7 @@ class _ComputedPiece(NamedTuple):
     peak_increase: int  # bytes
 
 
-class OneOfManyPieces(TorchFunctionMode):
+class LargestPieceMode(TorchFunctionMode):
     """Make `compute_piece` compute only pieces larger than all earlier ones; others just get memory."""
 
     def __init__(self, ledger: Ledger) -> None:
@@ -314,7 +314,7 @@ def dry_run(device: torch.device = ACCELERATOR) -> Iterator[Ledger]:
     """
     ledger = Ledger(device)
     # the last mode is applied first, so that kernels inside pieces are replaced too
-    with FakeTensorMode(allow_non_fake_inputs=True), PlannedKernels(), OneOfManyPieces(ledger), ledger:
+    with FakeTensorMode(allow_non_fake_inputs=True), PlannedKernels(), LargestPieceMode(ledger), ledger:
         yield ledger
 
 

@@ -21,8 +21,8 @@ from runtime.ways.contract import Division
 
 UNDIVIDED = divided_options(Division(1))
 # options that a layout sets -> number of their values on the command line; --plan may have one
-NUM_VALUES_OF_LAYOUT_OPTIONS = {f"--{name}": 0 if value is False else 1 for name, value in UNDIVIDED.items()}
-NUM_VALUES_OF_LAYOUT_OPTIONS |= {"--blocks_to_swap": 1, "--plan": 1}
+LAYOUT_OPTION_NARGS = {f"--{name}": 0 if value is False else 1 for name, value in UNDIVIDED.items()}
+LAYOUT_OPTION_NARGS |= {"--blocks_to_swap": 1, "--plan": 1}
 
 
 class Divided(Swappable, Protocol):
@@ -270,7 +270,7 @@ def _without_layout_options(arguments: Sequence[str]) -> list[str]:
         if num_values_left and not argument.startswith("--"):
             num_values_left -= 1
             continue
-        num_values_left = 0 if equals_sign else NUM_VALUES_OF_LAYOUT_OPTIONS.get(name, 0)
-        if name not in NUM_VALUES_OF_LAYOUT_OPTIONS:
+        num_values_left = 0 if equals_sign else LAYOUT_OPTION_NARGS.get(name, 0)
+        if name not in LAYOUT_OPTION_NARGS:
             kept.append(argument)
     return kept

@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from modules.errors import OptionError
-from modules.options import OF_BLOCKS, SETTING, option
+from modules.options import BETWEEN_BLOCKS, SETTING, option
 from runtime.ways.contract import RunModes, RunUses, WayOptions, WayToRun
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class ContextParallelOptions(
         default=1,
         minimum=1,
         metavar="N",
-        facts={**SETTING, **OF_BLOCKS, "division": "num_context_parallel"},
+        facts={**SETTING, **BETWEEN_BLOCKS, "division": "num_context_parallel"},
     )
 
 

@@ -7,7 +7,7 @@ How they are split and gathered is in `runtime/offload/sharding.py`; a whole mod
 from typing import TYPE_CHECKING
 
 from modules.errors import OptionError
-from modules.options import OF_BLOCKS, option
+from modules.options import BETWEEN_BLOCKS, option
 from runtime.ways.contract import RunModes, RunUses, WayOptions, WayToRun
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class ShardBaseOptions(
         "with several processes (accelerate launch --multi_gpu --num_processes N): each keeps a part of "
         "every block of the transformer, frozen or trained, and of large text encoders, and gathers a block "
         "when it runs. Embeddings, LoRAs and the VAE are in every process",
-        facts={**OF_BLOCKS, "division": "shards_weights"},
+        facts={**BETWEEN_BLOCKS, "division": "shards_weights"},
     )
 
 

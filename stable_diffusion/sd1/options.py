@@ -13,7 +13,7 @@ from stable_diffusion.training_options import (
     caching_options,
     generation_options,
 )
-from stable_diffusion.whole_options import IF_TRAINED, OfFullCheckpoint, text_rate, text_switch
+from stable_diffusion.whole_options import IF_TRAINED, FullFineTuningMixin, text_rate, text_switch
 
 __all__ = ("caching_options", "generation_options")
 NAME = "Stable Diffusion 1.x and 2.x"
@@ -53,7 +53,7 @@ class Sd1ExtendedInversionTrainingOptions(InversionOptions, Sd1TrainingOptions, 
     """Options that train_textual_inversion_XTI.py adds to those shared by all model families."""
 
 
-class Sd1FineTuningOptions(OfFullCheckpoint, Sd1TrainingOptions, title=NAME):
+class Sd1FineTuningOptions(FullFineTuningMixin, Sd1TrainingOptions, title=NAME):
     """Options that fine_tune.py adds to those shared by all model families."""
 
     train_text_encoder: bool = text_switch("train the text encoder with the U-Net")
@@ -65,7 +65,7 @@ class Sd1FineTuningOptions(OfFullCheckpoint, Sd1TrainingOptions, title=NAME):
         return {"text_encoder": self.learning_rate_te} if self.train_text_encoder else {}
 
 
-class Sd1DreamBoothOptions(OfFullCheckpoint, Sd1TrainingOptions, title=NAME):
+class Sd1DreamBoothOptions(FullFineTuningMixin, Sd1TrainingOptions, title=NAME):
     """Options that train_db.py adds to those shared by all model families."""
 
     learning_rate_te: float | None = text_rate("the text encoder, which learns with the U-Net")

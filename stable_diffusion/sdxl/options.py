@@ -16,7 +16,7 @@ from stable_diffusion.training_options import (
 )
 from stable_diffusion.whole_options import (
     IF_TRAINED,
-    OfFullCheckpoint,
+    FullFineTuningMixin,
     read_block_rates,
     text_rate,
     text_switch,
@@ -101,10 +101,10 @@ class SdxlInversionTrainingOptions(InversionOptions, SdxlLearningOptions, title=
     text_encoder_lr2 = unsupported(_ONE_RATE, type=float)
 
 
-_OF_LORAS = "it is of LoRAs. Pass the rate of {} to --{}"
+_LORA_ONLY = "it is of LoRAs. Pass the rate of {} to --{}"
 
 
-class SdxlFullTrainingOptions(OfFullCheckpoint, SdxlLearningOptions, title=NAME):
+class SdxlFullTrainingOptions(FullFineTuningMixin, SdxlLearningOptions, title=NAME):
     """Options that sdxl_train.py adds to those shared by all model families."""
 
     train_text_encoder: bool = text_switch("train both text encoders with the U-Net")
@@ -116,8 +116,8 @@ class SdxlFullTrainingOptions(OfFullCheckpoint, SdxlLearningOptions, title=NAME)
         facts=CHANGEABLE,
     )
     full_bf16: bool = option(name="full_bf16", facts=FREE)  # the shared one: text encoders learn in it too
-    text_encoder_lr1 = unsupported(_OF_LORAS.format("CLIP-L", "learning_rate_te1"), type=float)
-    text_encoder_lr2 = unsupported(_OF_LORAS.format("OpenCLIP", "learning_rate_te2"), type=float)
+    text_encoder_lr1 = unsupported(_LORA_ONLY.format("CLIP-L", "learning_rate_te1"), type=float)
+    text_encoder_lr2 = unsupported(_LORA_ONLY.format("OpenCLIP", "learning_rate_te2"), type=float)
 
     @property
     def text_rates(self) -> dict[str, float | None]:

@@ -34,7 +34,7 @@ from benchmarks.evening_figures import (
     write_figures,
 )
 from benchmarks.evening_page import write_evening_page
-from docs.model_tables import FIRST_OF_PROVEN, proven_part
+from docs.model_tables import PROVEN_HEADING, proven_part
 from modules.media.reading import read_image, video_info
 from project.options import find_models
 from runtime.machine import MachineGpu, describe_machine
@@ -169,7 +169,7 @@ def test_figures_that_nobody_could_read_are_not_written(tmp_path: Path) -> None:
 
 def test_the_page_of_what_came_has_the_figures_of_its_folder() -> None:
     text = (ROOT / "docs" / "proven.md").read_text(encoding="utf-8")
-    assert text[text.index(FIRST_OF_PROVEN) :] == proven_part()
+    assert text[text.index(PROVEN_HEADING) :] == proven_part()
 
 
 def test_steps_of_the_warm_up_do_not_count() -> None:

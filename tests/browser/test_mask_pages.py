@@ -23,7 +23,7 @@ pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 from browser.background_jobs import BackgroundJobs
 from browser.jobs import open_queue
 from browser.mask_making import MaskMakingPages
-from browser.mask_pages import DRAWN_ADDRESS, MAX_OF_DRAWN
+from browser.mask_pages import DRAWN_ADDRESS, MAX_DRAWN_MASK_BYTES
 from browser.mask_review import MaskConflictError, MaskReview
 from browser.render_worker import RenderWorker
 from browser.runs import Runs
@@ -253,7 +253,7 @@ def test_requests_from_elsewhere_and_for_other_files_are_refused(served: Served,
     assert press(served, "other", shown).status == 404
     query = urlencode({"folder": "a b ü", "id": shown["id"], "have": shown["mark"]})
     assert served.send(f"{DRAWN_ADDRESS}?{query}", WHITE, Origin="http://evil.example").status == 403
-    assert served.send(f"{DRAWN_ADDRESS}?{query}", bytes(MAX_OF_DRAWN + 1)).status == 413
+    assert served.send(f"{DRAWN_ADDRESS}?{query}", bytes(MAX_DRAWN_MASK_BYTES + 1)).status == 413
     assert sorted(path.name for path in folder.rglob("*")) == files
 
 

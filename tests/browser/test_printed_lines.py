@@ -21,7 +21,7 @@ from browser.printed_lines import (
     translate_reason,
 )
 from browser.render_queue import PHASES
-from checkpoints.kinds import OF_PARTS, OF_TOOLS, UNSUPPORTED_MODELS
+from checkpoints.kinds import SHARED_PART_MARKS, TOOL_MARKS, UNSUPPORTED_MODELS
 from modules import installation
 from modules.errors import UserError
 from modules.pages.language import Language, TranslatableText, show, speaking
@@ -174,7 +174,7 @@ def test_no_english_word_is_left_of_a_check(
 
 @pytest.mark.parametrize("code", ["zh", "ja"])
 def test_no_english_word_is_left_of_what_a_model_file_is(code: str) -> None:
-    kinds = {what for mark, what in (*UNSUPPORTED_MODELS, *family_marks(), *OF_PARTS, *OF_TOOLS)}
+    kinds = {what for mark, what in (*UNSUPPORTED_MODELS, *family_marks(), *SHARED_PART_MARKS, *TOOL_MARKS)}
     names = re.compile(
         r"--\w+|\S+\.py|reelsmith [\w-]+|[a-z]+_train_\w+|[\w.-]*[A-Z0-9][\w.-]*"
         r"|\b(?:transformer|layered|diffusers|gimmvfi_r|codeformer)\b"

@@ -21,7 +21,7 @@ from browser.recipes import (
     make_model_recipe,
 )
 from downloads.catalogue import ModelSet, model_sets
-from flux_3.options import GUIDANCE_OF_DISTILLED, STEPS_OF_DISTILLED
+from flux_3.options import DISTILLED_GUIDANCE, DISTILLED_STEPS
 from generation.options import generation_parser
 from generation.prompt_lines import find_option
 from modules.errors import OptionError, UserError
@@ -364,7 +364,7 @@ def with_paths(model: ModelSet) -> str:
 @pytest.mark.parametrize(
     ("family", "task", "expected"),
     [
-        ("flux_3", "klein", {"steps": STEPS_OF_DISTILLED, "guidance": GUIDANCE_OF_DISTILLED}),
+        ("flux_3", "klein", {"steps": DISTILLED_STEPS, "guidance": DISTILLED_GUIDANCE}),
         ("flux_3", "klein-base", {"steps": 50, "guidance": 3.5}),
         ("qwen_image_21", "turbo", {"steps": 8, "guidance": 1}),
         ("flux", "schnell", {"steps": 4, "guidance": ""}),

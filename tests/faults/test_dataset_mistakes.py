@@ -253,7 +253,7 @@ def test_latent_caching_warns_of_missing_captions(folder: Path) -> None:
     assert "no a.txt next to it" in said
 
 
-OF_OTHERS = {
+OTHER_TRAINER_FILES = {
     "dp.toml": ("[[directory]]\npath = 'clips'\n", "diffusion-pipe", "[[directory]] is [[datasets]]"),
     "a.toml": ("[[datasets]]\nfolder_path = 'clips'\n", "AI Toolkit", "caption_extension"),
     "a.yaml": ("job: x\n", "AI Toolkit", "folder_path is image_directory"),
@@ -262,9 +262,9 @@ OF_OTHERS = {
 }
 
 
-@pytest.mark.parametrize("name", OF_OTHERS)
+@pytest.mark.parametrize("name", OTHER_TRAINER_FILES)
 def test_a_file_of_another_trainer_is_translated(name: str, tmp_path: Path) -> None:
-    text, *words = OF_OTHERS[name]
+    text, *words = OTHER_TRAINER_FILES[name]
     (tmp_path / name).write_text(text, encoding="utf-8")
     with pytest.raises(DatasetError) as raised:
         load_dataset_config(tmp_path / name)

@@ -87,7 +87,7 @@ THEIRS = {"cfg": "guidance_scale", "modality": "modality_scale", "rescale": "gui
 PLAIN = {"guidance_scale": 1.0, "stg_scale": 0.0, "modality_scale": 1.0, "guidance_rescale": 0.0}
 RELEASED = {"guidance_scale": 3.0, "stg_scale": 1.0, "modality_scale": 3.0, "guidance_rescale": 0.7}
 GUIDED = {"guidance_scale": 3.0, "stg_scale": 1.5, "modality_scale": 2.0, "guidance_rescale": 0.7}
-OF_AUDIO = {"guidance_scale": 7.0, "stg_scale": 1.5, "modality_scale": 3.0, "guidance_rescale": 0.4}
+AUDIO_SCALES = {"guidance_scale": 7.0, "stg_scale": 1.5, "modality_scale": 3.0, "guidance_rescale": 0.4}
 
 
 def scale_words(picture: Scales, audio: Scales) -> list[object]:
@@ -105,7 +105,7 @@ def scale_words(picture: Scales, audio: Scales) -> list[object]:
     [
         ("2.3", "av", 24, RELEASED, RELEASED | {"guidance_scale": 7.0}),
         ("2.3", "v", 12, GUIDED | {"modality_scale": 1.0}, PLAIN),
-        ("2.0", "av", 12, GUIDED, OF_AUDIO),
+        ("2.0", "av", 12, GUIDED, AUDIO_SCALES),
         ("2.0", "av", 24, PLAIN, PLAIN),
         ("2.5", "av", 24, RELEASED, RELEASED | {"guidance_scale": 7.0}),
         ("2.5", "v", 12, GUIDED | {"modality_scale": 1.0}, PLAIN),
@@ -222,7 +222,7 @@ def test_a_video_from_an_image_equals_that_of_diffusers(
     words = ["--ltx2_mode", mode, "--image_path", tmp_path / "start.png", "--stg_blocks", 1]
     words += [] if crf is None else ["--image_crf", crf]
 
-    made = generate(release, tmp_path, *words, *scale_words(image, OF_AUDIO))
+    made = generate(release, tmp_path, *words, *scale_words(image, AUDIO_SCALES))
 
     pipe = LTX2ImageToVideoPipeline(**theirs(release).components)
     pipe.set_progress_bar_config(disable=True)
@@ -245,7 +245,7 @@ def test_a_video_from_an_image_equals_that_of_diffusers(
         "image_crf": default if crf is None else crf,
         "use_cross_timestep": False,
     }
-    assert_as_there(pipe, made, tmp_path / "shown", 24, image, OF_AUDIO, **asked)
+    assert_as_there(pipe, made, tmp_path / "shown", 24, image, AUDIO_SCALES, **asked)
 
 
 @pytest.mark.slow_cases("2.0", "2.3")

@@ -36,7 +36,7 @@ from tests.ltx_2.release import (
     write_release,
     write_upscaler,
 )
-from tests.ltx_2.test_family import GUIDED, NEGATIVE, OF_AUDIO, PROMPT, SEED, alone, scale_words, theirs
+from tests.ltx_2.test_family import GUIDED, NEGATIVE, AUDIO_SCALES, PROMPT, SEED, alone, scale_words, theirs
 from tests.ltx_2.test_training import run, samples, write_project
 from tests.ltx_2.tiny_dit import dit_in_diffusers
 from tests.parity.running import assert_equal
@@ -137,7 +137,7 @@ def test_two_stages_equal_those_of_diffusers(
         write_image(tmp_path / "start.png", WIDTH, HEIGHT)
         words += ["--image_path", tmp_path / "start.png", "--image_crf", 0]
 
-    made = generate(release, tmp_path, *words, *scale_words(scales, OF_AUDIO))
+    made = generate(release, tmp_path, *words, *scale_words(scales, AUDIO_SCALES))
 
     latents, audio, pipe = as_there(release, networks, mode, scales, strengths, added, tmp_path, image)
     vae = pipe.vae
@@ -179,7 +179,7 @@ def as_there(
         **{"return_dict": False, "output_type": "latent", "generator": generator},
     }
     first = pipeline(strengths[0])
-    of_audio = {f"audio_{name}": scale for name, scale in OF_AUDIO.items()}
+    of_audio = {f"audio_{name}": scale for name, scale in AUDIO_SCALES.items()}
     small = {"height": HEIGHT // 2, "width": WIDTH // 2, "num_inference_steps": STEPS}
     growth = len(networks)  # of the frames
     small |= {"num_frames": (FRAMES - 1) // growth + 1, "frame_rate": 24 / growth}

@@ -17,7 +17,7 @@ from generation.sample_lines import parse_sample_line
 from minimax_h3.family import MiniMaxH3
 from minimax_h3.files import H3Files
 from minimax_h3.options import H3TrainingOptions, generation_options
-from minimax_h3.reference_options import OF_MEDIA
+from minimax_h3.reference_options import REFERENCE_MEDIA_KEYS
 from modules.option_values import Placeholder
 from tests.faults.messages import succeed_here
 from tests.generation.test_run import Typing
@@ -148,7 +148,7 @@ def test_all_settings_of_media_are_of_samples(project: Project, files: TinyH3) -
     words = [*files.words, "--sample_prompts", "prompts.txt", "--sample_every_n_steps", 1]
     names = {"one_frame": "of", "ref": "ref", "reference_image": "ri", "reference_audio": "ra"}
     for key, characters in names.items():
-        assert key in OF_MEDIA
+        assert key in REFERENCE_MEDIA_KEYS
         prompts.write_text(f"a cat --{characters} none.png --w 64 --h 32 --f 1\n", encoding="utf-8")
         project.reject(*words, names=["none.png"])
 

@@ -16,7 +16,7 @@ from modules.installation import find_script
 from modules.script_words import console_words, has_own_command, name_words
 from package.reelsmith import __all__ as FUNCTIONS
 from package.reelsmith import commands
-from package.reelsmith.commands import EXCLUDED_SCRIPTS, OF_A_CHECKOUT, ScriptCommand, find_commands
+from package.reelsmith.commands import EXCLUDED_SCRIPTS, CHECKOUT_SCRIPTS, ScriptCommand, find_commands
 from package.staging import add_entry_point, entry_points, find_rooms, rename_scripts, rewrite_imports
 from tests.commands import ROOT, assert_user_error, run_script
 from tests.test_imports import SCRIPTS, TOOLS
@@ -35,7 +35,7 @@ def test_every_script_of_the_checkout_is_a_command() -> None:
     assert found == sorted([*(script for script in SCRIPTS if script not in in_rooms), *tools])
     merge = next(command for command in find_commands(ROOT) if command.name == "merge")
     assert merge.path == ROOT / "merge_lora.py"  # `networks/merge_lora.py` is another program
-    assert all((ROOT / f"{name}.py").is_file() for name in OF_A_CHECKOUT)
+    assert all((ROOT / f"{name}.py").is_file() for name in CHECKOUT_SCRIPTS)
 
 
 def test_the_old_names_of_scripts_in_a_room_do_what_these_do() -> None:

@@ -48,7 +48,7 @@ from training.steps import StepPlan
 
 Key = tuple[int, int]  # epoch, micro-batch in it
 # with at most this many items in an epoch, workers are kept for the next epochs
-MAX_ITEMS_OF_KEPT_WORKERS = 50_000
+PERSISTENT_WORKERS_MAX_ITEMS = 50_000
 ALIGNMENT = 64  # bytes: enough for every dtype
 
 
@@ -375,7 +375,7 @@ class Feed:
         epoch. If epochs are long, workers end with each epoch, because each worker would need its own copy
         of the next epoch's order.
         """
-        keeps_workers = self.order.num_items <= MAX_ITEMS_OF_KEPT_WORKERS
+        keeps_workers = self.order.num_items <= PERSISTENT_WORKERS_MAX_ITEMS
         epochs_per_start = max(self.plan.num_epochs, 1) if keeps_workers else 1
         max_workers = 0 if self.sources.must_stay_in_process else min(self.workers, os.cpu_count() or 1)
         for first_epoch in range(epoch, self.plan.num_epochs, epochs_per_start):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modules.errors import OptionError
-from modules.options import FREE, HABIT, HABIT_OF_NAMES, Options, option
+from modules.options import FREE, HABIT, HABIT_BY_NAME, Options, option
 from networks.use_options import AUTO, lora_rounding_option, multipliers_for, require_loras
 from protocols.families import HIGH_NOISE
 from training.features.contract import AT_NETWORK, Feature, FeatureOptions
@@ -29,7 +29,7 @@ class HighNoiseBaseOptions(Options, title="two transformers"):
         "LoRA files added to --dit_high_noise before training; default: those of --base_weights. If "
         "given, --base_weights is for --dit only",
         place="there",
-        facts=HABIT_OF_NAMES,
+        facts=HABIT_BY_NAME,
     )
     base_weights_multiplier_high_noise: tuple[float, ...] | None = option(
         "strength of each file of --base_weights_high_noise; missing ones are 1",
@@ -50,7 +50,7 @@ class BaseWeightsOptions(FeatureOptions, title="network", at=AT_NETWORK, why_not
     """LoRAs that are merged into the model before training, and their multipliers."""
 
     base_weights: tuple[Path, ...] | None = option(
-        "LoRA files added to the model before training", place="there", facts=HABIT_OF_NAMES
+        "LoRA files added to the model before training", place="there", facts=HABIT_BY_NAME
     )
     base_weights_multiplier: tuple[float, ...] | None = option(
         "strength of each file of --base_weights; missing ones are 1", needs="base_weights", facts=HABIT

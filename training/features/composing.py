@@ -15,7 +15,7 @@ from training.features.step_targets import StepTarget
 if TYPE_CHECKING:
     from dataset.table import DatasetTable
     from protocols.family import Described
-    from training.features.hooks import OptionsOfRun
+    from training.features.hooks import RunOptionsProtocol
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from modules.errors import OptionError
-from modules.options import FREE, OF_SAMPLES, option
+from modules.options import FREE, SAMPLES_ONLY, option
 from training.features.contract import AT_WEIGHTS, Feature, FeatureOptions
 from training.features.hooks import AverageInfo
 
@@ -33,7 +33,7 @@ class EmaOptions(FeatureOptions, title="average of the weights (EMA)", at=AT_WEI
         acts_if={"there is no --ema_decay": lambda options: options.ema_decay is not None},
     )
     sample_ema: bool = option(
-        "generate samples with the average", needs="ema_decay", hint="0.999 is usual", facts=OF_SAMPLES
+        "generate samples with the average", needs="ema_decay", hint="0.999 is usual", facts=SAMPLES_ONLY
     )
 
 

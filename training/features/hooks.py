@@ -52,7 +52,7 @@ if TYPE_CHECKING:  # features are loaded one by one, and without torch
 T = TypeVar("T")
 
 
-class OptionsOfRun(Protocol):
+class RunOptionsProtocol(Protocol):
     """The options of a run that features read."""
 
     def of(self, kind: type[T]) -> T:
@@ -151,7 +151,7 @@ class PlannedRun(Protocol):
         """The model family."""
 
     @property
-    def options(self) -> OptionsOfRun:
+    def options(self) -> RunOptionsProtocol:
         """Options of the run, which never change."""
 
     @property
@@ -179,7 +179,7 @@ class HookedRun(Protocol):
     """Attributes of a training run that features use."""
 
     @property
-    def options(self) -> OptionsOfRun:
+    def options(self) -> RunOptionsProtocol:
         """Options of the run, which never change."""
 
     @property
@@ -291,7 +291,7 @@ class HookedModel(Protocol):
         """Dtype in which the network computes: autocast's, or without autocast the weights' dtype."""
 
     @property
-    def options(self) -> OptionsOfRun:
+    def options(self) -> RunOptionsProtocol:
         """Options of the run, which never change."""
 
     @property
@@ -457,7 +457,7 @@ class Hooks:
 class RunFeatures:
     """Hooks, training targets and descriptions that active features add to a run."""
 
-    options: OptionsOfRun
+    options: RunOptionsProtocol
     # tables of the dataset, and the model; empty and None before `on.start`, when they are not known
     tables: "Sequence[DatasetTable]" = ()
     family: "Described | None" = None

@@ -14,7 +14,7 @@ from training.noise_options import NOTHING
 if TYPE_CHECKING:
     from dataset.table import DatasetTable
     from protocols.family import Family
-    from training.features.hooks import OptionsOfRun, RunFeatures
+    from training.features.hooks import RunOptionsProtocol, RunFeatures
 
 
 class ShowTimestepsOptions(FeatureOptions, title="timesteps and loss weights", at=AT_NOISE, facts=FREE):

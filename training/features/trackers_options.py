@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.errors import OptionError, UserError
-from modules.options import CONFIGURES, FREE, OF_RUN, SECRET, SENDS, Options, option
+from modules.options import CONFIGURES, FREE, SHARED_WITH_RUN, SECRET, SENDS, Options, option
 from training.features.contract import AT_LOGS, FeatureOptions
 
 logger = logging.getLogger(__name__)
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 NEEDS_FOLDER = ("tensorboard", "aim")  # they write into --logging_dir
 CHOICES = ("tensorboard", "wandb", "trackio", "aim", "mlflow", "swanlab", "comet_ml")  # accelerate's names
 # tracker -> files with its settings in a working folder
-SETTINGS_OF_FOLDER = {
+SETTINGS_FILES_BY_TRACKER = {
     "wandb": ("wandb/settings",),
     "comet_ml": (".comet.config", ".env"),
     "swanlab": (".swanlab",),
@@ -56,7 +56,7 @@ class TrackerOptions(FeatureOptions, title="logs", at=AT_LOGS, facts=FREE, of_ru
         "default: tensorboard if --logging_dir is given; all: tensorboard and wandb",
         choices=(*CHOICES, "all"),
         # trackers that do not write to --logging_dir may send data anywhere
-        facts={**SENDS, **OF_RUN, "stays": NEEDS_FOLDER, "permission": "gives its losses to {}"},
+        facts={**SENDS, **SHARED_WITH_RUN, "stays": NEEDS_FOLDER, "permission": "gives its losses to {}"},
     )
     log_prefix: str | None = option(
         "prefix of the run folder's name, before the date",
@@ -78,7 +78,7 @@ class TrackerOptions(FeatureOptions, title="logs", at=AT_LOGS, facts=FREE, of_ru
         place="there",
         hint="a TOML file with a table [wandb] or of another tracker",
         acts_if=_IF_LOGGED,
-        facts={**CONFIGURES, **OF_RUN, "permission": "has its trackers read {}"},
+        facts={**CONFIGURES, **SHARED_WITH_RUN, "permission": "has its trackers read {}"},
     )
     wandb_api_key: str | None = option(
         "log in to wandb with this key; it is never written anywhere", acts_if=_IF_WANDB, facts=SECRET
@@ -125,7 +125,7 @@ def _reject_settings_of_folder(trackers: Sequence[str], folder: Path) -> None:
     Also set environment variables that keep trackers from running git there: git settings can run programs.
     """
     for tracker in trackers:
-        for name in SETTINGS_OF_FOLDER.get(tracker, ()):
+        for name in SETTINGS_FILES_BY_TRACKER.get(tracker, ()):
             if os.path.lexists(folder / name):
                 raise OptionError(
                     f"--log_with {tracker}: {folder / name} has settings of {tracker}, which can name any "

@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from modules.errors import OptionError
-from modules.options import HABIT, OF_BLOCKS, option
+from modules.options import HABIT, BETWEEN_BLOCKS, option
 from training.features.contract import AT_LOSS, Feature, FeatureOptions, given_values
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class TreadOptions(FeatureOptions, title="fewer tokens", at=AT_LOSS, facts=HABIT
         metavar="SHARE",
         hint="0.1 to 0.5 are usual",
         known_as=("tread_config", "tread_ratio", "selection_ratio"),
-        facts=OF_BLOCKS,
+        facts=BETWEEN_BLOCKS,
     )
     tread_blocks: tuple[int, ...] = option(
         "first and last block that the tokens of --tread bypass, both included; counted from 0, "

@@ -1,6 +1,6 @@
 """Options for uploads to the Hugging Face hub."""
 
-from modules.options import FREE, OF_RUN, SECRET, SENDS, Options, option
+from modules.options import FREE, SHARED_WITH_RUN, SECRET, SENDS, Options, option
 from training.features.contract import AT_METADATA, FeatureOptions
 
 _NOT_UPLOADED = "nothing is uploaded without --huggingface_repo_id"
@@ -22,7 +22,7 @@ class UploadOptions(
 
     huggingface_repo_id: str | None = option(
         "upload each saved file to this repository (owner/name); it gets a model card if it has none",
-        facts={**SENDS, **OF_RUN, "permission": "uploads the trained files to {}"},
+        facts={**SENDS, **SHARED_WITH_RUN, "permission": "uploads the trained files to {}"},
     )
     huggingface_repo_type: str | None = option(
         "model (default), dataset or space", one_of=("model", "dataset", "space"), acts_if=_IF_UPLOADED

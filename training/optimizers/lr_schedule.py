@@ -113,7 +113,7 @@ def _check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
         name: Name of the schedule.
         arguments: Arguments of the schedule.
     """
-    allowed = ARGUMENTS_OF_CURVES.get(name, ())
+    allowed = ARGUMENTS_BY_SCHEDULER.get(name, ())
     unknown = sorted(set(arguments) - set(allowed))
     if unknown:
         choices = f"it has {', '.join(allowed)}" if allowed else "it has none"
@@ -197,7 +197,7 @@ def factor_at(
 
 
 # what --lr_scheduler_args can set, for each curve
-ARGUMENTS_OF_CURVES: dict[str, tuple[str, ...]] = {
+ARGUMENTS_BY_SCHEDULER: dict[str, tuple[str, ...]] = {
     "cosine_with_restarts": ("num_cycles",),
     "polynomial": ("lr_end", "power"),
     "inverse_sqrt": ("timescale",),

@@ -25,7 +25,7 @@ from modules.atomic_write import atomic_folder, check_space
 from modules.errors import CheckpointError, OptionError, UserError
 from modules.paths import explain_missing
 from modules.text_files import parse_json, read_text, require_regular_file
-from networks.names.layouts import OF_LTX_FORK, OURS
+from networks.names.layouts import LTX_FORK_PREFIX, OURS
 from runtime.offload.sharding import is_sharded_weight
 from training.saving.files import recover_states, state_pattern
 from training.steps import Progress, check_types
@@ -38,7 +38,7 @@ VERSION = 2  # 1: a JSON record and a safetensors file for each part, which `rea
 SHARDED_VERSION = 3  # with files of tensors that were split over processes, see split_model.py
 AVERAGE = "ema"  # key of the averaged weights among the parts of a state
 MAX_COUNT = 10**9  # steps or epochs
-MAX_OF_CHECKSUM = 100  # bytes of the file CHECKSUM
+MAX_CHECKSUM_BYTES = 100  # bytes of the file CHECKSUM
 # a state may have this many times the entries of a model file: several optimizer tensors for each weight,
 # and the losses of an epoch
 _ENTRY_COUNT_FACTOR = 20
@@ -331,7 +331,7 @@ def _read_content(folder: Path, verify_checksum: bool = False) -> dict[str, Any]
         raise ValueError(f"{CHECKSUM} is missing")
     if verify_checksum:
         checksum = file_checksum(folder / FILE)
-        if checksum != int(read_text(folder / CHECKSUM, MAX_OF_CHECKSUM), 16):
+        if checksum != int(read_text(folder / CHECKSUM, MAX_CHECKSUM_BYTES), 16):
             raise ValueError(f"the checksum of {FILE} is not the one in {CHECKSUM}")
     content: dict[str, Any] = load_pickled(folder / FILE, _ENTRY_COUNT_FACTOR)
     if content.pop("version") not in {VERSION, SHARDED_VERSION}:
@@ -372,8 +372,8 @@ def _read_foreign(folder: Path) -> ForeignState:
     for name, tensor in tensors.items():
         if "." not in name:  # a setting of the network, such as `lokr_factor`, and not a tensor of a layer
             continue
-        if name.startswith(OF_LTX_FORK):  # a fork of LTX names the same layers with a different prefix
-            name = name.replace(OF_LTX_FORK, OURS, 1)
+        if name.startswith(LTX_FORK_PREFIX):  # a fork of LTX names the same layers with a different prefix
+            name = name.replace(LTX_FORK_PREFIX, OURS, 1)
         network[name] = tensor
     optimizer_state = load_pickled(optimizer, _ENTRY_COUNT_FACTOR) if optimizer.exists() else {}
     return ForeignState(folder, network, optimizer_state, is_ordered)

@@ -21,7 +21,7 @@ from dataset.cache_files import (
     tensor_name,
     write_tensors,
 )
-from dataset.sources.media_source import OF_SHARDS
+from dataset.sources.media_source import SHARD_FILE_NAME
 from modules.errors import CacheError
 from tests.dataset.cache.killing import needs_fork, run_and_kill, run_to_step
 from tests.dataset.making import make_table
@@ -179,7 +179,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {name: data for name, data in contents(folder).items() if not OF_SHARDS.fullmatch(name)}
+    return {name: data for name, data in contents(folder).items() if not SHARD_FILE_NAME.fullmatch(name)}
 
 
 def test_there_and_back_keeps_every_byte_and_leaves_other_files_alone(folder: Path) -> None:
