@@ -4,10 +4,10 @@ import modules.interpreter  # noqa: F401
 from blissful_tuner.video_to_video_options import SourceDefaults
 from fibo_2.options import (
     GUIDANCE,
-    TURBO_GUIDANCE,
     MASK,
     SIDE,
     STEPS,
+    TURBO_GUIDANCE,
     TURBO_STEPS,
 )
 from generation.prompt_lines import CANCELS, IMAGE_GENERATION_OPTIONS, REFERENCES, LineOption, read_path

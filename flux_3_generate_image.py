@@ -2,7 +2,7 @@
 
 import modules.interpreter  # noqa: F401
 from blissful_tuner.video_to_video_options import SourceDefaults
-from flux_3.options import GUIDANCE, SHIFT, SIDE, STEPS, DISTILLED_STEPS
+from flux_3.options import DISTILLED_STEPS, GUIDANCE, SHIFT, SIDE, STEPS
 from generation.prompt_lines import IMAGE_GENERATION_OPTIONS, REFERENCES
 from generation.script_options import IMAGE_FPS, PICTURE_OUTPUTS, ScriptDefaults
 from generation.scripts import generation_script

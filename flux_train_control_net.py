@@ -13,7 +13,8 @@ from training.scripts import training_script
 DEFAULTS = control_net_trainer(
     "a ControlNet",
     ImageTrainerDefaults(
-        **{**TRAINER, "translate": translate_older_options}, foreign=(*OTHER_TRAINERS_OPTIONS, ManyWeightsOptions)
+        **{**TRAINER, "translate": translate_older_options},
+        foreign=(*OTHER_TRAINERS_OPTIONS, ManyWeightsOptions),
     ),
     refused=CONTROL_NET_REJECTED,
 )

@@ -3,7 +3,7 @@
 import functools
 
 import modules.interpreter  # noqa: F401
-from ltx_2.options import warn_of_sampler
+from ltx_2.options import warn_about_unused_sigmas
 from training.noise_options import SAMPLERS, SHIFTED_LOGIT
 from training.options import TrainerChanges
 from training.scripts import training_script
@@ -12,7 +12,7 @@ NO_LORA = "all modules are trained; --trainable_modules trains those with a text
 
 changes = TrainerChanges(
     refused={"lora_target_preset": NO_LORA},
-    translate=functools.partial(warn_of_sampler, sampler=SHIFTED_LOGIT),
+    translate=functools.partial(warn_about_unused_sigmas, sampler=SHIFTED_LOGIT),
 )
 main = training_script(
     "ltx_2",

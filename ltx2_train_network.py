@@ -3,12 +3,12 @@
 import functools
 
 import modules.interpreter  # noqa: F401
-from ltx_2.options import warn_of_sampler
+from ltx_2.options import warn_about_unused_sigmas
 from training.noise_options import SAMPLERS, SHIFTED_LOGIT
 from training.options import TrainerChanges
 from training.scripts import training_script
 
-changes = TrainerChanges(translate=functools.partial(warn_of_sampler, sampler=SHIFTED_LOGIT))
+changes = TrainerChanges(translate=functools.partial(warn_about_unused_sigmas, sampler=SHIFTED_LOGIT))
 main = training_script("ltx_2", __doc__, samplers=(*SAMPLERS, SHIFTED_LOGIT), changes=changes)
 
 

@@ -8,8 +8,8 @@ from training.options import TrainerChanges
 from training.scripts import training_script
 
 common = trainer_changes(SAMPLERS, WEIGHTINGS)
-of_teacher = dict.fromkeys(TEACHER_OPTIONS, NO_FROZEN_MODEL)
-changes = TrainerChanges(**{**common, "refused": {**common["refused"], **of_teacher}})
+teacher_refusals = dict.fromkeys(TEACHER_OPTIONS, NO_FROZEN_MODEL)
+changes = TrainerChanges(**{**common, "refused": {**common["refused"], **teacher_refusals}})
 main = training_script(
     "minimax_h3", __doc__, full_dit=True, kind="FullTraining", samplers=(UNIFORM,), changes=changes
 )

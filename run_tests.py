@@ -120,8 +120,8 @@ def _list_comparisons(python: Path, workers: Sequence[str], rooms: Sequence[str]
     pytest = ["pytest", *workers, *RECORDED]
     checks = []
     if rooms:
-        tests_of_rooms = [f"tests/{room}" for room in rooms]
-        checks = [Check(python, [*pytest, *tests_of_rooms], settings) for settings in _processors()]
+        room_tests = [f"tests/{room}" for room in rooms]
+        checks = [Check(python, [*pytest, *room_tests], settings) for settings in _processors()]
     # somebody has made it for this: another torch may differ anywhere
     tests_to_compare = [f"tests/{room}" for room in COMPARED]
     return checks + [Check(second, [*pytest, *tests_to_compare]) for second in _second_python()]

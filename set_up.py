@@ -22,7 +22,7 @@ import modules.interpreter  # noqa: F401
 from modules.atomic_write import write_text
 from modules.card_builds import BUILDS, BuildInfo, select_build
 from modules.command import command_line
-from modules.environment import OWN_FOLDER, prepare_environment, python_of, read_builds
+from modules.environment import OWN_FOLDER, get_python_path, prepare_environment, read_builds
 from modules.errors import InstallationError, OptionError
 from modules.installation import ROOT
 from modules.parser import Parser
@@ -83,7 +83,7 @@ def set_up(build_name: str | None) -> Path:
         OptionError: If a build is chosen for an environment that the user made, which is used unchanged.
         InstallationError: If no build fits, or the disk is too small.
     """
-    python = python_of(ROOT / ".venv")
+    python = get_python_path(ROOT / ".venv")
     note = _read_note()
     earlier_build = note[0] if note else None
     if python.exists() and earlier_build is None:

@@ -83,7 +83,7 @@ class Anima(ImageModelFamily):
     few_steps: ClassVar[FewSteps] = FEW_STEPS
     abilities: ClassVar = Abilities(detects_few_steps=True, has_part_rates=True, has_custom_network=True)
     draws_latents: ClassVar[bool] = False
-    vae_of_clips: ClassVar[bool] = True
+    vae_takes_clips: ClassVar[bool] = True
     cache_tag: str = field(default="anima", init=False)
     noise_dtype: torch.dtype | None = field(default=torch.float32, init=False)  # as in diffusers
     latent: LatentSpec = field(default=LATENT, init=False)
@@ -97,7 +97,7 @@ class Anima(ImageModelFamily):
     def metadata(self) -> Mapping[str, str]:
         """Return the model's metadata, with its number of blocks, which LoRA names do not always show."""
         blocks = {} if self.files.dit is None else {SOURCE_BLOCKS[0]: str(*self.block_counts())}
-        return self.metadata_of({**self.model_metadata, **blocks})
+        return self.add_file_names({**self.model_metadata, **blocks})
 
     @property
     def defaults(self) -> SamplingDefaults:
@@ -168,7 +168,7 @@ class Anima(ImageModelFamily):
         check_tokens(batch.tensor(IDS), adapter.vocabulary, self.files.dit_path)
         conditions = {name: batch.tensor(name) for name in INPUTS.values()}
         if self.custom_network is not None:
-            conditions |= control_pictures.controls_of(
+            conditions |= control_pictures.make_control_conditions(
                 batch, latents, LATENT.stride[1], self.custom_network.label
             )
             if control_pictures.CONTROL_MASK in batch.tensors:  # drawn at each step, not cached

@@ -82,11 +82,11 @@ def _read_config(shapes: DitShapes) -> AnimaConfig:
 
     Raises CheckpointError for another model, such as Cosmos-Predict2, which has the same tensor names.
     """
-    dim, input_width = shapes.shape_of("x_embedder.proj.1.weight")
-    output_width, _ = shapes.shape_of("final_layer.linear.weight")
+    dim, input_width = shapes.get_shape("x_embedder.proj.1.weight")
+    output_width, _ = shapes.get_shape("final_layer.linear.weight")
     _reject_cosmos(shapes.path, dim, input_width, output_width)
-    query_width, _ = shapes.shape_of("blocks.0.self_attn.q_proj.weight")
-    (head_dim,) = shapes.shape_of("blocks.0.self_attn.q_norm.weight", axes=1)
+    query_width, _ = shapes.get_shape("blocks.0.self_attn.q_proj.weight")
+    (head_dim,) = shapes.get_shape("blocks.0.self_attn.q_norm.weight", axes=1)
     # the embedder takes one more channel than the output has: the padding mask
     has_patches = output_width % PATCH**2 == 0 and input_width == output_width + PATCH**2
     # frequencies come in pairs, and each axis needs more than one of them to stretch
@@ -100,11 +100,11 @@ def _read_config(shapes: DitShapes) -> AnimaConfig:
         )
     return AnimaConfig(
         dim=dim,
-        ffn_dim=shapes.shape_of("blocks.0.mlp.layer1.weight")[0],
+        ffn_dim=shapes.get_shape("blocks.0.mlp.layer1.weight")[0],
         num_heads=dim // head_dim,
         num_layers=shapes.count_blocks("blocks"),
-        context_dim=shapes.shape_of("blocks.0.cross_attn.k_proj.weight")[1],
-        modulation_dim=shapes.shape_of("blocks.0.adaln_modulation_mlp.1.weight")[0],
+        context_dim=shapes.get_shape("blocks.0.cross_attn.k_proj.weight")[1],
+        modulation_dim=shapes.get_shape("blocks.0.adaln_modulation_mlp.1.weight")[0],
         adapter=_read_adapter(shapes),
         channels=output_width // PATCH**2,
     )
@@ -137,9 +137,9 @@ def _read_adapter(shapes: DitShapes) -> AdapterConfig | None:
     if f"{ADAPTER_PREFIX}{ADAPTER_NORM}" not in shapes.shapes:
         return None
     first_block = f"{ADAPTER_PREFIX}blocks.0."
-    vocabulary, dim = shapes.shape_of(f"{ADAPTER_PREFIX}embed.weight")
-    (head_dim,) = shapes.shape_of(f"{first_block}cross_attn.q_norm.weight", axes=1)
-    text_width = shapes.shape_of("blocks.0.cross_attn.k_proj.weight")[1]
+    vocabulary, dim = shapes.get_shape(f"{ADAPTER_PREFIX}embed.weight")
+    (head_dim,) = shapes.get_shape(f"{first_block}cross_attn.q_norm.weight", axes=1)
+    text_width = shapes.get_shape("blocks.0.cross_attn.k_proj.weight")[1]
     if dim % head_dim or head_dim % 2 or dim != text_width:
         raise CheckpointError(
             f"{shapes.path}: an adapter of width {dim} with heads of width {head_dim} does not fit a "
@@ -148,8 +148,8 @@ def _read_adapter(shapes: DitShapes) -> AdapterConfig | None:
         )
     return AdapterConfig(
         dim=dim,
-        text_dim=shapes.shape_of(f"{first_block}cross_attn.k_proj.weight")[1],
-        ffn_dim=shapes.shape_of(f"{first_block}mlp.0.weight")[0],
+        text_dim=shapes.get_shape(f"{first_block}cross_attn.k_proj.weight")[1],
+        ffn_dim=shapes.get_shape(f"{first_block}mlp.0.weight")[0],
         num_heads=dim // head_dim,
         num_layers=shapes.count_blocks(f"{ADAPTER_PREFIX}blocks"),
         vocabulary=vocabulary,

@@ -145,7 +145,7 @@ def read_lllite(checkpoint: Checkpoint, option: str) -> LoadPlan[LllitePlan]:
     names = checkpoint.tensors
     input_widths, num_blocks = _read_input_widths(checkpoint)
     first_down = next(name for name in names if name.startswith(PREFIX) and name.endswith(".down.weight"))
-    channels = _shape_of(checkpoint, f"{TRUNK}.conv1.weight", 4)[1]
+    channels = _read_tensor_shape(checkpoint, f"{TRUNK}.conv1.weight", 4)[1]
     if channels not in {3, MASKED_CHANNELS}:
         raise CheckpointError(
             f"{option} {checkpoint.path} takes control images of {channels} channels; only 3, and "
@@ -155,10 +155,10 @@ def read_lllite(checkpoint: Checkpoint, option: str) -> LoadPlan[LllitePlan]:
     config = LlliteConfig(
         cond_in_channels=channels,
         hides_masked=checkpoint.metadata.get(HIDES_MASKED) == "true",
-        cond_emb_dim=_shape_of(checkpoint, f"{TRUNK}.out_norm.weight", 1)[0],
-        cond_dim=_shape_of(checkpoint, f"{TRUNK}.conv3.weight", 4)[0],
+        cond_emb_dim=_read_tensor_shape(checkpoint, f"{TRUNK}.out_norm.weight", 1)[0],
+        cond_dim=_read_tensor_shape(checkpoint, f"{TRUNK}.conv3.weight", 4)[0],
         resblocks=count(names, rf"{TRUNK}\.resblocks\.\d+"),
-        mlp_dim=_shape_of(checkpoint, first_down, 2)[0],
+        mlp_dim=_read_tensor_shape(checkpoint, first_down, 2)[0],
         use_aspp=f"{TRUNK}.aspp.proj.0.weight" in names,
         dilations=_read_dilations(checkpoint),
         layers=tuple(input_widths),
@@ -174,7 +174,7 @@ def _read_input_widths(checkpoint: Checkpoint) -> tuple[dict[str, int], int]:
         match = re.fullmatch(rf"{PREFIX}blocks_(\d+)_(self_attn|cross_attn|mlp)_(\w+)\.down\.weight", name)
         if match is not None:
             block, part, layer = match.groups()
-            input_widths[f"{part}.{layer}"] = _shape_of(checkpoint, name, 2)[1]
+            input_widths[f"{part}.{layer}"] = _read_tensor_shape(checkpoint, name, 2)[1]
             num_blocks = max(num_blocks, int(block) + 1)
     return input_widths, num_blocks
 
@@ -198,7 +198,7 @@ def _check_kind(checkpoint: Checkpoint, option: str) -> None:
         raise make_wrong_kind_error(checkpoint, MODEL_KIND, option, LLLITE_FILES)
 
 
-def _shape_of(checkpoint: Checkpoint, name: str, axes: int) -> tuple[int, ...]:
+def _read_tensor_shape(checkpoint: Checkpoint, name: str, axes: int) -> tuple[int, ...]:
     """Return a tensor's shape. Raises CheckpointError if it is missing or has a different number of axes."""
     info = checkpoint.tensors.get(name)
     if info is None or len(info.shape) != axes or 0 in info.shape:

@@ -231,7 +231,7 @@ class AnimaModel(BlockNetwork):
     """
 
     spec = DIT
-    dtype_of = "blocks.0.self_attn.q_norm.weight"
+    compute_dtype_parameter = "blocks.0.self_attn.q_norm.weight"
 
     def __init__(self, config: AnimaConfig, attention: AttentionChoice = SDPA) -> None:
         """Build the network, with its adapter to the language model, without weights."""

@@ -9,7 +9,7 @@ from typing import Any
 from modules.command import did_you_mean
 from modules.errors import OptionError
 from modules.option_values import Placeholder
-from modules.options import FREE, HABIT, IDENTITY, DECODING_SETTING, Options, not_needed, option, unsupported
+from modules.options import DECODING_SETTING, FREE, HABIT, IDENTITY, Options, not_needed, option, unsupported
 from modules.parser import typed_names
 from modules.speed_options import (
     GENERATION_VALUES,

@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from checkpoints.tokenizers import TokenizerFiles
 from encoders.language_encoder import LanguageEncoderSettings, LanguageModelEncoder, qwen_tokenizer
 from encoders.language_models import QWEN3
-from encoders.text_encoder import END, TextTokenizer, TokenizerSource, fill_rows, weights_of
+from encoders.text_encoder import END, TextTokenizer, TokenizerSource, compute_token_weights, fill_rows
 from modules.errors import CheckpointError
 from protocols.data import Conditions
 from protocols.family import EncoderAbilities
@@ -140,7 +140,9 @@ class AnimaTextEncoder(LanguageModelEncoder):
             )
             if prompt.weighted_spans:
                 mask = mask.float()
-                mask[: len(cut_tokens.ids)] *= torch.tensor(weights_of(templated, cut_tokens.char_spans))
+                mask[: len(cut_tokens.ids)] *= torch.tensor(
+                    compute_token_weights(templated, cut_tokens.char_spans)
+                )
             encoded.append({**conditions, IDS: ids, WEIGHTS: mask})
         return encoded
 

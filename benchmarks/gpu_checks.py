@@ -86,7 +86,7 @@ def main(argv: Sequence[str]) -> int:
         return 1
     machine = describe_machine()
     print(", ".join(f"{name} {value}" for name, value in machine.items()), flush=True)
-    paths = [path for given in args.files for path in files_of(given)] or find_files(ROOT / "tests")
+    paths = [path for given in args.files for path in list_test_files(given)] or find_files(ROOT / "tests")
     groups: list[Group] = []
     begun = time.monotonic()
     for group in run_groups(
@@ -128,7 +128,7 @@ def run_groups(
     def run(path: Path) -> Group:
         left = end - time.monotonic()
         if left < 1:
-            return Group(name_of(path), ended="not begun: the time is over")
+            return Group(make_check_name(path), ended="not begun: the time is over")
         return run_group(path, markers, min(left, seconds), children, failures)
 
     with ThreadPoolExecutor(jobs) as pool:
@@ -157,7 +157,7 @@ def jobs_here() -> int:
     return JOBS if torch.cuda.get_device_properties(0).total_memory >= ROOMY else 1
 
 
-def files_of(path: Path) -> list[Path]:
+def list_test_files(path: Path) -> list[Path]:
     """Return the files of tests in a folder; a file itself."""
     return sorted(path.rglob("test_*.py")) if path.is_dir() else [path]
 
@@ -167,7 +167,7 @@ def find_files(folder: Path) -> list[Path]:
 
     Those in the folder gpu need few packages.
     """
-    own = files_of(folder / "gpu")
+    own = list_test_files(folder / "gpu")
     own.sort(key=lambda path: (len(path.parts), path.name == LATE))
     others = [path for path in sorted(folder.rglob("test_*.py")) if path not in own]
     return own + [path for path in others if MARK in path.read_text(encoding="utf-8")]
@@ -197,7 +197,7 @@ def run_group(
 
     `children` holds the process; `failures` is as in `run_groups`.
     """
-    group, begun = Group(name_of(path)), time.monotonic()
+    group, begun = Group(make_check_name(path)), time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         record, log = Path(folder) / "record.jsonl", Path(folder) / "log.txt"
         command = [sys.executable, __file__, "--child", str(path), markers, str(record)]
@@ -287,7 +287,7 @@ def indented(text: str, maximum: int = 25) -> list[str]:
     return ["    " + line for line in lines]
 
 
-def name_of(path: Path) -> str:
+def make_check_name(path: Path) -> str:
     """Return the path of a file relative to the checkout, if it is in it."""
     path = path.resolve()
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)

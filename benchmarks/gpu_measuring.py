@@ -19,7 +19,7 @@ from benchmarks.gpu_rows import GENERATION, LATENTS, LOADING, TEXTS, TRAINING, R
 from benchmarks.gpu_steps import Bench, generation, train_steps
 from benchmarks.process_memory import STATUS, is_known, peak, start_of_peak
 from runtime.network_setup import make_host_weights
-from training.experts import placement_of
+from training.experts import choose_placement
 
 MIN_CALLS, MAX_CALLS = 2, 5  # timed calls
 LONG = 10.0  # seconds of a call that is timed once
@@ -168,7 +168,7 @@ def _measure_loading(row: Row, path: Path, device: torch.device) -> Figures:
 
     def load() -> None:
         host = make_host_weights(family.dit, options.speed.swap, device)
-        placement = placement_of(options, device, options.speed.fp8.quantization)
+        placement = choose_placement(options, device, options.speed.fp8.quantization)
         dit = family.load_dit(replace(placement, host_weights=host))
         synchronize(device)
         del dit

@@ -99,7 +99,7 @@ def ours(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return attend(*swapped).transpose(1, 2)
 
 
-def _errors_of(attention: Attention, device: torch.device) -> Figures:
+def _measure_errors(attention: Attention, device: torch.device) -> Figures:
     """Return which sizes give NaN, and the largest error of all others."""
     wrong, errors = [], [0.0]
     for length in LENGTHS if device.type == "cuda" else LENGTHS[:2]:
@@ -116,12 +116,12 @@ def cudnn_batches(device: torch.device) -> Figures:
     """Find the batches and lengths for which cuDNN's gradients are NaN, with the versions."""
     kernel = SDPBackend.CUDNN_ATTENTION if device.type == "cuda" else SDPBackend.MATH
     versions = {"torch": torch.__version__, "cudnn": torch.backends.cudnn.version()}
-    return {**versions, **_errors_of(with_kernel(kernel), device)}
+    return {**versions, **_measure_errors(with_kernel(kernel), device)}
 
 
 def cudnn_one_by_one(device: torch.device) -> Figures:
     """Find the same for attention as the families use it."""
-    return _errors_of(ours, device)
+    return _measure_errors(ours, device)
 
 
 def cudnn_loop_cost(device: torch.device) -> Figures:

@@ -78,7 +78,7 @@ class Sum:
         self.names[kernel.name] = self.names.get(kernel.name, 0.0) + kernel.time
 
 
-def group_of(kernel: Kernel) -> str:
+def classify_kernel(kernel: Kernel) -> str:
     """Return the group of a kernel, by its name or by that of the operator that started it.
 
     A matrix product is thin if one of its sides is at most 128, which is a LoRA's rank in a transformer.
@@ -117,7 +117,7 @@ def sums_by(kernels: Iterable[Kernel], key: Callable[[Kernel], str]) -> dict[str
 
 def report(found: Profile, calls: int) -> str:
     """Return the tables of a profile: the groups, then the largest kernels. Times are per call."""
-    groups = sums_by(found.kernels, group_of)
+    groups = sums_by(found.kernels, classify_kernel)
     lines = ["| group | ms a step | share | kernels | GB/s | largest |", "|---|---|---|---|---|---|"]
     for name in GROUPS:
         if name in groups:
@@ -129,7 +129,7 @@ def report(found: Profile, calls: int) -> str:
     lines.append(f"| all | {found.wall / 1e3 / calls:.2f} | 100.0% | {len(found.kernels) // calls} | - | - |")
     lines += ["", "| kernel | ms a step | share | runs | GB/s | group |", "|---|---|---|---|---|---|"]
     for name, one in list(
-        sums_by(found.kernels, lambda kernel: f"{group_of(kernel)}\n{kernel.name}").items()
+        sums_by(found.kernels, lambda kernel: f"{classify_kernel(kernel)}\n{kernel.name}").items()
     )[:LARGEST]:
         group, kernel = name.split("\n", 1)
         lines.append(_line(short(kernel), one, found.wall, calls, f" {group} |"))

@@ -291,7 +291,7 @@ class Session:
         groups = [gpu_checks.Group(**group) for group in before.get("groups", ())]
         kept = [group for group in groups if group.is_good or not (self.again or is_unfinished(group))]
         names = {group.name for group in kept}
-        left = [path for path in paths if gpu_checks.name_of(path) not in names]
+        left = [path for path in paths if gpu_checks.make_check_name(path) not in names]
         end = time.monotonic() + min(seconds, self.left)
         for group in gpu_checks.run_groups(
             left,

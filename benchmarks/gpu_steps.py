@@ -26,16 +26,16 @@ from generation.memory import predict_denoising
 from generation.network_setup import dit_loader
 from networks.adapter import make_network
 from protocols.data import AUDIO_LATENTS, HAS_AUDIO, AudioVideoShapes, Batch
-from protocols.family import audio_of
+from protocols.family import get_audio_spec
 from protocols.requests import Prepared, Request, resolve_request
 from protocols.steps import EncodedPrompts
 from runtime.network_setup import make_host_weights
 from runtime.planning.memory_plan import workspace
-from training.experts import placement_of, set_up_network
+from training.experts import choose_placement, set_up_network
 from training.loss import NoisyAudio, NoisyBatch
 from training.optimizers.optimizer import find_averaging_optimizer, make_optimizer
 from training.planning.memory import predict_memory
-from training.planning.rehearsal import autocast_of
+from training.planning.rehearsal import make_autocast
 from training.targets.passes import training_loss
 
 SEED = 0
@@ -69,7 +69,7 @@ def train_steps(row: Row, path: Path, device: torch.device) -> Bench:
     begun = time.monotonic()
     host = make_host_weights(family.dit, options.speed.swap, device)
     form = options.speed.fp8.quantization
-    placement = placement_of(options, device, form and prepare(form, device))
+    placement = choose_placement(options, device, form and prepare(form, device))
     dit = NoisyFamily(family).load_dit(replace(placement, host_weights=host)).requires_grad_(False)
     loading = time.monotonic() - begun
     assert options.network is not None
@@ -81,7 +81,7 @@ def train_steps(row: Row, path: Path, device: torch.device) -> Bench:
     optimizer, _ = make_optimizer(options.optimizer, groups)
     if (averaging := find_averaging_optimizer(optimizer)) is not None:
         averaging.train()
-    autocast, batch = autocast_of(options, device), batch.to(device)
+    autocast, batch = make_autocast(options, device), batch.to(device)
     losses: list[Tensor] = []
     norms: list[Tensor] = []
 
@@ -142,11 +142,11 @@ def plan_of_generation(row: Row, options: Any, family: Any, path: Path, device: 
     prepared, prompts, inputs = random_request(row, family)
     extra = workspace(device, is_training=False)
     plan = predict_denoising(family, options, prepared, prompts, inputs, extra)
-    further = (len(family.experts) - 1) * bytes_of(path)
+    further = (len(family.experts) - 1) * get_file_size(path)
     return plan.phase(options.speed.swap.number).device + further
 
 
-def bytes_of(path: Path) -> int:
+def get_file_size(path: Path) -> int:
     """Return the size of a file: what an expert takes on the device while the other one works."""
     return path.stat().st_size
 
@@ -192,7 +192,7 @@ def audio_shape(row: Row, family: Any) -> tuple[int, int, int] | None:
     """Return the shape of the latents of a clip's audio, C T M; None for a model without audio."""
     if not FAMILIES[row.model.family].audios:
         return None
-    spec = audio_of(family)
+    spec = get_audio_spec(family)
     assert spec is not None
     return spec.shape(row.size.frames, family.defaults.fps)
 

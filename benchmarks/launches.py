@@ -106,8 +106,8 @@ def prepare_ours(name: str) -> Step:
     dit.train()
     for layer in network.layers:
         layer.min_in_place_numel = 0  # as in layers of released sizes
-    join_groups(group_layers(dit, network.layers_of_dit(), tiny.spec.shared_inputs))  # as on CUDA
-    cast_before_pass(dit, network.layers_of_dit(), tiny.spec.shared_inputs)
+    join_groups(group_layers(dit, network.dit_layers(), tiny.spec.shared_inputs))  # as on CUDA
+    cast_before_pass(dit, network.dit_layers(), tiny.spec.shared_inputs)
     checkpoint_blocks(dit, tiny.spec)
     inputs = tiny.inputs(SIZE, 1)
     return Step(lambda: dit(**inputs), list(network.parameters()))
@@ -135,8 +135,8 @@ def prepare_our_unet(kind: str) -> Step:
     unet.to(torch.bfloat16).train()
     for layer in network.layers:
         layer.min_in_place_numel = 0
-    join_groups(group_layers(unet, network.layers_of_dit(), unet.spec.shared_inputs))
-    cast_before_pass(unet, network.layers_of_dit(), unet.spec.shared_inputs)
+    join_groups(group_layers(unet, network.dit_layers(), unet.spec.shared_inputs))
+    cast_before_pass(unet, network.dit_layers(), unet.spec.shared_inputs)
     checkpoint_blocks(unet, unet.spec)
     inputs = make_unet_inputs(kind)
     return Step(lambda: unet(**inputs).sample, list(network.parameters()))

@@ -53,7 +53,7 @@ from modules.parser import Parser, add_options  # noqa: E402
 from protocols.data import Batch  # noqa: E402
 from runtime.planning.device_memory import DeviceMemory  # noqa: E402
 from runtime.planning.memory_plan import smallest_swap  # noqa: E402
-from training.experts import placement_of  # noqa: E402
+from training.experts import choose_placement  # noqa: E402
 from training.planning.memory import MemoryPrediction, predict_memory  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -196,8 +196,8 @@ def pocket_clips(folder: Path) -> list[dict[str, torch.Tensor]]:
     cached(folder, clips=CLIPS, validation=1, batch_size=1)
     found = []
     for path in sorted((folder / "known_cache").glob("*_wan.safetensors")):
-        of_texts = path.with_name(f"{path.name.partition('_')[0]}_wan_te.safetensors")
-        tensors = load_file(path) | load_file(of_texts)
+        text_encoder_path = path.with_name(f"{path.name.partition('_')[0]}_wan_te.safetensors")
+        tensors = load_file(path) | load_file(text_encoder_path)
         (latents,) = (one for name, one in tensors.items() if name.startswith("latents_"))
         (texts,) = (one for name, one in tensors.items() if name.startswith("varlen_t5"))
         found.append({"latents": latents.float(), "t5": texts})
@@ -211,7 +211,7 @@ def run(
     """Return the velocities of all clips at all noise levels, and their mean square error."""
     row = Row("", TRAINING, replace(WAN_14B, words=("--task", "t2v-1.3B")), SMALL, "", tuple(words))
     options, family = training_family(row, path)
-    dit = family.load_dit(placement_of(options, CPU, options.speed.fp8.quantization))
+    dit = family.load_dit(choose_placement(options, CPU, options.speed.fp8.quantization))
     drawn, made, errors = torch.Generator().manual_seed(0), [], []
     for clip in clips:
         noise = torch.randn(1, *clip["latents"].shape, generator=drawn)

@@ -139,11 +139,11 @@ def count_training(family: Any, options: Any, batch: Any, rates: Rates, merge: b
 
     `batch` is a NoisyBatch.
     """
-    from training.experts import placement_of
+    from training.experts import choose_placement
     from training.planning.rehearsal import empty_like_on_device, set_up_trainable
 
     choice = replace(options.speed.attention.choice, mode="sdpa")  # stands in for all kernels
-    placement = replace(placement_of(options, META, options.speed.fp8.quantization), attention=choice)
+    placement = replace(choose_placement(options, META, options.speed.fp8.quantization), attention=choice)
     with quiet():
         dit = family.load_dit(placement)
     with quiet(), dry_run() as ledger, torch.autograd.set_detect_anomaly(True, check_nan=False):
@@ -169,7 +169,7 @@ def count_denoising(
 ) -> Traffic:
     """Count the passes of the network and the guidance of one step of generation."""
     from blissful_tuner.guidance import make_guidance
-    from generation.denoise import SeededNoise, on_device, predictor, sections_of
+    from generation.denoise import SeededNoise, iterate_sections, on_device, predictor
     from generation.memory import heaviest_step
     from protocols.loading import Placement
 
@@ -182,7 +182,7 @@ def count_denoising(
         allocate_empty_weights(dit, ledger)
         track_blocks(blocks, ledger)
         noise = SeededNoise(0, ledger.device)
-        section = on_device(next(sections_of(family, prepared, prompts, inputs, noise)), ledger.device)
+        section = on_device(next(iterate_sections(family, prepared, prompts, inputs, noise)), ledger.device)
         guidance = make_guidance(prepared, options.guidance, family.experts)
         step = heaviest_step(prepared, options, family.experts, section.noise)
 

@@ -79,18 +79,18 @@ def make_guidance(
             return torch.zeros_like(step.noisy)
         # a call is identified by its overrides and conditions; passes that share both are computed once
         conditions_by_overrides: dict[Overrides, dict[int, Conditions]] = {}
-        call_of_pass: dict[Pass, tuple[Overrides, int]] = {}
+        call_by_pass: dict[Pass, tuple[Overrides, int]] = {}
         for pass_ in plan.passes:
             conditions = getattr(section, pass_.conditions_name)
             assert conditions is not None, f"the section has no {pass_.conditions_name} conditions"
             # its own overrides, the step's, and those for --nag_scale
             overrides = combine_overrides(pass_.overrides, plan.common_overrides)
             if nag_overrides is not None and pass_.conditions_name == "positive":
-                overrides = combine_overrides(overrides, nag_overrides.of_section(section))
+                overrides = combine_overrides(overrides, nag_overrides.get_section_overrides(section))
             conditions_by_overrides.setdefault(overrides, {})[id(conditions)] = conditions
-            call_of_pass[pass_] = overrides, id(conditions)
-        velocity_of_call = run(conditions_by_overrides, predict, section)
-        velocities = {pass_: velocity_of_call[call] for pass_, call in call_of_pass.items()}
+            call_by_pass[pass_] = overrides, id(conditions)
+        velocity_by_call = run(conditions_by_overrides, predict, section)
+        velocities = {pass_: velocity_by_call[call] for pass_, call in call_by_pass.items()}
         return plan.combine(velocities, step, section)
 
     return guide
@@ -107,7 +107,7 @@ class _NagOverrides:
         self._section: Section | None = None
         self._overrides = NO_OVERRIDES
 
-    def of_section(self, section: Section) -> Overrides:
+    def get_section_overrides(self, section: Section) -> Overrides:
         """Return the overrides that apply --nag_prompt in a section (a run of the denoising loop)."""
         if section is not self._section:
             self._section = section
@@ -401,12 +401,12 @@ def select_applied_steps(mode: str, ratio: float, num_steps: int) -> tuple[bool,
         return tuple(guided_steps)
     num_applied = int(num_steps * ratio)
     num_skipped = num_steps - num_applied
-    start_of_middle = (num_steps - num_skipped) // 2
+    middle_start = (num_steps - num_skipped) // 2
     applied_at = {
         "early": range(num_skipped, num_steps),
         "late": range(num_applied),
         "early_late": range(num_skipped // 2, num_skipped // 2 + num_applied),
-        "middle": [step for step in range(num_steps) if not 0 <= step - start_of_middle < num_skipped],
+        "middle": [step for step in range(num_steps) if not 0 <= step - middle_start < num_skipped],
     }[mode]
     return tuple(step in applied_at for step in range(num_steps))
 
@@ -573,7 +573,7 @@ def _explain_no_skip(prepared: Prepared, options: GuidanceOptions) -> dict[str, 
     return reasons
 
 
-def warn_of_low_scales(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) -> None:
+def warn_about_low_scales(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) -> None:
     """Warn about guidance scales below the neutral one, which is 1 for most models and 0 for a few."""
     neutral_scale = prepared.rules.neutral_scale
     scheduled = guidance_scales(prepared, options) if prepared.request.cfg_schedule else []

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from checkpoints import changing
-from checkpoints.kinds import kind_of
+from checkpoints.kinds import describe_file_kind
 from checkpoints.opening import SUFFIXES, Checkpoint
 from checkpoints.shard_options import INDEX, read_shard_size
 from checkpoints.shards import split
@@ -32,7 +32,9 @@ logger = logging.getLogger(__name__)
 
 MAX_VALUE_LENGTH = 200  # characters of a value of the metadata; metaview.py shows all
 MAX_VALUES = 40
-MAX_DESCRIPTION_LENGTH = 1000  # characters of the description of a file's kind; unknown tensor names may be long
+MAX_DESCRIPTION_LENGTH = (
+    1000  # characters of the description of a file's kind; unknown tensor names may be long
+)
 PIECE_BYTES = 1 << 20  # bytes that are read at once
 # AUTOMATIC1111's first checksum of models: offset and length of the bytes that it covers
 AUTOV1_START, AUTOV1_BYTES = 0x100000, 0x10000
@@ -304,7 +306,7 @@ def _hash_ranges(file: BinaryIO, ranges: Mapping[str, range], bar: Bar) -> dict[
 
 
 def _shorten_line(text: str) -> str:
-    """Return a text as one line, shortened to at most MAX_OF_VALUE characters."""
+    """Return a text as one line, shortened to at most MAX_VALUE_LENGTH characters."""
     return shorten(_join_lines(text), MAX_VALUE_LENGTH)
 
 
@@ -446,7 +448,7 @@ def _describe_kind(model_functions: ModelFunctions, checkpoint: Checkpoint) -> s
     description = model_functions.describe_lora(checkpoint)
     if description is not None:
         return description
-    description = model_functions.identify(checkpoint.path) or kind_of(checkpoint.tensors)
+    description = model_functions.identify(checkpoint.path) or describe_file_kind(checkpoint.tensors)
     if description is not None:
         return description.removeprefix("it is ").removeprefix("it looks like ")
     names = sorted(checkpoint.tensors)[:3]

@@ -60,8 +60,8 @@ def select_step_cache(
             logger.warning("--%s %g is ignored because --%s is not given", short_name, value, switch)
         else:
             used_values[name] = value
-    options_of_line: StepCacheOptions = replace(options, **used_values) if used_values else options
-    return _make_step_cache(options_of_line), used_values
+    line_options: StepCacheOptions = replace(options, **used_values) if used_values else options
+    return _make_step_cache(line_options), used_values
 
 
 def _make_step_cache(options: StepCacheOptions) -> StepCaching | None:

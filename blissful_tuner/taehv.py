@@ -22,7 +22,7 @@ from modules.devices import pin, send_ahead, tensor_on
 from modules.errors import CheckpointError
 from modules.media.reading import Frame
 from protocols.data import LatentSpec
-from runtime.planning.dry_run import ACCELERATOR, allocate_empty_weights, dry_run, peak_of_phases
+from runtime.planning.dry_run import ACCELERATOR, allocate_empty_weights, dry_run, find_peak_phase
 
 # Previews without a decoder: map latent channels linearly to colors, and enlarge to the video's size.
 #
@@ -209,11 +209,11 @@ def read_taehv(checkpoint: Checkpoint) -> LoadPlan[TaehvConfig]:
     for name, source in list_tensor_sources(checkpoint).items():
         if name.startswith("decoder."):
             sources[name] = source
-    shape_of = make_shape_reader(checkpoint, sources)
+    get_shape = make_shape_reader(checkpoint, sources)
 
     def read_channels(layer: str) -> tuple[int, int]:
         """Return a convolution's output and input channels."""
-        shape = shape_of(f"decoder.{layer}.weight")
+        shape = get_shape(f"decoder.{layer}.weight")
         if len(shape) != 4 or 0 in shape:
             raise _make_kind_error(checkpoint)
         return shape[0], shape[1]
@@ -339,5 +339,5 @@ def decoding_bytes(config: TaehvConfig, dtype: torch.dtype, height: int, width: 
         latents = torch.empty(config.channels, 2, height, width, device=ACCELERATOR)
         for chunk in decoder.decode(latents):
             to_frames(chunk.float())
-    _, bytes_by_kind = peak_of_phases(ledger.peaks)
+    _, bytes_by_kind = find_peak_phase(ledger.peaks)
     return sum(bytes_by_kind.values())

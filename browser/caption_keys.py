@@ -14,7 +14,7 @@ from protocols.caption_formats import CaptionFormat
 from protocols.families import caption_formats
 
 
-def find_format_of_folder(folder: Path | None) -> str:
+def find_folder_caption_format(folder: Path | None) -> str:
     """Return the family whose JSON format the captions of a folder with a run.toml have.
 
     Returns "" if they are plain sentences.

@@ -163,7 +163,7 @@ class Captions:
             OSError: If the file cannot be read.
             OutputError: If the file cannot be written.
         """
-        with self._lock, _lock_folder_of(path):
+        with self._lock, _lock_caption_folder(path):
             old_content = self._require_unchanged(path, checksum)
             new_content = _encode(text, old_content or b"")
             if new_content != old_content:
@@ -227,7 +227,7 @@ class Captions:
 
         Raises LookupError if there is no save to undo, CaptionConflictError if the file has changed since.
         """
-        with self._lock, _lock_folder_of(path):
+        with self._lock, _lock_caption_folder(path):
             self._restore(path, self._undo_stacks[path][-1], checksum)
             self._pop_undo(path)
 
@@ -236,7 +236,7 @@ class Captions:
 
         Raises LookupError if there is no save to undo, CaptionConflictError if the file has changed since.
         """
-        with self._lock, _lock_folder_of(path):
+        with self._lock, _lock_caption_folder(path):
             self._restore(path, self._original_contents[path], checksum)
             del self._undo_stacks[path], self._original_contents[path]
 
@@ -309,7 +309,7 @@ def _lock_folders(folders: Iterable[Path]) -> Iterator[None]:
         yield
 
 
-def _lock_folder_of(path: Path) -> AbstractContextManager[None]:
+def _lock_caption_folder(path: Path) -> AbstractContextManager[None]:
     """Let one server at a time compare and write captions of a folder, so that no save is lost."""
     return only_one(path.with_name(LOCK))
 

@@ -39,7 +39,7 @@ class DatasetKeys:
     content: Mapping[str, Any]
 
     @classmethod
-    def of_text(cls, text: str) -> "DatasetKeys":
+    def from_text(cls, text: str) -> "DatasetKeys":
         """Parse a dataset.toml. Raises ValueError if it is not TOML."""
         return cls(parse_toml(text))
 

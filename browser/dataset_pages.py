@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from browser.caption_keys import describe_formats, find_format_of_folder
+from browser.caption_keys import describe_formats, find_folder_caption_format
 from browser.captions import Captions, caption_values
 from browser.command_lines import format_command
 from browser.datasets import MODELS, Datasets, File, FoundDataset, Measurement
@@ -337,7 +337,7 @@ class DatasetPages:
             "can_write": not self.read_only,
             "run_line": self.run_line(dataset),
             "tool_folders": self.list_tool_folders(dataset),
-            "caption_format": dataset.caption_format or find_format_of_folder(dataset.path.parent),
+            "caption_format": dataset.caption_format or find_folder_caption_format(dataset.path.parent),
             "caption_formats": describe_formats(),
         }
         return answer_template("dataset.html", dataset.name, values)
@@ -345,11 +345,11 @@ class DatasetPages:
     def run_line(self, dataset: FoundDataset) -> str:
         """Return the `run` command of a dataset that `new` has written; "" for other datasets."""
         argv = ["reelsmith", "run", str(dataset.path.parent)]
-        return shlex.join(argv) if _is_of_described(dataset) else ""
+        return shlex.join(argv) if _is_project_dataset(dataset) else ""
 
     def list_tool_folders(self, dataset: FoundDataset) -> list[Path]:
         """Return the folders to tag or mask: the folder of run.toml, or else the dataset's media folders."""
-        if _is_of_described(dataset):
+        if _is_project_dataset(dataset):
             folder = find_open_folder(self.runs, str(dataset.path.parent))
             return [] if folder is None else [folder]
         return list_table_folders(self.runs, dataset.path, dataset.base_folder)[:MAX_FOLDERS]
@@ -428,7 +428,7 @@ def _parse_object(body: bytes) -> dict[str, Any]:
     return query
 
 
-def _is_of_described(dataset: FoundDataset) -> bool:
+def _is_project_dataset(dataset: FoundDataset) -> bool:
     """Return whether `new` has written the dataset's file, next to a run.toml."""
     return dataset.path.name == PROJECT_CONFIG and is_described(dataset.path.parent)
 

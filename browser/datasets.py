@@ -23,7 +23,7 @@ from browser.short_names import short_digest
 from modules.control_codes import escape_control_codes
 from modules.errors import OptionError
 from modules.installation import program_environment, program_words
-from modules.media.labels import label_of
+from modules.media.labels import find_stem_label
 from modules.media.opening import AUDIO_SUFFIXES
 from modules.media.reading import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from modules.pages.language import join, say, say_count
@@ -241,7 +241,7 @@ def _list_main_entries(folder: Path) -> Iterator["os.DirEntry[str]"]:
     """Yield the entries of a folder, without files that belong to a clip, such as clip_mask.png."""
     with os.scandir(folder) as entries:
         for entry in itertools.islice(entries, MAX_ENTRIES):
-            if label_of(Path(entry.name).stem) is None:
+            if find_stem_label(Path(entry.name).stem) is None:
                 yield entry
 
 

@@ -24,7 +24,7 @@ from modules.file_locks import only_one
 from modules.pages.language import join, say, say_count
 from modules.paths import is_on_foreign_share
 from modules.text_files import parse_toml, read_content, real_path
-from project.kinds.composing import find_kind_of
+from project.kinds.composing import find_run_kind
 from project.kinds.whole_model import derive_intervals, saves_models
 from project.options import RUN_FILE, find_models
 from training.config_options import PROJECT_TABLE, toml_value
@@ -197,7 +197,7 @@ def read_described(folder: Path) -> DescribedFolder:
             folder=folder,
             family=family,
             task=task,
-            train=find_kind_of(commands).name,
+            train=find_run_kind(commands).name,
             name=str(values["output_name"]),
             steps=None if steps is None else int(steps),
             trigger=_read_trigger(contents[DATASET_FILE]),

@@ -83,8 +83,8 @@ def _may_be_from_this_machine(run: RunSummary, cards: Collection[str]) -> bool:
 
 def _is_from_this_machine(run: RunSummary, cards: Collection[str]) -> bool:
     """Return whether a run started on this machine since its last boot, or used a card with the same name."""
-    is_of_boot = run.start is not None and is_process_alive(run.start.process) is not None
-    return is_of_boot or run.memory.get(DEVICE, "") in cards
+    is_from_this_boot = run.start is not None and is_process_alive(run.start.process) is not None
+    return is_from_this_boot or run.memory.get(DEVICE, "") in cards
 
 
 def _find_comparable_run(runs: Runs, described: DescribedFolder, cards: Collection[str]) -> RunSummary | None:

@@ -29,7 +29,7 @@ from browser.short_names import short_digest
 from modules.atomic_write import explain_errors
 from modules.errors import MediaError, OptionError, OutputError, UserError
 from modules.media.decoding import ANIMATION_SUFFIXES
-from modules.media.labels import label_of
+from modules.media.labels import find_stem_label
 from modules.media.opening import AUDIO_SUFFIXES
 from modules.media.reading import IMAGE_SUFFIXES, VIDEO_SUFFIXES, image_size
 from modules.media.streams import source_info
@@ -70,7 +70,7 @@ def list_names(folder: Path) -> list[str]:
 
 def _is_listed(path: Path) -> bool:
     is_media = path.suffix.lower() in MEDIA_SUFFIXES | AUDIO_SUFFIXES
-    return is_media and path.name[0] != "." and label_of(path.stem) is None
+    return is_media and path.name[0] != "." and find_stem_label(path.stem) is None
 
 
 def find_caption_file(folder: Path, name: str) -> Path:

@@ -270,7 +270,7 @@ def read_dataset_keys(draft: DraftFile) -> DatasetKeys | None:
     if draft.content is None:
         return None
     try:
-        return DatasetKeys.of_text(draft.text)
+        return DatasetKeys.from_text(draft.text)
     except ValueError:
         return None
 

@@ -16,8 +16,8 @@ from modules.pages.language import say
 
 def find_tool_job(jobs: Sequence[Job], folder: Path, script: str) -> Job | None:
     """Return the newest job of the queue that runs a script in a folder; None if there is none."""
-    of_folder = [job for job in jobs if Path(job.folder) == folder and script in job.line]
-    return of_folder[-1] if of_folder else None
+    folder_jobs = [job for job in jobs if Path(job.folder) == folder and script in job.line]
+    return folder_jobs[-1] if folder_jobs else None
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from browser.bin_folder import FOLDER as BIN
 from browser.described_folder import is_described
 from browser.runs import Runs
-from modules.media.labels import MASK_FOLDERS, label_of
+from modules.media.labels import MASK_FOLDERS, find_stem_label
 from modules.media.opening import AUDIO_SUFFIXES
 from modules.media.reading import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from modules.output_files import fold_name
@@ -115,7 +115,9 @@ def read_media_folder(folder: Path) -> MediaFolder | None:
     except OSError:
         return None
     # without hidden files, and without files that belong to a clip, such as clip_mask.png
-    entries = [entry for entry in entries if entry.name[0] != "." and label_of(Path(entry.name).stem) is None]
+    entries = [
+        entry for entry in entries if entry.name[0] != "." and find_stem_label(Path(entry.name).stem) is None
+    ]
     images = _list_names(entries, IMAGE_SUFFIXES)
     clips = _list_names(entries, VIDEO_SUFFIXES)
     audios = _list_names(entries, AUDIO_SUFFIXES)

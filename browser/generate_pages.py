@@ -122,7 +122,7 @@ class GenerateForm:
     keeps_seed: bool = False  # keep the seed for the next result
 
     @classmethod
-    def of_fields(cls, fields: Mapping[str, Sequence[str]]) -> "GenerateForm":
+    def from_fields(cls, fields: Mapping[str, Sequence[str]]) -> "GenerateForm":
         """Read the form from the fields of a request."""
         field_values = {name: "".join(fields[name]) for name in LABELS if name in fields}
         for name in (*IMAGES, "lora_file"):  # fields with paths; `references` has one on each line
@@ -189,9 +189,9 @@ class GeneratePages:
         if run:
             fields["source"] = [f"run {run}"]
         if "fill" in fields:  # the user selected another source
-            return self.answer_refilled(GenerateForm.of_fields(fields), draft)
+            return self.answer_refilled(GenerateForm.from_fields(fields), draft)
         if fields:
-            form = GenerateForm.of_fields(fields)
+            form = GenerateForm.from_fields(fields)
             # a new form gets the default values of its source
             is_new = "prompt" not in fields and fields.get("source") != [""]  # no source selected before
             return self.answer(form, is_new=is_new, draft=draft)
@@ -199,7 +199,7 @@ class GeneratePages:
         if stored_fields is None:
             return self.answer(GenerateForm(), is_new=True)
         return self.answer(
-            GenerateForm.of_fields(stored_fields), draft=draft, note="".join(stored_fields.get("note", ()))
+            GenerateForm.from_fields(stored_fields), draft=draft, note="".join(stored_fields.get("note", ()))
         )
 
     def answer_refilled(self, form: GenerateForm, draft: str) -> Response:
@@ -448,7 +448,7 @@ class GeneratePages:
         # each field of a form is a list of strings; these two fields are not values of GenerateForm
         draft = "".join(fields.pop("draft", ())[:1])
         job_number = "".join(fields.pop("id", ()))
-        form = GenerateForm.of_fields(fields)
+        form = GenerateForm.from_fields(fields)
         queued_message = ""
         try:
             if action == "form":
@@ -469,7 +469,7 @@ class GeneratePages:
 
     def change_jobs(self, action: str, job_number: str) -> bool:
         """Apply a button's action to the list of render jobs; return False if `action` is unknown."""
-        actions_of_one_job = {
+        job_actions = {
             "cancel": self.render_worker.cancel,
             "again": self.render_worker.again,
             "remove": self.render_worker.remove,
@@ -479,8 +479,8 @@ class GeneratePages:
         elif action == "forget":
             for render_job in filter(needs_mention, self.render_worker.list_all()):
                 self.render_worker.remove(render_job.id)
-        elif action in actions_of_one_job and job_number.isdecimal() and len(job_number) < 10:
-            actions_of_one_job[action](int(job_number))
+        elif action in job_actions and job_number.isdecimal() and len(job_number) < 10:
+            job_actions[action](int(job_number))
         else:
             return False
         return True
@@ -522,13 +522,13 @@ class GeneratePages:
 
     def _check_paths(self, render_request: RenderRequest) -> None:
         """Raise OptionError if an input image is outside the roots and not in the model's own command."""
-        paths_of_command = {*render_request.recipe.paths}  # files in the model's own command may be anywhere
+        command_paths = {*render_request.recipe.paths}  # files in the model's own command may be anywhere
         paths = [
             *render_request.references,
             *(render_request.texts.get(name, "").strip() for name in IMAGES),
         ]
         for path in filter(None, paths):
-            if path not in paths_of_command and not self.site.runs.is_inside(
+            if path not in command_paths and not self.site.runs.is_inside(
                 render_request.recipe.folder / path
             ):
                 raise OptionError(
@@ -816,8 +816,8 @@ def read_file_tags(path: Path, suffix: str) -> dict[str, str]:
 def _make_render_job(render_request: RenderRequest, form: GenerateForm, seed: str) -> RenderJob:
     """Return the job for one seed of a form. It stores a form that repeats just this result."""
     field_values = {**form.field_values, "seed": seed}
-    form_of_result = replace(form, field_values=field_values, num_results="1", keeps_seed=True)
-    return replace(render_request.as_render_job(seed), form=form_of_result.as_fields())
+    result_form = replace(form, field_values=field_values, num_results="1", keeps_seed=True)
+    return replace(render_request.as_render_job(seed), form=result_form.as_fields())
 
 
 def select_seeds(form: GenerateForm) -> list[str]:

@@ -605,15 +605,15 @@ class JobQueue:
             surplus = [job for job in equal_jobs if job.state in ENDED][:num_surplus]  # the oldest
             ended_without_line += surplus
             unmatched[line] = [job for job in equal_jobs if job not in surplus]
-        jobs_of_lines: list[Job] = []
+        jobs_with_line: list[Job] = []
         for index, line in lines.items():
             candidates = unmatched.get(line)
             job = candidates.pop(0) if candidates else self._new_job(content, line, _find_line_folder(line))
             job.entry_index = index
-            jobs_of_lines.append(job)
+            jobs_with_line.append(job)
         still_unmatched = [job for equal_jobs in unmatched.values() for job in equal_jobs]
         running_without_line = [job for job in still_unmatched if job.state == RUNNING]
-        return [*running_without_line, *ended_without_line, *jobs_of_lines]
+        return [*running_without_line, *ended_without_line, *jobs_with_line]
 
     def _new_job(self, content: _QueueContent, line: str, folder: Path) -> Job:
         content.last += 1

@@ -296,7 +296,7 @@ def check_options(
         return []
     reject_endless(command, argv)
     if command.words[0] == "run":
-        _check_folder_of_run(program, folder, earlier)
+        _check_run_folder(program, folder, earlier)
     try:
         process = _run_until_options_are_read(command, program, folder, min(seconds, CHECK_SECONDS))
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -437,7 +437,7 @@ def _check_files(argv: Sequence[str], folder: Path, earlier: Sequence[EarlierJob
             )
 
 
-def _check_folder_of_run(program: Sequence[str], folder: Path, earlier: Sequence[EarlierJob]) -> None:
+def _check_run_folder(program: Sequence[str], folder: Path, earlier: Sequence[EarlierJob]) -> None:
     """Raise OptionError if the folder of `run` neither exists nor may be created by an earlier job.
 
     The job itself checks for a run.toml when it starts, because an earlier job may still write it.
@@ -461,13 +461,13 @@ def _find_command(argv: Sequence[str], folder: Path) -> tuple[ScriptCommand, int
     is_module = argv[:1] == ["-m"]
     num_words = 2 if is_module else 1
     name = " ".join(argv[:num_words])
-    script = _find_script_of_name(name, is_module, folder)
+    script = _find_script_by_name(name, is_module, folder)
     if name in ("reelsmith", FRONT_SCRIPT) or script == Path(FRONT_SCRIPT):
         command = _find_front_command(argv[1:])
         if command is not None:
             return command, 1 + len(command.words)
         name = " ".join((name, *argv[1:3]))  # for the message
-    command = None if script is None else _find_command_of_script(script)
+    command = None if script is None else _find_script_command(script)
     if command is not None:
         return command, num_words
     raise OptionError(
@@ -480,7 +480,7 @@ def _find_command(argv: Sequence[str], folder: Path) -> tuple[ScriptCommand, int
     )
 
 
-def _find_script_of_name(name: str, is_module: bool, folder: Path) -> Path | None:
+def _find_script_by_name(name: str, is_module: bool, folder: Path) -> Path | None:
     """Return the script that the first words of a command line name, relative to the project."""
     # the installed package is run as `python -m reelsmith.tools.mask`
     script_name = name.removeprefix("-m reelsmith.").replace(".", "/") if is_module else name
@@ -498,7 +498,7 @@ def _find_front_command(words: Sequence[str]) -> ScriptCommand | None:
     return None
 
 
-def _find_command_of_script(script: Path) -> ScriptCommand | None:
+def _find_script_command(script: Path) -> ScriptCommand | None:
     """Return the command of a script at the root, or of the same script in one of the folders of scripts."""
     if script.parent.as_posix() not in (".", *SCRIPT_ROOMS):
         return None

@@ -14,7 +14,7 @@ from downloads.catalogue import model_title
 from modules.errors import OptionError
 from modules.pages.language import say
 from modules.text_files import read_safetensors_texts
-from networks.module_names import families_of_scripts, read_family
+from networks.module_names import list_accepted_families, read_family
 from protocols.families import HIGH_NOISE, LOW_NOISE
 
 BOTH = "both"  # experts
@@ -108,14 +108,14 @@ class RunLoras:
         """Read changed runs, and return (run, label) for each run to generate with, newest first."""
         with self.runs.lock:
             labeled = label_runs(self.runs.list_all())
-            loras_of_runs = {}
+            loras_by_run = {}
             for run, label in labeled:
                 loras = self._loras_of_runs.get(run.id)
                 if loras is None or loras.changed != run.changed:
                     loras = self._read(run, label)
-                loras_of_runs[run.id] = loras
-            self._loras_of_runs = loras_of_runs
-        return [(run, label) for run, label in labeled if loras_of_runs[run.id].family]
+                loras_by_run[run.id] = loras
+            self._loras_of_runs = loras_by_run
+        return [(run, label) for run, label in labeled if loras_by_run[run.id].family]
 
     def _read(self, run: RunSummary, label: str) -> _RunLoraFiles:
         """Return a run's family and the Generate form's rows of its LoRA files, with the title `label`."""
@@ -256,7 +256,7 @@ def check_family(path: Path, family: str) -> None:
     if trained_on is None:
         return
     accepted_families = set()
-    for script_family in families_of_scripts(family):
+    for script_family in list_accepted_families(family):
         accepted_families |= {script_family.name, *script_family.compatible_families}
     if trained_on.name not in accepted_families:
         raise OptionError(

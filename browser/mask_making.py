@@ -16,7 +16,7 @@ from browser.jobs import Job
 from browser.mask_review import find_masks_folder
 from browser.mask_use import MaskUse, read_mask_use
 from browser.model_files import TaskFiles, find_task
-from browser.offered_folders import find_open_folder, list_media_folders_of
+from browser.offered_folders import find_open_folder, list_dataset_media_folders
 from browser.responses import answer_template, answer_unknown
 from browser.runs import FINISHED
 from browser.server_state import Site
@@ -92,7 +92,7 @@ class MaskMakingPages:
         """
         # once one of several media folders is selected, the form sends the folder of run.toml as `outer`
         described_folder = find_open_folder(self.site.runs, fields.get("outer", "")) or folder
-        folders = list_media_folders_of(self.site.runs, described_folder)
+        folders = list_dataset_media_folders(self.site.runs, described_folder)
         folder = folder if folder in folders else folders[0]
         values: dict[str, Any] = {
             "folder": folder,

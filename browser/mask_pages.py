@@ -12,7 +12,7 @@ from starlette.routing import Route
 from browser.described_folder import ChangedMeanwhileError
 from browser.mask_review import ADDRESS, MASK_ACTIONS, MaskConflictError, MaskImage, MaskReview
 from browser.mask_use import use_first_mask
-from browser.offered_folders import find_open_folder, list_media_folders_of
+from browser.offered_folders import find_open_folder, list_dataset_media_folders
 from browser.responses import (
     NOT_FOUND,
     answer_body,
@@ -53,7 +53,7 @@ class MaskPages:
         problem = ""
         media_files: list[MaskEntry] = []
         try:
-            folders = list_media_folders_of(self.site.runs, folder)
+            folders = list_dataset_media_folders(self.site.runs, folder)
             if len(folders) == 1:  # for several folders, the page only lists links
                 media_files = self.review.list_media(folders[0])
         except (UserError, OSError) as error:

@@ -34,7 +34,7 @@ from data_tools.masks.places import (
 from modules.errors import MediaError, OptionError
 from modules.file_locks import only_one
 from modules.media.colors import split_bands
-from modules.media.labels import MASK_LABEL, label_of
+from modules.media.labels import MASK_LABEL, find_stem_label
 from modules.media.reading import count_frames, first_frame, image_size, video_frames
 from modules.media.streams import source_info
 from modules.pages.language import say
@@ -333,7 +333,7 @@ def find_masks_folder(runs: Runs, folder: Path) -> Path | None:
     named = find_named_masks(runs, folder)
     if named is not None:
         return named
-    has_masks_beside = any(label_of(Path(name).stem) == MASK_LABEL for name in os.listdir(folder))
+    has_masks_beside = any(find_stem_label(Path(name).stem) == MASK_LABEL for name in os.listdir(folder))
     return folder if has_masks_beside else None
 
 
@@ -345,11 +345,11 @@ def find_named_masks(runs: Runs, folder: Path) -> Path | None:
     for config in (folder / DATASET_FILE, folder.parent / DATASET_FILE):
         for table in read_tables(config) if runs.is_inside(config) else ():
             media = [table.get(key) for key in MEDIA_KEYS]
-            is_of_folder = any(
+            is_for_folder = any(
                 isinstance(text, str) and real_path(config.parent / text) == folder for text in media
             )
             masks = table.get("mask_directory")
-            if is_of_folder and isinstance(masks, str) and runs.is_below(config.parent / masks):
+            if is_for_folder and isinstance(masks, str) and runs.is_below(config.parent / masks):
                 return real_path(config.parent / masks)  # from the first table for this folder
     return None
 

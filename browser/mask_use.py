@@ -43,7 +43,7 @@ class MaskUse:
         document = _parse(self.config.text)
         base = self.config.path.parent
         mask_path = self.masks.relative_to(base) if self.masks.is_relative_to(base) else self.masks
-        for table in _list_tables_of(document, base, self.folder):
+        for table in _list_folder_tables(document, base, self.folder):
             table[MASKS] = mask_path.as_posix()
         return self._save(document)
 
@@ -54,7 +54,7 @@ class MaskUse:
         changed since it was read.
         """
         document = _parse(self.config.text)
-        for table in _list_tables_of(document, self.config.path.parent, self.folder):
+        for table in _list_folder_tables(document, self.config.path.parent, self.folder):
             table.pop(MASKS, None)
         return self._save(document)
 
@@ -77,7 +77,7 @@ def read_mask_use(runs: Runs, folder: Path) -> MaskUse | None:
             continue
         try:
             config = DraftFile(path, read_own_file(path))
-            tables = list(_list_tables_of(_parse(config.text), outer, folder))
+            tables = list(_list_folder_tables(_parse(config.text), outer, folder))
         except (OSError, ValueError):
             continue
         if tables:
@@ -110,7 +110,7 @@ def _parse(text: str) -> Any:
         raise ValueError(f"{DATASET_FILE} is not TOML: {error}") from None
 
 
-def _list_tables_of(document: Any, base: Path, folder: Path) -> Iterator[Any]:
+def _list_folder_tables(document: Any, base: Path, folder: Path) -> Iterator[Any]:
     """Yield the dataset tables and subsets for a media folder. Relative paths refer to `base`."""
     entries = document.get("datasets")
     tables = list(entries) if isinstance(entries, list) else []

@@ -114,7 +114,7 @@ def read_plan(text: str) -> ReadPlan | None:
         return None
     head_index = head_indices[-1]  # the last table: the log may contain several plans
     phases: list[PlannedPart] = []
-    parts_of_phase: list[list[PlannedPart]] = []
+    parts_by_phase: list[list[PlannedPart]] = []
     remarks: list[str] = []
     for index in range(head_index + 1, len(lines)):
         row = _read_table_row(lines[index], head=lines[head_index])
@@ -122,14 +122,14 @@ def read_plan(text: str) -> ReadPlan | None:
             remarks = [line.strip() for line in lines[index:] if line.strip()]
             break
         if row.is_indented:
-            parts_of_phase[-1].append(row.part)
+            parts_by_phase[-1].append(row.part)
         else:
             phases.append(row.part)
-            parts_of_phase.append([])
+            parts_by_phase.append([])
     if not phases:
         return None
     largest = max(range(len(phases)), key=lambda index: phases[index].device_gib)
-    return ReadPlan(phases[largest], parts_of_phase[largest], remarks)
+    return ReadPlan(phases[largest], parts_by_phase[largest], remarks)
 
 
 class _TableRow(NamedTuple):

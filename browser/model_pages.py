@@ -44,7 +44,7 @@ class SelectedTask:
     in_fp8: bool = False
 
     @classmethod
-    def of_fields(cls, fields: Mapping[str, Sequence[str]]) -> "SelectedTask":
+    def from_fields(cls, fields: Mapping[str, Sequence[str]]) -> "SelectedTask":
         """Read the model's family and task from the fields of a form or a query."""
         family = "".join(fields.get("family", ()))
         task = "".join(fields.get("task", ()))
@@ -76,7 +76,7 @@ class ModelPages:
     def show(self, request: Request) -> Response:
         """Return the Models page, with the model that the query selects."""
         query = request.query_params
-        chosen = SelectedTask.of_fields(read_query(request))
+        chosen = SelectedTask.from_fields(read_query(request))
         return self.answer(chosen, is_removing=query.get("ask") == "remove", moved=query.get("moved", ""))
 
     def answer(
@@ -176,7 +176,7 @@ class ModelPages:
 
     def change(self, request: Request, form: Form) -> Response:
         """Download a model's files, stop a download, or remove parts; then show the page again."""
-        selected_task = SelectedTask.of_fields(form)
+        selected_task = SelectedTask.from_fields(form)
         action = request.path_params["what"]
         files = find_task(self.site.models, selected_task.family, selected_task.task, selected_task.in_fp8)
         if files is None:

@@ -15,7 +15,7 @@ from browser.folders import MediaFolder
 from browser.printed_lines import translate_file_kind, translate_line
 from checkpoints.first_bytes import describe_kind as describe_beginning
 from checkpoints.first_bytes import is_pointer_or_page
-from checkpoints.kinds import kind_of
+from checkpoints.kinds import describe_file_kind
 from downloads.catalogue import Component, Licence, ModelSet
 from downloads.listing import gigabytes, total_bytes
 from modules.control_codes import escape_control_codes
@@ -241,7 +241,7 @@ def _describe_header(header: TensorHeader, size_bytes: int) -> str:
         )
     return say(
         "%(kind)s, %(size_bytes)s",
-        kind=translate_file_kind(kind_of(header.entries)),
+        kind=translate_file_kind(describe_file_kind(header.entries)),
         size_bytes=gigabytes(size_bytes),
     )
 

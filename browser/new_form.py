@@ -396,9 +396,7 @@ def make_new_argv(form: NewForm, models: Path, overwrite: bool = False, dry_run:
 
 def list_changed_fields(form: NewForm, before: NewForm) -> list[str]:
     """Return the labels of the changed fields that apply to all files of a folder."""
-    return [
-        label for name, label in SHARED_FIELDS.items() if getattr(before, name) != getattr(form, name)
-    ]
+    return [label for name, label in SHARED_FIELDS.items() if getattr(before, name) != getattr(form, name)]
 
 
 def list_unsaved(sent: NewForm, initial: NewForm, saved: NewForm) -> list[str]:

@@ -25,7 +25,7 @@ from starlette.routing import Route
 
 from browser.background_jobs import has_changed_since, name_background_job
 from browser.bin_folder import FOLDER as BIN
-from browser.caption_keys import describe_formats, find_format_of_folder
+from browser.caption_keys import describe_formats, find_folder_caption_format
 from browser.captioning import (
     CAPTION_SCRIPT,
     TRIED,
@@ -111,7 +111,7 @@ from browser.responses import (
 from browser.run_start import (
     CHECK,
     DESCRIBE,
-    is_run_of_folder,
+    is_folder_run,
     make_check_argv,
     make_run_argv,
     newest_job,
@@ -386,7 +386,7 @@ class NewPages:
 
     def collect_caption_values(self, folder: Path | None) -> dict[str, Any]:
         """Return the template values of the section for captioning with a model."""
-        caption_form = CaptionForm(format=find_format_of_folder(folder))  # initial values of its fields
+        caption_form = CaptionForm(format=find_folder_caption_format(folder))  # initial values of its fields
         return {
             "engine": CAPTION_MODEL,
             "engine_size": describe_engine(CAPTION_MODEL),
@@ -1191,7 +1191,7 @@ def _find_queued_jobs(jobs: Sequence[Job], folder: Path | None) -> tuple[Job | N
     """Return the queue's jobs that train on a folder and that caption its files, the newest of each."""
     if folder is None:
         return None, None
-    training_jobs = [job for job in jobs if is_run_of_folder(job, folder)]
+    training_jobs = [job for job in jobs if is_folder_run(job, folder)]
     return newest_job(training_jobs), find_tool_job(jobs, folder, CAPTION_SCRIPT)
 
 

@@ -55,7 +55,7 @@ def list_table_folders(runs: Runs, config: Path, base: Path) -> list[Path]:
     return list(dict.fromkeys(folders))
 
 
-def list_media_folders_of(runs: Runs, folder: Path) -> list[Path]:
+def list_dataset_media_folders(runs: Runs, folder: Path) -> list[Path]:
     """Return the media folders that a folder's dataset.toml names; if it names none, the folder itself."""
     inner = list_table_folders(runs, folder / DATASET_FILE, folder) if is_described(folder) else []
     return inner or [folder]

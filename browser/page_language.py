@@ -52,8 +52,8 @@ def choose_language(request: Request) -> Language:
 
     Parts that a page requests later keep its language, even if another tab has changed the cookie.
     """
-    of_page = request.headers.get(HEADER, "")
-    code = of_page if of_page in CODES else _read_cookie(request)
+    page_language = request.headers.get(HEADER, "")
+    code = page_language if page_language in CODES else _read_cookie(request)
     code = code or find_accepted(request.headers.get("accept-language", ""))
     address = request.url.path
     if request.url.query:

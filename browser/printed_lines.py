@@ -9,11 +9,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from browser.check_lines import (
+    CHECK_LINE_PARTS,
+    CHECK_LINES,
     FAULT_LINE,
     FAULTS,
     FILE_KINDS,
-    CHECK_LINES,
-    CHECK_LINE_PARTS,
     UNKNOWN_FILE,
     UNREAD_FILES,
     UNREAD_LINES,
@@ -388,7 +388,7 @@ def translate_line(line: str) -> str:
 
 
 def translate_file_kind(kind: str | None) -> str:
-    """Return the kind of a model file, from `checkpoints.kinds.kind_of`, as translatable text."""
+    """Return the kind of a model file, from `checkpoints.kinds.describe_file_kind`, as translatable text."""
     return UNKNOWN_FILE if kind is None else _translate_by_pattern(kind, FILE_KINDS) or kind
 
 

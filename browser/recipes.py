@@ -339,24 +339,24 @@ def _find_key(flag: str, defaults: ScriptDefaults) -> str:
 def can_generate(model: ModelSet) -> bool:
     """Return whether pages can generate with a model, which requires a script that takes requests."""
     scripts = {f"{entry.generation_script}.py" for entry in with_scripts().values()}
-    is_of_script = bool(scripts.intersection(model.commands.get("generate", "").split()))
-    return is_of_script and not model.has_adapter
+    has_request_script = bool(scripts.intersection(model.commands.get("generate", "").split()))
+    return has_request_script and not model.has_adapter
 
 
 def make_model_recipe(model: ModelSet, models: Path, folder: Path) -> ModelRecipe:
     """Return the recipe of a released model with its files in `models`; `folder` is the working folder."""
     families = {f"{entry.generation_script}.py": name for name, entry in with_scripts().items()}
     _, script, *argv = shlex.split(model.commands["generate"])  # python SCRIPT OPTIONS
-    path_of_placeholder = _index_by_placeholder(model, models)
+    path_by_placeholder = _index_by_placeholder(model, models)
     options: dict[str, list[str]] = {}
     required_files = []
     for flag, words in group_options(argv).items():
-        options[flag] = [path_of_placeholder.get(word, word) for word in words]
-        required_files += [path_of_placeholder[word] for word in words if word in path_of_placeholder]
+        options[flag] = [path_by_placeholder.get(word, word) for word in words]
+        required_files += [path_by_placeholder[word] for word in words if word in path_by_placeholder]
     options.pop("--seed", None)  # each result gets its own seed
     if not find_memory():  # CPUs are many times slower in 16 bits than in 32
         options = {flag: words for flag, words in options.items() if flag not in HALF_PRECISION_FLAGS}
-    return _make_recipe_of_command(
+    return _make_command_recipe(
         title=say(model.title),
         family=families[script],
         options=options,
@@ -380,7 +380,7 @@ def _index_by_placeholder(model: ModelSet, models: Path) -> dict[str, str]:
 def make_run_recipe(source: ComparableRun) -> ModelRecipe:
     """Return the recipe to generate with a run's model, from the generation command in its history."""
     names = {Path(word).name for words in source.options.values() for word in words}
-    return _make_recipe_of_command(
+    return _make_command_recipe(
         title=source.run.name,
         family=source.family,
         options=source.options,
@@ -422,7 +422,7 @@ class _CommandOption:
         return not is_shown and self.key not in FORM_OPTIONS
 
 
-def _make_recipe_of_command(
+def _make_command_recipe(
     title: str,
     family: str,
     options: Mapping[str, Sequence[str]],
@@ -485,15 +485,15 @@ def _list_command_options(
         is_placeholder: Returns whether an argument is a placeholder for a file that the user has to name.
     """
     field_keys = find_field_keys(defaults, list_extras(family))
-    field_of_key: dict[str, str | None] = {key: name for name, key in field_keys.items()}
+    field_by_key: dict[str, str | None] = {key: name for name, key in field_keys.items()}
     # the field for an image to redraw also accepts a clip
-    field_of_key["video_path"] = field_of_key.get("i2i_path")
+    field_by_key["video_path"] = field_by_key.get("i2i_path")
     command_options = []
     for flag, words in options.items():
         key = _find_key(flag, defaults)
         values = [word for word in words if not is_placeholder(word)]
         has_placeholder = len(values) < len(words)
-        command_options.append(_CommandOption(flag, key, field_of_key.get(key), values, has_placeholder))
+        command_options.append(_CommandOption(flag, key, field_by_key.get(key), values, has_placeholder))
     return command_options
 
 

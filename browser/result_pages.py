@@ -342,7 +342,7 @@ class ResultRegenerator:
         path = (
             _find_weights_in_recipe(name, recipe)
             or self._find_weights_in_render_job(name, result)
-            or self._find_weights_of_runs(name, result)
+            or self._find_run_weights(name, result)
         )
         if not path:
             raise OptionError(say("%(name)s: no run here has this file.", name=name))
@@ -357,7 +357,7 @@ class ResultRegenerator:
                     return word
         return ""
 
-    def _find_weights_of_runs(self, name: str, result: Result) -> str:
+    def _find_run_weights(self, name: str, result: Result) -> str:
         """Return the path of a file in the folder of a run, the result's own run first; "" if none."""
         # a name in metadata may be a path that leads to another folder
         if Path(name).name != name:

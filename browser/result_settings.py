@@ -31,7 +31,7 @@ from modules.control_codes import shorten
 from modules.errors import OptionError
 from modules.installation import import_own
 from modules.media.reading import TOOL_TAG, read_tags
-from modules.options import info_of
+from modules.options import get_option_info
 from modules.pages.language import join, say
 from modules.parser import add_options
 from protocols.families import HIGH_NOISE, with_scripts
@@ -249,7 +249,7 @@ def read_script_options(family: str) -> Mapping[str, KnownOption]:
     record = entry.options_record("Generation")
     parser = generation_parser(None, defaults)
     add_options(parser, record)
-    info = info_of(GenerationOptions) | info_of(record)
+    info = get_option_info(GenerationOptions) | get_option_info(record)
     refused = set(defaults.declared()["refused"])
     options = {}
     for action in parser._actions:  # argparse has no public list of a parser's options

@@ -141,14 +141,14 @@ def _list_folder(folder: Path, changed: int, previous: Mapping[str, _ListedFile]
     """
     subfolders = []
     files: dict[str, _ListedFile] = {}
-    is_of_results = folder.name == RESULTS  # files in other folders are not results
+    is_results_folder = folder.name == RESULTS  # files in other folders are not results
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith(".") or entry.name in SKIPPED_FOLDERS:
                 continue
             if entry.is_dir(follow_symlinks=False):
                 subfolders.append(folder / entry.name)
-            elif is_of_results:
+            elif is_results_folder:
                 file = _read_entry(entry, previous.get(entry.name))
                 if file is not None:
                     files[entry.name] = file

@@ -51,7 +51,7 @@ from browser.run_start import (
     RunConfig,
     TrackedRun,
     find_start_argv,
-    is_run_of_folder,
+    is_folder_run,
     make_check_argv,
     mark_state,
 )
@@ -618,7 +618,7 @@ class RunButtons:
         if tracked_run.run_config is None:
             return
         for job in self.site.queue.jobs():
-            if job.state in ENDED and is_run_of_folder(job, tracked_run.run_config.folder):
+            if job.state in ENDED and is_folder_run(job, tracked_run.run_config.folder):
                 self.site.queue.remove(job.id)
 
     # ---- handling the buttons

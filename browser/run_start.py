@@ -226,12 +226,12 @@ def _find_command_family(commands: Sequence[Sequence[str]]) -> str:
     embedding or a full model, the family is taken from the caching commands, which are the same for all kinds
     of runs.
     """
-    family_of_script = {f"{entry.cache}_latents.py": name for name, entry in with_scripts().items()}
-    family_of_script |= {f"{entry.training_script}.py": name for name, entry in with_scripts().items()}
+    family_by_script = {f"{entry.cache}_latents.py": name for name, entry in with_scripts().items()}
+    family_by_script |= {f"{entry.training_script}.py": name for name, entry in with_scripts().items()}
     for argv in reversed(commands):
         for word in argv:
-            if word in family_of_script:
-                return family_of_script[word]
+            if word in family_by_script:
+                return family_by_script[word]
     return ""
 
 
@@ -338,7 +338,7 @@ class TrackedRuns:
             (listed for listed in listed_runs if listed.history == run_config.preparation_history), None
         )
         jobs = self._list_jobs()
-        folder_jobs = [job for job in jobs if is_run_of_folder(job, run_config.folder)]
+        folder_jobs = [job for job in jobs if is_folder_run(job, run_config.folder)]
         return self._make_tracked_run(run_config, run, preparation, folder_jobs, self._list_waiting(jobs))
 
     def find_job_states(self, jobs: Sequence[Job]) -> dict[int, TrackedRun]:
@@ -464,10 +464,10 @@ class TrackedRuns:
         """Raise OptionError if a training run of the folder is running, because its files must not change."""
         for tracked_run in self.list_all():
             run_config, state = tracked_run.run_config, tracked_run.state
-            is_of_folder = run_config is not None and run_config.folder == folder
+            is_for_folder = run_config is not None and run_config.folder == folder
             # a check only reads the files, and ends soon
             is_running = state.name in ACTIVE_STATES and state.name != CHECKING
-            if is_of_folder and is_running:
+            if is_for_folder and is_running:
                 raise OptionError(
                     say(
                         "%(name)s is %(text)s. It has already read its files, and would continue "
@@ -514,7 +514,7 @@ class TrackedRuns:
 
         The caller holds the lock that keeps two requests from starting runs at the same time.
         """
-        jobs = [job for job in self._list_jobs() if is_run_of_folder(job, folder)]
+        jobs = [job for job in self._list_jobs() if is_folder_run(job, folder)]
         if any(job.state == WAITING for job in jobs):
             raise OptionError(say("It is already in the queue."))
         with self.runs.lock:
@@ -598,7 +598,7 @@ def group_jobs(jobs: Sequence[Job]) -> dict[Path, list[Job]]:
     return by_folder
 
 
-def is_run_of_folder(job: Job, folder: Path) -> bool:
+def is_folder_run(job: Job, folder: Path) -> bool:
     """Return whether a job runs `reelsmith run FOLDER` to train, and not only to check the folder."""
     return find_run_folder(job) == folder
 

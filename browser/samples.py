@@ -111,8 +111,8 @@ def read_row(number: int, line: str) -> PromptRow:
     items are in this text, too.
     """
     split = _split(line)
-    field_of_key = {key: name for name, (key, _) in FIELDS.items()}
-    field_names = [field_of_key.get(_find_key(option)) for option in split.options]
+    field_by_key = {key: name for name, (key, _) in FIELDS.items()}
+    field_names = [field_by_key.get(_find_key(option)) for option in split.options]
     last_index = {name: index for index, name in enumerate(field_names)}
     texts: dict[str, str] = {}
     more = []

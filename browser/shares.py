@@ -98,7 +98,7 @@ class Shares:
         shares = [share for share in self.list_all() if _is_same(share.word, word)]
         return shares[0] if shares else None
 
-    def of_run(self, run_id: str, session: int | None = None) -> list[ShareLink]:
+    def list_run_links(self, run_id: str, session: int | None = None) -> list[ShareLink]:
         """Return the links to a run. `session` is the session id in its history."""
         return [share for share in self.list_all() if (share.run, share.session) == (run_id, session)]
 
@@ -171,7 +171,7 @@ def shared_clip(name: str, prompt: str, step: int) -> Markup:
     return TAGS.get(Path(name).suffix, TAGS[".png"]).format(link(SAMPLES, name), label)
 
 
-def _is_of_run(path: Path, run: RunSummary) -> bool:
+def _is_run_file(path: Path, run: RunSummary) -> bool:
     """Return whether a path names one of the run's files directly in the run's folder, without a link."""
     folder = run.history.parent
     return path.name.startswith(run.name) and real_path(path) == real_path(folder) / path.relative_to(folder)
@@ -263,7 +263,7 @@ class SharePages:
             name = request.path_params["name"]
             # a comparison may show another run's file
             path = None if COMPARED.fullmatch(name) else find_run_file(self.site.runs, run, name)
-            if path is not None and not _is_of_run(path, run):
+            if path is not None and not _is_run_file(path, run):
                 path = None
         return answer_not_found() if path is None else answer_shared_file(path, request)
 
@@ -282,7 +282,7 @@ class SharePages:
         with self.site.runs.lock:
             run = self.site.runs.find(run_id)
         # a link belongs to one run: it expires when another run begins at the same path
-        links = [] if run is None else self.shares.of_run(run_id, read_session(run.history))
+        links = [] if run is None else self.shares.list_run_links(run_id, read_session(run.history))
         values: Mapping[str, Any] = {
             "id": run_id,
             "links": [(origin + share.path, share.last_day) for share in links],

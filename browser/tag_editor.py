@@ -8,7 +8,7 @@ from pathlib import Path
 
 from browser.captions import CaptionEdit, Captions
 from browser.folder_files import find_caption_file, list_names
-from browser.offered_folders import list_media_folders_of
+from browser.offered_folders import list_dataset_media_folders
 from browser.runs import Runs
 from dataset.subset_options import KEEP_TOKENS_SEPARATOR
 from modules.errors import OptionError
@@ -166,7 +166,7 @@ class TagEditor:
         Skips files that are not UTF-8 or cannot be read, which the page reports one by one, and captions that
         are JSON objects, which have no tags. Raises OSError if a folder cannot be listed.
         """
-        for media_folder in list_media_folders_of(self.runs, folder):
+        for media_folder in list_dataset_media_folders(self.runs, folder):
             paths = dict.fromkeys(find_caption_file(media_folder, name) for name in list_names(media_folder))
             for path in paths:
                 if not self.runs.is_inside(path):

@@ -18,9 +18,9 @@ from browser.server_state import Site
 from browser.tag_editor import TagEditor
 from browser.tool_form import (
     CHOICE,
-    SWITCH_CHOICE,
     NUMBER,
     SWITCH,
+    SWITCH_CHOICE,
     TEXT,
     ToolField,
     ToolForm,

@@ -8,7 +8,13 @@ from typing import Any
 
 from modules.control_codes import shorten
 from modules.errors import OptionError
-from modules.options import default_of, find_record_type, hints_of, info_of, option_name
+from modules.options import (
+    find_record_type,
+    get_field_default,
+    get_option_info,
+    option_name,
+    resolve_type_hints,
+)
 from modules.pages.language import say
 
 NUMBER, TEXT, SWITCH = "number", "text", "switch"
@@ -20,15 +26,15 @@ class ToolField:
     """A field of a form.
 
     Attributes:
-        name: Option of the tool; for CHOICE_OF_SWITCHES, any name.
+        name: Option of the tool; for SWITCH_CHOICE, any name.
         label: Label of the field.
-        kind: NUMBER, TEXT, SWITCH, CHOICE or CHOICE_OF_SWITCHES.
+        kind: NUMBER, TEXT, SWITCH, CHOICE or SWITCH_CHOICE.
         choices: Text of each value; the value "" stands for no option.
     """
 
     name: str
     label: str
-    kind: str  # NUMBER, TEXT, SWITCH, CHOICE or CHOICE_OF_SWITCHES, of which each value is an option
+    kind: str  # NUMBER, TEXT, SWITCH, CHOICE or SWITCH_CHOICE, of which each value is an option
     choices: Mapping[str, str] | None = None
 
 
@@ -80,7 +86,7 @@ class ToolForm:
         """Raise OptionError if a text is not valid for its field."""
         if field.kind == NUMBER:
             is_integer = isinstance(find_default(self.record, field.name), int)
-            _check_number(field, text, info_of(self.record)[field.name], is_integer)
+            _check_number(field, text, get_option_info(self.record)[field.name], is_integer)
         if field.choices is not None and text not in field.choices:
             raise OptionError(
                 say("%(label)s %(text)s: choose from the list.", label=field.label, text=shorten(text, 40))
@@ -93,11 +99,11 @@ def find_default(record: type, name: str) -> Any:
     Raises KeyError if there is no such option.
     """
     for field in dataclasses.fields(record):
-        inner = find_record_type(hints_of(record)[field.name])
-        if inner is not None and name in info_of(inner):
+        inner = find_record_type(resolve_type_hints(record)[field.name])
+        if inner is not None and name in get_option_info(inner):
             return find_default(inner, name)
         if inner is None and option_name(field) == name:
-            return default_of(record, field)
+            return get_field_default(record, field)
     raise KeyError(name)
 
 

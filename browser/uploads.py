@@ -30,7 +30,7 @@ from modules.errors import MediaError, OptionError, OutputError, UserError
 from modules.media.decoding import ANIMATION_SUFFIXES
 from modules.media.opening import AUDIO_SUFFIXES
 from modules.media.reading import IMAGE_SUFFIXES, VIDEO_SUFFIXES, first_frame, image_suffixes
-from modules.media.remedies import remedy_of
+from modules.media.remedies import find_remedy
 from modules.media.samples import track_info
 from modules.media.streams import source_info
 from modules.output_files import fold_name, is_windows_device
@@ -130,7 +130,7 @@ def find_kind(name: str) -> str:
     # prompts.txt, which `new` writes, ends in .txt too, but is not a caption
     if suffix in CAPTION_SUFFIXES and fold_name(name) not in FILES:
         return CAPTION
-    remedy = remedy_of(suffix)
+    remedy = find_remedy(suffix)
     if remedy is not None:
         raise OptionError(
             say(

@@ -23,9 +23,9 @@ from checkpoints.filling import (
     on_meta_device,
     read_quantized_on_meta,
 )
-from checkpoints.kinds import kind_of
+from checkpoints.kinds import describe_file_kind
 from checkpoints.opening import Checkpoint, reject_quantized
-from checkpoints.stored.forms import QuantizedWeight, form_of, prepare
+from checkpoints.stored.forms import QuantizedWeight, make_quantization_format, prepare
 from modules.errors import CheckpointError
 from modules.limits import MAX_BLOCKS
 from modules.speed_options import Quantization
@@ -112,7 +112,7 @@ def _select_quantized_layers(
     if form is None:  # nothing has to be quantized
         return QuantizedLoading(None, quantized_in_file=quantized_in_file) if quantized_in_file else None
     _reject_other_forms(plan, quantized_in_file, form)
-    quantization_format = form_of(prepare(text_quantization(form), device))
+    quantization_format = make_quantization_format(prepare(text_quantization(form), device))
     return QuantizedLoading(
         quantization_format, to_quantize=linear - quantized_in_file, quantized_in_file=quantized_in_file
     )
@@ -141,7 +141,7 @@ def loaded_bytes(plan: LoadPlan[Any], name: str, dtype: torch.dtype, form: str |
         if form is None:
             return math.prod(shape) * dtype.itemsize
         # quantize on the meta device, only to add up the bytes of codes and scales
-        weight = form_of(text_quantization(form)).empty((shape[0], shape[1]))
+        weight = make_quantization_format(text_quantization(form)).empty((shape[0], shape[1]))
     assert weight is not None
     return sum(tensor.nbytes for tensor in weight.tensors if tensor is not None)
 
@@ -193,10 +193,10 @@ def _join_patterns(patterns: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def rename_sources(
-    sources: Mapping[str, TensorSource], name_of: Callable[[str], str]
+    sources: Mapping[str, TensorSource], map_name: Callable[[str], str]
 ) -> dict[str, TensorSource]:
-    """Rename sources; `name_of` maps an old name to the new name."""
-    return {name_of(name): source for name, source in sources.items()}
+    """Rename sources; `map_name` maps an old name to the new name."""
+    return {map_name(name): source for name, source in sources.items()}
 
 
 def count(names: Iterable[str], block_pattern: str, path: Path | None = None) -> int:
@@ -259,7 +259,7 @@ class DitShapes:
     shapes: Mapping[str, tuple[int, ...]]  # published name -> shape
     model: str  # for messages: HunyuanVideo
 
-    def shape_of(self, name: str, axes: int = 2) -> tuple[int, ...]:
+    def get_shape(self, name: str, axes: int = 2) -> tuple[int, ...]:
         """Return the shape of a tensor with `axes` axes; the file may lack leading axes of length 1.
 
         Raises:
@@ -285,7 +285,7 @@ class DitShapes:
 
         `name` is the weight of the layer that turns latents into tokens.
         """
-        dim, in_dim, frames, rows, columns = self.shape_of(name, axes=5)
+        dim, in_dim, frames, rows, columns = self.get_shape(name, axes=5)
         return dim, in_dim, (frames, rows, columns)
 
     def count_blocks(self, start: str) -> int:
@@ -307,7 +307,7 @@ def make_wrong_kind_error(checkpoint: Checkpoint, right_kind: str, option: str, 
             names although the kind is right.
     """
     reject_quantized(checkpoint)
-    kind = kind_of(checkpoint.tensors)
+    kind = describe_file_kind(checkpoint.tensors)
     if kind is None:
         example_names = ", ".join(sorted(checkpoint.tensors)[:3])
         kind = f"an unknown model with tensors such as {example_names}"
@@ -427,14 +427,14 @@ def cut_parts(file_sources: Mapping[str, TensorSource], cuts: Cuts) -> dict[str,
 
 def parted_shapes(shapes: Mapping[str, tuple[int, ...]], cuts: Cuts) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the tensors that `cut_parts` returns, given the shapes in the file."""
-    shapes_of_parts: dict[str, tuple[int, ...]] = {}
+    part_shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
         parts = _list_parts(name, cuts) if shape else ()
         if parts:
-            shapes_of_parts |= dict.fromkeys(parts, (shape[0] // len(parts), *shape[1:]))
+            part_shapes |= dict.fromkeys(parts, (shape[0] // len(parts), *shape[1:]))
         else:
-            shapes_of_parts[name] = shape
-    return shapes_of_parts
+            part_shapes[name] = shape
+    return part_shapes
 
 
 def _list_parts(name: str, cuts: Cuts) -> tuple[str, ...]:

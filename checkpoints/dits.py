@@ -18,9 +18,9 @@ from checkpoints.filling import (
     on_meta_device,
     read_quantized_on_meta,
 )
-from checkpoints.kinds import UNSUPPORTED_MODELS, kind_of
+from checkpoints.kinds import UNSUPPORTED_MODELS, describe_file_kind
 from checkpoints.opening import Checkpoint, list_tensor_sources, open_checkpoint, reject_quantized
-from checkpoints.stored.forms import QuantizationFormat, form_of
+from checkpoints.stored.forms import QuantizationFormat, make_quantization_format
 from checkpoints.unused import UnusedTensors
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
@@ -128,7 +128,9 @@ class DitFormat(Generic[Config, Dit]):
             try:
                 return self.read_bare(checkpoint)
             except CheckpointError:
-                kind = kind_of(checkpoint.tensors, UNSUPPORTED_MODELS)  # names may have unknown prefixes
+                kind = describe_file_kind(
+                    checkpoint.tensors, UNSUPPORTED_MODELS
+                )  # names may have unknown prefixes
                 if kind is None:
                     raise
         raise CheckpointError(
@@ -175,7 +177,7 @@ class DitFormat(Generic[Config, Dit]):
             logger.info("Loading %s: %s, %s, as %s", path, description, size, dtype_name(weight_dtype))
             sources = self.sources(checkpoint, header)
 
-            def dtype_of(name: str, file_dtype: torch.dtype) -> torch.dtype:
+            def select_tensor_dtype(name: str, file_dtype: torch.dtype) -> torch.dtype:
                 """Return the dtype to load a tensor in, given its dtype in the file."""
                 if name.startswith(spec.keep_float32):
                     return torch.float32
@@ -190,7 +192,7 @@ class DitFormat(Generic[Config, Dit]):
                 checkpoint,
                 sources,
                 device=placement.device,
-                dtype=dtype_of,
+                dtype=select_tensor_dtype,
                 patch=placement.patch,
                 ignore=self.ignore,
                 label=description,
@@ -323,7 +325,7 @@ def _select_requested_layers(
     def without_16_bit_blocks(names: frozenset[str]) -> frozenset[str]:
         return frozenset(name for name in names if not name.startswith(blocks_in_16_bits))
 
-    new_format: QuantizationFormat | None = form_of(quantization)
+    new_format: QuantizationFormat | None = make_quantization_format(quantization)
     linear_names = without_16_bit_blocks(linear_weights(dit, spec.block_lists))
     quantized_in_file = find_quantized_weights(
         linear_names, sources, checkpoint.tensors, format_is_requested=True

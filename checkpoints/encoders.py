@@ -178,8 +178,8 @@ def declared_settings(checkpoint: Checkpoint, classes: Collection[str]) -> tuple
         CheckpointError: If config.json cannot be read.
     """
     path, settings = read_config_json(checkpoint.path)
-    is_of_model = isinstance(settings, dict) and settings.get("_class_name") in classes
-    return path, settings if is_of_model else {}
+    matches_class = isinstance(settings, dict) and settings.get("_class_name") in classes
+    return path, settings if matches_class else {}
 
 
 def declared_groups(checkpoint: Checkpoint, classes: Collection[str]) -> int | None:

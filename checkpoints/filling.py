@@ -389,7 +389,7 @@ class _TensorLoader:
             loaded = self._quantize(name, plan.format)
         weight_format = loaded.format
         if plan.format is not None:  # use the compute settings that the user chose
-            weight_format = weight_format.with_compute_settings_of(plan.format)
+            weight_format = weight_format.adopt_compute_settings(plan.format)
         weight, *scales = loaded.tensors
         assert weight is not None
         host_weight = self.on_host.get(name)

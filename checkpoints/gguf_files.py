@@ -17,7 +17,7 @@ from torch import Tensor
 
 from checkpoints.containers import HeaderFile, make_count_error
 from checkpoints.stored.forms import QuantizedWeight
-from checkpoints.stored.ggml import KINDS, Kind, kind_of_package
+from checkpoints.stored.ggml import KINDS, Kind, get_gguf_kind
 from checkpoints.stored.packed import PackedRowFormat
 from modules.control_codes import shorten
 from modules.errors import CheckpointError
@@ -163,7 +163,7 @@ class GgufFile(HeaderFile):
         if type_number in _PLAIN:
             return TensorInfo(_PLAIN[type_number], value_shape)
         try:
-            kind = KINDS.get(type_number) or kind_of_package(type_number)
+            kind = KINDS.get(type_number) or get_gguf_kind(type_number)
         except ImportError:
             raise CheckpointError(
                 f"{self.path}: {name} is of GGUF type {type_number}, which the package gguf may read, but it "
@@ -189,8 +189,8 @@ class GgufFile(HeaderFile):
         Raises:
             CheckpointError: If llama.cpp has changed the weights of this model irreversibly.
         """
-        has_names_of_llama_cpp = "token_embd.weight" in self.tensors
-        if not has_names_of_llama_cpp:
+        has_llama_cpp_names = "token_embd.weight" in self.tensors
+        if not has_llama_cpp_names:
             return
         self._reject_unsupported_models()
         is_t5 = "enc.blk.0.attn_q.weight" in self.tensors
@@ -338,9 +338,9 @@ def _restore_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     Patches are assumed to be 1 x 2 x 2, as in all released models with such an embedding.
     """
     num_axes = len(shape)
-    is_of_wan = name.endswith("patch_embedding.weight") and num_axes in (2, 4)
-    is_of_hunyuan = name.endswith("img_in.proj.weight") and num_axes == 4 and shape[-2:] == (2, 2)
-    if is_of_wan or is_of_hunyuan:
+    is_wan_weight = name.endswith("patch_embedding.weight") and num_axes in (2, 4)
+    is_hunyuan_weight = name.endswith("img_in.proj.weight") and num_axes == 4 and shape[-2:] == (2, 2)
+    if is_wan_weight or is_hunyuan_weight:
         flat_size = math.prod(shape[1:])
         if flat_size % 4 == 0:
             return (shape[0], flat_size // 4, 1, 2, 2)

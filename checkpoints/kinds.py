@@ -159,7 +159,7 @@ def kind_by_name(path: Path, is_sharded: bool) -> str | None:
     return None
 
 
-def kind_of(names: Iterable[str], marks: Marks | None = None) -> str | None:
+def describe_file_kind(names: Iterable[str], marks: Marks | None = None) -> str | None:
     """Describe a file by its tensor names, for example as "a RetinaFace face detector"; None if unknown.
 
     Args:

@@ -513,6 +513,6 @@ def _make_four_bits(
         # double quantization: absmax contains 8-bit indices into `levels`, scaled per group of blocks
         group_scales, levels = nested_tensors
         normalized = levels.float()[absmax.int()]
-        scale_of_block = group_scales.float().repeat_interleave(group_size)[: len(absmax)]
-        absmax = normalized * scale_of_block + offset
+        expanded_scales = group_scales.float().repeat_interleave(group_size)[: len(absmax)]
+        absmax = normalized * expanded_scales + offset
     return QuantizedWeight(form, shape, (weight.view(shape[0], -1), absmax.float().view(shape[0], -1)))

@@ -137,9 +137,9 @@ class Checkpoint(contextlib.ExitStack):
         locations = {name: where for name, where in self._locations.items() if name.startswith(prefixes)}
         return Checkpoint(self.path, locations, self._files, self.rejection)
 
-    def rename(self, name_of: Callable[[str], str]) -> "Checkpoint":
+    def rename(self, map_name: Callable[[str], str]) -> "Checkpoint":
         """Return a checkpoint with renamed tensors, without tensors renamed to ""; it shares open files."""
-        locations = {name_of(name): where for name, where in self._locations.items() if name_of(name)}
+        locations = {map_name(name): where for name, where in self._locations.items() if map_name(name)}
         return Checkpoint(self.path, locations, self._files, self.rejection)
 
     def join(self, second: "Checkpoint") -> "Checkpoint":

@@ -22,7 +22,7 @@ from checkpoints.containers import COMFY_QUANT_KEY, COMFY_QUANT_SUFFIX
 from checkpoints.dits import DitFormat, bare_names
 from checkpoints.filling import linear_weights, on_meta_device
 from checkpoints.finite import check_finite
-from checkpoints.kinds import is_lora, kind_of
+from checkpoints.kinds import describe_file_kind, is_lora
 from checkpoints.opening import (
     Checkpoint,
     checkpoint_paths,
@@ -219,8 +219,8 @@ def _recognize(checkpoint: Checkpoint, form: str = "") -> RecognizedModel:
             checkpoint.path,
         )
     raise CheckpointError(
-        f"{checkpoint.path} is {kind_of(checkpoint.tensors) or 'not a known model'}. Pass the transformer, "
-        "the language model or the T5 of a supported family.",
+        f"{checkpoint.path} is {describe_file_kind(checkpoint.tensors) or 'not a known model'}. Pass the "
+        "transformer, the language model or the T5 of a supported family.",
         checkpoint.path,
     )
 

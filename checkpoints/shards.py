@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from checkpoints.shard_options import INDEX, MAX_SHARDS, MODEL
-from checkpoints.writing import order_of, stream_tensors
+from checkpoints.writing import sort_tensor_names, stream_tensors
 from modules.atomic_write import atomic_folder, check_space, write_text
 from modules.errors import OptionError
 from protocols.loading import TensorInfo
@@ -92,7 +92,7 @@ class SavedForm:
     def order(self, tensors: Mapping[str, TensorInfo]) -> list[str]:
         """Return tensor names in the order in which their data is written, shard by shard."""
         groups = split(tensors, self.max_bytes) if self.max_bytes else [tensors]
-        return [name for group in groups for name in order_of(group)]
+        return [name for group in groups for name in sort_tensor_names(group)]
 
     def write(
         self, path: Path, tensors: Mapping[str, TensorInfo], read: ReadTensor, metadata: Mapping[str, str]

@@ -107,7 +107,7 @@ def merge_models(options: MergeModelsOptions) -> None:
         merged_names = _list_merged_names(saved_infos, options.unet_only)
         for other in others:
             _check_fits(first, other, merged_names, options.unet_only)
-        _warn_of_skipped(models, saved_infos, options)
+        _warn_of_skipped_tensors(models, saved_infos, options)
         _log_averages(first, len(first.tensors) - len(saved_infos))
         written_infos = _with_dtype(saved_infos, DTYPES[options.saving_precision])
         terms = [_Term(model, share) for model, share in zip(models, options.shares, strict=True)]
@@ -223,7 +223,7 @@ def _has_fitting_shape(first: Checkpoint, other: Checkpoint, name: str) -> bool:
     )
 
 
-def _warn_of_skipped(
+def _warn_of_skipped_tensors(
     models: Sequence[Checkpoint], saved: Mapping[str, TensorInfo], options: MergeModelsOptions
 ) -> None:
     """Warn of tensors that only some of the models contain."""

@@ -92,7 +92,7 @@ def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     return file.getvalue()
 
 
-def order_of(tensors: Mapping[str, TensorInfo]) -> list[str]:
+def sort_tensor_names(tensors: Mapping[str, TensorInfo]) -> list[str]:
     """Return tensor names in the order of a safetensors file: by descending element size, then by name."""
     return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
 
@@ -117,7 +117,7 @@ def _make_header(
     Raises:
         OutputError: If the header is too large.
     """
-    order = order_of(tensors)
+    order = sort_tensor_names(tensors)
     entries: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     end = 0
     for name in order:

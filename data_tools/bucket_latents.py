@@ -15,7 +15,7 @@ from dataset.caching.prefetch import conclude
 from dataset.config import DatasetConfig, DatasetTable, for_family
 from dataset.forms.metadata_listing import SIZE_KEY, find_image
 from dataset.options import MAX_AT_ONCE, CachingOptions
-from dataset.sources.frames import bucket_of
+from dataset.sources.frames import find_bucket
 from dataset.subset_options import MAX_SIDE, SubsetOptions
 from dataset.subsets import folders_config
 from modules.console import format_count
@@ -109,7 +109,7 @@ def _select_buckets(keys: Iterable[str], folder: Path, table: DatasetTable, step
             size = image_size(image)
         except MediaError:
             continue
-        buckets[key] = bucket_of(table, size, step, image)
+        buckets[key] = find_bucket(table, size, step, image)
     return buckets
 
 

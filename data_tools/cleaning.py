@@ -102,9 +102,9 @@ def clean_tags(text: str) -> str:
     tags = [tag for tag in tags if not tag.startswith(_RATING)]
     if any(_SEVERAL_PEOPLE.search(tag) for tag in tags):
         for kind in _PERSON_TAG_KINDS:
-            tags_of_kind = {tag for tag in tags if kind.fullmatch(tag)}
-            if len(tags_of_kind) > 1:  # such as two hair colors: unclear whose they are
-                tags = [tag for tag in tags if tag not in tags_of_kind]
+            exclusive_tags = {tag for tag in tags if kind.fullmatch(tag)}
+            if len(exclusive_tags) > 1:  # such as two hair colors: unclear whose they are
+                tags = [tag for tag in tags if tag not in exclusive_tags]
     return ", ".join(tag for tag in tags if not _is_superfluous(tag, tags))
 
 

@@ -442,8 +442,8 @@ def is_latent_cache(entry: Entry, architecture: str, audio: bool = False) -> boo
     """
     # latents have their size F x H x W in the name, audio latents do not
     has_latents = AUDIO_LATENTS in entry.keys if audio else bool(entry.grids)
-    is_of_family = entry.metadata.get("architecture", architecture) == architecture
-    return has_latents and is_of_family and _all_cache_names(entry)
+    matches_family = entry.metadata.get("architecture", architecture) == architecture
+    return has_latents and matches_family and _all_cache_names(entry)
 
 
 def is_text_cache(entry: Entry, architecture: str) -> bool:

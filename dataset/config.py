@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any, Literal
 from dataset import config_keys as forms
 from dataset.config_keys import MODES
 from dataset.forms.composing import (
-    FORMAT_KEYS,
     FORMAT_BY_SOURCE,
+    FORMAT_KEYS,
     KEYS,
     KEYS_BY_SOURCE,
     SHARED_CACHES,
     SOURCES,
     SOURCES_WITH_ADDRESSES,
+    get_source_format,
     read_format_keys,
-    source_format_of,
 )
 from dataset.forms.contract import SourceFormat
 from dataset.subset_options import OTHER_NAMES, SUBSET, SUBSET_KEYS, SubsetOptions
@@ -124,7 +124,7 @@ def _make_config_error(path: Path, content: Table, errors: Sequence[str]) -> Dat
     lines = [f"{path} cannot be used:", *errors[:MAX_LISTED]]
     if len(errors) > MAX_LISTED:
         lines.append(f"... and {len(errors) - MAX_LISTED} more")
-    hint = forms.other_trainers().hint_of(content)
+    hint = forms.other_trainers().find_trainer_hint(content)
     if hint:
         lines.append(hint)
     return DatasetError("\n  ".join(lines))
@@ -213,7 +213,7 @@ def _find_forbidden_folders(table: DatasetTable) -> list[str]:
 
 def with_downloads(config: DatasetConfig, folder: Path) -> DatasetConfig:
     """Return a copy of the configuration in which all tables store downloads in `folder`."""
-    if not any(source_format_of(table).source in SOURCES_WITH_ADDRESSES for table in config.datasets):
+    if not any(get_source_format(table).source in SOURCES_WITH_ADDRESSES for table in config.datasets):
         logger.warning(
             "--download_directory %s is ignored because no table of the dataset has %s, whose rows may name "
             "addresses: nothing is downloaded",
@@ -332,9 +332,9 @@ def _with_audio_references(config: DatasetConfig, family: "Caches") -> DatasetCo
     Raises:
         DatasetError: If the run takes no audio as reference.
     """
-    from protocols.family import audio_of  # loads torch, which the family has loaded
+    from protocols.family import get_audio_spec  # loads torch, which the family has loaded
 
-    audio = audio_of(family)
+    audio = get_audio_spec(family)
     tables = []
     for table in config.datasets:
         if table.reference_audio_directory is not None:
@@ -694,9 +694,9 @@ def _find_guide_conflict(fields: Mapping[str, Any], changed_keys: Sequence[str])
     """
     for prefix in GUIDE_PREFIXES:
         folder_key = f"{prefix}_directory"
-        keys_of_guide = [key for key in changed_keys if key.startswith(prefix)]
-        if keys_of_guide and not fields[folder_key]:
-            return f"{keys_of_guide[0]} needs {folder_key}"
+        prefixed_keys = [key for key in changed_keys if key.startswith(prefix)]
+        if prefixed_keys and not fields[folder_key]:
+            return f"{prefixed_keys[0]} needs {folder_key}"
     counts = {key: len(fields[key] or ()) for key in EXTRA_GUIDE_KEYS}
     if len(set(counts.values())) > 1:
         text = ", ".join(f"{count} in {key}" for key, count in counts.items())

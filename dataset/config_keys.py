@@ -274,7 +274,7 @@ class TableKey:
         default: Value in tables without the key.
         kinds: Kinds of tables that may have the key.
         in_general: Whether [general] may have the key, too.
-        of_some_forms: Whether only tables of some source formats, which list the key, may have it.
+        is_form_specific: Whether only tables of some source formats, which list the key, may have it.
         stale: Which caches become stale if the value changes.
         rank: Order among LEARNING keys; lower ranks come first in states and metadata.
     """
@@ -283,7 +283,7 @@ class TableKey:
     default: Any
     kinds: tuple[str, ...] = BOTH
     in_general: bool = False
-    of_some_forms: bool = False
+    is_form_specific: bool = False
     stale: Stale = NOTHING
     rank: int = 0
 
@@ -297,7 +297,7 @@ def key(value_type: ValueType, default: Any = None, *, stale: Stale, **settings:
     return dataclasses.field(default=default, metadata={"key": table_key})
 
 
-def of_kind(value_type: ValueType) -> Any:
+def source_field(value_type: ValueType) -> Any:
     """Declare a dataclass field that is set by the table key `image_<field>` or `video_<field>`."""
     return dataclasses.field(default=None, metadata={"source": value_type})
 
@@ -408,7 +408,7 @@ def parse_config(path: Path) -> dict[str, Any]:
     if path.is_dir():
         raise DatasetError(f"{path} is a folder. {_advise_file(path)}")
     if path.suffix.lower() not in {".toml", ".json"}:
-        hint = other_trainers().of_suffix(path.suffix)
+        hint = other_trainers().explain_yaml_suffix(path.suffix)
         raise DatasetError(
             f"{path}: a dataset configuration ends in .toml or .json, but this ends in "
             f"{path.suffix or 'nothing'}{hint}"
@@ -427,7 +427,7 @@ def parse_config(path: Path) -> dict[str, Any]:
     except ValueError as error:  # both parsers' errors are ValueErrors with line and column
         raise DatasetError(f"{path} is not valid {path.suffix[1:].upper()}: {error}") from None
     if not isinstance(content, dict):
-        hint = other_trainers().hint_of(content)
+        hint = other_trainers().find_trainer_hint(content)
         raise DatasetError(f'{path}: the top level must be an object with "datasets". {hint}'.rstrip())
     return content
 

@@ -74,8 +74,8 @@ def describe_shapes(folder: Path, sources: Sequence[MediaSource]) -> str:
     for source in sources:
         width, height = image_size(source.path)
         control_width, control_height = image_size(source.control[0])
-        ratio_of_ratios = width * control_height / (height * control_width)
-        if abs(ratio_of_ratios - 1) > SHAPE_SLACK:
+        relative_aspect_ratio = width * control_height / (height * control_width)
+        if abs(relative_aspect_ratio - 1) > SHAPE_SLACK:
             sizes = f"{format_shape((control_width, control_height))} and {format_shape((width, height))}"
             mismatched.append(f"{source.control[0].name} ({sizes})")
     if not mismatched:

@@ -45,10 +45,10 @@ def warn_idle(path: Path, content: Mapping[str, Any], tables: Sequence[DatasetTa
 def _is_changed(name: str, content: Mapping[str, Any]) -> bool:
     """Return whether a key is set anywhere in a dataset file to another value than its default."""
     default = SUBSET_KEYS[name].default
-    return any(level.get(name, default) != default for level in _levels_of(content))
+    return any(level.get(name, default) != default for level in _iterate_subset_tables(content))
 
 
-def _levels_of(content: Mapping[str, Any]) -> Iterator[Table]:
+def _iterate_subset_tables(content: Mapping[str, Any]) -> Iterator[Table]:
     """Yield all tables of a dataset file that may have subset keys: [general], [[datasets]] and subsets."""
     general, entries = content.get("general"), content.get("datasets")
     levels = [general, *(entries if isinstance(entries, list) else [])]

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dataset.forms.composing import source_format_of
+from dataset.forms.composing import get_source_format
 from dataset.sources.captions import NOT_UTF8, describe_encoding, explain_captions, read_caption_file
 from dataset.sources.folders import list_table_folder, log_lone_controls
 from dataset.sources.left_out import TableFolders, describe_entries
@@ -23,7 +23,7 @@ from dataset.sources.media_source import (
     pause_garbage_collection,
     raise_if_fatal,
 )
-from dataset.sources.missing import hint_of_start
+from dataset.sources.missing import find_relative_path_hint
 from dataset.sources.references import lack_references, limit_references
 from dataset.table import DatasetConfig, DatasetTable
 from modules.console import quiet
@@ -81,18 +81,18 @@ def find_sources(
 
 def _explain_empty(table: DatasetTable) -> str:
     """Return the error for a table without any images or clips: what its folder or list has instead."""
-    contents = source_format_of(table).empty.format(kind=table.kind)
+    contents = get_source_format(table).empty.format(kind=table.kind)
     hint = ""
     if table.directory is not None:
         contents = describe_entries(table)
-        hint = hint_of_start(table.directory, table.config_path)
+        hint = find_relative_path_hint(table.directory, table.config_path)
     return f"{table.name}: {table.source} {contents}. Add some, or correct the path.{hint}"
 
 
 def _list_sources(table: DatasetTable, captions: bool, faults: list[Fault]) -> list[MediaSource]:
     """List the items of a table, with their companion files from other folders."""
     if table.directory is None:
-        return source_format_of(table).list_sources(table, faults)
+        return get_source_format(table).list_sources(table, faults)
     sources = list_table_folder(table, captions, faults)
     if table.worse_directory is not None:
         from dataset.sources.pairs import add_rejected  # few tables have pairs
@@ -216,7 +216,7 @@ def find_all_sources(
     if table_errors:
         raise DatasetError("\n".join(table_errors))
     if any(source.caption_encoding is not None for source in sources):
-        _warn_of_encodings(sources)
+        _warn_of_non_utf8_files(sources)
     if any(table.control_directory is not None for table in config.datasets):
         log_lone_controls(sources)
     folders = folders or TableFolders(config)
@@ -227,7 +227,7 @@ def find_all_sources(
     return sources
 
 
-def _warn_of_encodings(sources: Iterable[MediaSource]) -> None:
+def _warn_of_non_utf8_files(sources: Iterable[MediaSource]) -> None:
     """Log the caption files that were read in another encoding than UTF-8."""
     encoding_warnings = list_errors(find_encodings(sources), LISTED)
     logger.warning("%s", escape_control_codes("\n".join(encoding_warnings)))
@@ -248,7 +248,7 @@ def warn_unused(config: DatasetConfig, sources: Sequence[MediaSource]) -> None:
     """Log warnings about unread columns, and about an image-edit model without any reference images."""
     unread: list[Fault] = []
     for table in config.datasets:
-        if source_format_of(table).has_columns:
+        if get_source_format(table).has_columns:
             from dataset.forms.unread import find_unused  # only with lists or tables
 
             unread += find_unused(table)
@@ -271,7 +271,7 @@ def _describe_missing_caption(source: MediaSource) -> str:
     if source.caption_path is not None:
         hint = ", and no class_tokens in its table" if table.group is not None else ""
         return f"no {source.caption_path.name} next to it{hint}"
-    return source_format_of(table).describe_caption_place(table)
+    return get_source_format(table).describe_caption_place(table)
 
 
 def require_captions(sources: Sequence[MediaSource]) -> None:

@@ -26,10 +26,10 @@ OTHER_TRAINER_KEYS: Mapping[str, tuple[str, str]] = {
     ),
     "concepts": ("OneTrainer", f"each concept is a [[datasets]] table, its path {_A_FOLDER}"),
 }
-AT_TOP = {"directory", "concepts"}  # keys of OF_OTHERS that are just typing errors inside a table
+AT_TOP = {"directory", "concepts"}  # keys of OTHER_TRAINER_KEYS that are just typing errors inside a table
 
 
-def of_suffix(suffix: str) -> str:
+def explain_yaml_suffix(suffix: str) -> str:
     """Return a hint about YAML files, which other trainers use; "" for any other suffix."""
     is_yaml = suffix.lower() in {".yaml", ".yml"}
     if not is_yaml:
@@ -38,7 +38,7 @@ def of_suffix(suffix: str) -> str:
     return f". Files of AI Toolkit are no datasets: {command} takes them over. {_translate('folder_path')}"
 
 
-def hint_of(content: Any) -> str:
+def find_trainer_hint(content: Any) -> str:
     """Return a hint about the trainer that wrote a file, and the keys to use instead; "" if unknown."""
     keys: list[str] = []
     tables = content  # the top level of some JSON files is a list

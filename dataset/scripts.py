@@ -34,8 +34,8 @@ def caching_script(
         on_completed: Called with the family's options, the family and the dataset when all texts are cached.
     """
     if kind == "latents":
-        return Script.of_family(family, partial(cache_family_latents, family, about))
-    return Script.of_family(family, partial(cache_family_texts, family, about, on_completed=on_completed))
+        return Script.for_family(family, partial(cache_family_latents, family, about))
+    return Script.for_family(family, partial(cache_family_texts, family, about, on_completed=on_completed))
 
 
 def cache_family_latents(

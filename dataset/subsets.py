@@ -75,7 +75,7 @@ def read_subsets(
     tables: list[DatasetTable] = []
     all_values: list[Table] = []  # values of each subset without invalid keys
     for group, entry in enumerate(entries):
-        for subset in _subsets_of(entry, group, defaults, errors):
+        for subset in _read_subsets(entry, group, defaults, errors):
             if INVALID in subset.values.values():  # the error is already in `errors`
                 continue
             all_values.append(subset.values)
@@ -91,7 +91,7 @@ def read_subsets(
 
         warn_idle(path, content, tables)
         if typed is not None:
-            _warn_of_replaced(typed, command_line_values, all_values, path)
+            _warn_of_overridden_options(typed, command_line_values, all_values, path)
     return _with_cache_directories(tables)
 
 
@@ -108,7 +108,9 @@ def _read_command_line(typed: SubsetOptions | None, errors: list[str]) -> dict[s
     )
 
 
-def _warn_of_replaced(typed: SubsetOptions, defaults: Table, all_values: Sequence[Table], path: Path) -> None:
+def _warn_of_overridden_options(
+    typed: SubsetOptions, defaults: Table, all_values: Sequence[Table], path: Path
+) -> None:
     """Warn about each subset option on the command line that every subset of the file overrides."""
     for name, option in typed_options(typed).items():
         if all(values[name] != defaults[name] for values in all_values):
@@ -124,7 +126,7 @@ class _Subset:
     values: Table
 
 
-def _subsets_of(entry: Any, group: int, defaults: Table, errors: list[str]) -> Iterator[_Subset]:
+def _read_subsets(entry: Any, group: int, defaults: Table, errors: list[str]) -> Iterator[_Subset]:
     """Yield the subsets of [[datasets]] table number `group`; `defaults` supplies missing keys."""
     dataset_label = f"[[datasets]] {group + 1}"
     dataset = without_nulls(entry, dataset_label, errors)

@@ -146,8 +146,8 @@ class DatasetTable:
     index: int  # index of the table in the file
     kind: Literal["image", "video"]
     # exactly one of `directory`, `jsonl_file` and `own` is set
-    directory: Path | None = forms.of_kind(forms.PATH)
-    jsonl_file: Path | None = forms.of_kind(forms.LIST_PATH)
+    directory: Path | None = forms.source_field(forms.PATH)
+    jsonl_file: Path | None = forms.source_field(forms.LIST_PATH)
     resolution: tuple[int, int] = key(forms.SIZE, (960, 544), in_general=True, stale=LATENTS)  # width, height
     caption_extension: str | None = key(forms.EXTENSION, in_general=True, stale=NOTHING)
     # trigger_word, caption_prefix, caption_suffix: "" adds nothing
@@ -155,7 +155,7 @@ class DatasetTable:
     caption_prefix: str = key(forms.WORDS, "", in_general=True, stale=TEXTS | LEARNING)
     caption_suffix: str = key(forms.WORDS, "", in_general=True, stale=TEXTS | LEARNING)
     # caption of media without a caption file; None: a missing caption file is an error
-    class_tokens: str | None = key(forms.WORDS, of_some_forms=True, stale=NOTHING)
+    class_tokens: str | None = key(forms.WORDS, is_form_specific=True, stale=NOTHING)
     # each line of a caption file is a caption
     multi_caption: bool = key(forms.YES_NO, False, in_general=True, stale=TEXTS | LEARNING)
     caption_dropout_rate: float = key(forms.SHARE, 0.0, in_general=True, stale=LEARNING, rank=2)
@@ -170,27 +170,27 @@ class DatasetTable:
     cache_directory: Path = key(forms.PATH, stale=NOTHING)  # None only while the file is read
     format_keys: FormatKeys | None = None  # keys of the data form; None for a folder or a JSONL list
     # in addition to control_path and control_path_1, ...
-    control_column: str | None = key(forms.COLUMN, of_some_forms=True, stale=NOTHING)
+    control_column: str | None = key(forms.COLUMN, is_form_specific=True, stale=NOTHING)
     # None: tries the usual names of caption columns
-    caption_column: str | None = key(forms.COLUMN, of_some_forms=True, stale=NOTHING)
+    caption_column: str | None = key(forms.COLUMN, is_form_specific=True, stale=NOTHING)
     # rows may name URLs, which are downloaded
-    allow_urls: bool = key(forms.YES_NO, False, of_some_forms=True, stale=NOTHING)
+    allow_urls: bool = key(forms.YES_NO, False, is_form_specific=True, stale=NOTHING)
     # where downloads are kept; None: in the cache directory
-    download_directory: Path | None = key(forms.PATH, of_some_forms=True, stale=NOTHING)
-    control_directory: Path | None = key(forms.PATH, of_some_forms=True, stale=NOTHING)
+    download_directory: Path | None = key(forms.PATH, is_form_specific=True, stale=NOTHING)
+    control_directory: Path | None = key(forms.PATH, is_form_specific=True, stale=NOTHING)
     # reference media of a clip, and masks of the part of control clips that is generated. Caches are
     # compared with these files
-    reference_directory: Path | None = key(forms.PATH, of_some_forms=True, stale=NOTHING)
-    control_mask_directory: Path | None = key(forms.PATH, of_some_forms=True, stale=NOTHING)
+    reference_directory: Path | None = key(forms.PATH, is_form_specific=True, stale=NOTHING)
+    control_mask_directory: Path | None = key(forms.PATH, is_form_specific=True, stale=NOTHING)
     # the rejected items of preference pairs; the table's own items are the chosen ones
-    worse_directory: Path | None = key(forms.PATH, of_some_forms=True, stale=LEARNING, rank=7)
-    mask_directory: Path | None = key(forms.PATH, of_some_forms=True, stale=LATENTS | LEARNING, rank=6)
+    worse_directory: Path | None = key(forms.PATH, is_form_specific=True, stale=LEARNING, rank=7)
+    mask_directory: Path | None = key(forms.PATH, is_form_specific=True, stale=LATENTS | LEARNING, rank=6)
     # for models with audio: whether clips need audio, and the folder of separate audio files
     audio: str = key(forms.AUDIO, forms.IF_PRESENT, kinds=VIDEO, stale=LEARNING, rank=5)
-    audio_directory: Path | None = key(forms.PATH, kinds=VIDEO, of_some_forms=True, stale=LEARNING, rank=6)
+    audio_directory: Path | None = key(forms.PATH, kinds=VIDEO, is_form_specific=True, stale=LEARNING, rank=6)
     # audio on which the audio of clips is modeled, such as another recording of the same voice
     reference_audio_directory: Path | None = key(
-        forms.PATH, kinds=VIDEO, of_some_forms=True, stale=LEARNING, rank=6
+        forms.PATH, kinds=VIDEO, is_form_specific=True, stale=LEARNING, rank=6
     )
     # transparent parts are not learned
     alpha_mask: bool = key(forms.YES_NO, False, stale=LATENTS | LEARNING, rank=4)
@@ -204,11 +204,11 @@ class DatasetTable:
     spatial_crop_region: tuple[int, ...] | None = key(forms.REGION, in_general=True, stale=LEARNING, rank=9)
     audio_cond_mask_directory: Path | None = key(forms.PATH, kinds=VIDEO, stale=LEARNING, rank=9)
     # images that guide clips: as additional frames, or in place of a latent frame; see `guides`
-    keyframe_guide_directory: Path | None = key(forms.PATH, kinds=VIDEO, of_some_forms=True, stale=NOTHING)
+    keyframe_guide_directory: Path | None = key(forms.PATH, kinds=VIDEO, is_form_specific=True, stale=NOTHING)
     keyframe_guide_frame_idx: int = key(forms.FRAME, -1, kinds=VIDEO, stale=LEARNING, rank=9)
     keyframe_guide_strength: float = key(forms.STRENGTH, 1.0, kinds=VIDEO, stale=LEARNING, rank=9)
     keyframe_guide_extra_directories: tuple[Path, ...] | None = key(
-        forms.PATHS, kinds=VIDEO, of_some_forms=True, stale=NOTHING
+        forms.PATHS, kinds=VIDEO, is_form_specific=True, stale=NOTHING
     )
     keyframe_guide_extra_frame_idxs: tuple[int, ...] | None = key(
         forms.FRAME_INDICES, kinds=VIDEO, stale=LEARNING, rank=9
@@ -216,7 +216,9 @@ class DatasetTable:
     keyframe_guide_extra_strengths: tuple[float, ...] | None = key(
         forms.STRENGTHS, kinds=VIDEO, stale=LEARNING, rank=9
     )
-    latent_idx_guide_directory: Path | None = key(forms.PATH, kinds=VIDEO, of_some_forms=True, stale=NOTHING)
+    latent_idx_guide_directory: Path | None = key(
+        forms.PATH, kinds=VIDEO, is_form_specific=True, stale=NOTHING
+    )
     latent_idx_guide_frame_idx: int = key(forms.FROM_ZERO, 0, kinds=VIDEO, stale=LEARNING, rank=9)
     latent_idx_guide_strength: float = key(forms.STRENGTH, 1.0, kinds=VIDEO, stale=LEARNING, rank=9)
     # override the training options of the same names; None: the option's value
@@ -247,7 +249,7 @@ class DatasetTable:
     reference_dropout_rate: float = key(forms.SHARE, 0.0, kinds=IMAGE, stale=LEARNING, rank=2)
     # images are learned with their layers: cat_1.png, cat_2.png, ... of cat.png
     multiple_target: bool = key(
-        forms.YES_NO, False, kinds=IMAGE, of_some_forms=True, stale=LATENTS | LEARNING, rank=8
+        forms.YES_NO, False, kinds=IMAGE, is_form_specific=True, stale=LATENTS | LEARNING, rank=8
     )
     # how the family uses control images as references; None: control images are resized like their image
     references: "ReferenceRules | None" = None
@@ -442,7 +444,7 @@ class DatasetTable:
         if self.format_keys is not None:  # keys that only tables of this data form have
             records.append(self.format_keys)
         for record in records:
-            for name, default in defaults_of(stale, record.__class__).items():
+            for name, default in get_cache_key_defaults(stale, record.__class__).items():
                 value = getattr(record, name)
                 if value != default:
                     values[name] = _as_json(value)
@@ -486,7 +488,7 @@ class DatasetTable:
         entry["has_control"] = self.control_directory is not None if has_control is None else has_control
         if self.kind == "video":
             entry["target_frames"] = list(self.target_frames)
-            for name in defaults_of(FRAMES):
+            for name in get_cache_key_defaults(FRAMES):
                 is_default_rate = name == "target_fps" and self.target_fps is None  # left out
                 if name != "target_frames" and not is_default_rate:
                     entry[name] = getattr(self, name)
@@ -523,7 +525,7 @@ def declared_keys(record: Any) -> dict[str, forms.TableKey]:
 
 
 @functools.cache
-def defaults_of(stale: Stale, record: Any = DatasetTable) -> dict[str, Any]:
+def get_cache_key_defaults(stale: Stale, record: Any = DatasetTable) -> dict[str, Any]:
     """Return the default values, by name, of the keys whose changes make these caches (`stale`) invalid."""
     keys = {name: key for name, key in declared_keys(record).items() if key.stale & stale}
     # `rank` keeps the order of keys in metadata

@@ -40,9 +40,11 @@ def main() -> None:
     by_page: dict[str, list[str]] = {}
     for family in families():
         by_page.setdefault(family_page(family), []).append(family)
-    for name, of_page in by_page.items():
+    for name, page_families in by_page.items():
         page = PAGE.with_name(name)
-        page.write_text(renew_family_tables(page.read_text(encoding="utf-8"), of_page), encoding="utf-8")
+        page.write_text(
+            renew_family_tables(page.read_text(encoding="utf-8"), page_families), encoding="utf-8"
+        )
     page = PAGE.with_name("recipes.md")
     text = page.read_text(encoding="utf-8")
     page.write_text(text[: text.index(RECIPE_TABLE_HEAD)] + recipe_table(), encoding="utf-8")
@@ -86,16 +88,16 @@ def family_table(family: str) -> list[str]:
     return rows
 
 
-def renew_family_tables(text: str, of_page: Sequence[str]) -> str:
+def renew_family_tables(text: str, page_families: Sequence[str]) -> str:
     """Return a page with the tables of its families, which stand there in the order of the catalogue.
 
     Raises ValueError if it has another number of such tables.
     """
-    head = re.escape(family_table(of_page[0])[0])
+    head = re.escape(family_table(page_families[0])[0])
     parts = re.split(rf"^{head}\n(?:\|.*\n)*", text, flags=re.MULTILINE)
-    if len(parts) != len(of_page) + 1:
-        raise ValueError(f"{len(parts) - 1} tables of files for the families {', '.join(of_page)}")
-    tables = ["\n".join(family_table(family)) + "\n" for family in of_page]
+    if len(parts) != len(page_families) + 1:
+        raise ValueError(f"{len(parts) - 1} tables of files for the families {', '.join(page_families)}")
+    tables = ["\n".join(family_table(family)) + "\n" for family in page_families]
     return "".join(part + table for part, table in zip(parts, [*tables, ""], strict=True))
 
 

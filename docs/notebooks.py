@@ -321,7 +321,7 @@ def open_page_in_cells() -> Iterator[Cell]:
     """Yield the cells that open the browser page through a tunnel."""
     tunnel = next(span for span in spans_of("rented.md") if span.startswith("cloudflared tunnel"))
     port = tunnel.rpartition(":")[2]
-    page = command_of("tools/run_browser.py")
+    page = find_installed_command("tools/run_browser.py")
     own = find_command("rented.md", "tools/run_browser.py")
     assert {"--public_url", "--no_open"} <= {*own}
     yield Cell(
@@ -363,15 +363,15 @@ def change_rate_in_cells() -> Iterator[Cell]:
 
 def install_in_cells() -> Iterator[Cell]:
     """Yield the cells that install the package of a checkout."""
-    archive = next(text for kind, text in blocks_of("rented.md") if text.startswith("git archive"))
-    unpack = next(line for line in lines_of("rented.md") if line.startswith("python3 -m zipfile"))
+    archive = next(text for kind, text in read_code_blocks("rented.md") if text.startswith("git archive"))
+    unpack = next(line for line in read_command_lines("rented.md") if line.startswith("python3 -m zipfile"))
     yield Cell("markdown", INSTALL.format(archive=archive.strip()))
     yield Cell("code", FIND_CHECKOUT.format(unpack=unpack))
 
 
 def download_in_cells(license_text: str, task: str) -> Iterator[Cell]:
     """Yield the cells that list and download the files of a task."""
-    download = command_of("tools/download.py")
+    download = find_installed_command("tools/download.py")
     yield Cell("markdown", FILES.format(license=license_text))
     yield Cell("code", f"!reelsmith {download} {task} --list")
     yield Cell("code", f"!reelsmith {download} {task} --to models")
@@ -387,16 +387,16 @@ def keep_in_cells(media: str) -> Iterator[Cell]:
     yield Cell("code", LINK.format(folders=f"({names})", media=media))
 
 
-def blocks_of(page: str) -> list[tuple[str, str]]:
+def read_code_blocks(page: str) -> list[tuple[str, str]]:
     """Return language and text of the blocks of a page."""
     return [
         (match[1], match[2]) for match in BLOCK.finditer((ROOT / "docs" / page).read_text(encoding="utf-8"))
     ]
 
 
-def lines_of(page: str) -> list[str]:
+def read_command_lines(page: str) -> list[str]:
     """Return the command lines of a page, continued ones as one."""
-    texts = [text for kind, text in blocks_of(page) if kind in {"bash", "sh"}]
+    texts = [text for kind, text in read_code_blocks(page) if kind in {"bash", "sh"}]
     return "\n".join(texts).replace("\\\n", " ").splitlines()
 
 
@@ -411,7 +411,7 @@ def find_command(page: str, script: str, option: str = "") -> list[str]:
     Raises:
         ValueError: If the page has none.
     """
-    for line in lines_of(page):
+    for line in read_command_lines(page):
         words = shlex.split(line)
         if words[:2] == ["python", script] and (not option or option in words):
             return words
@@ -424,14 +424,14 @@ def find_file(page: str, name: str) -> str:
     Raises:
         ValueError: If the page does not show the file.
     """
-    for _, text in blocks_of(page):
+    for _, text in read_code_blocks(page):
         if text.startswith(f"# {name}\n"):
             lines = text.splitlines()[1:]
             return "\n".join(line for line in lines if not line.startswith(NOT_CACHED)).strip()
     raise ValueError(f"docs/{page} does not show {name}")
 
 
-def command_of(script: str) -> str:
+def find_installed_command(script: str) -> str:
     """Return the words of the installed command for a script of the checkout."""
     return next(each.name for each in find_commands(ROOT) if each.path == ROOT / script)
 

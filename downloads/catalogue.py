@@ -263,9 +263,9 @@ def model_title(name: str, task: str = "") -> str:
     without a title, which another program may have written, is returned unchanged.
     """
     catalog = _read_catalogue()
-    of_task = [model for model in model_sets() if task == model.task and model.family.startswith(name)]
-    if of_task:
-        return of_task[0].title
+    task_models = [model for model in model_sets() if task == model.task and model.family.startswith(name)]
+    if task_models:
+        return task_models[0].title
     if task:
         return f"{model_title(name)} {task}"
     family = catalog["family"].get(name, {})

@@ -95,7 +95,7 @@ def read_family(text: str, models: Sequence[ModelSet]) -> NamedModel:
     Raises:
         OptionError: If the text names none of `models`; the message says what a known name stands for.
     """
-    families = families_of(models)
+    families = list_model_families(models)
     family_by_spelling = _index_spellings(families)
     exact_match = _match_exact_name(text, family_by_spelling, models) or _resolve_fine_tune(text, models)
     if exact_match is not None:
@@ -106,7 +106,7 @@ def read_family(text: str, models: Sequence[ModelSet]) -> NamedModel:
     similar_families = list(dict.fromkeys(model.family for model in similar))
     if len(similar_families) == 1:
         return NamedModel(similar_families[0], task=None)
-    hint = page_of_control(text)  # the page of a model with control clips
+    hint = get_control_page_hint(text)  # the page of a model with control clips
     if not hint and similar_families:
         hint = f" Did you mean {' or '.join(similar_families)}?"
     if not hint:
@@ -230,7 +230,7 @@ def _list_families(models: Sequence[ModelSet], is_clip: bool) -> str:
     """Return a phrase that lists the families of video models, or of image models."""
     trained = [model for model in models if "train" in model.commands]
     return ", ".join(
-        families_of([model for model in trained if (model.properties["frames"] != 1) == is_clip])
+        list_model_families([model for model in trained if (model.properties["frames"] != 1) == is_clip])
     )
 
 
@@ -247,12 +247,12 @@ def reject_fine_tune(named: NamedModel, text: str, models: Sequence[ModelSet]) -
     )
 
 
-def families_of(models: Sequence[ModelSet]) -> list[str]:
+def list_model_families(models: Sequence[ModelSet]) -> list[str]:
     """Return the families of model sets, each once, in order of appearance."""
     return list(dict.fromkeys(model.family for model in models))
 
 
-def page_of_control(text: str) -> str:
+def get_control_page_hint(text: str) -> str:
     """Return a hint to the documentation if `text` names a model trained with control clips, else ""."""
     plain = plain_name(text)
     for model in model_sets():

@@ -82,8 +82,8 @@ class DownloadOptions(Options, must_give=True):
         named = self.named
         if named is None or self.task is None:
             return None if named is None else named.task
-        of_family = (model.task for model in model_sets() if model.family == named.family)
-        return next((task for task in of_family if is_task_spelling(self.task, task)), None)
+        family_tasks = (model.task for model in model_sets() if model.family == named.family)
+        return next((task for task in family_tasks if is_task_spelling(self.task, task)), None)
 
     def sets(self) -> list[ModelSet]:
         """Return the model sets that --family and --task select, without the files of --without.

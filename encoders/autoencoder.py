@@ -81,13 +81,13 @@ def read_autoencoder(
     if "encoder.down.0.block.0.conv1.weight" not in sources or "decoder.conv_in.weight" not in sources:
         raise wrong_model
     as_matrices(sources, ATTENTION)
-    shape_of = dialects.make_shape_reader(checkpoint, sources, wrong_model)
-    channels = shape_of("decoder.conv_in.weight")[1]
+    get_shape = dialects.make_shape_reader(checkpoint, sources, wrong_model)
+    channels = get_shape("decoder.conv_in.weight")[1]
     has_quant_conv = "quant_conv.weight" in sources or "encoder.quant_conv.weight" in sources
     _check_kind(checkpoint, kind, channels, has_quant_conv)
     for part in ("encoder.down", "decoder.up"):
         _check_levels(checkpoint, kind, part, dialects.count(sources, rf"{re.escape(part)}\.\d+"))
-    config = _read_config(checkpoint, kind, sources, shape_of)
+    config = _read_config(checkpoint, kind, sources, get_shape)
     unused = ("bn.*",) if kind.is_quantized else ()  # statistics of FLUX.2's latents
     return dialects.LoadPlan(config, checkpoint, sources, unused)
 
@@ -96,11 +96,13 @@ def _read_config(
     checkpoint: Checkpoint,
     kind: AutoencoderKind,
     sources: Mapping[str, TensorSource],
-    shape_of: Callable[..., tuple[int, ...]],
+    get_shape: Callable[..., tuple[int, ...]],
 ) -> AutoencoderConfig:
     """Read the dimensions of an autoencoder from the shapes of its tensors, and the groups of its norms."""
-    widths = tuple(shape_of(f"encoder.down.{level}.block.0.conv1.weight")[0] for level in range(LEVELS))
-    decoder_widths = tuple(shape_of(f"decoder.up.{level}.block.0.conv1.weight")[0] for level in range(LEVELS))
+    widths = tuple(get_shape(f"encoder.down.{level}.block.0.conv1.weight")[0] for level in range(LEVELS))
+    decoder_widths = tuple(
+        get_shape(f"decoder.up.{level}.block.0.conv1.weight")[0] for level in range(LEVELS)
+    )
     groups = declared_groups(checkpoint, kind.classes) or GROUPS
     check_groups(checkpoint, (*widths, *decoder_widths), groups)
     return AutoencoderConfig(

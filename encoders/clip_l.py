@@ -165,8 +165,8 @@ class PooledClip(FileTextEncoder[ClipText]):
 
     def check_tokenizer(self, tokenizer: TextTokenizer) -> None:
         """Raise CheckpointError unless the tokenizer adds a start and an end token to a text."""
-        ids_of_empty = tokenizer.read("").ids
-        if len(ids_of_empty) != 2 or ids_of_empty[1] != tokenizer.token_to_id(CLIP_END):
+        empty_ids = tokenizer.read("").ids
+        if len(empty_ids) != 2 or empty_ids[1] != tokenizer.token_to_id(CLIP_END):
             why = ValueError(f"it does not put a text between {CLIP_START} and {CLIP_END}")
             raise self.source.files.unreadable(tokenizer.file, why)
 

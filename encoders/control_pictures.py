@@ -73,7 +73,9 @@ def add_controls(entries: Sequence[Sequence[CacheEntry]], media: MediaBatch) -> 
     return with_controls
 
 
-def controls_of(batch: Batch, latents: Tensor, stride: int, network_name: str) -> dict[str, Tensor]:
+def make_control_conditions(
+    batch: Batch, latents: Tensor, stride: int, network_name: str
+) -> dict[str, Tensor]:
     """Return the control images of a batch, B 3 H W uint8, as conditions.
 
     Args:
@@ -171,7 +173,7 @@ def keep_control(
 
     Args:
         request: The request.
-        keep_media: Removes all media that the model does not take: `ModelOfImages.keep_media`.
+        keep_media: Removes all media that the model does not take: `ImageModelFamily.keep_media`.
         model_name: Name of the model, for messages.
         takes_control: Whether a network takes a control image.
 

@@ -194,7 +194,7 @@ class OneTransformer:
     @property
     def metadata(self) -> Mapping[str, str]:
         """The family's metadata plus the names of the model files."""
-        return self.metadata_of(self.model_metadata)
+        return self.add_file_names(self.model_metadata)
 
     @property
     def hashed_files(self) -> Mapping[str, Path]:
@@ -334,7 +334,7 @@ class OneTransformer:
         network.spec = self.dit  # type: ignore[assignment]
         return network
 
-    def metadata_of(self, names: Mapping[str, str]) -> Mapping[str, str]:
+    def add_file_names(self, names: Mapping[str, str]) -> Mapping[str, str]:
         """Return `names` with the file names of the transformer and VAE added, if they are given."""
         metadata = dict(names)
         if self.files.dit is not None:

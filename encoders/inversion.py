@@ -30,7 +30,7 @@ from encoders.new_words import (
 )
 from modules.console import format_count, quiet
 from modules.errors import CheckpointError, DatasetError, OptionError
-from protocols.bundled_embeddings import WordContent, find_words, is_of_word
+from protocols.bundled_embeddings import WordContent, find_words, is_word_embedding
 from protocols.family import TextEncoder
 from protocols.family_networks import CustomNetwork, DefaultRate
 from protocols.loading import TensorInfo
@@ -385,7 +385,7 @@ def find_in_lora(path: Path, word: str) -> WordContent | None:
     if not path.is_file() or path.suffix.lower() != ".safetensors":
         return None
     with open_checkpoint(path) as checkpoint:
-        stored = {name: checkpoint.read(name) for name in checkpoint.tensors if is_of_word(name)}
+        stored = {name: checkpoint.read(name) for name in checkpoint.tensors if is_word_embedding(name)}
     return find_words(stored).get(word)
 
 

@@ -408,8 +408,8 @@ def _check_heads(
 ) -> None:
     """Raise CheckpointError if the query and key rows cannot be divided into heads of this width."""
     # in Qwen2.5-VL, all heads together have the width of the model
-    has_width_of_model = Q_BIAS not in model.distinguishing_tensors or query_rows == dim
-    if not has_width_of_model or not _can_be_heads(width, query_rows, key_rows, dim):
+    has_model_width = Q_BIAS not in model.distinguishing_tensors or query_rows == dim
+    if not has_model_width or not _can_be_heads(width, query_rows, key_rows, dim):
         raise CheckpointError(
             f"{path}: {query_rows} rows of queries and {key_rows} of keys cannot be divided into heads of "
             f"{width} channels. Put the model's config.json next to it, or pass another copy of the file.",

@@ -42,9 +42,9 @@ from protocols.requests import (
     Request,
     check_size,
     full_patches,
+    get_size,
     keep_usable_media,
     resolve_request,
-    size_of,
 )
 from protocols.rules import ReferenceRules, SourceRules
 from protocols.steps import EncodedPrompts, Section
@@ -111,7 +111,7 @@ def encode_images(
     return entries
 
 
-def references_of(batch: Batch, channels: int, patch: int, remedy: str) -> dict[str, Tensor]:
+def get_references(batch: Batch, channels: int, patch: int, remedy: str) -> dict[str, Tensor]:
     """Return the latents of a batch's reference images, each B C 1 h w, by their names in caches.
 
     Args:
@@ -195,7 +195,7 @@ class ImageModelFamily(OneTransformer):
     # cached latents are samples of the VAE's posterior; False: its mean
     draws_latents: ClassVar[bool] = True
     # the VAE is a video VAE: it takes pixels of -1..1 instead of bytes, and decodes in chunks
-    vae_of_clips: ClassVar[bool] = False
+    vae_takes_clips: ClassVar[bool] = False
     noise_dtype: torch.dtype | None = None  # dtype of drawn noise; None: the dtype of the transformer
 
     if TYPE_CHECKING:  # a dataclass that inherits a property takes it as the default of its field
@@ -263,7 +263,7 @@ class ImageModelFamily(OneTransformer):
         """
         self.files.check()
         request = self.keep_media(request, self.display_name)
-        width, height, _ = size_of(request, self.defaults)
+        width, height, _ = get_size(request, self.defaults)
         size = *full_patches(width, height, self.latent), 1
         check_size(size, self.latent)
         shift = flow_shift if request.flow_shift is None else request.flow_shift
@@ -315,7 +315,7 @@ class ImageModelFamily(OneTransformer):
 
         `seed` is used if latents are samples of the posterior.
         """
-        clips = to_pixels(frames) if self.vae_of_clips else byte_clips(frames)
+        clips = to_pixels(frames) if self.vae_takes_clips else byte_clips(frames)
         vae = encoders.vae
         latents: Tensor
         latents = vae.encode(clips, [posterior_generator(seed)]) if self.draws_latents else vae.encode(clips)
@@ -346,7 +346,7 @@ class ImageModelFamily(OneTransformer):
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
         """Decode latents to pixels, 1 C F H W, in one chunk or, for a video VAE, several."""
         decoded = encoders.vae.decode(latents)
-        yield from decoded if self.vae_of_clips else (decoded,)
+        yield from decoded if self.vae_takes_clips else (decoded,)
 
 
 def _check_references(paths: Sequence[Path], rules: ReferenceRules, model_name: str) -> None:

@@ -211,12 +211,12 @@ class TokenizerSource:
         begin = tokenizer.token_to_id(self.begin) if self.begin else None
         with self.files.convert_errors(file):
             # an empty text has only the ids that the tokenizer itself adds
-            ids_of_empty_text: list[int] = tokenizer.encode("").ids
+            empty_text_ids: list[int] = tokenizer.encode("").ids
             tokenizer.encode("a b")  # a tokenizer that fails for every text raises its error here
         added_begin = []  # the begin token, unless the tokenizer adds it
-        if begin is not None and ids_of_empty_text[:1] != [begin]:
+        if begin is not None and empty_text_ids[:1] != [begin]:
             added_begin.append(begin)
-        if self.end and ids_of_empty_text[-1:] != [tokenizer.token_to_id(self.end)]:
+        if self.end and empty_text_ids[-1:] != [tokenizer.token_to_id(self.end)]:
             logger.warning(
                 "tokenizer %s does not end texts with %s, but the encoder was trained with it", file, self.end
             )
@@ -258,14 +258,14 @@ class TokenizerSource:
                 surfaces = piece_surfaces(processor.encode(text, out_type="serialized_proto"))
             # None for begin and end tokens
             char_spans: list[CharSpan] = [None] * len(added_begin)
-            char_spans += _find_spans_of_pieces(text, surfaces)
+            char_spans += _find_piece_spans(text, surfaces)
             char_spans += [None] * len(added_end)
             return Tokens([*added_begin, *ids, *added_end], char_spans)
 
         return TextTokenizer(read, processor.piece_to_id, origin)
 
 
-def _find_spans_of_pieces(text: str, surfaces: Sequence[str]) -> Iterator[CharSpan]:
+def _find_piece_spans(text: str, surfaces: Sequence[str]) -> Iterator[CharSpan]:
     """Yield the characters of a text that each SentencePiece piece stands for.
 
     Args:
@@ -592,7 +592,7 @@ class FileTextEncoder(ABC, Generic[Network]):
         weighted = []
         for conditions, prompt, tokens in zip(results, templated_prompts, cut_tokens, strict=True):
             if prompt.spans:  # parts of the prompt that have a weight
-                weights = weights_of(prompt, tokens.char_spans[num_template_tokens:])
+                weights = compute_token_weights(prompt, tokens.char_spans[num_template_tokens:])
                 conditions = self.weigh(conditions, weights)
             weighted.append(conditions)
         return weighted
@@ -629,14 +629,14 @@ class FileTextEncoder(ABC, Generic[Network]):
         self._loaded.free()
 
 
-def weights_of(templated: TemplatedPrompt, char_spans: Sequence[CharSpan]) -> list[float]:
+def compute_token_weights(templated: TemplatedPrompt, char_spans: Sequence[CharSpan]) -> list[float]:
     """Return each token's prompt weight; `char_spans` contains each token's character range in the text."""
     start = templated.start
     prompt_characters = range(start, start + len(templated.prompt))
     prompt_spans: list[CharSpan] = []
     for span in char_spans:
-        is_of_prompt = span is not None and span[0] in prompt_characters
-        prompt_spans.append(span if is_of_prompt else None)  # tokens of the template have weight 1
+        is_prompt_token = span is not None and span[0] in prompt_characters
+        prompt_spans.append(span if is_prompt_token else None)  # tokens of the template have weight 1
     # positions in the prompt -> positions in the text
     spans = [(first + start, last + start, weight) for first, last, weight in templated.spans]
     return token_weights(templated.text, prompt_spans, spans)

@@ -38,7 +38,7 @@ from protocols.data import (
 from protocols.families import list_same_latents
 from protocols.family import Abilities, DitSpec, Family, NoiseSource, NoiseSpec
 from protocols.few_steps import FewSteps
-from protocols.requests import Prepared, Prompt, Request, full_patches, size_of
+from protocols.requests import Prepared, Prompt, Request, full_patches, get_size
 from protocols.rules import ModelRelease, ReferenceRules
 from protocols.steps import NO_OVERRIDES, Overrides
 
@@ -139,7 +139,7 @@ class Fibo2(pictures.ImageModelFamily):
                 raise CacheError(
                     f"{cache.path}: the caption was encoded with another template. Run {TEXTS_AGAIN}."
                 )
-        references = pictures.references_of(batch, LATENT.channels, 1, LATENTS_AGAIN)
+        references = pictures.get_references(batch, LATENT.channels, 1, LATENTS_AGAIN)
         return {KEY: batch.tensors[KEY], **references}
 
     def predict(
@@ -180,7 +180,7 @@ class Fibo2(pictures.ImageModelFamily):
         # reject invalid JSON before anything is computed
         check_prompt = write_edit if edited else write_caption
         check_prompt(request.prompt)
-        width, height, _ = size_of(request, self.defaults)
+        width, height, _ = get_size(request, self.defaults)
         width, height = full_patches(width, height, LATENT)
         tokens = count_latents(LATENT.shape(1, height, width))
         shift = size_shift(tokens, SHIFT_AT_FEW_TOKENS, SHIFT_AT_MANY_TOKENS)

@@ -77,11 +77,11 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[Fibo2Config]:
 
 def _read_config(shapes: DitShapes) -> Fibo2Config:
     """Return the dimensions of a transformer. Raises CheckpointError if they do not match each other."""
-    dim, channels = shapes.shape_of("x_embedder.weight")
-    (head_dim,) = shapes.shape_of("layers.0.attention.norm_q.weight", axes=1)
-    hidden, freq_dim = shapes.shape_of("t_embedder.mlp.0.weight")
-    max_gist, gist_dim = shapes.shape_of(IDENTIFYING_TENSOR)
-    text_dim = shapes.shape_of("perceiver.layers.0.cross_attention.to_k.weight")[1]
+    dim, channels = shapes.get_shape("x_embedder.weight")
+    (head_dim,) = shapes.get_shape("layers.0.attention.norm_q.weight", axes=1)
+    hidden, freq_dim = shapes.get_shape("t_embedder.mlp.0.weight")
+    max_gist, gist_dim = shapes.get_shape(IDENTIFYING_TENSOR)
+    text_dim = shapes.get_shape("perceiver.layers.0.cross_attention.to_k.weight")[1]
     injections = _list_injections(shapes)
     # sizes that heads, rotary pairs and text layers require
     fits = (
@@ -91,7 +91,7 @@ def _read_config(shapes: DitShapes) -> Fibo2Config:
         and max_gist % 8 == 0
         and text_dim % STATES_PER_BUNDLE == 0
         and len(injections) <= MAX_INJECTIONS
-        and shapes.shape_of("layers.0.attention.to_q.weight") == (dim, dim)
+        and shapes.get_shape("layers.0.attention.to_q.weight") == (dim, dim)
     )
     if not fits:
         raise CheckpointError(
@@ -101,7 +101,7 @@ def _read_config(shapes: DitShapes) -> Fibo2Config:
         )
     return Fibo2Config(
         dim=dim,
-        ffn_dim=shapes.shape_of("layers.0.feed_forward.w1.weight")[0],
+        ffn_dim=shapes.get_shape("layers.0.feed_forward.w1.weight")[0],
         num_heads=dim // head_dim,
         num_kv_heads=dim // head_dim,
         num_layers=shapes.count_blocks("layers"),
@@ -109,7 +109,7 @@ def _read_config(shapes: DitShapes) -> Fibo2Config:
         context_refiner_layers=0,
         in_dim=channels,
         text_dim=text_dim,
-        time_dim=shapes.shape_of("t_embedder.mlp.2.weight")[0],
+        time_dim=shapes.get_shape("t_embedder.mlp.2.weight")[0],
         freq_dim=freq_dim,
         time_hidden=hidden,
         max_gist=max_gist,

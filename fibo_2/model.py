@@ -204,7 +204,7 @@ class Fibo2Block(JointTransformerBlock):
             self.cross_attn_norm2 = RMSNorm(config.dim, config.eps)
             self.cross_attn_gate = nn.Parameter(torch.zeros(1))
             # before `forward`, which may be compiled: with the number in it, each block would be compiled
-            self.register_forward_pre_hook(_add_bundles_of_block)
+            self.register_forward_pre_hook(_add_text_bundles)
 
     def modulation(self, time: Tensor) -> tuple[Tensor, ...]:
         """Return scale and gate for attention and for the feed-forward, each B S C float32."""
@@ -243,7 +243,7 @@ class Fibo2Block(JointTransformerBlock):
         return modulate(self.attention_norm1(x[:, : tokens.image]), None, scale, tokens.dtype)
 
 
-def _add_bundles_of_block(block: nn.Module, inputs: tuple[Tensor, Fibo2Tokens]) -> tuple[Tensor, Fibo2Tokens]:
+def _add_text_bundles(block: nn.Module, inputs: tuple[Tensor, Fibo2Tokens]) -> tuple[Tensor, Fibo2Tokens]:
     """Add the text states that a block reads, one bundle of layers of each text, to its inputs.
 
     It is a forward pre-hook: what it returns replaces the block's inputs.
@@ -284,7 +284,7 @@ class Fibo2Model(BlockNetwork):
     """
 
     spec = DIT
-    dtype_of = "layers.0.attention_norm1.weight"
+    compute_dtype_parameter = "layers.0.attention_norm1.weight"
 
     def __init__(self, config: Fibo2Config, attention: AttentionChoice = SDPA) -> None:
         """Build the network without weights."""
@@ -332,7 +332,7 @@ class Fibo2Model(BlockNetwork):
             raise ValueError(f"a text mask of {tuple(text_mask.shape)} for text of {tuple(text.shape)}")
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         images = (noisy, *references)
-        grids = tuple(map(self.grid_of, images))
+        grids = tuple(map(self.get_token_grid, images))
         patches = [rearrange(latents, "b z 1 h w -> b (h w) z") for latents in images]
         image = run_in_weight_dtype(self.x_embedder, torch.cat(patches, dim=1)).to(dtype)
         # of the prompt and, if `overrides` have one, of the second text
@@ -373,7 +373,7 @@ class Fibo2Model(BlockNetwork):
             second_rotary=self._make_table(Fibo2Layout(grids, num_gist), device=gist.tokens.device),
         )
 
-    def grid_of(self, latents: Tensor) -> Grid:
+    def get_token_grid(self, latents: Tensor) -> Grid:
         """Return rows and columns of an image's tokens. Raises ValueError if its channels do not match."""
         channels, frames, height, width = latents.shape[1:]
         if channels != self.config.in_dim or frames != 1:

@@ -7,7 +7,7 @@ from typing import Any
 from flux_2.options import Flux2VaeOptions
 from modules.errors import OptionError
 from modules.option_values import Placeholder
-from modules.options import FREE, DECODING_SETTING, Options, not_needed, of_request, option
+from modules.options import DECODING_SETTING, FREE, Options, make_request_facts, not_needed, option
 from modules.speed_options import TextEncoderOptions, dit_dtype_option, fp8_text_option
 
 NAME = "Fibo 2.0"
@@ -75,7 +75,7 @@ class Fibo2GenerationOptions(Fibo2ModelOptions, title=NAME):
     mask_path: Path | None = option(
         "an image that is white where the one of --control_image_path is regenerated, of its size: the "
         "model sees gray there (--m in a prompt line)",
-        facts=of_request(MASK),
+        facts=make_request_facts(MASK),
     )
 
 

@@ -86,7 +86,7 @@ class Fibo2TextEncoder(LanguageModelEncoder):
         caption = write_edit(prompt.text) if prompt.images else write_caption(prompt.text)
         # only JSON can say which texts the image shows
         if not caption.is_plain and has_drawn_texts(prompt.text):
-            self._warn_of_texts(prompt.text)
+            self._warn_of_undrawn_texts(prompt.text)
         templated = super().apply_template(Prompt(caption.text, weighted_spans=_move_spans(prompt, caption)))
         if not prompt.images:
             return templated
@@ -124,7 +124,7 @@ class Fibo2TextEncoder(LanguageModelEncoder):
             message = "%s, which differs from the captions that the model was trained on: %s"
             logger.warning(message, shorten(text, 60), "; ".join(new))
 
-    def _warn_of_texts(self, text: str) -> None:
+    def _warn_of_undrawn_texts(self, text: str) -> None:
         if not self._has_warned:
             self._has_warned = True
             logger.warning(

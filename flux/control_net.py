@@ -22,7 +22,7 @@ from checkpoints.dialects import LoadPlan, count, load_planned, make_wrong_kind_
 from checkpoints.model_files import find_model_folder
 from checkpoints.opening import Checkpoint, list_tensor_sources, open_checkpoint
 from flux.configs import FluxConfig
-from flux.model import grid_of, pack
+from flux.model import get_token_grid, pack
 from flux.options import CONTROL_NET
 from hunyuan_model.model import rotary_widths
 from modules.errors import CheckpointError
@@ -111,7 +111,7 @@ def compute_block_residuals(
     dtype = network.dtype
     device = noisy.device
     has_guidance: bool = network.config["guidance_embeds"]
-    _, rows, columns = grid_of(noisy)
+    _, rows, columns = get_token_grid(noisy)
     # (image, row, column) of each image token; the network makes its rotary table from them
     positions = torch.zeros(rows, columns, 3, device=device)
     positions[..., 1] += torch.arange(rows, device=device)[:, None]

@@ -33,7 +33,7 @@ from flux.options import (
     FluxLearningOptions,
     FluxTextCachingOptions,
 )
-from flux.spec import LATENT, NOISE, dit_spec, size_shift, tokens_of
+from flux.spec import LATENT, NOISE, count_tokens, dit_spec, size_shift
 from modules.errors import CacheError, DatasetError, OptionError
 from modules.media.pixels import byte_clips
 from modules.options import NO_OPTIONS
@@ -160,7 +160,7 @@ class Flux(ImageModelFamily):
             names["implementation"] = "https://github.com/black-forest-labs/flux"
             names["model_type"] = "flux"
             names["task"] = kind
-        return self.metadata_of(names)
+        return self.add_file_names(names)
 
     # a ControlNet
 
@@ -398,12 +398,12 @@ class Flux(ImageModelFamily):
         if kind != configs.DEV:
             self._warn_of_unused_guidance(request.embedded_guidance)
             request = replace(request, embedded_guidance=None)
-        width, height, _ = requests.size_of(request, default)
+        width, height, _ = requests.get_size(request, default)
         size = (width, height, 1)
         requests.check_size(size, LATENT)
         flow_shift = request.flow_shift
         if flow_shift is None:
-            flow_shift = 1.0 if kind == configs.SCHNELL else size_shift(tokens_of(height, width))
+            flow_shift = 1.0 if kind == configs.SCHNELL else size_shift(count_tokens(height, width))
         negative = "" if self.negative_is_empty else None
         return requests.resolve_request(request, default, size, flow_shift, default_negative=negative)
 

@@ -91,8 +91,8 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[FluxConfig]:
 
 def _read_config(shapes: DitShapes) -> FluxConfig:
     """Return the dimensions of a transformer. Raises CheckpointError if they do not match each other."""
-    dim, token_dim = shapes.shape_of("img_in.weight")
-    (head_width,) = shapes.shape_of("double_blocks.0.img_attn.norm.query_norm.scale", axes=1)
+    dim, token_dim = shapes.get_shape("img_in.weight")
+    (head_width,) = shapes.get_shape("double_blocks.0.img_attn.norm.query_norm.scale", axes=1)
     if dim % head_width or head_width % HEAD_MULTIPLE or token_dim % PATCH**2:
         raise CheckpointError(
             f"{shapes.path}: width {dim}, heads of {head_width} and tokens of width {token_dim} do not "
@@ -101,25 +101,25 @@ def _read_config(shapes: DitShapes) -> FluxConfig:
         )
     sizes: dict[str, Any] = {
         "dim": dim,
-        "ffn_dim": shapes.shape_of("double_blocks.0.img_mlp.0.weight")[0],
+        "ffn_dim": shapes.get_shape("double_blocks.0.img_mlp.0.weight")[0],
         "num_heads": dim // head_width,
         "double_blocks": shapes.count_blocks("double_blocks"),
         "single_blocks": shapes.count_blocks("single_blocks"),
         "token_dim": token_dim,
-        "text_dim": shapes.shape_of("txt_in.weight")[1],
+        "text_dim": shapes.get_shape("txt_in.weight")[1],
     }
     if f"{APPROXIMATOR}.in_proj.weight" in shapes.shapes:  # Chroma
         sizes["approximator"] = _read_approximator(shapes)
     else:
-        sizes["pooled_dim"] = shapes.shape_of("vector_in.in_layer.weight")[1]
-        sizes["freq_dim"] = shapes.shape_of("time_in.in_layer.weight")[1]
+        sizes["pooled_dim"] = shapes.get_shape("vector_in.in_layer.weight")[1]
+        sizes["freq_dim"] = shapes.get_shape("time_in.in_layer.weight")[1]
         sizes["has_guidance"] = "guidance_in.in_layer.weight" in shapes.shapes
     return FluxConfig(**sizes)
 
 
 def _read_approximator(shapes: DitShapes) -> ApproximatorConfig:
     """Read the dimensions of the network that computes Chroma's modulation."""
-    width, in_dim = shapes.shape_of(f"{APPROXIMATOR}.in_proj.weight")
+    width, in_dim = shapes.get_shape(f"{APPROXIMATOR}.in_proj.weight")
     layers = count(shapes.shapes, rf"{APPROXIMATOR}\.layers\.\d+")
     if in_dim % 8:
         raise CheckpointError(

@@ -101,7 +101,7 @@ class FluxModel(BlockNetwork):
         velocity = final_layer(x[:, :L], vector)     # B L Z*4, returned as B Z 1 H W
     """
 
-    dtype_of = "img_in.bias"
+    compute_dtype_parameter = "img_in.bias"
 
     def __init__(self, config: FluxConfig, attention: AttentionChoice = SDPA) -> None:
         """Build the network of FLUX.1 or Chroma without weights."""
@@ -176,7 +176,9 @@ class FluxModel(BlockNetwork):
         latents = (noisy, *references)
         images = [run_in_weight_dtype(self.img_in, pack(image)).to(dtype) for image in latents]
         # rotary positions: the first axis numbers the image and its references
-        grids = [TokenGrid(grid_of(image), first_position=index) for index, image in enumerate(latents)]
+        grids = [
+            TokenGrid(get_token_grid(image), first_position=index) for index, image in enumerate(latents)
+        ]
         rotary = self._rotary.get_table(tuple(grids), noisy.device)
         # of the prompt and, if `overrides` have one, of the second text
         prompts = overrides.text_inputs(len(noisy), t5=t5, t5_mask=t5_mask, pooled=pooled)
@@ -278,7 +280,7 @@ class FluxModel(BlockNetwork):
             raise ValueError(f"a text mask of {tuple(mask.shape)} for text of {tuple(t5.shape[:2])}")
 
 
-def grid_of(latents: Tensor) -> tuple[int, int, int]:
+def get_token_grid(latents: Tensor) -> tuple[int, int, int]:
     """Return frames, rows and columns of the tokens of latents, B Z 1 H W."""
     return 1, latents.shape[-2] // PATCH, latents.shape[-1] // PATCH
 

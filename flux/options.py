@@ -10,11 +10,11 @@ from modules.errors import OptionError
 from modules.limits import MAX_BLOCKS
 from modules.option_values import Placeholder
 from modules.options import (
+    DECODING_SETTING,
     FREE,
     HABIT,
     IDENTITY,
     NO_PIXELS,
-    DECODING_SETTING,
     Options,
     not_needed,
     option,

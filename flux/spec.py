@@ -46,7 +46,7 @@ def dit_spec(kind: str) -> DitSpec:
 FEW, MANY = (256, 0.5), (4096, 1.15)
 
 
-def tokens_of(height: int, width: int) -> int:
+def count_tokens(height: int, width: int) -> int:
     """Return the number of tokens of an image whose size is given in pixels."""
     return count_image_tokens(LATENT.shape(1, height, width))
 

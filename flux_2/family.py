@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from encoders import pictures
 from flux_2.configs import DIT, LATENT, NOISE, count_latents
-from flux_2.files import Flux2Files, files_of
+from flux_2.files import Flux2Files, make_model_files
 from flux_2.names import LORA
 from flux_2.options import (
     NAME,
@@ -121,7 +121,7 @@ class Flux2(pictures.ImageModelFamily):
             "implementation": "https://github.com/black-forest-labs/flux2",
             "model_type": version.name,
         }
-        return self.metadata_of(names)
+        return self.add_file_names(names)
 
     # the network
 
@@ -136,7 +136,7 @@ class Flux2(pictures.ImageModelFamily):
         conditions: dict[str, Tensor | list[Tensor]] = {TEXT_STATES_KEY: batch.tensor(TEXT_STATES_KEY)}
         if config.has_guidance:
             conditions[pictures.GUIDANCE] = torch.full((len(latents),), self.trained_guidance)
-        return conditions | pictures.references_of(batch, LATENT.channels, 1, LATENT_CACHING_SCRIPT)
+        return conditions | pictures.get_references(batch, LATENT.channels, 1, LATENT_CACHING_SCRIPT)
 
     def predict(
         self,
@@ -221,12 +221,12 @@ def empirical_mu(tokens: int, steps: int) -> float:
     It is interpolated linearly between the values for 10 and for 200 steps. Source: the released code of
     FLUX.2.
     """
-    of_200 = 0.00016927 * tokens + 0.45666666
+    mu_at_200_steps = 0.00016927 * tokens + 0.45666666
     if tokens > 4300:
-        return of_200
-    of_10 = 8.73809524e-05 * tokens + 1.89833333
-    slope = (of_200 - of_10) / 190
-    return slope * steps + of_200 - 200 * slope
+        return mu_at_200_steps
+    mu_at_10_steps = 8.73809524e-05 * tokens + 1.89833333
+    slope = (mu_at_200_steps - mu_at_10_steps) / 190
+    return slope * steps + mu_at_200_steps - 200 * slope
 
 
 def family_for_latent_caching(options: Flux2LatentCachingOptions) -> Flux2:
@@ -242,7 +242,7 @@ def family_for_text_caching(options: Flux2TextCachingOptions) -> Flux2:
 def family_for_training(options: Flux2TrainingOptions) -> Flux2:
     """Build the model description for flux_2_train_network.py."""
     return Flux2(
-        files_of(options),
+        make_model_files(options),
         trained_guidance=options.embedded_guidance,
         resizes_references=not options.no_resize_control,
         options=options,
@@ -251,7 +251,7 @@ def family_for_training(options: Flux2TrainingOptions) -> Flux2:
 
 def family_for_generation(options: Flux2GenerationOptions) -> Flux2:
     """Build the model description for flux_2_generate_image.py."""
-    return Flux2(files_of(options), resizes_references=not options.no_resize_control)
+    return Flux2(make_model_files(options), resizes_references=not options.no_resize_control)
 
 
 _: type[Family] = Flux2

@@ -66,13 +66,13 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[Flux2Config]:
 
 def _read_config(shapes: DitShapes) -> Flux2Config:
     """Return the dimensions of a transformer. Raises CheckpointError if they do not match each other."""
-    dim, channels = shapes.shape_of("img_in.weight")
-    (head_dim,) = shapes.shape_of(QUERY_NORM, axes=1)
-    ffn_dim = shapes.shape_of("double_blocks.0.img_mlp.2.weight")[1]
+    dim, channels = shapes.get_shape("img_in.weight")
+    (head_dim,) = shapes.get_shape(QUERY_NORM, axes=1)
+    ffn_dim = shapes.get_shape("double_blocks.0.img_mlp.2.weight")[1]
     # rotary embedding: every axis rotates pairs of channels
     has_whole_heads = dim % head_dim == 0 and head_dim % (2 * AXES) == 0
     # the feed-forward is gated: its first layer computes the values and their gates
-    if not has_whole_heads or shapes.shape_of("double_blocks.0.img_mlp.0.weight")[0] != 2 * ffn_dim:
+    if not has_whole_heads or shapes.get_shape("double_blocks.0.img_mlp.0.weight")[0] != 2 * ffn_dim:
         raise CheckpointError(
             f"{shapes.path}: width {dim}, heads of {head_dim} and feed-forwards of {ffn_dim} do not "
             f"fit {MODEL_LABEL}. Copy the file again.",
@@ -85,8 +85,8 @@ def _read_config(shapes: DitShapes) -> Flux2Config:
         double_blocks=shapes.count_blocks("double_blocks"),
         single_blocks=shapes.count_blocks("single_blocks"),
         channels=channels,
-        text_dim=shapes.shape_of("txt_in.weight")[1],
-        freq_dim=shapes.shape_of("time_in.in_layer.weight")[1],
+        text_dim=shapes.get_shape("txt_in.weight")[1],
+        freq_dim=shapes.get_shape("time_in.in_layer.weight")[1],
         has_guidance="guidance_in.in_layer.weight" in shapes.shapes,
     )
 
@@ -164,7 +164,7 @@ class Flux2Files(LanguageModelFiles):
         read_once(self.vae_path, read_vae)
 
 
-def files_of(options: Flux2TrainingOptions | Flux2GenerationOptions) -> Flux2Files:
+def make_model_files(options: Flux2TrainingOptions | Flux2GenerationOptions) -> Flux2Files:
     """Return the model files that the options of a training run or generation specify."""
     files = Flux2Files(model_version=options.model_version).add_dit(options.dit, options.dit_dtype)
     return files.add_vae(options.vae.file).add_text(options.text)

@@ -194,7 +194,7 @@ class Flux2Model(BlockNetwork):
     """
 
     spec = DIT
-    dtype_of = "double_blocks.0.img_attn.norm.query_norm.scale"
+    compute_dtype_parameter = "double_blocks.0.img_attn.norm.query_norm.scale"
 
     def __init__(self, config: Flux2Config, attention: AttentionChoice = SDPA) -> None:
         """Build the network without weights; double blocks share a modulation, as do single blocks."""
@@ -261,7 +261,7 @@ class Flux2Model(BlockNetwork):
             dtype=dtype,
             attention=self.attention,
             rotary=rotary,
-            rotary_of_image=rotary[:num_image_tokens],
+            image_token_rotary=rotary[:num_image_tokens],
         )
 
     def _embed_image(self, latents: Tensor) -> Tensor:

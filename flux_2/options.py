@@ -5,7 +5,16 @@ from pathlib import Path
 from typing import Any
 
 from modules.option_values import Placeholder
-from modules.options import FREE, HABIT, IDENTITY, DECODING_SETTING, REFERENCES_ONLY, REQUEST_SETTING, Options, option
+from modules.options import (
+    DECODING_SETTING,
+    FREE,
+    HABIT,
+    IDENTITY,
+    REFERENCES_ONLY,
+    REQUEST_SETTING,
+    Options,
+    option,
+)
 from modules.speed_options import TextEncoderOptions, VaeOptions, dit_dtype_option
 
 NAME = "FLUX.2"

@@ -125,7 +125,7 @@ class Flux3(pictures.ImageModelFamily):
                     f"multiple of {TEXT_LENGTH_MULTIPLE}. The transformer was trained with texts padded "
                     f"to such a length. Cache again with {remedy}."
                 )
-        references = pictures.references_of(batch, LATENT.channels, 1, LATENT_CACHING_SCRIPT)
+        references = pictures.get_references(batch, LATENT.channels, 1, LATENT_CACHING_SCRIPT)
         return {TEXT_STATES_KEY: batch.tensors[TEXT_STATES_KEY], **references}
 
     def predict(
@@ -203,12 +203,12 @@ class Flux3(pictures.ImageModelFamily):
 
     def _measure_reference(self, images: Sequence[Path]) -> tuple[Size, Box | None]:
         """Return the first reference's size and its region on the canvas, or None if it fills the canvas."""
-        from flux_3.references import canvas_of, fit_one_of_several  # only with reference images
+        from flux_3.references import fit_image_canvas, fit_one_of_several  # only with reference images
 
         step = LATENT.pixel_step
         if len(images) > 1:
             return fit_one_of_several(images[0], step).bucket, None
-        canvas = canvas_of(images[0], step)
+        canvas = fit_image_canvas(images[0], step)
         fills_canvas = canvas.image == canvas.size
         return canvas.size, None if fills_canvas else Box(*canvas.corner, *canvas.image)
 

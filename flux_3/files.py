@@ -65,7 +65,7 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[Flux3Config]:
     shapes = DitShapes(checkpoint.path, joined_shapes(stored_shapes, DIALECTS[dialect][1]), NAME)
     config = _read_config(shapes)
     query = f"{JOINT_BLOCKS}.0.q_proj.weight"
-    shapes.shape_of(query)  # that it is there
+    shapes.get_shape(query)  # that it is there
     if dialect == "diffusers":
         query = "single_transformer_blocks.0.attn.to_q.weight"
     return DitHeader(config, dialect, names[query].dtype)
@@ -74,13 +74,13 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[Flux3Config]:
 def _read_config(shapes: DitShapes) -> Flux3Config:
     """Return the dimensions of a transformer. Raises CheckpointError if they do not match each other."""
     first = f"{JOINT_BLOCKS}.0"
-    dim, channels = shapes.shape_of("emb_in.image.weight")
-    (head_dim,) = shapes.shape_of(f"{first}.norm.query_norm.scale", axes=1)
-    ffn_dim = shapes.shape_of(f"{first}.mlp_out.weight")[1]
+    dim, channels = shapes.get_shape("emb_in.image.weight")
+    (head_dim,) = shapes.get_shape(f"{first}.norm.query_norm.scale", axes=1)
+    ffn_dim = shapes.get_shape(f"{first}.mlp_out.weight")[1]
     # rotary embedding: every axis rotates pairs of channels
     has_heads = dim % head_dim == 0 and head_dim % (2 * AXES) == 0
     # the feed-forward is gated: mlp_in computes the values and their gates
-    if not has_heads or shapes.shape_of(f"{first}.mlp_in.weight")[0] != 2 * ffn_dim:
+    if not has_heads or shapes.get_shape(f"{first}.mlp_in.weight")[0] != 2 * ffn_dim:
         raise CheckpointError(
             f"{shapes.path}: width {dim}, heads of {head_dim} and feed-forwards of {ffn_dim} do not fit "
             f"{MODEL_LABEL}. Copy the file again.",
@@ -93,8 +93,8 @@ def _read_config(shapes: DitShapes) -> Flux3Config:
         mode_blocks=_count_modality_blocks(shapes),
         joint_blocks=shapes.count_blocks(JOINT_BLOCKS),
         channels=channels,
-        text_dim=shapes.shape_of("txt_in.weight")[1],
-        freq_dim=shapes.shape_of("time_in.in_layer.weight")[1],
+        text_dim=shapes.get_shape("txt_in.weight")[1],
+        freq_dim=shapes.get_shape("time_in.in_layer.weight")[1],
         is_flow_map="ref_time_in.in_layer.weight" in shapes.shapes,
     )
 

@@ -98,12 +98,12 @@ class Flux3Tokens:
 
         `kept` are the ascending indices of the remaining tokens, B K; `num_left_out` tokens are dropped.
         """
-        of_image, *others = self.counts
+        num_image_tokens, *others = self.counts
         lengths = None if self.lengths is None else self.lengths.shorten(num_left_out)
         return replace(
             self,
             rotary=select_rotations(self.rotary, kept, num_left_out),
-            counts=(of_image - num_left_out, *others),
+            counts=(num_image_tokens - num_left_out, *others),
             lengths=lengths,
         )
 
@@ -327,7 +327,7 @@ class Flux3Model(BlockNetwork):
     """
 
     spec = DIT
-    dtype_of = "single_blocks.0.norm.query_norm.scale"
+    compute_dtype_parameter = "single_blocks.0.norm.query_norm.scale"
 
     def __init__(self, config: Flux3Config, attention: AttentionChoice = SDPA) -> None:
         """Build the network without weights; each modality (image, references, text) has its own blocks."""

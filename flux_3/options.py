@@ -7,7 +7,7 @@ from typing import Any
 from flux_2.options import Flux2VaeOptions
 from modules.errors import OptionError
 from modules.option_values import Placeholder
-from modules.options import FREE, DECODING_SETTING, Options, not_needed, option
+from modules.options import DECODING_SETTING, FREE, Options, not_needed, option
 from modules.speed_options import TextEncoderOptions, dit_dtype_option, fp8_text_option
 
 NAME = "FLUX 3"

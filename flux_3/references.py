@@ -52,7 +52,7 @@ def _round_side(side: int, step: int) -> int:
     return min(MAX_SIDE, max(MIN_SIDE, round_up(side, step)))
 
 
-def canvas_of(path: Path, step: int) -> Canvas:
+def fit_image_canvas(path: Path, step: int) -> Canvas:
     """Return the canvas on which an image is centered, with edges in multiples of `step`.
 
     Raises MediaError if the image cannot be read.

@@ -84,9 +84,9 @@ def _check_indices(batch: Batch, tensors: Mapping[str, Tensor], latents: str, in
     target = tensors["latents"]
     stored = tensors[indices]
     _, _, frames, *area = tensors[latents].shape
-    has_index_of_each_frame = stored.shape == (len(target), frames)
-    has_size_of_target = area == list(target.shape[3:])
-    if stored.dtype.is_floating_point or not has_index_of_each_frame or not has_size_of_target:
+    has_all_frame_indices = stored.shape == (len(target), frames)
+    has_target_size = area == list(target.shape[3:])
+    if stored.dtype.is_floating_point or not has_all_frame_indices or not has_target_size:
         raise CacheError(
             f"{batch.keys[0]}: {indices} of shape {_format_shape(stored)} ({stored.dtype}) and {latents} "
             f"of {_format_shape(tensors[latents])} do not fit latents of {_format_shape(target)}. Cache "
@@ -94,7 +94,7 @@ def _check_indices(batch: Batch, tensors: Mapping[str, Tensor], latents: str, in
         )
 
 
-def warn_of_other_section_order(batch: Batch, is_f1: bool, one_frame: bool) -> None:
+def warn_about_section_order(batch: Batch, is_f1: bool, one_frame: bool) -> None:
     """Warn once if caches were made for the other section order than the samples use (with or without --f1).
 
     Both orders have the same cache keys. F1 generates sections forward in time, so the clean neighboring

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from checkpoints.opening import fingerprint
 from encoders.files import OneTransformer
 from frame_pack import caching
-from frame_pack.batches import HISTORY, TEXT_KEYS, read_conditions, warn_of_other_section_order
+from frame_pack.batches import HISTORY, TEXT_KEYS, read_conditions, warn_about_section_order
 from frame_pack.configs import DIT, FRAMEPACK, FRAMEPACK_F1
 from frame_pack.files import FramePackFiles
 from frame_pack.generating import decode_video, one_frame_section, video_sections
@@ -28,7 +28,7 @@ from frame_pack.options import (
     FramePackTextCachingOptions,
     FramePackTrainingOptions,
 )
-from frame_pack.requests import FramePackRequest, prepare_request, warn_of_unused_paddings
+from frame_pack.requests import FramePackRequest, prepare_request, warn_about_unused_paddings
 from frame_pack.sections import (
     ANTI_DRIFTING,
     F1,
@@ -140,7 +140,7 @@ class FramePack(OneTransformer):
             "model_type": "framepack",
             "trained_for": "single pictures" if is_one_frame else f"videos of FramePack{version}",
         }
-        return self.metadata_of(names)
+        return self.add_file_names(names)
 
     # encoding
 
@@ -203,7 +203,7 @@ class FramePack(OneTransformer):
         """Return a batch's conditions: all cached tensors except the target, and guidance (B)."""
         guidance = torch.full((len(latents),), GUIDANCE_UNIT * self.trained_guidance, device=latents.device)
         conditions = read_conditions(batch, self.files.dit_header().config, self.files.dit_path)
-        warn_of_other_section_order(batch, self.is_f1, self.one_frame is not None)
+        warn_about_section_order(batch, self.is_f1, self.one_frame is not None)
         return {**conditions, "guidance": guidance}
 
     def predict(
@@ -266,7 +266,7 @@ class FramePack(OneTransformer):
             matches_control_shape=self.matches_control_shape,
         )
         if not self.is_f1:  # F1 ignores paddings; the warning was logged once for the run
-            warn_of_unused_paddings(self.paddings, prepared.family_settings)
+            warn_about_unused_paddings(self.paddings, prepared.family_settings)
         return prepared
 
     def needs_media(self, prepared: Prepared) -> bool:

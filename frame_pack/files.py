@@ -112,7 +112,7 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[FramePackConfig]:
         )
     shapes = DitShapes(path, {name: info.shape for name, info in names.items()}, "FramePack")
     shared = hunyuan.read_dimensions(shapes, DIT, CONFIG_TENSORS)
-    image_hidden_dim, image_dim = shapes.shape_of("image_projection.up.weight")
+    image_hidden_dim, image_dim = shapes.get_shape("image_projection.up.weight")
     config = FramePackConfig(**shared, image_dim=image_dim, image_hidden_dim=image_hidden_dim)
     return DitHeader(config, "official", names[FEED_FORWARD].dtype)
 

@@ -262,7 +262,7 @@ class FramePackModel(BlockNetwork):
     """
 
     spec = DIT
-    dtype_of = "transformer_blocks.0.attn.to_add_out.bias"
+    compute_dtype_parameter = "transformer_blocks.0.attn.to_add_out.bias"
 
     def __init__(self, config: FramePackConfig, attention: AttentionChoice = SDPA) -> None:
         """Build the network without weights; its modules are named as in the released files."""

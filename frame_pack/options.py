@@ -18,7 +18,15 @@ from hunyuan_model.options import (
 )
 from modules.errors import OptionError
 from modules.option_values import Placeholder
-from modules.options import FREE, HABIT, DECODING_SETTING, REQUEST_SETTING, Options, of_request, option
+from modules.options import (
+    DECODING_SETTING,
+    FREE,
+    HABIT,
+    REQUEST_SETTING,
+    Options,
+    make_request_facts,
+    option,
+)
 
 SEPARATOR = ";;;"
 _SECTION_RANGE = re.compile(r"(-?[0-9]+)(?:-([0-9]+))?")
@@ -98,7 +106,7 @@ class FramePackLatentCachingOptions(Options, title="FramePack"):
     )
 
     def __post_init__(self) -> None:
-        _warn_of_both(self.f1, self.one_frame)
+        _warn_if_f1_is_ignored(self.f1, self.one_frame)
 
 
 class FramePackTextCachingOptions(Options, title="FramePack"):
@@ -127,7 +135,7 @@ class FramePackTrainingOptions(Options, title="FramePack"):
     embedded_guidance: float = option(name="guidance_scale", facts=HABIT)
 
     def __post_init__(self) -> None:
-        _warn_of_both(self.f1, self.one_frame)
+        _warn_if_f1_is_ignored(self.f1, self.one_frame)
 
 
 class FramePackVideoOptions(Options, title="length and images of a video"):
@@ -136,27 +144,27 @@ class FramePackVideoOptions(Options, title="length and images of a video"):
     image_path: str | None = option(
         "start image, or one for each section, as with --prompt: '0:first.png;;;1-2:then.png;;;-1:last.png'",
         often=True,
-        facts=of_request("image_path"),
+        facts=make_request_facts("image_path"),
     )
     video_seconds: float = option(
         "length of the video, rounded to whole sections; default 5",
         default=DEFAULT_SECONDS,
         often=True,
-        facts=of_request("video_seconds"),
+        facts=make_request_facts("video_seconds"),
     )
     video_sections: int | None = option(
-        "number of sections, in place of --video_seconds", facts=of_request("video_sections")
+        "number of sections, in place of --video_seconds", facts=make_request_facts("video_sections")
     )
     one_frame_inference: str | None = option(
         "generate an image, not a video: default, or with commas no_2x, no_4x, no_post, target_index=N, "
         "control_index=N+N",
         flags=("--one_frame_inference", "--one_frame"),
         metavar="default|target_index=N,control_index=N+N",
-        facts=of_request("one_frame"),
+        facts=make_request_facts("one_frame"),
     )
     control_image_mask_path: tuple[str, ...] | None = option(
         "a mask for each control image: white parts are used; default: its alpha channel",
-        facts=of_request("control_image_mask_path"),
+        facts=make_request_facts("control_image_mask_path"),
     )
 
     def __post_init__(self) -> None:
@@ -183,7 +191,9 @@ class FramePackGenerationOptions(Options, title="FramePack"):
         f"latent frames of a section; default {WINDOW}", facts=REQUEST_SETTING, **_WINDOW
     )
     bulk_decode: bool = option(_BULK, facts=DECODING_SETTING)
-    f1: bool = option("generate the video as FramePack-F1 does, in playing order", facts=REQUEST_SETTING, flags=F1)
+    f1: bool = option(
+        "generate the video as FramePack-F1 does, in playing order", facts=REQUEST_SETTING, flags=F1
+    )
     video: FramePackVideoOptions
     one_frame_auto_resize: bool = option(
         "with --one_frame_inference: the pixel count of --video_size in the aspect ratio of the first "
@@ -285,7 +295,7 @@ def _join_one_frame_settings(settings: str, cached_with: Mapping[str, Any]) -> s
     return ",".join([*filter(None, [settings]), *without]) or "default"
 
 
-def _warn_of_both(f1: bool, one_frame: bool) -> None:
+def _warn_if_f1_is_ignored(f1: bool, one_frame: bool) -> None:
     if f1 and one_frame:
         logger.warning(
             "--f1 is ignored because --one_frame is given: FramePack generates single images, F1 does not"

@@ -74,7 +74,7 @@ def prepare_request(
     is_one_frame = one_frame is not None
     request = _drop_unusable_media(request, is_f1, is_one_frame)
     sections = _count_sections(request, defaults, window, is_one_frame)
-    width, height, _ = requests.size_of(request, defaults)
+    width, height, _ = requests.get_size(request, defaults)
     frames = 1 if is_one_frame else video_frames(sections, window)
     # one section is denoised at a time, so the length of the whole video is not limited
     requests.check_size((width, height, min(frames, video_frames(1, window))), latent)
@@ -151,7 +151,7 @@ def _match_control_shape(settings: FramePackRequest, width: int, height: int, st
     return select_bucket(image_size(first_image), buckets, width * height, step, no_upscale=False)
 
 
-def warn_of_unused_paddings(paddings: Sequence[int], settings: FramePackRequest) -> None:
+def warn_about_unused_paddings(paddings: Sequence[int], settings: FramePackRequest) -> None:
     """Warn if --latent_paddings has values that no section uses."""
     typed = ",".join(map(str, paddings))
     sections = len(settings.images)
@@ -214,10 +214,10 @@ def _count_sections(
                 "--video_sections."
             )
         return sections
-    return _count_sections_of_frames(request.frames or defaults.frames, window)
+    return _count_whole_sections(request.frames or defaults.frames, window)
 
 
-def _count_sections_of_frames(frames: int, window: int) -> int:
+def _count_whole_sections(frames: int, window: int) -> int:
     """Return the number of whole sections in --video_length; warn if frames are left over.
 
     Raises OptionError if the frames do not fill one section.

@@ -26,9 +26,9 @@ from generation.grid_options import CompareOptions
 from generation.loaded_networks import select_prompts
 from generation.memory import resolve_options
 from generation.options import GenerationOptions
-from generation.outputs import LATENT_SUFFIX, PREVIEW_SUFFIX, reserve_stem, words_of
+from generation.outputs import LATENT_SUFFIX, PREVIEW_SUFFIX, make_prompt_slug, reserve_stem
 from generation.progress import NAMING, shorten_prompt
-from generation.prompt_lines import lines_of
+from generation.prompt_lines import read_prompt_lines
 from generation.request import GenerationJob, GenerationRun, make_job, map_lines
 from generation.run import check_models, explain_lack, make_session
 from generation.sheets import ClipGrid, Row, write_grids
@@ -41,7 +41,7 @@ from modules.media.layers import COMPOSITE
 from modules.media.reading import read_tags
 from networks.apply import OriginalWeights
 from networks.loading import WeightedLora, select_network_part
-from networks.text_loras import TextLoras, with_words_of
+from networks.text_loras import TextLoras, add_lora_words
 from networks.unmerged_loras import split_masked
 from protocols.family import Family
 from protocols.rules import Expert
@@ -106,7 +106,7 @@ def compare(family: Family, options: GenerationOptions, comparison: CompareOptio
     options = _resolve_options(family, options, device)
     loras = network_setup.expert_loras(family, options, with_texts=True)
     # add prompt words from LoRA files and from --textual_inversion_embeddings
-    family = with_words_of(family, loras)
+    family = add_lora_words(family, loras)
     family = with_embeddings(family, options.textual_inversion_embeddings or ())
     variants = make_variants(family.experts, loras, comparison.lora_multiplier)
     run = _make_run(family, options, device)
@@ -169,11 +169,11 @@ def _resolve_options(family: Family, options: GenerationOptions, device: torch.d
 def _make_prompts(run: GenerationRun) -> list[GenerationJob]:
     """Make the generation job of each prompt line; raise UserError if a line is invalid."""
     options = run.options
-    lines = lines_of(options.from_file)
+    lines = read_prompt_lines(options.from_file)
     failures = Failures(strict=options.from_file is None)
     jobs = list(map_lines(run, lines, failures, make_job).values())
     failures.raise_if_any(len(lines))
-    making.warn_of_unused_sources(options.request.source, options.typed_options, jobs)
+    making.warn_about_unused_sources(options.request.source, options.typed_options, jobs)
     return jobs
 
 
@@ -276,7 +276,7 @@ def _hash_files(experts: Sequence[Expert], column: network_setup.LorasByExpert) 
     hashes: dict[str, str] = {}
     for expert, expert_uses in zip(experts, column, strict=True):
         if expert_uses:
-            name = lora_name(network_setup.key_of(expert))
+            name = lora_name(network_setup.get_lora_key(expert))
             hashes[f"{name}_sha256_0"] = _hash(expert_uses[0].lora.path)
     return hashes
 
@@ -298,12 +298,12 @@ def make_cell(run: GenerationRun, variant: Variant, job: GenerationJob, line: in
         line: Number of the prompt line.
     """
     loras = {
-        network_setup.key_of(expert): [(use.lora.path.name, use.multiplier) for use in uses]
+        network_setup.get_lora_key(expert): [(use.lora.path.name, use.multiplier) for use in uses]
         for expert, uses in zip(run.family.experts, variant.uses, strict=True)
     }
     metadata = dict(run.metadata(job.prepared, loras) or {})
     metadata |= {f"bt_{name}": sha256 for name, sha256 in variant.sha256.items()}
-    column = words_of(variant.label.replace(".", "_")) or "lora"
+    column = make_prompt_slug(variant.label.replace(".", "_")) or "lora"
     # a hash, because shortened labels may be equal and a LoRA file may have been replaced
     content = f"{variant.label} {' '.join(variant.sha256.values())}"
     digest = hashlib.sha256(content.encode()).hexdigest()[:6]
@@ -410,7 +410,7 @@ def _load_switched_networks(
     run: GenerationRun, columns: Sequence[tuple[Variant, Sequence[making.EncodedJob]]]
 ) -> making.JobsWithNetworks:
     """Load the network once, and change its LoRAs for each column; yield the column's clips and network."""
-    dit_uses = [select_network_part(variant.uses[0], of_text_encoders=False) for variant, _ in columns]
+    dit_uses = [select_network_part(variant.uses[0], selects_text_encoders=False) for variant, _ in columns]
     all_uses = [use for uses in dit_uses for use in uses]
     originals = OriginalWeights(all_uses, rounding=run.options.lora_rounding)
     all_ready = [cell for _, encoded_jobs in columns for cell in encoded_jobs]
@@ -532,7 +532,7 @@ def _command(experts: Sequence[Expert], variant: Variant) -> str:
     """Return the options that select this column's LoRAs in a generation script, as a command line."""
     words: list[str] = []
     for expert, uses in zip(experts, variant.uses, strict=True):
-        weight = network_setup.LORA_OPTIONS[network_setup.key_of(expert)]
+        weight = network_setup.LORA_OPTIONS[network_setup.get_lora_key(expert)]
         multiplier = weight.replace("weight", "multiplier")
         for use in uses:
             words += [weight, str(use.lora.path), multiplier, f"{use.multiplier:g}"]

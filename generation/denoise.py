@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from blissful_tuner.guidance import make_guidance
 from blissful_tuner.guidance_formulas import run_passes
 from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions
-from modules.devices import compute_dtype_of, send, send_ahead
+from modules.devices import get_compute_dtype, send, send_ahead
 from modules.flow.schedule import TRAIN_TIMESTEPS, Schedule, noisy_source
 from modules.flow.solvers import Solver, solver_for
 from modules.seeds import derive_seed
@@ -340,7 +340,7 @@ def make_latents(
     )
     has_source = SOURCE in inputs.get(0, {})
     if has_source or prepared.slow_frames is not None or prepared.audio_video_shapes is not None:
-        sections = sections_of(family, prepared, prompts=prompts, inputs=inputs, noise=noise)
+        sections = iterate_sections(family, prepared, prompts=prompts, inputs=inputs, noise=noise)
     else:
         sections = family.sections(prepared, prompts, inputs, noise)
     latents = denoiser.denoise_sections(sections, device, on_section)
@@ -434,7 +434,7 @@ class _SectionDenoiser:
         )
 
 
-def sections_of(
+def iterate_sections(
     family: Family,
     prepared: Prepared,
     prompts: Mapping[int, steps.EncodedPrompts],
@@ -494,12 +494,12 @@ def _switch_on_stage_loras(
     dit: nn.Module, strengths: Sequence[float], device: torch.device
 ) -> Iterator[None]:
     """Enable the LoRAs of a request's stage inside the `with` block; a strength of 0 leaves a LoRA off."""
-    from networks.gated_loras import stage_loras_of  # only with LoRAs of stages
+    from networks.gated_loras import get_stage_loras  # only with LoRAs of stages
 
     with ExitStack() as stack:
-        for loras, strength in zip(stage_loras_of(dit), strengths, strict=True):
+        for loras, strength in zip(get_stage_loras(dit), strengths, strict=True):
             if strength:
-                stack.enter_context(loras.switched_on(device, compute_dtype_of(dit), strength))
+                stack.enter_context(loras.switched_on(device, get_compute_dtype(dit), strength))
         yield
 
 

@@ -42,15 +42,15 @@ def with_embeddings(family: Family, paths: Sequence[Path]) -> Family:
     return with_words(family, {path: {path.stem: read_embedding(path, OPTION)} for path in paths}, OPTION)
 
 
-def warn_of_embeddings(family: Family, request: Request) -> None:
+def warn_about_embeddings(family: Family, request: Request) -> None:
     """Warn of embedding names in a request's prompts that no loaded file contains."""
     text = " ".join(filter(None, (request.prompt, request.negative_prompt)))
     if find_embeddings(text):
         remedy = f"{OPTION} FILE loads one, or --lora_weight a LoRA that contains it"
-        warn_of_unknown(text, cast(TakesWords, family).word_names, remedy)
+        warn_about_unknown_words(text, cast(TakesWords, family).word_names, remedy)
 
 
-def warn_of_unknown(text: str, known: Collection[str], remedy: str) -> None:
+def warn_about_unknown_words(text: str, known: Collection[str], remedy: str) -> None:
     """Warn about names that a prompt marks as embeddings and that are not loaded.
 
     Args:

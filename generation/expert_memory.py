@@ -9,13 +9,13 @@ from math import prod
 
 from torch import nn
 
-from checkpoints.stored.forms import quantized_weight_of
+from checkpoints.stored.forms import get_quantized_weight
 from generation.experts import list_expert_order
 from generation.grid_options import list_cells
 from generation.loaded_networks import needs_media
 from generation.network_setup import expert_loras
 from generation.options import GenerationOptions
-from generation.prompt_lines import lines_of, parse_generation_line
+from generation.prompt_lines import parse_generation_line, read_prompt_lines
 from generation.request import prepare_line
 from modules.console import quiet
 from modules.devices import format_gib
@@ -170,7 +170,7 @@ def all_requests(family: Family, options: GenerationOptions) -> list[Prepared]:
     """
     requests: list[Prepared] = []
     errors: list[UserError] = []
-    for line in lines_of(options.from_file).values():
+    for line in read_prompt_lines(options.from_file).values():
         try:
             with quiet():
                 line_values = parse_generation_line(line, options.line_options) if line else {}
@@ -220,10 +220,10 @@ def load_dit_with_unmerged_loras(
     """
     dit = family.load_dit(placement)
     lora_files = options.lora.lora_weight
-    is_stored = any(map(quantized_weight_of, dit.modules()))
+    is_stored = any(map(get_quantized_weight, dit.modules()))
     if lora_files is None or not (is_stored or has_rule(lora_files)):
         return dit, {}
-    first_loras = select_network_part(expert_loras(family, options)[0], of_text_encoders=False)
+    first_loras = select_network_part(expert_loras(family, options)[0], selects_text_encoders=False)
     # T-LoRAs mask ranks by timestep, so they always stay separate
     plain_loras, t_loras = split_masked(first_loras)
     changes: dict[str, list[Change]] = {}

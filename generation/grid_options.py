@@ -210,7 +210,7 @@ def expand_patterns(patterns: tuple[Path, ...], flag: str = "--lora") -> tuple[P
     return tuple(paths)
 
 
-def family_of(path: Path, families: Mapping[str, Sequence[str]]) -> str:
+def read_lora_family(path: Path, families: Mapping[str, Sequence[str]]) -> str:
     """Return the model family that is named in a LoRA file's metadata.
 
     Args:

@@ -16,7 +16,7 @@ DEFAULT_NAMES = (
 )  # fmt: skip
 
 
-def key_of(word: str, keys: Collection[str]) -> str | None:
+def find_option_key(word: str, keys: Collection[str]) -> str | None:
     """Return the key of the option with a long name, in any spelling; None if there is no such option.
 
     Args:

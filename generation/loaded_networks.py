@@ -92,8 +92,8 @@ class Session:
             if self.blocks is not None:
                 _divide_encoders(self._text_encoders, self.blocks)
             if self.text_loras is not None:
-                self.text_loras.warn_of_unused(self._text_encoders)
-        new_prompts = [text for text in texts_of(prompts) if text not in self._encoded]
+                self.text_loras.warn_about_unused_changes(self._text_encoders)
+        new_prompts = [text for text in list_prompts(prompts) if text not in self._encoded]
         outputs: dict[Prompt, dict[str, Tensor | list[Tensor]]] = {}
         for encoder in self._text_encoders if new_prompts else ():
             for text, conditions in self._encode_with(encoder, new_prompts).items():
@@ -124,7 +124,7 @@ class Session:
 
     def count_new(self, prompts: Iterable[Mapping[int, Prompts]]) -> int:
         """Return how many of the prompts still have to be encoded."""
-        return sum(text not in self._encoded for text in texts_of(prompts))
+        return sum(text not in self._encoded for text in list_prompts(prompts))
 
     def encode_with_loras(
         self, loras: "TextLoras", prompts: Sequence[Mapping[int, Prompts]]
@@ -210,7 +210,7 @@ def select_prompts(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE
     }
 
 
-def texts_of(prompts: Iterable[Mapping[int, Prompts]]) -> list[Prompt]:
+def list_prompts(prompts: Iterable[Mapping[int, Prompts]]) -> list[Prompt]:
     """Return the distinct prompts of several requests; each request maps section indices to prompts."""
     texts: dict[Prompt, None] = {}
     for by_section in prompts:
@@ -231,15 +231,15 @@ def gather_encoded(
         encoded: Conditions of each prompt.
     """
     # a prompt that is not needed, such as the negative one without guidance, is None
-    conditions_of: dict[Prompt | None, Conditions | None] = {None: None}
+    conditions_by_prompt: dict[Prompt | None, Conditions | None] = {None: None}
     for text, conditions in encoded.items():
-        conditions_of[text] = conditions
+        conditions_by_prompt[text] = conditions
     return {
         section: EncodedPrompts(
             encoded[texts.positive],
-            negative=conditions_of[texts.negative],
-            blank=conditions_of[texts.blank],
-            nag=conditions_of[texts.nag],
+            negative=conditions_by_prompt[texts.negative],
+            blank=conditions_by_prompt[texts.blank],
+            nag=conditions_by_prompt[texts.nag],
         )
         for section, texts in prompts.items()
     }

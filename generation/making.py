@@ -60,7 +60,7 @@ NOT_FINITE = (
 )
 
 
-def warn_of_unused_sources(
+def warn_about_unused_sources(
     options: SourceOptions, typed: Collection[str], jobs: Sequence[GenerationJob]
 ) -> None:
     """Warn about video-to-video options on the command line that no job uses.
@@ -92,7 +92,7 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
     if has_media:
         run.family.check_files(media=True)  # a missing file is reported before gigabytes are loaded
     if options.speed.attention.split_attn or run.processes > 1:
-        _warn_of_passes(run, jobs)
+        _warn_of_unbatched_passes(run, jobs)
     start = time.monotonic()
     if run.rewriter is not None:  # its chat model is freed before other networks are loaded
         jobs = _rewrite_prompts(run, run.rewriter, jobs)
@@ -118,7 +118,7 @@ def _prepare_output(run: GenerationRun, jobs: Sequence[GenerationJob]) -> None:
     if writes_files:
         make_folder(output.save_path, "--save_path")
     if not options.interactive or options.sheet.sheet is not None:
-        warn_of_unused_sources(options.request.source, options.typed_options, jobs)
+        warn_about_unused_sources(options.request.source, options.typed_options, jobs)
     if writes_files and not options.interactive:
         show_start(
             run.family,
@@ -178,7 +178,7 @@ def _compare_memory(run: GenerationRun, predicted: Peaks) -> None:
     logger.info(comparison(predicted_bytes, torch.cuda.max_memory_allocated(run.session.device)))
 
 
-def _warn_of_passes(run: GenerationRun, jobs: Sequence[GenerationJob]) -> None:
+def _warn_of_unbatched_passes(run: GenerationRun, jobs: Sequence[GenerationJob]) -> None:
     """Warn if guidance passes cannot be batched or shared between processes as requested."""
     options = run.options
     # --split_attn processes one sample at a time, which also splits the guidance passes

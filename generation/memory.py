@@ -11,7 +11,7 @@ from blissful_tuner.guidance import make_guidance, plan_steps
 from blissful_tuner.step_cache import StepCaches
 from blissful_tuner.taehv import check_taehv, decoding_bytes
 from checkpoints.stored.forms import rehearsed
-from generation.denoise import SeededNoise, on_device, predictor, sections_of
+from generation.denoise import SeededNoise, iterate_sections, on_device, predictor
 from generation.expert_memory import (
     SINGLE_EXPERT,
     ExpertSchedule,
@@ -24,20 +24,20 @@ from generation.loaded_networks import (
     NO_ENCODERS,
     encode_inputs,
     gather_encoded,
+    list_prompts,
     needs_media,
     select_prompts,
-    texts_of,
 )
 from generation.options import GenerationOptions
 from generation.request import Peaks
 from generation.script_options import UNDECODED
 from modules.console import quiet
-from modules.devices import compute_dtype_of, format_gib
+from modules.devices import format_gib, get_compute_dtype
 from modules.errors import MemoryPlanError, OptionError
 from modules.options import override_options
 from modules.private_torch import FakeTensor
 from networks.apply import Change
-from networks.gated_loras import add_stage_loras, stage_loras_of
+from networks.gated_loras import add_stage_loras, get_stage_loras
 from networks.unmerged_loras import add_unmerged
 from protocols.data import Conditions
 from protocols.family import Family, TextEncoder, can_divide, can_see, is_layered, trains_audio
@@ -48,7 +48,7 @@ from protocols.steps import DitAt, EncodedPrompts, Section, Step
 from runtime.planning import dry_run as dry
 from runtime.planning import memory_plan
 from runtime.planning.device_memory import DeviceMemory, free_host_memory
-from runtime.run_blocks import spec_of
+from runtime.run_blocks import get_spec
 
 META = torch.device("meta")
 MAX_TIMESTEP = 1000.0
@@ -78,7 +78,7 @@ class PhasePrediction:
     def phase(self, count: int) -> memory_plan.Phase:
         """Return what uses the memory at the peak of denoising if `count` blocks are swapped."""
         swap = self.swaps[count]
-        peak_name, bytes_by_kind = dry.peak_of_phases(self.peaks_by_phase)
+        peak_name, bytes_by_kind = dry.find_peak_phase(self.peaks_by_phase)
         weights = bytes_by_kind[dry.WEIGHTS]
         work_between, work_name = max(self.work_between_steps, default=(0, ""))
         # between steps only the weights are in memory
@@ -86,7 +86,9 @@ class PhasePrediction:
             peak_name = work_name
             bytes_by_kind = {dry.WEIGHTS: weights, dry.TEMPORARY: work_between}
         note = self.weights + swap.describe(count, "of buffers")
-        parts = memory_plan.parts_of(bytes_by_kind, swap, {dry.WEIGHTS: note, dry.TEMPORARY: peak_name})
+        parts = memory_plan.list_memory_parts(
+            bytes_by_kind, swap, {dry.WEIGHTS: note, dry.TEMPORARY: peak_name}
+        )
         return memory_plan.Phase(
             "denoising", (*parts, *self.expert_schedule.list_idle_parts(weights, swap), self.cublas_workspace)
         )
@@ -203,7 +205,7 @@ def predict_text_encoding(
     prompts = select_prompts(prepared, options.guidance)
     phases: list[memory_plan.Phase] = []
     # encoder outputs by prompt
-    outputs: dict[Prompt, dict[str, Tensor | list[Tensor]]] = {text: {} for text in texts_of([prompts])}
+    outputs: dict[Prompt, dict[str, Tensor | list[Tensor]]] = {text: {} for text in list_prompts([prompts])}
     for encoder in family.text_encoders():
         encoder.load(META)
         if can_see(encoder) and any(text.images for text in outputs):
@@ -228,7 +230,7 @@ def _with_fewer_weights(
     processes = memory_plan.sharing_processes(options.speed)
     if processes > 1 and can_divide(encoder):
         network = encoder.network
-        (offloaded,) = memory_plan.predict_swaps(network, spec_of(network), options.speed.swap, processes)
+        (offloaded,) = memory_plan.predict_swaps(network, get_spec(network), options.speed.swap, processes)
         note = offloaded.describe(0, "").removeprefix("; ")  # "; " separates it from a note before it
         weights = replace(weights, device=weights.device - offloaded.saved_device_bytes, note=note)
     elif device_memory is not None and phase.device > device_memory.usable and is_layered(encoder):
@@ -270,7 +272,7 @@ def predict_denoising(
     placement = Placement(META, attention=sdpa, quantization=rehearsed(speed.fp8.quantization))
     dit, lora_changes = load_dit_with_unmerged_loras(family, options, placement)
     dit.eval().requires_grad_(False)
-    weights = memory_plan.dtypes_of(dit)
+    weights = memory_plan.format_dtype_sizes(dit)
     processes = memory_plan.sharing_processes(speed)
     swaps = memory_plan.predict_swaps(dit, family.dit, speed.swap, processes)
     blocks = family.dit.blocks(dit)
@@ -281,7 +283,7 @@ def predict_denoising(
         dry.track_blocks(blocks, ledger)
         _place_loras(dit, lora_changes, prepared, ledger)
         noise = SeededNoise(0, dry.ACCELERATOR)
-        sections = sections_of(family, prepared, prompts=encoded, inputs=inputs, noise=noise)
+        sections = iterate_sections(family, prepared, prompts=encoded, inputs=inputs, noise=noise)
         section = on_device(next(sections), dry.ACCELERATOR)
         heaviest = _HeaviestStep(family, options, prepared, dit=dit, ledger=ledger, section=section)
         if section.overrides.section_cache is not None:
@@ -354,12 +356,12 @@ def _place_loras(
     """Allocate the LoRAs of quantized layers and of the request's stages on the device, for a dry run."""
     if lora_changes:
         with ledger.allocating(dry.NETWORK):
-            add_unmerged(dit, lora_changes, dry.ACCELERATOR, compute_dtype_of(dit))
+            add_unmerged(dit, lora_changes, dry.ACCELERATOR, get_compute_dtype(dit))
     if prepared.stage_lora_strengths:
         with ledger.allocating(dry.ADAPTER):
-            for loras, strength in zip(stage_loras_of(dit), prepared.stage_lora_strengths, strict=True):
+            for loras, strength in zip(get_stage_loras(dit), prepared.stage_lora_strengths, strict=True):
                 if strength:
-                    loras.place_on(dry.ACCELERATOR, compute_dtype_of(dit))
+                    loras.place_on(dry.ACCELERATOR, get_compute_dtype(dit))
 
 
 def _cached_dit(family: Family, prepared: Prepared, dit: nn.Module) -> AbstractContextManager[DitAt]:
@@ -386,8 +388,8 @@ def _list_work_between_steps(
     for load, input_shape in prepared.stage_start_networks:
         network = load(META)
         with rehearsing(network) as ledger:
-            network(torch.empty(input_shape, dtype=compute_dtype_of(network), device=dry.ACCELERATOR))
-        _, bytes_by_kind = dry.peak_of_phases(ledger.peaks)
+            network(torch.empty(input_shape, dtype=get_compute_dtype(network), device=dry.ACCELERATOR))
+        _, bytes_by_kind = dry.find_peak_phase(ledger.peaks)
         work_between_steps.append((sum(bytes_by_kind.values()), type(network).__name__))
     return work_between_steps
 
@@ -436,7 +438,7 @@ def predict_decoding(
 
 def make_phase(name: str, ledger: dry.Ledger, cublas_workspace: memory_plan.MemoryPart) -> memory_plan.Phase:
     """Return a phase of the memory plan: the peak that `ledger` recorded, plus cuBLAS's workspace."""
-    _, bytes_by_kind = dry.peak_of_phases(ledger.peaks)
+    _, bytes_by_kind = dry.find_peak_phase(ledger.peaks)
     weights = bytes_by_kind.get(dry.WEIGHTS, 0)
     work = sum(bytes_by_kind.values()) - weights
     parts = (
@@ -472,19 +474,19 @@ def plan_generation(
         )
 
     def plan(blocks: int, remarks: Sequence[str]) -> memory_plan.MemoryPlan:
-        plan_of_blocks = prediction.plan(blocks)
+        swap_plan = prediction.plan(blocks)
         denoising = prediction.phase(blocks)
         expert_warnings = prediction.expert_schedule.describe_fit(
-            plan_of_blocks, denoising, device_memory, free_host_memory()
+            swap_plan, denoising, device_memory, free_host_memory()
         )
-        return replace(plan_of_blocks, remarks=(*remarks, *expert_warnings))
+        return replace(swap_plan, remarks=(*remarks, *expert_warnings))
 
     def advise(device_memory: DeviceMemory) -> list[str]:
         return suggest_options(
             family, options, prepared, prediction=prediction, device_memory=device_memory, device=device
         )
 
-    memory_plan.print_plan(prediction, options.speed.swap, device_memory, plan_of=plan, advice=advise)
+    memory_plan.print_plan(prediction, options.speed.swap, device_memory, make_plan=plan, advice=advise)
 
 
 def predict_largest_request(

@@ -138,7 +138,7 @@ def generate_together(generate: Generate, family: Family, options: GenerationOpt
     launched = launched_processes()
     runs_no_transformer = bool(options.latent_path or options.save_merged_model or speed.plan.is_planning)
     if not runs_no_transformer:
-        check_launch(speed, launched, _uses_of(family, options))
+        check_launch(speed, launched, _get_run_uses(family, options))
     if launched == 1:
         flags = " and ".join(speed.modes.flags)
         logger.warning("%s has no effect with one process, which does all the work. Use %s", flags, LAUNCH)
@@ -186,7 +186,7 @@ def read_together(ask: Callable[[], str]) -> Callable[[], str]:
     return read
 
 
-def _uses_of(family: Family, options: GenerationOptions) -> RunUses:
+def _get_run_uses(family: Family, options: GenerationOptions) -> RunUses:
     """Return the features of a run that exclude some ways of using several GPUs."""
     turns = {
         "--offload_inactive_dit": options.experts.offload_inactive_dit,
@@ -208,7 +208,7 @@ def check_together(family: Family, options: GenerationOptions) -> None:
     speed = options.speed
     flags = " and ".join(speed.modes.flags)
     count_shared_passes(speed, launched_processes())
-    uses = _uses_of(family, options)
+    uses = _get_run_uses(family, options)
     for check in speed.modes.hooks.check_uses:  # of each way in use to divide a run over processes
         check(uses)
     if options.sheet.sheet is not None:

@@ -17,7 +17,7 @@ from generation.experts import Check
 from generation.options import GenerationOptions
 from generation.script_options import as_typed
 from modules.attention.attend import check_backend
-from modules.devices import compute_dtype_of, separate_stream, warn_if_emulated
+from modules.devices import get_compute_dtype, separate_stream, warn_if_emulated
 from modules.errors import OptionError
 from modules.options import override_options
 from modules.speed_options import Quantization
@@ -30,7 +30,7 @@ from protocols.rules import Expert
 from runtime.network_setup import make_host_weights, set_up_network
 from runtime.offload.swap_plan import HostWeights
 from runtime.options import GenerationSpeedOptions
-from runtime.run_blocks import stage_files_of
+from runtime.run_blocks import get_stage_files
 from runtime.ways.composing import finish_network, make_block_sharder
 
 if TYPE_CHECKING:  # loaded only for LoRA files, and for networks that take turns
@@ -95,7 +95,7 @@ class DitLoader:
         blocks = make_block_sharder(speed, self.device) if speed.modes.hooks.make_block_sharder else None
         dit = self._load_with_loras(expert, host, blocks, check)
         dit.eval().requires_grad_(False)
-        if stage_files_of(dit):
+        if get_stage_files(dit):
             from networks.gated_loras import add_stage_loras  # only with LoRAs of stages
 
             add_stage_loras(dit, is_compiled=speed.compilation.choice is not None)
@@ -135,7 +135,7 @@ class DitLoader:
             check=check,
         )
         dit = self.family.load_dit(placement, expert)
-        warn_if_emulated(self.device, compute_dtype_of(dit), "the transformer")
+        warn_if_emulated(self.device, get_compute_dtype(dit), "the transformer")
         if patch is not None:
             patch.check()
         if lora_patch is not None and lora_patch.unmerged:  # those of quantized layers
@@ -150,21 +150,21 @@ class DitLoader:
         """Add LoRAs that cannot be merged into weights to the layers that they change."""
         from networks.unmerged_loras import add_unmerged  # only with LoRAs of quantized layers, and T-LoRAs
 
-        add_unmerged(dit, changes, self.device, compute_dtype_of(dit))
+        add_unmerged(dit, changes, self.device, get_compute_dtype(dit))
 
     def _separate_t_loras(self, expert: int) -> "tuple[list[WeightedLora], list[WeightedLora]]":
         """Return an expert's (LoRAs to merge into weights, T-LoRAs); T-LoRAs mask ranks by timestep."""
         if not self.loras_by_expert or not self.loras_by_expert[expert]:
             return [], []
         from networks.loading import select_network_part  # only with LoRAs
-        from networks.rank_masks import rank_rule_of
+        from networks.rank_masks import read_rank_rule
 
-        of_dit = select_network_part(self.loras_by_expert[expert], of_text_encoders=False)
-        if not any(rank_rule_of(use.lora.metadata) for use in of_dit):
-            return of_dit, []
+        dit_uses = select_network_part(self.loras_by_expert[expert], selects_text_encoders=False)
+        if not any(read_rank_rule(use.lora.metadata) for use in dit_uses):
+            return dit_uses, []
         from networks.unmerged_loras import split_masked  # only with T-LoRAs
 
-        return split_masked(of_dit)
+        return split_masked(dit_uses)
 
 
 def dit_loader(
@@ -208,7 +208,7 @@ def list_loras(options: GenerationOptions) -> dict[str, list[tuple[Path, float]]
     return {"": [*low], HIGH_NOISE: [*zip(files, high, strict=True)]}
 
 
-def key_of(expert: Expert) -> str:
+def get_lora_key(expert: Expert) -> str:
     """Return an expert's key in `LORA_OPTIONS`: its name, or "" for the low-noise or the only expert."""
     return expert.name if expert.name in LORA_OPTIONS else ""
 
@@ -237,7 +237,7 @@ def expert_loras(
     if not any(files_by_key.values()) and not has_patterns:
         return ((),) * len(family.experts)
     loras_by_key = _read_loras(files_by_key, patterns, with_texts)
-    expert_keys = [key_of(expert) for expert in family.experts]
+    expert_keys = [get_lora_key(expert) for expert in family.experts]
     is_for_missing_expert = any(loras for key, loras in loras_by_key.items() if key not in expert_keys)
     if len(expert_keys) > 1 or is_for_missing_expert:
         _check_experts(loras_by_key, expert_keys)
@@ -275,7 +275,7 @@ def _select_loras(
     expert: Expert, loras_by_key: "Mapping[str, Sequence[WeightedLora]]"
 ) -> "list[WeightedLora]":
     """Return an expert's LoRAs: its own files, and other files that contain a part for each expert."""
-    own_key = key_of(expert)
+    own_key = get_lora_key(expert)
     loras = [*loras_by_key[own_key]]
     own_paths = {lora_use.lora.path for lora_use in loras}
     other_loras = chain(*(others for key, others in loras_by_key.items() if key != own_key))

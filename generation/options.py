@@ -18,7 +18,7 @@ from blissful_tuner.options import (
 )
 from blissful_tuner.video_to_video_options import SCRIPT_DEPENDENT_OPTIONS
 from generation.grid_options import Axis, SheetOptions
-from generation.prompt_lines import LineOption, lines_of
+from generation.prompt_lines import LineOption, read_prompt_lines
 from generation.script_options import (
     LATENT_OUTPUTS,
     OPTIMIZED,
@@ -30,13 +30,13 @@ from generation.script_options import (
 from modules.command import name_as_typed
 from modules.errors import OptionError
 from modules.options import (
-    NO_PIXELS,
     DECODING_SETTING,
+    NO_PIXELS,
+    NOT_COMPARED,
     REFERENCES_ONLY,
     REQUEST_SETTING,
-    NOT_COMPARED,
     Options,
-    info_of,
+    get_option_info,
     list_given_with,
     not_needed,
     option,
@@ -166,7 +166,9 @@ class GenerationOptions(Options, title="run"):
         excludes=("from_file", "interactive"),
         hint="--latent_path only decodes",
     )
-    device: str | None = option("cuda, cuda:1, mps or cpu; default: the best available", facts=REQUEST_SETTING)
+    device: str | None = option(
+        "cuda, cuda:1, mps or cpu; default: the best available", facts=REQUEST_SETTING
+    )
     cpu_noise: bool = option("draw the noise on the CPU, so that it is the same on every machine")
     split_uncond: bool = option("run the guidance passes one after the other, which takes less memory")
     output: OutputOptions = option(facts=NO_PIXELS)
@@ -285,7 +287,7 @@ class GenerationOptions(Options, title="run"):
 
     def _check_one_result(self) -> None:
         """Raise OptionError if --save_path names a file but there can be several results."""
-        several_lines = self.from_file is not None and len(lines_of(self.from_file)) > 1
+        several_lines = self.from_file is not None and len(read_prompt_lines(self.from_file)) > 1
         conflicts = {
             f"--num_videos {self.num_videos}": self.num_videos > 1,
             "--interactive": self.interactive,
@@ -318,7 +320,7 @@ class GenerationOptions(Options, title="run"):
             raise OptionError("--sheet prompt: the prompts are those of the lines. Vary another option")
         _ = self.axes  # parsed only to raise its OptionError now
 
-    def warn_of_ignored(self) -> None:
+    def warn_about_ignored_options(self) -> None:
         """Warn about options that other options disable; not in a check, because records are rebuilt."""
         if self.request.prompt is not None and (self.from_file is not None or self.interactive):
             source = "--interactive" if self.interactive else "--from_file"
@@ -360,7 +362,7 @@ def read_generation(
 
     # parse the command line into the records of shared options and of the family's own
     parser, parsed = read_command_line(argv, build_parser)
-    info = info_of(GenerationOptions) | info_of(record)
+    info = get_option_info(GenerationOptions) | get_option_info(record)
     extras = {name: option_info["extra"] for name, option_info in info.items() if "extra" in option_info}
     values = script_values(parser, defaults) | vars(parsed) | {"extras": extras}
     args = fill_arguments(parser, argparse.Namespace(**values))
@@ -395,7 +397,7 @@ def request_extras(record: type[Any]) -> dict[str, str]:
     Args:
         record: Class of the family's own options.
     """
-    info = info_of(GenerationOptions) | info_of(record)
+    info = get_option_info(GenerationOptions) | get_option_info(record)
     return {name: option_info["extra"] for name, option_info in info.items() if "extra" in option_info}
 
 

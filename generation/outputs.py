@@ -21,7 +21,7 @@ from modules.atomic_write import atomic_folder, claim_name
 from modules.errors import OptionError
 from modules.media.colors import Frame
 from modules.media.encoding import resolve_codec
-from modules.media.pixels import frames_of
+from modules.media.pixels import iterate_frames
 from modules.media.tracks import Track, write_wav
 from modules.media.writing import write_png, write_video
 from protocols.data import AUDIO_LATENTS, LatentSpec
@@ -103,7 +103,7 @@ def output_stem(
         f"{when:%Y%m%d-%H%M%S}",
         str(seed),
         "" if origin is None else origin.stem,
-        words_of(prompt) if prompt else "",
+        make_prompt_slug(prompt) if prompt else "",
     ]
     return "_".join(part for part in name_parts if part)
 
@@ -120,7 +120,7 @@ def name_job(output: OutputOptions, when: datetime, seed: int, prompt: str) -> s
     return output_stem(when, seed, prompt=words, start=output.name_start)
 
 
-def words_of(prompt: str) -> str:
+def make_prompt_slug(prompt: str) -> str:
     """Return the first words of a prompt, joined by hyphens, for a file name."""
     words = "-".join(re.findall(r"[^\W_]+", unicodedata.normalize("NFC", prompt)))
     start = words[:NAMED_CHARACTERS].encode("utf-8")[:NAMED_BYTES].decode("utf-8", errors="ignore")
@@ -198,7 +198,7 @@ def save_pixels(
         latent: Latent space of the family, whose frames may be layers of an image that are written
             separately.
     """
-    frames: Iterator[Frame] = frames_of(chunks)
+    frames: Iterator[Frame] = iterate_frames(chunks)
     if latent is not None and latent.has_layers:
         return _save_layers(options, stem, frames, has_full=latent.has_full, metadata=metadata)
     if options.trim_tail_frames:

@@ -23,7 +23,7 @@ from generation.loaded_networks import CPU, Session
 from modules.console import Row, format_count, format_duration, format_size, show_box
 from modules.devices import format_peak_memory, is_out_of_memory
 from modules.errors import OutputError
-from modules.media.pixels import cross_fade, frames_of
+from modules.media.pixels import cross_fade, iterate_frames
 from modules.media.writing import encode_segment, join_segments
 from protocols.family import Family
 from protocols.requests import Prepared
@@ -322,7 +322,7 @@ class GrowingVideo:
         """Encode pixels as a video segment, add it to the growing preview, and return all segments."""
         if pixels is None or not pixels.shape[2]:
             return self._segments
-        segment = encode_segment(frames_of(pixels.split(4, dim=2)), self.fps)
+        segment = encode_segment(iterate_frames(pixels.split(4, dim=2)), self.fps)
         return [segment, *self._segments] if self._grows_in_front else [*self._segments, segment]
 
 

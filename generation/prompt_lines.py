@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from generation.line_options import key_of, known_names, suggest
+from generation.line_options import find_option_key, known_names, suggest
 from modules.control_codes import shorten
 from modules.errors import OptionError
 from modules.limits import MAX_LINE_OPTIONS, MAX_LINE_SHOWN
@@ -234,7 +234,7 @@ def find_option(word: str, options: Mapping[str, LineOption]) -> LineOption | No
     # do not guess another name for an option of other scripts' lines: seconds would be taken for frames
     if name not in by_name and any(name == option.key for option in ALL_LINE_OPTIONS.values()):
         return None
-    key = key_of(word, by_name)
+    key = find_option_key(word, by_name)
     return None if key is None else by_name[key]
 
 
@@ -304,22 +304,22 @@ def _cut_options(line: str) -> list[str]:
     """Split a prompt line into the prompt before the first ` --`, and each option with its value."""
     parts = []
     start = 0
-    position = line.find(" --", _end_of_object(line, 0) or 0)
+    position = line.find(" --", _find_object_end(line, 0) or 0)
     while position >= 0:
         parts.append(line[start:position])
         start = position + len(" --")
         value = _WORD.match(line, start)
-        position = line.find(" --", start if value is None else _end_of_value(line, value.end()) or start)
+        position = line.find(" --", start if value is None else _find_value_end(line, value.end()) or start)
     return [*parts, line[start:]]
 
 
-def _end_of_value(line: str, start: int) -> int | None:
+def _find_value_end(line: str, start: int) -> int | None:
     """Return the end index of the quoted text or JSON object at `start`; None if neither begins there."""
     quoted = _QUOTED.match(line, start)
-    return _end_of_object(line, start) if quoted is None else quoted.end()
+    return _find_object_end(line, start) if quoted is None else quoted.end()
 
 
-def _end_of_object(line: str, start: int) -> int | None:
+def _find_object_end(line: str, start: int) -> int | None:
     """Return the end index of the JSON object that starts at `start`; None if there is none.
 
     Dashes inside its strings do not begin options.
@@ -373,7 +373,7 @@ def parse_option_line(
     _check_count(len(split.options))
     displayed_line = f"{source_name} {shorten(line.strip(), MAX_LINE_SHOWN)!r}"
     if split.prompt.startswith("--"):
-        _warn_of_dashes(displayed_line, split.prompt)
+        _warn_of_leading_dashes(displayed_line, split.prompt)
     values: dict[str, Any] = {"prompt": split.prompt.strip()}
     spellings_by_key = _list_spellings(split.options, find)
     usable_names = functools.cache(functools.partial(_list_usable_names, options, find))
@@ -383,15 +383,15 @@ def parse_option_line(
         text = text.strip()
         option = find(name)
         if option is None:
-            is_of_other_script = find_option(name, ALL_LINE_OPTIONS) is not None
-            hint = unsupported_hint if is_of_other_script else suggest(name, options, usable_names())
+            is_other_script_option = find_option(name, ALL_LINE_OPTIONS) is not None
+            hint = unsupported_hint if is_other_script_option else suggest(name, options, usable_names())
             _warn_of_unknown_option(displayed_line, name_and_value, hint)
             continue
         if not read_path(text) and text not in option.unset_values:
             errors.append(f"--{name} has no value. Write it, or omit --{name}")
             continue
         if not option.repeats and option.key not in values:
-            _warn_of_repetition(displayed_line, spellings_by_key[option.key])
+            _warn_of_repeated_option(displayed_line, spellings_by_key[option.key])
         try:
             store_value(values, option, _read_value(option, text))
         except ValueError as error:
@@ -401,7 +401,7 @@ def parse_option_line(
     return values
 
 
-def _warn_of_dashes(displayed_line: str, prompt: str) -> None:
+def _warn_of_leading_dashes(displayed_line: str, prompt: str) -> None:
     first_word = prompt.removeprefix("--").partition(" ")[0]
     logger.warning(
         "%s begins with --%s, which is taken as its text. Write the prompt first, or as --%s TEXT",
@@ -422,7 +422,7 @@ def _list_usable_names(
     return known_names(options, [option.key for option in options.values()], find)
 
 
-def _warn_of_repetition(displayed_line: str, spellings: Sequence[str]) -> None:
+def _warn_of_repeated_option(displayed_line: str, spellings: Sequence[str]) -> None:
     if len(spellings) > 1:
         typed = " and --".join(dict.fromkeys(spellings))
         logger.warning("%s: --%s: given more than once, the last counts", displayed_line, typed)
@@ -477,7 +477,7 @@ def read_generation_lines(path: Path) -> list[tuple[int, str]]:
     return lines
 
 
-def lines_of(path: Path | None) -> dict[str, str | None]:
+def read_prompt_lines(path: Path | None) -> dict[str, str | None]:
     """Return the prompt lines of a --from_file file by label, such as "line 3"; without a file, one None."""
     if path is None:
         return {"the prompt": None}

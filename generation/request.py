@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, distributed
 
-from blissful_tuner.guidance import check_guidance, warn_of_low_scales
+from blissful_tuner.guidance import check_guidance, warn_about_low_scales
 from blissful_tuner.guidance_formulas import run_passes
 from blissful_tuner.metadata import output_metadata
 from blissful_tuner.options import PLAIN_PROMPTS, PromptOptions, SteadierOptions
@@ -26,7 +26,7 @@ from modules.command import drop_repeated_warnings, shorten_word
 from modules.devices import Failures
 from modules.errors import CheckpointError, OptionError
 from modules.option_values import SEED_BITS, to_path
-from modules.text_files import metadata_of_files, parse_json
+from modules.text_files import iterate_lora_metadata, parse_json
 from protocols.families import HIGH_NOISE
 from protocols.family import Family
 from protocols.inputs import SOURCES
@@ -58,7 +58,7 @@ def draw_seed() -> int:
     return agree(seed)
 
 
-def seed_of(text: str) -> int:
+def parse_seed(text: str) -> int:
     """Parse the value of --seed with `read_seed`.
 
     Raises:
@@ -96,7 +96,7 @@ def make_request(
         _check_line(options, line)
     seed = line.get("seed")
     if seed is None:
-        seed = draw_seed() if options.seed is None else seed_of(options.seed)
+        seed = draw_seed() if options.seed is None else parse_seed(options.seed)
     values: Mapping[str, Any] = {**vars(options), **line}  # the line takes precedence
     typed_texts: dict[str, str | None] = {name: values[name] for name in TEXTS}
     expanded = _expand(typed_texts, prompts, seed)
@@ -227,7 +227,7 @@ def find_edit_loras(paths: Iterable[Path]) -> Iterator[tuple[Path, str]]:
 
     Each path comes with the training option in parentheses, or "" if the metadata does not name it.
     """
-    for path, metadata in metadata_of_files(paths):
+    for path, metadata in iterate_lora_metadata(paths):
         if metadata.get("ss_edit") == "True":
             yield path, " (--edit)"
             continue
@@ -268,7 +268,7 @@ def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[
 
         prepared = replace(prepared, prompts=weigh_all(prepared.prompts))
     check_guidance(prepared, options.guidance)
-    warn_of_low_scales(prepared, options.guidance)
+    warn_about_low_scales(prepared, options.guidance)
     if request.step_cache is not None:
         from blissful_tuner.step_cache import check_step_cache  # only with a step cache
 
@@ -289,9 +289,9 @@ def _complete_request(family: Family, options: GenerationOptions, overrides: Map
 
         request = check_source(request, request.source, family.source, family.latent)
     if "embedding:" in f"{request.prompt} {request.negative_prompt}".lower():
-        from generation.embedding_marks import warn_of_embeddings  # only with such a mark
+        from generation.embedding_marks import warn_about_embeddings  # only with such a mark
 
-        warn_of_embeddings(family, request)
+        warn_about_embeddings(family, request)
     return request
 
 
@@ -452,7 +452,7 @@ def map_lines(
 
     Args:
         run: The run.
-        lines: Lines from `lines_of`.
+        lines: Lines from `read_prompt_lines`.
         failures: Collects the errors of single lines.
         make: Makes the result of a line.
 

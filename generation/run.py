@@ -24,8 +24,8 @@ from generation.network_setup import (
 )
 from generation.options import GenerationOptions
 from generation.outputs import FrameTools
-from generation.prompt_lines import find_option, lines_of
-from generation.request import GenerationRun, make_job, map_lines, seed_of
+from generation.prompt_lines import find_option, read_prompt_lines
+from generation.request import GenerationRun, make_job, map_lines, parse_seed
 from generation.script_options import LATENT_OUTPUTS, UNDECODED
 from modules.attention.attend import check_backend
 from modules.devices import Failures, allow_fp16_accumulation, freeze_libraries, select_device
@@ -121,9 +121,9 @@ def generate(family: Family, options: GenerationOptions, device: torch.device | 
 def _with_trained_words(family: Family, loras_by_expert: LorasByExpert, files: Sequence[Path]) -> Family:
     """Add the words that LoRA files and files of embeddings have trained to the family's text encoders."""
     if loras_by_expert:
-        from networks.text_loras import with_words_of  # only with words in LoRA files
+        from networks.text_loras import add_lora_words  # only with words in LoRA files
 
-        family = with_words_of(family, loras_by_expert)
+        family = add_lora_words(family, loras_by_expert)
     if files:
         from generation.embedding_marks import with_embeddings  # only with embeddings
 
@@ -315,7 +315,7 @@ def _make_text_loras(loras_by_expert: LorasByExpert, rounding: str) -> "TextLora
 
     first_loras = loras_by_expert[0]
     has_text_tensors = any(lora_use.lora.text_tensors for lora_use in first_loras)
-    if not has_text_tensors and not select_network_part(first_loras, of_text_encoders=True):
+    if not has_text_tensors and not select_network_part(first_loras, selects_text_encoders=True):
         return None
     from networks.text_loras import TextLoras  # only with LoRAs of text encoders
 
@@ -343,7 +343,7 @@ def _make_several(run: GenerationRun) -> None:
     """Generate the prompt --num_videos times; an error in one of the videos does not stop the others."""
     request = run.options.request
     count = run.options.num_videos
-    first_seed = None if request.seed is None else seed_of(request.seed)
+    first_seed = None if request.seed is None else parse_seed(request.seed)
     kind = "picture" if run.options.output.pictures else "video"
     jobs = []
     for index in range(count):
@@ -384,7 +384,7 @@ def make_lines(run: GenerationRun) -> None:
     """Generate all lines of --from_file, or their sheets, phase by phase: each network is loaded once."""
     path = run.options.from_file
     failures = Failures()
-    lines = lines_of(path)
+    lines = read_prompt_lines(path)
     count = len(lines)
     if run.options.sheet.sheet is not None:
         from generation.sheets import make_sheets  # only with --sheet

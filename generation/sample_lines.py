@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from generation import prompt_lines
-from generation.line_options import key_of
+from generation.line_options import find_option_key
 from modules.command import did_you_mean
 from modules.errors import OptionError
 from modules.option_values import parse_bounded_int
@@ -144,7 +144,7 @@ def find_sample_option(word: str) -> prompt_lines.LineOption | None:
     by_name |= {key: SAMPLE_OPTIONS[character] for key, character in _CHARACTERS.items()}
     by_name |= dict.fromkeys(("video_size", "image_size"), _SIZE_OPTION)
     by_name |= {"controlnet_image": SAMPLE_OPTIONS["cn"]}  # of other image trainers
-    key = key_of(word, by_name)
+    key = find_option_key(word, by_name)
     return None if key is None else by_name[key]
 
 

@@ -12,7 +12,7 @@ from modules.errors import OptionError
 from modules.media.lengths import DEFAULT_LENGTHS, ClipLengths
 from modules.media.options import FormatOptions
 from modules.option_values import HEIGHT_WIDTH, check_path
-from modules.options import NO_PIXELS, DECODING_SETTING, SETTING, WRITES, Options, option
+from modules.options import DECODING_SETTING, NO_PIXELS, SETTING, WRITES, Options, option
 from modules.output_files import check_place
 
 MEDIA = ("image_path", "end_image_path", "control_path", "control_image_path")
@@ -247,7 +247,15 @@ def as_typed(preset: Mapping[str, Any], name: str) -> str:
 
 NO_VIDEOS = "this script makes pictures, and a picture has one frame. Omit it"
 # what a script of images refuses
-VIDEO_ONLY_OPTIONS = ("video_length", "fps", "trim_tail_frames", "save_last_frame", "keep_pngs", "codec", "container")
+VIDEO_ONLY_OPTIONS = (
+    "video_length",
+    "fps",
+    "trim_tail_frames",
+    "save_last_frame",
+    "keep_pngs",
+    "codec",
+    "container",
+)
 EXPERTS = ("lora_weight_high_noise", "lora_multiplier_high_noise", "offload_inactive_dit", "lazy_loading")
 OPTIMIZED = (
     "faster settings: {}; options that you pass take precedence, and unsupported ones are skipped with a "

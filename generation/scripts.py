@@ -48,7 +48,7 @@ def generation_script(
                 options, family_options = adjust_options(options, family_options)
                 stack.enter_context(name_as_typed(options.typed_names))
             if options.latent_path or options.from_file is not None or options.interactive:
-                options.warn_of_ignored()
+                options.warn_about_ignored_options()
             if entry.notice:
                 entry.log_notice()
             if options.interactive:  # a prompt may repeat the warnings of an earlier one
@@ -65,4 +65,4 @@ def generation_script(
                 stack.enter_context(ring_after(True))
             (make or generate)(entry.make_family("generation", family_options), options)
 
-    return Script.of_family(family, generate_with)
+    return Script.for_family(family, generate_with)

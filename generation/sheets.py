@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from blissful_tuner.metadata import as_png_texts, as_tags
 from generation.grid_options import Axis, list_cells
 from generation.making import make_outputs
-from generation.outputs import reserve_stem, words_of
+from generation.outputs import make_prompt_slug, reserve_stem
 from generation.progress import shorten_prompt
 from generation.request import GenerationJob, GenerationRun, draw_seed, make_job, map_lines
 from modules.command import quote_command
@@ -103,11 +103,11 @@ def _write_page(path: Path, grid: ClipGrid, title: str) -> None:
     """Write an HTML page with a grid's clips; rows with the same prompt are adjacent."""
     prompts = []
     for _, rows in groupby(grid.rows, key=lambda row: (row.prompt, row.details)):
-        rows_of_prompt = []
+        prompt_rows = []
         for index, row in enumerate(rows):
             cells = [*_embed_cells(grid.columns, row, is_lower=index > 0)]
-            rows_of_prompt.append((row, cells))
-        prompts.append({"rows": rows_of_prompt})
+            prompt_rows.append((row, cells))
+        prompts.append({"rows": prompt_rows})
     write_page(path, TEMPLATE, title, {"columns": grid.columns, "prompts": prompts})
 
 
@@ -119,7 +119,7 @@ def _embed_cells(columns: Sequence[str], row: Row, is_lower: bool) -> Iterator[M
     cells = list(zip(columns, row.paths, row.commands, strict=True))
     for column, path, command in cells[1:] if is_lower else cells:
         assert path is not None  # a page shows finished comparisons only
-        clip = embed_clip(list(frames_of(path)), row.fps, f"{column} {row.strength}: {row.prompt}")
+        clip = embed_clip(list(read_display_frames(path)), row.fps, f"{column} {row.strength}: {row.prompt}")
         yield {"clip": clip, "file": path.name, "command": command}
 
 
@@ -128,7 +128,7 @@ def is_image(path: Path) -> bool:
     return path.suffix.lower() in image_suffixes()
 
 
-def frames_of(path: Path) -> Iterator[Frame]:
+def read_display_frames(path: Path) -> Iterator[Frame]:
     """Yield the frames of a clip or image, H W 3, with transparent parts over a checkerboard."""
     if is_image(path):
         return iter([_put_on_squares(read_image(path, alpha=True))])
@@ -151,8 +151,8 @@ def read_middle_frame(path: Path | None) -> Frame | None:
     """Return the middle frame of a clip; None if `path` is None."""
     if path is None:
         return None
-    count = sum(1 for _ in frames_of(path))
-    return next(islice(frames_of(path), count // 2, None))
+    count = sum(1 for _ in read_display_frames(path))
+    return next(islice(read_display_frames(path), count // 2, None))
 
 
 def _read_middle_frames(grid: ClipGrid) -> list[list[Frame | None]]:
@@ -161,7 +161,9 @@ def _read_middle_frames(grid: ClipGrid) -> list[list[Frame | None]]:
 
 def play_side_by_side(grid: ClipGrid) -> Iterator[Frame]:
     """Yield frames that show all clips side by side; a clip that has ended keeps showing its last frame."""
-    readers = [[iter(()) if path is None else frames_of(path) for path in row.paths] for row in grid.rows]
+    readers = [
+        [iter(()) if path is None else read_display_frames(path) for path in row.paths] for row in grid.rows
+    ]
     current_frames = [[next(reader, None) for reader in row] for row in readers]
     has_more = True
     while has_more:
@@ -275,8 +277,8 @@ def make_sheets(run: GenerationRun, lines: Mapping[str, str | None], failures: F
         paths = {indices: outputs[job.label] for indices, job in cells.items() if job.label in outputs}
         if paths:
             logger.info("Sheet of %s: %s", label, write_sheet(run, cells, paths))
-    cells_of_sheet = sum(1 for _ in list_cells(run.options.axes, {}))
-    return cells_of_sheet * len(lines)
+    cells_per_sheet = sum(1 for _ in list_cells(run.options.axes, {}))
+    return cells_per_sheet * len(lines)
 
 
 def make_cell_jobs(
@@ -312,7 +314,7 @@ def write_sheet(run: GenerationRun, cells: JobByCell, paths: Mapping[CellIndex, 
     grid = _make_grid(run.options.axes, paths, prompt, prepared.fps)
     metadata = {} if output.no_metadata else _make_metadata(run, cells, paths)
     name = f"{datetime.now():%Y%m%d-%H%M%S}_sheet"
-    prompt_name = words_of(prompt) if output.prompt_in_name else ""  # first words of the prompt
+    prompt_name = make_prompt_slug(prompt) if output.prompt_in_name else ""  # first words of the prompt
     if prompt_name:
         name = f"{name}_{prompt_name}"
     with reserve_stem(output.save_path, name) as stem:

@@ -111,7 +111,7 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[HunyuanImageConfig]:
 
 def _read_config(shapes: DitShapes) -> HunyuanImageConfig:
     """Return a transformer's dimensions; raise CheckpointError if they are not HunyuanImage's."""
-    dim, in_dim, rows, columns = shapes.shape_of("img_in.proj.weight", axes=4)
+    dim, in_dim, rows, columns = shapes.get_shape("img_in.proj.weight", axes=4)
     if (rows, columns) != (1, 1):
         raise CheckpointError(
             f"{shapes.path} has patches of {rows} x {columns}, but {MODEL_LABEL} has patches of one "
@@ -124,13 +124,13 @@ def _read_config(shapes: DitShapes) -> HunyuanImageConfig:
             f"  Pass {RELEASED_FILES} to {DIT_OPTION}.",
             shapes.path,
         )
-    first_width, glyph_dim = shapes.shape_of("byt5_in.fc1.weight")
+    first_width, glyph_dim = shapes.get_shape("byt5_in.fc1.weight")
     return HunyuanImageConfig(
         dim=dim,
         in_dim=in_dim,
-        out_dim=shapes.shape_of("final_layer.linear.weight")[0],
+        out_dim=shapes.get_shape("final_layer.linear.weight")[0],
         glyph_dim=glyph_dim,
-        glyph_hidden=(first_width, shapes.shape_of("byt5_in.fc2.weight")[0]),
+        glyph_hidden=(first_width, shapes.get_shape("byt5_in.fc2.weight")[0]),
         **hunyuan_video.read_block_dimensions(shapes, DIT, DIMENSIONS, dim),
     )
 

@@ -70,7 +70,7 @@ class HunyuanImageModel(BlockNetwork):
     """
 
     spec = DIT
-    dtype_of = "double_blocks.0.img_attn_proj.bias"
+    compute_dtype_parameter = "double_blocks.0.img_attn_proj.bias"
 
     def __init__(self, config: HunyuanImageConfig, attention: AttentionChoice = SDPA) -> None:
         """Build the network without weights; its modules are named as in the released file."""

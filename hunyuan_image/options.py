@@ -8,7 +8,7 @@ from typing import Any
 
 from modules.errors import OptionError
 from modules.option_values import Placeholder
-from modules.options import FREE, NO_PIXELS, DECODING_SETTING, Options, option
+from modules.options import DECODING_SETTING, FREE, NO_PIXELS, Options, option
 from modules.parser import typed_names
 from modules.speed_options import (
     GENERATION_VALUES,

@@ -109,21 +109,21 @@ class TokensWithRotatedText(HunyuanTokens):
     """Inputs of blocks that rotate texts, too: `rotary` covers all tokens."""
 
     # its first L rows, sliced outside of compiled code, where lengths may vary
-    rotary_of_image: Tensor = field(kw_only=True)
+    image_token_rotary: Tensor = field(kw_only=True)
 
     def cut(self, shard: "TokenShard") -> Self:
         """Return the inputs for the tokens of one process; the rotary rows of the video are cut as well."""
-        return replace(super().cut(shard), rotary_of_image=shard.slice_rotary(self.rotary_of_image))
+        return replace(super().cut(shard), image_token_rotary=shard.slice_rotary(self.image_token_rotary))
 
     def select(self, kept: Tensor, num_left_out: int) -> Self:
         """Return the inputs for the tokens at the ascending positions `kept`, B K, and their rotary rows."""
-        of_image = select_rotations(self.rotary_of_image, kept, num_left_out)
-        return replace(super().select(kept, num_left_out), rotary_of_image=of_image)
+        image_rotary = select_rotations(self.image_token_rotary, kept, num_left_out)
+        return replace(super().select(kept, num_left_out), image_token_rotary=image_rotary)
 
     @property
     def num_video_tokens(self) -> int:
         """Number of video tokens, L."""
-        return self.rotary_of_image.shape[-4]
+        return self.image_token_rotary.shape[-4]
 
     def join(self, video: Heads, text: Heads) -> Heads:
         """Join normalized heads of video and text to query, key and value, B L+T N D; rotate all."""

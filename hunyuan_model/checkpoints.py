@@ -167,8 +167,8 @@ def read_dimensions(shapes: DitShapes, spec: DitSpec, config_tensors: Mapping[st
         "dim": dim,
         **read_block_dimensions(shapes, spec, config_tensors, dim),
         "in_dim": in_dim,
-        "out_dim": shapes.shape_of(config_tensors["out_dim"])[0] // math.prod(patch_size),
-        "pooled_dim": shapes.shape_of(config_tensors["pooled_dim"])[1],
+        "out_dim": shapes.get_shape(config_tensors["out_dim"])[0] // math.prod(patch_size),
+        "pooled_dim": shapes.get_shape(config_tensors["pooled_dim"])[1],
         "patch_size": patch_size,
     }
 
@@ -188,7 +188,7 @@ def read_block_dimensions(
         CheckpointError: If a tensor is missing, or the width is not a multiple of the head width.
     """
     # the tensor is the norm of one head's queries or keys
-    (head_width,) = shapes.shape_of(config_tensors["num_heads"], axes=1)
+    (head_width,) = shapes.get_shape(config_tensors["num_heads"], axes=1)
     if dim % head_width or head_width % TABLE_MULTIPLE:
         raise CheckpointError(
             f"{shapes.path}: width {dim} with heads of {head_width} is not a {shapes.model} transformer. The "
@@ -198,13 +198,13 @@ def read_block_dimensions(
     double_blocks, single_blocks = spec.block_lists
     return {
         "num_heads": dim // head_width,
-        "ffn_dim": shapes.shape_of(config_tensors["ffn_dim"])[0],
+        "ffn_dim": shapes.get_shape(config_tensors["ffn_dim"])[0],
         "double_blocks": shapes.count_blocks(double_blocks),
         "single_blocks": shapes.count_blocks(single_blocks),
         "refiner_blocks": shapes.count_blocks(config_tensors["refiner_blocks"]),
-        "refiner_ffn_dim": shapes.shape_of(config_tensors["refiner_ffn_dim"])[0],
-        "text_dim": shapes.shape_of(config_tensors["text_dim"])[1],
-        "freq_dim": shapes.shape_of(config_tensors["freq_dim"])[1],
+        "refiner_ffn_dim": shapes.get_shape(config_tensors["refiner_ffn_dim"])[0],
+        "text_dim": shapes.get_shape(config_tensors["text_dim"])[1],
+        "freq_dim": shapes.get_shape(config_tensors["freq_dim"])[1],
     }
 
 
@@ -253,7 +253,7 @@ def _scaled_sources(checkpoint: Checkpoint, header: DitHeader[HunyuanVideoConfig
         if checkpoint.tensors[name].dtype.itemsize == 1 and source.build is None:
             unscaled.append(name)
     if unscaled:
-        scales_path, scales = _read_scales_of(checkpoint.path)
+        scales_path, scales = _read_fp8_scales(checkpoint.path)
         for name in unscaled:
             scale = scales.get(name.removesuffix(".weight"))
             if scale is None:
@@ -265,7 +265,7 @@ def _scaled_sources(checkpoint: Checkpoint, header: DitHeader[HunyuanVideoConfig
     return sources
 
 
-def _read_scales_of(path: Path) -> tuple[Path, dict[str, float]]:
+def _read_fp8_scales(path: Path) -> tuple[Path, dict[str, float]]:
     """Return the file with the scales of a released fp8 file, and its scales by module path.
 
     Raises CheckpointError if it is missing or invalid.

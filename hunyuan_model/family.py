@@ -239,7 +239,7 @@ class HunyuanVideo(OneTransformer):
                 scale,
                 self.files.dit_path,
             )
-        width, height, frames = requests.size_of(request, default)
+        width, height, frames = requests.get_size(request, default)
         # the VAE decodes 4n + 1 frames
         size = width, height, requests.full_frames(frames, LATENT)
         requests.check_size((width, height, frames), LATENT)

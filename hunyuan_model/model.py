@@ -73,7 +73,7 @@ class HunyuanVideoModel(BlockNetwork):
     """
 
     spec = DIT
-    dtype_of = "double_blocks.0.img_attn_proj.bias"
+    compute_dtype_parameter = "double_blocks.0.img_attn_proj.bias"
 
     def __init__(self, config: HunyuanVideoConfig, attention: AttentionChoice = SDPA) -> None:
         """Build the network without weights. `attention` is passed to `modules.attention.attend`."""

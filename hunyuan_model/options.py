@@ -7,7 +7,7 @@ from typing import Any
 
 from modules.errors import OptionError
 from modules.option_values import Placeholder
-from modules.options import FREE, HABIT, NO_PIXELS, DECODING_SETTING, Options, option
+from modules.options import DECODING_SETTING, FREE, HABIT, NO_PIXELS, Options, option
 from modules.speed_options import VAE_TILE, VaeOptions, dit_dtype_option, fp8_text_option, text_form_option
 
 # default of --hidden_state_skip_layer: layers of the language model after the state used in training

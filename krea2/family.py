@@ -84,7 +84,7 @@ class Krea2(pictures.ImageModelFamily):
 
     few_steps: ClassVar = FEW_STEPS
     draws_latents: ClassVar[bool] = False
-    vae_of_clips: ClassVar[bool] = True
+    vae_takes_clips: ClassVar[bool] = True
     to_edit: ClassVar = "for edits, pass --edit to caching and training; else remove them"
     abilities: ClassVar = Abilities(detects_few_steps=True, sampling_dit_option="--turbo_dit")
     lora_module: str = field(default=LORA[0].network_module, init=False)
@@ -120,10 +120,10 @@ class Krea2(pictures.ImageModelFamily):
             "model_type": "krea2",
         }
         release = self._find_release() if hasattr(self.options, "dit_variant") else None
-        of_variant = {}
+        variant_metadata = {}
         if release is not None:
-            of_variant = {own.VARIANT_KEY: own.TURBO if release.is_turbo else own.RAW}
-        return self.metadata_of(names | of_variant | ({"task": "edit"} if self.edits else {}))
+            variant_metadata = {own.VARIANT_KEY: own.TURBO if release.is_turbo else own.RAW}
+        return self.add_file_names(names | variant_metadata | ({"task": "edit"} if self.edits else {}))
 
     @property
     def is_turbo(self) -> bool:
@@ -193,7 +193,7 @@ class Krea2(pictures.ImageModelFamily):
                     f"{config.states} states of each token. Cache again with {remedy}."
                 )
         self._check_template(batch)
-        references = pictures.references_of(batch, LATENT.channels, PATCH, LATENTS_AGAIN)
+        references = pictures.get_references(batch, LATENT.channels, PATCH, LATENTS_AGAIN)
         return {KEY: batch.tensors[KEY], **references}
 
     def _check_template(self, batch: Batch) -> None:

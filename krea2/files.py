@@ -23,7 +23,7 @@ from krea2.model import Krea2Model
 from krea2.names import KREA_2
 from krea2.options import NAME, TURBO, VARIANT_KEY, VARIANTS
 from modules.errors import CheckpointError
-from modules.text_files import metadata_of_files, parse_json, read_text
+from modules.text_files import iterate_lora_metadata, parse_json, read_text
 from networks.names.layouts import tensor_patterns
 from protocols.loading import TensorSource
 from qwen_image.files import QWEN_SETTINGS, TOKENIZER, QwenImageFiles
@@ -65,9 +65,9 @@ NAME_RULES = {"released": (), "diffusers": tensor_patterns(KREA_2)}
 
 def _read_stream(shapes: DitShapes, start: str) -> Krea2StreamConfig:
     """Return the dimensions of one stream's blocks; raise CheckpointError if they do not match."""
-    rows, dim = shapes.shape_of(f"{start}.0.attn.wq.weight")
-    key_rows, _ = shapes.shape_of(f"{start}.0.attn.wk.weight")
-    (head_width,) = shapes.shape_of(f"{start}.0.attn.qknorm.qnorm.scale", axes=1)
+    rows, dim = shapes.get_shape(f"{start}.0.attn.wq.weight")
+    key_rows, _ = shapes.get_shape(f"{start}.0.attn.wk.weight")
+    (head_width,) = shapes.get_shape(f"{start}.0.attn.qknorm.qnorm.scale", axes=1)
     heads, remainder = divmod(rows, head_width)
     kv_heads, key_remainder = divmod(key_rows, head_width)
     has_heads = rows == dim and not remainder and head_width % 16 == 0  # three axes rotate pairs of channels
@@ -79,7 +79,7 @@ def _read_stream(shapes: DitShapes, start: str) -> Krea2StreamConfig:
             "Copy the file again.",
             shapes.path,
         )
-    ffn_dim = shapes.shape_of(f"{start}.0.mlp.gate.weight")[0]
+    ffn_dim = shapes.get_shape(f"{start}.0.mlp.gate.weight")[0]
     return Krea2StreamConfig(dim, ffn_dim, heads, kv_heads)
 
 
@@ -114,7 +114,7 @@ def _read_config(shapes: DitShapes) -> Krea2Config:
     """Return the dimensions of a transformer. Raises CheckpointError if they do not match each other."""
     blocks = _read_stream(shapes, "blocks")
     text = _read_stream(shapes, "txtfusion.layerwise_blocks")
-    patch_width = shapes.shape_of("first.weight")[1]
+    patch_width = shapes.get_shape("first.weight")[1]
     if patch_width % PATCH**2:
         raise CheckpointError(
             f"{shapes.path}: patches of width {patch_width} do not fit {MODEL_KIND}. Copy the file again.",
@@ -131,9 +131,9 @@ def _read_config(shapes: DitShapes) -> Krea2Config:
         num_layers=_count_blocks(shapes, "blocks", released_blocks),
         layerwise_blocks=_count_blocks(shapes, "txtfusion.layerwise_blocks", TEXT_BLOCKS),
         refiner_blocks=_count_blocks(shapes, "txtfusion.refiner_blocks", TEXT_BLOCKS),
-        states=shapes.shape_of("txtfusion.projector.weight")[1],
+        states=shapes.get_shape("txtfusion.projector.weight")[1],
         channels=patch_width // PATCH**2,
-        freq_dim=shapes.shape_of("tmlp.0.weight")[1],
+        freq_dim=shapes.get_shape("tmlp.0.weight")[1],
     )
 
 
@@ -171,7 +171,7 @@ def find_release(dit: Path | None) -> Krea2Release | None:
     """
     if dit is None:
         return None
-    for _, metadata in metadata_of_files([dit]):
+    for _, metadata in iterate_lora_metadata([dit]):
         variant = metadata.get(VARIANT_KEY)
         if variant in VARIANTS:
             return Krea2Release(variant == TURBO, f"its {VARIANT_KEY} is {variant}")

@@ -302,7 +302,7 @@ class Krea2Model(BlockNetwork):
     """
 
     spec = DIT
-    dtype_of = "blocks.0.mod.lin"
+    compute_dtype_parameter = "blocks.0.mod.lin"
 
     def __init__(self, config: Krea2Config, attention: AttentionChoice = SDPA) -> None:
         """Build the network without weights; its modules are named as in the released file."""
@@ -368,7 +368,7 @@ class Krea2Model(BlockNetwork):
         times = torch.zeros(1, device=device)
         images = [self.embed_image(latents).to(dtype) for latents in references]
         x = torch.cat(images, dim=1)
-        grids = tuple(self.grid_of(latents) for latents in references)
+        grids = tuple(self.get_token_grid(latents) for latents in references)
         layout = Krea2Layout(grid=(0, 0), num_text_tokens=0, reference_grids=grids)  # no image and no text
         tokens = Krea2Tokens(
             layout.grid,
@@ -413,8 +413,8 @@ class Krea2Model(BlockNetwork):
         if text_mask.shape != text.shape[:2]:
             raise ValueError(f"a text mask of {tuple(text_mask.shape)} for text of {tuple(text.shape)}")
         dtype = activation_dtype(noisy.device, self.compute_dtype)
-        reference_grids = tuple(self.grid_of(latents) for latents in references)
-        grid = self.grid_of(noisy)
+        reference_grids = tuple(self.get_token_grid(latents) for latents in references)
+        grid = self.get_token_grid(noisy)
         images = [self.embed_image(latents).to(dtype) for latents in (*references, noisy)]
         image = images[0] if not references else torch.cat(images, dim=1)
         num_images = image.shape[1]  # tokens of references and image, R + L
@@ -481,7 +481,7 @@ class Krea2Model(BlockNetwork):
         reference_time = self.embed_time(torch.zeros_like(timesteps))[:, :, None]
         return torch.cat([reference_time, time], dim=2)
 
-    def grid_of(self, latents: Tensor) -> tuple[int, int]:
+    def get_token_grid(self, latents: Tensor) -> tuple[int, int]:
         """Return rows and columns of an image's tokens. Raises ValueError if its sizes do not match."""
         channels, _, height, width = latents.shape[1:]
         if channels != self.config.channels or height % PATCH or width % PATCH:

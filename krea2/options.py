@@ -15,12 +15,12 @@ from modules.options import (
     REFERENCES_ONLY,
     REQUEST_SETTING,
     Options,
+    make_request_facts,
     not_needed,
-    of_request,
     option,
 )
 from modules.speed_options import TextEncoderOptions, dit_dtype_option, fp8_text_option
-from modules.text_files import metadata_of_files
+from modules.text_files import iterate_lora_metadata
 from qwen_image.options import QwenImageVaeOptions
 
 logger = logging.getLogger(__name__)
@@ -136,17 +136,17 @@ class Krea2GenerationOptions(Krea2ModelOptions, title=NAME):
     mu: float | None = option(
         "how far the noise levels are shifted, as the exponent of --flow_shift (--mu in a prompt line); "
         f"default: {TURBO_MU} for Turbo, else by the size",
-        facts=of_request("mu"),
+        facts=make_request_facts("mu"),
     )
     y1: float | None = option(
         "mu of an image of 256 tokens, 256 x 256 pixels (--y1 in a prompt line); it grows evenly to --y2",
         default=FEW_TOKENS_MU,
-        facts=of_request("y1"),
+        facts=make_request_facts("y1"),
     )
     y2: float | None = option(
         "mu of an image of 6400 tokens, 1280 x 1280 pixels (--y2 in a prompt line)",
         default=MANY_TOKENS_MU,
-        facts=of_request("y2"),
+        facts=make_request_facts("y2"),
     )
     kv_cache: bool = option(
         f"{_ALONE}, for LoRAs of edits that were trained with --kv_cache",
@@ -183,7 +183,7 @@ def resolve_generation(
     """
     levels = [name for name in EXTRAS if getattr(own_options, name) is not None]
     check_levels(levels, options.request.flow_shift is not None)
-    _warn_of_other_attention(options.lora.lora_weight or (), own_options.kv_cache)
+    _warn_of_kv_cache_mismatch(options.lora.lora_weight or (), own_options.kv_cache)
     if options.request.video_size is None:
         height = own_options.height or SIDE
         width = own_options.width or SIDE
@@ -206,10 +206,10 @@ def _check_sides(own_options: Krea2GenerationOptions, height: int, width: int) -
     )
 
 
-def _warn_of_other_attention(loras: Iterable[Path], kv_cache: bool) -> None:
+def _warn_of_kv_cache_mismatch(loras: Iterable[Path], kv_cache: bool) -> None:
     """Warn if edit LoRAs were trained with the other setting of --kv_cache."""
     how, mend = ("without", "Omit it") if kv_cache else ("with", "Pass it")
-    for path, metadata in metadata_of_files(loras):
+    for path, metadata in iterate_lora_metadata(loras):
         trained_with = metadata.get("ss_kv_cache", str(kv_cache))
         if metadata.get("ss_edit") == "True" and trained_with != str(kv_cache):
             logger.warning(

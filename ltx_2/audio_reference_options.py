@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ltx_2.model_options import AUDIO, VIDEO
-from modules.options import FREE, HABIT, REQUEST_SETTING, SAMPLES_ONLY, Options, of_request, option
+from modules.options import FREE, HABIT, REQUEST_SETTING, SAMPLES_ONLY, Options, make_request_facts, option
 
 NEGATIVE_POSITIONS = "audio_ref_use_negative_positions"  # option, and key in the metadata of LoRAs
 IDENTITY_SCALE = "audio_ref_identity_guidance_scale"
@@ -102,7 +102,7 @@ class Ltx2GivenAudioReference(Options, title="audio references"):
         "long as the result",
         flags=("--reference-audio",),
         place="there",
-        facts=of_request("reference_audio"),
+        facts=make_request_facts("reference_audio"),
     )
     ends_before_audio: bool | None = _switch(
         "positions of the reference end before the audio begins; default: as the LoRA's metadata says, else "

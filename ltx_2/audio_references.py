@@ -23,7 +23,7 @@ from modules.errors import DatasetError, MediaError, OptionError
 from modules.media.samples import track_info
 from modules.option_values import to_path
 from modules.options import is_set, option_name, override_options
-from modules.text_files import metadata_of_files
+from modules.text_files import iterate_lora_metadata
 from protocols.data import AUDIO_LATENTS, REFERENCE_AUDIO, REFERENCE_LATENTS, Batch, Conditions
 from protocols.requests import Request
 from protocols.steps import Overrides
@@ -80,7 +80,7 @@ def make_audio_rules(options: Ltx2AudioReferences) -> AudioReferenceRules:
     )
 
 
-def warn_of_unused(options: Ltx2AudioReferences, strategy: str) -> None:
+def warn_about_unused_options(options: Ltx2AudioReferences, strategy: str) -> None:
     """Warn about audio-reference options if the training run's `strategy` uses no audio."""
     given = [f"--{option_name(field)}" for field in fields(options) if is_set(options, field)]
     if given:
@@ -141,7 +141,7 @@ def resolve_reference_positions(
         OptionError: If LoRAs record different positions, or anything but true and false.
     """
     recorded: dict[str, Path] = {}
-    for path, metadata in metadata_of_files(loras):
+    for path, metadata in iterate_lora_metadata(loras):
         if NEGATIVE_POSITIONS in metadata:
             recorded[metadata[NEGATIVE_POSITIONS]] = path
     if len(recorded) > 1 or recorded.keys() - {TRUE, FALSE}:

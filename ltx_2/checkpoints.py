@@ -8,7 +8,16 @@ from typing import Any
 from checkpoints.dialects import DitShapes, Names, join_parts, joined_shapes, make_wrong_kind_error
 from checkpoints.dits import DitFormat, DitHeader
 from checkpoints.opening import Checkpoint, list_tensor_sources
-from ltx_2.configs import AUDIO, LATENT, AUDIO_TENSOR_PATTERNS, VIDEO_TENSOR_PATTERNS, VIDEO, LtxConfig, Modality, StreamConfig
+from ltx_2.configs import (
+    AUDIO,
+    AUDIO_TENSOR_PATTERNS,
+    LATENT,
+    VIDEO,
+    VIDEO_TENSOR_PATTERNS,
+    LtxConfig,
+    Modality,
+    StreamConfig,
+)
 from ltx_2.model import LtxModel
 from ltx_2.names import LTX_2
 from ltx_2.options import NAME
@@ -86,13 +95,13 @@ def _config(shapes: DitShapes, settings: Mapping[str, Any]) -> LtxConfig:
     projects_text = "caption_projection.linear_1.weight" in names
     declared_heads = settings.get("num_attention_heads", DEFAULT_HEADS)
     # a gate per head shows the number of heads; other files declare it
-    num_heads = shapes.shape_of(gates)[0] if has_head_gates else int(declared_heads)
+    num_heads = shapes.get_shape(gates)[0] if has_head_gates else int(declared_heads)
     return LtxConfig(
         video=_read_stream(shapes, VIDEO, projects_text, settings),
         audio=_read_stream(shapes, AUDIO, projects_text, settings),
         num_heads=num_heads,
         num_layers=shapes.count_blocks("transformer_blocks"),
-        cross_dim=shapes.shape_of(f"{BLOCK}.{VIDEO.cross_attn}.to_q.weight")[0],
+        cross_dim=shapes.get_shape(f"{BLOCK}.{VIDEO.cross_attn}.to_q.weight")[0],
         projects_text=projects_text,
         has_head_gates=has_head_gates,
         modulates_text=f"{BLOCK}.prompt_scale_shift_table" in names,
@@ -102,7 +111,7 @@ def _config(shapes: DitShapes, settings: Mapping[str, Any]) -> LtxConfig:
         has_single_frame_embedding=_read_switch(
             settings, "use_keyframes_abs_pos_embedding", SINGLE_FRAME_EMBEDDING in names
         ),
-        freq_dim=shapes.shape_of("adaln_single.emb.timestep_embedder.linear_1.weight")[1],
+        freq_dim=shapes.get_shape("adaln_single.emb.timestep_embedder.linear_1.weight")[1],
         **_read_fields(settings),
     )
 
@@ -166,12 +175,12 @@ def _read_stream(
     """Read one stream's dimensions; without a projection, its text enters the blocks unchanged."""
     block = f"{BLOCK}.{names.prefix}"
     text = f"{names.prefix}caption_projection.linear_1" if projects else f"{block}attn2.to_k"
-    dim, channels = shapes.shape_of(f"{names.prefix}patchify_proj.weight")
+    dim, channels = shapes.get_shape(f"{names.prefix}patchify_proj.weight")
     return StreamConfig(
         dim,
-        ffn_dim=shapes.shape_of(f"{block}ff.net.2.weight")[1],
+        ffn_dim=shapes.get_shape(f"{block}ff.net.2.weight")[1],
         channels=channels,
-        text_dim=shapes.shape_of(f"{text}.weight")[1],
+        text_dim=shapes.get_shape(f"{text}.weight")[1],
         ff_bias=_read_switch(settings, f"{names.prefix}ff_bias", f"{block}ff.net.2.bias" in shapes.shapes),
     )
 

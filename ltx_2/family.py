@@ -25,13 +25,13 @@ from ltx_2.audio_references import (
     check_batch,
     find_audio_reference,
     make_audio_rules,
-    warn_of_unused,
+    warn_about_unused_options,
 )
 from ltx_2.blocks import LtxReferences
 from ltx_2.configs import AUDIO as AUDIO_MODALITY
 from ltx_2.configs import DIT, LORA_PRESETS, NEGATIVE_PROMPT, NOISE, RELEASES
 from ltx_2.configs import VIDEO as VIDEO_MODALITY
-from ltx_2.files import Ltx2Files, check_version, files_of, shifted_logit
+from ltx_2.files import Ltx2Files, check_version, make_model_files, shifted_logit
 from ltx_2.given import insert_guides, make_clean_latent_rules, select_clean_latents_by_mask
 from ltx_2.given_media import (
     check_media,
@@ -70,11 +70,11 @@ from ltx_2.references import (
     check_references,
     check_sides,
     factor_metadata,
+    get_reference_latents,
     make_rules,
     read_pixels,
     read_strengths,
     reference_key,
-    references_of,
     select_reference_frames,
     split_audio,
     split_noisy_references,
@@ -119,9 +119,9 @@ from protocols.requests import (
     check_opens,
     check_size,
     full_frames,
+    get_size,
     keep_usable_media,
     resolve_request,
-    size_of,
 )
 from protocols.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
 
@@ -241,7 +241,7 @@ class Ltx2(Ltx2Media):
         ends_before_audio = self.audio_references.ends_before_audio
         if AUDIO in self.strategy.needs or (self.strategy.takes_audio and ends_before_audio):
             names[NEGATIVE_POSITIONS] = TRUE if ends_before_audio else FALSE
-        return self.metadata_of(names)
+        return self.add_file_names(names)
 
     def _records_factors(self, references: rules.ReferenceRules) -> bool:
         """Return whether LoRAs record reference factors: factors of 1 only if the run uses references."""
@@ -337,7 +337,9 @@ class Ltx2(Ltx2Media):
         image_timesteps, audio_timesteps = timesteps.unbind(1) if timesteps.ndim == 2 else (timesteps,) * 2
         num_frames = image.shape[2]
         image, overrides = self._append_training_keyframes(image, image_timesteps, overrides)
-        references = [self.latent.to_model(latents.to(noisy.device)) for latents in references_of(cond)]
+        references = [
+            self.latent.to_model(latents.to(noisy.device)) for latents in get_reference_latents(cond)
+        ]
         noisy_references = None
         if references and self.reference_strength != 1:
             image, noisy_references = split_noisy_references(image, references, self.reference_strength)
@@ -476,7 +478,7 @@ class Ltx2(Ltx2Media):
         """Return a request's width, height and frames; raise OptionError if latents cannot have this size."""
         # two stages need coarser steps of size and length
         latent = self.latent if self.stages is None else self.stages.with_coarser_steps(self.latent)
-        width, height, frames = size_of(request, self.defaults)
+        width, height, frames = get_size(request, self.defaults)
         frames = full_frames(frames, latent)
         check_size((width, height, frames), latent)
         return width, height, frames
@@ -739,7 +741,7 @@ class Ltx2(Ltx2Media):
         conditions |= encode_keyframes(media.keyframes, prepared, encode_pixels, self._crf)
         if self.audio is None or not (media.audio_files or media.retake):
             return conditions
-        networks = self.audio_networks(_device_of(vae), decodes=False)
+        networks = self.audio_networks(_get_vae_device(vae), decodes=False)
 
         def encode(samples: Tensor, frames: int, fps: float) -> Tensor:
             return self.encode_audio(networks, samples, frames, fps)
@@ -752,7 +754,7 @@ class Ltx2(Ltx2Media):
         rate = self.audio.rate
         seconds = prepared.frames / prepared.fps
         samples = read_reference(prepared.family_settings.audio, seconds, rate, self.audio.channels)
-        networks = self.audio_networks(_device_of(vae), decodes=False)
+        networks = self.audio_networks(_get_vae_device(vae), decodes=False)
         # its own length, in samples
         latents = self.encode_audio(networks, torch.from_numpy(samples)[None], samples.shape[1], rate)
         return latents.float().cpu()
@@ -891,7 +893,7 @@ class Ltx2(Ltx2Media):
         return section
 
 
-def _device_of(vae: Any) -> torch.device:
+def _get_vae_device(vae: Any) -> torch.device:
     """Return the video VAE's device, which the audio VAE uses too; the CPU without images."""
     device: torch.device = torch.device("cpu") if vae is None else vae.device
     return device
@@ -928,7 +930,7 @@ def family_for_text_caching(options: Ltx2TextCachingOptions) -> Ltx2:
 def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
     """Build the model description for LTX-2's training scripts, with noise, loss and reference options."""
     options = apply_conditioning_config(options)
-    files = files_of(options, options.model.streams)
+    files = make_model_files(options, options.model.streams)
     check_version(files, options)
     trains_only_audio = not files.has_images  # video latents are then placeholders
     log_ignored(
@@ -942,7 +944,7 @@ def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
     strategy = options.strategy
     takes_images = strategy.takes_images and not trains_only_audio
     if not strategy.takes_audio:
-        warn_of_unused(options.audio_references, options.strategy_option)
+        warn_about_unused_options(options.audio_references, options.strategy_option)
     return Ltx2(
         files,
         guidance=options.guidance,
@@ -995,7 +997,7 @@ def family_for_generation(options: Ltx2GenerationOptions) -> Ltx2:
     log_ignored(streams, options, options.vae, options.guidance, options.audio_references)
     audio_options = options.audio_references
     return Ltx2(
-        files_of(options, streams),
+        make_model_files(options, streams),
         options.guidance,
         image_crf=options.image_crf,
         input_media=options.given,

@@ -363,7 +363,7 @@ def audio_shape(channels: int, bins: int, frames: int, fps: float) -> tuple[int,
     return channels, latent_count(frames, fps), bins
 
 
-def files_of(options: Ltx2TransformerOptions, streams: tuple[str, ...]) -> Ltx2Files:
+def make_model_files(options: Ltx2TransformerOptions, streams: tuple[str, ...]) -> Ltx2Files:
     """Return the model files of a training run or generation that trains or generates `streams`."""
     files = Ltx2Files(
         checkpoint=options.model.ltx2_checkpoint,

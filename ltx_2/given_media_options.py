@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from modules.errors import OptionError
-from modules.options import REQUEST_SETTING, Options, of_request, option
+from modules.options import REQUEST_SETTING, Options, make_request_facts, option
 
 FEATHER = 16  # pixels, half of a latent: content generated next to a latent hardly changes more of it
 
@@ -70,7 +70,7 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
         action="append",
         nargs=None,
         metavar="FRAME:FILE[:STRENGTH]",
-        facts=of_request("keyframe"),
+        facts=make_request_facts("keyframe"),
     )
     latent_frame: tuple[str, ...] | None = option(
         "an image that is a latent frame of the result: 0 is the first frame, each other one 8 frames. May "
@@ -78,7 +78,7 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
         action="append",
         nargs=None,
         metavar="INDEX:FILE[:STRENGTH]",
-        facts=of_request("latent_frame"),
+        facts=make_request_facts("latent_frame"),
     )
     num_generated_keyframes: int = option(
         "LTX-2.5: number of single frames, evenly spaced between the ends, that are denoised next to the "
@@ -101,7 +101,7 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
     inpaint_mask: Path | None = option(
         "mask, image or clip: where it is white, --inpaint_source is kept, or without it --reference_video",
         place="there",
-        facts=of_request("inpaint_mask"),
+        facts=make_request_facts("inpaint_mask"),
     )
     inpaint_invert: bool = option(
         "keep what is black",

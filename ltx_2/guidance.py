@@ -43,7 +43,7 @@ def guidance_rules(
             f"--stg_blocks {max(skipped_blocks)}: the model has the blocks 0 to {num_blocks - 1}"
         )
 
-    def guidance_of(stream: str) -> StreamGuidance:
+    def make_stream_guidance(stream: str) -> StreamGuidance:
         return StreamGuidance(
             text_scale=text_scales[stream],
             perturbed_scale=perturbed_scale if options.stg_mode in (None, "both", stream) else 0.0,
@@ -52,8 +52,8 @@ def guidance_rules(
         )
 
     # without video there is nothing to guide in its stream
-    image = StreamGuidance(text_scale=1.0) if audio_only else guidance_of(VIDEO)
-    audio = replace(guidance_of(AUDIO), identity_scale=identity_scale)
+    image = StreamGuidance(text_scale=1.0) if audio_only else make_stream_guidance(VIDEO)
+    audio = replace(make_stream_guidance(AUDIO), identity_scale=identity_scale)
     return GuidanceRules(streams=(image, audio), perturbed_blocks=frozenset(skipped_blocks))
 
 

@@ -518,19 +518,19 @@ def _list_video_positions(
     inputs: StreamInputs, dim: int, fps: Fps, time_only: bool
 ) -> tuple[TokenPositions, ...]:
     """Return the positions of references, of the clip and of its keyframes; `dim` is the rotated width."""
-    positions_of = partial(TokenPositions, dim, fps=_list_distinct_rates(fps), time_only=time_only)
+    make_positions = partial(TokenPositions, dim, fps=_list_distinct_rates(fps), time_only=time_only)
     positions = []
     for reference in inputs.references.latents:
         # a smaller reference is spread over the same area as the latents
         size_factor = inputs.latents.shape[-1] // reference.shape[-1]
         frame_stride = inputs.references.frame_stride
         positions.append(
-            positions_of(tuple(reference.shape[2:]), size_factor=size_factor, time_factor=frame_stride)
+            make_positions(tuple(reference.shape[2:]), size_factor=size_factor, time_factor=frame_stride)
         )
     num_frames, *sides = inputs.latents.shape[2:]  # the last frames are keyframes
-    positions.append(positions_of((num_frames - len(inputs.keyframe_indices), *sides)))
+    positions.append(make_positions((num_frames - len(inputs.keyframe_indices), *sides)))
     for frame_index in inputs.keyframe_indices:
-        positions.append(positions_of((1, *sides), frame_index=frame_index))
+        positions.append(make_positions((1, *sides), frame_index=frame_index))
     return tuple(positions)
 
 

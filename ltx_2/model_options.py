@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.option_values import Placeholder
-from modules.options import FREE, IDENTITY, DECODING_SETTING, Options, option
+from modules.options import DECODING_SETTING, FREE, IDENTITY, Options, option
 from modules.speed_options import VaeOptions, fp8_text_option, text_form_option
 from modules.text_files import read_safetensors_texts
 
@@ -164,5 +164,5 @@ class Ltx2GuidanceOptions(Options, title="guidance of both streams"):
 
     def rescaling(self, stream: str) -> float | None:
         """Return a stream's guidance rescaling: its own option, else the shared one; None for the default."""
-        of_stream = self.video_rescale_scale if stream == VIDEO else self.audio_rescale_scale
-        return self.rescale_scale if of_stream is None else of_stream
+        stream_scale = self.video_rescale_scale if stream == VIDEO else self.audio_rescale_scale
+        return self.rescale_scale if stream_scale is None else stream_scale

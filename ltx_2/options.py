@@ -220,7 +220,7 @@ class Ltx2SigmaOptions(Options):
     shifted_logit_max_shift: float = option("shift at 4096 tokens", default=2.05)
 
 
-def warn_of_sampler(args: argparse.Namespace, sampler: str) -> None:
+def warn_about_unused_sigmas(args: argparse.Namespace, sampler: str) -> None:
     """Warn about options in `Ltx2SigmaOptions` that have no effect with another timestep sampler."""
     if args.timestep_sampling == sampler:
         return

@@ -32,7 +32,7 @@ from modules.integers import ceil_div
 from modules.media.pixels import to_pixels
 from modules.media.reading import is_single_image, read_image, resize_cover, video_frames
 from modules.options import override_options
-from modules.text_files import metadata_of_files
+from modules.text_files import iterate_lora_metadata
 from protocols.data import REFERENCE_LATENTS, AudioVideoShapes, Conditions, LatentSpec
 from protocols.family import NoiseSource
 from protocols.requests import count_frames_up_to
@@ -83,8 +83,8 @@ def check_references(
         # the mask must be as long as the encoded frames; it is subsampled in the same way
         max_mask_frames = (num_encoded - 1) * rules.time_factor + 1
         mask_frames = count_frames_up_to(mask, max_mask_frames)
-        num_encoded_of_mask = count_reference_frames(mask_frames, rules, latent.frame_step)
-        check_mask_length(mask, num_encoded_of_mask, num_encoded)
+        num_encoded_mask = count_reference_frames(mask_frames, rules, latent.frame_step)
+        check_mask_length(mask, num_encoded_mask, num_encoded)
 
 
 def check_mask_length(mask: Path, frames: int, needed: int) -> None:
@@ -101,7 +101,7 @@ def reference_key(number: int) -> str:
     return f"{REFERENCE_LATENTS}_{number}"
 
 
-def references_of(cond: Conditions) -> tuple[Tensor, ...]:
+def get_reference_latents(cond: Conditions) -> tuple[Tensor, ...]:
     """Return the reference latents among conditions, B C f h w each, in order."""
     names = sorted(name for name in cond if name.startswith(REFERENCE_LATENTS))
     references = [cond[name] for name in names]
@@ -150,7 +150,7 @@ class NoisyReferences:
         counts = [self.clean.shape[2], latents[0, 0].numel()]
         # the references' tokens come first
         reference_velocity, image_velocity = velocity.split(counts, dim=2)
-        reference_velocity = velocity_of_references(
+        reference_velocity = compute_reference_velocity(
             reference_velocity,
             noisy=self.noisy,
             clean=self.clean,
@@ -195,7 +195,7 @@ def with_noisy_references(
     # each yield hands out a section to denoise and gets its latents, which the next section may need
     try:
         while True:
-            if references_of(section.positive):
+            if get_reference_latents(section.positive):
                 latents = yield from _denoise_with_references(section, strength, joint, noise)
             else:
                 latents = yield section
@@ -211,7 +211,7 @@ def _denoise_with_references(
     joint = section.overrides.audio_video_shapes or joint
     image, audio = split_audio(section.noise, joint)
     frames = image.shape[2]
-    references = join_tokens(references_of(section.positive)).to(image.device)
+    references = join_tokens(get_reference_latents(section.positive)).to(image.device)
     packed = pack(image, _blend_with_noise(references, strength, noise))
     # a yield hands the section to the sampler, and returns its denoised latents
     if joint is None or audio is None:
@@ -219,8 +219,8 @@ def _denoise_with_references(
         return latents[:, :, :frames]
     packed_joint = AudioVideoShapes((packed.shape[1], *packed.shape[2:]), joint.audio)
     overrides = replace(section.overrides, audio_video_shapes=packed_joint)
-    noise_of_both = packed_joint.join(packed, audio)
-    latents = yield replace(section, noise=noise_of_both, overrides=overrides, num_visible_frames=frames)
+    joint_noise = packed_joint.join(packed, audio)
+    latents = yield replace(section, noise=joint_noise, overrides=overrides, num_visible_frames=frames)
     image, audio = packed_joint.split(latents)
     return joint.join(image[:, :, :frames], audio)
 
@@ -232,7 +232,7 @@ def _blend_with_noise(references: Tensor, strength: float, noise: NoiseSource) -
     return strength * references + (1 - strength) * drawn
 
 
-def velocity_of_references(
+def compute_reference_velocity(
     velocity: Tensor, noisy: Tensor, clean: Tensor, strength: float, sigma: Tensor
 ) -> Tensor:
     """Return the velocity, B C N, that denoises references along with the video at noise level `sigma`, B.
@@ -317,7 +317,7 @@ def read_reference_factors(loras: Sequence[Path]) -> dict[str, int]:
     """
     factors: dict[str, int] = {}
     sources: dict[str, Path] = {}  # the LoRA that a factor was read from first
-    for path, metadata in metadata_of_files(loras):
+    for path, metadata in iterate_lora_metadata(loras):
         for option, names in FACTOR_KEYS.items():
             factor = _read_reference_factor(path, metadata, names)
             if factor is None:

@@ -126,7 +126,7 @@ def _translate_flat_names(names: Iterable[str]) -> Callable[[str], str]:
     """
     matches = [_LEVEL.fullmatch(name) for name in names]
     levels = sorted({_read_level(match) for match in matches if match})
-    levels_of_coder = {
+    levels_by_coder = {
         coder: [level for level in levels if level.coder == coder] for coder in ("encoder", "decoder")
     }
 
@@ -136,7 +136,7 @@ def _translate_flat_names(names: Iterable[str]) -> Callable[[str], str]:
             return name
         _, resampling, name_end = match.groups()
         level = _read_level(match)
-        index = levels_of_coder[level.coder].index(level)  # in the flat list
+        index = levels_by_coder[level.coder].index(level)  # in the flat list
         direction = "down" if level.coder == "encoder" else "up"
         start = f"{level.coder}.{direction}_blocks.{index}"
         return f"{start}.{name_end}" if resampling else f"{start}.res_blocks.{name_end}"

@@ -59,10 +59,10 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[LuminaConfig]:
 
 def _read_config(shapes: DitShapes) -> LuminaConfig:
     """Return the dimensions of a transformer. Raises CheckpointError for another model's."""
-    dim, patch_width = shapes.shape_of("x_embedder.weight")
-    (head_width,) = shapes.shape_of("layers.0.attention.q_norm.weight", axes=1)
-    rows = shapes.shape_of("layers.0.attention.qkv.weight")[0]
-    time_dim, freq_dim = shapes.shape_of("t_embedder.mlp.0.weight")
+    dim, patch_width = shapes.get_shape("x_embedder.weight")
+    (head_width,) = shapes.get_shape("layers.0.attention.q_norm.weight", axes=1)
+    rows = shapes.get_shape("layers.0.attention.qkv.weight")[0]
+    time_dim, freq_dim = shapes.get_shape("t_embedder.mlp.0.weight")
     kv_rows = rows - dim  # keys and values; queries have `dim` rows
     # 6: a head divides into pairs of channels for each of three position axes
     if dim % head_width or head_width % 6 or kv_rows <= 0 or kv_rows % (2 * head_width):
@@ -81,14 +81,14 @@ def _read_config(shapes: DitShapes) -> LuminaConfig:
         )
     return LuminaConfig(
         dim=dim,
-        ffn_dim=shapes.shape_of("layers.0.feed_forward.w1.weight")[0],
+        ffn_dim=shapes.get_shape("layers.0.feed_forward.w1.weight")[0],
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         num_layers=shapes.count_blocks("layers"),
         noise_refiner_layers=shapes.count_blocks("noise_refiner"),
         context_refiner_layers=shapes.count_blocks("context_refiner"),
         in_dim=patch_width // PATCH**2,
-        text_dim=shapes.shape_of(IDENTIFYING_TENSOR)[1],
+        text_dim=shapes.get_shape(IDENTIFYING_TENSOR)[1],
         time_dim=time_dim,
         freq_dim=freq_dim,
     )

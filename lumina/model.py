@@ -51,7 +51,7 @@ class LuminaModel(BlockNetwork):
     """
 
     spec = DIT
-    dtype_of = "layers.0.attention_norm1.weight"
+    compute_dtype_parameter = "layers.0.attention_norm1.weight"
     block_class: ClassVar[type[JointTransformerBlock]] = JointTransformerBlock
 
     def __init__(self, config: LuminaConfig, attention: AttentionChoice = SDPA) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from modules.errors import OptionError
 from modules.option_values import Placeholder
-from modules.options import FREE, DECODING_SETTING, Options, not_needed, of_request, option
+from modules.options import DECODING_SETTING, FREE, Options, make_request_facts, not_needed, option
 from modules.parser import typed_names
 from modules.speed_options import AE, AE_HELP, VaeOptions, dit_dtype_option, take_ae
 
@@ -90,13 +90,13 @@ class LuminaGenerationOptions(Options, title=NAME):
         "leave guidance out once the noisy image contains this share of data, 0 to 1; 1 keeps guidance to "
         "the end (--ctr in a prompt line)",
         default=CFG_TRUNC_RATIO,
-        facts=of_request("cfg_trunc_ratio"),
+        facts=make_request_facts("cfg_trunc_ratio"),
     )
     renorm_cfg: float = option(
         "largest norm of a guided prediction, as a multiple of the norm without guidance; 0: no limit "
         "(--rcfg in a prompt line)",
         default=RENORM_CFG,
-        facts=of_request("renorm_cfg"),
+        facts=make_request_facts("renorm_cfg"),
     )
 
     def __post_init__(self) -> None:

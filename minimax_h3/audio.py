@@ -205,7 +205,8 @@ def build_audio_vae(settings: Settings) -> nn.Module:
     """Build the network for `on_meta_device`. Raises CheckpointError if diffusers lacks it.
 
     diffusers normalizes weights with a function that PyTorch has replaced by parametrizations, and that warns
-    for each layer. The result has parametrizations instead, with weights of other names (`PARTS_OF_WEIGHTS`).
+    for each layer. The result has parametrizations instead, with weights of other names
+    (`WEIGHT_NORM_SUFFIXES`).
     """
     with hide_packages("bitsandbytes"):  # diffusers would import it without need
         try:

@@ -90,7 +90,7 @@ class ReferenceSizes:
     video: int
     step: int
 
-    def source_of(self, reference: H3Reference, frames: int) -> ImageSource | ClipSource | None:
+    def get_reference_source(self, reference: H3Reference, frames: int) -> ImageSource | ClipSource | None:
         """Return where a reference's pixels come from; None for an audio reference.
 
         `frames` is the length of the generated clip; 1 for an image, for which reference clips keep their
@@ -120,7 +120,7 @@ def encode_references(
     for index, medium in enumerate(media):
         reference = make_reference(medium)
         try:
-            source = sizes.source_of(reference, frames)
+            source = sizes.get_reference_source(reference, frames)
         except UserError as error:
             raise MediaError(str(error)) from error
         audio = reference.path if reference.kind == AUDIO else reference.audio

@@ -141,9 +141,9 @@ class H3CachingEncoder(H3TextEncoder):
     def _encode_item(self, prompt: Prompt) -> Conditions:
         (conditions,) = super().encode([replace(prompt, media_before_text=self._present(prompt))])
         if self.teacher_conditions is not None and prompt.clip is not None:
-            (of_teacher,) = super().encode([self._make_teacher_prompt(prompt, prompt.clip)])
+            (teacher_encoding,) = super().encode([self._make_teacher_prompt(prompt, prompt.clip)])
             rows = TEACHER_KEYS[self.teacher_conditions]
-            conditions = {**conditions, rows.states: of_teacher[KEY], rows.tags: of_teacher[TAGS]}
+            conditions = {**conditions, rows.states: teacher_encoding[KEY], rows.tags: teacher_encoding[TAGS]}
         return {key: [self._cast_states(rows) for rows in value] for key, value in conditions.items()}
 
     def _cast_states(self, rows: Tensor) -> Tensor:
@@ -175,7 +175,7 @@ class H3CachingEncoder(H3TextEncoder):
         sizes = ReferenceSizes(*self.short_edges, LATENT.pixel_step)
         references = [make_reference(medium) for medium in media]
         try:
-            sources = tuple(sizes.source_of(reference, frames) for reference in references)
+            sources = tuple(sizes.get_reference_source(reference, frames) for reference in references)
         except UserError as error:
             raise MediaError(str(error)) from error
         return H3Sources(references=sources).presented_media(references)
@@ -256,7 +256,7 @@ class H3CachingFiles(H3Files):
             self.check_tower()
 
 
-def files_of_texts(options: H3TextCachingOptions) -> H3CachingFiles:
+def make_text_caching_files(options: H3TextCachingOptions) -> H3CachingFiles:
     """Return the files of a run that caches texts."""
     dtype = options.text_cache_dtype
     files = H3CachingFiles(

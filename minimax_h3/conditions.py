@@ -197,7 +197,7 @@ def _position_references(
         elif clip_key in references:
             # audio of a clip: its two channels are at the left and right edges of the clip's grid
             num_audio_latents = latents.shape[3]
-            clip_grid = grid_of(references[clip_key])
+            clip_grid = get_token_grid(references[clip_key])
             positioned.append(H3Condition(latents, AudioPosition(num_audio_latents, time, clip_grid)))
         else:  # audio without a clip uses the target's grid
             positioned.append(H3Condition(latents, AudioPosition(latents.shape[3], time, target)))
@@ -219,10 +219,10 @@ def _select_sample(conditions: Conditions, key: str, sample: int) -> Tensor:
     return conditions[key][sample].unsqueeze(0)
 
 
-def grid_of(latents: Tensor) -> ImageGrid:
+def get_token_grid(latents: Tensor) -> ImageGrid:
     """Return the token grid of latents, B Z f h w."""
     return ImageGrid(latents.shape[2], latents.shape[3] // PATCH, latents.shape[4] // PATCH)
 
 
 def _position_image(latents: Tensor, start_time: float) -> H3Condition:
-    return H3Condition(latents, ImagePosition(grid_of(latents), start_time))
+    return H3Condition(latents, ImagePosition(get_token_grid(latents), start_time))

@@ -107,6 +107,6 @@ DIT = DitSpec(
 PRUNED_DIT = replace(DIT, form_exclude={})
 
 
-def spec_of(config: H3Config) -> DitSpec:
+def choose_spec(config: H3Config) -> DitSpec:
     """Return the names of modules inside the transformer; files with pruned weights use other names."""
     return PRUNED_DIT if config.table_rows else DIT

@@ -178,28 +178,28 @@ def _check_positions(config: H3Config, path: Path) -> None:
 def _read_config(shapes: DitShapes) -> H3Config:
     """Return the model's sizes from tensor shapes; a pruned file has a table instead of the time embedder."""
     _check_sizes_fit(shapes)
-    (head_width,) = shapes.shape_of("blocks.0.attn.q_norm.weight", axes=1)
-    dim, inner = shapes.shape_of("blocks.0.attn.out_proj.weight")
+    (head_width,) = shapes.get_shape("blocks.0.attn.q_norm.weight", axes=1)
+    dim, inner = shapes.get_shape("blocks.0.attn.out_proj.weight")
     is_pruned = "adaln_t_table" in shapes.shapes
-    table_rows = shapes.shape_of("adaln_t_table")[0] if is_pruned else 0
-    time_hidden, freq_dim = (0, 0) if is_pruned else shapes.shape_of("time_embedder.proj_in.weight")
+    table_rows = shapes.get_shape("adaln_t_table")[0] if is_pruned else 0
+    time_hidden, freq_dim = (0, 0) if is_pruned else shapes.get_shape("time_embedder.proj_in.weight")
     frequencies = H3Config.frequencies
     if "rope.inv_freq" in shapes.shapes:
         # a released file stores them; their number is read here
-        (frequencies,) = shapes.shape_of("rope.inv_freq", axes=1)
+        (frequencies,) = shapes.get_shape("rope.inv_freq", axes=1)
     return H3Config(
         dim=dim,
         num_heads=inner // head_width,
         head_width=head_width,
-        ffn_dim=shapes.shape_of("blocks.0.mlp.fc2.weight")[1],
+        ffn_dim=shapes.get_shape("blocks.0.mlp.fc2.weight")[1],
         num_layers=shapes.count_blocks("blocks"),
         refiner_layers=shapes.count_blocks("token_refiner.blocks"),
-        channels=shapes.shape_of("video_patch_proj.weight")[1] // PATCH**2,
-        audio_channels=shapes.shape_of("audio_patch_proj.weight")[1],
-        text_dim=shapes.shape_of("condition_proj.weight")[1],
+        channels=shapes.get_shape("video_patch_proj.weight")[1] // PATCH**2,
+        audio_channels=shapes.get_shape("audio_patch_proj.weight")[1],
+        text_dim=shapes.get_shape("condition_proj.weight")[1],
         freq_dim=freq_dim,
         time_hidden=time_hidden,
-        time_dim=shapes.shape_of("blocks.0.adaln_proj.linear.weight")[1],
+        time_dim=shapes.get_shape("blocks.0.adaln_proj.linear.weight")[1],
         table_rows=table_rows,
         frequencies=frequencies,
     )
@@ -207,11 +207,11 @@ def _read_config(shapes: DitShapes) -> H3Config:
 
 def _check_sizes_fit(shapes: DitShapes) -> None:
     """Raise CheckpointError if the sizes of a block's tensors or of patches contradict each other."""
-    (head_width,) = shapes.shape_of("blocks.0.attn.q_norm.weight", axes=1)
-    dim, inner = shapes.shape_of("blocks.0.attn.out_proj.weight")
-    rows, _ = shapes.shape_of("blocks.0.attn.qkv_proj.weight")
-    modulation, _ = shapes.shape_of("blocks.0.adaln_proj.linear.weight")
-    patch = shapes.shape_of("video_patch_proj.weight")[1]
+    (head_width,) = shapes.get_shape("blocks.0.attn.q_norm.weight", axes=1)
+    dim, inner = shapes.get_shape("blocks.0.attn.out_proj.weight")
+    rows, _ = shapes.get_shape("blocks.0.attn.qkv_proj.weight")
+    modulation, _ = shapes.get_shape("blocks.0.adaln_proj.linear.weight")
+    patch = shapes.get_shape("video_patch_proj.weight")[1]
     fits = (
         inner % head_width == 0
         and rows == 3 * inner

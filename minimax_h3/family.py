@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from encoders.files import OneTransformer
 from minimax_h3.audio import H3AudioVae
 from minimax_h3.cache_marks import KEY, TAGS, TEXTS_AGAIN, check_texts, read_empty_prompt
-from minimax_h3.cached_texts import files_of_texts
+from minimax_h3.cached_texts import make_text_caching_files
 from minimax_h3.caching import H3Caching, encode_target, make_caching
 from minimax_h3.conditions import (
     CONTROL_INDICES,
@@ -23,13 +23,13 @@ from minimax_h3.conditions import (
     add_noise_to_conditions,
     control_key,
     encode_condition,
-    grid_of,
+    get_token_grid,
     position_conditions,
     reference_key,
 )
 from minimax_h3.configs import DIT, FEW_STEPS, NOISE, RELEASE
 from minimax_h3.dit_checkpoints import STACKED
-from minimax_h3.files import UNDECIDED, H3Files, files_of
+from minimax_h3.files import UNDECIDED, H3Files, make_model_files
 from minimax_h3.names import LORA
 from minimax_h3.options import (
     FPS,
@@ -51,7 +51,13 @@ from minimax_h3.options import (
     check_ratio,
 )
 from minimax_h3.presentation import AUDIO, IMAGE, IMAGE_TAG, VIDEO
-from minimax_h3.reference_options import IMAGE_EDGE, REFERENCE_MEDIA_KEYS, TASK, VIDEO_EDGE, warn_of_edges
+from minimax_h3.reference_options import (
+    IMAGE_EDGE,
+    REFERENCE_MEDIA_KEYS,
+    TASK,
+    VIDEO_EDGE,
+    warn_about_unused_edges,
+)
 from minimax_h3.reference_sound import read_reference_audio
 from minimax_h3.references import (
     ClipSource,
@@ -103,9 +109,9 @@ from protocols.requests import (
     Prompts,
     Request,
     check_size,
+    get_size,
     keep_usable_media,
     resolve_request,
-    size_of,
 )
 from protocols.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
 
@@ -165,9 +171,9 @@ class MiniMaxH3(OneTransformer):
     def metadata(self) -> Mapping[str, str]:
         """Return the model's metadata; full training also records the row order of fused weights."""
         if not isinstance(self.options, H3FullTrainingOptions):
-            return self.metadata_of(self.model_metadata)
+            return self.add_file_names(self.model_metadata)
         frequencies = self.files.dit_header().config.frequencies
-        return self.metadata_of(
+        return self.add_file_names(
             self.model_metadata | {LAYOUT_KEY: STACKED, FREQUENCIES_KEY: str(frequencies)}
         )
 
@@ -340,7 +346,7 @@ class MiniMaxH3(OneTransformer):
 
     def _position_conditions(self, cond: Conditions, sample: int, images: Tensor) -> PositionedConditions:
         """Return a sample's keyframes and references with their positions, and the clip's start time."""
-        positioned = position_conditions(cond, sample, len(cond[KEY][sample]), grid_of(images))
+        positioned = position_conditions(cond, sample, len(cond[KEY][sample]), get_token_grid(images))
         fractions = read_clean_fractions(cond)
         conditions = []
         for condition in positioned.conditions:
@@ -376,7 +382,7 @@ class MiniMaxH3(OneTransformer):
         _, channels, length, rows, columns = self.latent.shape(frames, height, width)
         sources = self._make_sources(media, (width, height), frames)
         if not media.references:
-            warn_of_edges(self.image_edge, self.video_edge, "there are no references")
+            warn_about_unused_edges(self.image_edge, self.video_edge, "there are no references")
         return replace(
             prepared,
             # the text encoder also sees the images
@@ -433,7 +439,7 @@ class MiniMaxH3(OneTransformer):
 
     def _resolve_size(self, request: Request, media: H3Media) -> tuple[int, int, int]:
         """Return width, height and frames; without a requested size, the first keyframe determines it."""
-        width, height, frames = size_of(request, self.defaults)
+        width, height, frames = get_size(request, self.defaults)
         is_adaptive = request.width is None and request.height is None
         if is_adaptive and media.keyframes:
             image_width, image_height = image_size(media.keyframes[0])
@@ -631,7 +637,7 @@ def family_for_latent_caching(options: H3LatentCachingOptions) -> MiniMaxH3:
 
 def family_for_text_caching(options: H3TextCachingOptions) -> MiniMaxH3:
     """Build the model description for minimax_h3_cache_text_encoder_outputs.py."""
-    return MiniMaxH3(files_of_texts(options), options=options)
+    return MiniMaxH3(make_text_caching_files(options), options=options)
 
 
 def family_for_training(options: H3TrainingOptions) -> MiniMaxH3:
@@ -645,7 +651,7 @@ def family_for_training(options: H3TrainingOptions) -> MiniMaxH3:
         change_conditions=partial(add_noise_to_inputs, clean_fractions),
     )
     return MiniMaxH3(
-        files_of(options, options.chosen_task),
+        make_model_files(options, options.chosen_task),
         noise=noise,
         audio_learning=rules.AudioLearning(loss.h3_video_loss_weight, loss.audio_weight),
         any_length=options.h3_allow_experimental_sample_duration,
@@ -656,7 +662,7 @@ def family_for_training(options: H3TrainingOptions) -> MiniMaxH3:
 def family_for_generation(options: H3GenerationOptions) -> MiniMaxH3:
     """Build the model description for minimax_h3_generate_video.py."""
     return MiniMaxH3(
-        files_of(options, options.task or UNDECIDED),
+        make_model_files(options, options.task or UNDECIDED),
         any_length=options.allow_experimental_duration,
         image_edge=options.media.reference_image_short_edge,
         video_edge=options.media.reference_video_short_edge,

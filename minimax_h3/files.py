@@ -20,7 +20,7 @@ from encoders.language_encoder import (
     read_qwen_tokenizer,
 )
 from encoders.language_models import QWEN3_VL
-from encoders.text_encoder import TextTokenizer, TokenizerSource, check_ids, weights_of
+from encoders.text_encoder import TextTokenizer, TokenizerSource, check_ids, compute_token_weights
 from minimax_h3.audio import (
     CHANNELS,
     RATE,
@@ -151,7 +151,7 @@ class H3TextEncoder(LanguageModelEncoder):
         conditions = {**conditions, TAGS: [torch.tensor(tags)]}
         if not prompt.weighted_spans:
             return conditions
-        weights = weights_of(self.apply_template(prompt), tokens.char_spans)
+        weights = compute_token_weights(self.apply_template(prompt), tokens.char_spans)
         return self.weigh(conditions, [1.0] * len(media_ids) + weights)
 
     def _check_token_ids(self, ids: Sequence[int], network: nn.Module) -> None:
@@ -322,7 +322,7 @@ def _read_audio_vae(checkpoint: Checkpoint) -> Settings:
     return read_audio_vae(checkpoint, "--audio_vae").config
 
 
-def files_of(options: H3ModelOptions, task: str = "t2va") -> H3Files:
+def make_model_files(options: H3ModelOptions, task: str = "t2va") -> H3Files:
     """Return the files of a training run or a generation."""
     files = H3Files(qkv_layout=options.h3_qkv_layout, task=task)
     return files.add_dit(options.dit, options.dit_dtype).add_vaes(options.vae).add_text(options.text)

@@ -21,7 +21,7 @@ import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor, nn
 
-from minimax_h3.configs import AUDIO, DIT, IMAGE, NUM_MODALITIES, PATCH, TEXT, H3Config, spec_of
+from minimax_h3.configs import AUDIO, DIT, IMAGE, NUM_MODALITIES, PATCH, TEXT, H3Config, choose_spec
 from minimax_h3.positions import AudioPosition, ImageGrid, ImagePosition, token_positions
 from minimax_h3.video_vae_blocks import rotate_first
 from modules.attention.attend import attend
@@ -294,7 +294,7 @@ class H3Model(nn.Module):
         """Build the network without weights; video, audio and text have projections, and share blocks."""
         super().__init__()
         self.config = config
-        self.spec = spec_of(config)
+        self.spec = choose_spec(config)
         self.attention = attention
         dim = config.dim
         self.video_patch_proj = nn.Linear(config.channels * PATCH**2, dim)

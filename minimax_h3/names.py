@@ -42,7 +42,7 @@ _NORMS = (
 _ORDER = "attn.qkv_proj attn.out_proj mlp.fc1 mlp.fc2"  # order in which the layers are registered
 
 
-def _parts_of_block(theirs: str, ours: str) -> tuple[WeightPart, ...]:
+def _make_block_parts(theirs: str, ours: str) -> tuple[WeightPart, ...]:
     return (
         *stacked_parts(f"{theirs}attn.to_{{x}}", f"{ours}attn.qkv_proj"),
         WeightPart(f"{theirs}ff.net.0.proj", f"{ours}mlp.fc1", layouts.SWAPPED),
@@ -54,7 +54,7 @@ MINIMAX_H3 = FamilyNames(
     "minimax_h3",
     "MiniMax-H3",
     parts=(
-        *(part for block in _BLOCKS for part in _parts_of_block(*block)),
+        *(part for block in _BLOCKS for part in _make_block_parts(*block)),
         WeightPart("transformer_blocks.{n}.adaln_proj.linear", "blocks.{n}.adaln_proj.linear"),
         *renamed_parts("", "", _OUTSIDE),
     ),

@@ -16,7 +16,7 @@ from minimax_h3.reference_options import (
     TOKEN,
     VIDEO_EDGE,
     H3MediaOptions,
-    warn_of_edges,
+    warn_about_unused_edges,
 )
 from minimax_h3.training_options import (
     CONDITION_SETS,
@@ -28,15 +28,15 @@ from minimax_h3.training_options import (
 from modules.errors import OptionError
 from modules.option_values import Placeholder
 from modules.options import (
+    DECODING_SETTING,
     FREE,
     HABIT,
     IDENTITY,
-    DECODING_SETTING,
     REQUEST_SETTING,
     SAMPLES_ONLY,
     Options,
+    make_request_facts,
     not_needed,
-    of_request,
     option,
     override_options,
     unsupported,
@@ -179,7 +179,7 @@ class H3TextCachingOptions(Options, title=NAME):
             )
         if self.task != "ref2va" and self.teacher_conditions != "subject_ref":
             edges = self.reference_image_short_edge, self.reference_video_short_edge
-            warn_of_edges(*edges, "it is for the references of --task ref2va")
+            warn_about_unused_edges(*edges, "it is for the references of --task ref2va")
         if not self.uncond_text:
             raise OptionError("--uncond_text: an empty text has no states. Use at least a space")
 
@@ -231,7 +231,7 @@ class H3LatentCachingOptions(Options, title=NAME):
     def __post_init__(self) -> None:
         if self.task != "ref2va":
             edges = self.reference_image_short_edge, self.reference_video_short_edge
-            warn_of_edges(*edges, "it is for the references of --task ref2va")
+            warn_about_unused_edges(*edges, "it is for the references of --task ref2va")
         if self.vae.file.vae_dtype not in (None, "float32", "fp32"):
             logger.warning(
                 "--vae_dtype %s: ignored, because the VAE of %s encodes in float32 alone",
@@ -288,13 +288,15 @@ class H3GenerationOptions(H3ModelOptions, title=NAME):
         "what a clip is made from: t2va, a text; fl2va, first or last frame too; ref2va, references too. "
         "Default: by what is given",
         choices=("t2va", "fl2va", "ref2va"),
-        facts=of_request(TASK),
+        facts=make_request_facts(TASK),
         often=True,
     )
     height: int | None = option("with --width: the same as --video_size", minimum=1, facts=REQUEST_SETTING)
     width: int | None = option("with --height: the same as --video_size", minimum=1, facts=REQUEST_SETTING)
     duration: float | None = option(
-        "seconds, in place of --video_length: the next length that the model makes", above=0, facts=REQUEST_SETTING
+        "seconds, in place of --video_length: the next length that the model makes",
+        above=0,
+        facts=REQUEST_SETTING,
     )
     ratio: str | None = option(
         "aspect ratio as width:height, instead of --video_size: gives the size that the model was trained "
@@ -312,7 +314,7 @@ class H3GenerationOptions(H3ModelOptions, title=NAME):
         default=3.0,
         above=0,
         maximum=MAX_SHIFT,
-        facts=of_request("h3_shift_audio"),
+        facts=make_request_facts("h3_shift_audio"),
     )
     media: H3MediaOptions
     allow_experimental_duration: bool = option(

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping
 
 from modules.errors import OptionError
-from modules.options import REQUEST_SETTING, Options, of_request, option
+from modules.options import REQUEST_SETTING, Options, make_request_facts, option
 
 logger = logging.getLogger(__name__)
 
@@ -26,19 +26,19 @@ class H3MediaOptions(Options, title="keyframes and references"):
         "--last_frame",
         action="append",
         nargs=None,
-        facts=of_request(KEYFRAMES),
+        facts=make_request_facts(KEYFRAMES),
     )
     condition_image: tuple[str, ...] | None = option(
         "with --one_frame_inference: condition image for the single image; may be given again",
         action="append",
         nargs=None,
-        facts=of_request(CONDITION_IMAGES),
+        facts=make_request_facts(CONDITION_IMAGES),
     )
     one_frame_inference: str | None = option(
         "generate a single image: its frame index in a clip of 24 frames a second, and those of its "
         "condition images",
         metavar="default|target_index=N,control_index=N;N",
-        facts=of_request(ONE_FRAME),
+        facts=make_request_facts(ONE_FRAME),
     )
     ref: tuple[str, ...] | None = option(
         "a reference, in the order of the prompt's labels; audio= gives the audio of a video. May be "
@@ -46,31 +46,34 @@ class H3MediaOptions(Options, title="keyframes and references"):
         action="append",
         nargs=None,
         metavar="PATH[;type=image|video|audio][;audio=PATH]",
-        facts=of_request(REF),
+        facts=make_request_facts(REF),
     )
     reference_image: tuple[str, ...] | None = option(
         "a reference image; may be given again",
         action="append",
         nargs=None,
-        facts=of_request(BY_KIND["image"]),
+        facts=make_request_facts(BY_KIND["image"]),
     )
     reference_video: tuple[str, ...] | None = option(
         "a reference video, with its audio; may be given again. Videos follow images",
         action="append",
         nargs=None,
-        facts=of_request(BY_KIND["video"]),
+        facts=make_request_facts(BY_KIND["video"]),
     )
     reference_audio: tuple[str, ...] | None = option(
         "a reference audio file; may be given again. Audio follows videos",
         action="append",
         nargs=None,
-        facts=of_request(BY_KIND["audio"]),
+        facts=make_request_facts(BY_KIND["audio"]),
     )
     reference_jsonl: str | None = option(
-        "list of a dataset, whose line --reference_index has the references", facts=of_request(JSONL)
+        "list of a dataset, whose line --reference_index has the references", facts=make_request_facts(JSONL)
     )
     reference_index: int = option(
-        "with --reference_jsonl: number of the line, from 0", default=0, minimum=0, facts=of_request(INDEX)
+        "with --reference_jsonl: number of the line, from 0",
+        default=0,
+        minimum=0,
+        facts=make_request_facts(INDEX),
     )
     reference_image_short_edge: int = option(
         "short side of reference images in pixels; smaller ones need less memory and show less detail",
@@ -88,7 +91,7 @@ class H3MediaOptions(Options, title="keyframes and references"):
     )
 
 
-def warn_of_edges(image_edge: int, video_edge: int, why: str) -> None:
+def warn_about_unused_edges(image_edge: int, video_edge: int, why: str) -> None:
     """Warn that changed reference sizes have no effect, for the reason `why`."""
     edges = {
         "reference_image_short_edge": (image_edge, IMAGE_EDGE),

@@ -146,10 +146,10 @@ def _require_conditions(batch: Batch, task: str, keys: list[str], names: tuple[s
         taker = f"--task {task}"
         if batch.condition_set:
             taker = f"teacher matching with {_name_option_value(batch.condition_set)}"
-        task_of_cache = "fl2va" if names == (FIRST, LAST) else "ref2va"
+        caching_task = "fl2va" if names == (FIRST, LAST) else "ref2va"
         raise CacheError(
             f"{batch.keys[0]}: its cache has no {' and no '.join(missing)}, which {taker} needs. Cache again "
-            f"with {LATENTS_AGAIN} --task {task_of_cache}."
+            f"with {LATENTS_AGAIN} --task {caching_task}."
         )
 
 

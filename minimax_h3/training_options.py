@@ -326,7 +326,7 @@ def translate(args: argparse.Namespace) -> None:
     args.typed_options = frozenset(typed_options)
     _select_rank(args)
     _check_view(args)
-    warn_of_clean_shares(args)
+    warn_about_unused_clean_shares(args)
 
 
 def trainer_changes(samplers: Collection[str], weightings: Collection[str]) -> dict[str, Any]:
@@ -478,7 +478,7 @@ def _select_rank(args: argparse.Namespace) -> None:
         args.network_dim = args.network_alpha = RANK
 
 
-def warn_of_clean_shares(args: argparse.Namespace) -> None:
+def warn_about_unused_clean_shares(args: argparse.Namespace) -> None:
     """Warn about options for noise in conditions that clips of this task do not have."""
     has_references = args.task == "ref2va" or args.h3_training_mode == "ref2va"
     has_images = has_references or args.task == "fl2va" or args.one_frame or args.teacher is not None

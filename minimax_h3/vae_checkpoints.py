@@ -149,8 +149,8 @@ def _read_config(
     `declared` are the settings that no tensor shows, from config.json.
     """
     shapes = DitShapes(checkpoint.path, stored_shapes, "video VAE of MiniMax-H3")
-    latent_channels = shapes.shape_of("post_quant_conv.weight", axes=5)[0]
-    dim, channels = shapes.shape_of("decoder.x_embedder.weight")
+    latent_channels = shapes.get_shape("post_quant_conv.weight", axes=5)[0]
+    dim, channels = shapes.get_shape("decoder.x_embedder.weight")
     levels = _read_levels(shapes, declared)
     groups = declared_groups(checkpoint, {DIFFUSERS_CLASS}) or GROUPS
     check_groups(checkpoint, [level.width for level in levels], groups)
@@ -159,9 +159,9 @@ def _read_config(
         latent_channels=latent_channels,
         dim=dim,
         head_width=declared.head_width,
-        ffn_dim=shapes.shape_of("decoder.transformer_blocks.0.ff.w2.weight")[1],
+        ffn_dim=shapes.get_shape("decoder.transformer_blocks.0.ff.w2.weight")[1],
         num_layers=shapes.count_blocks("decoder.transformer_blocks"),
-        num_registers=shapes.shape_of("decoder.register_tokens", axes=3)[1],
+        num_registers=shapes.get_shape("decoder.register_tokens", axes=3)[1],
         groups=groups,
         rotary_fraction=declared.rotary_fraction,
         clip_frames=declared.clip_frames,
@@ -169,7 +169,7 @@ def _read_config(
         latents_mean=declared.latents_mean,
         latents_std=declared.latents_std,
     )
-    _check(checkpoint, config, channels, shapes.shape_of("decoder.proj_out.weight")[0])
+    _check(checkpoint, config, channels, shapes.get_shape("decoder.proj_out.weight")[0])
     return config
 
 
@@ -191,7 +191,7 @@ def _read_levels(shapes: DitShapes, declared: _DeclaredInfo) -> tuple[H3VaeLevel
         )
     levels = []
     for prefix, time_stride, space_stride in zip(prefixes, time_strides, space_strides, strict=True):
-        width = shapes.shape_of(f"{prefix}.block.0.conv2.weight", axes=5)[0]
+        width = shapes.get_shape(f"{prefix}.block.0.conv2.weight", axes=5)[0]
         levels.append(H3VaeLevel(width, shapes.count_blocks(f"{prefix}.block"), time_stride, space_stride))
     return tuple(levels)
 
@@ -205,7 +205,7 @@ def _infer_time_strides(
     """
     # decoder.proj_out makes the colors of a patch: 3 x frames x side x side
     patch_side = math.prod(space_strides)
-    patch_frames = shapes.shape_of("decoder.proj_out.weight")[0] // (3 * patch_side**2)
+    patch_frames = shapes.get_shape("decoder.proj_out.weight")[0] // (3 * patch_side**2)
     strides: list[int] = []
     is_after_first = False
     for has in has_downsample:

@@ -7,14 +7,14 @@ import tempfile
 from pathlib import Path
 
 from modules.control_codes import shorten
-from modules.errors import is_of_compiler
+from modules.errors import is_compiler_error
 
 MAX_CAUSE_LENGTH = 240  # characters of the compiler's own message
 
 
 def explain_compilation(error: Exception) -> str | None:
     """Return cause and remedy of an error in torch's or Triton's compiler; None for other errors."""
-    if not is_of_compiler(error):
+    if not is_compiler_error(error):
         return None
     summary, _, output = str(error).partition("Output:\n")
     lines = [line.strip() for line in (output or summary).splitlines() if line.strip()]

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from modules.errors import OptionError, UserError, is_of_compiler
+from modules.errors import OptionError, UserError, is_compiler_error
 from modules.private_torch import release_host_cache
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ def select_device(name: str | None) -> torch.device:
     if name is None:
         if torch.cuda.is_available():
             return torch.device("cuda")
-        _warn_of_unseen_card()
+        _warn_of_undetected_card()
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
@@ -101,7 +101,7 @@ def _check_cuda(name: str, device: torch.device) -> None:
 
 
 @functools.cache
-def _warn_of_unseen_card() -> None:
+def _warn_of_undetected_card() -> None:
     """Warn once of an NVIDIA GPU that torch does not detect, unless CUDA_VISIBLE_DEVICES is set."""
     if "CUDA_VISIBLE_DEVICES" not in os.environ:
         from modules.nvidia_driver import explain_unseen_card  # only if torch sees no card
@@ -224,7 +224,7 @@ def replace_slow_float16(device: torch.device, dtype: torch.dtype, what: str) ->
     return torch.float32
 
 
-def compute_dtype_of(dit: nn.Module) -> torch.dtype:
+def get_compute_dtype(dit: nn.Module) -> torch.dtype:
     """Return a network's compute dtype: its `compute_dtype`, else the dtype of its first parameter."""
     dtype = getattr(dit, "compute_dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else next(dit.parameters()).dtype
@@ -363,7 +363,7 @@ class Failures:
         try:
             yield
         except Exception as error:
-            if self.strict or isinstance(error, fatal) or is_of_compiler(error):
+            if self.strict or isinstance(error, fatal) or is_compiler_error(error):
                 raise
             self.reasons[label] = f"{type(error).__name__}: {error}"
             self._codes.add(error.exit_code if isinstance(error, UserError) else UserError.exit_code)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from modules.control_codes import shorten
 from modules.limits import MAX_WAIT_SECONDS
-from modules.paths import protocol_of
+from modules.paths import get_scheme
 
 if TYPE_CHECKING:
     import requests
@@ -267,7 +267,7 @@ def _check_answer(address: str, answer: "requests.Response") -> None:
     """Raise RetryableError if a new attempt may succeed, DownloadRejected if the response is not the file."""
     code = answer.status_code
     hops = [response.url.lower() for response in (*answer.history, answer)]
-    if protocol_of(address) == "https" and not all(url.startswith("https:") for url in hops):
+    if get_scheme(address) == "https" and not all(url.startswith("https:") for url in hops):
         raise DownloadRejected("the site redirects to an address without encryption")
     if code in RETRY_STATUS_CODES or code >= 500:
         raise RetryableError(f"the site answers {code}", _read_number(answer, "retry-after") or 0.0)

@@ -79,7 +79,7 @@ def prepare_environment(
     requirements = [*_list_requirements(extra, build), *packages]
     uses_active_environment = sys.prefix != sys.base_prefix and build is None
     folder = Path(sys.prefix) if uses_active_environment else ROOT / ".venv"
-    python = Path(sys.executable) if uses_active_environment else python_of(folder)
+    python = Path(sys.executable) if uses_active_environment else get_python_path(folder)
     default_name = "runtime" if build is None else "page"
     # contains a hash of what is installed; removed during an installation
     stamp = folder / f"reelsmith-{extra or default_name}.stamp"
@@ -126,7 +126,7 @@ def _hash_installation(requirements: Sequence[str], build: Build | None) -> byte
     return hashlib.sha256("\n".join(lines).encode()).hexdigest().encode()
 
 
-def python_of(folder: Path) -> Path:
+def get_python_path(folder: Path) -> Path:
     """Return the path of a virtual environment's Python, which may not exist."""
     return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 

@@ -84,6 +84,6 @@ def catch_panics() -> Iterator[None]:
 _COMPILERS = ("torch._dynamo", "torch._inductor", "triton.")
 
 
-def is_of_compiler(error: BaseException) -> bool:
+def is_compiler_error(error: BaseException) -> bool:
     """Return whether an error comes from torch's compiler or Triton, so that further calls fail too."""
     return any(cls.__module__.startswith(_COMPILERS) for cls in type(error).__mro__)

@@ -226,9 +226,9 @@ def explain_foreign_name(flags: Flags, name: str, key_files: Iterable[KeyFile] =
     our_option = options.get(find_our_option(name, options)) or _find_declared_synonym(flags, name)
     if our_option:
         return _suggest_option(flags, our_option)
-    pair_of_sides = _find_pair_of_sides(name, options)
-    if pair_of_sides is not None:
-        height, width = pair_of_sides
+    side_names = _find_height_width_options(name, options)
+    if side_names is not None:
+        height, width = side_names
         return f" Did you mean --{height} HEIGHT --{width} WIDTH?"
     for key_file in key_files:
         keys = key_file.read_keys()
@@ -243,7 +243,7 @@ def explain_foreign_name(flags: Flags, name: str, key_files: Iterable[KeyFile] =
     return explain_role(flags, name)
 
 
-def _find_pair_of_sides(name: str, options: Container[str]) -> tuple[str, str] | None:
+def _find_height_width_options(name: str, options: Container[str]) -> tuple[str, str] | None:
     """Return our options for height and width that correspond to one option of another program, or None."""
     for synonym in itertools.chain(*_list_synonyms(name)):
         height, plus, width = synonym.partition("+")
@@ -269,11 +269,11 @@ def explain_role(flags: Flags, name: str) -> str:
     """Advise to use this model's option for a file if another model's option is given; "" if none fits."""
     role = next((names.split() for names in _ROLES if _has_role(name, names.split())), [])
     takes_values = [flag for flag, action in flags.items() if action.nargs != 0]
-    of_role = [flag for flag in takes_values if _has_role(flag.lstrip("-"), role)]
-    actions = {id(flags[flag]): flags[flag] for flag in of_role}
+    role_flags = [flag for flag in takes_values if _has_role(flag.lstrip("-"), role)]
+    actions = {id(flags[flag]): flags[flag] for flag in role_flags}
     texts = []
     for action in actions.values():
-        flag = next(flag for flag in action.option_strings if flag in of_role)
+        flag = next(flag for flag in action.option_strings if flag in role_flags)
         about = (action.help or "").replace("%%", "%").partition(";")[0]
         texts.append(f"{flag} ({about})" if about else flag)
     return f" Pass {' and '.join(texts)} instead." if texts else ""

@@ -110,8 +110,8 @@ def _find_hint(facts: Info) -> str:
 
 def _find_relation_hint(facts: Info) -> str:
     """Return the hint for messages about `needs` and `excludes`; "" if the hint is about allowed values."""
-    is_of_value = "one_of" in facts or any(fact in facts for fact in LIMITS)
-    return "" if is_of_value else _find_hint(facts)
+    is_value_hint = "one_of" in facts or any(fact in facts for fact in LIMITS)
+    return "" if is_value_hint else _find_hint(facts)
 
 
 def _describe_limits(limits: Mapping[str, float]) -> str:

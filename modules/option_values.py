@@ -223,8 +223,8 @@ def split_pairs(option: str, items: Sequence[str]) -> dict[str, str]:
     for item in items:
         if len(item) > MAX_ARGUMENT_LENGTH:
             raise OptionError(
-                f"{option} {' '.join(item[:40].split())}...: {MAX_ARGUMENT_LENGTH:,} characters are allowed at "
-                "most. Write less, or omit it"
+                f"{option} {' '.join(item[:40].split())}...: {MAX_ARGUMENT_LENGTH:,} characters are allowed "
+                "at most. Write less, or omit it"
             )
         key, equals, value = item.partition("=")
         if not equals or not key.strip():

@@ -66,7 +66,7 @@ IMPORTS = ("imports class", "imports module")
 MADE_PLACES = ("new file", "new folder", "safetensors")  # values of `place` for paths that are written
 
 
-def of_request(name: str) -> dict[str, str]:
+def make_request_facts(name: str) -> dict[str, str]:
     """Return the `facts` of an option that belongs to a single request; the family gets its value as text.
 
     `name` is the option's key in `Request.extra`. A prompt line may set it too.
@@ -78,7 +78,7 @@ TYPED = "typed_options"  # parsed attribute: names of typed arguments, even with
 
 _UNSET: Any = object()
 # field of a record -> type
-hints_of: Callable[[type], dict[str, Any]] = functools.cache(typing.get_type_hints)
+resolve_type_hints: Callable[[type], dict[str, Any]] = functools.cache(typing.get_type_hints)
 
 
 def option(
@@ -277,7 +277,7 @@ class Options:
         if unknown:
             raise TypeError(f"{type(self).__name__} has no {', '.join(sorted(unknown))}")
         for field in fields:
-            value = values[field.name] if field.name in values else default_of(type(self), field)
+            value = values[field.name] if field.name in values else get_field_default(type(self), field)
             object.__setattr__(self, field.name, value)
         for field in self.limited_fields:
             _check_field(self, field)
@@ -288,12 +288,12 @@ class Options:
         for field in self.path_fields:
             prefix = "" if field.metadata["declared"].positional else "--"
             value = getattr(self, field.name)
-            check_paths(f"{prefix}{option_name(field)}", value, field.metadata, self.value_of)
+            check_paths(f"{prefix}{option_name(field)}", value, field.metadata, self.get_value)
         # checks beyond the declared facts, if the record must be given or any of its options is
         if hasattr(self, "__post_init__") and (self.must_give or _has_set_option(self)):
             self.__post_init__()
 
-    def value_of(self, name: str) -> Any:
+    def get_value(self, name: str) -> Any:
         """Return the value of the option with this public name."""
         return getattr(self, self.fields_by_name[name].name)
 
@@ -317,9 +317,9 @@ class Options:
 
 
 def _list_values(record: Options) -> dict[str, Any]:
-    """Return a record's field values by name, without cached properties and fields marked `OF_TYPING`."""
-    of_options = (field for field in dataclasses.fields(record) if not field.metadata.get("typing"))
-    return {field.name: getattr(record, field.name) for field in of_options}
+    """Return a record's field values by name, without cached properties and fields marked `NOT_COMPARED`."""
+    option_fields = (field for field in dataclasses.fields(record) if not field.metadata.get("typing"))
+    return {field.name: getattr(record, field.name) for field in option_fields}
 
 
 class NoOptions(Options):
@@ -329,7 +329,7 @@ class NoOptions(Options):
 NO_OPTIONS = NoOptions()
 
 
-def default_of(cls: type, field: "dataclasses.Field[Any]") -> Any:
+def get_field_default(cls: type, field: "dataclasses.Field[Any]") -> Any:
     """Return the default of a record's field.
 
     A field without a declared default has None, False or the default record, if its type allows that.
@@ -344,7 +344,7 @@ def default_of(cls: type, field: "dataclasses.Field[Any]") -> Any:
         return field.default
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
-    hint = hints_of(cls)[field.name]
+    hint = resolve_type_hints(cls)[field.name]
     if isinstance(hint, types.UnionType) and type(None) in typing.get_args(hint):
         return None
     if hint is bool:
@@ -357,14 +357,14 @@ def default_of(cls: type, field: "dataclasses.Field[Any]") -> Any:
 def is_set(record: Any, field: "dataclasses.Field[Any]") -> bool:
     """Return whether a record's field differs from its default value."""
     try:
-        return bool(getattr(record, field.name) != default_of(type(record), field))
+        return bool(getattr(record, field.name) != get_field_default(type(record), field))
     except TypeError:  # the field has no default
         return True
 
 
 def _has_set_option(record: Any) -> bool:
     """Return whether any option of a record or its nested records differs from its default."""
-    hints = hints_of(type(record))
+    hints = resolve_type_hints(type(record))
     for field in dataclasses.fields(record):
         if field.metadata.get("by_script"):
             continue
@@ -385,10 +385,10 @@ def _check_field(record: Any, field: "dataclasses.Field[Any]") -> None:
     if is_set(record, field):
         check_relations(option_name(field), info, partial(_list_set, record))
         if info.get("ignored_without"):
-            _warn_of_ignored(record, field)
+            _warn_of_ignored_option(record, field)
 
 
-def _warn_of_ignored(record: Any, field: "dataclasses.Field[Any]") -> None:
+def _warn_of_ignored_option(record: Any, field: "dataclasses.Field[Any]") -> None:
     """Warn if an option is ignored because none of the options in its `ignored_without` is given."""
     option = f"--{option_name(field)}"
     useful = field.metadata["ignored_without"]
@@ -410,7 +410,7 @@ def _warn_of_useless_default(record: Any, field: "dataclasses.Field[Any]") -> No
     if flags:
         logger.warning("--%s has no effect without %s", option_name(field), flags)
     if field.metadata.get("ignored_without"):
-        _warn_of_ignored(record, field)
+        _warn_of_ignored_option(record, field)
 
 
 def list_idle(record: Any, written: Collection[str]) -> list[str]:
@@ -423,7 +423,9 @@ def list_idle(record: Any, written: Collection[str]) -> list[str]:
         value = getattr(record, field.name)
         if dataclasses.is_dataclass(value):
             idle += list_idle(value, written)
-        elif argument_of(field) in written and not is_set(record, field) and not _can_act(record, field):
+        elif (
+            get_argument_name(field) in written and not is_set(record, field) and not _can_act(record, field)
+        ):
             idle.append(option_name(field))
     return idle
 
@@ -493,7 +495,7 @@ def read_options(cls: type[R], args: argparse.Namespace) -> R:
     values: dict[str, Any] = {}
     records: set[str] = set()  # names of fields that contain a record
     for field in cls.fields_by_name.values():
-        hint = hints_of(cls)[field.name]
+        hint = resolve_type_hints(cls)[field.name]
         record = find_record_type(hint)
         if record is None:
             values[field.name] = _read_option(cls, field, args)
@@ -523,13 +525,15 @@ def _read_option(cls: type[Options], field: "dataclasses.Field[Any]", args: argp
         # an option without help is not declared to every parser; its record then has the default
         if declared is None or declared.help:
             raise TypeError(f"{cls.__name__}.{field.name}: no argument --{option} was added to the parser")
-        return default_of(cls, field)
+        return get_field_default(cls, field)
     value = getattr(args, argument)
     if value is None or isinstance(value, bool):  # as in most options
         return value
     check_characters(option, value)
     is_positional = declared is not None and declared.positional
-    return convert_value(value, hints_of(cls)[field.name], option if is_positional else f"--{option}")
+    return convert_value(
+        value, resolve_type_hints(cls)[field.name], option if is_positional else f"--{option}"
+    )
 
 
 def option_values(options: Any) -> dict[str, Any]:
@@ -560,19 +564,19 @@ def override_options(options: T, values: Mapping[str, Any]) -> T:
 
 def _collect_info(cls: type) -> dict[str, dict[str, Any]]:
     """Return the settings of a record's options by public name, including options of nested records."""
-    hints = hints_of(cls)
+    hints = resolve_type_hints(cls)
     info: dict[str, dict[str, Any]] = {}
     for field in dataclasses.fields(cls):
         outer = {fact: value for fact, value in field.metadata.items() if fact not in {"option", "declared"}}
         record = find_record_type(hints[field.name])
-        inner = {option_name(field): {}} if record is None else info_of(record)
+        inner = {option_name(field): {}} if record is None else get_option_info(record)
         for name, info_inside in inner.items():
             info[name] = {**outer, **info_inside}
     return info
 
 
 # cached for each record; callers must not change the result
-info_of: Callable[[type], dict[str, dict[str, Any]]] = functools.cache(_collect_info)
+get_option_info: Callable[[type], dict[str, dict[str, Any]]] = functools.cache(_collect_info)
 
 
 def replace_synonyms(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -580,7 +584,7 @@ def replace_synonyms(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
     `values` are keyed by public name. An option's setting `same_as` maps each synonym to its replacement.
     """
-    info = info_of(cls)
+    info = get_option_info(cls)
     plain = dict(values)
     for name, value in values.items():
         same_as = info.get(name, {}).get("same_as", {})
@@ -591,7 +595,7 @@ def replace_synonyms(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def options_with(cls: type, fact: str, value: Any) -> tuple[str, ...]:
     """Return the names of a record's options whose setting `fact` has this value."""
-    return tuple(name for name, info in info_of(cls).items() if info.get(fact) == value)
+    return tuple(name for name, info in get_option_info(cls).items() if info.get(fact) == value)
 
 
 def list_given_with(record: Any, fact: Mapping[str, Any]) -> tuple[str, ...]:
@@ -617,6 +621,6 @@ def option_name(field: "dataclasses.Field[Any]") -> str:
     return str(field.metadata.get("option", field.name))
 
 
-def argument_of(field: "dataclasses.Field[Any]") -> str:
+def get_argument_name(field: "dataclasses.Field[Any]") -> str:
     """Return the name of an option's value in the namespace of parsed arguments."""
     return option_name(field).replace("-", "_")

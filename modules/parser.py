@@ -31,12 +31,12 @@ from modules.options import (
     KeyFile,
     Options,
     Rejection,
-    default_of,
     find_reach,
     find_record_type,
     find_rejection,
-    hints_of,
+    get_field_default,
     option_name,
+    resolve_type_hints,
 )
 from modules.paths import path_exists
 
@@ -434,7 +434,7 @@ def add_options(
     for cls in records:
         if isinstance(parser, Parser):
             parser.key_files += cls.key_files
-        target = group_of(parser, cls.heading) if cls.heading else group or parser
+        target = get_or_add_group(parser, cls.heading) if cls.heading else group or parser
         for field in fields(cls):
             _add_field(parser, target, cls, field=field, overrides=overrides)
         _add_rejections(target, cls, without)
@@ -469,8 +469,8 @@ def _add_field(
     """Add the option of a field, or all options of the record that it contains, to a parser."""
     declared = field.metadata.get("declared")
     if declared is not None and declared.title:
-        group = group_of(parser, declared.title)
-    hint = hints_of(cls)[field.name]
+        group = get_or_add_group(parser, declared.title)
+    hint = resolve_type_hints(cls)[field.name]
     if find_record_type(hint) is hint:  # the field contains a record
         nested = {} if declared is None else declared.settings
         if issubclass(hint, Options):  # other records are declared by a function
@@ -495,11 +495,11 @@ def _add_declared(
         default = overrides.defaults[name]
     else:
         is_required = settings.get("required") or (declared.positional and settings.get("nargs") != "*")
-        default = None if is_required else default_of(cls, field)
+        default = None if is_required else get_field_default(cls, field)
     if name in overrides.without:  # its record gets the default
         _leave_out(parser, name.replace("-", "_"), default)
         return
-    hint = hints_of(cls)[field.name]
+    hint = resolve_type_hints(cls)[field.name]
     action: Any = _add_option(group, name, hint, default=default, declared=declared, settings=settings)
     # facts that argparse does not know, for messages and the page
     action.is_secret = "secret" in field.metadata
@@ -525,12 +525,12 @@ def _collect_checked_facts(cls: type[Options], field: Field[Any], default: Any) 
     added as the fact `usual`.
     """
     facts = {name: field.metadata[name] for name in CHECKED_INFO if name in field.metadata}
-    hint = hints_of(cls)[field.name]
+    hint = resolve_type_hints(cls)[field.name]
     kinds = typing.get_args(hint) or (hint,)
     if "place" in facts and str not in kinds:  # otherwise the values are texts
         facts["are_paths"] = True
     try:
-        record_default = default_of(cls, field)
+        record_default = get_field_default(cls, field)
     except TypeError:  # the option is required
         return facts
     if isinstance(record_default, tuple):
@@ -556,7 +556,7 @@ def _add_rejections(group: _Group, cls: type[Options], without: Collection[str])
         action.rejection = rejection
 
 
-def group_of(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:
+def get_or_add_group(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:
     """Return the parser's argument group with this title; add it if necessary."""
     for group in parser._action_groups:
         if group.title == title:

@@ -216,7 +216,7 @@ def is_address(text: str) -> bool:
     return _ADDRESS.match(text) is not None
 
 
-def protocol_of(address: str) -> str:
+def get_scheme(address: str) -> str:
     """Return the scheme of a URL, such as https, in lower case."""
     match = _ADDRESS.match(address)
     assert match is not None
@@ -228,7 +228,7 @@ def split_address(address: str) -> SplitResult:
     try:
         return urlsplit(address)
     except ValueError:
-        return SplitResult(protocol_of(address), "", address.partition("://")[2], "", "")
+        return SplitResult(get_scheme(address), "", address.partition("://")[2], "", "")
 
 
 def hide_secrets(text: str) -> str:

@@ -16,11 +16,11 @@ from modules.option_values import Placeholder, convert_value
 from modules.options import (
     Options,
     find_record_type,
-    hints_of,
-    info_of,
+    get_option_info,
     is_set,
     option_name,
     override_options,
+    resolve_type_hints,
 )
 
 T = TypeVar("T", bound=Options)
@@ -56,7 +56,7 @@ def accepted_options(
     accepted: dict[str, AcceptedOption] = {}
     for field in dataclasses.fields(record):
         name = option_name(field)
-        hint = hints_of(record)[field.name]
+        hint = resolve_type_hints(record)[field.name]
         declared = field.metadata.get("declared")
         settings: Mapping[str, Any] = {} if declared is None else declared.settings
         nested_record = find_record_type(hint)
@@ -157,7 +157,7 @@ def fill_options(options: T, repeated: Iterable[RepeatedOption]) -> T:
     """
     accepted = accepted_options(type(options))
     name_by_flag = {flag: name for name, option in accepted.items() for flag in option.flags}
-    info = info_of(type(options))
+    info = get_option_info(type(options))
     given_names = {name for name, _ in _list_given_values(options)}
     values: dict[str, Any] = {}
     for option in repeated:

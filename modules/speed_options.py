@@ -191,7 +191,7 @@ class GenerationAttentionOptions(Options):
         return AttentionChoice(GENERATION_VALUES[self.attn_mode], self.split_attn)
 
 
-def flag_of(mode: str, training: bool) -> str:
+def get_attention_flag(mode: str, training: bool) -> str:
     """Return the option (with its value) that selects an attention kernel in training or generation."""
     if training:
         return TRAINING_FLAGS[mode]

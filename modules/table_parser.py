@@ -16,7 +16,7 @@ from modules.option_checks import check_paths, check_relations, check_value
 from modules.option_tables import read_entry
 from modules.option_values import check_characters, convert_value
 from modules.options import TYPED, KeyFile, Rejection
-from modules.parser import Parser, group_of
+from modules.parser import Parser, get_or_add_group
 from modules.run_limits import is_limited
 
 # attribute of an argparse action -> its value if the action's row in the table does not have it
@@ -86,10 +86,10 @@ def build_parser(table: Mapping[str, Any], prog: str | None = None, kind: type[P
     parser.set_defaults(**parser.left_out)
     parser.changes_values = table.get("changes_values", False)
     for title in table.get("groups", ()):
-        group_of(parser, title)
+        get_or_add_group(parser, title)
     for name in table["sections"]:
         section = read_entry("section", name)
-        group = group_of(parser, section["title"])
+        group = get_or_add_group(parser, section["title"])
         for option in section["options"]:
             # skips the checks of `add_argument`, which passed at compile time
             action = _build_action(read_entry("option", option))
@@ -274,12 +274,14 @@ def describe_parser(parser: Parser) -> dict[str, Any]:
 
 def _describe_sections(parser: Parser) -> list[dict[str, Any]]:
     """Return the sections of a parser, each with its title and its options, without --help."""
-    title_of = {id(action): group.title for group in parser._action_groups for action in group._group_actions}
+    title_by_action = {
+        id(action): group.title for group in parser._action_groups for action in group._group_actions
+    }
     sections: list[dict[str, Any]] = []
     for action in parser._actions:
         if action.dest == "help":
             continue
-        title = title_of[id(action)]
+        title = title_by_action[id(action)]
         if not sections or sections[-1]["title"] != title:
             sections.append({"title": title, "options": []})
         sections[-1]["options"].append(_describe_action(action))

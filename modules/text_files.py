@@ -81,7 +81,7 @@ def read_safetensors_texts(path: Path) -> dict[str, str]:
         return read_tensor_header(file.read, size).metadata
 
 
-def metadata_of_files(paths: Iterable[Path]) -> Iterator[tuple[Path, dict[str, str]]]:
+def iterate_lora_metadata(paths: Iterable[Path]) -> Iterator[tuple[Path, dict[str, str]]]:
     """Yield path and metadata of LoRA files; skip faulty files, which raise when their tensors are read."""
     for path in paths:
         try:

@@ -127,7 +127,7 @@ class MossImage(pictures.ImageModelFamily):
                 raise CacheError(
                     f"{cache.path}: the caption was encoded with another template. Run {TEXTS_AGAIN}."
                 )
-        references = pictures.references_of(batch, LATENT.channels, 1, LATENTS_AGAIN)
+        references = pictures.get_references(batch, LATENT.channels, 1, LATENTS_AGAIN)
         return {KEY: batch.tensors[KEY], **references}
 
     def predict(

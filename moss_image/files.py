@@ -90,16 +90,16 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[MossImageConfig]:
 
 def _read_config(shapes: DitShapes) -> MossImageConfig:
     """Return the dimensions of a transformer. Raises CheckpointError if they do not match each other."""
-    dim, channels = shapes.shape_of("video_embedder.weight")
-    (head_dim,) = shapes.shape_of("layers.0.q_norm.weight", axes=1)
-    ffn_dim = shapes.shape_of("layers.0.proj.ffn_down.weight")[1]
+    dim, channels = shapes.get_shape("video_embedder.weight")
+    (head_dim,) = shapes.get_shape("layers.0.q_norm.weight", axes=1)
+    ffn_dim = shapes.get_shape("layers.0.proj.ffn_down.weight")[1]
     fits = (
         dim % head_dim == 0
         and head_dim % (2 * AXES) == 0
-        and shapes.shape_of("layers.0.proj.q.weight") == (dim, dim)
-        and shapes.shape_of("layers.0.proj.ffn_up_gate.weight")[0] == 2 * ffn_dim
-        and shapes.shape_of(IDENTIFYING_TENSOR) == (MODULATION_ROWS * dim, dim)
-        and shapes.shape_of("video_head_modulation.weight") == (END_MODULATION_ROWS * dim, dim)
+        and shapes.get_shape("layers.0.proj.q.weight") == (dim, dim)
+        and shapes.get_shape("layers.0.proj.ffn_up_gate.weight")[0] == 2 * ffn_dim
+        and shapes.get_shape(IDENTIFYING_TENSOR) == (MODULATION_ROWS * dim, dim)
+        and shapes.get_shape("video_head_modulation.weight") == (END_MODULATION_ROWS * dim, dim)
     )
     if not fits:
         raise CheckpointError(
@@ -114,8 +114,8 @@ def _read_config(shapes: DitShapes) -> MossImageConfig:
         num_layers=shapes.count_blocks("layers"),
         refiner_blocks=shapes.count_blocks("text_embedder.blocks"),
         channels=channels,
-        text_dim=shapes.shape_of("text_embedder.proj.weight")[1],
-        freq_dim=shapes.shape_of("time_embedding.0.weight")[1],
+        text_dim=shapes.get_shape("text_embedder.proj.weight")[1],
+        freq_dim=shapes.get_shape("time_embedding.0.weight")[1],
     )
 
 

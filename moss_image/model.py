@@ -218,7 +218,7 @@ class MossImageModel(BlockNetwork):
     """
 
     spec = DIT
-    dtype_of = "layers.0.norm1.weight"
+    compute_dtype_parameter = "layers.0.norm1.weight"
 
     def __init__(self, config: MossImageConfig, attention: AttentionChoice = SDPA) -> None:
         """Build the network without weights; the blocks share one modulation, computed from the timestep."""
@@ -298,7 +298,7 @@ class MossImageModel(BlockNetwork):
         _, counts = count_real_tokens(text_mask)
         text_lengths = RefinedText(x, counts).text_lengths
         layout = MossImageLayout(
-            (0, 0), tuple(map(self.grid_of, references)), num_text_tokens=0, text_lengths=text_lengths
+            (0, 0), tuple(map(self.get_token_grid, references)), num_text_tokens=0, text_lengths=text_lengths
         )
         tokens = MossImageTokens(
             layout.grid,
@@ -344,8 +344,8 @@ class MossImageModel(BlockNetwork):
             raise ValueError(f"a text mask of {tuple(text_mask.shape)} for text of {tuple(text.shape)}")
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         stream_dtype = select_stream(dtype)
-        reference_grids = tuple(map(self.grid_of, references))
-        grid = self.grid_of(noisy)
+        reference_grids = tuple(map(self.get_token_grid, references))
+        grid = self.get_token_grid(noisy)
         images = [self.embed_image(latents).to(stream_dtype) for latents in (*references, noisy)]
         # of the prompt and, if `overrides` have one, of the second text
         prompts = overrides.text_inputs(len(noisy), text=text, text_mask=text_mask)
@@ -400,7 +400,7 @@ class MossImageModel(BlockNetwork):
         refined = self.text_embedder(states, stream, rotary, self.attention, text.lengths(0))
         return text._replace(states=refined)
 
-    def grid_of(self, latents: Tensor) -> Grid:
+    def get_token_grid(self, latents: Tensor) -> Grid:
         """Return rows and columns of an image's tokens; raise ValueError if its channels do not match."""
         channels, frames, height, width = latents.shape[1:]
         if channels != self.config.channels or frames != 1:
@@ -428,8 +428,8 @@ class MossImageModel(BlockNetwork):
         rows = self.embed_time(timesteps)[:, :, None]
         if not has_references:
             return rows
-        of_references = self.embed_time(torch.zeros_like(timesteps))[:, :, None]
-        return torch.cat([of_references, rows], dim=2)
+        reference_time = self.embed_time(torch.zeros_like(timesteps))[:, :, None]
+        return torch.cat([reference_time, rows], dim=2)
 
     def unembed(self, x: Tensor, tokens: MossImageTokens) -> Tensor:
         """Turn tokens B R+L+T C into the velocity, B Z 1 H W in float32."""

@@ -8,14 +8,14 @@ from flux_2.options import Flux2VaeOptions
 from modules.errors import OptionError
 from modules.option_values import Placeholder
 from modules.options import (
+    DECODING_SETTING,
     FREE,
     HABIT,
-    DECODING_SETTING,
     REFERENCES_ONLY,
     REQUEST_SETTING,
     Options,
+    make_request_facts,
     not_needed,
-    of_request,
     option,
 )
 from modules.speed_options import TextEncoderOptions, dit_dtype_option, fp8_text_option
@@ -108,9 +108,11 @@ class MossImageGenerationOptions(MossImageModelOptions, title=NAME):
     """Options of moss_image_generate_image.py in addition to the shared ones."""
 
     moss_schedule: str = option(
-        _SCHEDULE, default=OFFICIAL, choices=SCHEDULES, facts=of_request("moss_schedule")
+        _SCHEDULE, default=OFFICIAL, choices=SCHEDULES, facts=make_request_facts("moss_schedule")
     )
-    negative_skip_blocks: str = option(_SKIPS, default=SKIPPED, facts=of_request("negative_skip_blocks"))
+    negative_skip_blocks: str = option(
+        _SKIPS, default=SKIPPED, facts=make_request_facts("negative_skip_blocks")
+    )
     negative_skip_start: float = option(
         "fraction of the steps at which the skipping begins",
         default=0.0,

@@ -27,7 +27,7 @@ from networks.options import DEFAULT_RANK, NetworkOptions
 from networks.own_kinds import OWN_MODULES, NetworkArguments, read_own
 from networks.own_modules import build_from_tensors, build_network, check_blocks
 from protocols.family import NumberedBlocks
-from runtime.run_blocks import spec_of
+from runtime.run_blocks import get_spec
 
 logger = getLogger(__name__)
 
@@ -302,9 +302,9 @@ def make_network(
             network = _build_own(name, options, dit, encoders, trains_dit, resumed)
     if isinstance(network, OwnNetwork):
         network.attach(trains_dit)
-        layers_of_dit = network.layers_of_dit()
-        if layers_of_dit:
-            cast_before_pass(dit, layers_of_dit, spec_of(dit).shared_inputs)
+        dit_layers = network.dit_layers()
+        if dit_layers:
+            cast_before_pass(dit, dit_layers, get_spec(dit).shared_inputs)
     elif options.scale_weight_norms is not None:
         _require_norm_scaling(network, name)
     if options.network_weights is not None:

@@ -18,11 +18,11 @@ from torch import Tensor
 from modules.errors import CheckpointError
 from modules.limits import MAX_EXPRESSIONS, MAX_SEARCH_SECONDS
 from modules.text_files import parse_json, read_text
-from networks.deltas import group_by_module, rank_of, split_scaling, ungroup
+from networks.deltas import get_lora_rank, group_by_module, split_scaling, ungroup
 from networks.key_formats import NativeTensors
 from networks.kinds.factors import DOWN, UP, Factors
 from networks.names.layouts import FOLDED, IN_DIFFUSERS, UNET_IN_DIFFUSERS
-from networks.names.texts import diffusers_path_of_text
+from networks.names.texts import find_diffusers_text_path
 from networks.tensor_names import find_expert_prefixes, find_networks
 
 logger = getLogger(__name__)
@@ -129,7 +129,7 @@ def find_alphas(
         sources, warnings = _find_sources(path, metadata, network)
     distinct_ranks = set(ranks.values())
     # ignore alphas that were set for ranks which no module has
-    warnings += _list_warnings_of_other_ranks(sources, distinct_ranks)
+    warnings += _list_rank_warnings(sources, distinct_ranks)
     sources = [source for source in sources if source.can_be_for(distinct_ranks)]
     alpha = _require_one_alpha(path, sources)
     tensors = peft_alphas(
@@ -174,7 +174,7 @@ def _describe_alphas(
     return ", ".join(descriptions)
 
 
-def _list_warnings_of_other_ranks(sources: Iterable[_AlphaSource], ranks: Collection[int]) -> list[str]:
+def _list_rank_warnings(sources: Iterable[_AlphaSource], ranks: Collection[int]) -> list[str]:
     """Return a warning for each alpha source whose rank no module in the file has."""
     rank_list = ", ".join(map(str, sorted(ranks)))
     warnings: list[str] = []
@@ -191,7 +191,7 @@ def _ranks_without_alpha(network: NetworkFactors) -> dict[str, int]:
     """Return the rank of each module without alpha; for joined LoRAs, the rank of each of them."""
     ranks: dict[str, int] = {}
     for name, factors in network.modules.items():
-        rank = None if "alpha" in factors else rank_of(factors)
+        rank = None if "alpha" in factors else get_lora_rank(factors)
         if rank is not None:
             ranks[name] = rank // network.joined_lora_counts.get(name, 1)
     return ranks
@@ -220,7 +220,7 @@ def restore_folded_alphas(tensors: Mapping[str, Tensor], metadata: Mapping[str, 
     scalings = read_folded(metadata)  # rank -> alpha / rank
     modules = group_by_module(tensors)
     for factors in modules.values():
-        rank = rank_of(factors)
+        rank = get_lora_rank(factors)
         is_pair = DOWN in factors and UP in factors
         was_folded = rank in scalings and "alpha" not in factors and is_pair
         if rank is None or not was_folded:
@@ -261,9 +261,9 @@ def without_alphas(metadata: Mapping[str, str]) -> dict[str, str]:
     remaining: dict[str, str] = {}
     for key, value in metadata.items():
         # trainers also record the training alpha, which readers ignore if alphas are tensors
-        is_record_of_training = key == _TRAINED_ALPHA_KEY and "ss_network_module" in metadata
+        is_training_record = key == _TRAINED_ALPHA_KEY and "ss_network_module" in metadata
         is_alpha = _parse_key(key).name in _RANK_NAMES_BY_ALPHA
-        if is_record_of_training or not (is_alpha or _holds_settings(key, value)):
+        if is_training_record or not (is_alpha or _holds_settings(key, value)):
             remaining[key] = value
     return remaining
 
@@ -309,11 +309,11 @@ def _find_in_metadata_keys(
             shown_value = repr(str(text)[:_MAX_SHOWN])
             warnings.append(f"its metadata has {full_key} {shown_value}, which is not a number: not used")
         else:
-            sources.append(_make_source_of_key(full_key, float(text), text_by_key))
+            sources.append(_make_alpha_source(full_key, float(text), text_by_key))
     return _FoundSources(sources, warnings)
 
 
-def _make_source_of_key(full_key: str, alpha: float, text_by_key: Mapping[_Key, str]) -> _AlphaSource:
+def _make_alpha_source(full_key: str, alpha: float, text_by_key: Mapping[_Key, str]) -> _AlphaSource:
     """Return the alpha in a metadata key, with the rank and use_rslora that are set for the same network."""
     network, name = _parse_key(full_key)
     rank_keys = [_Key(network, rank_name) for rank_name in _RANK_NAMES_BY_ALPHA[name]]
@@ -541,7 +541,7 @@ def _paths_by_encoder(texts: Iterable[str]) -> dict[str, dict[str, str]]:
     for name in texts:
         encoder_prefix = ""
         path = name
-        full_path = diffusers_path_of_text(name)
+        full_path = find_diffusers_text_path(name)
         if full_path:
             encoder, dot, path = full_path.partition(".")
             encoder_prefix = encoder + dot
@@ -563,7 +563,7 @@ class _AlphaRules:
     expressions: Mapping[str, Callable[[str], bool]]
     default: float | None  # the setting lora_alpha, for modules that no key matches
 
-    def alpha_of(self, path: str) -> float | None:
+    def find_alpha(self, path: str) -> float | None:
         """Return the alpha of the module at a path such as `blocks.0.attn1.to_q`."""
         names = path.split(".")
         endings = [".".join(names[first:]) for first in range(len(names))]
@@ -607,11 +607,11 @@ def peft_alphas(
     rules = _read_rules(config)
     alphas: dict[str, Tensor] = {}
     for module, factors in modules.items():
-        rank = rank_of(factors)
+        rank = get_lora_rank(factors)
         has_own_alpha = "alpha" in factors  # it takes precedence
         if rank is None or has_own_alpha:
             continue
-        alpha = rules.alpha_of(module_paths[module])
+        alpha = rules.find_alpha(module_paths[module])
         if alpha is None:
             continue
         num_joined = joined_lora_counts.get(module, 1)

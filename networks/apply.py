@@ -26,26 +26,32 @@ from networks.fused_parts import (
     FusedPiece,
     FusionError,
     find_default_rows,
-    find_rows_of_part,
+    find_part_rows,
     is_row_slice,
     join_rotations,
 )
-from networks.key_formats import module_of_tensor
+from networks.key_formats import split_tensor_name
 from networks.kinds.algebra import MismatchError
 from networks.kinds.composing import MAGNITUDE_KIND_NAME
-from networks.loading import LoraFile, WeightedLora, reject_unknown, warn_of_absent, warn_of_other_family
+from networks.loading import (
+    LoraFile,
+    WeightedLora,
+    reject_unknown,
+    warn_about_absent_modules,
+    warn_about_other_family,
+)
 from networks.module_names import RelatedModule, from_alias, related_modules, select_family
 from networks.names.layouts import FIRST_LAYERS, OURS, FamilyNames
-from networks.rank_masks import rank_rule_of
+from networks.rank_masks import read_rank_rule
 from networks.rounding import (
     SMALL_WEIGHT,
     LoraRounding,
     RandomRounding,
     SampledRows,
+    compute_rounding_seed,
     narrow_dtype,
-    seed_of,
 )
-from networks.unused_tensors import text_side_of
+from networks.unused_tensors import describe_text_side
 from networks.use_options import NEAREST
 from runtime.offload.sharding import gather_weight, set_weight
 
@@ -197,7 +203,7 @@ class Change:
         weight_contains_part = related is not None and related.is_part and is_row_slice(related.part)
         if related is None or not weight_contains_part or layer_size is None:
             raise MismatchError(_NEEDS_WHOLE_WEIGHT)
-        rows = find_rows_of_part(related.part, end_row - first_row, len(weight))
+        rows = find_part_rows(related.part, end_row - first_row, len(weight))
         if not isinstance(rows, slice):
             raise MismatchError(_NEEDS_WHOLE_WEIGHT)
         layer_start = rows.start - first_row  # row of the weight at which the layer begins
@@ -214,7 +220,7 @@ class Change:
         Raises:
             MismatchError: If the part has as many rows as the whole, or if magnitudes need the whole weight.
         """
-        rows = self._find_rows_of_part(related, weight)
+        rows = self._find_part_rows(related, weight)
         if rows is None:
             return self
         if isinstance(rows, slice):
@@ -231,7 +237,7 @@ class Change:
             sliced_delta = self.delta.compute_rows(rows, weight.device)
         return replace(self, delta=sliced_delta)
 
-    def _find_rows_of_part(self, related: RelatedModule, weight: Tensor) -> slice | Tensor | None:
+    def _find_part_rows(self, related: RelatedModule, weight: Tensor) -> slice | Tensor | None:
         """Return which rows of the larger of LoRA and weight are the smaller one; None if they do not match.
 
         Raises:
@@ -251,7 +257,7 @@ class Change:
             raise MismatchError(
                 f"{related.name} has {lora_rows} rows, the weight {weight_rows}, although {relation}"
             )
-        return find_rows_of_part(related.part, part_rows, whole_rows)
+        return find_part_rows(related.part, part_rows, whole_rows)
 
     @property
     def replaces_weight(self) -> bool:
@@ -321,7 +327,7 @@ class Change:
         return replace(self, delta=self.delta.to(device))
 
 
-def changes_of(weighted_lora: WeightedLora, delta: Delta) -> list[Change]:
+def list_changes(weighted_lora: WeightedLora, delta: Delta) -> list[Change]:
     """Return the changes that a LoRA makes to a module's bias and weight, as up to two `Change` objects."""
     changes: list[Change] = []
     parts = delta.factors.keys()
@@ -489,7 +495,7 @@ def _group_changes_by_key(weighted_loras: Sequence[WeightedLora]) -> dict[str, l
     changes_by_key: dict[str, list[Change]] = {}
     for weighted_lora in weighted_loras:
         for module, delta in read_deltas(weighted_lora.lora.modules()).items():
-            for change in changes_of(weighted_lora, delta):
+            for change in list_changes(weighted_lora, delta):
                 changes_by_key.setdefault(f"{module}.{change.parameter_name}", []).append(change)
     return changes_by_key
 
@@ -548,7 +554,7 @@ class LoraPatch:
         self._changes_by_parameter: dict[str, list[FoundChange]] = {}
         # module name in the model file -> our name; {} if no family has such modules
         self._our_module_names: dict[str, str] = {}
-        modules = dict.fromkeys(module_of_tensor(name)[0] for name in parameter_names or ())
+        modules = dict.fromkeys(split_tensor_name(name)[0] for name in parameter_names or ())
         model_family = select_family(modules, family)
         if model_family is not None:
             self._our_module_names = {module: from_alias(module, model_family) for module in modules}
@@ -627,11 +633,13 @@ class LoraPatch:
             return None
         assert dtype is not None
         # the seed depends only on our name and the factors, so a model is rounded equally in any layout
-        module, parameter_name = module_of_tensor(name)
+        module, parameter_name = split_tensor_name(name)
         factors: list[Tensor] = []
         for found_change in self._find_changes(name):
             factors += found_change.change.delta.factors.values()
-        seed = seed_of(f"{self._our_module_names.get(module, module)}.{parameter_name}", factors)
+        seed = compute_rounding_seed(
+            f"{self._our_module_names.get(module, module)}.{parameter_name}", factors
+        )
         return self._rounding.make_random_rounding(dtype, device, seed)
 
     def leave_unmerged(self, name: str, shape: tuple[int, ...]) -> bool:
@@ -750,13 +758,13 @@ class LoraPatch:
             logger.info(
                 f"{lora.path}: {num_applied} weights changed, multiplier {weighted_lora.multiplier:g}"
             )
-        rank_rule = rank_rule_of(lora.metadata)
+        rank_rule = read_rank_rule(lora.metadata)
         # a merged T-LoRA has all ranks active at all noise levels
         if rank_rule is not None and not self._is_masked:
             logger.warning(f"{lora.path} {rank_rule.kind.merged}")
-        warn_of_other_family(lora, family, self._modules)
+        warn_about_other_family(lora, family, self._modules)
         if absent_keys:
-            warn_of_absent(
+            warn_about_absent_modules(
                 lora.path,
                 absent_keys,
                 total=len(selected_keys),
@@ -789,7 +797,7 @@ class LoraPatch:
                 f"{list_some(list(self._modules), 3)}.\n  Pass the model's own file.",
                 self._path,
             )
-        text_parts = text_side_of(keys)
+        text_parts = describe_text_side(keys)
         if text_parts:
             return CheckpointError(
                 f"{lora.path} changes only {text_parts}, which are not in {self._model}.\n"
@@ -813,7 +821,7 @@ class LoraPatch:
         """
         if name in self._changes_by_parameter:
             return self._changes_by_parameter[name]
-        module, parameter_name = module_of_tensor(name)
+        module, parameter_name = split_tensor_name(name)
         module = self._our_module_names.get(module, module)
         self._modules.setdefault(module)  # a dictionary as an ordered set
         lora_modules: list[tuple[str, RelatedModule | None]] = [(module, None)]  # None: the module itself

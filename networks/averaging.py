@@ -21,7 +21,7 @@ from modules.errors import CheckpointError, OptionError
 from modules.options import Options, option
 from modules.output_files import check_output_file, reject_replacing
 from modules.paths import explain_missing, sort_by_numbers
-from networks.metadata import STALE, add_hashes, expert_of
+from networks.metadata import STALE, add_hashes, find_lora_expert
 from networks.names.layouts import COMFYUI, DIFFUSERS, KNOWN, LORA_FORMAT
 from networks.use_options import require_files
 
@@ -239,7 +239,7 @@ def _reject_several_experts(files: Sequence[Checkpoint]) -> None:
     """Raise CheckpointError if the LoRA files were trained for different experts."""
     experts: dict[Path, str] = {}
     for file in files:
-        expert = expert_of(file.metadata, file.path)
+        expert = find_lora_expert(file.metadata, file.path)
         if expert is not None:
             experts[file.path] = expert.replace("_", " ")
     if len(set(experts.values())) > 1:

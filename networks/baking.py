@@ -21,18 +21,23 @@ from networks import deltas
 from networks.apply import Change
 from networks.delta import read_delta
 from networks.deltas import CPU
-from networks.extracting import decompose_change, lora_of_shape
+from networks.extracting import decompose_change, reshape_to_lora
 from networks.fused_rows import with_stacked_rows
-from networks.key_formats import module_of_tensor
+from networks.key_formats import split_tensor_name
 from networks.kinds import LORA
-from networks.kinds.composing import FACTORS_NEEDING_WEIGHT, KIND_BY_FACTOR, MAGNITUDES, kinds_of_parts
+from networks.kinds.composing import (
+    FACTORS_NEEDING_WEIGHT,
+    KIND_BY_FACTOR,
+    MAGNITUDES,
+    find_kinds_with_factors,
+)
 from networks.kinds.contract import NORMS_FORM, named
 from networks.kinds.factors import DOWN, MID, Factors
 from networks.loading import LoraFile, WeightedLora
-from networks.lora_network import prefix_of
+from networks.lora_network import get_prefix
 from networks.module_names import from_alias
 from networks.names.layouts import OURS, SWAPPED, FamilyNames, joined_tensors, tensor_patterns
-from networks.text_loras import is_full, pieces_of
+from networks.text_loras import is_full, list_pieces
 from networks.writing import convert_to_our_layout
 from protocols.loading import TensorSource
 
@@ -115,7 +120,7 @@ def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> Baked:
         for name, factors in to_approximate.items():
             change = _compute_change(name, factors, lora, weights, baking.device)
             modules[name], losses[name] = _approximate(name, factors, change, baking.rank)
-    metadata = _metadata_of_plain(lora.metadata, modules)
+    metadata = _make_plain_metadata(lora.metadata, modules)
     loss_note = _describe_losses(losses, len(modules), baking.rank)
     return Baked(replace_factors(lora, modules, metadata), loss_note)
 
@@ -155,14 +160,14 @@ def _require_models(path: Path, modules: Mapping[str, Factors], baking: Baking) 
 def _make_missing_model_error(path: Path, modules: Mapping[str, Factors]) -> OptionError:
     """Return the error for a LoRA whose change depends on the model (DoRA) if no model is given."""
     name = next(name for name, factors in modules.items() if factors.keys() & {*FACTORS_NEEDING_WEIGHT})
-    kind = next(kind for kind in kinds_of_parts(modules[name]) if kind.needs_weight)
+    kind = next(kind for kind in find_kinds_with_factors(modules[name]) if kind.needs_weight)
     return OptionError(
         f"--bake: {path} is {named(kind)} ({name}), whose change depends on the weights that it was trained "
         "for. Add --dit with the model's file, followed by the files of the text encoders that it changes"
     )
 
 
-def _metadata_of_plain(metadata: Mapping[str, str], modules: Mapping[str, Factors]) -> dict[str, str]:
+def _make_plain_metadata(metadata: Mapping[str, str], modules: Mapping[str, Factors]) -> dict[str, str]:
     """Return a LoRA's metadata for the file in which its modules are plain low-rank factors."""
     ranks = {len(factors[DOWN]) for factors in modules.values() if DOWN in factors}
     rank = str(next(iter(ranks))) if len(ranks) == 1 else "Dynamic"
@@ -207,7 +212,7 @@ def _approximate(name: str, factors: Factors, change: Tensor, rank: int) -> tupl
     up = (up / roots).to(dtype)
     change_norm = float(matrix.norm())
     remainder = matrix.addmm_(up.float(), down.float(), alpha=-1)
-    lora = lora_of_shape(down, up, change.shape)
+    lora = reshape_to_lora(down, up, change.shape)
     bias = read_delta(factors).compute_bias_change(CPU)
     if bias is not None:
         lora["diff_b"] = bias.to(dtype)
@@ -228,22 +233,22 @@ def _compute_change(
     """
     delta = read_delta(factors)
     if not delta.depends_on_weight:
-        change_of_factors = delta.compute_change(device)
-        assert change_of_factors is not None
-        return change_of_factors
+        factor_change = delta.compute_change(device)
+        assert factor_change is not None
+        return factor_change
     num_rows: int | None = None  # unknown for an input rotation
     if delta.rotation is None:
         shape = delta.change_shape()
         assert shape is not None
         num_rows = shape[0]
-    weight, path = read_weight_of_module(name, num_rows, lora, weights)
+    weight, path = read_module_weight(name, num_rows, lora, weights)
     change = Change(WeightedLora(lora), delta).fit(related=None, weight=weight, name=name, model=str(path))
     total = torch.zeros(weight.shape, device=device)
     change.add_to(total, block_rows=None, weight=weight.to(device))
     return total
 
 
-def read_weight_of_module(
+def read_module_weight(
     name: str, num_rows: int | None, lora: LoraFile, weights: Weights
 ) -> tuple[Tensor, Path]:
     """Return the weight that a module changes, and the path of its file.
@@ -258,9 +263,9 @@ def read_weight_of_module(
         CheckpointError: If the weight is missing.
     """
     # names that the module may have in the model's files
-    name_of_only_encoder = name.replace("lora_te1_", "lora_te_", 1)  # in Stable Diffusion 1 and 2
-    without_prefix = name.removeprefix(f"{prefix_of(name)}_")  # in a separate file of the network
-    for module in dict.fromkeys((name, name_of_only_encoder, without_prefix)):
+    single_encoder_name = name.replace("lora_te1_", "lora_te_", 1)  # in Stable Diffusion 1 and 2
+    without_prefix = name.removeprefix(f"{get_prefix(name)}_")  # in a separate file of the network
+    for module in dict.fromkeys((name, single_encoder_name, without_prefix)):
         for stored in weights.get(module, ()):
             weight = stored.source.build_tensor(
                 [stored.checkpoint.read(tensor) for tensor in stored.source.names]
@@ -289,8 +294,11 @@ def open_weights(paths: Sequence[Path], family: FamilyNames | None) -> Iterator[
     with ExitStack() as stack:
         for path in paths:
             checkpoint = with_stacked_rows(dequantized_on_read(stack.enter_context(open_checkpoint(path))))
-            for name, stored in (*_weights_of_texts(checkpoint), *_weights_of_dit(checkpoint, family)):
-                module, parameter_name = module_of_tensor(name)
+            for name, stored in (
+                *_iterate_text_encoder_weights(checkpoint),
+                *_iterate_dit_weights(checkpoint, family),
+            ):
+                module, parameter_name = split_tensor_name(name)
                 if parameter_name != "weight":
                     continue
                 if family is not None:
@@ -300,18 +308,20 @@ def open_weights(paths: Sequence[Path], family: FamilyNames | None) -> Iterator[
         yield weights
 
 
-def _weights_of_texts(checkpoint: Checkpoint) -> Iterator[tuple[str, StoredWeight]]:
+def _iterate_text_encoder_weights(checkpoint: Checkpoint) -> Iterator[tuple[str, StoredWeight]]:
     """Yield the text encoder weights inside a full checkpoint, by their module names in LoRA files."""
     if not is_full(checkpoint.tensors):
         return
     for name in checkpoint.tensors:
-        for piece in pieces_of(name):
+        for piece in list_pieces(name):
             if piece.text_encoder:
                 source = TensorSource((name,), piece.take_rows)
                 yield f"{piece.text_encoder}_{piece.name}", StoredWeight(checkpoint, source)
 
 
-def _weights_of_dit(checkpoint: Checkpoint, family: FamilyNames | None) -> Iterator[tuple[str, StoredWeight]]:
+def _iterate_dit_weights(
+    checkpoint: Checkpoint, family: FamilyNames | None
+) -> Iterator[tuple[str, StoredWeight]]:
     """Yield a transformer's tensors by our names (fused weights are split), each with where it is stored."""
     bare = bare_names(checkpoint)
     sources = list_tensor_sources(bare)

@@ -76,16 +76,16 @@ class BlockSettings:
         """Return the index of the block that contains a module; None outside of blocks and before `fit`."""
         return None if self.numbered is None else self.numbered.number_of(path)
 
-    def rate_factor_of(self, path: str) -> float:
+    def get_rate_factor(self, path: str) -> float:
         """Return the learning rate multiplier of a module; 1 outside of numbered blocks."""
         number = self.number_of(path)
         return 1.0 if number is None or not self.rate_factors else self.rate_factors[number]
 
     def is_left_out(self, path: str) -> bool:
         """Return whether a module gets no LoRA because its block's learning rate is below the threshold."""
-        return bool(self.rate_factors) and self.rate_factor_of(path) <= self.threshold
+        return bool(self.rate_factors) and self.get_rate_factor(path) <= self.threshold
 
-    def rank_and_alpha_of(self, path: str, is_convolution: bool) -> tuple[int, float | None] | None:
+    def get_rank_and_alpha(self, path: str, is_convolution: bool) -> tuple[int, float | None] | None:
         """Return the rank and alpha of a module; None if no per-block list gives a rank.
 
         An alpha of None means the network's alpha.

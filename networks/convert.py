@@ -30,11 +30,11 @@ from networks.kinds.composing import (
     MAGNITUDE_KIND_NAME,
     MAGNITUDES,
     PRODUCT_KIND_NAMES,
+    find_network_kind,
     in_series,
-    kind_of_files,
 )
 from networks.kinds.factors import Factors
-from networks.loading import LoraFile, read_lora, warn_of_other_expert
+from networks.loading import LoraFile, read_lora, warn_about_other_expert
 from networks.metadata import PARTS_METADATA, STALE, add_hashes
 from networks.names.layouts import (
     COMFYUI,
@@ -46,7 +46,7 @@ from networks.names.layouts import (
     TRAINED_ON,
     FamilyNames,
 )
-from networks.rank_masks import rank_rule_of
+from networks.rank_masks import read_rank_rule
 from networks.tensor_names import dialect_in_words, find_networks
 from networks.writing import (
     convert_to_dialect,
@@ -246,8 +246,8 @@ def _read_experts(options: ConvertOptions) -> dict[str, LoraFile]:
             f"{option} needs a file with a LoRA for each expert, but --input {options.input} contains a "
             f"single LoRA. Omit {option}"
         )
-    warn_of_other_expert(low.for_expert(LOW_NOISE), LOW_NOISE)
-    warn_of_other_expert(high.for_expert(HIGH_NOISE), HIGH_NOISE)
+    warn_about_other_expert(low.for_expert(LOW_NOISE), LOW_NOISE)
+    warn_about_other_expert(high.for_expert(HIGH_NOISE), HIGH_NOISE)
     return {HIGH_NOISE: high.for_expert(HIGH_NOISE), LOW_NOISE: low.for_expert(LOW_NOISE)}
 
 
@@ -394,7 +394,7 @@ def _reject_for_comfyui(source: Path, names: Iterable[str]) -> None:
         source: The source file.
         names: Names of its tensors.
     """
-    kind = kind_of_files(names, [kind for kind in KINDS if kind.rejection_by_comfyui])
+    kind = find_network_kind(names, [kind for kind in KINDS if kind.rejection_by_comfyui])
     if kind is not None:
         raise CheckpointError(f"{source} {kind.rejection_by_comfyui}", source)
 
@@ -495,7 +495,7 @@ def _reject_for_two_experts(loras: Iterable[LoraFile]) -> None:
     """Raise OptionError if a LoRA is of a kind that one file cannot contain for two experts."""
     rejected_kinds = [kind for kind in KINDS if kind.no_two_experts]
     for lora in loras:
-        kind = kind_of_files(lora.tensors, rejected_kinds)
+        kind = find_network_kind(lora.tensors, rejected_kinds)
         if kind is not None:
             raise OptionError(kind.no_two_experts)
 
@@ -577,9 +577,9 @@ def convert_lora(
     if left_out and not dit_part.tensors and not text_tensors:
         reasons = [f"{module} ({reason})" for module, reason in left_out.items()]
         raise CheckpointError(f"{lora.path} cannot be converted: {list_some(reasons, 3)}.{advice}", lora.path)
-    _warn_of_left_out(lora.path, dit_part.left_out, advice)
-    _warn_of_left_out(lora.path, left_out_texts)
-    metadata = _metadata_of_converted(lora, target, family)
+    _warn_of_left_out_modules(lora.path, dit_part.left_out, advice)
+    _warn_of_left_out_modules(lora.path, left_out_texts)
+    metadata = _make_converted_metadata(lora, target, family)
     return ConvertedLora({**dit_part.tensors, **text_tensors}, metadata)
 
 
@@ -598,7 +598,7 @@ def _advise_on_left_out(native: Mapping[str, Tensor], left_out: Collection[str])
     return ""
 
 
-def _metadata_of_converted(lora: LoraFile, target: str, family: FamilyNames | None) -> dict[str, str]:
+def _make_converted_metadata(lora: LoraFile, target: str, family: FamilyNames | None) -> dict[str, str]:
     """Return the metadata for a LoRA after its conversion to another program's names."""
     # the converted tensors include all alphas
     metadata = without_alphas(lora.metadata)
@@ -612,7 +612,7 @@ def _metadata_of_converted(lora: LoraFile, target: str, family: FamilyNames | No
     return metadata
 
 
-def _warn_of_left_out(path: Path, left_out: Mapping[str, str], advice: str = "") -> None:
+def _warn_of_left_out_modules(path: Path, left_out: Mapping[str, str], advice: str = "") -> None:
     """Warn which modules are left out of the converted file, and why."""
     if left_out:
         reasons = [f"{module} ({reason})" for module, reason in left_out.items()]
@@ -700,7 +700,7 @@ def _save(
         ("tensors", f"{len(result.tensors)} written"),
         ("made plain", loss_note),
     ]
-    rank_rule = rank_rule_of(result.metadata)  # of a T-LoRA: its ranks are masked by noise level
+    rank_rule = read_rank_rule(result.metadata)  # of a T-LoRA: its ranks are masked by noise level
     if rank_rule is not None:
         rows.append((rank_rule.kind.name, rank_rule.kind.elsewhere))
     show_box("The LoRA is converted", rows)

@@ -20,10 +20,10 @@ from networks.deltas import (
     FACTOR_NAMES,
     ROW_RANGE,
     SET_WEIGHT,
-    bias_of,
+    compute_scaling,
     is_number,
+    make_bias_change,
     read_row_range,
-    scaling_of,
     without_alpha,
 )
 from networks.kinds import KINDS, composing
@@ -102,7 +102,7 @@ class Delta:
             if name != ROW_RANGE:
                 factors[name] = tensor.to(device, torch.float32)
         changes = [factors["diff"].clone()] if "diff" in factors else []
-        scaling = scaling_of(self.factors)
+        scaling = compute_scaling(self.factors)
         for kind in self.kinds:
             change = kind.compute_change(factors, scaling)
             if change is not None:
@@ -176,7 +176,7 @@ class Delta:
 
     def compute_bias_change(self, device: torch.device) -> Tensor | None:
         """Return the change of the bias at multiplier 1 as a new float32 tensor; None if there is none."""
-        return bias_of(self.factors, device)
+        return make_bias_change(self.factors, device)
 
     def bias_in_file_dtype(self) -> Tensor | None:
         """Return the change of the module's bias in the file's dtype; None if the bias is not changed."""
@@ -272,7 +272,7 @@ class Delta:
             all_names |= factor_names
         return all_names
 
-    def factors_of_rows(self, start: int, stop: int) -> Factors | None:
+    def slice_factors(self, start: int, stop: int) -> Factors | None:
         """Return the factors for the rows from `start` to `stop`; None if their kind cannot be cut there.
 
         A LoKr can be cut only between blocks of rows. The result has no `ROW_RANGE`, the tensor that says
@@ -284,7 +284,7 @@ class Delta:
         num_rows, _ = size
         layer_factors = {name: tensor for name, tensor in self.factors.items() if name != ROW_RANGE}
         for kind in self.kinds:
-            factors = kind.factors_of_rows(layer_factors, num_rows, start, stop)
+            factors = kind.slice_factors(layer_factors, num_rows, start, stop)
             if factors is not None:
                 return factors
         return None

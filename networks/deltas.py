@@ -62,7 +62,7 @@ def add_missing_alphas(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Add alphas equal to the rank (int64) for modules that have a rank but no alpha."""
     modules = group_by_module(tensors)
     for module, factors in modules.items():
-        rank = None if "alpha" in factors else rank_of(factors)
+        rank = None if "alpha" in factors else get_lora_rank(factors)
         if rank is not None:
             modules[module] = {"alpha": torch.tensor(rank, dtype=torch.int64), **factors}
     return ungroup(modules)
@@ -72,7 +72,7 @@ def drop_unused_alphas(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Drop NaN or infinite alphas from modules without a rank, where alpha has no effect."""
     remaining = dict(tensors)
     for module, factors in group_by_module(tensors).items():
-        if len(factors) > 1 and rank_of(factors) is None and not is_number(factors.get("alpha")):
+        if len(factors) > 1 and get_lora_rank(factors) is None and not is_number(factors.get("alpha")):
             remaining.pop(f"{module}.alpha", None)
     return remaining
 
@@ -86,7 +86,7 @@ def drop_replaced(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[s
     affected: list[str] = []
     for module, factors in group_by_module(tensors).items():
         if SET_WEIGHT in factors and factors.keys() - {SET_WEIGHT, *BIAS_FACTORS}:
-            bias = bias_of(factors, CPU)
+            bias = make_bias_change(factors, CPU)
             factors = {SET_WEIGHT: factors[SET_WEIGHT]}
             if bias is not None:
                 factors = {**factors, "diff_b": bias}
@@ -100,7 +100,7 @@ def is_number(alpha: Tensor | None) -> bool:
     return alpha is not None and alpha.numel() == 1 and math.isfinite(float(alpha))
 
 
-def rank_of(factors: Factors) -> int | None:
+def get_lora_rank(factors: Factors) -> int | None:
     """Return the rank of the factors; None for full matrices and for kinds without a rank."""
     for name in composing.FACTORS_WITH_RANK_AXIS:
         if name in factors and factors[name].ndim:
@@ -108,7 +108,7 @@ def rank_of(factors: Factors) -> int | None:
     return None
 
 
-def sizes_of(files: Sequence[Mapping[str, Tensor]]) -> tuple[list[int], list[float]]:
+def list_sizes(files: Sequence[Mapping[str, Tensor]]) -> tuple[list[int], list[float]]:
     """Return the sorted distinct ranks (or block sizes and so on, without a rank) and alphas in files."""
     ranks: set[int] = set()
     alphas: set[float] = set()
@@ -117,7 +117,7 @@ def sizes_of(files: Sequence[Mapping[str, Tensor]]) -> tuple[list[int], list[flo
         for sizes in composing.sizes_by_word(modules).values():
             ranks.update(sizes)
         for factors in modules:
-            rank = rank_of(factors)
+            rank = get_lora_rank(factors)
             if rank:
                 ranks.add(rank)
                 alphas.add(float(factors.get("alpha", 0)) or float(rank))
@@ -130,9 +130,9 @@ def read_row_range(factors: Factors) -> tuple[int, int]:
     return int(first), int(last)
 
 
-def scaling_of(factors: Factors) -> float:
+def compute_scaling(factors: Factors) -> float:
     """Return alpha / rank; 1 if alpha is missing or 0, or if the factors have no rank."""
-    rank = rank_of(factors)
+    rank = get_lora_rank(factors)
     if rank is None or "alpha" not in factors:
         return 1.0
     return float(factors["alpha"]) / rank or 1.0
@@ -153,8 +153,8 @@ def split_scaling(scaling: float) -> tuple[float, float]:
 
 def fold_scaling(factors: Factors) -> Factors:
     """Multiply alpha / rank into both factors (the up factor gets a power of two), and drop alpha."""
-    down_factor, up_factor = split_scaling(scaling_of(factors))
-    multipliers = {DOWN: down_factor, UP: up_factor, "lora_up.bias": scaling_of(factors)}
+    down_factor, up_factor = split_scaling(compute_scaling(factors))
+    multipliers = {DOWN: down_factor, UP: up_factor, "lora_up.bias": compute_scaling(factors)}
     folded: dict[str, Tensor] = {}
     for name, tensor in factors.items():
         if name in multipliers:
@@ -164,10 +164,10 @@ def fold_scaling(factors: Factors) -> Factors:
     return folded
 
 
-def bias_of(factors: Factors, device: torch.device) -> Tensor | None:
+def make_bias_change(factors: Factors, device: torch.device) -> Tensor | None:
     """Return the change of the module's bias at multiplier 1 as a new float32 tensor; None without one."""
     if "diff_b" in factors:
         return factors["diff_b"].to(device, torch.float32, copy=True)
     if "lora_up.bias" in factors:
-        return scaling_of(factors) * factors["lora_up.bias"].to(device, torch.float32)
+        return compute_scaling(factors) * factors["lora_up.bias"].to(device, torch.float32)
     return None

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from checkpoints.opening import open_checkpoint
 from modules.errors import CheckpointError
-from networks.key_formats import module_of_tensor
+from networks.key_formats import split_tensor_name
 from networks.loading import LoraFile, WeightedLora
 from networks.module_names import select_family
 from networks.names.layouts import OURS, DepthVariants
@@ -37,13 +37,13 @@ def fit_depths(
         CheckpointError: For a LoRA whose blocks cannot be mapped to the model's blocks.
     """
     # None: the LoRA's model has no deeper variants
-    variants_of_loras = [weighted_lora.lora.depth_variants for weighted_lora in weighted_loras]
-    if not any(variants_of_loras):
+    variants_by_lora = [weighted_lora.lora.depth_variants for weighted_lora in weighted_loras]
+    if not any(variants_by_lora):
         return [*weighted_loras]
     model_depths: dict[str, int] = {}  # name of a block list -> number of blocks in the model
     names = [*names]
     fitted: list[WeightedLora] = []
-    for weighted_lora, variants in zip(weighted_loras, variants_of_loras, strict=True):
+    for weighted_lora, variants in zip(weighted_loras, variants_by_lora, strict=True):
         if variants is None:
             fitted.append(weighted_lora)
             continue
@@ -69,7 +69,7 @@ def _count_blocks(names: Iterable[str], depth_variants: DepthVariants) -> int:
         names: Names of the model's tensors, in any layout.
         depth_variants: How the family's deeper variants repeat blocks.
     """
-    modules = dict.fromkeys(module_of_tensor(name)[0] for name in names)
+    modules = dict.fromkeys(split_tensor_name(name)[0] for name in names)
     family = select_family(modules)
     list_names = [depth_variants.blocks]
     # in a family without deeper variants, the other names mean different blocks

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from checkpoints.dits import bare_names
 from checkpoints.finite import check_finite
-from checkpoints.kinds import kind_of
+from checkpoints.kinds import describe_file_kind
 from checkpoints.opening import Checkpoint, open_checkpoint
 from checkpoints.quantizing import dequantized_on_read
 from checkpoints.writing import save_tensors
@@ -24,14 +24,14 @@ from modules.devices import select_device
 from modules.errors import CheckpointError
 from modules.seeds import derive_seed
 from networks.fused_rows import with_stacked_rows
-from networks.key_formats import module_of_tensor
+from networks.key_formats import split_tensor_name
 from networks.kinds.factors import DOWN, UP
 from networks.merging import DTYPES, in_known_names
 from networks.metadata import add_hashes
 from networks.module_names import family_named, from_alias, has_module, select_family
 from networks.names.layouts import OURS, FamilyNames
 from networks.names.texts import TEXT_PROJECTION
-from networks.text_loras import TensorPiece, is_full, pieces_of
+from networks.text_loras import TensorPiece, is_full, list_pieces
 from networks.tool_options import MIN_DIFF, ExtractOptions
 
 logger = getLogger(__name__)
@@ -108,7 +108,7 @@ def extract_flux(options: ExtractOptions) -> None:
 
     def get_base_model_entries(original: Checkpoint) -> BaseModelEntries:
         if "double_stream_modulation_img.lin.weight" in original.tensors:
-            return _base_model_entries_of(FLUX_2)
+            return _make_base_model_entries(FLUX_2)
         if any(name.startswith("distilled_guidance_layer.") for name in original.tensors):
             return BaseModelEntries(FLUX_MODULE, "chroma", "chroma")
         return BaseModelEntries(FLUX_MODULE, "flux1", "flux-1-dev")
@@ -116,13 +116,13 @@ def extract_flux(options: ExtractOptions) -> None:
     _extract_blocks(options, FLUX, get_base_model_entries)
 
 
-def _base_model_entries_of(family: FamilyNames) -> BaseModelEntries:
+def _make_base_model_entries(family: FamilyNames) -> BaseModelEntries:
     return BaseModelEntries(family.network_module, family.name, family.architecture)
 
 
 def extract_qwen(options: ExtractOptions) -> None:
     """Write the difference between two Qwen-Image models as a LoRA, including modulation layers."""
-    _extract_blocks(options, QWEN, lambda _: _base_model_entries_of(QWEN_IMAGE))
+    _extract_blocks(options, QWEN, lambda _: _make_base_model_entries(QWEN_IMAGE))
 
 
 def extract_model(options: ExtractOptions) -> None:
@@ -147,7 +147,7 @@ def extract_model(options: ExtractOptions) -> None:
         logger.warning("%s is ignored because the LoRA is for a transformer", "--min_diff")
     weights = _drop_networks_missing_in(options.model_tuned, weights)
     blocks = BlockWeights(family.name, prefixes=tuple(weights), example=weights[0])
-    entries = _base_model_entries_of(family)
+    entries = _make_base_model_entries(family)
     return _extract_blocks(options, blocks, lambda _: entries)
 
 
@@ -156,7 +156,7 @@ def _find_published_weights(path: Path, matrices: Iterable[str]) -> tuple[Family
 
     Raises CheckpointError if there are none.
     """
-    modules = {module_of_tensor(name)[0]: name for name in matrices}
+    modules = {split_tensor_name(name)[0]: name for name in matrices}
     family = select_family(modules)
     if family is not None:
         weights = [name for module, name in modules.items() if has_module(module, family)]
@@ -215,14 +215,14 @@ def _extract_blocks(
         plan: dict[str, list[ExtractedModule]] = {}
         for name in names:
             module = ExtractedModule(
-                name=OURS + module_of_tensor(name)[0],
+                name=OURS + split_tensor_name(name)[0],
                 rank=options.dim,
                 seed_name=name,
                 piece=TensorPiece("", name),
             )
             plan[name] = [module]
         metadata = _make_metadata(options, get_base_model_entries(pair.original))
-        _write_lora_of_difference(
+        _write_difference_lora(
             options,
             pair,
             plan=plan,
@@ -235,7 +235,7 @@ def _require_blocks(checkpoint: Checkpoint, weights: BlockWeights) -> None:
     """Raise CheckpointError if a model has no blocks with the published names."""
     if weights.example in checkpoint.tensors:
         return
-    kind = kind_of(checkpoint.tensors)
+    kind = describe_file_kind(checkpoint.tensors)
     hint = f" It is {kind}." if kind else ""
     raise CheckpointError(
         f"{checkpoint.path} has no blocks of {weights.model}, such as {weights.example}.{hint}\n"
@@ -273,14 +273,14 @@ def extract_full(options: ExtractOptions) -> None:
     """
     with open_checkpoint(options.model_org) as original, open_checkpoint(options.model_tuned) as tuned:
         pair = _dequantize_both(original, tuned)
-        family = _find_family_of_both(pair)
+        family = _find_common_family(pair)
         plan = _plan_full_checkpoint(pair, options, family)
         arguments: dict[str, str] = {}
         if options.conv_dim is not None:
             arguments = {"conv_dim": str(options.conv_dim), "conv_alpha": str(float(options.conv_dim))}
         names = BaseModelEntries("networks.lora", family.written_base_model, family.architecture)
         metadata = _make_metadata(options, names, is_v2=family is SD2, arguments=arguments)
-        _write_lora_of_difference(
+        _write_difference_lora(
             options,
             pair,
             plan=plan,
@@ -297,7 +297,7 @@ def _plan_full_checkpoint(
     plan: dict[str, list[ExtractedModule]] = {}
     for name in pair.original.tensors:
         plan[name] = []
-        for piece in pieces_of(name):  # a fused tensor has the weights of several modules
+        for piece in list_pieces(name):  # a fused tensor has the weights of several modules
             if piece.text_encoder in unchanged_encoders:
                 continue
             module = _select_module(piece, options, family)
@@ -312,13 +312,13 @@ def _select_module(
     """Return the module whose weight is this piece of a full checkpoint; None if it gets no LoRA."""
     if not piece.name.endswith(".weight"):
         return None
-    is_of_text_encoder = bool(piece.text_encoder)
-    if is_of_text_encoder:
+    is_text_encoder_weight = bool(piece.text_encoder)
+    if is_text_encoder_weight:
         path = piece.name.removesuffix(".weight")
         module = f"{piece.text_encoder}_{path.replace('.', '_')}"
         rank = options.dim if _IN_TEXT.search(module) else None
     else:
-        module = OURS + from_alias(module_of_tensor(piece.name)[0], family)
+        module = OURS + from_alias(split_tensor_name(piece.name)[0], family)
         if _ATTENTION.search(module):
             rank = options.dim
         elif _RESIDUAL.search(module):
@@ -330,7 +330,7 @@ def _select_module(
     return ExtractedModule(module, rank, seed_name=module, piece=piece)
 
 
-def _write_lora_of_difference(
+def _write_difference_lora(
     options: ExtractOptions,
     pair: Pair,
     plan: Plan,
@@ -355,12 +355,12 @@ def _write_lora_of_difference(
     factors = _extract_factors(options, pair, plan, accuracy)
     tensors = in_known_names(factors, family)
     save_tensors(output, tensors, add_hashes(tensors, metadata))
-    of_family = "" if family is None else f" of {family.name}"
+    family_note = "" if family is None else f" of {family.name}"
     rows = [
         ("original", str(options.model_org)),
         ("fine-tuned", str(options.model_tuned)),
         ("LoRA", f"{output} ({format_size(output.stat().st_size)}), rank {options.dim}"),
-        ("modules", f"{len(factors) // 3}{of_family}"),  # down, up and alpha of each
+        ("modules", f"{len(factors) // 3}{family_note}"),  # down, up and alpha of each
         ("kept", f"{accuracy.fraction:.1%} of the change of these modules, by its norm"),
         ("time", format_duration(time.monotonic() - start_time)),
     ]
@@ -446,10 +446,10 @@ def _extract_module(
     change = module.piece.take_rows(difference)
     down, up = decompose_change(change.flatten(1), module.rank, quantile, module.seed_name)
     accuracy.add(change.flatten(1), up @ down)
-    return lora_of_shape(down.to(dtype), up.to(dtype), change.shape)
+    return reshape_to_lora(down.to(dtype), up.to(dtype), change.shape)
 
 
-def lora_of_shape(down: Tensor, up: Tensor, shape: torch.Size) -> dict[str, Tensor]:
+def reshape_to_lora(down: Tensor, up: Tensor, shape: torch.Size) -> dict[str, Tensor]:
     """Reshape two matrices to LoRA factors for a weight of this shape, on the CPU, with alpha = rank."""
     kernel_axes = [1] * (len(shape) - 2)
     return {
@@ -552,7 +552,7 @@ def _check_same_shapes(pair: Pair, original_names: Sequence[str], tuned_names: S
         )
 
 
-def _find_family_of_both(pair: Pair) -> FamilyNames:
+def _find_common_family(pair: Pair) -> FamilyNames:
     """Return the family of both checkpoints. Raises CheckpointError if their models differ."""
     for checkpoint in pair:
         if not is_full(checkpoint.tensors):
@@ -567,22 +567,22 @@ def _find_family_of_both(pair: Pair) -> FamilyNames:
     _check_same_shapes(pair, names, _list_weight_names(pair.tuned))
     if any(name.startswith("cond_stage_model.model.") for name in names):  # OpenCLIP
         return SD2
-    pieces = [piece for name in names for piece in pieces_of(name)]
+    pieces = [piece for name in names for piece in list_pieces(name)]
     # SD 1 and SDXL differ in the modules of the U-Net
-    unet_modules = [module_of_tensor(piece.name)[0] for piece in pieces if not piece.text_encoder]
+    unet_modules = [split_tensor_name(piece.name)[0] for piece in pieces if not piece.text_encoder]
     return SDXL if select_family(unet_modules) is SDXL else SD1
 
 
 def _list_weight_names(checkpoint: Checkpoint) -> list[str]:
     """Return the names of weights and biases, without position ids, which many files lack."""
-    return [name for name in checkpoint.tensors if name.endswith(_WEIGHTS) and pieces_of(name)]
+    return [name for name in checkpoint.tensors if name.endswith(_WEIGHTS) and list_pieces(name)]
 
 
 def _find_unchanged_texts(pair: Pair, minimum: float) -> set[str]:
     """Return the prefixes of text encoders whose values all change by at most `minimum`."""
     is_changed: dict[str, bool] = {}  # by the prefix of the text encoder
     for name in pair.original.tensors:
-        pieces = pieces_of(name) if name.endswith("weight") else []
+        pieces = list_pieces(name) if name.endswith("weight") else []
         encoder = pieces[0].text_encoder if pieces else ""  # "" for a tensor of the U-Net
         if not encoder or is_changed.get(encoder):  # no need to read more of an encoder that has changed
             continue

@@ -7,7 +7,7 @@ from torch import nn
 
 from modules.errors import CheckpointError
 from networks.delta import read_delta
-from networks.deltas import UNTRAINABLE_FACTORS, rank_of, without_alpha
+from networks.deltas import UNTRAINABLE_FACTORS, get_lora_rank, without_alpha
 from networks.factored import Factored, FactoredLayer, MakeShapes, Product
 from networks.kinds.contract import Target
 from networks.kinds.factors import Factors
@@ -20,19 +20,19 @@ def make_layers(
     layers: dict[str, nn.Module] = {}
     for name, target in targets.items():
         module = target.module
-        shapes = make_shapes(_shape_of(module), target.rank)
+        shapes = make_shapes(_get_weight_shape(module), target.rank)
         layers[name] = FactoredLayer(module, shapes, target.rank, target.alpha, product)
     return layers
 
 
-def _shape_of(module: Factored) -> tuple[int, ...]:
+def _get_weight_shape(module: Factored) -> tuple[int, ...]:
     """Return the shape of a module's weight, out x in (x kernel)."""
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features  # a quantized weight may have another shape
     return tuple(module.weight.shape)
 
 
-def layer_of(module: Factored, path: str, factors: Factors, product: Product) -> FactoredLayer:
+def make_layer(module: Factored, path: str, factors: Factors, product: Product) -> FactoredLayer:
     """Return a layer for a module with the rank and alpha of a file's factors.
 
     Raises:
@@ -40,7 +40,7 @@ def layer_of(module: Factored, path: str, factors: Factors, product: Product) ->
             or magnitudes, which cannot be trained.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in without_alpha(factors).items()}
-    shape = _shape_of(module)
+    shape = _get_weight_shape(module)
     matrix_shape = (shape[0], math.prod(shape[1:]))  # some files store convolutions as matrices
     is_trainable = UNTRAINABLE_FACTORS.isdisjoint(shapes)
     if not is_trainable or read_delta(factors).change_shape() not in (shape, matrix_shape):
@@ -48,7 +48,7 @@ def layer_of(module: Factored, path: str, factors: Factors, product: Product) ->
             f"--dim_from_weights: {path} has {shapes}, which cannot be trained on this layer of "
             f"shape {list(shape)}"
         )
-    rank = rank_of(factors)  # None for full matrices, which get 1 below
+    rank = get_lora_rank(factors)  # None for full matrices, which get 1 below
     alpha: float = rank or 1  # by default, alpha / rank is 1
     if rank and "alpha" in factors:
         alpha = float(factors["alpha"])

@@ -120,7 +120,7 @@ class LoraFormat:
         for modules in converted:
             written_tensors |= modules.translated.tensors
             left_out |= modules.translated.left_out
-        return Formatted(written_tensors, _metadata_of_scalings(converted), left_out)
+        return Formatted(written_tensors, _make_scaling_metadata(converted), left_out)
 
     def _convert_dit(self, modules: Mapping[str, Factors]) -> list["_ConvertedModules"]:
         """Convert a transformer's modules to this format, in groups of equal alpha / rank."""
@@ -148,7 +148,7 @@ class LoraFormat:
         converted: list[_ConvertedModules] = []
         for name, factors in modules.items():
             translated = texts_to_diffusers(deltas.ungroup({name: factors}))
-            converted.append(_ConvertedModules(translated, deltas.scaling_of(factors)))
+            converted.append(_ConvertedModules(translated, deltas.compute_scaling(factors)))
         return converted
 
     def _group_by_scaling(self, modules: Mapping[str, Factors]) -> dict[float | None, dict[str, Tensor]]:
@@ -158,7 +158,7 @@ class LoraFormat:
         groups: dict[float | None, dict[str, Tensor]] = {}
         for name, factors in modules.items():
             is_folded = DOWN in factors and not keeps_alphas
-            scaling = deltas.scaling_of(factors) if is_folded else None
+            scaling = deltas.compute_scaling(factors) if is_folded else None
             groups.setdefault(scaling, {}).update(deltas.ungroup({name: factors}))
         return groups
 
@@ -170,7 +170,7 @@ class _ConvertedModules(NamedTuple):
     folded_scaling: float | None  # None: the alphas are kept as tensors
 
 
-def _metadata_of_scalings(converted: Sequence[_ConvertedModules]) -> dict[str, str]:
+def _make_scaling_metadata(converted: Sequence[_ConvertedModules]) -> dict[str, str]:
     """Return metadata with the key `FOLDED`: alpha / rank for each rank whose modules share one value."""
     scalings_by_rank: dict[int, set[float]] = {}
     for modules in converted:
@@ -248,10 +248,10 @@ def find_error(
         error = variant.find_format_error(name, family, bool(texts))
         if error:
             return error
-    return _find_error_of_texts(family, texts) if name == DIFFUSERS else None
+    return _find_text_encoder_error(family, texts) if name == DIFFUSERS else None
 
 
-def _find_error_of_texts(family: FamilyNames, texts: Mapping[str, str]) -> str | None:
+def _find_text_encoder_error(family: FamilyNames, texts: Mapping[str, str]) -> str | None:
     """Return why diffusers cannot load the LoRAs of the trained text encoders; None if it can.
 
     Args:

@@ -17,10 +17,10 @@ from checkpoints.dialects import stack_heads
 from modules.errors import CheckpointError
 from networks import deltas
 from networks.delta import Delta, read_delta
-from networks.deltas import LORA_FACTORS, ROW_RANGE, scaling_of
+from networks.deltas import LORA_FACTORS, ROW_RANGE, compute_scaling
 from networks.kinds.composing import KIND_BY_FACTOR, MAGNITUDE_KIND_NAME, MAGNITUDES
 from networks.kinds.factors import DOWN, UP, Factors
-from networks.lora_products import diagonal_blocks, rows_of_fused_parts
+from networks.lora_products import count_fused_part_rows, diagonal_blocks
 from networks.module_names import FAMILIES, RelatedModule, related_modules
 from networks.names.layouts import BEFORE_REST, OURS, REST, SWAPPED, FamilyNames, RowsByHead, WeightPart
 
@@ -47,7 +47,7 @@ class RowFactors(NamedTuple):
     factors: Factors
 
 
-def find_rows_of_part(part: WeightPart, part_rows: int, fused_rows: int) -> slice | Tensor | None:
+def find_part_rows(part: WeightPart, part_rows: int, fused_rows: int) -> slice | Tensor | None:
     """Return the rows that a part (such as k) has in a fused weight (such as qkv).
 
     Args:
@@ -96,13 +96,13 @@ def find_default_rows(part: WeightPart, fused_rows: int) -> slice | None:
     smallest_part_rows, remainder = divmod(fused_rows, sum(relative_rows))
     if remainder:
         return None
-    rows = find_rows_of_part(part, smallest_part_rows * part.relative_rows, fused_rows)
+    rows = find_part_rows(part, smallest_part_rows * part.relative_rows, fused_rows)
     return rows if isinstance(rows, slice) else None
 
 
 def _list_parts_like(part: WeightPart) -> list[WeightPart]:
     """Return all parts of a fused weight with own rows, such as q, k and v, given one of them."""
-    siblings = _list_parts_of_weight(part.fused_path, {part.part_path})
+    siblings = _list_fused_parts(part.fused_path, {part.part_path})
     return [sibling for sibling in siblings if is_row_slice(sibling)]
 
 
@@ -140,7 +140,7 @@ def split_fused(
     for name, factors in modules.items():
         rows_by_part: dict[RelatedModule, int | None] = {}
         if rows_in_model(name) is None:
-            rows_by_part = _count_rows_of_parts(name, modules, rows_in_model)
+            rows_by_part = _count_part_rows(name, modules, rows_in_model)
         model_has_parts = any(rows_by_part.values())
         if not model_has_parts:
             new_modules[name] = factors
@@ -153,7 +153,7 @@ def split_fused(
     return deltas.ungroup(new_modules)
 
 
-def _count_rows_of_parts(
+def _count_part_rows(
     name: str, modules_in_file: Collection[str], rows_in_model: Callable[[str], int | None]
 ) -> dict[RelatedModule, int | None]:
     """Return the row counts of a module's parts, without parts that have their own LoRA.
@@ -192,12 +192,12 @@ def _split_factors(factors: Factors, rows_by_part: Mapping[RelatedModule, int | 
     delta = read_delta(factors)
     if delta.rotation is not None:  # it rotates the input, which all parts share
         return {OURS + part.name: factors for part in known_rows}
-    slices = _find_slices_of_parts(delta, known_rows, model_has_all=len(known_rows) == len(rows_by_part))
+    slices = _find_part_slices(delta, known_rows, model_has_all=len(known_rows) == len(rows_by_part))
     if delta.has_input_magnitudes:
         raise FusionError(
             f"its {MAGNITUDE_KIND_NAME} magnitudes are by input, so they belong to the whole weight"
         )
-    ordered = sorted(slices, key=lambda part: _start_of(slices[part]))
+    ordered = sorted(slices, key=lambda part: _get_first_row(slices[part]))
     # a LoRA that was joined from LoRAs of the parts is split into them again, with their own ranks
     separate_loras = joined_blocks(factors, [known_rows[part] for part in ordered])
     if separate_loras:
@@ -216,7 +216,7 @@ def _cut_rows(delta: Delta, rows: slice | Tensor) -> Delta:
     return swapped
 
 
-def _find_slices_of_parts(
+def _find_part_slices(
     delta: Delta, known_rows: Mapping[RelatedModule, int], model_has_all: bool
 ) -> dict[RelatedModule, slice | Tensor]:
     """Return the rows of each part in a fused weight; raise FusionError if the row counts do not match.
@@ -229,7 +229,7 @@ def _find_slices_of_parts(
     num_rows = _count_fused_rows(delta)
     slices: dict[RelatedModule, slice | Tensor] = {}
     for related, part_rows in known_rows.items():
-        rows = find_rows_of_part(related.part, part_rows, num_rows)
+        rows = find_part_rows(related.part, part_rows, num_rows)
         if rows is not None:
             slices[related] = rows
     fits = len(slices) == len(known_rows)
@@ -272,11 +272,11 @@ def cut_blocks(factors: Factors, blocks: Sequence[Tensor]) -> list[Factors]:
     if "alpha" not in factors:
         return pieces
     rank = len(factors[DOWN]) // len(blocks)
-    alpha = torch.tensor(scaling_of(factors) * rank)  # alpha / rank stays the same
+    alpha = torch.tensor(compute_scaling(factors) * rank)  # alpha / rank stays the same
     return [{**piece, "alpha": alpha} for piece in pieces]
 
 
-def _start_of(rows: slice | Tensor) -> int:
+def _get_first_row(rows: slice | Tensor) -> int:
     """Return the first row of a part; 0 for swapped halves, which cover all rows."""
     return int(rows.start) if isinstance(rows, slice) else 0
 
@@ -300,11 +300,11 @@ def join_parts(
     """
     modules = deltas.group_by_module(tensors)
     pieces_by_module = _find_pieces(modules, rows_in_model, family)
-    num_rows = _count_rows_of_fused(pieces_by_module, rows_in_model)
-    names_of_parts = {piece.name for pieces in pieces_by_module.values() for piece in pieces}
+    num_rows = _count_rows_by_module(pieces_by_module, rows_in_model)
+    part_names = {piece.name for pieces in pieces_by_module.values() for piece in pieces}
     new_modules: dict[str, Factors] = {}
     for name, factors in modules.items():
-        if name not in names_of_parts:
+        if name not in part_names:
             new_modules[name] = factors
     for name, pieces in pieces_by_module.items():
         try:
@@ -316,13 +316,13 @@ def join_parts(
     return deltas.ungroup(new_modules)
 
 
-def _count_rows_of_fused(
+def _count_rows_by_module(
     pieces_by_module: Mapping[str, Sequence[FusedPiece]], rows_in_model: Callable[[str], int | None] | None
 ) -> dict[str, int]:
     """Return the number of rows of each fused module's weight, in the model or else by an estimate."""
     if rows_in_model is not None:
         return {name: rows_in_model(name) or 0 for name in pieces_by_module}
-    estimates = _estimate_rows_of_weights(pieces_by_module.values())  # by path
+    estimates = _estimate_fused_rows(pieces_by_module.values())  # by path
     return {name: estimates[pieces[0].part.fused_path] for name, pieces in pieces_by_module.items()}
 
 
@@ -355,9 +355,9 @@ def _find_fused_module(
     return None
 
 
-def _estimate_rows_of_weights(pieces_of_weights: Iterable[Sequence[FusedPiece]]) -> dict[str, int]:
+def _estimate_fused_rows(pieces_by_weight: Iterable[Sequence[FusedPiece]]) -> dict[str, int]:
     """Estimate the row counts of fused weights, by path with `{n}`, from their parts in all blocks."""
-    pieces = list(itertools.chain.from_iterable(pieces_of_weights))
+    pieces = list(itertools.chain.from_iterable(pieces_by_weight))
     part_paths = {piece.part.part_path for piece in pieces}  # in the layout of the parts
     # path of a fused weight -> index of a part in it -> number of the part's rows
     rows_by_path: dict[str, dict[int | None, int]] = {}
@@ -369,11 +369,11 @@ def _estimate_rows_of_weights(pieces_of_weights: Iterable[Sequence[FusedPiece]])
             rows_by_index[piece.part.index] = num_rows
     estimates: dict[str, int] = {}
     for path, rows_by_index in rows_by_path.items():
-        estimates[path] = _estimate_rows(_list_parts_of_weight(path, part_paths), rows_by_index)
+        estimates[path] = _estimate_rows(_list_fused_parts(path, part_paths), rows_by_index)
     return estimates
 
 
-def _list_parts_of_weight(fused_path: str, paths: Collection[str]) -> list[WeightPart]:
+def _list_fused_parts(fused_path: str, paths: Collection[str]) -> list[WeightPart]:
     """Return the parts of a fused weight, for the families in which one of the given paths is a part.
 
     Other families may fuse different parts under the same name.
@@ -441,7 +441,7 @@ def _join_pieces(pieces: Sequence[FusedPiece], num_rows: int, allows_full_matrix
         return join_rotations(pieces)
     if not all(_is_low_rank_matrix(piece.factors) for piece in pieces):
         return _join_any_kind(pieces, num_rows, allows_full_matrix)
-    row_indices = find_rows_of_part(first.part, len(first.factors[UP]), num_rows)
+    row_indices = find_part_rows(first.part, len(first.factors[UP]), num_rows)
     if isinstance(row_indices, Tensor):  # the only part is the whole weight with swapped halves
         return _swap_halves(first.factors, row_indices)
     return _join_low_rank_pieces(pieces, num_rows)
@@ -459,7 +459,7 @@ def _join_low_rank_pieces(pieces: Sequence[FusedPiece], num_rows: int) -> Factor
     """Join plain LoRAs or DoRAs of parts such as q, k and v; raise FusionError if row counts disagree."""
     slices: list[slice] = []
     for piece in pieces:
-        rows = find_rows_of_part(piece.part, len(piece.factors[UP]), num_rows)
+        rows = find_part_rows(piece.part, len(piece.factors[UP]), num_rows)
         if isinstance(rows, slice):
             slices.append(rows)
     if len(slices) < len(pieces):
@@ -510,16 +510,16 @@ def _sort_by_rows(pieces: Sequence[FusedPiece], slices: Sequence[slice]) -> list
     return sorted(parts, key=lambda part: part.row_slice.start)
 
 
-def _check_magnitudes(factors_of_parts: Sequence[Factors], num_rows: int) -> None:
+def _check_magnitudes(part_factors: Sequence[Factors], num_rows: int) -> None:
     """Raise FusionError if the parts' DoRA magnitudes cannot be joined to one magnitude per row."""
-    if not any(MAGNITUDES in factors for factors in factors_of_parts):
+    if not any(MAGNITUDES in factors for factors in part_factors):
         return
-    for factors in factors_of_parts:
+    for factors in part_factors:
         if MAGNITUDES not in factors or read_delta(factors).has_input_magnitudes:
             raise FusionError(
                 f"only {MAGNITUDE_KIND_NAME} magnitudes by output, for all of its rows, can be joined"
             )
-    if sum(len(factors[MAGNITUDES]) for factors in factors_of_parts) != num_rows:
+    if sum(len(factors[MAGNITUDES]) for factors in part_factors) != num_rows:
         raise FusionError(
             f"its parts have {MAGNITUDE_KIND_NAME} magnitudes for less than its {num_rows} rows"
         )
@@ -535,8 +535,8 @@ def _join_low_rank(parts: Sequence[RowFactors], num_rows: int) -> Factors:
         parts: Factors of each part, ordered by rows; ranks are joined in the same order.
         num_rows: Number of rows of the weight.
     """
-    scale = scaling_of(parts[0].factors)  # alpha / rank
-    if any(scaling_of(part.factors) != scale for part in parts):
+    scale = compute_scaling(parts[0].factors)  # alpha / rank
+    if any(compute_scaling(part.factors) != scale for part in parts):
         parts = [RowFactors(part.row_slice, _fold_into_up(part.factors)) for part in parts]
         scale = 1.0
     downs = [part.factors[DOWN] for part in parts]
@@ -575,7 +575,7 @@ def _join_up_factors(parts: Sequence[RowFactors], num_rows: int, rank: int, shar
 
 def _fold_into_up(factors: Factors) -> Factors:
     """Return LoRA factors with alpha / rank multiplied into the up factor and its bias."""
-    scale = scaling_of(factors)
+    scale = compute_scaling(factors)
     folded = dict(factors)
     for name in (UP, _BIAS):
         if name in factors:
@@ -624,7 +624,7 @@ def _find_slices(pieces: Sequence[FusedPiece], num_rows: int) -> list[slice] | N
     slices: list[slice] = []
     for piece in pieces:
         part_rows = read_delta(piece.factors).count_rows()
-        rows = find_rows_of_part(piece.part, part_rows, num_rows) if part_rows else None
+        rows = find_part_rows(piece.part, part_rows, num_rows) if part_rows else None
         if not isinstance(rows, slice):
             return None
         slices.append(rows)
@@ -754,7 +754,7 @@ def _resolve_part(name: str, factors: Factors) -> Factors:
             "  Convert the file with the program that made it."
         )
     start, stop = deltas.read_row_range(factors)
-    sliced_factors = delta.factors_of_rows(start, stop)
+    sliced_factors = delta.slice_factors(start, stop)
     if sliced_factors is not None:
         return sliced_factors
     # the kind cannot be cut there: compute the full matrix of the part's rows
@@ -849,6 +849,6 @@ def _count_parts_with_own_factors(name: str, factors: Factors) -> int:
         if related.is_part and is_row_slice(related.part):
             part_indices.add(related.part.index)
     up = factors[UP]
-    row_counts = rows_of_fused_parts(len(part_indices), rows=len(up), columns=factors[DOWN].shape[1])
+    row_counts = count_fused_part_rows(len(part_indices), rows=len(up), columns=factors[DOWN].shape[1])
     has_own_factors = bool(row_counts) and diagonal_blocks(up, row_counts) is not None
     return len(row_counts) if has_own_factors else 0

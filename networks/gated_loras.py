@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from checkpoints.stored.forms import quantized_weight_of
+from checkpoints.stored.forms import get_quantized_weight
 from modules.console import list_some
 from modules.errors import CheckpointError
 from networks import deltas, loading
-from networks.apply import changes_of
+from networks.apply import list_changes
 from networks.delta import Delta, read_delta, read_deltas
 from networks.deltas import BIAS_FACTORS, CPU, PLAIN_LORA_FACTORS, SET_WEIGHT
 from networks.depth_variants import fit_depths
@@ -32,9 +32,9 @@ from networks.loading import LoraFile, WeightedLora
 from networks.lora_products import add_product
 from networks.module_names import select_family
 from networks.names.layouts import FIRST_LAYERS, OURS, FamilyNames
-from networks.rank_masks import RankMask, mask_for, parts_of_rank, rank_rule_of
-from networks.unused_tensors import text_side_of
-from runtime.run_blocks import stage_files_of
+from networks.rank_masks import RankMask, count_joined_parts, mask_for, read_rank_rule
+from networks.unused_tensors import describe_text_side
+from runtime.run_blocks import get_stage_files
 
 logger = getLogger(__name__)
 _TUCKER_CORE = "lora_mid.weight"
@@ -63,7 +63,7 @@ class ChangedParameter:
     @property
     def unpacked(self) -> Tensor:
         """Return the parameter; for an 8-bit or 4-bit weight, a placeholder with the original shape."""
-        stored = quantized_weight_of(self.module) if self.parameter_name == "weight" else None
+        stored = get_quantized_weight(self.module) if self.parameter_name == "weight" else None
         return self.parameter if stored is None else torch.empty(1).expand(stored.shape)
 
     @property
@@ -132,7 +132,7 @@ class LoraBranch:
         changes_weight = bool(factors.keys() - BIAS_FACTORS - {"alpha"})
         if is_low_rank and self.target.adds_to_output:
             down = factors[DOWN].to(device, dtype)
-            up = factors[UP].to(device, torch.float32) * deltas.scaling_of(factors)  # alpha / rank
+            up = factors[UP].to(device, torch.float32) * deltas.compute_scaling(factors)  # alpha / rank
             core = [factors[_TUCKER_CORE].to(device, dtype)] if _TUCKER_CORE in factors else []
             self._low_rank_factors = [down, *core, up.to(dtype)]
         elif changes_weight:
@@ -290,10 +290,10 @@ class LoraBranch:
             network: Network that contains the module.
             metadata: Metadata of the LoRA file.
         """
-        rule = rank_rule_of(metadata)
-        rank = deltas.rank_of(self.delta.factors)
+        rule = read_rank_rule(metadata)
+        rank = deltas.get_lora_rank(self.delta.factors)
         if rule is not None and rank:
-            self.rank_mask = mask_for(network, rule, rank, parts_of_rank(metadata, rank))
+            self.rank_mask = mask_for(network, rule, rank, count_joined_parts(metadata, rank))
 
     def _run_operation(self, x: Tensor, weight: Tensor) -> Tensor:
         """Apply the module's operation (linear or convolution) with another weight and without bias."""
@@ -305,7 +305,7 @@ class LoraBranch:
 
 def frozen_product(module: nn.Module, x: Tensor) -> Tensor:
     """Return x W^T for the frozen weight of a Linear, without its bias and without LoRAs around it."""
-    stored = quantized_weight_of(module)
+    stored = get_quantized_weight(module)
     if stored is not None:
         return stored.format.multiply(x, stored.tensors, stored.shape, None)
     weight = module.weight
@@ -506,24 +506,24 @@ def add_loras(
         CheckpointError: If a file does not fit the model or has DoRA magnitudes.
     """
     parameters = find_parameters(dit)
-    branches_of_loras: list[dict[str, LoraBranch]] = []
+    lora_branches: list[dict[str, LoraBranch]] = []
     # `fit_depths` maps blocks of LoRAs for deeper or shallower models to this model's blocks
     for weighted_lora in fit_depths(weighted_loras, parameters):
         reject_magnitudes(weighted_lora.lora, option)
         deltas_by_module = fit_lora(weighted_lora.lora, parameters, option)
         if is_compiled:
-            deltas_by_module = _drop_changes_of_parameters(weighted_lora.lora, deltas_by_module, parameters)
+            deltas_by_module = _drop_parameter_changes(weighted_lora.lora, deltas_by_module, parameters)
         branches: dict[str, LoraBranch] = {}
         for name, delta in deltas_by_module.items():
             branch = LoraBranch(parameters[name], delta, weighted_lora.multiplier)
             # a T-LoRA uses fewer ranks at high noise levels
             branch.mask_ranks(dit, weighted_lora.lora.metadata)
             branches[name] = branch
-        branches_of_loras.append(branches)
-    return AddedLoras(attach_branches(branches_of_loras, parameters))
+        lora_branches.append(branches)
+    return AddedLoras(attach_branches(lora_branches, parameters))
 
 
-def _drop_changes_of_parameters(
+def _drop_parameter_changes(
     lora: LoraFile, deltas_by_module: Mapping[str, Delta], parameters: Mapping[str, ChangedParameter]
 ) -> dict[str, Delta]:
     """Return the changes that compiled blocks support: additions to outputs; warn of all other changes."""
@@ -535,7 +535,7 @@ def _drop_changes_of_parameters(
         else:
             remaining[name] = delta
     if left_out:
-        loading.warn_of_unused_parts(
+        loading.warn_about_unused_parts(
             lora.path,
             left_out,
             total=len(deltas_by_module),
@@ -559,30 +559,30 @@ def add_stage_loras(dit: nn.Module, is_compiled: bool = False) -> None:
         CheckpointError: If a file does not fit the model or has DoRA magnitudes.
     """
     loras = []
-    for path, option in stage_files_of(dit):
+    for path, option in get_stage_files(dit):
         weighted_lora = WeightedLora(loading.read_lora(path))
         loras.append(add_loras(dit, [weighted_lora], is_compiled, option))
     dit.__dict__[_STAGE_LORAS] = loras  # not by setattr, so that it is not registered as a submodule
 
 
-def stage_loras_of(dit: nn.Module) -> Sequence[AddedLoras]:
+def get_stage_loras(dit: nn.Module) -> Sequence[AddedLoras]:
     """Return the LoRAs that `add_stage_loras` added to a network, in file order."""
     loras: Sequence[AddedLoras] = dit.__dict__[_STAGE_LORAS]
     return loras
 
 
 def attach_branches(
-    branches_of_loras: Sequence[Mapping[str, LoraBranch]], parameters: Mapping[str, ChangedParameter]
+    lora_branches: Sequence[Mapping[str, LoraBranch]], parameters: Mapping[str, ChangedParameter]
 ) -> list[LoraWrapper]:
     """Wrap modules of a model with the branches of several LoRAs, switched off; return the wrappers.
 
     Args:
-        branches_of_loras: For each LoRA, its additions to modules (`LoraBranch`) by our module names.
+        lora_branches: For each LoRA, its additions to modules (`LoraBranch`) by our module names.
         parameters: Result of `find_parameters` for the model.
     """
     branches_by_module: dict[str, list[LoraBranch]] = {}
-    for branches_of_lora in branches_of_loras:
-        for name, branch in branches_of_lora.items():
+    for branches_by_name in lora_branches:
+        for name, branch in branches_by_name.items():
             branches_by_module.setdefault(name, []).append(branch)
     wrappers = [LoraWrapper(parameters[name], branches) for name, branches in branches_by_module.items()]
     for wrapper in wrappers:
@@ -652,7 +652,7 @@ def fit_lora(lora: LoraFile, parameters: Mapping[str, ChangedParameter], option:
     for name, delta in deltas_in_file.items():
         if name in parameters:
             fitted[name] = _fit_delta(lora, name, delta, parameters[name], option)
-    loading.warn_of_absent(
+    loading.warn_about_absent_modules(
         lora.path,
         absent,
         total=len(deltas_in_file),
@@ -661,7 +661,7 @@ def fit_lora(lora: LoraFile, parameters: Mapping[str, ChangedParameter], option:
         modules=modules,
         encoder=lora.encoder,
     )
-    loading.warn_of_other_family(lora, family, modules)
+    loading.warn_about_other_family(lora, family, modules)
     return fitted
 
 
@@ -696,7 +696,7 @@ def _make_misfit_error(
     advice = ""
     if lora_family is not None and lora_family is not family:
         advice = f" It is for {lora_family.name}."
-    text_parts = text_side_of(absent)
+    text_parts = describe_text_side(absent)
     if text_parts:
         advice = f" It changes only {text_parts}: merge it into the model's file with merge_lora.py."
     # in the file, names have the text encoder's prefix
@@ -723,7 +723,7 @@ def _fit_delta(lora: LoraFile, name: str, delta: Delta, parameter: ChangedParame
         CheckpointError: If the factors do not fit the module.
     """
     weight = parameter.unpacked
-    is_quantized = parameter.parameter_name == "weight" and quantized_weight_of(parameter.module) is not None
+    is_quantized = parameter.parameter_name == "weight" and get_quantized_weight(parameter.module) is not None
     if delta.replaces_weight and is_quantized:
         raise CheckpointError(
             f"{option} {lora.path} sets the weight of {name}, which is kept in 8 or 4 bits here.\n"
@@ -745,7 +745,7 @@ def _check_delta_fits(
 ) -> None:
     """Raise CheckpointError if the shape of a module's weight or bias change does not fit the parameter."""
     weight = parameter.unpacked
-    for change in changes_of(WeightedLora(lora), delta):
+    for change in list_changes(WeightedLora(lora), delta):
         target = weight
         target_name = name
         if change.parameter_name == "bias":

@@ -93,13 +93,13 @@ class NativeTensors:
 class _ParsedKeys(NamedTuple):
     """The keys of a LoRA file, parsed, and the keys that do not belong to a LoRA."""
 
-    of_dit: dict[str, ParsedKey]
-    of_text_encoders: dict[str, ParsedTextKey]
+    dit_keys: dict[str, ParsedKey]
+    text_encoder_keys: dict[str, ParsedTextKey]
     unknown: list[str]
 
     def list_dialects(self) -> list[str]:
         """Return the dialects of the DiT's keys, sorted; usually a single one."""
-        return sorted({parsed.dialect for parsed in self.of_dit.values()})
+        return sorted({parsed.dialect for parsed in self.dit_keys.values()})
 
 
 class _PossibleFamilies(NamedTuple):
@@ -127,27 +127,27 @@ def to_native(
     rewritten = _rewrite_if_needed({key: tensors[key] for key in tensors if key not in internal_keys})
     keys = _parse_keys(rewritten.tensors)
     possible = _find_possible_families(keys, rewritten, family_hint)
-    our_modules = _map_paths_to_our_names(keys.of_dit, possible.families)
-    dit_names = {key: f"{our_modules[parsed.path]}.{parsed.suffix}" for key, parsed in keys.of_dit.items()}
+    our_modules = _map_paths_to_our_names(keys.dit_keys, possible.families)
+    dit_names = {key: f"{our_modules[parsed.path]}.{parsed.suffix}" for key, parsed in keys.dit_keys.items()}
     text_names: dict[str, str] = {}
     if with_texts:
-        text_names = _map_text_keys_to_our_names(keys.of_text_encoders, possible)
+        text_names = _map_text_keys_to_our_names(keys.text_encoder_keys, possible)
     # several keys of a file may get the same name; the first one is used
     key_by_name = _find_first_keys(dit_names | text_names)
     duplicate_keys = _find_duplicate_keys(dit_names | text_names, key_by_name)
     return NativeTensors(
         tensors=_rename(dit_names.values(), key_by_name, rewritten.tensors),
         dialect=" + ".join(keys.list_dialects()),
-        unnamed_text_keys=tuple(key for key in keys.of_text_encoders if key not in text_names),
+        unnamed_text_keys=tuple(key for key in keys.text_encoder_keys if key not in text_names),
         text_tensors=_rename(text_names.values(), key_by_name, rewritten.tensors),
         unknown_keys=(*keys.unknown, *internal_keys),
         duplicate_keys=duplicate_keys,
         conflicting_keys=_find_conflicting_keys(duplicate_keys, rewritten.tensors),
-        paths_in_file={our_modules[parsed.path]: parsed.path for parsed in keys.of_dit.values()},
+        paths_in_file={our_modules[parsed.path]: parsed.path for parsed in keys.dit_keys.values()},
         joined_lora_counts=_count_joined_loras(rewritten.joined_lora_counts, dit_names),
         families=tuple(possible.families),
         family_name=possible.name_by_keys,
-        unknown_names="" if possible.families else _describe_unknown_paths(keys.of_dit),
+        unknown_names="" if possible.families else _describe_unknown_paths(keys.dit_keys),
     )
 
 
@@ -241,9 +241,9 @@ def _parse_keys(names: Iterable[str]) -> _ParsedKeys:
         parsed_text = split_text(key)
         parsed = None if parsed_text is not None else split_key(key)
         if parsed_text is not None:
-            keys.of_text_encoders[key] = parsed_text
+            keys.text_encoder_keys[key] = parsed_text
         elif parsed is not None:
-            keys.of_dit[key] = parsed
+            keys.dit_keys[key] = parsed
         elif key not in GLOBAL_ALPHA_KEYS:
             keys.unknown.append(key)
     return keys
@@ -259,9 +259,9 @@ def _find_possible_families(
         rewritten: Tensors of the file.
         family_hint: Family named by the user or the metadata.
     """
-    name_by_keys = rewritten.family_name or _family_of_dialects(keys.list_dialects())
+    name_by_keys = rewritten.family_name or _find_family_by_dialects(keys.list_dialects())
     hint = family_hint or name_by_keys
-    families = _families_with_modules(keys.of_dit, rewritten.tensors, hint)
+    families = _families_with_modules(keys.dit_keys, rewritten.tensors, hint)
     if len(families) > 1:
         families = _narrow_families(families, keys)
         if len(families) == 1:
@@ -269,7 +269,7 @@ def _find_possible_families(
     return _PossibleFamilies(families, hint, name_by_keys)
 
 
-def _family_of_dialects(dialects: Iterable[str]) -> str | None:
+def _find_family_by_dialects(dialects: Iterable[str]) -> str | None:
     """Return the family of the first dialect that only one family's files use; None if there is none."""
     families = (_FAMILY_BY_DIALECT.get(dialect) for dialect in dialects)
     return next((family for family in families if family is not None), None)
@@ -283,7 +283,7 @@ def _families_with_modules(
     for key, parsed in keys.items():
         module = OURS + parsed.path.replace(".", "_")
         factors.setdefault(module, {})[parsed.suffix] = tensors[key]
-    return families_of(factors, hint) if factors else []
+    return find_lora_families(factors, hint) if factors else []
 
 
 def _narrow_families(families: Sequence[FamilyNames], keys: _ParsedKeys) -> list[FamilyNames]:
@@ -291,9 +291,9 @@ def _narrow_families(families: Sequence[FamilyNames], keys: _ParsedKeys) -> list
 
     A step that would leave no family is skipped.
     """
-    last_encoder = max((parsed.number for parsed in keys.of_text_encoders.values()), default=1)
+    last_encoder = max((parsed.number for parsed in keys.text_encoder_keys.values()), default=1)
     remaining = [family for family in families if _has_text_encoder(family, last_encoder)] or [*families]
-    underscored = {parsed.path for parsed in keys.of_dit.values() if "." not in parsed.path}
+    underscored = {parsed.path for parsed in keys.dit_keys.values() if "." not in parsed.path}
     return [family for family in remaining if _may_be_underscored(family, underscored)] or remaining
 
 
@@ -436,7 +436,7 @@ def other_kind(keys: Iterable[str]) -> tuple[str, str] | None:
     return None
 
 
-def module_of_tensor(name: str) -> tuple[str, str]:
+def split_tensor_name(name: str) -> tuple[str, str]:
     """Split a tensor name: `model.diffusion_model.blocks.0.ffn.0.weight` -> (`blocks_0_ffn_0`, `weight`).
 
     A parameter that is not a module's weight or bias counts as a module, as in LoRA files:
@@ -451,25 +451,25 @@ def module_of_tensor(name: str) -> tuple[str, str]:
     return path.replace(".", "_"), parameter_name
 
 
-def families_of(modules: Mapping[str, Factors], hint: str | None = None) -> list[FamilyNames]:
+def find_lora_families(modules: Mapping[str, Factors], hint: str | None = None) -> list[FamilyNames]:
     """Return the families that a LoRA may be for, judging by our names and the sizes of its modules."""
-    in_dit = _read_deltas_of_dit(modules)
-    return likely_families(in_dit, lambda name: _size_of(in_dit[name]), hint)
+    in_dit = _read_dit_deltas(modules)
+    return likely_families(in_dit, lambda name: _get_delta_size(in_dit[name]), hint)
 
 
 def can_be_for(family: FamilyNames, modules: Mapping[str, Factors]) -> bool:
     """Return whether a LoRA's modules, under our names, may have their sizes in the family."""
-    in_dit = _read_deltas_of_dit(modules)
-    return sizes_fit(family, in_dit, lambda name: _size_of(in_dit[name]))
+    in_dit = _read_dit_deltas(modules)
+    return sizes_fit(family, in_dit, lambda name: _get_delta_size(in_dit[name]))
 
 
-def _read_deltas_of_dit(modules: Mapping[str, Factors]) -> dict[str, Delta]:
+def _read_dit_deltas(modules: Mapping[str, Factors]) -> dict[str, Delta]:
     """Return the changes of a transformer's modules, by our names without the prefix."""
     in_dit = {name.removeprefix(OURS): factors for name, factors in modules.items() if name.startswith(OURS)}
     return read_deltas(in_dit)
 
 
-def _size_of(delta: Delta) -> tuple[int, int] | None:
+def _get_delta_size(delta: Delta) -> tuple[int, int] | None:
     """Return the rows and columns of a weight change; None if nothing is added or factors are damaged."""
     if delta.has_row_range:  # the factors belong to a larger layer
         size = delta.matrix_size()
@@ -490,7 +490,7 @@ def family_by_text_width(modules: Mapping[str, Factors]) -> FamilyNames | None:
     for name, factors in modules.items():
         if not name.endswith(("attn2_to_k", "attn2_to_v")):  # these layers take text states
             continue
-        size = _size_of(read_delta(factors))
+        size = _get_delta_size(read_delta(factors))
         if size is not None:
             widths.add(size[1])
     for family in FAMILIES:

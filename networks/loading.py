@@ -17,7 +17,14 @@ from modules.errors import CheckpointError, OptionError
 from networks import key_formats
 from networks.alphas import read_alphas, restore_folded_alphas
 from networks.delta import Delta, read_deltas
-from networks.deltas import SET_WEIGHT, drop_replaced, drop_unused_alphas, group_by_module, rank_of, ungroup
+from networks.deltas import (
+    SET_WEIGHT,
+    drop_replaced,
+    drop_unused_alphas,
+    get_lora_rank,
+    group_by_module,
+    ungroup,
+)
 from networks.fused_parts import correct_split_alphas, stack_rows
 from networks.key_formats import NativeTensors
 from networks.kinds import KINDS
@@ -26,11 +33,11 @@ from networks.kinds.contract import FROZEN_NORMS, NORMS_FORM
 from networks.kinds.factors import Factors
 from networks.metadata import (
     LAYOUT_KEY,
-    expert_of,
+    find_lora_expert,
     in_words,
     is_damaged,
     layout_hash,
-    metadata_of,
+    select_expert_metadata,
 )
 from networks.module_names import (
     describe_text_module,
@@ -41,7 +48,7 @@ from networks.module_names import (
 )
 from networks.names.layouts import FOLDED, FOR_BOTH, OURS, TRAINED_FOR, TRAINED_ON, DepthVariants, FamilyNames
 from networks.patterns import describe_unfit, in_any_spelling
-from networks.rank_masks import rank_rule_of
+from networks.rank_masks import read_rank_rule
 from networks.tensor_names import dialect_in_words
 from networks.unused_tensors import (
     explain_absent_module,
@@ -109,7 +116,7 @@ class LoraFile:
         Returns:
             FOR_BOTH for a LoRA for both experts; None if unknown or if the file has a LoRA for each expert.
         """
-        return None if self.loras_by_expert else expert_of(self.metadata, self.path)
+        return None if self.loras_by_expert else find_lora_expert(self.metadata, self.path)
 
     @property
     def evidence(self) -> str:
@@ -172,7 +179,7 @@ class LoraFile:
         trained_family = read_family(lora.metadata)
         if hint is None and trained_family is not None:
             hint = trained_family.name
-        families = key_formats.families_of(lora.modules(), hint)
+        families = key_formats.find_lora_families(lora.modules(), hint)
         # names of no known family: trust the metadata
         if not families and trained_family is not None:
             return [trained_family]
@@ -269,7 +276,7 @@ def _read_stored_lora(path: Path) -> _StoredLora:
         )
     if unsupported is not None:
         raise _make_unsupported_error(path, *unsupported)
-    rank_rule_of(metadata, path)  # raises if the file's rank masks (T-LoRA) cannot be read
+    read_rank_rule(metadata, path)  # raises if the file's rank masks (T-LoRA) cannot be read
     return _StoredLora(path, tensors, metadata, is_written_here)
 
 
@@ -280,9 +287,9 @@ def _recognize_loras(stored: _StoredLora, by_expert: bool, with_texts: bool, fam
         raise _make_several_error(stored.path)
     loras: dict[str | None, LoraFile] = {}
     for expert, names in names_by_expert.items():
-        tensors_of_expert = {name: stored.tensors[name] for name in names}
+        expert_tensors = {name: stored.tensors[name] for name in names}
         loras[expert] = _recognize_lora(
-            stored._replace(tensors=tensors_of_expert), expert, with_texts=with_texts, family=family
+            stored._replace(tensors=expert_tensors), expert, with_texts=with_texts, family=family
         )
     if len(loras) == 1:
         return next(iter(loras.values()))
@@ -327,7 +334,7 @@ def _recognize_lora(
         CheckpointError: If the tensors are not a LoRA, or if a layer is changed under two names.
     """
     if expert is not None:
-        stored = stored._replace(metadata=_metadata_of_expert(stored.path, stored.metadata, expert))
+        stored = stored._replace(metadata=_read_expert_metadata(stored.path, stored.metadata, expert))
     trained_family = read_family(stored.metadata)
     hint = family or (None if trained_family is None else trained_family.name)
     native = key_formats.to_native(stored.tensors, hint, with_texts)
@@ -338,7 +345,7 @@ def _recognize_lora(
         tensors = stack_rows(stored.path, native.tensors, native.family.rows_by_head, stored.tensors)
         native = replace(native, tensors=tensors)
     if native.unnamed_text_keys or native.duplicate_keys or native.unknown_keys:
-        _warn_of_unused(stored.path, native, trained_family or native.family, len(stored.tensors))
+        _warn_of_unused_keys(stored.path, native, trained_family or native.family, len(stored.tensors))
     lora = _build_lora(stored, native, expert)
     is_family_by_names = trained_family is None and native.family_name is not None
     return replace(lora, is_family_by_names=is_family_by_names)
@@ -396,7 +403,7 @@ def _build_lora(stored: _StoredLora, native: NativeTensors, expert: str | None) 
     modules = group_by_module(native.tensors) | group_by_module(native.text_tensors)
     _reject_faulty(path, modules, native.unknown_keys)
     alphas_clause = ""
-    if any("alpha" not in factors and rank_of(factors) is not None for factors in modules.values()):
+    if any("alpha" not in factors and get_lora_rank(factors) is not None for factors in modules.values()):
         alphas = read_alphas(
             path, metadata, native=native, expert=expert, is_written_here=stored.is_written_here
         )
@@ -451,10 +458,10 @@ def _drop_tensors_without_effect(path: Path, native: NativeTensors) -> NativeTen
     return replace(native, tensors=tensors, text_tensors=text_tensors)
 
 
-def _metadata_of_expert(path: Path, metadata: Mapping[str, str], expert: str) -> dict[str, str]:
+def _read_expert_metadata(path: Path, metadata: Mapping[str, str], expert: str) -> dict[str, str]:
     """Return the metadata of one expert's LoRA in a file. Raises CheckpointError if it is invalid."""
     try:
-        return metadata_of(metadata, expert)
+        return select_expert_metadata(metadata, expert)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: the metadata of its LoRAs for experts cannot be read: {error}. Copy it again.", path
@@ -583,7 +590,7 @@ def _find_pairs(family: FamilyNames, paths: Mapping[str, str]) -> Iterator[tuple
                 yield path, part_path
 
 
-def _warn_of_unused(path: Path, native: NativeTensors, family: FamilyNames | None, total: int) -> None:
+def _warn_of_unused_keys(path: Path, native: NativeTensors, family: FamilyNames | None, total: int) -> None:
     """Warn of keys in a file that are not used.
 
     Args:
@@ -601,7 +608,7 @@ def _warn_of_unused(path: Path, native: NativeTensors, family: FamilyNames | Non
             logger.warning(f"{path}: {pluralize(len(keys), description)}: {list_some(keys)}")
     names_by_reason = group_by_reason(native.unknown_keys, partial(explain_unused_tensor, family))
     for reason, names in names_by_reason.items():
-        warn_of_unused_parts(
+        warn_about_unused_parts(
             path,
             names,
             total=total,
@@ -638,7 +645,7 @@ def reject_unknown(lora: LoraFile, option: str = "") -> None:
         )
 
 
-def warn_of_unused_parts(
+def warn_about_unused_parts(
     path: Path, unused: Sequence[str], total: int, statement: str, consequence: str = ""
 ) -> None:
     """Warn of unused names; if their fraction exceeds MAX_UNUSED, a second line states the consequence.
@@ -671,7 +678,7 @@ class WeightedLora:
     def for_expert(self, expert: str | None) -> "WeightedLora":
         """Return a copy with only the LoRA for an expert; warn if it was trained for another expert."""
         lora = self.lora.for_expert(expert)
-        warn_of_other_expert(lora, expert)
+        warn_about_other_expert(lora, expert)
         return replace(self, lora=lora)
 
     def selects(self, factors: Iterable[str], *names: str) -> bool:
@@ -792,7 +799,7 @@ def _fit_typed_pattern(typed: str, names: Collection[str], where: str) -> str:
     return any_spelling
 
 
-def warn_of_absent(
+def warn_about_absent_modules(
     path: Path,
     absent: Sequence[str],
     total: int,
@@ -816,14 +823,14 @@ def warn_of_absent(
     if encoder:
         names_in_file = [f"{encoder}_{name.removeprefix(OURS)}" for name in absent]
         for reason, names in group_by_reason(names_in_file, explain_absent_text_module).items():
-            warn_of_unused_parts(path, names, total=total, statement=statement + reason.description)
+            warn_about_unused_parts(path, names, total=total, statement=statement + reason.description)
         return
     has_text_modules = any(describe_text_module(module) for module in modules)
     names_without_numbers = {without_numbers(module) for module in modules}
     explain = partial(explain_absent_module, model, has_text_modules, names_without_numbers)
     names_by_reason = group_by_reason(absent, explain)
     for reason, names in names_by_reason.items():
-        warn_of_unused_parts(
+        warn_about_unused_parts(
             path,
             names,
             total=total,
@@ -832,7 +839,9 @@ def warn_of_absent(
         )
 
 
-def select_network_part(weighted_loras: Iterable[WeightedLora], of_text_encoders: bool) -> list[WeightedLora]:
+def select_network_part(
+    weighted_loras: Iterable[WeightedLora], selects_text_encoders: bool
+) -> list[WeightedLora]:
     """Return the LoRAs reduced to the transformer's modules, or to modules loaded with the text encoders.
 
     A LoRA is left out if it has no modules on that side, or if its patterns select none of them. If the
@@ -841,17 +850,17 @@ def select_network_part(weighted_loras: Iterable[WeightedLora], of_text_encoders
 
     Args:
         weighted_loras: LoRA files with their patterns.
-        of_text_encoders: Whether to return the text encoders' side.
+        selects_text_encoders: Whether to return the text encoders' side.
     """
     loras_on_side = []
     for weighted_lora in weighted_loras:
         family = weighted_lora.lora.trusted_family
         has_only_dit_modules = family is not None and not family.text_module_prefixes
         if not has_only_dit_modules:
-            reduced = _reduce_to_network(weighted_lora, of_text_encoders)
+            reduced = _reduce_to_network(weighted_lora, selects_text_encoders)
             if reduced is not None:
                 loras_on_side.append(reduced)
-        elif weighted_lora.lora.tensors and not of_text_encoders:
+        elif weighted_lora.lora.tensors and not selects_text_encoders:
             loras_on_side.append(weighted_lora)
     return loras_on_side
 
@@ -861,16 +870,16 @@ def _split_by_network(lora: LoraFile) -> tuple[dict[str, Factors], dict[str, Fac
     text_modules: dict[str, Factors] = {}
     dit_modules: dict[str, Factors] = {}
     for name, factors in lora.modules().items():
-        is_of_texts = describe_text_module(name.removeprefix(OURS), lora.trusted_family) != ""
-        modules = text_modules if is_of_texts else dit_modules
+        is_text_module = describe_text_module(name.removeprefix(OURS), lora.trusted_family) != ""
+        modules = text_modules if is_text_module else dit_modules
         modules[name] = factors
     return text_modules, dit_modules
 
 
-def _reduce_to_network(weighted_lora: WeightedLora, of_text_encoders: bool) -> WeightedLora | None:
+def _reduce_to_network(weighted_lora: WeightedLora, selects_text_encoders: bool) -> WeightedLora | None:
     """Return a LoRA with only one side's modules, or None; see `select_network_part`."""
     text_modules, dit_modules = _split_by_network(weighted_lora.lora)
-    if of_text_encoders:
+    if selects_text_encoders:
         modules = text_modules
         is_used = _keeps_any(weighted_lora, text_modules)
     else:
@@ -891,7 +900,7 @@ def _keeps_any(weighted_lora: WeightedLora, modules: Mapping[str, Factors]) -> b
     return any(weighted_lora.selects(factors, name) for name, factors in modules.items())
 
 
-def warn_of_other_family(lora: LoraFile, model: FamilyNames | None, modules: Collection[str] = ()) -> None:
+def warn_about_other_family(lora: LoraFile, model: FamilyNames | None, modules: Collection[str] = ()) -> None:
     """Warn if a LoRA's module names fit but it was trained for a different model family.
 
     Args:
@@ -943,11 +952,11 @@ def _log_older_release(path: Path, model: FamilyNames, origin: str) -> None:
 def read_weighted_lora(path: Path, expert: str, multiplier: float) -> WeightedLora:
     """Read one expert's LoRA from a file; warn if the file was trained for another expert."""
     lora = read_lora(path, by_expert=True).for_expert(expert)
-    warn_of_other_expert(lora, expert)
+    warn_about_other_expert(lora, expert)
     return WeightedLora(lora, multiplier)
 
 
-def warn_of_other_expert(lora: LoraFile, expert: str | None) -> None:
+def warn_about_other_expert(lora: LoraFile, expert: str | None) -> None:
     """Warn if a LoRA was trained for a different expert than the one it is loaded into.
 
     Args:
@@ -957,8 +966,8 @@ def warn_of_other_expert(lora: LoraFile, expert: str | None) -> None:
     """
     if not expert or lora.expert in (None, FOR_BOTH, expert):
         return
-    # without a path, `expert_of` reads only the metadata
-    evidence = "name" if expert_of(lora.metadata, Path()) is None else "metadata"
+    # without a path, `find_lora_expert` reads only the metadata
+    evidence = "name" if find_lora_expert(lora.metadata, Path()) is None else "metadata"
     logger.warning(
         f"{lora.path} was trained for the {in_words(lora.expert)} according to its {evidence}, but is loaded "
         f"into the {in_words(expert)}: what it has learned is for other noise levels. Pass the file for the "

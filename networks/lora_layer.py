@@ -59,7 +59,7 @@ class DropoutSeed:
 
     def tables(self, layers: "Sequence[LoraLayer]", device: torch.device) -> Tensor:
         """Return the seeds of all layers as layers x KINDS x (low, high 32 bits), int64, copied at once."""
-        seeds = [[halves(layer.seed_of(kind)) for kind in KINDS] for layer in layers]
+        seeds = [[halves(layer.get_mask_seed(kind)) for kind in KINDS] for layer in layers]
         return tensor_on(device, seeds)
 
 
@@ -342,7 +342,7 @@ class LoraLayer(nn.Module):
             hidden = self._mask(hidden, "rank", mask_shape, dropouts.rank)
         return hidden
 
-    def seed_of(self, kind: str) -> int:
+    def get_mask_seed(self, kind: str) -> int:
         """Return the seed of this layer's dropout mask of a kind, such as "neuron".
 
         If processes split the tokens, they have different neuron masks; all other masks are equal.
@@ -353,7 +353,7 @@ class LoraLayer(nn.Module):
     def _is_dropped(self) -> bool:
         """Return whether module dropout skips this LoRA in the current step."""
         assert self.dropouts is not None
-        return (self.seed_of("module") & _32_BITS) < self.dropouts.module * (_32_BITS + 1)
+        return (self.get_mask_seed("module") & _32_BITS) < self.dropouts.module * (_32_BITS + 1)
 
     def _mask(self, hidden: Tensor, kind: str, shape: Sequence[int], probability: float) -> Tensor:
         """Apply dropout: set random elements to 0 and divide the others by 1 - probability."""
@@ -362,7 +362,7 @@ class LoraLayer(nn.Module):
             low, high = self.seed_table[KINDS.index(kind)].unbind()
             seed = low, high
         else:
-            seed = halves(self.seed_of(kind))
+            seed = halves(self.get_mask_seed(kind))
         keep = keep_mask(shape, probability, seed, hidden.device)
         # divided by a number instead of a tensor, whose rounding to bf16 would change all elements in the
         # same direction, by up to 0.4 %

@@ -20,7 +20,7 @@ from networks.lora_products import mean_row_norm, row_strengths
 from networks.lora_settings import LoraSettings, find_by_pattern, log_overlaps
 from networks.module_names import describe_text_module, read_family, select_family
 from networks.names.layouts import OURS, FamilyNames
-from networks.rank_masks import rank_rule_of
+from networks.rank_masks import read_rank_rule
 
 if TYPE_CHECKING:  # only for --network_weights
     from networks.loading import LoraFile
@@ -89,12 +89,14 @@ class OwnNetwork(nn.Module):
             in_dit: Whether to attach the transformer's layers too.
         """
         for name, layer in zip(self.names, self.layers, strict=True):
-            if in_dit or prefix_of(name) != UNET:
+            if in_dit or get_prefix(name) != UNET:
                 layer.attach()
 
-    def layers_of_dit(self) -> list[Any]:
+    def dit_layers(self) -> list[Any]:
         """Return only the layers in the transformer, not those in text encoders."""
-        return [layer for name, layer in zip(self.names, self.layers, strict=True) if prefix_of(name) == UNET]
+        return [
+            layer for name, layer in zip(self.names, self.layers, strict=True) if get_prefix(name) == UNET
+        ]
 
     @property
     def module(self) -> nn.Module:
@@ -130,12 +132,12 @@ class OwnNetwork(nn.Module):
         lora_family = read_family(lora.metadata)
         names = (name.removeprefix(OURS) for name in network_modules)
         family = select_family(names, None if lora_family is None else lora_family.name)
-        loading.warn_of_other_family(lora, family, modules)
+        loading.warn_about_other_family(lora, family, modules)
         file_modules = _factors_for_network(lora, network_modules)
         num_loaded = self._load_common_modules(lora, file_modules, network_modules)
 
         absent = [name for name in file_modules if name not in network_modules]
-        unusable = _warn_of_unusable(path, file_modules, absent, modules=modules, family=family)
+        unusable = _warn_of_unusable_modules(path, file_modules, absent, modules=modules, family=family)
         errors = [f"{name} is not in this network" for name in absent if name not in unusable]
         errors += [f"{name} is not in the file" for name in network_modules if name not in file_modules]
         if errors:
@@ -186,7 +188,7 @@ class OwnNetwork(nn.Module):
         from networks import loading  # only for --network_weights
         from networks.depth_variants import fit_depths
 
-        trains_text_encoders = any(prefix_of(name) != UNET for name in network_modules)
+        trains_text_encoders = any(get_prefix(name) != UNET for name in network_modules)
         weighted_lora = loading.WeightedLora(
             loading.read_lora(path, with_texts=trains_text_encoders, with_embeddings=True)
         )
@@ -199,7 +201,7 @@ class OwnNetwork(nn.Module):
                 "weights.\n  Convert it back first: convert_lora.py --target default --dit MODEL.",
                 path,
             )
-        file_rule = rank_rule_of(lora.metadata)
+        file_rule = read_rank_rule(lora.metadata)
         if file_rule is not None and file_rule != self.settings.rank_rule:
             logger.warning(
                 f"--network_weights {path} is {named(file_rule.kind)}, and continues with different ranks at "
@@ -252,17 +254,17 @@ class OwnNetwork(nn.Module):
                 encoders. None for `learning_rate`.
         """
         rates = {UNET: learning_rate if unet_lr is None else unet_lr}  # of each network, by prefix
-        encoders = [prefix for prefix in dict.fromkeys(map(prefix_of, self.names)) if prefix != UNET]
+        encoders = [prefix for prefix in dict.fromkeys(map(get_prefix, self.names)) if prefix != UNET]
         if encoders:
             text_rates = [learning_rate] if text_encoder_lr is None else text_encoder_lr
-            rates |= _rates_of_encoders(encoders, text_rates)
+            rates |= _get_encoder_rates(encoders, text_rates)
         # for each layer, the indices of the patterns in network_reg_lrs that match its name
         matches: list[tuple[int, ...]] = [()] * len(self.names)
         if self.settings.pattern_learning_rates:
-            matches = self._find_matches_of_patterns()
+            matches = self._match_patterns()
         groups: dict[str, dict[str, Any]] = {}  # by label
         for name, layer, matching_patterns in zip(self.names, self.layers, matches, strict=True):
-            prefix = prefix_of(name)
+            prefix = get_prefix(name)
             selected = self._select_rate(layer, prefix, rates[prefix], matching_patterns)
             if selected.rate == 0 and any(rates.values()):
                 continue  # frozen. If all rates are 0, groups are kept, because an optimizer needs a group
@@ -304,7 +306,7 @@ class OwnNetwork(nn.Module):
             rate = rate * factor
         return _LayerRate(rate, label, plus_ratio)
 
-    def _find_matches_of_patterns(self) -> list[tuple[int, ...]]:
+    def _match_patterns(self) -> list[tuple[int, ...]]:
         """Return the indices of the patterns in network_reg_lrs that match the name of each layer."""
         matches = [find_by_pattern(self.settings.pattern_learning_rates, name) for name in self.names]
         log_overlaps("network_reg_lrs", self.settings.pattern_learning_rates, matches)
@@ -332,7 +334,7 @@ class OwnNetwork(nn.Module):
             getattr(self.additional_state["ggpo"], name).copy_(strengths)
 
 
-def _rates_of_encoders(prefixes: Sequence[str], rates: Sequence[float]) -> dict[str, float]:
+def _get_encoder_rates(prefixes: Sequence[str], rates: Sequence[float]) -> dict[str, float]:
     """Return the learning rate of each text encoder; the last rate applies to all encoders after it."""
     last = len(rates) - 1
     return {prefix: rates[min(index, last)] for index, prefix in enumerate(prefixes)}
@@ -365,7 +367,7 @@ def _factors_for_network(
     for name, delta in read_deltas(network_modules).items():
         if delta.rotation is not None:
             num_rows[name] = 1
-    text_tensors = rename_texts(lora.text_tensors, {prefix_of(name) for name in network_modules})
+    text_tensors = rename_texts(lora.text_tensors, {get_prefix(name) for name in network_modules})
     # split or join them to match the network's modules
     tensors = convert_fused_layers({**lora.tensors, **text_tensors}, num_rows.get)
     return group_by_module(add_missing_alphas(tensors))
@@ -380,7 +382,7 @@ def _make_misfit_error(lora: "LoraFile", file_modules: Mapping[str, Factors]) ->
     """
     from networks import unused_tensors  # only for --network_weights
 
-    text_parts = unused_tensors.text_side_of(file_modules)
+    text_parts = unused_tensors.describe_text_side(file_modules)
     reason = f"it changes only {text_parts}" if text_parts else f"there is no {next(iter(file_modules))}"
     return CheckpointError(
         f"--network_weights {lora.path} does not fit this network: {reason}. Pass a file for this model, "
@@ -389,7 +391,7 @@ def _make_misfit_error(lora: "LoraFile", file_modules: Mapping[str, Factors]) ->
     )
 
 
-def _warn_of_unusable(
+def _warn_of_unusable_modules(
     path: Path,
     file_modules: Mapping[str, Factors],
     absent: Sequence[str],
@@ -410,7 +412,9 @@ def _warn_of_unusable(
     unusable = [name for name in file_modules if describe_text_module(name.removeprefix(OURS))]
     unusable += unused_tensors.list_lacking(absent, modules, family)
     statement = "modules are not in this network"
-    loading.warn_of_absent(path, unusable, total=len(file_modules), statement=statement, model=family)
+    loading.warn_about_absent_modules(
+        path, unusable, total=len(file_modules), statement=statement, model=family
+    )
     return unusable
 
 
@@ -462,7 +466,7 @@ def _advise(file_modules: Mapping[str, Factors], factors: Factors, name: str) ->
     if _read_outer_sizes(file_modules[name]) != _read_outer_sizes(factors):
         return "Pass a LoRA that was trained for a model of this size."
     # the sizes of the layers fit, so only the ranks differ
-    ranks = {deltas.rank_of(factors) for factors in file_modules.values()}
+    ranks = {deltas.get_lora_rank(factors) for factors in file_modules.values()}
     single_rank = f"--network_dim {ranks.pop()}, or " if len(ranks) == 1 else ""
     return f"Pass {single_rank}--dim_from_weights."
 
@@ -472,7 +476,7 @@ def _read_outer_sizes(factors: Factors) -> tuple[torch.Size, int]:
     return factors[DOWN].shape[1:], len(factors[UP])
 
 
-def prefix_of(name: str) -> str:
+def get_prefix(name: str) -> str:
     """Return the prefix of a module name, which shows its network: `lora_unet`, `lora_te1`."""
     return "_".join(name.split("_", 2)[:2])
 
@@ -493,7 +497,7 @@ def rename_texts(texts: Mapping[str, Tensor], prefixes: Collection[str]) -> dict
     new_prefixes = {old: new for old, new in first_names.items() if new in prefixes and old not in prefixes}
     renamed: dict[str, Tensor] = {}
     for name, tensor in texts.items():
-        prefix = prefix_of(name)
+        prefix = get_prefix(name)
         renamed[new_prefixes.get(prefix, prefix) + name.removeprefix(prefix)] = tensor
     return renamed
 

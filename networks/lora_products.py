@@ -17,7 +17,7 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from checkpoints.stored.forms import dequantized_weight_of
+from checkpoints.stored.forms import get_dequantized_weight
 from modules.private_torch import disable_dynamo
 
 
@@ -52,8 +52,8 @@ class _Branch(torch.autograd.Function):
         x, down = ctx.saved_tensors
         if grad_hidden is None:
             return grad_x, None
-        grad_hidden = rows_of(grad_hidden)
-        grad_down = grad_hidden.t() @ rows_of(x) if ctx.needs_input_grad[1] else None
+        grad_hidden = flatten_rows(grad_hidden)
+        grad_down = grad_hidden.t() @ flatten_rows(x) if ctx.needs_input_grad[1] else None
         if grad_x is None:
             return (grad_hidden @ down).view(x.shape), grad_down
         return add_product(grad_x, grad_hidden, down), grad_down
@@ -89,8 +89,8 @@ class _SaveForAddUp(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         hidden, up = ctx.saved_tensors
         # of each part: gradient of its output, its values of `hidden`, its rows of the up factor
-        gradients = rows_of(gradient).split(ctx.split_sizes, -1)
-        groups = rows_of(hidden).chunk(len(ctx.split_sizes), -1)
+        gradients = flatten_rows(gradient).split(ctx.split_sizes, -1)
+        groups = flatten_rows(hidden).chunk(len(ctx.split_sizes), -1)
         blocks = up.split(ctx.split_sizes)
         grad_hidden = [part @ block for part, block in zip(gradients, blocks, strict=True)]
         grad_up = [part.t() @ group for part, group in zip(gradients, groups, strict=True)]
@@ -140,9 +140,9 @@ class _AddUp(torch.autograd.Function):
 def _add_parts(out: Tensor, hidden: Tensor, up: Tensor, split_sizes: tuple[int, ...]) -> Tensor:
     """Add hidden @ up^T to `out` in place, part by part, without autograd; return `out`."""
     if len(split_sizes) == 1:
-        return add_product(out, rows_of(hidden), up.t())
+        return add_product(out, flatten_rows(hidden), up.t())
     outputs = out.view(-1, out.shape[-1]).split(split_sizes, -1)
-    groups = rows_of(hidden).chunk(len(split_sizes), -1)
+    groups = flatten_rows(hidden).chunk(len(split_sizes), -1)
     for output, group, block in zip(outputs, groups, up.split(split_sizes), strict=True):
         output.addmm_(group, block.t())
     return out
@@ -162,7 +162,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return total
 
 
-def rows_of(x: Tensor) -> Tensor:
+def flatten_rows(x: Tensor) -> Tensor:
     """Return x with all leading axes flattened: ... C -> M C."""
     return x.reshape(-1, x.shape[-1])
 
@@ -219,7 +219,7 @@ def _gather(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> N
     state[f"{prefix}weight"] = torch.cat(blocks)
 
 
-def rows_of_fused_parts(num_parts: int, rows: int, columns: int) -> tuple[int, ...]:
+def count_fused_part_rows(num_parts: int, rows: int, columns: int) -> tuple[int, ...]:
     """Return the row count of each part of a fused layer: q, k, v, or q, k, v and the MLP's first layer.
 
     With 3 parts, queries have as many rows as the weight has columns, but at least a third of all rows (heads
@@ -302,7 +302,7 @@ def _sum_row_squares(left: Tensor, right: Tensor) -> Tensor:
 def mean_row_norm(layer: nn.Linear, seed: int) -> Tensor:
     """Return the mean norm of up to MAX_ROWS rows of a frozen weight, sampled by seed; float32, CPU."""
     rows = torch.randperm(layer.out_features, generator=torch.Generator().manual_seed(seed))[:MAX_ROWS]
-    chosen = dequantized_weight_of(layer, layer.weight)[rows.to(layer.weight.device)]
+    chosen = get_dequantized_weight(layer, layer.weight)[rows.to(layer.weight.device)]
     return torch.linalg.vector_norm(chosen, dim=1, dtype=torch.float32).mean().cpu()
 
 

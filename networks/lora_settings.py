@@ -19,7 +19,7 @@ from networks.kinds import KINDS
 from networks.kinds.composing import SWITCHES, VARIANTS
 from networks.kinds.contract import NetworkKind, RankRule
 from networks.lora_layer import Dropouts
-from networks.lora_products import rows_of_fused_parts
+from networks.lora_products import count_fused_part_rows
 from networks.names.layouts import LoraRules
 from networks.options import DEFAULT_RANK
 from networks.patterns import NamePattern, describe_unfit, in_any_spelling
@@ -168,7 +168,7 @@ class LoraSettings:
         name = path.replace(".", "_")
         for ending, num_parts in self.family_rules.num_fused_parts.items():
             if name.endswith(ending.replace(".", "_")):
-                return rows_of_fused_parts(num_parts, rows=module.out_features, columns=module.in_features)
+                return count_fused_part_rows(num_parts, rows=module.out_features, columns=module.in_features)
         return ()  # the layer is not fused
 
 
@@ -215,7 +215,7 @@ def _apply_arguments(
     ggpo_sigma_and_beta = None
     if "ggpo_sigma" in values:
         ggpo_sigma_and_beta = (values["ggpo_sigma"], values["ggpo_beta"])
-    ratio_of_all_networks = values.get("loraplus_lr_ratio")
+    shared_ratio = values.get("loraplus_lr_ratio")
     settings = replace(
         settings,
         conv_rank=values.get("conv_dim"),
@@ -223,8 +223,8 @@ def _apply_arguments(
         dropouts=_add_dropouts(settings.dropouts, values),
         include=values.get("include_patterns", ()),
         exclude=values.get("exclude_patterns", ()),
-        loraplus_lr_ratio=values.get("loraplus_unet_lr_ratio", ratio_of_all_networks),
-        loraplus_encoder_ratio=values.get("loraplus_text_encoder_lr_ratio", ratio_of_all_networks),
+        loraplus_lr_ratio=values.get("loraplus_unet_lr_ratio", shared_ratio),
+        loraplus_encoder_ratio=values.get("loraplus_text_encoder_lr_ratio", shared_ratio),
         variants=tuple(kind for switch, kind in SWITCHES.items() if values.get(switch, False)),
         verbose=values.get("verbose", False),
         pattern_ranks=values.get("network_reg_dims", ()),
@@ -334,8 +334,8 @@ def _read_rank_rule(values: Mapping[str, Any], rank: int) -> RankRule | None:
         OptionError: If a value is invalid.
     """
     for kind in VARIANTS:
-        arguments_of_kind = (kind.switch, *kind.numbers)
-        if values.keys().isdisjoint(arguments_of_kind):
+        kind_arguments = (kind.switch, *kind.numbers)
+        if values.keys().isdisjoint(kind_arguments):
             continue
         rule = kind.read_rule_of_arguments(values, rank)
         if rule is not None:
@@ -543,7 +543,7 @@ def read_rates(argument: str, text: Any) -> PatternValues:
     return _read_pairs(float, argument, text)
 
 
-def _make_readers_of_kinds() -> dict[str, Reader]:
+def _make_kind_readers() -> dict[str, Reader]:
     """Return parsers for the --network_args that enable network kinds and set their parameters."""
     readers: dict[str, Reader] = {}
     for kind in SWITCHES.values():
@@ -573,5 +573,5 @@ _READERS: Mapping[str, Reader] = {
     REG_RATES: read_rates,
     **dict.fromkeys([kind.switch for kind in SWITCHES.values() if not kind.numbers], _read_switch),
     "verbose": _read_switch,
-    **_make_readers_of_kinds(),
+    **_make_kind_readers(),
 }

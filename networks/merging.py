@@ -23,25 +23,25 @@ from modules.output_files import reject_replacing
 from modules.text_files import real_path
 from networks import tool_options
 from networks.apply import LoraPatch
-from networks.deltas import CPU, LORA_FACTORS, group_by_module, scaling_of, to_meta_tensor
+from networks.deltas import CPU, LORA_FACTORS, compute_scaling, group_by_module, to_meta_tensor
 from networks.depth_variants import fit_depths
 from networks.fused_rows import with_stacked_rows
-from networks.key_formats import families_of
+from networks.key_formats import find_lora_families
 from networks.kinds.factors import DOWN, UP, Factors
 from networks.loading import LoraFile, WeightedLora, read_lora, read_weighted_loras
-from networks.lora_network import prefix_of
+from networks.lora_network import get_prefix
 from networks.metadata import add_hashes
 from networks.module_names import family_named, read_family
 from networks.names.layouts import FIRST_LAYERS, TRAINED_ON, FamilyNames
-from networks.rank_masks import rank_rule_of
+from networks.rank_masks import read_rank_rule
 from networks.rounding import LoraRounding
 from networks.tensor_names import find_networks
-from networks.text_loras import FullPatch, is_full, select_for_network, warn_of_other_encoders
+from networks.text_loras import FullPatch, is_full, select_for_network, warn_about_other_encoders
 from networks.tool_options import FluxMergeOptions, FullMergeOptions, MergeOptions
 from networks.use_options import NEAREST
 from networks.writing import convert_to_our_layout, rename_to_aliases
 from protocols.loading import TensorInfo
-from protocols.rules import expert_of_file
+from protocols.rules import infer_expert_from_path
 
 logger = getLogger(__name__)
 FLUX = family_named("flux")
@@ -63,7 +63,7 @@ def merge_dit(options: MergeOptions) -> None:
     # the name of the file or its folder reveals the expert: `high_noise_model/` in the official repository,
     # `transformer/` and `transformer_2/` in diffusers
     folders = {prefix.removesuffix("."): expert for prefix, expert in find_networks().items()}
-    expert = options.expert or expert_of_file(options.dit, folders)
+    expert = options.expert or infer_expert_from_path(options.dit, folders)
     files_and_multipliers = list(zip(options.lora.lora_weight or (), options.lora.multipliers(), strict=True))
     in_channels: int | None = options.dit_in_channels
     if in_channels == tool_options.MERGE_CHANNELS_UNCHECKED:
@@ -199,15 +199,15 @@ def save_sum(
     dtype = _select_dtype(options) or DTYPES[options.precision]
     tensors = _sum_loras(weighted_loras, options.concat, dtype, device)
     loras = [weighted_lora.lora for weighted_lora in weighted_loras]
-    family = _find_family_of_sum(loras, tensors, options)
-    metadata = _metadata_of_sum(loras, tensors, family, options.no_metadata)
+    family = _find_merged_family(loras, tensors, options)
+    metadata = _make_sum_metadata(loras, tensors, family, options.no_metadata)
     # the names that other programs know, which depend on the family
     renamed = in_known_names(tensors, read_family(metadata))
     save_tensors(output, renamed, add_hashes(renamed, metadata))
     return metadata
 
 
-def _metadata_of_sum(
+def _make_sum_metadata(
     loras: Sequence[LoraFile],
     tensors: Mapping[str, Tensor],
     family: FamilyNames | None,
@@ -230,12 +230,12 @@ def _metadata_of_sum(
         "ss_network_dim": rank,
         "ss_network_alpha": rank,  # the sum is not scaled: alpha / rank is 1
         "ss_network_args": "{}",
-        TRAINED_ON: _first_of_metadata(loras, TRAINED_ON) or version,
+        TRAINED_ON: _get_first_metadata(loras, TRAINED_ON) or version,
     }
     if no_metadata:
         return metadata
     metadata["modelspec.merged_from"] = ", ".join(lora.path.name for lora in loras)
-    architecture = _first_of_metadata(loras, "modelspec.architecture")
+    architecture = _get_first_metadata(loras, "modelspec.architecture")
     if architecture is not None:
         metadata["modelspec.architecture"] = architecture
     return metadata
@@ -250,12 +250,12 @@ def _name_module_and_version(family: FamilyNames | None) -> tuple[str, str]:
     return f"networks.lora_{family.name}", family.name
 
 
-def _first_of_metadata(loras: Sequence[LoraFile], key: str) -> str | None:
+def _get_first_metadata(loras: Sequence[LoraFile], key: str) -> str | None:
     """Return the value of a metadata key from the first LoRA that has the key; None if no LoRA has it."""
     return next(filter(None, (lora.metadata.get(key) for lora in loras)), None)
 
 
-def _find_family_of_sum(
+def _find_merged_family(
     loras: Sequence[LoraFile], tensors: Mapping[str, Tensor], options: FluxMergeOptions | FullMergeOptions
 ) -> FamilyNames | None:
     """Return the family of a sum of LoRAs; None if it is unknown because only text encoders change.
@@ -267,11 +267,11 @@ def _find_family_of_sum(
         return family_named(options.family)
     by_metadata = _find_first_family_in_metadata(loras)
     hint = None if by_metadata is None else by_metadata.name
-    families = families_of(group_by_module(tensors), hint)
+    families = find_lora_families(group_by_module(tensors), hint)
     if isinstance(options, FluxMergeOptions) and (FLUX in families or not families):
         return FLUX  # if several families are possible, this tool's own
     if not families:  # only text encoders change
-        families = [by_metadata] if by_metadata is not None else _find_families_of_texts(tensors)
+        families = [by_metadata] if by_metadata is not None else _find_families_by_encoders(tensors)
     if len(families) > 1:
         raise _make_ambiguous_error(loras, families)
     return families[0] if families else None
@@ -292,9 +292,9 @@ def _make_ambiguous_error(loras: Iterable[LoraFile], families: Sequence[FamilyNa
     )
 
 
-def _find_families_of_texts(tensors: Iterable[str]) -> list[FamilyNames]:
+def _find_families_by_encoders(tensors: Iterable[str]) -> list[FamilyNames]:
     """Return the Stable Diffusion families that have all the text encoders that these tensors change."""
-    prefixes = {prefix_of(name) for name in tensors}
+    prefixes = {get_prefix(name) for name in tensors}
     families = map(family_named, tool_options.MERGED_FAMILIES)
     return [family for family in families if prefixes <= {prefix for prefix, _ in family.encoders}]
 
@@ -370,7 +370,7 @@ def merge_into_file(
             output,
             infos,
             merge.read,
-            metadata=_metadata_of_merged(checkpoint, model, weighted_loras),
+            metadata=_make_merged_metadata(checkpoint, model, weighted_loras),
             late_metadata=lambda: lora_rounding.metadata,  # complete only after all weights are rounded
         )
         lora_rounding.report()
@@ -446,13 +446,13 @@ def _make_patch(
     if is_full(checkpoint.tensors):
         return FullPatch(weighted_loras, checkpoint.tensors, model, rounding)
     for weighted_lora in weighted_loras:
-        warn_of_other_encoders(weighted_lora, weighted_lora.lora.text_tensors, str(model), prefixes=())
+        warn_about_other_encoders(weighted_lora, weighted_lora.lora.text_tensors, str(model), prefixes=())
     # blocks of LoRAs for a deeper or shallower model are mapped to this model's blocks
     weighted_loras = fit_depths(weighted_loras, checkpoint.tensors, model)
     return LoraPatch(weighted_loras, checkpoint.tensors, model, rounding=rounding)
 
 
-def _metadata_of_merged(
+def _make_merged_metadata(
     checkpoint: Checkpoint, model: Path, weighted_loras: Sequence[WeightedLora]
 ) -> dict[str, str]:
     """Return the model's metadata without its hashes, plus the names of the merged files."""
@@ -532,7 +532,7 @@ def _sum_loras(
     """
     _reject_other_families([weighted_lora.lora for weighted_lora in weighted_loras])
     for weighted_lora in weighted_loras:
-        rule = rank_rule_of(weighted_lora.lora.metadata)
+        rule = read_rank_rule(weighted_lora.lora.metadata)
         if rule is not None:  # trained with a rank mask, which a sum cannot apply
             logger.warning(f"{weighted_lora.lora.path} {rule.kind.merged}")
     merged: dict[str, Tensor] = {}
@@ -633,7 +633,7 @@ def _sum_factors(name: str, summands: Sequence[_Summand], device: torch.device) 
                     f"{change.describe_size()} and {first.describe_size()}. Use LoRAs for the same model.",
                     summand.lora.path,
                 )
-        scale = summand.multiplier * scaling_of(summand.factors)
+        scale = summand.multiplier * compute_scaling(summand.factors)
         root = abs(scale) ** 0.5  # split between both factors so that neither underflows in 16 bits
         signed_root = root if scale >= 0 else -root  # the sign goes into one factor only
         scaled.append(_LowRank(change.down * signed_root, change.up * root))

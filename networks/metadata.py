@@ -18,7 +18,7 @@ from checkpoints.writing import save_tensors
 from modules.console import format_count
 from modules.errors import CheckpointError
 from modules.text_files import parse_json
-from networks.deltas import group_by_module, rank_of, to_meta_tensor
+from networks.deltas import get_lora_rank, group_by_module, to_meta_tensor
 from networks.kinds.composing import KIND_BY_FACTOR, MAGNITUDE_KIND_NAME, MAGNITUDES, sizes_by_word
 from networks.kinds.factors import Factors
 from networks.module_names import read_family
@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # of a file that is described alone
 PARTS_METADATA = "reelsmith_experts"
 
 
-def expert_of(metadata: Mapping[str, str], path: Path) -> str | None:
+def find_lora_expert(metadata: Mapping[str, str], path: Path) -> str | None:
     """Return the expert (high or low noise) that a LoRA was trained for, or FOR_BOTH; None if unknown.
 
     Metadata takes precedence over the file name: `x_high_noise.safetensors`, `x-HIGH-v2.safetensors`.
@@ -49,7 +49,7 @@ def in_words(expert: str) -> str:
     return f"{expert.replace('_', '-')} expert"
 
 
-def metadata_of(metadata: Mapping[str, str], expert: str) -> dict[str, str]:
+def select_expert_metadata(metadata: Mapping[str, str], expert: str) -> dict[str, str]:
     """Return the metadata of one expert's LoRA in a file for several experts, including the expert's name.
 
     Raises:
@@ -186,7 +186,7 @@ def _describe_lora(checkpoint: Checkpoint, names: list[str], expert: str | None)
     # in a full model, some names may look like LoRA keys
     if not modules or 2 * len(native.unknown_keys) > len(names):
         return None
-    families = [family.name for family in key_formats.families_of(in_dit, hint)]
+    families = [family.name for family in key_formats.find_lora_families(in_dit, hint)]
     # if no family has these names, trust the metadata
     models = " or ".join(families) or hint
     for_models = f" for {models}" if models else ""
@@ -198,7 +198,7 @@ def _describe_lora(checkpoint: Checkpoint, names: list[str], expert: str | None)
     ]
     if in_texts:
         clauses.append(f"{len(in_texts)} of them in text encoders")
-    trained_expert = expert_of(checkpoint.metadata, checkpoint.path)
+    trained_expert = find_lora_expert(checkpoint.metadata, checkpoint.path)
     if trained_expert is not None and trained_expert != FOR_BOTH:
         clauses.append(f"trained for the {in_words(trained_expert)}")
     return ", ".join(clauses)
@@ -206,7 +206,7 @@ def _describe_lora(checkpoint: Checkpoint, names: list[str], expert: str | None)
 
 def _describe_scales(modules: Mapping[str, Factors], alphas: Iterable[float]) -> list[str]:
     """Describe a network's ranks, block sizes and alphas in one clause each, leaving out what it lacks."""
-    ranks = Counter(rank for rank in map(rank_of, modules.values()) if rank is not None)
+    ranks = Counter(rank for rank in map(get_lora_rank, modules.values()) if rank is not None)
     clauses = [describe_numbers("rank", ranks)]
     for word, sizes in sizes_by_word(modules.values()).items():
         clauses.append(describe_numbers(word, Counter(sizes)))

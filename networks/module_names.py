@@ -75,7 +75,7 @@ def _families_knowing_most(names: Sequence[str]) -> list[FamilyNames]:
     return [family for family, count in counts.items() if maximum > 0 and count == maximum]
 
 
-def families_of_scripts(name: str) -> tuple[FamilyNames, ...]:
+def list_accepted_families(name: str) -> tuple[FamilyNames, ...]:
     """Return the families whose LoRAs a family's scripts accept.
 
     A variant in a subfolder (FLUX.1 Kontext, Stable Diffusion XL) has no names of its own. It accepts the
@@ -99,12 +99,14 @@ GetSize = Callable[[str], tuple[int, int] | None]
 _LONG = 16
 
 
-def likely_families(names: Iterable[str], size_of: GetSize, hint: str | None = None) -> list[FamilyNames]:
+def likely_families(
+    names: Iterable[str], get_change_size: GetSize, hint: str | None = None
+) -> list[FamilyNames]:
     """Return the families that a LoRA may be for; several if nothing distinguishes them.
 
     Args:
         names: Underscored names of the LoRA's modules.
-        size_of: Maps a name to the rows and columns of its change, or to None if they are unknown.
+        get_change_size: Maps a name to the rows and columns of its change, or to None if they are unknown.
         hint: Family named by the metadata or the user.
 
     Returns:
@@ -116,7 +118,7 @@ def likely_families(names: Iterable[str], size_of: GetSize, hint: str | None = N
         return families
     # modules of all blocks have the same sizes, so one name per template is enough; reversed: keep the first
     name_by_template = {_DIGITS.sub("n", name): name for name in reversed(names)}
-    sizes = _known_sizes(name_by_template.values(), size_of)
+    sizes = _known_sizes(name_by_template.values(), get_change_size)
     levels = {family: _rate_agreement(family, names, sizes) for family in families}
     best_level = max(levels.values())
     best_families = [family for family in families if levels[family] == best_level]
@@ -126,19 +128,19 @@ def likely_families(names: Iterable[str], size_of: GetSize, hint: str | None = N
     return [family for family in families if levels[family] >= min(best_level, _AS_RELEASED)]
 
 
-def _known_sizes(names: Iterable[str], size_of: GetSize) -> dict[str, tuple[int, int]]:
+def _known_sizes(names: Iterable[str], get_change_size: GetSize) -> dict[str, tuple[int, int]]:
     """Return the rows and columns of each module's change, leaving out modules of unknown size."""
     sizes: dict[str, tuple[int, int]] = {}
     for name in names:
-        size = size_of(name)
+        size = get_change_size(name)
         if size is not None:
             sizes[name] = size
     return sizes
 
 
-def sizes_fit(family: FamilyNames, names: Iterable[str], size_of: GetSize) -> bool:
+def sizes_fit(family: FamilyNames, names: Iterable[str], get_change_size: GetSize) -> bool:
     """Return whether the family may have modules of these names with the sizes of the LoRA's changes."""
-    return _rate_agreement(family, [], _known_sizes(names, size_of)) != _CONTRADICTS
+    return _rate_agreement(family, [], _known_sizes(names, get_change_size)) != _CONTRADICTS
 
 
 def have_same_names(families: Sequence[FamilyNames]) -> bool:
@@ -296,13 +298,13 @@ def from_alias(name: str, family: FamilyNames) -> str:
 
 def to_alias(name: str, family: FamilyNames) -> str:
     """Translate our underscored module name to another layout's; return unknown names unchanged."""
-    path = _find(_tables(family).alias_of, name)
+    path = _find(_tables(family).alias_by_name, name)
     return name if path is None else path.replace(".", "_")
 
 
 def find_fused_path(name: str, family: FamilyNames) -> str | None:
     """Return a module's path in the layout that fuses some of our modules; None if it is not there."""
-    return _find(_tables(family).alias_of, name) or module_path(name, family)
+    return _find(_tables(family).alias_by_name, name) or module_path(name, family)
 
 
 def is_fused_elsewhere(name: str, family: FamilyNames) -> bool:
@@ -351,7 +353,7 @@ def count_parts(path: str) -> set[int]:
     name = path.replace(".", "_")
     # the path without each possible prefix
     names = [name, *(name[index + 1 :] for index, character in enumerate(name) if character == "_")]
-    counts = {len(parts_of(name, family)) for family in FAMILIES for name in names}
+    counts = {len(find_parts(name, family)) for family in FAMILIES for name in names}
     return {count for count in counts if count > 1}
 
 
@@ -388,12 +390,12 @@ def _list_parts_and_renamed(family: FamilyNames) -> list[WeightPart]:
     parts = [*family.parts, *family.joined]
     if not parts:  # the family's layouts do not differ in how weights are fused
         return []
-    names_of_other_families: set[str] = set()
+    other_family_names: set[str] = set()
     for other in FAMILIES:
         if other is not family:
-            names_of_other_families.update(path.replace(".", "_") for path in other.modules)
+            other_family_names.update(path.replace(".", "_") for path in other.modules)
     for theirs, ours in family.aliases:
-        if theirs.replace(".", "_") in names_of_other_families:
+        if theirs.replace(".", "_") in other_family_names:
             parts.append(WeightPart(theirs, ours))
     return parts
 
@@ -420,7 +422,7 @@ class PartPath(NamedTuple):
 
 
 @cache
-def parts_of(name: str, family: FamilyNames) -> list[PartPath]:
+def find_parts(name: str, family: FamilyNames) -> list[PartPath]:
     """Return the modules of the family's other layout that are parts of this module, ordered by rows.
 
     If the other layout fuses several of our modules into this one, these modules are returned.
@@ -505,7 +507,7 @@ class _Tables(NamedTuple):
 
     ours: _Table[str]  # our name -> our path
     by_alias: _Table[str]  # alias in the other layout -> our path
-    alias_of: _Table[str]  # our name -> alias
+    alias_by_name: _Table[str]  # our name -> alias
     renamed: _Table[str]  # renamed module of the other layout -> our path; fused module -> its own path
     by_part: _Table[str]  # part of our module -> our path
     part_paths_elsewhere: _Table[str]  # part of the other layout, not merely renamed -> its own path
@@ -531,7 +533,7 @@ def _tables(family: FamilyNames) -> _Tables:
     return _Tables(
         ours=_Table((path, path) for path in paths),
         by_alias=_Table(aliases),
-        alias_of=_Table((ours, theirs) for theirs, ours in aliases),
+        alias_by_name=_Table((ours, theirs) for theirs, ours in aliases),
         renamed=_Table([*renamed, *fused_modules]),
         by_part=_Table(by_part),
         part_paths_elsewhere=_Table(
@@ -569,7 +571,7 @@ def diffusers_path(name: str, family: FamilyNames) -> str | None:
     path = module_path(name, family)
     if path is None or family.is_as_in_diffusers:
         return path
-    return _find(_tables(family).alias_of, name) or path
+    return _find(_tables(family).alias_by_name, name) or path
 
 
 @cache

@@ -7,7 +7,7 @@ from typing import Any
 from modules.option_values import split_pairs
 from modules.options import FREE, HABIT, IDENTITY, IMPORTS_MODULE, Options, option
 from networks.kinds import KINDS
-from networks.kinds.composing import SWITCHES, kind_of_module
+from networks.kinds.composing import SWITCHES, get_module_kind
 from networks.kinds.contract import NetworkKind, named
 from networks.names.layouts import COMFYUI, DIFFUSERS, KNOWN
 from networks.use_options import MAX_MULTIPLIER
@@ -129,7 +129,7 @@ class NetworkOptions(Options, title="network"):
     @property
     def kind(self) -> NetworkKind:
         """Return the network kind (LoRA, ...) that --network_module trains."""
-        return kind_of_module(self.network_module)
+        return get_module_kind(self.network_module)
 
     @property
     def kinds(self) -> list[NetworkKind]:

@@ -22,7 +22,7 @@ from networks.names.layouts import OURS, LoraRules
 from networks.names.texts import published_path
 from networks.own_kinds import OWN_MODULES, WITH_FILE, NetworkArguments, read_own
 from networks.rank_masks import mask_for
-from runtime.run_blocks import spec_of
+from runtime.run_blocks import get_spec
 
 logger = getLogger(__name__)
 
@@ -47,7 +47,7 @@ def select_modules(unet: nn.Module, settings: LoraSettings) -> dict[str, Target]
     Raises:
         OptionError: If no module is left, or if a block index exceeds the number of blocks.
     """
-    spec = spec_of(unet)
+    spec = get_spec(unet)
     rules = settings.family_rules
     if rules is not None and settings.block_numbers:
         check_blocks(settings, _count_blocks(unet, rules))
@@ -76,7 +76,7 @@ def _count_blocks(unet: nn.Module, rules: LoraRules) -> dict[str, int]:
 
 def _list_candidates(unet: nn.Module, settings: LoraSettings) -> Iterator[ModuleWithPath]:
     """Yield the modules of a DiT that may get a LoRA, before patterns and ranks in --network_args apply."""
-    spec = spec_of(unet)
+    spec = get_spec(unet)
     # path prefixes of the blocks; the layers are in the order of these groups
     prefix_groups = [tuple(f"{name}." for name in (*spec.block_lists, *spec.lora_lists))]
     if settings.family_rules is not None:
@@ -147,7 +147,7 @@ def _select_targets(
                 rank=size.rank,
                 alpha=size.alpha,
                 split_sizes=settings.split_sizes_of(path, module) if settings.splits_fused_layers else (),
-                rate_factor=1.0 if blocks is None else blocks.rate_factor_of(path),
+                rate_factor=1.0 if blocks is None else blocks.get_rate_factor(path),
             )
     if settings.pattern_ranks:
         log_overlaps("network_reg_dims", settings.pattern_ranks, matches)
@@ -175,7 +175,7 @@ def _select_size(
     is_optional = any(part in f".{path}" for part in optional_parts)
     # a rank for its type selects an optional module
     if is_optional and settings.family_rules is not None:
-        is_optional = _find_rank_of_type(path, settings.family_rules, settings) is None
+        is_optional = _find_type_rank(path, settings.family_rules, settings) is None
     may_be_excluded = is_optional or bool(settings.exclude)
     if may_be_excluded and _is_excluded(path, settings, is_optional):
         return None
@@ -239,7 +239,7 @@ def _size_by_block_and_type(path: str, module: LoraModule, settings: LoraSetting
     # 1x1 convolutions are treated like linear layers
     is_convolution = not isinstance(module, nn.Linear) and module.kernel_size != (1, 1)
     if settings.block_settings is not None:
-        block_size = settings.block_settings.rank_and_alpha_of(path, is_convolution)
+        block_size = settings.block_settings.get_rank_and_alpha(path, is_convolution)
         if block_size is not None:
             rank, alpha = block_size
             default_alpha = settings.conv_alpha if is_convolution else settings.alpha
@@ -260,15 +260,15 @@ def _size_by_rules(path: str, rules: LoraRules, settings: LoraSettings) -> LoraS
         match = re.match(rf"{rules.block_lists_by_argument[argument]}\.(\d+)\.", path)
         if match is not None and numbers is not None and int(match[1]) not in numbers:
             return None
-    type_rank = _find_rank_of_type(path, rules, settings)
+    type_rank = _find_type_rank(path, rules, settings)
     return LoraSize(settings.rank if type_rank is None else type_rank, settings.alpha)
 
 
-def _find_rank_of_type(path: str, rules: LoraRules, settings: LoraSettings) -> int | None:
+def _find_type_rank(path: str, rules: LoraRules, settings: LoraSettings) -> int | None:
     """Return the rank that --network_args set for a module's type (words in its path); None if unset."""
     for argument, types in rules.rank_arguments:
-        is_of_type = any(all(word in path for word in fragments) for fragments in types)
-        if argument in settings.type_ranks and is_of_type:
+        matches_type = any(all(word in path for word in fragments) for fragments in types)
+        if argument in settings.type_ranks and matches_type:
             return settings.type_ranks[argument]
     return None
 
@@ -381,12 +381,12 @@ def _add_layers_from_tensors(
     """
     added: dict[str, nn.Module] = {}
     for name, factors in _factors_for(modules_by_name, tensors).items():
-        is_of_kind = any(factor_name in factors for factor_name in kind.marks)
-        if name not in modules_by_name or name in layers or not is_of_kind:
+        has_kind_factors = any(factor_name in factors for factor_name in kind.marks)
+        if name not in modules_by_name or name in layers or not has_kind_factors:
             continue
         target = modules_by_name[name]
         if not _is_excluded_by_arguments(target, name, settings):
-            added[name] = kind.layer_of(target.module, name, factors, settings)
+            added[name] = kind.make_layer(target.module, name, factors, settings)
     if not added:
         return layers
     logger.info(
@@ -450,7 +450,7 @@ def _factors_for(
 
 def _list_encoder_modules(encoder: nn.Module) -> Iterator[ModuleWithPath]:
     """Yield the modules of a text encoder's blocks with their paths in published checkpoints."""
-    prefixes = tuple(f"{name}." for name in spec_of(encoder).block_lists)
+    prefixes = tuple(f"{name}." for name in get_spec(encoder).block_lists)
     for path, module in _list_modules_below(encoder, prefixes):
         yield ModuleWithPath(published_path(path), module)
 
@@ -482,7 +482,7 @@ def build_from_tensors(
     settings = _settings_with_file(name, typed)
     modules_by_name = _modules_by_name(dit, encoders)
     factors_by_module = _factors_for(modules_by_name, tensors)
-    layers = _make_layers_of_file(OWN_MODULES[name].kind, factors_by_module, modules_by_name, settings)
+    layers = _make_file_layers(OWN_MODULES[name].kind, factors_by_module, modules_by_name, settings)
     absent = [module_name for module_name in factors_by_module if module_name not in layers]
     if not layers:
         raise CheckpointError(
@@ -506,7 +506,7 @@ def build_from_tensors(
     return OwnNetwork(layers, settings)
 
 
-def _make_layers_of_file(
+def _make_file_layers(
     kind: NetworkKind,
     factors_by_module: Mapping[str, Factors],
     modules_by_name: Mapping[str, ModuleWithPath],
@@ -519,15 +519,15 @@ def _make_layers_of_file(
     """
     layers: dict[str, nn.Module] = {}
     for name, factors in factors_by_module.items():
-        is_of_kind = any(factor_name in factors for factor_name in kind.marks)
-        if not is_of_kind:
+        has_kind_factors = any(factor_name in factors for factor_name in kind.marks)
+        if not has_kind_factors:
             raise CheckpointError(
                 f"--dim_from_weights: {name} has {', '.join(factors)}, which are for another kind of "
                 "network.\n  Pass the --network_module that the file was trained with."
             )
         module = modules_by_name[name].module if name in modules_by_name else None
         if module is not None and (kind.is_for_convolutions or isinstance(module, nn.Linear)):
-            layers[name] = kind.layer_of(module, name, factors, settings)
+            layers[name] = kind.make_layer(module, name, factors, settings)
     return layers
 
 

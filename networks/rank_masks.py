@@ -97,7 +97,7 @@ def set_level(network: nn.Module, level: float, device: torch.device) -> None:
         set_levels(network, torch.full((1,), level, device=device))
 
 
-def rank_rule_of(metadata: Mapping[str, str], path: Path | None = None) -> RankRule | None:
+def read_rank_rule(metadata: Mapping[str, str], path: Path | None = None) -> RankRule | None:
     """Return the rank rule (T-LoRA) in a LoRA's metadata; None if all ranks are always active.
 
     Args:
@@ -117,7 +117,7 @@ def rank_rule_of(metadata: Mapping[str, str], path: Path | None = None) -> RankR
     return None
 
 
-def parts_of_rank(metadata: Mapping[str, str], rank: int) -> int:
+def count_joined_parts(metadata: Mapping[str, str], rank: int) -> int:
     """Return how many LoRAs of the trained rank were joined into one of this rank, such as 3 for q, k and v.
 
     Returns 1 if modules were trained with different ranks, because such modules are never joined.
@@ -134,6 +134,6 @@ def has_rule(paths: Iterable[Path]) -> bool:
     """Return whether any of these LoRA files was trained with a rank rule (T-LoRA); reads only headers."""
     for path in paths:
         with open_checkpoint(path) as checkpoint:
-            if rank_rule_of(checkpoint.metadata) is not None:
+            if read_rank_rule(checkpoint.metadata) is not None:
                 return True
     return False

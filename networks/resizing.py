@@ -33,7 +33,7 @@ from networks.kinds.lora import LORA
 from networks.merging import DTYPES, DecomposedProduct, decompose_product
 from networks.metadata import LAYOUT_KEY, STALE, add_hashes, layout_hash
 from networks.names.layouts import FOLDED
-from networks.rank_masks import rank_rule_of
+from networks.rank_masks import read_rank_rule
 from networks.tensor_names import in_default_spelling
 from networks.tool_options import PRECISIONS
 
@@ -221,7 +221,7 @@ def _reject_other_kinds(
                 f"be resized.\n  Convert it to a plain LoRA first: {command}",
                 source,
             )
-    rule = rank_rule_of(metadata, source)
+    rule = read_rank_rule(metadata, source)
     if rule is not None:
         raise CheckpointError(
             f"{source} is {named(rule.kind)}, whose active ranks depend on the noise level "
@@ -356,7 +356,7 @@ def _resize_module(
         singular_values, min(max_rank, old_rank), options.dynamic_method, options.dynamic_param
     )
     kept_values = singular_values[:rank]
-    down, up = _make_factors_of_rank(decomposed, rank, product)
+    down, up = _make_truncated_factors(decomposed, rank, product)
     strength = 1.0
     if names.alpha is not None:
         strength = float(tensors[names.alpha]) / old_rank
@@ -373,7 +373,7 @@ def _resize_module(
     )
 
 
-def _make_factors_of_rank(
+def _make_truncated_factors(
     decomposed: DecomposedProduct, rank: int, product: FactorProduct
 ) -> tuple[Tensor, Tensor]:
     """Return the down and the up factor of a rank, in the module's shape.

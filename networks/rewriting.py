@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from networks.delta import read_delta
-from networks.deltas import BIAS_FACTORS, LORA_FACTORS, SET_WEIGHT, scaling_of
+from networks.deltas import BIAS_FACTORS, LORA_FACTORS, SET_WEIGHT, compute_scaling
 from networks.fused_parts import joined_blocks
 from networks.kinds.composing import MAGNITUDES
 from networks.kinds.factors import DOWN, UP, Factors
@@ -121,9 +121,9 @@ def _split_fused_layers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     new_tensors = dict(tensors)
     for layer, keys in _find_fused_layers(tensors).items():
-        tensors_of_parts = _split_fused_layer(layer, keys, tensors)
-        if tensors_of_parts:
-            new_tensors |= tensors_of_parts
+        part_tensors = _split_fused_layer(layer, keys, tensors)
+        if part_tensors:
+            new_tensors |= part_tensors
             for key in keys.values():
                 del new_tensors[key]
     return new_tensors
@@ -142,7 +142,7 @@ def _split_fused_layer(
     factors = {factor: tensors[key] for factor, key in keys.items()}
     if MAGNITUDES in factors and factors[MAGNITUDES].ndim == 1:  # as in PEFT
         factors[MAGNITUDES] = factors[MAGNITUDES].view(-1, 1)
-    split_sizes = _count_rows_of_parts(layer.name, factors)
+    split_sizes = _count_part_rows(layer.name, factors)
     if not split_sizes:
         return {}
     # undo a block-diagonal join if there was one; else each part gets its rows of the up factor
@@ -150,12 +150,12 @@ def _split_fused_layer(
     fused_prefix = f"{layer.start}to_{layer.name}."
     # name of the factor -> its ending as spelled in the file
     endings = {factor: key.removeprefix(fused_prefix) for factor, key in keys.items()}
-    tensors_of_parts: dict[str, Tensor] = {}
+    part_tensors: dict[str, Tensor] = {}
     for part_name, lora in zip(_FUSED_PARTS[layer.name], loras, strict=True):
         for factor_name, tensor in lora.items():
             ending = endings.get(factor_name, factor_name)
-            tensors_of_parts[f"{layer.start}{part_name}.{ending}"] = tensor
-    return tensors_of_parts
+            part_tensors[f"{layer.start}{part_name}.{ending}"] = tensor
+    return part_tensors
 
 
 def _split_rows(factors: Factors, split_sizes: Sequence[int]) -> list[Factors]:
@@ -188,7 +188,7 @@ def _find_fused_layers(keys: Iterable[str]) -> dict[_FusedLayer, dict[str, str]]
     return layers
 
 
-def _count_rows_of_parts(layer: str, factors: Factors) -> tuple[int, ...]:
+def _count_part_rows(layer: str, factors: Factors) -> tuple[int, ...]:
     """Return the row count of each part of a fused layer; () if its factors cannot be split.
 
     Queries have as many rows as the layer has inputs. Keys and values, which may have fewer heads, share the
@@ -293,7 +293,7 @@ def _find_numbered_factors(keys: Iterable[str]) -> dict[str, dict[int, dict[str,
 
 def _build_diagonal(loras: Sequence[Factors]) -> dict[str, Tensor]:
     """Join LoRAs of consecutive row ranges into one LoRA with a block-diagonal up factor."""
-    scales = [scaling_of(piece) for piece in loras]  # alpha / rank
+    scales = [compute_scaling(piece) for piece in loras]  # alpha / rank
     scale = scales[0]
     ups = [piece[UP] for piece in loras]
     down = torch.cat([piece[DOWN] for piece in loras])

@@ -123,7 +123,7 @@ class RandomRounding:
     """Stochastic rounding of one weight, reproducible in every run and on every device."""
 
     dtype: torch.dtype  # 16-bit dtype of the result
-    seed: bytes  # result of `seed_of` for the weight
+    seed: bytes  # result of `compute_rounding_seed` for the weight
     noise: Tensor  # _NOISE uniform integers that fill the dropped bits of the dtype, on the weight's device
 
     def round(self, values: Tensor, start: int) -> None:
@@ -178,7 +178,7 @@ class RandomRounding:
         values.copy_(best)
 
 
-def seed_of(name: str, factors: Iterable[Tensor]) -> bytes:
+def compute_rounding_seed(name: str, factors: Iterable[Tensor]) -> bytes:
     """Return the rounding seed of a weight: a hash of its name and of the factors (CPU) that change it."""
     digest = hashlib.blake2b(name.encode("utf-8"), digest_size=16)
     for factor in factors:
@@ -244,7 +244,7 @@ class LoraRounding:
         Args:
             dtype: Dtype to which the weight is rounded.
             device: Device of the run.
-            seed: Seed from `seed_of`.
+            seed: Seed from `compute_rounding_seed`.
         """
         key = dtype, device
         if key not in self._noise:

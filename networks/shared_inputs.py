@@ -25,7 +25,7 @@ from networks.joined_weights import (
     multiply_transposed,
     view_as_one_matrix,
 )
-from networks.lora_products import add_product, project_in_place_gradient, rows_of
+from networks.lora_products import add_product, flatten_rows, project_in_place_gradient
 
 
 class GroupedLayer(Protocol):
@@ -175,7 +175,7 @@ class _Outputs(torch.autograd.Function):
         ctx.ranks = ranks
         ctx.save_for_backward(x, product, down, *ups, *weights)
         outputs = []
-        parts = rows_of(product).split(ranks, -1)
+        parts = flatten_rows(product).split(ranks, -1)
         for part, up, weight, bias in zip(parts, ups, weights, biases, strict=True):
             output = functional.linear(x, weight, bias)
             outputs.append(add_product(output, part, up.t()))
@@ -191,7 +191,7 @@ class _Outputs(torch.autograd.Function):
         ups = ups_and_weights[:num_layers]
         weights = ups_and_weights[num_layers:]
         _, needs_x, needs_down, *_ = ctx.needs_input_grad
-        product = rows_of(product)
+        product = flatten_rows(product)
         parts = product.split(ctx.ranks, -1)
         grad_product = torch.empty_like(product)
         grad_parts = grad_product.split(ctx.ranks, -1)  # views, which are filled below
@@ -202,7 +202,7 @@ class _Outputs(torch.autograd.Function):
                 grad_parts[index].zero_()
                 grad_ups.append(None)
                 continue
-            gradient = rows_of(gradient)
+            gradient = flatten_rows(gradient)
             # gradient of x @ down^T for this layer, into its columns of grad_product
             torch.mm(gradient, ups[index], out=grad_parts[index])
             grad_ups.append(gradient.t() @ parts[index])
@@ -211,7 +211,7 @@ class _Outputs(torch.autograd.Function):
                 grad_x = gradient @ weights[index]
             elif grad_x is not None:
                 grad_x = grad_x.addmm_(gradient, weights[index])
-        grad_down = grad_product.t() @ rows_of(x) if needs_down else None
+        grad_down = grad_product.t() @ flatten_rows(x) if needs_down else None
         if grad_x is not None:
             grad_x = grad_x.addmm_(grad_product, down).view(x.shape)
         no_gradients = [None] * (2 * num_layers)  # for weights and biases
@@ -232,12 +232,12 @@ class _JoinedOutputs(torch.autograd.Function):
         bias: Tensor | None,
     ) -> tuple[Tensor, ...]:
         """Return the output of each layer: x W^T + bias + x @ down^T @ up^T."""
-        product = rows_of(functional.linear(x, down))
+        product = flatten_rows(functional.linear(x, down))
         ctx.split_sizes = split_sizes
         ctx.save_for_backward(x, product, down, up, weight)
         output = functional.linear(x, weight, bias)
         # adds x @ down^T @ up^T of each layer to its columns, in place
-        add_products(rows_of(output), product, up, split_sizes)
+        add_products(flatten_rows(output), product, up, split_sizes)
         return output.split(split_sizes, -1)
 
     @staticmethod
@@ -246,10 +246,10 @@ class _JoinedOutputs(torch.autograd.Function):
         """Return the gradients of x, the down factor and the up factors; frozen weights get none."""
         x, product, down, up, weight = ctx.saved_tensors
         _, needs_x, needs_down, *_ = ctx.needs_input_grad
-        gradient = torch.cat([rows_of(each) for each in gradients], -1)
+        gradient = torch.cat([flatten_rows(each) for each in gradients], -1)
         grad_product = multiply_parts(gradient, up, ctx.split_sizes)
         grad_up = multiply_transposed(gradient, product, ctx.split_sizes)
-        grad_down = grad_product.t() @ rows_of(x) if needs_down else None
+        grad_down = grad_product.t() @ flatten_rows(x) if needs_down else None
         grad_x = None
         if needs_x:
             grad_x = (gradient @ weight).addmm_(grad_product, down).view(x.shape)

@@ -28,13 +28,13 @@ from networks.kinds import KINDS
 from networks.kinds.composing import ENDS, MAGNITUDES, SPELLINGS
 from networks.module_names import FAMILIES, is_known_module
 from networks.names.layouts import (
+    CLIP_LAYER_PREFIX,
     IN_COMFYUI,
     IN_DIFFUSERS,
-    CLIP_LAYER_PREFIX,
     LANGUAGE_MODEL_LAYER_PREFIX,
     LTX_FORK_PREFIX,
-    T5_LAYER_PREFIX,
     OURS,
+    T5_LAYER_PREFIX,
     UNET_IN_DIFFUSERS,
     FamilyNames,
 )
@@ -69,7 +69,11 @@ _CLIP_WITHOUT_TEXT_MODEL = ("encoder_layers_", "embeddings_", "final_layer_norm"
 # prefixes of layer names that reveal a text encoder in files that do not name the encoder
 _UNPREFIXED_TEXT_LAYERS = ("text_model.encoder.", "encoder.block.")
 # text encoders to assume if the family is unknown
-_FALLBACK_ENCODERS = (*FamilyNames.encoders, ("lora_te2", CLIP_LAYER_PREFIX), ("lora_te", LANGUAGE_MODEL_LAYER_PREFIX))
+_FALLBACK_ENCODERS = (
+    *FamilyNames.encoders,
+    ("lora_te2", CLIP_LAYER_PREFIX),
+    ("lora_te", LANGUAGE_MODEL_LAYER_PREFIX),
+)
 # names of the LoRA factors in other programs -> ours
 FACTORS = {"A": "lora_down", "B": "lora_up", "a": "lora_down", "b": "lora_up"}
 FACTORS |= {"down": "lora_down", "up": "lora_up"}
@@ -132,10 +136,10 @@ def _known_prefixes() -> _KnownPrefixes:
     expert_prefixes = find_expert_prefixes()
     # prefixes of other networks in diffusers' pipelines that have the same modules
     diffusers_prefixes = tuple(prefix for family in FAMILIES for prefix in family.more_diffusers_prefixes)
-    dialects_of_kinds = {prefix: dialect for kind in KINDS for prefix, dialect in kind.starts.items()}
+    dialect_by_prefix = {prefix: dialect for kind in KINDS for prefix, dialect in kind.starts.items()}
     dialects = {
         OURS: IN_OUR_NAMES,
-        **dialects_of_kinds,
+        **dialect_by_prefix,
         "lycoris_": "LyCORIS",
         "lora_transformer_": "OneTrainer",
         "lora_transformer-": "InvokeAI",
@@ -190,7 +194,9 @@ class StrippedPath(NamedTuple):
 
 def split_key(key: str) -> ParsedKey | None:
     """Split a transformer LoRA's key into module path, factor name and dialect; None for other keys."""
-    key = _PROCESSOR.sub(lambda match: f".{_PROCESSOR_LAYERS[match['layer']]}.lora_{match['factor']}.weight", key)
+    key = _PROCESSOR.sub(
+        lambda match: f".{_PROCESSOR_LAYERS[match['layer']]}.lora_{match['factor']}.weight", key
+    )
     if key.endswith(_MODULATION):
         key = f"{key.removesuffix(_MODULATION)}.modulation.diff"
     full_path, part = split_end(key)
@@ -329,29 +335,29 @@ def _text_prefix(key: ParsedTextKey, kind: str, family: FamilyNames | None) -> s
 
     Args:
         key: Parsed name of one of its tensors.
-        kind: Kind of its layers, such as OF_CLIP; "" if unknown.
+        kind: Kind of its layers, such as CLIP_LAYER_PREFIX; "" if unknown.
         family: The family; None if unknown.
 
     Returns:
         The prefix; None if the family uses the file's prefix for a different kind of encoder.
     """
     kind_by_prefix = dict(_FALLBACK_ENCODERS if family is None else family.encoders)
-    prefixes_of_kind = [prefix for prefix, encoder_kind in kind_by_prefix.items() if encoder_kind == kind]
+    encoder_prefixes = [prefix for prefix, encoder_kind in kind_by_prefix.items() if encoder_kind == kind]
     file_prefix = key.start.rstrip("_.-").replace("lycoris_", "lora_")
     # files for Stable Diffusion 1 and 2 call their only CLIP lora_te
     is_only_clip = kind == CLIP_LAYER_PREFIX and file_prefix == "lora_te"
-    if is_only_clip and (family is None or len(prefixes_of_kind) > 1):
+    if is_only_clip and (family is None or len(encoder_prefixes) > 1):
         return file_prefix
-    if prefixes_of_kind:
+    if encoder_prefixes:
         # a number above the family's count of such encoders means the last encoder
-        return prefixes_of_kind[min(key.number, len(prefixes_of_kind)) - 1]
+        return encoder_prefixes[min(key.number, len(encoder_prefixes)) - 1]
     if not file_prefix.startswith("lora_te"):  # another program's prefix
         file_prefix = next(iter(kind_by_prefix)) if key.number == 1 else f"lora_te{key.number}"
-    is_prefix_of_other_kind = kind != "" and file_prefix in kind_by_prefix
-    return None if is_prefix_of_other_kind else file_prefix
+    is_other_kind_prefix = kind != "" and file_prefix in kind_by_prefix
+    return None if is_other_kind_prefix else file_prefix
 
 
-def _find_prefix_of_known_module(path: str) -> str:
+def _find_known_module_prefix(path: str) -> str:
     """Return the shortest prefix whose removal leaves the name of a known module; "" if there is none."""
     # pieces end with their separator, so that joining them gives the path again
     pieces = re.split(r"(?<=[._])", path)
@@ -374,7 +380,7 @@ def describe_unknown(paths: Iterable[str]) -> str:
     if not paths:
         return ""
     for path in paths:
-        prefix = _find_prefix_of_known_module(path)
+        prefix = _find_known_module_prefix(path)
         if prefix:
             return f"begin with {prefix}"
         module_path, dot, end = path.rpartition(".")

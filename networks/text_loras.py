@@ -14,11 +14,11 @@ from modules.console import list_some
 from modules.errors import CheckpointError
 from networks.apply import LoraPatch
 from networks.loading import LoraFile, WeightedLora, select_network_part
-from networks.lora_network import prefix_of, rename_texts
+from networks.lora_network import get_prefix, rename_texts
 from networks.names.layouts import OURS
 from networks.names.texts import TEXT_PROJECTION, open_clip_names, published_parameter
 from networks.rounding import LoraRounding
-from networks.unused_tensors import text_side_of
+from networks.unused_tensors import describe_text_side
 from networks.use_options import NEAREST
 from protocols.bundled_embeddings import with_words
 from protocols.family import Family, TextEncoder, can_learn, has_text_layers
@@ -63,7 +63,7 @@ def _select_encoder(lora: LoraFile, prefix: str, prefixes: Collection[str] | Non
         text_tensors = rename_texts(text_tensors, prefixes)
     tensors: dict[str, Tensor] = {}
     for name, tensor in text_tensors.items():
-        if prefix_of(name) == prefix:
+        if get_prefix(name) == prefix:
             tensors[OURS + name.removeprefix(f"{prefix}_")] = tensor
     # prefixes of metadata keys for the DiT's part of a file: its model, and arguments such as rank masks
     keys_for_dit = ("ss_base", "modelspec", "ss_network_args")
@@ -93,7 +93,7 @@ class TextLoras:
             weighted_lora for weighted_lora in weighted_loras if weighted_lora.lora.text_tensors
         ]
         # changes of transformer modules that are loaded together with a text encoder
-        self._connector_loras = select_network_part(weighted_loras, of_text_encoders=True)
+        self._connector_loras = select_network_part(weighted_loras, selects_text_encoders=True)
         self._known_prefixes: set[str] = set()  # prefixes of the model's text encoders seen so far
         self._merged: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # networks with merged LoRAs
 
@@ -102,13 +102,13 @@ class TextLoras:
         """Return whether no LoRA changes a text encoder or a module that is loaded with one."""
         return not self._weighted_loras and not self._connector_loras
 
-    def warn_of_unused(self, encoders: Sequence[TextEncoder]) -> None:
+    def warn_about_unused_changes(self, encoders: Sequence[TextEncoder]) -> None:
         """Warn of changes for text encoders that the model lacks or that do not support LoRAs."""
         prefixes = {encoder.lora_prefix for encoder in encoders if can_learn(encoder)}
         self._known_prefixes |= prefixes
         for weighted_lora in self._weighted_loras:
             renamed = rename_texts(weighted_lora.lora.text_tensors, prefixes)
-            names = [name for name in renamed if prefix_of(name) not in prefixes]
+            names = [name for name in renamed if get_prefix(name) not in prefixes]
             if names:
                 logger.warning(
                     f"{weighted_lora.lora.path}: {len(names)} tensors change a text encoder that this model "
@@ -123,8 +123,8 @@ class TextLoras:
         for weighted_lora in self._connector_loras:
             names = [*weighted_lora.lora.tensors]
             logger.warning(
-                f"{weighted_lora.lora.path}: {len(names)} tensors change {text_side_of(names)}, which this "
-                f"model does not have, and are ignored: {list_some(names, 2)}"
+                f"{weighted_lora.lora.path}: {len(names)} tensors change {describe_text_side(names)}, which "
+                f"this model does not have, and are ignored: {list_some(names, 2)}"
             )
 
     def add_to(self, encoder: TextEncoder) -> None:
@@ -165,7 +165,7 @@ class TextLoras:
         self._merged.add(network)
 
 
-def with_words_of(family: Family, weighted_loras: Iterable[Iterable[WeightedLora]]) -> Family:
+def add_lora_words(family: Family, weighted_loras: Iterable[Iterable[WeightedLora]]) -> Family:
     """Return a copy of the family whose prompts may contain the trained words (embeddings) of LoRAs.
 
     Args:
@@ -217,7 +217,7 @@ def is_full(names: Iterable[str]) -> bool:
     return "model" in networks and not networks.isdisjoint({"cond_stage_model", "conditioner"})
 
 
-def pieces_of(name: str) -> list[TensorPiece]:
+def list_pieces(name: str) -> list[TensorPiece]:
     """Return the pieces of a checkpoint's tensor; [] if LoRAs do not change it (autoencoder, ...)."""
     if name.startswith(UNET):
         return [TensorPiece("", name)]
@@ -258,7 +258,7 @@ class FullPatch:
         """
         names = list(names)
         # prefixes of the text encoders in the file
-        prefixes = sorted({piece.text_encoder for name in names for piece in pieces_of(name)} - {""})
+        prefixes = sorted({piece.text_encoder for name in names for piece in list_pieces(name)} - {""})
         renamed_loras = rename_for_encoders(weighted_loras, str(model), prefixes)
         unet_names = [name for name in names if name.startswith(UNET)]
         # by the prefix of the network in LoRA files; "": the U-Net
@@ -292,7 +292,7 @@ class FullPatch:
 
     def _list_pieces(self, name: str) -> Iterator[tuple[TensorPiece, LoraPatch]]:
         """Yield each piece of a tensor, such as q, k or v, with the `LoraPatch` that changes it."""
-        for piece in pieces_of(name):
+        for piece in list_pieces(name):
             yield piece, self._patches[piece.text_encoder]
 
 
@@ -312,12 +312,12 @@ def rename_for_encoders(
     renamed: list[WeightedLora] = []
     for weighted_lora in weighted_loras:
         text_tensors = rename_texts(weighted_lora.lora.text_tensors, prefixes)
-        warn_of_other_encoders(weighted_lora, text_tensors, model, prefixes)
+        warn_about_other_encoders(weighted_lora, text_tensors, model, prefixes)
         renamed.append(replace(weighted_lora, lora=replace(weighted_lora.lora, text_tensors=text_tensors)))
     return renamed
 
 
-def warn_of_other_encoders(
+def warn_about_other_encoders(
     weighted_lora: WeightedLora, text_tensors: Iterable[str], model: str, prefixes: Collection[str]
 ) -> None:
     """Warn of changes to text encoders that a model lacks.
@@ -333,7 +333,7 @@ def warn_of_other_encoders(
     """
     text_names = list(text_tensors)
     path = weighted_lora.lora.path
-    unusable = [name for name in text_names if prefix_of(name) not in prefixes]
+    unusable = [name for name in text_names if get_prefix(name) not in prefixes]
     if unusable and not weighted_lora.lora.tensors and len(unusable) == len(text_names):
         raise CheckpointError(
             f"{path} changes only text encoders, which {model} does not contain: "

@@ -59,7 +59,7 @@ class MergeOptions(Options):
 
 
 class ExtractOptions(Options):
-    """Options for extracting a LoRA; scripts for a single transformer omit the options in `OF_FULL`."""
+    """Options for extracting a LoRA; scripts for one transformer omit those in `NON_DIT_OPTIONS`."""
 
     model_org: Path = option(
         "the model before fine-tuning: a file, or the folder of a transformer", place="there", required=True

@@ -15,7 +15,7 @@ from networks.apply import Change, LoraPatch
 from networks.gated_loras import ChangedParameter, LoraBranch, LoraWrapper, find_parameters
 from networks.kinds.contract import named
 from networks.loading import WeightedLora
-from networks.rank_masks import rank_rule_of
+from networks.rank_masks import read_rank_rule
 
 
 def add_unmerged(
@@ -57,7 +57,7 @@ def split_masked(weighted_loras: Iterable[WeightedLora]) -> tuple[list[WeightedL
     plain: list[WeightedLora] = []
     masked: list[WeightedLora] = []
     for weighted_lora in weighted_loras:
-        if rank_rule_of(weighted_lora.lora.metadata) is None:
+        if read_rank_rule(weighted_lora.lora.metadata) is None:
             plain.append(weighted_lora)
         else:
             masked.append(weighted_lora)
@@ -76,7 +76,7 @@ def masked_changes(dit: nn.Module, weighted_loras: Sequence[WeightedLora]) -> Ma
         if not patch.changes_parameter(name):
             continue
         if not parameter.adds_to_output or not patch.leave_unmerged(name, tuple(parameter.unpacked.shape)):
-            rule = rank_rule_of(weighted_loras[0].lora.metadata)
+            rule = read_rank_rule(weighted_loras[0].lora.metadata)
             assert rule is not None  # otherwise it would be merged
             raise CheckpointError(
                 f"{weighted_loras[0].lora.path} is {named(rule.kind)} according to its metadata, but has "

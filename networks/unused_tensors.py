@@ -5,10 +5,16 @@ from collections.abc import Callable, Collection, Iterable
 from typing import NamedTuple
 
 from networks import module_names
-from networks.names.layouts import CLIP_LAYER_PREFIX, LANGUAGE_MODEL_LAYER_PREFIX, T5_LAYER_PREFIX, OURS, FamilyNames
+from networks.names.layouts import (
+    CLIP_LAYER_PREFIX,
+    LANGUAGE_MODEL_LAYER_PREFIX,
+    OURS,
+    T5_LAYER_PREFIX,
+    FamilyNames,
+)
 from networks.names.texts import TEXT_PROJECTION
 from networks.tensor_names import strip_known_prefixes
-from protocols.bundled_embeddings import BUNDLE, word_of
+from protocols.bundled_embeddings import BUNDLE, get_embedding_word
 
 # consequence if the reason is unknown
 _UNKNOWN_CONSEQUENCE = (
@@ -72,7 +78,7 @@ def explain_unused_tensor(family: FamilyNames | None, key: str) -> UnusedReason:
 
 def _advise_on_word(key: str) -> str:
     """Return the end of a warning about a trained word (embedding) in a LoRA file; "" for other keys."""
-    word = word_of(key)
+    word = get_embedding_word(key)
     if not word:
         return ""
     return (
@@ -100,7 +106,7 @@ def _explain_whole_weight(name: str, leaf: str) -> UnusedReason:
     )
 
 
-def _explain_other_model_of_family(model: FamilyNames, is_bias: bool) -> UnusedReason:
+def _explain_sibling_model(model: FamilyNames, is_bias: bool) -> UnusedReason:
     """Return the reason for a module or bias that only other models of the same family have."""
     if is_bias:
         return UnusedReason(
@@ -137,7 +143,7 @@ def explain_absent_module(
     if model is not None and not is_other_size and module_names.is_optional(module, model):
         return UnusedReason(f": they are for {model.optional_description}; the rest is used without them")
     if model is not None and module_names.has_module(module, model):
-        return _explain_other_model_of_family(model, is_bias=leaf == "bias")
+        return _explain_sibling_model(model, is_bias=leaf == "bias")
     # a model of another family
     families = [family.name for family in module_names.FAMILIES if module_names.has_module(module, family)]
     if families:
@@ -177,7 +183,7 @@ def explain_absent_text_module(name: str) -> UnusedReason:
 
 def is_projection(names: Iterable[str]) -> bool:
     """Return whether all of these module or weight names belong to a text encoder's projection."""
-    return all(module_of(name) == TEXT_PROJECTION for name in names)
+    return all(get_module_name(name) == TEXT_PROJECTION for name in names)
 
 
 def without_numbers(module: str) -> str:
@@ -185,7 +191,7 @@ def without_numbers(module: str) -> str:
     return re.sub(r"\d+", "0", module)
 
 
-def module_of(name: str) -> str:
+def get_module_name(name: str) -> str:
     """Return the module that a LoRA tensor belongs to, without our name prefix."""
     return name.removeprefix(OURS).partition(".")[0]
 
@@ -204,14 +210,14 @@ def list_lacking(names: Iterable[str], weights: Collection[str], model: FamilyNa
         return []
     absent: list[str] = []
     for name in dict.fromkeys(names):
-        module = module_of(name)
+        module = get_module_name(name)
         if module not in existing and module_names.is_optional(module, model):
             absent.append(name)
     return absent
 
 
-def text_side_of(names: Iterable[str]) -> str:
+def describe_text_side(names: Iterable[str]) -> str:
     """Describe the module group of all names if it is loaded with the text encoder; else ""."""
     # "": of the transformer
-    model_parts = {module_names.describe_text_module(module_of(name)) for name in names}
+    model_parts = {module_names.describe_text_module(get_module_name(name)) for name in names}
     return model_parts.pop() if len(model_parts) == 1 else ""

@@ -147,8 +147,8 @@ def multipliers_for(
     surplus = multipliers[len(files) :] if files and warns else ()
     if surplus:
         numbers = " ".join(f"{value:g}" for value in surplus)
-        number_of_files = "is 1 file" if len(files) == 1 else f"are {len(files)} files"
-        logger.warning("%s: %s is ignored because there %s", option, numbers, number_of_files)
+        file_count_text = "is 1 file" if len(files) == 1 else f"are {len(files)} files"
+        logger.warning("%s: %s is ignored because there %s", option, numbers, file_count_text)
     for value in multipliers:
         if not math.isfinite(value):
             raise OptionError(f"{option} {value}: pass a finite number")

@@ -15,20 +15,20 @@ from networks.delta import Delta, read_delta
 from networks.deltas import LORA_FACTORS, SET_WEIGHT, add_missing_alphas
 from networks.fused_parts import cut_blocks, join_parts, resolve_rows
 from networks.kinds import KINDS
-from networks.kinds.composing import MAGNITUDE_KIND_NAME, MAGNITUDES, kinds_of_parts
+from networks.kinds.composing import MAGNITUDE_KIND_NAME, MAGNITUDES, find_kinds_with_factors
 from networks.kinds.contract import TranslatedModules
 from networks.kinds.factors import DOWN, UP, Factors
-from networks.lora_products import diagonal_blocks, rows_of_fused_parts
+from networks.lora_products import count_fused_part_rows, diagonal_blocks
 from networks.module_names import (
     find_fused_path,
+    find_parts,
     from_alias,
     is_fused_elsewhere,
     module_path,
-    parts_of,
     to_alias,
 )
 from networks.names.layouts import IN_COMFYUI, IN_DIFFUSERS, OURS, SWAPPED, UNET_IN_DIFFUSERS, FamilyNames
-from networks.names.texts import comfyui_path_of_text, diffusers_path_of_text
+from networks.names.texts import find_comfyui_text_path, find_diffusers_text_path
 from networks.tensor_names import MAGNITUDES_END, PEFT_ENDS
 
 logger = getLogger(__name__)
@@ -135,7 +135,7 @@ def texts_to_diffusers(tensors: Mapping[str, Tensor]) -> TranslatedModules:
     return write_modules(
         deltas.group_by_module(tensors),
         "",
-        lambda name, factors: single_piece(diffusers_path_of_text(name), factors, reason),
+        lambda name, factors: single_piece(find_diffusers_text_path(name), factors, reason),
         _in_toolkit,
     )
 
@@ -149,7 +149,7 @@ def texts_to_comfyui(tensors: Mapping[str, Tensor], family: FamilyNames | None) 
     unchanged: dict[str, Tensor] = {}
     renamed: dict[str, Tensor] = {}
     for name, factors in deltas.group_by_module(tensors).items():
-        path = comfyui_path_of_text(name, starts)
+        path = find_comfyui_text_path(name, starts)
         if path is None:  # an encoder that ComfyUI reads under our names
             unchanged |= deltas.ungroup({name: factors})
         else:
@@ -225,7 +225,7 @@ def in_comfyui(factors: Factors) -> dict[str, Tensor]:
         for factor_name, tensor in factors.items()
         if factor_name not in ("alpha", *deltas.BIAS_FACTORS)
     }
-    rank = deltas.rank_of(factors)
+    rank = deltas.get_lora_rank(factors)
     can_fold_alpha = tensors.keys() <= {*LORA_FACTORS, "diff", MAGNITUDES}
     if can_fold_alpha:
         unchanged = {
@@ -234,7 +234,7 @@ def in_comfyui(factors: Factors) -> dict[str, Tensor]:
         tensors = _fold(factors) | unchanged
     elif rank is not None:
         # an alpha of 0 means the rank, so the rank is written
-        tensors["alpha"] = torch.tensor(deltas.scaling_of(factors) * rank)
+        tensors["alpha"] = torch.tensor(deltas.compute_scaling(factors) * rank)
     bias = read_delta(factors).bias_in_file_dtype()
     if bias is not None:
         tensors["diff_b"] = bias
@@ -305,7 +305,7 @@ def _to_full_rank(factors: Factors) -> Factors:
 
 def _fold(factors: Factors) -> dict[str, Tensor]:
     """Return LoRA factors under PEFT's names, each multiplied by sqrt(alpha / rank) to need no alpha."""
-    scale = deltas.scaling_of(factors)
+    scale = deltas.compute_scaling(factors)
     root = math.sqrt(abs(scale))
     folded: dict[str, Tensor] = {}
     if DOWN in factors:
@@ -330,7 +330,7 @@ def _split_for_diffusers(name: str, factors: Factors, family: FamilyNames) -> Pi
     path = module_path(name, family) if family.parts else module_names.diffusers_path(name, family)
     if path is None:
         return _UNKNOWN
-    parts = parts_of(name, family)
+    parts = find_parts(name, family)
     has_same_name = not parts
     if has_same_name:
         return {path: factors}
@@ -372,7 +372,7 @@ def _cut(factors: Factors, paths: list[str]) -> Pieces | str:
     if size is None:
         return "only plain LoRAs and whole differences can be cut into the parts of a weight"
     rows, columns = size
-    row_counts = _count_rows_of_parts(len(paths), rows, columns)
+    row_counts = _count_part_rows(len(paths), rows, columns)
     if not row_counts:
         return f"its {rows} rows are not those of {len(paths)} parts"
     pieces: dict[str, Factors] = {}
@@ -385,12 +385,12 @@ def _cut(factors: Factors, paths: list[str]) -> Pieces | str:
     return changing or pieces
 
 
-def _count_rows_of_parts(num_parts: int, rows: int, columns: int) -> tuple[int, ...]:
+def _count_part_rows(num_parts: int, rows: int, columns: int) -> tuple[int, ...]:
     """Return the row count of each part of a fused weight; () if its sizes do not fit."""
     # two parts are keys and values, or the two layers of a gated feed-forward: both have half of the rows
     if num_parts == 2 and rows % 2 == 0:
         return rows // 2, rows // 2
-    return rows_of_fused_parts(num_parts, rows=rows, columns=columns)
+    return count_fused_part_rows(num_parts, rows=rows, columns=columns)
 
 
 def _cut_or_separate(factors: Factors, row_counts: Sequence[int]) -> Sequence[Factors | None]:
@@ -480,7 +480,7 @@ def _find_unreadable_in_comfyui(native: Mapping[str, Tensor]) -> dict[str, str]:
     """Return the modules that ComfyUI cannot read, each with the reason."""
     unreadable: dict[str, str] = {}
     for name, factors in deltas.group_by_module(native).items():
-        reasons = [kind.not_in_comfyui for kind in kinds_of_parts(factors) if kind.not_in_comfyui]
+        reasons = [kind.not_in_comfyui for kind in find_kinds_with_factors(factors) if kind.not_in_comfyui]
         if reasons:
             unreadable[name] = reasons[0]
     return unreadable
@@ -527,7 +527,7 @@ def split_fused_layers(tensors: Mapping[str, Tensor], family: FamilyNames) -> di
     """
     split: dict[str, Factors] = {}
     for name, factors in deltas.group_by_module(rename_to_aliases(tensors, family, from_alias)).items():
-        parts = parts_of(name.removeprefix(OURS), family)
+        parts = find_parts(name.removeprefix(OURS), family)
         paths = [OURS + path_and_part.path.replace(".", "_") for path_and_part in parts]
         pieces = _cut(factors, paths) if paths else {name: factors}
         if isinstance(pieces, str):

@@ -27,8 +27,8 @@ class PackageNames(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     ) -> ModuleSpec | None:
         """Return a spec for a name such as `reelsmith.modules.paths`; None for others and for scripts."""
         name = fullname.removeprefix(PREFIX)
-        is_of_room = (ROOT / name.partition(".")[0] / "__init__.py").is_file()
-        if name == fullname or not is_of_room:
+        is_own_package = (ROOT / name.partition(".")[0] / "__init__.py").is_file()
+        if name == fullname or not is_own_package:
             return None
         return importlib.machinery.ModuleSpec(fullname, self)
 

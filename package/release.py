@@ -88,7 +88,7 @@ def check_files(folder: Path) -> None:
     expected = {"Name": project["name"], "Version": VERSION}
     stem = f"{project['name'].replace('-', '_')}-{VERSION}"
     names = {f"{stem}-py3-none-any.whl", f"{stem}.tar.gz"}
-    found_names = {path.name for path in _files_of(folder)}
+    found_names = {path.name for path in _list_files(folder)}
     if found_names != names:
         raise UserError(
             f"{folder} contains {', '.join(sorted(found_names)) or 'nothing'}, not "
@@ -108,7 +108,7 @@ def write_checksums(folder: Path) -> None:
     Raises:
         UserError: If the folder does not exist or is empty.
     """
-    files = [path for path in _files_of(folder) if path.name != CHECKSUMS]
+    files = [path for path in _list_files(folder) if path.name != CHECKSUMS]
     if not files:
         raise UserError(f"{folder} contains no file. Build into it: python -m build --outdir {folder}")
     lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in files]
@@ -116,7 +116,7 @@ def write_checksums(folder: Path) -> None:
     (folder / CHECKSUMS).write_bytes("".join(lines).encode())
 
 
-def _files_of(folder: Path) -> list[Path]:
+def _list_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise UserError(
             f"{folder}: there is no such folder. Build into it: python -m build --outdir {folder}"

@@ -107,9 +107,9 @@ def run_stages(
         clips: Properties of the clip before the first stage and after each stage, from `plan_clips`.
     """
     prefixer = _ErrorPrefixer()
-    frames = prefixer.prefix_errors_of(frames, clips[0], "")
+    frames = prefixer.add_error_prefix(frames, clips[0], "")
     for named, clip in zip(stages, clips, strict=False):  # one clip more: the last result
-        frames = prefixer.prefix_errors_of(named.stage.run(frames, clip), clip, named.label)
+        frames = prefixer.add_error_prefix(named.stage.run(frames, clip), clip, named.label)
     return frames
 
 
@@ -119,7 +119,7 @@ class _ErrorPrefixer:
     def __init__(self) -> None:
         self._handled: list[BaseException] = []
 
-    def prefix_errors_of(
+    def add_error_prefix(
         self, frames: Iterator[OutputFrame], clip: Clip, label: str
     ) -> Iterator[OutputFrame]:
         """Yield the frames of a stage; prefix its errors with `label`, and explain a lack of memory."""

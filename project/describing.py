@@ -32,7 +32,7 @@ from project.foreign.settling import VARYING_TEXTS
 from project.kinds.adapter import ADAPTER_NAME_SUFFIX
 from project.kinds.contract import RunKind
 from project.kinds.whole_model import derive_intervals
-from project.media import CHECK_PAGE, FolderContent, Media, is_narrow, reference_of, why_unused
+from project.media import CHECK_PAGE, FolderContent, Media, find_references, is_narrow, why_unused
 from project.model_choice import ModelInfo
 from project.model_sizes import FP8, is_small, weight_options
 from project.new_options import NewOptions
@@ -163,7 +163,7 @@ def select_size(model: ModelSet, media: list[Media]) -> tuple[int, int]:
     The default size is returned if no file has a size.
     """
     default_width, default_height = model.properties["resolution"]
-    middle = _find_media_of_median_area(model, media)
+    middle = _find_median_area_media(model, media)
     if middle is None:
         return default_width, default_height
     return _shrink_to_area(middle.size, default_width * default_height)
@@ -171,7 +171,7 @@ def select_size(model: ModelSet, media: list[Media]) -> tuple[int, int]:
 
 def explain_size(model: ModelSet, media: list[Media]) -> str:
     """Return why `select_size` has chosen its size; "" for audio, which has none."""
-    typical = _find_media_of_median_area(model, media)  # the file of median area, whose size was chosen
+    typical = _find_median_area_media(model, media)  # the file of median area, whose size was chosen
     if typical is None:
         return ""
     sizes = sorted({item.size for item in _list_trained_media(model, media)}, key=_area)
@@ -195,14 +195,14 @@ def _area(size: Sequence[int]) -> int:
 def _list_trained_media(model: ModelSet, media: list[Media]) -> list[Media]:
     """Return the clips and images of a folder that the model can be trained on."""
     visible = [item for item in media if item.kind != "audio"]
-    if not trains_on_frames_of_clips(model):
+    if not can_train_single_frames(model):
         visible = [item for item in visible if not is_too_short(item, model)] or visible
     if model.properties.get("from_image"):
         return [item for item in visible if item.is_clip] or visible
     return visible
 
 
-def _find_media_of_median_area(model: ModelSet, media: list[Media]) -> Media | None:
+def _find_median_area_media(model: ModelSet, media: list[Media]) -> Media | None:
     learned = _list_trained_media(model, media)
     # the median is taken by area so that the size keeps the shape of an actual file
     typical = [item for item in learned if not is_narrow(item)] or learned
@@ -224,7 +224,7 @@ def select_frames(model: ModelSet, media: list[Media], memory: float) -> int:
     It is reduced to a length that three quarters of the clips have. Returns 1 if all clips are too short.
     """
     default = model.properties["frames"]
-    lengths = clip_lengths_of(model)
+    lengths = get_clip_lengths(model)
     timed = [item for item in media if item.seconds is not None and default > 1]
     counts = sorted(count_frames(clip, model) for clip in timed)
     if not counts or counts[-1] < min_clip_frames(model):
@@ -233,21 +233,21 @@ def select_frames(model: ModelSet, media: list[Media], memory: float) -> int:
     if memory >= LARGE_CARD_GIB and lengths == DEFAULT_LENGTHS:
         maximum = 2 * default - 1
     # the counts ascend, so three quarters of the clips have at least this many frames
-    length_of_most = min(maximum, counts[len(counts) // 4])
-    return max(lengths.fit(length_of_most), min_clip_frames(model))
+    typical_length = min(maximum, counts[len(counts) // 4])
+    return max(lengths.fit(typical_length), min_clip_frames(model))
 
 
-def clip_lengths_of(model: ModelSet) -> ClipLengths:
+def get_clip_lengths(model: ModelSet) -> ClipLengths:
     """Return the frame counts that a model accepts for a training clip."""
     return ClipLengths(model.properties.get("frame_step", 4), model.properties.get("first_frames", 1))
 
 
 def min_clip_frames(model: ModelSet) -> int:
     """Return the smallest frame count of clips that a model can be trained on."""
-    return int(model.properties.get("least_frames", clip_lengths_of(model).shortest))
+    return int(model.properties.get("least_frames", get_clip_lengths(model).shortest))
 
 
-def trains_on_frames_of_clips(model: ModelSet) -> bool:
+def can_train_single_frames(model: ModelSet) -> bool:
     """Return whether the model can be trained on single frames of clips, as images."""
     return not model.properties.get("from_image", False) and "least_frames" not in model.properties
 
@@ -290,7 +290,7 @@ def _trains_on(setup: RunSetup, kind: str) -> bool:
         # an image-to-video model takes its start images from the clips
         return not setup.model.properties.get("from_image", False)
     # a run with single frames needs a model that trains on single frames of clips
-    return setup.frames > 1 or trains_on_frames_of_clips(setup.model)
+    return setup.frames > 1 or can_train_single_frames(setup.model)
 
 
 def _describe_subsets(setup: RunSetup) -> list[str]:
@@ -358,7 +358,7 @@ def _make_general_keys(setup: RunSetup) -> dict[str, Any]:
 def _make_clip_keys(setup: RunSetup) -> dict[str, Any]:
     """Return the dataset.toml keys that select which frames of clips are trained."""
     frames = setup.frames
-    single_length = frames == 1 or not trains_on_frames_of_clips(setup.model)
+    single_length = frames == 1 or not can_train_single_frames(setup.model)
     keys: dict[str, Any] = {
         "target_frames": [frames] if single_length else [1, frames],
         "frame_extraction": "head",
@@ -411,8 +411,8 @@ def _lacks_captions(setup: RunSetup, folder: Path, kind: str) -> bool:
     # unreadable files count too: the run requires captions for all files
     if any(path.parent == folder for path in setup.content.unreadable_media):
         return True
-    of_kind = [item for item in setup.media if item.path.parent == folder and item.kind == kind]
-    return any(item.caption is None for item in of_kind)
+    items_of_kind = [item for item in setup.media if item.path.parent == folder and item.kind == kind]
+    return any(item.caption is None for item in items_of_kind)
 
 
 def describe_samples(setup: RunSetup) -> str:
@@ -480,18 +480,18 @@ def _describe_edit_samples(setup: RunSetup, edits: Sequence[Edit], released_valu
 
 def _describe_control_samples(setup: RunSetup, released_values: str) -> str:
     """Return sample prompts for the first, a middle and the last control pair of the dataset."""
-    control_image_of: dict[Path, Path] = {}
+    control_image_by_path: dict[Path, Path] = {}
     images = []
     for item in setup.media:
         control_folder = setup.content.control_folders.get(item.path.parent)
-        control_images = () if control_folder is None else reference_of(item, control_folder)
+        control_images = () if control_folder is None else find_references(item, control_folder)
         if control_images:
-            control_image_of[item.path] = control_images[0]
+            control_image_by_path[item.path] = control_images[0]
             images.append(item)
     lines = ""
     for seed, item in enumerate(_select_first_middle_last(images), start=1):
         width, height = _shrink_to_area(item.size, _area(setup.target_size))
-        control = control_image_of[item.path]
+        control = control_image_by_path[item.path]
         prompt = plain(item.caption or setup.trigger_word or "") or PROMPT_WITHOUT_SUBJECT
         parts = [prompt, f"--w {width} --h {height}", released_values, f"--cn {setup.relative_path(control)}"]
         lines += " ".join([*filter(None, parts), f"--d {seed}"]) + "\n"
@@ -572,15 +572,15 @@ def _released_values(model: ModelSet) -> str:
 
     All other values default to the family's, for samples as for generation.
     """
-    letter_of_option = {"--negative_prompt": "n"}
+    letter_by_option = {"--negative_prompt": "n"}
     for name in ("steps", "guidance_scale", "embedded_guidance", "flow_shift"):
         option, letter, _ = {**COUNTS, **VALUES}[name]
-        letter_of_option[option] = letter
+        letter_by_option[option] = letter
     options = []
     # each word of the command together with the one after it
     for option, value in itertools.pairwise(shlex.split(model.commands["generate"])):
-        if option in letter_of_option:
-            options.append(f"--{letter_of_option[option]} {value}")
+        if option in letter_by_option:
+            options.append(f"--{letter_by_option[option]} {value}")
     return " ".join(options)
 
 
@@ -591,7 +591,7 @@ def _list_edits(setup: RunSetup) -> list[Edit]:
     for item in setup.media:
         if item.kind != "image" or item.path.parent not in references:
             continue
-        sources = reference_of(item, references[item.path.parent])[: setup.model_info.max_references]
+        sources = find_references(item, references[item.path.parent])[: setup.model_info.max_references]
         if sources and not any(map(why_unused, sources)):
             images = " ".join(f"--ci {setup.relative_path(path)}" for path in sources)
             instruction = add_trigger(find_text(item.caption or ""), setup.trigger_word or "")
@@ -667,8 +667,8 @@ def _make_training_command(setup: RunSetup) -> list[str]:
 
 def _fill_placeholders(setup: RunSetup, words: Sequence[str]) -> list[str]:
     """Replace placeholders in a command, such as {vae}, with the paths of the model's files."""
-    path_of_placeholder = {f"{{{name}}}": path for name, path in setup.model_files.items()}
-    return [path_of_placeholder.get(word, word) for word in words]
+    path_by_placeholder = {f"{{{name}}}": path for name, path in setup.model_files.items()}
+    return [path_by_placeholder.get(word, word) for word in words]
 
 
 def _list_float32_options(setup: RunSetup, command_title: str) -> list[str]:

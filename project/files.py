@@ -27,10 +27,10 @@ from modules.run_limits import temporary_folder
 from modules.text_files import read_text
 from project import describing
 from project.foreign.checking import check_run
-from project.foreign.counting import count_steps_of_epoch, find_pixel_step
+from project.foreign.counting import count_epoch_steps, find_pixel_step
 from project.foreign.lengths import select_length
 from project.foreign.naming import explain_model
-from project.foreign.places import find_table_keys, omit_keys_of_tables
+from project.foreign.places import find_table_keys, omit_table_keys
 from project.foreign.project import ForeignProject
 from project.foreign.reading import read_foreign
 from project.foreign.settling import DatasetLayout, complete_options, resolve_project
@@ -373,10 +373,10 @@ def _apply_foreign_project(setup: describing.RunSetup, foreign: ForeignProject) 
         may_hold_out_validation=False,  # the project decides itself about validation
     )
     if setup.has_subsets:  # subsets accept fewer keys
-        omit_keys_of_tables(foreign)
+        omit_table_keys(foreign)
     # the project may give its length in epochs, whose steps depend on the media
-    steps_of_epoch = count_steps_of_epoch(setup)
-    options = select_length(foreign, setup.options, steps_of_epoch, len(content.media))
+    steps_per_epoch = count_epoch_steps(setup)
+    options = select_length(foreign, setup.options, steps_per_epoch, len(content.media))
     return dataclasses.replace(setup, options=options)
 
 
@@ -404,7 +404,7 @@ def _select_kind(options: NewOptions, chosen: ModelChoice, memory: float, kind_s
     """
     model = chosen.model
     if options.trains is None:
-        return _find_kind_of_folder(options.folder, model, has_word=chosen.trigger is not None)
+        return _find_folder_kind(options.folder, model, has_word=chosen.trigger is not None)
     kind = BY_NAME[options.trains]
     rejection = kind.why_unsupported(model, memory)
     if rejection is not None:
@@ -420,7 +420,7 @@ def _select_kind(options: NewOptions, chosen: ModelChoice, memory: float, kind_s
     return kind
 
 
-def _find_kind_of_folder(folder: Path, model: ModelSet, has_word: bool) -> RunKind:
+def _find_folder_kind(folder: Path, model: ModelSet, has_word: bool) -> RunKind:
     """Return the model's control network if the folder has control images for it, otherwise a LoRA."""
     control_kind = find_control_kind(model)
     if control_kind is not None and has_control_pairs(folder, has_word):
@@ -449,19 +449,17 @@ def _collect_content(
 def _list_suggested_models(model: ModelSet, model_info: ModelInfo) -> SuggestedModels:
     """Return models for folders that this one cannot use: with references, audio alone, or silent clips."""
     models = find_models()
-    models_of_family = [other for other in models if other.family == model.family]
-    audio_options = [f"--task {other.task}" for other in models_of_family if trains_on_audio_alone(other)]
+    family_models = [other for other in models if other.family == model.family]
+    audio_options = [f"--task {other.task}" for other in family_models if trains_on_audio_alone(other)]
     if not audio_options:  # suggest other families
         audio_families = dict.fromkeys(other.family for other in models if trains_on_audio_alone(other))
         audio_options = [f"--family {family}" for family in audio_families]
     silent_task = ""
     if model_info.trains_on_audio:
-        silent_tasks = (
-            other.task for other in models_of_family if not read_model_info(other).trains_on_audio
-        )
+        silent_tasks = (other.task for other in family_models if not read_model_info(other).trains_on_audio)
         silent_task = next(silent_tasks, "")
     return SuggestedModels(
-        editing_task=next((other.task for other in models_of_family if needs_image(other)), ""),
+        editing_task=next((other.task for other in family_models if needs_image(other)), ""),
         audio_options=" or ".join(audio_options),
         silent_task=silent_task,
     )
@@ -507,7 +505,7 @@ def _check_dataset(setup: describing.RunSetup, dataset_toml: str) -> DatasetProb
         write_text(copy, dataset_toml)
         config = _load_config(copy, setup)
         for table in config.datasets:
-            errors += _find_errors_of_table(table, setup.content.unreadable_media)
+            errors += _find_table_errors(table, setup.content.unreadable_media)
         if setup.kind.uses_control_images and not errors:
             try:
                 check_pairs(config, setup.kind.title, pair_warnings.append)
@@ -523,11 +521,11 @@ def _check_dataset(setup: describing.RunSetup, dataset_toml: str) -> DatasetProb
 def _load_config(path: Path, setup: describing.RunSetup) -> DatasetConfig:
     """Load a dataset.toml with the clip lengths and references that the model accepts."""
     family = setup.model_info.family
-    config = with_lengths(load_dataset_config(path), describing.clip_lengths_of(setup.model))
+    config = with_lengths(load_dataset_config(path), describing.get_clip_lengths(setup.model))
     return with_references(config, family.references, family.abilities.references)
 
 
-def _find_errors_of_table(table: DatasetTable, unreadable_media: Iterable[Path]) -> list[Fault]:
+def _find_table_errors(table: DatasetTable, unreadable_media: Iterable[Path]) -> list[Fault]:
     """Return a dataset.toml table's errors that stop a run, including unreadable media without caption."""
     faults: list[Fault] = []
     sources: list[MediaSource] = []
@@ -739,7 +737,7 @@ def _describe_clips_used_as_images(setup: describing.RunSetup) -> str:
     if not clips or setup.frames > 1:
         return ""
     consequence = "which learns their first frame"
-    if not describing.trains_on_frames_of_clips(model):
+    if not describing.can_train_single_frames(model):
         minimum = describing.min_clip_frames(model)
         fps = model.properties["fps"]
         consequence = f"which cannot train on clips of fewer than {minimum} frames (at {fps} a second)"

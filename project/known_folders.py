@@ -53,7 +53,7 @@ def remember_info(kind: str, folder: Path, facts: Mapping[str, Any]) -> None:
     `kind` is the kind of facts; the file name begins with it.
     """
     with contextlib.suppress(OSError):
-        write_user_file(user_file_of(kind, folder), json.dumps({**identify_folder(folder), **facts}))
+        write_user_file(get_user_file_name(kind, folder), json.dumps({**identify_folder(folder), **facts}))
         return
     logger.debug("%s is not remembered", folder)
 
@@ -63,7 +63,7 @@ def recall_info(kind: str, folder: Path) -> Mapping[str, Any]:
 
     Raises OSError, ValueError, TypeError or LookupError if the folder or the stored file cannot be read.
     """
-    text = read_user_file(user_file_of(kind, folder))
+    text = read_user_file(get_user_file_name(kind, folder))
     if text is None:
         return {}
     info: Mapping[str, Any] = parse_json(text)
@@ -71,7 +71,7 @@ def recall_info(kind: str, folder: Path) -> Mapping[str, Any]:
     return info if is_same else {}
 
 
-def user_file_of(kind: str, folder: Path) -> str:
+def get_user_file_name(kind: str, folder: Path) -> str:
     """Return the name of the user file that stores facts about a folder.
 
     `kind` is the kind of facts; the name begins with it.

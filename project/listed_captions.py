@@ -67,7 +67,7 @@ def read_lists(files: Mapping[Path, Collection[Path]], ignored: Collection[str])
             except (DatasetError, OSError, ValueError) as error:
                 caption_lists.report_lines.append(fault(f"left out: {_explain(path, error)}"))
                 continue
-            _add_captions_of_list(caption_lists, path, rows, media_by_name)
+            _add_list_captions(caption_lists, path, rows, media_by_name)
             caption_lists.report_lines += remarks
     return caption_lists
 
@@ -99,7 +99,7 @@ def _index_media_by_name(media: Sequence[Path]) -> dict[Path, list[Path]]:
     return by_stem | {path: [path] for path in media}
 
 
-def _add_captions_of_list(
+def _add_list_captions(
     caption_lists: ListedCaptions,
     path: Path,
     rows: Sequence[tuple[str, Any]],

@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from dataset.sources.captions import caption_path, describe_encoding, read_caption_file
 from dataset.sources.folders import ControlFolder, find_audio_beside
 from dataset.sources.layers import group_layers
-from dataset.sources.left_out import RUN_SUBFOLDERS, NO_MEDIA, CaptionOwners
+from dataset.sources.left_out import NO_MEDIA, RUN_SUBFOLDERS, CaptionOwners
 from dataset.subsets import FolderName, read_folder_name
 from modules.command import quote_command
 from modules.console import format_count
 from modules.errors import DatasetError, MediaError
 from modules.line_kinds import fault, warning
 from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
-from modules.media.labels import MASK_FOLDERS, MASK_LABEL, MASKS_BEFORE, label_of
+from modules.media.labels import MASK_FOLDERS, MASK_LABEL, MASKS_BEFORE, find_stem_label
 from modules.media.opening import AUDIO_SUFFIXES, open_image
 from modules.media.reading import VIDEO_SUFFIXES, first_frame, image_size, image_suffixes
-from modules.media.remedies import remedy_of
+from modules.media.remedies import find_remedy
 from modules.media.samples import track_info
 from modules.media.streams import source_info
 from modules.paths import parse_path
@@ -272,7 +272,7 @@ def _collect_media(
     num_earlier_lines = len(content.report_lines)
     audio_files: list[Path] = []
     for subfolder in training_folders:
-        audio_files += _add_media_of_folder(folder, subfolder, content, model_info)
+        audio_files += _add_folder_media(folder, subfolder, content, model_info)
         if subfolder != folder:
             unsorted_folders = _list_unsorted_folders(subfolder, folders_by_use)
             content.report_lines += _describe_too_deep_media(unsorted_folders)
@@ -317,12 +317,12 @@ def _describe_control_pairs(
         [*folders_by_use.reference_folders, *_list_neighboring_reference_folders(folder)], images
     )
     for training_folder in folders_by_use.training_folders[1:]:  # without the media folder itself
-        images_of_folder = [path for path in images if path.parent == training_folder]
+        images_in_folder = [path for path in images if path.parent == training_folder]
         inner_folders = _list_reference_folders(training_folder)
-        images_by_control_folder |= dict.fromkeys(inner_folders, images_of_folder)
+        images_by_control_folder |= dict.fromkeys(inner_folders, images_in_folder)
     line_by_folder: dict[Path, str] = {}
-    for control_folder, images_of_folder in images_by_control_folder.items():
-        line = describe_control_pairs(control_folder, images_of_folder, kind, control_kind)
+    for control_folder, images_in_folder in images_by_control_folder.items():
+        line = describe_control_pairs(control_folder, images_in_folder, kind, control_kind)
         if line is not None:
             line_by_folder[control_folder] = line
     return line_by_folder
@@ -543,7 +543,7 @@ def _list_media_files(folder: Path) -> list[Path]:
 def _list_files(folder: Path, suffixes: frozenset[str]) -> list[Path]:
     with contextlib.suppress(OSError):
         paths = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in suffixes]
-        return [path for path in paths if label_of(path.stem) is None]
+        return [path for path in paths if find_stem_label(path.stem) is None]
     return []
 
 
@@ -619,7 +619,7 @@ def _describe_too_deep_media(folders: Sequence[Path]) -> list[str]:
     return lines
 
 
-def _add_media_of_folder(
+def _add_folder_media(
     folder: Path, subfolder: Path, content: FolderContent, model_info: "ModelInfo"
 ) -> list[Path]:
     """Add the clips and images of a subfolder to `content`, with messages about other files.
@@ -664,7 +664,7 @@ def _sort_files(paths: Sequence[Path]) -> SortedFiles:
         suffix = path.suffix.lower()
         if suffix not in suffixes:
             files.others_by_suffix.setdefault(suffix, []).append(path)
-        elif label_of(path.stem) is not None:
+        elif find_stem_label(path.stem) is not None:
             files.labeled_media.append(path)
         else:
             files.media.append(path)
@@ -678,7 +678,7 @@ def read_mask_folders(folder: Path) -> dict[Path, Path]:
     """
     if (folder / DATASET_FILE).exists():
         try:
-            return _read_mask_folders_of_tables(folder)
+            return _read_table_mask_folders(folder)
         except (OSError, ValueError, LookupError, TypeError, AttributeError):  # the user may have edited it
             return {}
     mask_folders: dict[Path, Path] = {}
@@ -689,7 +689,7 @@ def read_mask_folders(folder: Path) -> dict[Path, Path]:
     return mask_folders
 
 
-def _read_mask_folders_of_tables(folder: Path) -> dict[Path, Path]:
+def _read_table_mask_folders(folder: Path) -> dict[Path, Path]:
     """Return the mask folder of each media folder, from the tables and subsets of dataset.toml."""
     tables: list[Mapping[str, Any]] = []
     for table in parse_toml(read_text(folder / DATASET_FILE))["datasets"]:
@@ -728,7 +728,7 @@ def _describe_labels(
 ) -> list[str]:
     """Return lines about masks and conditioning images next to images, as OneTrainer stores them."""
     lines = []
-    masks = [path for path in paths if label_of(path.stem) == MASK_LABEL]
+    masks = [path for path in paths if find_stem_label(path.stem) == MASK_LABEL]
     if masks and content.mask_folders.get(real_path(subfolder)) != real_path(subfolder):
         lines.append(warning(f"{name_some(masks)}: {_explain_masks(folder, subfolder)}"))
     conditions = [path for path in paths if path not in masks]
@@ -741,8 +741,8 @@ def _describe_labels(
 def _is_user_file(path: Path) -> bool:
     """Return whether a file belongs to the user: not hidden, not written by this program or the system."""
     is_written = path.name in (*WRITTEN, CHECK_PAGE)
-    is_of_system = path.name.lower() in NO_MEDIA or path.name[0] == "."
-    return not is_written and not is_of_system and not path.is_dir()
+    is_system_file = path.name.lower() in NO_MEDIA or path.name[0] == "."
+    return not is_written and not is_system_file and not path.is_dir()
 
 
 def _add_media(paths: Sequence[Path], content: FolderContent, model_info: "ModelInfo") -> None:
@@ -753,10 +753,10 @@ def _add_media(paths: Sequence[Path], content: FolderContent, model_info: "Model
             content.media.append(_read_media(path, content, model_info, encodings))
         except MediaError as error:
             _record_unreadable(path, error, content)
-    _warn_of_encodings(encodings, content)
+    _report_non_utf8_files(encodings, content)
 
 
-def _warn_of_encodings(encodings: Sequence[str], content: FolderContent) -> None:
+def _report_non_utf8_files(encodings: Sequence[str], content: FolderContent) -> None:
     """Add a message about caption files that are not UTF-8, if there are any."""
     if encodings:
         more = f" and {len(encodings) - 1} more" if len(encodings) > 1 else ""
@@ -772,9 +772,9 @@ def _select_layered_images(paths: Sequence[Path], content: FolderContent) -> lis
         content.report_lines.append(
             warning(f"{name_some(alone)}: left out, because they have no layers, such as {example}")
         )
-    of_images = {path: of_path for path, of_path in layers.items() if of_path}
-    content.layers_by_image |= of_images
-    return list(of_images)
+    layered_images = {path: of_path for path, of_path in layers.items() if of_path}
+    content.layers_by_image |= layered_images
+    return list(layered_images)
 
 
 def _record_unreadable(path: Path, error: MediaError, content: FolderContent) -> None:
@@ -791,13 +791,13 @@ def _describe_other_files(
 
     `other_files` are all files except media, by suffix. `media` are the files that captions may belong to.
     """
-    captions_of_media = {caption_path(path, content.caption_suffix) for path in media}
+    media_caption_paths = {caption_path(path, content.caption_suffix) for path in media}
     stems = {path.stem for path in media}
     used_files = {*content.listed_captions.list_paths, *media}  # lists of captions are read, too
     lines = []
     for suffix, paths in other_files.items():
         are_captions = suffix == content.caption_suffix.lower()
-        unused = [path for path in paths if path not in (captions_of_media if are_captions else used_files)]
+        unused = [path for path in paths if path not in (media_caption_paths if are_captions else used_files)]
         if unused and are_captions:
             owners = CaptionOwners(path.name for path in media)
             text = _describe_captions_without_media(unused, content.caption_suffix, owners)
@@ -829,7 +829,7 @@ def _explain_unread_files(paths: Sequence[Path], stems: set[str], captions: str)
             f"captions are read from {captions} files. Rename them, or in a folder of their own "
             f'give its table in dataset.toml caption_extension = "{paths[0].suffix}"'
         )
-    remedy = remedy_of(paths[0].suffix.lower())
+    remedy = find_remedy(paths[0].suffix.lower())
     return "neither media nor captions" if remedy is None else f"this kind is not read; {remedy}"
 
 
@@ -854,7 +854,7 @@ def _add_audio_files(content: FolderContent, audio_files: Sequence[Path], model_
             content.media.append(_read_audio(path, content, encodings))
         except MediaError as error:
             _record_unreadable(path, error, content)
-    _warn_of_encodings(encodings, content)
+    _report_non_utf8_files(encodings, content)
 
 
 def _read_audio(path: Path, content: FolderContent, encodings: list[str]) -> Media:
@@ -964,7 +964,7 @@ def _move_caption(content: FolderContent, clip: Path, picture: Path, caption: st
 def _select_reference_folders(folder: Path, folders_by_use: SortedFolders, content: FolderContent) -> None:
     """Find each training folder's folder of references: inside it, or next to it."""
     for training_folder in folders_by_use.training_folders:
-        _select_references_of_folder(
+        _select_folder_references(
             training_folder, _list_reference_candidates(training_folder, folder, folders_by_use), content
         )
     for reference_folder in folders_by_use.reference_folders:
@@ -1051,9 +1051,7 @@ def _leave_out_clips(content: FolderContent, kind: RunKind) -> None:
     content.media = [item for item in content.media if not item.is_clip]
 
 
-def _select_references_of_folder(
-    image_folder: Path, candidates: Sequence[Path], content: FolderContent
-) -> None:
+def _select_folder_references(image_folder: Path, candidates: Sequence[Path], content: FolderContent) -> None:
     """Select the first candidate folder with references for any image in `image_folder`.
 
     References have the file names of their images. Missing ones are reported.
@@ -1104,7 +1102,7 @@ def group_identical_files(media: Iterable[Media]) -> list[list[Path]]:
     return [paths for paths in by_digest.values() if len(paths) > 1]
 
 
-def reference_of(media: Media, reference_folder: Path) -> tuple[Path, ...]:
+def find_references(media: Media, reference_folder: Path) -> tuple[Path, ...]:
     """Return the images in `reference_folder` that belong to a media file; () if no name matches."""
     try:
         return ControlFolder(reference_folder, {media.path.stem}).for_image(media.path.stem, None)
@@ -1129,7 +1127,7 @@ def _describe_unreadable_references(
     for item in media:
         if item.path.parent != subfolder or item.kind != "image":
             continue
-        for reference in reference_of(item, reference_folder):
+        for reference in find_references(item, reference_folder):
             reason = why_unused(reference)
             if reason:
                 lines.append(f"{item.path.name}: not trained on, its reference cannot be read: {reason}")

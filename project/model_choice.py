@@ -17,27 +17,27 @@ from downloads.catalogue import ModelSet, family_page, model_sets
 from downloads.listing import gigabytes, in_columns, total_bytes
 from downloads.naming import (
     NamedModel,
-    families_of,
+    get_control_page_hint,
     has_other_number,
     is_task_spelling,
-    page_of_control,
+    list_model_families,
     plain_name,
     read_family,
     reject_fine_tune,
 )
 from modules.command import did_you_mean
 from modules.errors import OptionError, UserError
-from modules.options import info_of, read_options
+from modules.options import get_option_info, read_options
 from modules.output_files import ask_on_terminal, has_terminal
 from modules.parser import add_options
 from modules.speed_options import take_ae
 from modules.text_files import read_safetensors_texts
 from project.kinds.contract import RunKind
-from project.model_sizes import describe_fit, find_smaller, needs_image, transformer_bytes, transformers_of
+from project.model_sizes import describe_fit, find_smaller, list_transformers, needs_image, transformer_bytes
 from project.new_options import NewOptions
 from project.options import check_trigger, find_models, script_family
 from protocols.families import with_scripts
-from protocols.family import audio_of, knows_few_steps
+from protocols.family import get_audio_spec, knows_few_steps
 from protocols.few_steps import FewSteps, Verdict
 from protocols.new_tokens import find_error
 from training.image_options import ImageModelOptions
@@ -88,7 +88,7 @@ def read_model_info(model: ModelSet, files: Mapping[str, str] = MappingProxyType
     max_references = 0
     if reference_rules is not None and not reference_rules.clips:
         max_references = reference_rules.max_references
-    dit_options = [part.option.lstrip("-") for part in transformers_of(model) if part.option]
+    dit_options = [part.option.lstrip("-") for part in list_transformers(model) if part.option]
     dits = [Path(files[name]) for name in dit_options if name in files]
     audio = _read_audio_support(family)
     return ModelInfo(
@@ -117,7 +117,7 @@ class _AudioSupport(NamedTuple):
 def _read_audio_support(family: Any) -> _AudioSupport:
     """Return how a family trains on audio; assume audio in clips if this depends on a missing checkpoint."""
     try:
-        audio = audio_of(family)
+        audio = get_audio_spec(family)
     except UserError:
         return _AudioSupport(trains_on_audio=True, reads_separate_files=False)
     if audio is None:
@@ -134,7 +134,7 @@ def _select_dtype_options(model: ModelSet) -> dict[str, list[str]]:
     """Return the dtype options that a model's scripts accept, by kind of options ("Training", ...)."""
     entry = with_scripts()[script_family(shlex.split(model.commands["latents"]))]
     return {
-        kind: [name for name in DTYPE_OPTIONS if name in info_of(entry.options_record(kind))]
+        kind: [name for name in DTYPE_OPTIONS if name in get_option_info(entry.options_record(kind))]
         for kind in ("LatentCaching", "TextCaching", "Training")
     }
 
@@ -179,13 +179,13 @@ def check_model_files(model: ModelSet, files: Mapping[str, str]) -> None:
     entry = with_scripts()[script_family(shlex.split(model.commands["latents"]))]
     record = entry.options_record("Training")
     parser = training_parser(None)
-    options_of_every_training = _option_names(parser)
+    common_options = _option_names(parser)
     add_options(parser, record)
     # some families declare these options of image models themselves
     declared_by_family = {"pretrained_model_name_or_path", "vae"} & _option_names(parser)
     add_options(parser, ImageModelOptions, without=declared_by_family)
     accepted = _option_names(parser)
-    family_options = accepted - options_of_every_training
+    family_options = accepted - common_options
     argv = _select_options(shlex.split(model.commands["train"]), family_options, files)
     for name, path in files.items():
         if name in accepted:
@@ -242,7 +242,7 @@ def _find_few_step_advice(family: Any, model: ModelSet, dits: Sequence[Path]) ->
 
 
 def _list_released_dits(model: ModelSet) -> list[Path]:
-    return [Path(part.path) for part in transformers_of(model) if part.option]
+    return [Path(part.path) for part in list_transformers(model) if part.option]
 
 
 def _judge_distillation(family: Any, dit: Path) -> Verdict | None:
@@ -378,7 +378,7 @@ def _ask_for_family(options: NewOptions, models: Sequence[ModelSet], memory: flo
     Raises:
         OptionError: If there is no terminal.
     """
-    families = families_of(models)
+    families = list_model_families(models)
     if not has_terminal():
         raise OptionError(f"--family is missing: pass one of {', '.join(families)}")
 
@@ -406,9 +406,9 @@ def _ask_for_task(options: NewOptions, models: Sequence[ModelSet], memory: float
 
 def _list_candidates(named: NamedModel, typed_task: str | None, models: Sequence[ModelSet]) -> list[ModelSet]:
     """Return the models that match the named family and --task; if several do, the user has to choose."""
-    of_family = [model for model in models if model.family == named.family]
+    family_models = [model for model in models if model.family == named.family]
     if typed_task is not None:
-        tasks = _read_tasks(typed_task, of_family)
+        tasks = _read_tasks(typed_task, family_models)
         if named.task is not None and named.task not in [model.task for model in tasks]:
             raise OptionError(
                 f"--family names {named.family} {named.task}, and --task {typed_task} is {tasks[0].task}. "
@@ -416,8 +416,8 @@ def _list_candidates(named: NamedModel, typed_task: str | None, models: Sequence
             )
         return tasks
     if named.task is not None:
-        return [model for model in of_family if model.task == named.task]
-    return of_family
+        return [model for model in family_models if model.task == named.task]
+    return family_models
 
 
 def _select_without_asking(typed_task: str | None, candidates: Sequence[ModelSet]) -> ModelSet:
@@ -440,7 +440,7 @@ def _is_base_model(model: ModelSet) -> bool:
     if model.has_adapter or needs_image(model):
         return False
     transformer_paths = {
-        (component.option or "").lstrip("-"): str(component.path) for component in transformers_of(model)
+        (component.option or "").lstrip("-"): str(component.path) for component in list_transformers(model)
     }
     return read_model_info(model, transformer_paths).few_step_advice is None
 
@@ -509,7 +509,7 @@ def _make_task_error(
             f"--task {text} is one of --family {' or '.join(other_families)}; {family} has {', '.join(names)}"
         )
     # the task of a control network, or one that `new` does not set up
-    hint = page_of_control(text) or _point_to_page_of_unsupported_task(plain_name(text), family)
+    hint = get_control_page_hint(text) or _make_unsupported_task_hint(plain_name(text), family)
     if not hint and partial_matches:
         hint = f" Did you mean {' or '.join(model.task for model in partial_matches)}?"
     if not hint:
@@ -538,7 +538,7 @@ def _training_task(model: ModelSet) -> str:
     return words[words.index("--task") + 1] if "--task" in words else ""
 
 
-def _point_to_page_of_unsupported_task(plain: str, family: str) -> str:
+def _make_unsupported_task_hint(plain: str, family: str) -> str:
     """Return a hint to the documentation if `new` does not support the task of this name; otherwise ""."""
     for model in model_sets():
         if model.family == family and plain_name(model.task) == plain:
@@ -552,14 +552,14 @@ def _make_family_table(models: Sequence[ModelSet], memory: float, is_typed: bool
     `is_typed` says that `memory`, the GPU memory in GiB, comes from the command line.
     """
     rows = []
-    for family in families_of(models):
+    for family in list_model_families(models):
         tasks = [model for model in models if model.family == family]
         smallest = min(tasks, key=transformer_bytes)
         sizes = sorted({round(total_bytes(model.components) / 1e9) for model in tasks})
         size = f"{sizes[0]} GB" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]} GB"
         kinds = dict.fromkeys(describe_outputs(model, read_model_info(model)) for model in tasks)
         rows.append((family, ", ".join(kinds), size, describe_fit(smallest, memory)))
-    return _format_table_of_fits(("family", "makes", "download"), rows, memory, is_typed)
+    return _format_fit_table(("family", "makes", "download"), rows, memory, is_typed)
 
 
 def _make_task_table(tasks: Sequence[ModelSet], memory: float, is_typed: bool) -> str:
@@ -571,10 +571,10 @@ def _make_task_table(tasks: Sequence[ModelSet], memory: float, is_typed: bool) -
     for model in tasks:
         size = gigabytes(total_bytes(model.components))
         rows.append((model.task, model.about, size, describe_fit(model, memory)))
-    return _format_table_of_fits(("task", "", "download"), rows, memory, is_typed)
+    return _format_fit_table(("task", "", "download"), rows, memory, is_typed)
 
 
-def _format_table_of_fits(
+def _format_fit_table(
     head: Sequence[str], rows: Sequence[Sequence[str]], memory: float, is_typed: bool
 ) -> str:
     """Return a numbered text table of models; its last column says whether they fit the GPU.

@@ -60,9 +60,11 @@ def _require_typed_file(name: str, text: str, part: Component) -> Path:
             "omit it to use the file that tools/download.py downloads"
         )
     names = {Path(file.name).name for file in part.files}
-    is_of_part = any((path / file).is_file() for file in names)  # such as a tokenizer, which has no weights
+    has_part_files = any(
+        (path / file).is_file() for file in names
+    )  # such as a tokenizer, which has no weights
     # a folder of the model's own layout is accepted as it is
-    if path.is_dir() and not is_of_part and not any(path.glob("*/*.safetensors")):
+    if path.is_dir() and not has_part_files and not any(path.glob("*/*.safetensors")):
         checkpoint_paths(path)  # raises if the folder has no checkpoint
     return path
 

@@ -23,10 +23,10 @@ def needs_image(model: ModelSet) -> bool:
 
 def transformer_bytes(model: ModelSet) -> int:
     """Return the total size in bytes of the transformers that a training run loads; 0 if unknown."""
-    return sum(part.trained_bytes or part.size_bytes or 0 for part in transformers_of(model))
+    return sum(part.trained_bytes or part.size_bytes or 0 for part in list_transformers(model))
 
 
-def transformers_of(model: ModelSet) -> list[Component]:
+def list_transformers(model: ModelSet) -> list[Component]:
     """Return the model files with the trained network, or the checkpoint with all networks."""
     return [part for part in model.components if part.role.startswith("transformer") or part.trained_bytes]
 
@@ -55,7 +55,7 @@ def weight_options(model: ModelSet, memory: float) -> list[str]:
     if not FP8 & {*argv}:
         return argv
     # if there are two transformers, only the active one is on the GPU
-    networks = len(transformers_of(model)) if "--offload_inactive_dit" in argv else 1
+    networks = len(list_transformers(model)) if "--offload_inactive_dit" in argv else 1
     bytes_in_int8 = transformer_bytes(model) / networks / 2  # the file has 16 bits
     size_in_int8 = bytes_in_int8 / 2**30  # GiB
     weights = INT8 if size_in_int8 + GIB_BESIDES_INT8_WEIGHTS <= memory else NF4

@@ -10,7 +10,7 @@ from modules.command import quote_command
 from modules.control_codes import escape_control_codes
 from modules.errors import OptionError
 from modules.installation import FRONT_SCRIPT
-from modules.options import KeyFile, info_of
+from modules.options import KeyFile, get_option_info
 from modules.paths import parse_path
 from modules.text_files import bad_character, real_path
 from protocols.families import FAMILIES, caption_formats, with_scripts
@@ -61,7 +61,7 @@ def make_caption_argv(commands: Iterable[Sequence[str]]) -> list[str]:
 def _training_keys() -> Collection[str]:
     from training.options import TrainingOptions  # imported only for error messages
 
-    return info_of(TrainingOptions)
+    return get_option_info(TrainingOptions)
 
 
 TRAINING_TABLE = KeyFile(
@@ -86,7 +86,7 @@ def find_models(fp8_encoders: bool = False) -> list[ModelSet]:
     return [model for model in sets if "train" in model.commands and not model.properties.get("control")]
 
 
-def times_of_steps(steps: int) -> dict[str, int]:
+def choose_save_intervals(steps: int) -> dict[str, int]:
     """Return how often a training run of `steps` steps saves weights and draws samples, by option name."""
     every = max(steps // 10, min(steps, 50))
     return {"save_every_n_steps": every, "save_last_n_steps_state": every, "sample_every_n_steps": every}
@@ -137,7 +137,8 @@ def check_trigger(word: str) -> None:
         raise OptionError(f"--trigger_word {word!r} holds {reason}. Pass a word of letters, such as mrsfluff")
     if not word.strip() or len(word) > MAX_WORD_LENGTH:
         raise OptionError(
-            f"--trigger_word has {len(word.strip())} characters: pass 1 to {MAX_WORD_LENGTH}, such as mrsfluff"
+            f"--trigger_word has {len(word.strip())} characters: pass 1 to {MAX_WORD_LENGTH}, such as "
+            "mrsfluff"
         )
 
 

@@ -44,7 +44,7 @@ class UnpackOptions(Options):
     models: Path = option("folder of models on this machine, which `run --download` fills", default=MODELS)
 
 
-def find_error_of_name(name: str, on_windows: bool) -> str:
+def find_name_error(name: str, on_windows: bool) -> str:
     """Return why a file name is not allowed in an archive; "" if it is.
 
     `name` is the path within the folder, with forward slashes. With `on_windows`, names that only Windows

@@ -22,12 +22,12 @@ from modules.console import format_count, format_size, list_some
 from modules.errors import OptionError, OutputError
 from modules.installation import PREFIX
 from modules.limits import MAX_METADATA_BYTES
-from modules.options import info_of
+from modules.options import get_option_info
 from modules.paths import expand_path
 from modules.text_files import parse_toml, read_text, real_path
 from project.media import CHECK_PAGE
 from project.options import RUN_FILE, as_operand, own_command
-from project.pack_options import ARCHIVE_MODEL_FOLDER, MANIFEST, VERSION, PackOptions, find_error_of_name
+from project.pack_options import ARCHIVE_MODEL_FOLDER, MANIFEST, VERSION, PackOptions, find_name_error
 from project.relocating import (
     MachinePaths,
     RelocatedText,
@@ -284,7 +284,7 @@ def _is_reported_as_hidden(name: str) -> bool:
 def _make_folder_member(pack_folder: Path, path: Path) -> PackMember:
     """Return a file as it is packed. Raises OptionError if its name is not allowed on every system."""
     member = PackMember(path.relative_to(pack_folder).as_posix(), path)
-    reason = find_error_of_name(member.name, on_windows=False)
+    reason = find_name_error(member.name, on_windows=False)
     if not reason and member.name == MANIFEST:
         reason = "`pack` uses that name itself"
     if reason:
@@ -316,7 +316,7 @@ def _relocate_texts(
     Raises:
         OptionError: If a text contains other paths of this machine.
     """
-    secret_options = {name for name, info in info_of(TrainingOptions).items() if info.get("secret")}
+    secret_options = {name for name, info in get_option_info(TrainingOptions).items() if info.get("secret")}
     relocated: list[PackMember] = []
     removed_options: list[str] = []
     outside_paths: list[str] = []

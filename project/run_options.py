@@ -11,7 +11,7 @@ from modules.options import (
     STARTS,
     KeyFile,
     Options,
-    info_of,
+    get_option_info,
     option,
     option_values,
     options_with,
@@ -19,22 +19,24 @@ from modules.options import (
 )
 from modules.typed_command import AT_END, read_command
 from project.options import MODEL_FILES, MODELS, ON_END, TRAINING_TABLE, as_operand, own_command
-from training.features.composing import options_of_run
+from training.features.composing import make_run_options_class
 
 
-def _options_of_new() -> Collection[str]:
+def _list_new_options() -> Collection[str]:
     from project.new_options import NewOptions  # imported only for error messages
 
-    return info_of(NewOptions)
+    return get_option_info(NewOptions)
 
 
-NEW_COMMAND_KEYS = KeyFile(_options_of_new, "`new` has it, which describes the folder: type `new` again with --{key}.")
+NEW_COMMAND_KEYS = KeyFile(
+    _list_new_options, "`new` has it, which describes the folder: type `new` again with --{key}."
+)
 
 
 if TYPE_CHECKING:  # record generated from the list of features
     RunFeatureOptions = Options
 else:
-    RunFeatureOptions = options_of_run()
+    RunFeatureOptions = make_run_options_class()
 
 
 class RunOptions(Options):
@@ -48,7 +50,7 @@ class RunOptions(Options):
     output_dir: Path | None = option(
         "folder for the trained files, anywhere; default: that of run.toml, in the folder", place="new folder"
     )
-    of_features: RunFeatureOptions  # options that are passed to the training script
+    feature_options: RunFeatureOptions  # options that are passed to the training script
     may_write: tuple[Path, ...] = option(
         "further folders that the run may write into, as caches may lie elsewhere; default: its own alone",
         default=(),
@@ -71,7 +73,7 @@ class RunOptions(Options):
     @property
     def typed_for_training(self) -> dict[str, Any]:
         """Command-line options that are passed on to the training script, by name."""
-        values = {"output_dir": self.output_dir, **option_values(self.of_features)}
+        values = {"output_dir": self.output_dir, **option_values(self.feature_options)}
         return {name: value for name, value in values.items() if value is not None}
 
     @property

@@ -30,9 +30,9 @@ from modules.paths import expand_path
 from modules.run_limits import describe_outside, limit_run, reject_outside
 from modules.text_files import parse_toml, read_safetensors_texts, read_text, real_path
 from project.checked import remember_checked, was_checked
-from project.kinds.composing import LORA, find_kind_of, kinds_by_script
+from project.kinds.composing import LORA, find_run_kind, kinds_by_script
 from project.kinds.contract import RunKind
-from project.model_sizes import transformers_of
+from project.model_sizes import list_transformers
 from project.on_end import EndCommand, describe_run
 from project.options import (
     CAPTION_MODEL,
@@ -227,7 +227,7 @@ def _run_until_one_fails(commands: Sequence[list[str]], project: Project, trace:
             continue
         _print_command(argv, project.folder)
         trace.note(argv)
-        if _is_check_of_media(argv):
+        if _is_media_check(argv):
             unreadable_files = _check_before_caching(argv, project)
         else:
             with trace.follow(argv) as progress:
@@ -277,7 +277,7 @@ class CheckOutcome(NamedTuple):
 def _run_check(argv: Sequence[str], project: Project) -> CheckOutcome:
     """Run a command that only checks the dataset, and print how to fix the errors that it finds in media."""
     _print_command(argv, project.folder)
-    if not _is_check_of_media(argv):
+    if not _is_media_check(argv):
         return CheckOutcome(has_errors=bool(run_command(argv, project.folder)))
     outcome = _check_media(argv, project.folder, project.validation_split)
     if outcome.fatal_error_kinds:
@@ -422,7 +422,7 @@ def _parse_project(folder: Path, tables: Mapping[str, Any], typed_options: Mappi
         output_name=output_name,
         total_steps=total_steps,
         model_metadata=model_metadata,
-        kind=find_kind_of(commands),
+        kind=find_run_kind(commands),
         validation_split=validation_split,
     )
 
@@ -472,7 +472,7 @@ def _describe_finished_training(project: Project, options: RunOptions) -> list[s
 
 def _find_model_difference(project: Project, metadata: Mapping[str, str]) -> str | None:
     """Return the model in a trained file's metadata if it differs from the project's model, else None."""
-    released = {part.path.name for model in find_models() for part in transformers_of(model)}
+    released = {part.path.name for model in find_models() for part in list_transformers(model)}
     transformers = released & {Path(name).name for name in project.model_files}
     trained_name = metadata.get("ss_sd_model_name", "")
     if transformers and trained_name in released - transformers:
@@ -517,7 +517,7 @@ def _list_typed_values(argv: Sequence[str]) -> dict[str, str]:
     return dict(itertools.pairwise(argv))
 
 
-def _is_check_of_media(argv: Sequence[str]) -> bool:
+def _is_media_check(argv: Sequence[str]) -> bool:
     with contextlib.suppress(KeyError, IndexError):
         return "--check" in argv and bool(script_family(argv))
     return False
@@ -569,9 +569,9 @@ def _report_media_errors(
     """Check the media as caching would read them, print the findings, and return the errors."""
     # imported here because they load torch, which most project commands do not need
     from data_tools.report.check import TOKENS_ELSEWHERE, check_caching, print_check
-    from dataset.caching.prefetch import workers_of
+    from dataset.caching.prefetch import count_workers
 
-    workers = workers_of(options)
+    workers = count_workers(options)
     findings = check_caching(
         family,
         config,
@@ -619,7 +619,7 @@ def _require_script(argv: Sequence[str]) -> Path:
         OptionError: If no run uses this script; run.toml may come from a stranger.
     """
     script = find_own_script(argv)
-    if script is None or script not in _scripts_of_runs():
+    if script is None or script not in _list_run_scripts():
         raise OptionError(
             f"{quote_command(argv)} is not a command of a run, which downloads, caches, trains and "
             f"generates. Fix {RUN_FILE}."
@@ -627,7 +627,7 @@ def _require_script(argv: Sequence[str]) -> Path:
     return script
 
 
-def _scripts_of_runs() -> set[Path | None]:
+def _list_run_scripts() -> set[Path | None]:
     """Return all scripts that a run may start: download, caching, training and generation."""
     scripts = {installation.find_script("download")}
     for entry in with_scripts().values():

@@ -27,7 +27,7 @@ class TagLists:
 
     lists: tuple[tuple[str, ...], ...]  # in the order of the files
     separator: str  # "," or " "
-    has_separator_of_fixed_tags: bool  # `|||` follows the tags that are not shuffled
+    has_fixed_tag_separator: bool  # `|||` follows the tags that are not shuffled
     has_alternatives: bool  # alternatives such as {red|blue}
 
     @property
@@ -58,7 +58,7 @@ class TagLists:
         adds_trigger = trigger is not None and any(add_trigger(text, trigger) != text for text in captions)
         # neither the leading tags that all captions share nor a trigger word before them are shuffled
         num_fixed_tags = self.num_leading_shared + (1 if adds_trigger else 0)
-        if self.has_separator_of_fixed_tags:
+        if self.has_fixed_tag_separator:
             keys["keep_tokens_separator"] = KEEP_TOKENS_SEPARATOR
         elif num_fixed_tags:
             keys["keep_tokens"] = num_fixed_tags

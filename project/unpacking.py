@@ -27,7 +27,7 @@ from modules.paths import expand_path, path_exists
 from modules.text_files import parse_json, parse_toml, read_text, real_path, require_regular_file
 from modules.zip_files import BoundedFile
 from project.options import RUN_FILE, as_operand, download_options, own_command
-from project.pack_options import ARCHIVE_MODEL_FOLDER, MANIFEST, VERSION, UnpackOptions, find_error_of_name
+from project.pack_options import ARCHIVE_MODEL_FOLDER, MANIFEST, VERSION, UnpackOptions, find_name_error
 from project.relocating import change_texts
 from training.config_options import PROJECT_TABLE
 
@@ -90,7 +90,7 @@ def _read_manifest(archive: zipfile.ZipFile) -> dict[str, Any]:
     archive.getinfo(RUN_FILE)
     name, modification_times = manifest["name"], manifest["modified"]
     # the name becomes that of the new folder
-    reason = find_error_of_name(name, os.name == "nt")
+    reason = find_name_error(name, os.name == "nt")
     if reason or "/" in name:
         raise ValueError(f"its name is {name!r}: {reason or 'it leads out of the folder'}")
     if not isinstance(modification_times, dict):
@@ -124,7 +124,7 @@ def _check_entries(entries: Sequence[zipfile.ZipInfo], size_bytes: int) -> None:
     names: set[str] = set()  # without case, which Windows and macOS ignore
     for entry in entries:
         name = entry.orig_filename
-        reason = _find_error_of_entry(entry)
+        reason = _find_entry_error(entry)
         if not reason and fold_name(name) in names:
             reason = "the archive contains it twice"
         if reason:
@@ -142,11 +142,11 @@ def _check_entries(entries: Sequence[zipfile.ZipInfo], size_bytes: int) -> None:
         )
 
 
-def _find_error_of_entry(entry: zipfile.ZipInfo) -> str:
+def _find_entry_error(entry: zipfile.ZipInfo) -> str:
     """Return why an archive member cannot be unpacked; "" if it can."""
-    error_of_name = find_error_of_name(entry.orig_filename, os.name == "nt")
-    if error_of_name:
-        return error_of_name
+    name_error = find_name_error(entry.orig_filename, os.name == "nt")
+    if name_error:
+        return name_error
     if entry.is_dir():
         return "it is a folder"
     unix_mode = entry.external_attr >> 16  # 0 if the archive was made on Windows
@@ -242,7 +242,7 @@ def _replace_model_folder(text: str, models: Path) -> str:
     # only values such as `models/vae.safetensors` are changed
     def place_model(_: str, value: str) -> str:
         first, slash, inside = value.partition("/")
-        if first != ARCHIVE_MODEL_FOLDER or find_error_of_name(value, on_windows=False):
+        if first != ARCHIVE_MODEL_FOLDER or find_name_error(value, on_windows=False):
             return value
         return f"{models.as_posix()}{slash}{inside}"
 

@@ -24,12 +24,12 @@ BUNDLE = "bundle_emb"
 _NAME = re.compile(rf"{BUNDLE}\.(?P<word>.+?)\.(?P<key>(?P<table>string_to_\w+)(?:\.(?P<row>.+))?|[^.]+)")
 
 
-def is_of_word(name: str) -> bool:
+def is_word_embedding(name: str) -> bool:
     """Return whether a tensor of a LoRA file is the embedding of a new word."""
     return _NAME.fullmatch(name) is not None
 
 
-def word_of(name: str) -> str:
+def get_embedding_word(name: str) -> str:
     """Return the word that a tensor of a LoRA file belongs to; "" if it belongs to none."""
     match = _NAME.fullmatch(name)
     return "" if match is None else match["word"]
@@ -59,7 +59,7 @@ def bundle_word(word: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def without_words(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a LoRA file's tensors without the embeddings of new words."""
-    return {name: tensor for name, tensor in tensors.items() if not is_of_word(name)}
+    return {name: tensor for name, tensor in tensors.items() if not is_word_embedding(name)}
 
 
 class TakesWords(Family, Protocol):

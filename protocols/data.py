@@ -166,7 +166,9 @@ class Batch:
 
     def without_references(self) -> "Batch":
         """Return the batch without reference images: their latents move from `tensors` to `undropped`."""
-        dropped = {name: value for name, value in self.tensors.items() if name.startswith(_REFERENCE_PREFIXES)}
+        dropped = {
+            name: value for name, value in self.tensors.items() if name.startswith(_REFERENCE_PREFIXES)
+        }
         remaining = {name: value for name, value in self.tensors.items() if name not in dropped}
         return replace(self, tensors=remaining, undropped={**self.undropped, **dropped})
 
@@ -421,7 +423,7 @@ class LatentSpec:
     # whether images keep their alpha channel; otherwise they are composited on white
     keeps_alpha: bool = field(init=False, repr=False, compare=False)
     # whether time is not compressed, as in models that generate only single images
-    is_of_images: bool = field(init=False, repr=False, compare=False)
+    is_image_only: bool = field(init=False, repr=False, compare=False)
     lengths: ClipLengths = field(init=False, repr=False, compare=False)  # possible numbers of frames
 
     def __post_init__(self) -> None:
@@ -431,7 +433,7 @@ class LatentSpec:
             else ClipLengths(self.frame_step)
         )
         object.__setattr__(self, "keeps_alpha", self.masks_latents or self.has_alpha)
-        object.__setattr__(self, "is_of_images", self.stride[0] == 1)
+        object.__setattr__(self, "is_image_only", self.stride[0] == 1)
         object.__setattr__(self, "lengths", lengths)
 
     def count_latents(self, frames: int) -> int:

@@ -63,11 +63,11 @@ class FamilyEntry:
     spellings: Mapping[str, str] = field(init=False)
 
     def __post_init__(self) -> None:
-        of_images = {"video_size": "--image_size"} if self.makes == "image" else {}
+        image_spellings = {"video_size": "--image_size"} if self.makes == "image" else {}
         derived = {
             "training_script": self.trainer or f"{self.script}_train_network",
             "generation_script": f"{self.script}_generate_{self.makes}",
-            "spellings": {**of_images, **dict(self.spelled)},
+            "spellings": {**image_spellings, **dict(self.spelled)},
         }
         for name, value in derived.items():
             object.__setattr__(self, name, value)
@@ -314,13 +314,13 @@ def describe_scripts(family: str) -> str:
     entry = FAMILIES[family]
     training_script = f"{entry.training_script}.py"
     scripts = f"Its scripts are {training_script} and {entry.generation_script}.py"
-    options_of_new = _list_options_of_new(training_script)
-    if not options_of_new:
+    options_for_new = _list_new_command_options(training_script)
+    if not options_for_new:
         return scripts
-    return f"{scripts}; for `new` {' or '.join(options_of_new)}"
+    return f"{scripts}; for `new` {' or '.join(options_for_new)}"
 
 
-def _list_options_of_new(training_script: str) -> list[str]:
+def _list_new_command_options(training_script: str) -> list[str]:
     """Return the options with which `new` finds the models of a training script, for each of their names."""
     from downloads.catalogue import model_sets  # only for hints
 
@@ -332,15 +332,15 @@ def _list_options_of_new(training_script: str) -> list[str]:
     for model in trainable:
         if training_script in model.commands["train"].split():
             tasks_by_name.setdefault(model.family, []).append(model.task)
-    options_of_new = []
+    options_for_new = []
     for name, tasks in tasks_by_name.items():
         option = f"--family {name}"
         # other scripts may train other tasks of the same name
         is_ambiguous = any(model.family == name and model.task not in tasks for model in trainable)
         if is_ambiguous:
             option += f" --task {tasks[0]}"
-        options_of_new.append(option)
-    return options_of_new
+        options_for_new.append(option)
+    return options_for_new
 
 
 class Script(partial[None]):
@@ -352,7 +352,7 @@ class Script(partial[None]):
     family: str | None = None  # family whose models it runs; None: it belongs to no family
 
     @classmethod
-    def of_family(cls, family: str, main: Callable[..., None]) -> "Script":
+    def for_family(cls, family: str, main: Callable[..., None]) -> "Script":
         """Make a script that runs the models of `family`."""
         script = cls(main)
         script.family = family

@@ -614,7 +614,7 @@ class RatesParts(Protocol):
         """
 
 
-def part_rates_of(family: Described) -> Mapping[str, float]:
+def get_part_rates(family: Described) -> Mapping[str, float]:
     """Return the learning rates of parts of the network; {} if the family has none."""
     return cast("RatesParts", family).part_rates if family.abilities.has_part_rates else {}
 
@@ -676,10 +676,10 @@ class HearsAudio(Protocol):
 
 def trains_audio(family: Described) -> TypeGuard[HearsAudio]:
     """Return whether this run trains on clips with audio."""
-    return audio_of(family) is not None
+    return get_audio_spec(family) is not None
 
 
-def audio_of(family: Described) -> AudioSpec | None:
+def get_audio_spec(family: Described) -> AudioSpec | None:
     """Return the audio format of this run; None if the run has no audio."""
     return cast("HearsAudio", family).audio if family.abilities.trains_audio else None
 

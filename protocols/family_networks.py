@@ -74,6 +74,6 @@ class HasCustomNetwork(Described, Protocol):
         """The additional network that this run trains next to the frozen model; None if it trains a LoRA."""
 
 
-def custom_network_of(family: Described) -> CustomNetwork | None:
+def get_custom_network(family: Described) -> CustomNetwork | None:
     """Return the network that a family trains instead of a LoRA; None if it trains LoRAs."""
     return cast(HasCustomNetwork, family).custom_network if family.abilities.has_custom_network else None

@@ -76,7 +76,7 @@ class TrainsCheckpoint(Described, Encodes, Protocol):
         """
 
     @property
-    def is_of_one_file(self) -> bool:
+    def is_single_file(self) -> bool:
         """Whether the trained checkpoint is a single file instead of a folder."""
 
     @property

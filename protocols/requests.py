@@ -213,7 +213,7 @@ VALUES = {
 }
 
 
-def size_of(request: Request, defaults: SamplingDefaults) -> tuple[int, int, int]:
+def get_size(request: Request, defaults: SamplingDefaults) -> tuple[int, int, int]:
     """Return width, height and number of frames of a request; unset values are the family's defaults."""
     width = request.width or defaults.width
     return width, request.height or defaults.height, request.frames or defaults.frames
@@ -406,7 +406,7 @@ def check_size(size: tuple[int, int, int], latent: LatentSpec) -> None:
     is_multiple = width % step == 0 and height % step == 0 and min(width, height) >= step
     if is_multiple and num_pixels <= MAX_PIXELS:
         return
-    option = "--image_size" if latent.is_of_images else "--video_size"
+    option = "--image_size" if latent.is_image_only else "--video_size"
     if num_pixels > MAX_PIXELS:
         raise OptionError(
             f"{option} {height} {width}: {frames} frames of this size have {num_pixels / 1e9:.0f} billion "

@@ -50,7 +50,7 @@ def parse_expert(name: str) -> str | None:
     return _WORDS[experts.pop()] if len(experts) == 1 else None
 
 
-def expert_of_file(path: Path, folders: Mapping[str, str]) -> str | None:
+def infer_expert_from_path(path: Path, folders: Mapping[str, str]) -> str | None:
     """Return the noise expert that the name of a file or of its folder indicates; None if neither does.
 
     Args:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from encoders.pictures import (
     ImageModelFamily,
     encode_images,
+    get_references,
     image_defaults,
     references_in,
-    references_of,
 )
 from modules.errors import OptionError
 from modules.flow.schedule import size_shift
@@ -47,7 +47,7 @@ from qwen_image.files import (
     QwenImageFiles,
     QwenImageReleaseFiles,
     Version,
-    files_of,
+    make_model_files,
 )
 from qwen_image.layered import QwenImageLayered
 from qwen_image.names import LORA
@@ -110,7 +110,7 @@ class QwenImage(ImageModelFamily):
 
     abilities: ClassVar = family.Abilities(detects_few_steps=True, has_comfy_nodes=True)
     draws_latents: ClassVar[bool] = False
-    vae_of_clips: ClassVar[bool] = True
+    vae_takes_clips: ClassVar[bool] = True
     to_edit: ClassVar = "for edits, pass --model_version edit-2511 or another one of edits; else remove them"
 
     @property
@@ -139,7 +139,7 @@ class QwenImage(ImageModelFamily):
         }
         if self.references is not None:
             names["task"] = self.display_name.lower().removeprefix("qwen-image-")
-        return self.metadata_of(names)
+        return self.add_file_names(names)
 
     # encoding
 
@@ -164,7 +164,7 @@ class QwenImage(ImageModelFamily):
         Raises CacheError if caches are from another release or encode another range of pixel values.
         """
         check_batch(batch, self.version, self.files)
-        return {KEY: batch.tensors[KEY], **references_of(batch, LATENT.channels, PATCH, LATENTS_AGAIN)}
+        return {KEY: batch.tensors[KEY], **get_references(batch, LATENT.channels, PATCH, LATENTS_AGAIN)}
 
     def predict(
         self,
@@ -270,7 +270,7 @@ def family_for_text_caching(options: QwenImageTextCachingOptions) -> "QwenImage 
 def family_for_training(options: QwenImageTrainingOptions) -> "QwenImage | QwenImageLayered":
     """Build the model description for qwen_image_train_network.py and qwen_image_train.py."""
     version = VERSIONS[options.version.name]
-    files = files_of(options, version, version.encoder_settings)
+    files = make_model_files(options, version, version.encoder_settings)
     if not version.has_layers:
         return QwenImage(files, version, options)
     # each batch then has the clean image before its layers
@@ -293,7 +293,7 @@ def family_for_generation(options: QwenImageGenerationOptions) -> "QwenImage | Q
         encoder_settings = replace(
             encoder_settings, image_format=replace(encoder_settings.image_format, read=read_reference)
         )
-    files = files_of(options, version, encoder_settings)
+    files = make_model_files(options, version, encoder_settings)
     if options.vae_enable_tiling and files.vae_tile is None:
         files = replace(files, vae_tile=VAE_TILE)
     if version.has_layers:

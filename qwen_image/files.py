@@ -94,8 +94,8 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[QwenImageConfig]:
 
 def _read_config(shapes: DitShapes, has_layers: bool) -> QwenImageConfig:
     """Return the dimensions of a transformer. Raises CheckpointError for another model's."""
-    dim, token_dim = shapes.shape_of("img_in.weight")
-    (head_dim,) = shapes.shape_of("transformer_blocks.0.attn.norm_q.weight", axes=1)
+    dim, token_dim = shapes.get_shape("img_in.weight")
+    (head_dim,) = shapes.get_shape("transformer_blocks.0.attn.norm_q.weight", axes=1)
     # 16: a head divides into whole pairs of channels for images, rows and columns (see `rotary_widths`)
     if dim % head_dim or head_dim % 16 or token_dim % PATCH**2:
         raise CheckpointError(
@@ -103,15 +103,15 @@ def _read_config(shapes: DitShapes, has_layers: bool) -> QwenImageConfig:
             f"fit {MODEL_KIND}. Copy the file again.",
             shapes.path,
         )
-    shapes.shape_of(QUERY_WEIGHT)  # raises if it is missing
+    shapes.get_shape(QUERY_WEIGHT)  # raises if it is missing
     return QwenImageConfig(
         dim=dim,
-        ffn_dim=shapes.shape_of("transformer_blocks.0.img_mlp.net.0.proj.weight")[0],
+        ffn_dim=shapes.get_shape("transformer_blocks.0.img_mlp.net.0.proj.weight")[0],
         num_heads=dim // head_dim,
         num_layers=shapes.count_blocks("transformer_blocks"),
         channels=token_dim // PATCH**2,
-        text_dim=shapes.shape_of("txt_in.weight")[1],
-        freq_dim=shapes.shape_of("time_text_embed.timestep_embedder.linear_1.weight")[1],
+        text_dim=shapes.get_shape("txt_in.weight")[1],
+        freq_dim=shapes.get_shape("time_text_embed.timestep_embedder.linear_1.weight")[1],
         has_layers=has_layers,
     )
 
@@ -238,7 +238,7 @@ class QwenImageReleaseFiles(QwenImageFiles):
         return header
 
 
-def files_of(
+def make_model_files(
     options: QwenImageModelOptions, version: Version, encoder_settings: LanguageEncoderSettings
 ) -> QwenImageReleaseFiles:
     """Return the model files that the options of a training run or generation specify."""

@@ -92,7 +92,7 @@ class QwenImageLayered(ImageModelFamily):
     @property
     def metadata(self) -> Mapping[str, str]:
         """Return the model's metadata."""
-        return self.metadata_of(
+        return self.add_file_names(
             {
                 "architecture": VERSION.architecture,
                 "resolution": f"{SIDE}x{SIDE}",

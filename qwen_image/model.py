@@ -46,14 +46,14 @@ class QwenTokens(blocks.TokensWithRotatedText):
     """Inputs of the blocks; `vector` has a second row for clean references, if there are any."""
 
     # the rows of `rotary` of clean references; compiled code leaves their number open
-    rotary_of_clean: Tensor = field(kw_only=True)
+    clean_reference_rotary: Tensor = field(kw_only=True)
 
     def cut(self, shard: "TokenShard") -> Self:
         """Return the inputs for one process's tokens, with only their rotary rows of clean references."""
-        of_clean = shard.slice_rotary(
-            self.rotary_of_clean, self.num_video_tokens - self.rotary_of_clean.shape[-4]
+        clean_rotary = shard.slice_rotary(
+            self.clean_reference_rotary, self.num_video_tokens - self.clean_reference_rotary.shape[-4]
         )
-        return replace(super().cut(shard), rotary_of_clean=of_clean)
+        return replace(super().cut(shard), clean_reference_rotary=clean_rotary)
 
     @property
     def modulation_vectors(self) -> tuple[Tensor, Tensor]:
@@ -63,7 +63,7 @@ class QwenTokens(blocks.TokensWithRotatedText):
     @property
     def video_modulation_split(self) -> int:
         """Negative index, among the image tokens, of the first clean reference token; NOWHERE without any."""
-        return -self.rotary_of_clean.shape[-4] or blocks.NOWHERE
+        return -self.clean_reference_rotary.shape[-4] or blocks.NOWHERE
 
 
 class QwenLayout(NamedTuple):
@@ -178,7 +178,7 @@ class QwenImageModel(BlockNetwork):
     """
 
     spec = DIT
-    dtype_of = "transformer_blocks.0.attn.to_q.bias"
+    compute_dtype_parameter = "transformer_blocks.0.attn.to_q.bias"
 
     def __init__(self, config: QwenImageConfig, attention: AttentionChoice = SDPA) -> None:
         """Build the network without weights. `attention` is passed to `modules.attention.attend`."""
@@ -250,8 +250,8 @@ class QwenImageModel(BlockNetwork):
             dtype=dtype,
             attention=self.attention,
             rotary=rotary,
-            rotary_of_image=rotary[:num_image_tokens],
-            rotary_of_clean=rotary[first_clean:num_image_tokens],
+            image_token_rotary=rotary[:num_image_tokens],
+            clean_reference_rotary=rotary[first_clean:num_image_tokens],
         )
 
     def _embed_times(self, timesteps: Tensor, has_clean_tokens: bool) -> Tensor:

@@ -8,14 +8,14 @@ from typing import Any
 from modules.errors import OptionError
 from modules.option_values import Placeholder
 from modules.options import (
+    DECODING_SETTING,
     FREE,
     HABIT,
     NO_PIXELS,
-    DECODING_SETTING,
     REFERENCES_ONLY,
     Options,
+    make_request_facts,
     not_needed,
-    of_request,
     option,
     unsupported,
 )
@@ -131,7 +131,7 @@ class QwenImageReferenceOptions(Options, title="images to edit"):
         "an image that is white where the first one is changed; the rest of it stays as it is. That "
         "image must have the size of the result",
         excludes="rcm_threshold",
-        facts=of_request(MASK),
+        facts=make_request_facts(MASK),
     )
     rcm_threshold: float | None = option(
         "keep what an edit does not change in its place: at each step, what differs from the first "
@@ -184,7 +184,7 @@ class QwenImageLayerOptions(Options, title="layers"):
         default=4,
         minimum=1,
         maximum=MAX_LAYERS,
-        facts=of_request(LAYER_COUNT),
+        facts=make_request_facts(LAYER_COUNT),
     )
     remove_first_image_from_target: bool = option(
         "make the layers alone, for a LoRA that was trained with this option: there is no whole image "

@@ -87,7 +87,7 @@ class QwenImage21(pictures.ImageModelFamily):
     @property
     def metadata(self) -> Mapping[str, str]:
         """Return the model's metadata."""
-        return self.metadata_of(
+        return self.add_file_names(
             {
                 "architecture": NAME,
                 "resolution": f"{SIDE}x{SIDE}",
@@ -130,7 +130,7 @@ class QwenImage21(pictures.ImageModelFamily):
         batch.check_widths({KEY: config.text_dim}, self.files.dit_path, f"{TEXTS_AGAIN} and Qwen3-VL (8B)")
         for cache in batch.cache_origins:
             check_states(cache, ENCODER_SETTINGS.name)
-        references = pictures.references_of(batch, self.latent.channels, 1, LATENTS_AGAIN)
+        references = pictures.get_references(batch, self.latent.channels, 1, LATENTS_AGAIN)
         check_references(batch, references)
         return {KEY: batch.tensors[KEY], SLOTS: batch.tensors[SLOTS], **references}
 

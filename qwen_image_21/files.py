@@ -145,9 +145,9 @@ def _read_config(shapes: DitShapes, source: Path, settings: Mapping[str, Any]) -
     `settings` is the content of `source`, a config.json; {} without one. Raises CheckpointError if
     dimensions do not match each other, or the network is another model's.
     """
-    dim, channels = shapes.shape_of("img_in.weight")
-    (head_dim,) = shapes.shape_of("transformer_blocks.0.attn.norm_q.weight", axes=1)
-    rows, columns = shapes.shape_of(QUERY_WEIGHT)
+    dim, channels = shapes.get_shape("img_in.weight")
+    (head_dim,) = shapes.get_shape("transformer_blocks.0.attn.norm_q.weight", axes=1)
+    rows, columns = shapes.get_shape(QUERY_WEIGHT)
     if rows != dim or columns != dim or dim % head_dim or head_dim % 2:
         raise CheckpointError(
             f"{shapes.path}: {rows} rows of queries in blocks of width {dim} with heads of {head_dim} do "
@@ -169,13 +169,13 @@ def _read_config(shapes: DitShapes, source: Path, settings: Mapping[str, Any]) -
         raise CheckpointError(f"{source}: eps is {eps}: it must be a small number, such as 1e-6.", source)
     return QwenImage21Config(
         dim=dim,
-        ffn_dim=shapes.shape_of("transformer_blocks.0.img_mlp.gate_layer.weight")[0],
+        ffn_dim=shapes.get_shape("transformer_blocks.0.img_mlp.gate_layer.weight")[0],
         num_heads=dim // head_dim,
         num_layers=num_layers,
         channels=channels,
-        text_dim=shapes.shape_of("txt_in.in_layer.weight")[1],
+        text_dim=shapes.get_shape("txt_in.in_layer.weight")[1],
         axes=_read_axes(settings, source, head_dim),
-        freq_dim=shapes.shape_of("time_text_embed.timestep_embedder.linear_1.weight")[1],
+        freq_dim=shapes.get_shape("time_text_embed.timestep_embedder.linear_1.weight")[1],
         eps=eps,
     )
 

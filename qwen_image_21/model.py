@@ -378,7 +378,7 @@ class QwenImage21Model(BlockNetwork):
     """
 
     spec = DIT
-    dtype_of = "transformer_blocks.0.attn.norm_q.weight"
+    compute_dtype_parameter = "transformer_blocks.0.attn.norm_q.weight"
 
     def __init__(self, config: QwenImage21Config, attention: AttentionChoice = SDPA) -> None:
         """Build the network without weights. `attention` is passed to `modules.attention.attend`."""
@@ -469,7 +469,7 @@ class QwenImage21Model(BlockNetwork):
             ValueError: If sizes do not match.
         """
         dtype = activation_dtype(noisy.device, self.compute_dtype)
-        grid = self.grid_of(noisy)
+        grid = self.get_token_grid(noisy)
         x = self.embed_image(noisy).to(dtype)
         num_image_tokens = x.shape[1]
         time = self.time_text_embed(timesteps)[:, None]
@@ -550,7 +550,7 @@ class QwenImage21Model(BlockNetwork):
         """
         prefixes = order_prefixes(text_mask, slots, references)
         for latents in references:
-            self.grid_of(latents)  # raises ValueError for latents of another model
+            self.get_token_grid(latents)  # raises ValueError for latents of another model
         longest = max(prefix.num_text_tokens for prefix in prefixes)
         texts = self.txt_in(text[:, :longest].to(dtype)).to(dtype)
         images = [self.embed_image(latents).to(dtype) for latents in references]
@@ -566,7 +566,7 @@ class QwenImage21Model(BlockNetwork):
             sample_tokens.append(torch.cat(token_runs))
         return PrefixTokens(nn.utils.rnn.pad_sequence(sample_tokens, batch_first=True), prefixes)
 
-    def grid_of(self, latents: Tensor) -> Grid:
+    def get_token_grid(self, latents: Tensor) -> Grid:
         """Return rows and columns of an image's tokens; raise ValueError if its channels do not match."""
         channels, frames, height, width = latents.shape[1:]
         if channels != self.config.channels or frames != 1:

@@ -7,13 +7,13 @@ from typing import Any
 
 from modules.option_values import Placeholder
 from modules.options import (
-    FREE,
     DECODING_SETTING,
+    FREE,
     REFERENCES_ONLY,
     REQUEST_SETTING,
     Options,
+    make_request_facts,
     not_needed,
-    of_request,
     option,
 )
 from modules.speed_options import TextEncoderOptions, VaeOptions, dit_dtype_option, fp8_text_option
@@ -94,7 +94,7 @@ class QwenImage21ReferenceOptions(Options, title="images to edit"):
     mask_path: Path | None = option(
         "an image that is white where the first one is changed; the rest of it stays as it is. That "
         "image must have the size of the result",
-        facts=of_request(MASK),
+        facts=make_request_facts(MASK),
     )
 
 

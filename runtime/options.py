@@ -17,17 +17,17 @@ from modules.speed_options import (
     GenerationFp8Options,
     TrainingAttentionOptions,
     TrainingFp8Options,
-    flag_of,
+    get_attention_flag,
 )
-from runtime.ways.composing import join_ways, options_of_ways
+from runtime.ways.composing import join_ways, make_way_options_class
 from runtime.ways.contract import RunModes
 
 if TYPE_CHECKING:  # records of what the list of ways contains
     TrainingWayOptions = Options
     GenerationWayOptions = Options
 else:
-    TrainingWayOptions = options_of_ways(is_training=True)
-    GenerationWayOptions = options_of_ways(is_training=False)
+    TrainingWayOptions = make_way_options_class(is_training=True)
+    GenerationWayOptions = make_way_options_class(is_training=False)
 
 AUTO = "auto"
 
@@ -226,7 +226,7 @@ def say_for_generation(speed: TrainingSpeedOptions) -> dict[str, Any]:
     mode = speed.attention.choice.mode
     ring = swap.block_swap_ring_size
     return {
-        "--attn_mode": None if mode == SDPA.mode else flag_of(mode, training=False).split()[1],
+        "--attn_mode": None if mode == SDPA.mode else get_attention_flag(mode, training=False).split()[1],
         **speed.fp8.say_for_generation(),
         "--blocks_to_swap": swap.blocks_to_swap or None,
         "--img_in_txt_in_offloading": swap.img_in_txt_in_offloading,

@@ -4,7 +4,7 @@ Every DiT is embed -> blocks -> unembed (`BlockNetwork`; LTX-2 predicts two velo
 For its blocks it calls `run_blocks`, which calls the DiT's runner: `run_in_order`, or a replacement set by
 `set_runner`. A runner usually wraps the earlier one, so several stack up:
 
-    inner = runner_of(dit)
+    inner = get_runner(dit)
 
     def run(dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
         before = hidden.x
@@ -67,7 +67,7 @@ def run_in_order(dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
     Blocks are numbered over all lists, in the order of `DitSpec.block_lists`. A block of the side stream
     returns a hint, which is added to `x` after the next block of the main stream.
     """
-    spec = spec_of(dit)
+    spec = get_spec(dit)
     lists = spec.blocks(dit)
     blocks = list(chain.from_iterable(lists.values()))
     order: Sequence[int] = range(len(blocks))
@@ -117,14 +117,16 @@ class BlockNetwork(nn.Module):
     """Base of all DiTs. `embed` prepares the inputs of the blocks, `unembed` makes the prediction."""
 
     spec: DitSpec
-    dtype_of: ClassVar[str]  # a parameter that has the compute dtype in every file; others may be in 8 bits
+    compute_dtype_parameter: ClassVar[
+        str
+    ]  # a parameter that has the compute dtype in every file; others may be in 8 bits
     embed: Callable[..., Hidden]
     unembed: Callable[[Tensor, Any], Tensor]  # takes the tokens after the blocks, and `Hidden.tokens`
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Dtype in which the blocks compute: the dtype of the parameter that `dtype_of` names."""
-        return self.get_parameter(self.dtype_of).dtype
+        """Dtype in which the blocks compute: that of the parameter named by `compute_dtype_parameter`."""
+        return self.get_parameter(self.compute_dtype_parameter).dtype
 
     def forward(self, *inputs: Any, overrides: Overrides = NO_OVERRIDES, **named_inputs: Any) -> Any:
         """Predict from the inputs of `embed`.
@@ -139,7 +141,7 @@ class BlockNetwork(nn.Module):
         return self.unembed(hidden.x, hidden.tokens)
 
 
-def runner_of(dit: nn.Module) -> Runner:
+def get_runner(dit: nn.Module) -> Runner:
     """Return the runner of a DiT, the function that runs its blocks; the default one runs all in order."""
     return dit.__dict__.get(_RUNNER, run_in_order)
 
@@ -149,7 +151,7 @@ def set_runner(dit: nn.Module, runner: Runner) -> None:
     setattr(dit, _RUNNER, runner)
 
 
-def stage_files_of(dit: nn.Module) -> Sequence[tuple[Path, str]]:
+def get_stage_files(dit: nn.Module) -> Sequence[tuple[Path, str]]:
     """Return the files of LoRAs that apply only to some stages, each with the option that names it.
 
     They are the network's field `stage_files`, which most networks do not have.
@@ -158,7 +160,7 @@ def stage_files_of(dit: nn.Module) -> Sequence[tuple[Path, str]]:
     return files
 
 
-def spec_of(dit: nn.Module) -> DitSpec:
+def get_spec(dit: nn.Module) -> DitSpec:
     """Return the `spec` of a network's class.
 
     Raises:

@@ -38,9 +38,9 @@ import torch
 from torch import Tensor, nn
 
 from protocols.steps import DitAt, Overrides, StepPosition
-from runtime.offload.block_swap import swap_of
+from runtime.offload.block_swap import get_swap
 from runtime.offload.sharding import agree_among, gather_block, is_sharded
-from runtime.run_blocks import Hidden, Runner, runner_of, set_runner, spec_of
+from runtime.run_blocks import Hidden, Runner, get_runner, get_spec, set_runner
 
 # Letters: B batch, L tokens, C width
 
@@ -102,14 +102,14 @@ class StepCache:
         state.residual = None  # frees memory for the input, which is kept while the blocks run
         before = hidden.x
         inner(dit, hidden, overrides)
-        state.residual = residual_of(dit, hidden.x, before)
+        state.residual = compute_residual(dit, hidden.x, before)
 
     def forget(self) -> None:
         """Drop the residuals, so that the next pass is computed."""
         self._states.clear()
 
 
-def residual_of(dit: nn.Module, after: Tensor, before: Tensor) -> Tensor:
+def compute_residual(dit: nn.Module, after: Tensor, before: Tensor) -> Tensor:
     """Return the blocks' residual, B L C.
 
     It is kept in bfloat16 if the network computes in bfloat16, even if the residual stream is float32 (Wan):
@@ -126,9 +126,9 @@ def compute_first_block_input(dit: nn.Module, hidden: Hidden, overrides: Overrid
     the previous pass prefetched them, and they stay for the next pass. A block that is split over processes
     is gathered in the same way.
     """
-    spec = spec_of(dit)
+    spec = get_spec(dit)
     assert spec.modulated_input is not None
-    swap = swap_of(dit)
+    swap = get_swap(dit)
     if swap is not None:
         swap.fetch(0, overrides.skip_blocks)
     first_block = next(iter(spec.blocks(dit)[spec.block_lists[0]]))
@@ -156,7 +156,7 @@ def run_around(dit_at: DitAt, run: Callable[[Runner, nn.Module, Hidden, Override
     def wrapped_dit_at(timestep: float) -> nn.Module:
         dit = dit_at(timestep)
         if dit not in wrapped:
-            set_runner(dit, functools.partial(run, runner_of(dit)))
+            set_runner(dit, functools.partial(run, get_runner(dit)))
             wrapped.add(dit)
         return dit
 
@@ -164,7 +164,7 @@ def run_around(dit_at: DitAt, run: Callable[[Runner, nn.Module, Hidden, Override
         yield wrapped_dit_at
     finally:
         for dit in wrapped:
-            wrapper = cast("functools.partial[None]", runner_of(dit))
+            wrapper = cast("functools.partial[None]", get_runner(dit))
             # the network's own runner is the last bound argument: if `run` is a partial itself, its arguments
             # come first
             set_runner(dit, wrapper.args[-1])
@@ -302,7 +302,7 @@ def measure_pass(
         step_position = replace(
             overrides.step_position, pass_key=(weakref.ref(dit), overrides.step_position.pass_key)
         )
-        measure(step_position, first_block_input, residual_of(dit, hidden.x, before))
+        measure(step_position, first_block_input, compute_residual(dit, hidden.x, before))
 
 
 class Ratios:

@@ -65,9 +65,9 @@ class Seeds:
         if self.round_seed is not None:
             yield self.round_seed
             # additional images of a prompt get the same seeds for every prompt of the round
-            of_round = Random(self.round_seed)
+            round_random = Random(self.round_seed)
             while True:
-                yield _draw(of_round)
+                yield _draw(round_random)
         while True:
             yield _draw(self.random)
 

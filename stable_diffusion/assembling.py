@@ -15,7 +15,7 @@ from stable_diffusion.guiding import check_guides, load_guides
 from stable_diffusion.layer_texts import LayerTexts, list_cross_attentions
 from stable_diffusion.lllites import check_lllites, load_lllites
 from stable_diffusion.loading import CheckpointPlan, check_attention, load_checkpoint, plan_checkpoint
-from stable_diffusion.loras import check_networks, load_networks, read_networks, words_of
+from stable_diffusion.loras import check_networks, load_networks, read_learned_words, read_networks
 from stable_diffusion.making import BatchHook, ImageGenerator
 from stable_diffusion.options import GenImgOptions
 from stable_diffusion.regions import Regions
@@ -54,7 +54,7 @@ def assemble(options: GenImgOptions, device: torch.device) -> ImageGenerator:
         cross_attentions: Mapping[str, str] = {}  # name in XTI files -> module path
         if options.text.XTI_embeddings:
             cross_attentions = list_cross_attentions(checkpoint_plan.unet.sources)
-        lora_words = words_of(lora_files)  # embeddings of learned words in the LoRA files
+        lora_words = read_learned_words(lora_files)  # embeddings of learned words in the LoRA files
         _check_texts(options, checkpoint_plan, list(cross_attentions), lora_words)
         guide_options = check_guides(options.guides)
         if options.text.clip_vision_strength is not None:

@@ -212,12 +212,12 @@ def ldm_control_net_names(layers: list[int], names: Sequence[str]) -> dict[str, 
         names: Diffusers names of the weights.
     """
     own = [name for name in names if name.startswith(CONTROL_ONLY_LAYERS)]
-    of_unet = [name for name in names if not name.startswith(CONTROL_ONLY_LAYERS)]
-    released = {ours: theirs.removeprefix(UNET) for theirs, ours in ldm_unet_names(layers, of_unet)}
-    return released | {name: _ldm_name_of_control_layer(name, own) for name in own}
+    unet_names = [name for name in names if not name.startswith(CONTROL_ONLY_LAYERS)]
+    released = {ours: theirs.removeprefix(UNET) for theirs, ours in ldm_unet_names(layers, unet_names)}
+    return released | {name: _get_ldm_control_name(name, own) for name in own}
 
 
-def _ldm_name_of_control_layer(name: str, names: Collection[str]) -> str:
+def _get_ldm_control_name(name: str, names: Collection[str]) -> str:
     """Return the published name of a ControlNet weight without a counterpart in the U-Net.
 
     Args:

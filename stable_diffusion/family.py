@@ -20,7 +20,7 @@ from encoders import control_pictures
 from encoders.new_words import NewWord
 from encoders.pictures import ImageModelFamily, image_defaults
 from modules.console import quiet
-from modules.devices import compute_dtype_of, select_compute_dtype
+from modules.devices import get_compute_dtype, select_compute_dtype
 from modules.errors import CacheError, OptionError
 from modules.media.pixels import byte_clips
 from modules.options import NO_OPTIONS
@@ -283,7 +283,7 @@ class StableDiffusion(ImageModelFamily):
         # outputs record the model's name, which is needed to read their settings back from the file
         if self.options is NO_OPTIONS:
             return entries | {"model_type": self.kind.name}
-        return entries | self._metadata_of_training
+        return entries | self._make_training_metadata
 
     @property
     def hashed_files(self) -> Mapping[str, Path]:
@@ -291,7 +291,7 @@ class StableDiffusion(ImageModelFamily):
         return self.files.hashed
 
     @property
-    def _metadata_of_training(self) -> dict[str, str]:
+    def _make_training_metadata(self) -> dict[str, str]:
         """Return metadata, under other trainers' keys, for values that do not correspond to one option."""
         values = {
             "ss_v2": str(self.kind is SD2),
@@ -518,7 +518,7 @@ class StableDiffusion(ImageModelFamily):
         return ModelType(self.kind, predicts_v, predicts_v and self.noise.table[-1] == 1)
 
     @property
-    def is_of_one_file(self) -> bool:
+    def is_single_file(self) -> bool:
         """Whether the checkpoint is a single file rather than a folder."""
         return not self.files.path.is_dir()
 
@@ -546,7 +546,7 @@ class StableDiffusion(ImageModelFamily):
         if self.inpaints:
             conditions[INPAINTING] = batch.tensor(INPAINTING)
         if self._control_network is not None:
-            conditions |= control_pictures.controls_of(
+            conditions |= control_pictures.make_control_conditions(
                 batch, latents, self.latent.stride[1], self._control_network.label
             )
         return conditions
@@ -589,7 +589,7 @@ class StableDiffusion(ImageModelFamily):
         Conditions: text states B L C of each encoder; for SDXL also the pooled state B C and sizes B 6.
         """
         device = noisy.device
-        dtype = compute_dtype_of(dit)
+        dtype = get_compute_dtype(dit)
         state_names = sorted(self.text_keys - {POOLED})
         text_states = torch.cat([send_tensor(cond, name, device).to(dtype) for name in state_names], dim=-1)
         added_conditions: dict[str, Tensor] | None = None
@@ -632,7 +632,7 @@ class StableDiffusion(ImageModelFamily):
             check_sampler_steps(option_name, prepared.solver, prepared.steps)
         else:
             # with an input image, the sampler's own timesteps decide at which step denoising starts
-            timesteps = self._begin_sampling(prepared).solver.timesteps_of_steps
+            timesteps = self._begin_sampling(prepared).solver.step_timesteps
             prepared = replace(prepared, timesteps=timesteps)
         (scale,) = prepared.guidance_scale
         uses_negative = is_guided(scale, negative_scale=None)
@@ -651,7 +651,7 @@ class StableDiffusion(ImageModelFamily):
         """
         if self.inpaints or self.custom_network is not None:
             raise OptionError("only workflows for LoRAs of text-to-image checkpoints can be written")
-        if not self.is_of_one_file:
+        if not self.is_single_file:
             raise OptionError(f"it only loads checkpoints in one file, and {self.files.path} is a folder")
         from stable_diffusion.workflow import describe_checkpoint  # only with --save_workflow
 

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from checkpoints.kinds import kind_of
+from checkpoints.kinds import describe_file_kind
 from checkpoints.opening import open_checkpoint
 from modules.errors import CheckpointError, OptionError
 from networks.predictions import read_prediction
@@ -121,7 +121,7 @@ def _require_kind(path: Path, names: Collection[str]) -> ModelKind:
     if kind is None:
         missing.append("text encoder")
     if missing:
-        description = kind_of(names)
+        description = describe_file_kind(names)
         resemblance = f"; it looks like {description}" if description is not None else ""
         raise CheckpointError(
             f"--ckpt {path} has no {', no '.join(missing)}{resemblance}.\n  Pass {EXPECTED_FILE}.",

@@ -10,7 +10,7 @@ from typing import Any
 from blissful_tuner.video_to_video_options import SourceDefaults
 from generation.prompt_lines import IMAGE_GENERATION_OPTIONS, LineOption, read_name, read_number, read_path
 from generation.script_options import IMAGE_FPS, PICTURE_OUTPUTS, ScriptDefaults
-from modules.options import NO_PIXELS, Options, not_needed, of_request, option, unsupported
+from modules.options import NO_PIXELS, Options, make_request_facts, not_needed, option, unsupported
 from runtime.options import SWAPPING
 from runtime.ways.composing import list_block_options
 from stable_diffusion.sampling_options import DEFAULT_STRENGTH, SAMPLERS
@@ -97,7 +97,7 @@ def script_defaults(side: int, side_step: int) -> ScriptDefaults:
     )
 
 
-def _of_gen_img(**settings: Any) -> Any:
+def _unsupported_gen_img(**settings: Any) -> Any:
     return unsupported(_USE_GEN_IMG, **settings)
 
 
@@ -134,30 +134,30 @@ class StableDiffusionGenerationOptions(Options, title="Stable Diffusion"):
     mask_path: Path | None = option(
         "with --i2i_path and an inpainting checkpoint: image whose white parts are repainted; without it, "
         "a random part",
-        facts=of_request("mask_path"),
+        facts=make_request_facts("mask_path"),
     )
     no_half_vae = not_needed("the VAE always computes in float32.", "VAE in float32")
     sdpa = not_needed(f"{_BY_MODE}.")
     xformers = unsupported("pass --attn_mode xformers instead")
     diffusers_xformers = unsupported("pass --attn_mode xformers instead")
-    control_net_models = _of_gen_img(type=Path, nargs="*")
-    control_net_lllite_models = _of_gen_img(type=Path, nargs="*")
-    XTI_embeddings = _of_gen_img(type=Path, nargs="*")
-    emb_normalize_mode = _of_gen_img(type=str)
-    clip_vision_strength = _of_gen_img(type=float)
-    clip_guidance_scale = _of_gen_img(type=float)
-    clip_image_guidance_scale = _of_gen_img(type=float)
-    vgg16_guidance_scale = _of_gen_img(type=float)
-    negative_scale = _of_gen_img(type=float)
-    highres_fix_scale = _of_gen_img(type=float)
-    ds_depth_1 = _of_gen_img(type=int)
-    gradual_latent_timesteps = _of_gen_img(type=int)
-    pyramid_noise_prob = _of_gen_img(type=float)
-    noise_offset_prob = _of_gen_img(type=float)
-    original_height = _of_gen_img(type=int)
-    original_width = _of_gen_img(type=int)
-    crop_top = _of_gen_img(type=int)
-    crop_left = _of_gen_img(type=int)
+    control_net_models = _unsupported_gen_img(type=Path, nargs="*")
+    control_net_lllite_models = _unsupported_gen_img(type=Path, nargs="*")
+    XTI_embeddings = _unsupported_gen_img(type=Path, nargs="*")
+    emb_normalize_mode = _unsupported_gen_img(type=str)
+    clip_vision_strength = _unsupported_gen_img(type=float)
+    clip_guidance_scale = _unsupported_gen_img(type=float)
+    clip_image_guidance_scale = _unsupported_gen_img(type=float)
+    vgg16_guidance_scale = _unsupported_gen_img(type=float)
+    negative_scale = _unsupported_gen_img(type=float)
+    highres_fix_scale = _unsupported_gen_img(type=float)
+    ds_depth_1 = _unsupported_gen_img(type=int)
+    gradual_latent_timesteps = _unsupported_gen_img(type=int)
+    pyramid_noise_prob = _unsupported_gen_img(type=float)
+    noise_offset_prob = _unsupported_gen_img(type=float)
+    original_height = _unsupported_gen_img(type=int)
+    original_width = _unsupported_gen_img(type=int)
+    crop_top = _unsupported_gen_img(type=int)
+    crop_left = _unsupported_gen_img(type=int)
     batch_size = unsupported(
         "each image is computed by itself here: --num_images makes several. For batches use gen_img.py",
         type=int,

@@ -56,7 +56,8 @@ def _split(sentences: str) -> tuple[str, ...]:
 
 OBJECT_SENTENCES = _split(_OBJECT_TEMPLATES)
 STYLE_SENTENCES = tuple(
-    f"{kind if kind.startswith('the ') else f'a {kind}'} in the style of {{}}" for kind in _split(_STYLE_TEMPLATES)
+    f"{kind if kind.startswith('the ') else f'a {kind}'} in the style of {{}}"
+    for kind in _split(_STYLE_TEMPLATES)
 )
 
 
@@ -161,7 +162,7 @@ def _write_prompt(options: InversionOptions, file: Path, sample: Mapping[str, An
     word = options.word
     # longest first: the word is a prefix of the names of its single vectors
     names = sorted(NewWord(word.text, word.count).list_ids(0), key=len, reverse=True)
-    names_of_file = [f"{file.stem}{name.removeprefix(word.text)}" for name in names]
+    stem_names = [f"{file.stem}{name.removeprefix(word.text)}" for name in names]
     pattern = compile_words(names)
     prompt = sample.get("prompt") or ""
     is_caption = "example" in sample  # of a training item, which need not have the word; else a user's prompt
@@ -169,7 +170,7 @@ def _write_prompt(options: InversionOptions, file: Path, sample: Mapping[str, An
         sentences = _choose_sentences(options) or ("a photo of {}",)
         return sentences[0].format(file.stem)
     # the pattern has a group for each name
-    return pattern.sub(lambda found: names_of_file[(found.lastindex or 1) - 1], prompt)
+    return pattern.sub(lambda found: stem_names[(found.lastindex or 1) - 1], prompt)
 
 
 def _list_generation_command(

@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from generation import prompt_lines
-from generation.line_options import key_of
+from generation.line_options import find_option_key
 from modules.control_codes import replace_control_codes, shorten
 from modules.errors import OptionError, UserError
 from modules.installation import import_user_module, rejects_code
@@ -109,7 +109,7 @@ def find_option(word: str) -> prompt_lines.LineOption | None:
     option = LINE_OPTIONS.get(word.lower()) or by_key.get(word)
     if option is not None:
         return option
-    key = key_of(word, _LONG_NAMES)
+    key = find_option_key(word, _LONG_NAMES)
     return None if key is None else _LONG_NAMES[key]
 
 

@@ -75,7 +75,7 @@ def load_checkpoint(options: ModelOptions, checkpoint_plan: CheckpointPlan, devi
     _load_weights(networks, META)  # compares names and shapes; reads no weights
     _log_checkpoint(checkpoint_plan, dtype, vae_dtype)
     if checkpoint_plan.kind is SDXL and vae_dtype == torch.float16 and options.vae is None:
-        _warn_of_black_pictures()
+        _warn_of_fp16_overflow()
     _load_weights(networks, device)
     *text_networks, unet, vae = (loaded.network for loaded in networks)
     _set_computation(options, unet, vae)
@@ -109,7 +109,7 @@ def _log_checkpoint(checkpoint_plan: CheckpointPlan, dtype: torch.dtype, vae_dty
     )
 
 
-def _warn_of_black_pictures() -> None:
+def _warn_of_fp16_overflow() -> None:
     logger.warning(
         "The released VAE of Stable Diffusion XL overflows in float16 and then makes black pictures. If "
         "that happens, add --no_half_vae, or --vae with the fixed one (madebyollin/sdxl-vae-fp16-fix)"
@@ -228,13 +228,13 @@ def find_checkpoint(ckpt: Path) -> Path:
             f"{first_files}).\n  Pass {EXPECTED_FILE}.",
             ckpt,
         )
-    if ckpt.exists() or not _is_of_hub(ckpt):
+    if ckpt.exists() or not _is_hub_id(ckpt):
         _require(ckpt, "--ckpt", EXPECTED_FILE)
         return ckpt
     return find_model_folder("--ckpt", ckpt.as_posix(), folders.PATTERNS)
 
 
-def _is_of_hub(path: Path) -> bool:
+def _is_hub_id(path: Path) -> bool:
     return path.suffix.lower() not in SUFFIXES and path.as_posix().count("/") == 1
 
 
@@ -263,7 +263,7 @@ def read_chosen_vae(
         is_whole_checkpoint = not (path / "config.json").is_file() and (path / "vae").is_dir()
         folder = path / "vae" if is_whole_checkpoint else path
         return folders.read_folder_vae(folder, option, kind.latent_scale, exit_stack)
-    if not path.exists() and _is_of_hub(path):
+    if not path.exists() and _is_hub_id(path):
         path = find_model_folder(option, path.as_posix(), PATTERNS_VAE)
         return read_chosen_vae(path, option, kind, exit_stack)
     _require(path, option, "a VAE of Stable Diffusion: a single file, or a folder in the layout of diffusers")

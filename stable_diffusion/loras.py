@@ -139,7 +139,7 @@ def read_networks(options: AddedNetworkOptions) -> list[LoraFile]:
     return loras
 
 
-def words_of(loras: Iterable[LoraFile]) -> tuple[LearnedWord, ...]:
+def read_learned_words(loras: Iterable[LoraFile]) -> tuple[LearnedWord, ...]:
     """Return the textual inversion words that LoRA files contain.
 
     Raises:

@@ -158,7 +158,7 @@ class SchedulerSolver:
         )
 
     @property
-    def timesteps_of_steps(self) -> tuple[float, ...]:
+    def step_timesteps(self) -> tuple[float, ...]:
         """Return the timestep at which each step begins; a step may call the network several times."""
         timesteps: list[float] = self.schedule.timesteps.tolist()
         return tuple(timesteps[:: int(self.scheduler.order)])

@@ -258,7 +258,7 @@ def plan_growth(timesteps: Sequence[float], gradual: GradualLatentOptions) -> di
     return ratio_after_step
 
 
-def _warn_of_growth(
+def _warn_of_gradual_sizes(
     full_size: Size, first_size: Size, last_size: Size, gradual: GradualLatentOptions
 ) -> None:
     """Warn if Gradual Latent begins with latents of full size, or ends with smaller ones."""
@@ -309,7 +309,7 @@ def begin_small(
             f"latents of {sizes[0][1]} x {sizes[0][0]}. Use a smaller one, such as 3"
         )
     first_size = scale_size(full_size, gradual.gradual_latent_ratio)
-    _warn_of_growth(full_size, first_size, sizes[-1] if sizes else first_size, gradual)
+    _warn_of_gradual_sizes(full_size, first_size, sizes[-1] if sizes else first_size, gradual)
     growing = GrowingSteps(
         sampler.scheduler,
         full_size,

@@ -19,7 +19,7 @@ from torch import Tensor
 from checkpoints.model_files import find_model_folder
 from encoders.clip_checkpoints import ClipTextConfig
 from encoders.clip_layers import ClipVision, load_clip_vision
-from generation.embedding_marks import warn_of_unknown
+from generation.embedding_marks import warn_about_unknown_words
 from modules.control_codes import shorten
 from modules.errors import CheckpointError, DownloadError, OptionError
 from modules.media.reading import first_frame
@@ -158,7 +158,7 @@ class PromptEncoder:
 
     def _cut_into_chunks(self, text: str) -> list[list[tokenizers.Chunk]]:
         """Return a text's chunks for each encoder, at most --max_embeddings_multiples; warn about a cut."""
-        warn_of_unknown(text, self._known_words, _LOADER)
+        warn_about_unknown_words(text, self._known_words, _LOADER)
         parts = tokenizers.parse_weights(text)
         chunks_by_encoder = [
             tokenizers.cut_into_chunks(parts, encoder.tokenize) for encoder in self._text_encoders

@@ -104,15 +104,13 @@ def read_lora_words(files: WordsByFile, option: str) -> tuple[LearnedWord, ...]:
     """
     words: list[LearnedWord] = []
     for path, contents in files.items():
-        words_of_file: list[LearnedWord] = []
+        file_words: list[LearnedWord] = []
         for name, content in contents.items():
             word = _read_word(path, f"the word {name} in {option}", name, content)
-            words_of_file.append(replace(word, is_from_lora=True))
-        names = ", ".join(
-            f"{word.text} ({format_count(word.num_vectors, 'vector')})" for word in words_of_file
-        )
+            file_words.append(replace(word, is_from_lora=True))
+        names = ", ".join(f"{word.text} ({format_count(word.num_vectors, 'vector')})" for word in file_words)
         logger.info("%s brings learned words for prompts: %s", path, names)
-        words += words_of_file
+        words += file_words
     return tuple(words)
 
 
@@ -233,7 +231,7 @@ def tokenize_with_words(
         words: Token ids of each learned word.
     """
     names = sorted(words, key=len, reverse=True)  # longest first: one word may be a prefix of another
-    ids_of_group = [list(words[name]) for name in names]
+    group_token_ids = [list(words[name]) for name in names]
     pattern = compile_words(names)  # with one group for each name, in this order
 
     def tokenize_all(text: str) -> list[int]:
@@ -242,7 +240,7 @@ def tokenize_with_words(
         for match in pattern.finditer(text):
             tokens += tokenize(text[position : match.start()])
             assert match.lastindex is not None
-            tokens += ids_of_group[match.lastindex - 1]
+            tokens += group_token_ids[match.lastindex - 1]
             position = match.end()
         return tokens + tokenize(text[position:])
 

@@ -325,7 +325,7 @@ def _list_components(scheduler: str, num_text_encoders: int) -> dict[str, list[s
 def _describe_text_encoder(config: ClipTextConfig, index: int, tokens: Mapping[str, int]) -> dict[str, Any]:
     """Return the content of a text encoder's config.json, with the names of transformers' CLIPTextConfig."""
     dimensions = asdict(config)
-    field_of_setting = {  # name in transformers -> field of `ClipTextConfig`
+    field_by_setting = {  # name in transformers -> field of `ClipTextConfig`
         "vocab_size": "vocabulary",
         "max_position_embeddings": "positions",
         "hidden_size": "dim",
@@ -335,7 +335,7 @@ def _describe_text_encoder(config: ClipTextConfig, index: int, tokens: Mapping[s
         "hidden_act": "activation",
         "layer_norm_eps": "eps",
     }
-    settings = {transformers_name: dimensions[name] for transformers_name, name in field_of_setting.items()}
+    settings = {transformers_name: dimensions[name] for transformers_name, name in field_by_setting.items()}
     return {
         "architectures": [_text_class(index)],
         "model_type": "clip_text_model",

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 from modules.media.reading import read_image, read_tags, video_frames
 from modules.media.writing import write_png
-from modules.options import Options, hints_of, option_name
+from modules.options import Options, option_name, resolve_type_hints
 from tests.commands import ROOT
 from tests.faults.messages import run_here
 from tests.tiny.families import TinyFamily, write_deep
@@ -438,7 +438,11 @@ def info_of_option(action: argparse.Action) -> Info:
             for one in dataclasses.fields(record):
                 declared = one.metadata.get("declared")
                 if declared is not None and declared.help:
-                    info = {**one.metadata, "kind": _kind(hints_of(record)[one.name]), "record": record}
+                    info = {
+                        **one.metadata,
+                        "kind": _kind(resolve_type_hints(record)[one.name]),
+                        "record": record,
+                    }
                     _INFO.setdefault(option_name(one).replace("-", "_"), []).append((declared.help, info))
     entries = _INFO.get(action.dest, [])
     same = [info for text, info in entries if text.split("{")[0][:40] == (action.help or "")[:40]]

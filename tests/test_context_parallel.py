@@ -298,8 +298,8 @@ def test_parts_of_the_tokens_drop_equal_ranks_and_modules_and_other_values(kind:
         layer.seed.value = 7
         setattr(layer.original, TOKEN_PART, part)
 
-    first, second = (layer.seed_of(kind) for layer in layers)
+    first, second = (layer.get_mask_seed(kind) for layer in layers)
 
     assert (first == second) == (kind != "neuron")
     delattr(layers[0].original, TOKEN_PART)  # in one process
-    assert layers[0].seed_of(kind) == first
+    assert layers[0].get_mask_seed(kind) == first

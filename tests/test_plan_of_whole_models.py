@@ -12,7 +12,7 @@ from project.kinds.whole_model import GIB_BESIDES_WEIGHTS
 from protocols.families import FAMILIES
 from runtime.planning import dry_run as dry
 from tests.manifests import tensor_list, write_hollow
-from training.experts import placement_of
+from training.experts import choose_placement
 from training.learning_options import FullDitOptions
 from training.options import TrainingOptions, read_arguments, training_parser
 from training.planning.rehearsal import set_up_trainable
@@ -96,7 +96,7 @@ def test_the_plan_counts_what_the_page_says(name: str, column: int, tmp_path: Pa
     args = read_arguments(parser, words, {})
     options, own = read_options(TrainingOptions, args), read_options(record, args)
     family = entry.make_family("training", own)
-    dit = family.load_dit(placement_of(options, torch.device("meta"), None))
+    dit = family.load_dit(choose_placement(options, torch.device("meta"), None))
 
     with dry.dry_run() as ledger:
         rehearsal = set_up_trainable(family, options, dit, ledger=ledger)

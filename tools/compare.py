@@ -15,7 +15,7 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
     sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
 
 import modules.interpreter  # noqa: F401
-from generation.grid_options import CompareOptions, expand_patterns, family_of
+from generation.grid_options import CompareOptions, expand_patterns, read_lora_family
 from modules.command import command_line
 from modules.installation import import_own
 from modules.options import read_options
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.lora_high_noise = _expand(args.lora_high_noise, "--lora_high_noise") or None
     options = read_options(CompareOptions, args)
     _reject_generation_options(parser, generation_argv)
-    family_name = options.family or family_of(options.lora[0], families)
+    family_name = options.family or read_lora_family(options.lora[0], families)
 
     # the generation script calls this instead of generating one clip
     def make(family: object, generation_options: object) -> None:
@@ -74,9 +74,9 @@ def _reject_generation_options(parser: Parser, argv: Sequence[str]) -> None:
     """Exit with a message if a generation option is given that the comparison sets itself."""
     names = {word.partition("=")[0] for word in argv}
     for option in ("--lora", "--lora_high_noise"):
-        option_of_generation = option.replace("lora", "lora_weight")
-        if option_of_generation in names:
-            parser.error(f"{option_of_generation}: pass the files to {option}, which makes a column of each")
+        generation_option = option.replace("lora", "lora_weight")
+        if generation_option in names:
+            parser.error(f"{generation_option}: pass the files to {option}, which makes a column of each")
     if "--lora_multiplier_high_noise" in names:
         parser.error(
             "--lora_multiplier_high_noise: both LoRAs of a column have its strength, --lora_multiplier"

@@ -382,16 +382,16 @@ def _warn_of_live_sources(
         encoders: Encoders of the captions; empty if captions are cached.
     """
     images: list[MediaSource] = []
-    tables_of_lists: list[DatasetTable] = []  # whose items come from a list instead of a folder
+    listed_tables: list[DatasetTable] = []  # whose items come from a list instead of a folder
     for table in config.datasets:
         live_table = tables.get(table.index)
         # tables with buckets are those whose images are encoded during training
         if live_table is not None and live_table.on_the_fly_buckets is not None:
             images += live_table.on_the_fly_sources.values()
             if table.directory is None:
-                tables_of_lists.append(table)
-    if tables_of_lists:
-        warn_unused(DatasetConfig(config.path, tuple(tables_of_lists)), images)
+                listed_tables.append(table)
+    if listed_tables:
+        warn_unused(DatasetConfig(config.path, tuple(listed_tables)), images)
     latent, fps = family.latent, family.defaults.fps
     log_warnings(find_media_warnings(images, latent, fps, family.abilities.takes_fps), LISTED)
     if encoders:

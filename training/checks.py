@@ -18,7 +18,7 @@ from modules.devices import DTYPES, dtype_name
 from modules.errors import CheckpointError, OptionError
 from networks.adapter import check_network
 from networks.formats import LoraFormat, select_format
-from networks.kinds.composing import RANKED_NETWORKS, ROTATING, kind_of_files
+from networks.kinds.composing import RANKED_NETWORKS, ROTATING, find_network_kind
 from networks.kinds.contract import named
 from networks.lora_settings import REG_RATES, read_rates
 from networks.options import NetworkOptions
@@ -93,7 +93,7 @@ def check_before_loading(
     if network_spec.lora_options is not None:
         check_networks(family, options)
     if options.lora_parts is not None or (options.network is not None and options.network.network_args):
-        _check_rates_of_parts(options)
+        _check_part_learning_rates(options)
 
     samples = options.samples
     has_prompts = samples.sample_prompts is not None
@@ -111,7 +111,7 @@ def _check_run_modes(family: Family, options: TrainingOptions, others: OtherFami
         check_mode(run_uses)
 
 
-def _check_rates_of_parts(options: TrainingOptions) -> None:
+def _check_part_learning_rates(options: TrainingOptions) -> None:
     """Raise OptionError if the optimizer does not support different learning rates, or one of them."""
     rates = _list_rates(options)
     if len(rates) > 1:
@@ -339,19 +339,19 @@ def _check_kind(lora: "LoraFile", network: NetworkOptions) -> None:
 
     Only kinds that rotate inputs are compared.
     """
-    kind_of_file = kind_of_files(lora.tensors, ROTATING)
-    kind_of_network = network.kind if network.kind in ROTATING else None
-    if kind_of_file is kind_of_network:
+    file_kind = find_network_kind(lora.tensors, ROTATING)
+    network_kind = network.kind if network.kind in ROTATING else None
+    if file_kind is network_kind:
         return
     name = f"--network_weights {network.network_weights}"
-    if kind_of_file is not None:
+    if file_kind is not None:
         raise OptionError(
-            f"{name} is {named(kind_of_file)}: to continue training it, pass --network_module "
-            f"{kind_of_file.network_module}"
+            f"{name} is {named(file_kind)}: to continue training it, pass --network_module "
+            f"{file_kind.network_module}"
         )
-    assert kind_of_network is not None
+    assert network_kind is not None
     raise OptionError(
-        f"{name} is not {named(kind_of_network)}, so --network_module {kind_of_network.network_module} "
+        f"{name} is not {named(network_kind)}, so --network_module {network_kind.network_module} "
         "cannot continue training it. Omit the module, or pass the one that made the file"
     )
 

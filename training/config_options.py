@@ -91,9 +91,9 @@ def _report_unknown_key(
     Raises:
         OptionError: If the key is nearly the name of an option.
     """
-    from training.kohya_page import explain_key, is_of_kohya_page  # only with a file
+    from training.kohya_page import explain_key, is_kohya_gui_key  # only with a file
 
-    if not is_of_kohya_page(key):
+    if not is_kohya_gui_key(key):
         _reject_misspelled(path, key, actions)
         logger.warning(f"{path}: {key} is ignored because no option has that name")
         return
@@ -275,11 +275,11 @@ def _explain_wrong_value(path: Path, action: argparse.Action, value: Any) -> Opt
         int_or_float: "steps, or a fraction such as 0.05",
     }
     if action.nargs in {None, 0}:
-        number_of_values = ""
+        count_text = ""
     elif isinstance(action.nargs, int):
-        number_of_values = f", {action.nargs} in a list"
+        count_text = f", {action.nargs} in a list"
     else:
-        number_of_values = ", or a list of them"
+        count_text = ", or a list of them"
     return OptionError(
-        f"{path}: {action.dest} = {value!r}: expected {names.get(kind, 'text in quotes')}{number_of_values}"
+        f"{path}: {action.dest} = {value!r}: expected {names.get(kind, 'text in quotes')}{count_text}"
     )

@@ -18,7 +18,14 @@ from generation.sample_lines import read_sample_file
 from modules.console import format_count
 from modules.control_codes import shorten
 from modules.errors import OptionError, UserError
-from training.samples import Sample, Sampler, encode_samples, parse_requests, prompts_of, warn_of_unused
+from training.samples import (
+    Sample,
+    Sampler,
+    encode_samples,
+    list_prompts,
+    parse_requests,
+    warn_about_unused_keys,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -125,13 +132,13 @@ def _encode_edited(sampler: Sampler, log_activity: Callable[[str], None]) -> Sam
             f"({session.blocks.option_name}). End the training and continue it to take them"
         )
     if source.process_index == 0:
-        warn_of_unused(entries, session.family, source.path)
+        warn_about_unused_keys(entries, session.family, source.path)
     if has_new_texts:
         log_activity("encoding edited prompts")
     encoded_samples = encode_samples(session, entries, edited_requests, decodes=sampler.writes_files)
     samples = unchanged_samples | {sample.index: sample for sample in encoded_samples}
     return replace(
-        sampler, samples=[samples[index] for index in sorted(samples)], prompts=prompts_of(entries)
+        sampler, samples=[samples[index] for index in sorted(samples)], prompts=list_prompts(entries)
     )
 
 

@@ -96,7 +96,7 @@ def read_adapter(
     return read_weighted_lora(path, expert.name, multiplier)
 
 
-def module_of(family: Family, options: TrainingOptions) -> str:
+def get_network_module(family: Family, options: TrainingOptions) -> str:
     """Return --network_module, or the family's default module; "" in full fine-tuning."""
     return "" if options.network is None else options.network.network_module or family.lora_module
 
@@ -128,10 +128,10 @@ def check_experts(family: Family, options: TrainingOptions) -> None:
             "--network_weights. Use that, or add --lora_per_expert"
         )
     if options.network is not None and has_two_transformers:
-        _check_network_of_two(options.network, by_expert)
+        _check_expert_networks(options.network, by_expert)
 
 
-def _check_network_of_two(network: NetworkOptions, by_expert: ExpertTrainingOptions) -> None:
+def _check_expert_networks(network: NetworkOptions, by_expert: ExpertTrainingOptions) -> None:
     """Raise OptionError if a network does not support two transformers, each with its own or sharing one."""
     if by_expert.lora_per_expert:
         if network.dim_from_weights and by_expert.network_weights_high_noise is None:
@@ -150,7 +150,7 @@ def _check_network_of_two(network: NetworkOptions, by_expert: ExpertTrainingOpti
 def log_experts(
     family: Family,
     options: TrainingOptions,
-    timesteps_of_tables: Sequence[TimestepOptions],
+    table_timesteps: Sequence[TimestepOptions],
     has_sample_only_networks: bool = False,
 ) -> None:
     """Log the noise levels at which the transformers are trained; warn about few-step transformers.
@@ -158,7 +158,7 @@ def log_experts(
     Args:
         family: The model family.
         options: Options of the run.
-        timesteps_of_tables: Timestep options of each dataset table.
+        table_timesteps: Timestep options of each dataset table.
         has_sample_only_networks: Whether samples also use transformers that are not trained.
     """
     experts, all_experts = family.experts, family.defaults.experts
@@ -172,18 +172,18 @@ def log_experts(
             "%s is ignored because there is no --sample_prompts", family.abilities.sampling_dit_option
         )
     if len(all_experts) > 1:
-        _log_trained_expert(family, options, timesteps_of_tables, has_sample_only_networks)
+        _log_trained_expert(family, options, table_timesteps, has_sample_only_networks)
 
 
 def _log_trained_expert(
     family: Family,
     options: TrainingOptions,
-    timesteps_of_tables: Sequence[TimestepOptions],
+    table_timesteps: Sequence[TimestepOptions],
     has_sample_only_networks: bool,
 ) -> None:
     """Log which of a model's two transformers are trained and used for samples, and at which timesteps."""
     experts, all_experts = family.experts, family.defaults.experts
-    trained_expert = find_trained_expert(family, timesteps_of_tables)
+    trained_expert = find_trained_expert(family, table_timesteps)
     for expert in experts:
         network = network_for(options, expert)
         if network is not None and network.network_weights is not None:
@@ -199,7 +199,7 @@ def _log_trained_expert(
     elif experts[0].min_timestep > 0:
         logger.info("Only timesteps from %g on are trained, the range of --dit_high_noise.", boundary)
     elif trained_expert is None:
-        _warn_of_all_levels(options, boundary)
+        _warn_of_all_timesteps(options, boundary)
 
 
 def describe_few_steps(family: Family, options: TrainingOptions) -> str:
@@ -251,12 +251,12 @@ def _warn_of_other_experts_weights(
 ) -> None:
     """Warn if the file of --network_weights was trained for the other expert."""
     if (network.network_module or family.lora_module) in OWN_MODULES:
-        from networks.loading import read_lora, warn_of_other_expert  # only with LoRA files
+        from networks.loading import read_lora, warn_about_other_expert  # only with LoRA files
 
-        warn_of_other_expert(read_lora(weights), expert)
+        warn_about_other_expert(read_lora(weights), expert)
 
 
-def _warn_of_all_levels(options: TrainingOptions, boundary: float) -> None:
+def _warn_of_all_timesteps(options: TrainingOptions, boundary: float) -> None:
     """Warn that one of two transformers is trained at all timesteps.
 
     Args:
@@ -282,14 +282,14 @@ def _warn_of_all_levels(options: TrainingOptions, boundary: float) -> None:
 
 
 def expert_metadata(
-    family: Family, options: TrainingOptions, timesteps_of_tables: Sequence[TimestepOptions], expert_name: str
+    family: Family, options: TrainingOptions, table_timesteps: Sequence[TimestepOptions], expert_name: str
 ) -> dict[str, str]:
     """Return the metadata that names the transformer (expert) for which a file was trained.
 
     Args:
         family: The model family.
         options: Options of the run.
-        timesteps_of_tables: Timestep options of each dataset table.
+        table_timesteps: Timestep options of each dataset table.
         expert_name: Name of the expert that the file is for; empty if it is for all trained experts.
     """
     experts = family.experts
@@ -297,7 +297,7 @@ def expert_metadata(
         return {TRAINED_EXPERT: FOR_BOTH}
     trained_name: str | None = expert_name
     if not expert_name:
-        trained_expert = find_trained_expert(family, timesteps_of_tables)
+        trained_expert = find_trained_expert(family, table_timesteps)
         trained_name = None if trained_expert is None else trained_expert.name
     if trained_name is None:
         return {}
@@ -310,21 +310,21 @@ def expert_metadata(
     return metadata
 
 
-def find_trained_expert(family: Family, timesteps_of_tables: Sequence[TimestepOptions]) -> Expert | None:
+def find_trained_expert(family: Family, table_timesteps: Sequence[TimestepOptions]) -> Expert | None:
     """Return which expert (high or low noise) a run's only transformer is; None if unknown or with several.
 
     If its file does not name the expert, the range of the run's timesteps decides.
 
     Args:
         family: The model family.
-        timesteps_of_tables: Timestep options of each dataset table.
+        table_timesteps: Timestep options of each dataset table.
     """
     experts, default = family.experts, family.defaults.experts
     if len(experts) > 1 or len(default) == 1:  # several, or a family of a single transformer
         return None
     if experts != ONE_EXPERT:  # the file names its expert
         return experts[0]
-    lowest, highest = find_level_range(timesteps_of_tables, family.noise)
+    lowest, highest = find_level_range(table_timesteps, family.noise)
     fitting_experts = [
         expert for expert in default if expert.min_timestep <= lowest and highest <= expert.max_timestep
     ]
@@ -334,7 +334,7 @@ def find_trained_expert(family: Family, timesteps_of_tables: Sequence[TimestepOp
 AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}  # --mixed_precision -> dtype
 
 
-def placement_of(
+def choose_placement(
     options: TrainingOptions, device: torch.device, quantization: Quantization | None
 ) -> Placement:
     """Return the device and the dtype of the DiT.
@@ -407,7 +407,7 @@ def check_computing(family: Family, options: TrainingOptions, device: torch.devi
     requested = options.speed.fp8.quantization
     quantization = None if requested is None else prepare(requested, device)
     autocast = AUTOCAST.get(options.accelerator.mixed_precision)  # None without mixed precision
-    placement = placement_of(options, device, quantization)
+    placement = choose_placement(options, device, quantization)
     check_backend(
         placement.attention,
         placement.device,

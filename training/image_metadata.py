@@ -12,7 +12,7 @@ from typing import Any
 
 from dataset.batches.items import TrainingItem
 from dataset.cache_files import parse_latent_name
-from dataset.forms.composing import source_format_of
+from dataset.forms.composing import get_source_format
 from dataset.sources.media_source import MediaSource
 from dataset.table import DatasetTable
 from modules.errors import DatasetError
@@ -203,9 +203,9 @@ def _make_image_counts(tables: Sequence[DatasetTable], items: Sequence[TrainingI
     image_counts = _count_images(items)
     folders: dict[bool, dict[str, dict[str, int]]] = {False: {}, True: {}}
     for table in tables:
-        folders_of_kind = folders[table.is_reg]
+        folder_entries = folders[table.is_reg]
         info = {"n_repeats": table.num_repeats, "img_count": image_counts.num_by_table[table.index]}
-        folders_of_kind[_make_unique(table.source.name, folders_of_kind)] = info
+        folder_entries[_make_unique(table.source.name, folder_entries)] = info
     return {
         "num_train_images": image_counts.num_learned,
         "num_reg_images": image_counts.num_regularization,
@@ -296,7 +296,7 @@ def _describe_dataset(
     buckets = tables[0].buckets
     folders = sorted({table.source.name for table in tables})
     return _common_entries(descriptions) | {
-        "is_dreambooth": not any(source_format_of(table).metadata_key for table in tables),
+        "is_dreambooth": not any(get_source_format(table).metadata_key for table in tables),
         "num_train_images": image_counts.num_learned,
         "num_reg_images": image_counts.num_regularization,
         "resolution": list(tables[0].resolution),
@@ -336,7 +336,7 @@ def _describe_subset(table: DatasetTable, num_images: int) -> dict[str, Any]:
     if table.directory is not None or table.image_folder is not None:
         entry["image_dir"] = table.base_folder.name
     # a subset is recorded either by its metadata file or, for a folder, by class tokens
-    name = source_format_of(table).metadata_key
+    name = get_source_format(table).metadata_key
     if name:
         entry[name] = table.source.name
     else:

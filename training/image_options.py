@@ -25,7 +25,7 @@ from protocols.new_tokens import find_error
 from runtime.options import SWAPPING
 from runtime.ways.composing import list_block_options, list_shared_things
 from training.config_options import write_config_file
-from training.features.composing import options_of_blocks
+from training.features.composing import list_block_feature_options
 from training.learning_options import FOLDERS, NO_CODE, ONE_FILE, SHARD_SIZE, PartsOptions
 from training.noise_options import RAW, WEIGHTINGS, PredictionOptions
 from training.options import (
@@ -463,7 +463,7 @@ _rejected_by_noise = {
     **dict.fromkeys(
         (
             *(*SWAPPING, "use_pinned_memory_for_block_swap"),
-            *(*list_block_options(), *options_of_blocks()),
+            *(*list_block_options(), *list_block_feature_options()),
         ),
         _TRANSFORMER_ONLY,
     ),
@@ -623,7 +623,7 @@ def block_control_net_trainer(network_title: str, defaults: ImageTrainerDefaults
         *SWAPPING,
         "use_pinned_memory_for_block_swap",
         *list_block_options(),
-        *options_of_blocks(),
+        *list_block_feature_options(),
     )
     refused = {
         **dict.fromkeys((*block_options, "gradient_checkpointing_cpu_offload"), _TOKENS),
@@ -707,7 +707,9 @@ def word_trainer(**settings: Any) -> ImageTrainerDefaults:
         settings: Fields of `ImageTrainerDefaults` to replace.
     """
     network_title = "textual inversion; the scripts whose names end in train_network.py train LoRAs"
-    reasons = {name: _LORA_ONLY.format(network_title) + remedy for name, remedy in _REJECTED_FOR_WORDS.items()}
+    reasons = {
+        name: _LORA_ONLY.format(network_title) + remedy for name, remedy in _REJECTED_FOR_WORDS.items()
+    }
     refused = {**_rejected_by_noise, **reasons}
     return replace(NOISE_TRAINER, refused=refused, translate=_read_word, **settings)
 

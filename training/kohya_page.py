@@ -29,7 +29,7 @@ _ADVICE: Mapping[str, str] = {
 }
 
 
-def is_of_kohya_page(key: str) -> bool:
+def is_kohya_gui_key(key: str) -> bool:
     """Return whether a key belongs to the kohya_ss GUI instead of a training script."""
     return key in _ADVICE
 

@@ -18,7 +18,7 @@ from modules.seeds import derive_seed
 from networks.adapter import ForeignNetwork, TrainableNetwork, make_network
 from networks.options import NetworkOptions
 from protocols.family import Described, Trains
-from protocols.family_networks import CustomNetwork, DefaultRate, WritesNetwork, custom_network_of
+from protocols.family_networks import CustomNetwork, DefaultRate, WritesNetwork, get_custom_network
 
 ReadCaptions = Callable[[Sequence[str]], str]
 LORA_RATE = DefaultRate(2e-5, "1e-4", 5e-3)
@@ -96,7 +96,7 @@ def find_network_spec(
         return FULL_MODEL
     if lora_replacement is not None:
         return replace(_describe_custom_network(lora_replacement(family)), is_embedding=True)
-    custom = custom_network_of(family) if family.abilities.has_custom_network else None
+    custom = get_custom_network(family) if family.abilities.has_custom_network else None
     if custom is not None:
         return _describe_custom_network(custom)
     return NetworkSpec(

@@ -13,19 +13,19 @@ from torch.optim import Optimizer
 
 from checkpoints.opening import open_checkpoint
 from checkpoints.shards import SavedForm
-from modules.devices import compute_dtype_of, format_gib, keep_heap_small, warn_if_emulated
+from modules.devices import format_gib, get_compute_dtype, keep_heap_small, warn_if_emulated
 from modules.errors import MemoryPlanError
 from networks.options import NetworkOptions
-from protocols.bundled_embeddings import word_of
+from protocols.bundled_embeddings import get_embedding_word
 from protocols.data import CAPTION
-from protocols.family import Family, part_rates_of, trains_audio
+from protocols.family import Family, get_part_rates, trains_audio
 from protocols.loading import BlockSharder, Placement
 from protocols.rules import Expert
 from runtime.network_setup import make_host_weights
 from runtime.offload.turns import HostCopy
 from runtime.options import SwapOptions
 from runtime.planning.device_memory import MemoryWatch, bytes_on, spare_bytes
-from runtime.run_blocks import stage_files_of
+from runtime.run_blocks import get_stage_files
 from runtime.ways.composing import finish_network, make_block_sharder
 from training import experts
 from training.data.feed import Feed, NoiseSampler
@@ -99,7 +99,7 @@ def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
         sample_networks = _load_sample_networks(loader, builder, networks)
     trainable = builder.join()
     if len(trainable.groups) > 1:
-        _check_rates_of_groups(plan, trainable)
+        _check_group_learning_rates(plan, trainable)
     optimizer, optimizer_name = make_optimizer(plan.options.optimizer, trainable.groups)
     schedule = make_lr_schedule(plan.options.lr_schedule, optimizer, plan.steps.total_steps)
     averaging = find_averaging_optimizer(optimizer)
@@ -132,9 +132,11 @@ def _check_initial_lora(
 ) -> None:
     """Warn if the --network_weights LoRA has embeddings that would be lost, or another prediction type."""
     with open_checkpoint(lora) as checkpoint:
-        words_in_file = {word_of(name) for name in checkpoint.tensors} - {""}
+        words_in_file = {get_embedding_word(name) for name in checkpoint.tensors} - {""}
         metadata = checkpoint.metadata
-    trained_words = {word_of(name) for auxiliary in auxiliary_learners for name in auxiliary.tensors()}
+    trained_words = {
+        get_embedding_word(name) for auxiliary in auxiliary_learners for name in auxiliary.tensors()
+    }
     for word in sorted(words_in_file - trained_words):
         logger.warning(
             "%s contains the word %s, which is not trained further and will not be in the new file. Pass "
@@ -187,7 +189,7 @@ def _load_sample_networks(
     return sample_networks
 
 
-def _check_rates_of_groups(plan: TrainingPlan, trainable: Trainable) -> None:
+def _check_group_learning_rates(plan: TrainingPlan, trainable: Trainable) -> None:
     """Raise OptionError if the optimizer does not support different learning rates, or one of them."""
     rates = {
         f"the learning rate of {name}": group["lr"]
@@ -339,7 +341,7 @@ class NetworkLoader:
         if options.speed.modes.hooks.make_block_sharder:
             block_sharder = make_block_sharder(options.speed, device)
         placement = replace(
-            experts.placement_of(options, device, plan.quantization),
+            experts.choose_placement(options, device, plan.quantization),
             host_weights=host_weights,
             block_sharder=block_sharder,
         )
@@ -354,7 +356,7 @@ class NetworkLoader:
                 patch, t_loras = self._read_merged(loras, network_options, family, index)
                 placement = _add_patch(placement, patch, network_options)
         dit = family.load_dit(placement, index)
-        compute_dtype = compute_dtype_of(dit)
+        compute_dtype = get_compute_dtype(dit)
         autocast = experts.AUTOCAST.get(options.accelerator.mixed_precision)
         if autocast is not None:
             experts.check_dtype(family, options, compute_dtype)
@@ -455,7 +457,7 @@ class NetworkLoader:
             expert = network.expert.name
             loras = [read_weighted_lora(path, expert, multiplier) for path, multiplier in sample_files]
             self.sample_loras.append(add_loras(dit, loras, is_compiled))
-        if stage_files_of(dit):
+        if get_stage_files(dit):
             from networks.gated_loras import add_stage_loras
 
             add_stage_loras(dit, is_compiled)
@@ -542,7 +544,7 @@ class TrainableBuilder:
             return
         rates = LearningRates(options.optimizer.learning_rate)
         if options.lora_parts is not None:
-            rates = self._learning_rates_of_parts(options.lora_parts, rates.default)
+            rates = self._get_part_learning_rates(options.lora_parts, rates.default)
         trainable = prepare_network(
             network,
             rates,
@@ -583,7 +585,7 @@ class TrainableBuilder:
         if self.plan.shards_model:
             from training.saving.split_model import prepare_sharded_dit  # only if it is split
 
-            rates = part_rates_of(self.plan.family)
+            rates = get_part_rates(self.plan.family)
             parts = options.full_dit.name_parts
             file_layout = SavedForm(options.full_dit.shard_bytes)
             full = prepare_sharded_dit(dit, options.optimizer.learning_rate, parts, rates, file_layout)
@@ -598,7 +600,7 @@ class TrainableBuilder:
             return {**saved.parts.get(part, {})}
         return {**saved.network}
 
-    def _learning_rates_of_parts(self, parts: PartsOptions, default: float) -> LearningRates:
+    def _get_part_learning_rates(self, parts: PartsOptions, default: float) -> LearningRates:
         """Return the learning rates of the network's layers in the DiT and in the trained text encoders."""
         live_encoders = self.plan.live_encoders
         if live_encoders is None or not live_encoders.learning_encoders:

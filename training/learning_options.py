@@ -294,7 +294,7 @@ ADAFACTOR = "adafactor"  # or "adafactor:<learning rate>": Adafactor's own steps
 _WITHOUT_CLASS = {"--lr_scheduler_type replaces it": lambda options: not options.lr_scheduler_type}
 
 
-def _of_curves(*curves: str) -> dict[str, Callable[[Any], bool]]:
+def _only_with_schedulers(*curves: str) -> dict[str, Callable[[Any], bool]]:
     """Return the `acts_if` condition of an option that only these learning rate schedules use."""
     why = f"only --lr_scheduler {', '.join(curves)} uses it"
     return {why: lambda options: not options.lr_scheduler_type and options.lr_scheduler in curves}
@@ -326,27 +326,27 @@ class LrScheduleOptions(Options, title="learning-rate schedule"):
         type=int_or_float,
         minimum=0,
         hint=STEPS_OR_FRACTION_HINT,
-        acts_if=_of_curves("warmup_stable_decay"),
+        acts_if=_only_with_schedulers("warmup_stable_decay"),
     )
     lr_scheduler_num_cycles: int = option(
         "cycles of cosine_with_restarts, cosine_with_min_lr, warmup_stable_decay",
         default=1,
         minimum=1,
-        acts_if=_of_curves("cosine_with_restarts", "cosine_with_min_lr", "warmup_stable_decay"),
+        acts_if=_only_with_schedulers("cosine_with_restarts", "cosine_with_min_lr", "warmup_stable_decay"),
     )
     lr_scheduler_power: float = option(
-        "power of polynomial", default=1, minimum=0, below=1000, acts_if=_of_curves("polynomial")
+        "power of polynomial", default=1, minimum=0, below=1000, acts_if=_only_with_schedulers("polynomial")
     )
     lr_scheduler_timescale: int | None = option(
         "time scale of inverse_sqrt; default: the warm-up steps",
         minimum=1,
-        acts_if=_of_curves("inverse_sqrt"),
+        acts_if=_only_with_schedulers("inverse_sqrt"),
     )
     lr_scheduler_min_lr_ratio: float | None = option(
         "lowest factor of cosine_with_min_lr and warmup_stable_decay",
         minimum=0,
         below=1000,
-        acts_if=_of_curves("cosine_with_min_lr", "warmup_stable_decay"),
+        acts_if=_only_with_schedulers("cosine_with_min_lr", "warmup_stable_decay"),
     )
     lr_scheduler_type: str = option(
         "a class of torch.optim.lr_scheduler or package.module.Class instead of --lr_scheduler",

@@ -28,7 +28,7 @@ from training.features.hooks import GradientStep
 from training.loss import NoisyBatch
 from training.optimizers.optimizer import evaluation
 from training.optimizers.stepping import StepAfterBackward
-from training.processes import fill_missing_gradients, largest_of_processes, sum_over_processes
+from training.processes import fill_missing_gradients, reduce_max, sum_over_processes
 from training.reports.history import LOSS
 from training.reports.logs import (
     GRADIENT_NORM_COLUMN,
@@ -207,7 +207,7 @@ def _find_updated_parameters(run: TrainingRun, step_batches: range) -> list[Para
     parameters = run.parameters
     if trainable.by_expert:
         parameters = []
-        for expert in _experts_of_step(run, step_batches):
+        for expert in _list_step_experts(run, step_batches):
             parameters += trainable.by_expert[expert]
     if run.audio_parameters and not _has_audio(run, step_batches):
         parameters = [parameter for parameter in parameters if parameter not in run.audio_parameters]
@@ -216,7 +216,7 @@ def _find_updated_parameters(run: TrainingRun, step_batches: range) -> list[Para
     return parameters
 
 
-def _experts_of_step(run: TrainingRun, step_batches: range) -> list[int]:
+def _list_step_experts(run: TrainingRun, step_batches: range) -> list[int]:
     """Return the indices of the experts that a step's micro-batches train."""
     return sorted({run.feed.find_expert((run.progress.epoch, index)) for index in step_batches})
 
@@ -274,7 +274,7 @@ def _make_skip_check(
     experts = run.family.experts
     kind = []
     if len(experts) > 1:
-        kind += sorted(experts[index].name for index in _experts_of_step(run, step_batches))
+        kind += sorted(experts[index].name for index in _list_step_experts(run, step_batches))
     if run.audio_parameters and _has_audio(run, step_batches):
         kind.append(AUDIO_STREAM)
     return _SkipCheck(run, GradientStep(loss=loss, keys=keys, kind=" ".join(kind)))
@@ -328,7 +328,7 @@ def _accumulate(
     with contextlib.ExitStack() as stack:
         for adapter in run.model.dits.loras:
             stack.enter_context(adapter.switched_to(is_on=True))
-        for position in range(len(steps.batches_of_process(step_batches, run.feed.process))):
+        for position in range(len(steps.list_process_batches(step_batches, run.feed.process))):
             noisy_batch = _prepare_batch(run, next(micro_batches))
             passes = {noisy_batch.expert: False}  # expert -> whether its pass is a dummy
             if steps.in_lockstep:
@@ -417,7 +417,7 @@ def _passes_in_lockstep(run: TrainingRun, step_batches: range, position: int, ex
     """
     steps = run.steps
     indexes = [
-        steps.batches_of_process(step_batches, process)[position]
+        steps.list_process_batches(step_batches, process)[position]
         for process in range(steps.data_parallel_size)
     ]
     experts = [expert]
@@ -461,9 +461,9 @@ def _add_feature_metrics(
     for names, recorded in metrics:
         if recorded is not None:
             first = columns.names.index(names[0])
-            columns_of_feature = slice(first, first + len(names))
-            values[columns.sum_columns][columns_of_feature] += recorded
-            values[columns.count_columns][columns_of_feature] += 1
+            feature_columns = slice(first, first + len(names))
+            values[columns.sum_columns][feature_columns] += recorded
+            values[columns.count_columns][feature_columns] += 1
 
 
 def _log_report(run: TrainingRun, step: StepReport | None) -> None:
@@ -639,9 +639,9 @@ def _sample(run: TrainingRun) -> None:
     progress = run.progress
     if run.sampler is not None:
         was_stopped = not _make_samples(run, run.sampler)
-        if largest_of_processes(was_stopped, run.steps.num_processes, run.device):
+        if reduce_max(was_stopped, run.steps.num_processes, run.device):
             logger.info("Samples of step %d will be made after resuming.", progress.step)
-            run.requests.ending_agreed = True  # `largest_of_processes` had the same result in all processes
+            run.requests.ending_agreed = True  # `reduce_max` had the same result in all processes
             return
         run.reporter.log_samples(
             progress.step,
@@ -666,7 +666,7 @@ def _make_samples(run: TrainingRun, sampler: "Sampler") -> bool:
     num_together = run.steps.num_processes if run.steps.works_together else 1
 
     def raise_if_stopped() -> None:
-        if largest_of_processes(run.requests.ending_requested, num_together, run.device):
+        if reduce_max(run.requests.ending_requested, num_together, run.device):
             raise SamplingStopped
 
     pause = run.logs.clock.pause(SAMPLES)

@@ -169,10 +169,10 @@ def sample_errors_outside(
     weights = mask_weights(noisy_batch.batch, errors)
     assert weights is not None  # the batch has masks
     errors = errors * (1 - weights)
-    return (_mean_of_noisy_frames(errors, noisy_batch),)
+    return (_mean_over_noisy_frames(errors, noisy_batch),)
 
 
-def _mean_of_noisy_frames(errors: Tensor, noisy_batch: NoisyBatch) -> Tensor:
+def _mean_over_noisy_frames(errors: Tensor, noisy_batch: NoisyBatch) -> Tensor:
     """Return the mean error of each sample, B, over its noisy latents, excluding clean condition frames.
 
     Args:
@@ -222,7 +222,7 @@ def sample_errors(
     if not MASKS.isdisjoint(noisy_batch.batch.tensors):  # the batch has a mask
         weights = mask_weights(noisy_batch.batch, errors)
         errors = errors if weights is None else errors * weights
-    image_errors = _mean_of_noisy_frames(errors, noisy_batch)
+    image_errors = _mean_over_noisy_frames(errors, noisy_batch)
     if audio is None:
         return (image_errors,)
     audio_errors = element_errors(

@@ -46,7 +46,7 @@ def continued_sizes_metadata(model: TrainedModel, expert_name: str) -> dict[str,
     if not (initial_file or model.plan.saved):
         return {}
     ranks, alphas = model.trainable.ranks_and_alphas(expert_name)
-    state_keeps_sizes = _has_sizes_of_options(network, ranks, alphas) or not network.kind.has_alpha
+    state_keeps_sizes = _has_requested_sizes(network, ranks, alphas) or not network.kind.has_alpha
     if state_keeps_sizes and not initial_file:
         return {}
     sizes: dict[str, Sequence[float]] = {"ss_network_dim": ranks, "ss_network_alpha": alphas}
@@ -57,7 +57,7 @@ def continued_sizes_metadata(model: TrainedModel, expert_name: str) -> dict[str,
     }
 
 
-def _has_sizes_of_options(network: NetworkOptions, ranks: Sequence[int], alphas: Sequence[float]) -> bool:
+def _has_requested_sizes(network: NetworkOptions, ranks: Sequence[int], alphas: Sequence[float]) -> bool:
     """Return whether a network has the rank and the alpha of its options."""
     return network.rank in ranks and (network.network_alpha or network.rank) in alphas
 

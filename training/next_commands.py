@@ -149,7 +149,7 @@ class NextSteps:
 
     def _list_files(self, file: Path) -> Iterable[Path]:
         """Return the files of the save that `file` belongs to: one, or one for each expert."""
-        return self.plan.names.model_files(self.plan.names.stem_of(file)).values()
+        return self.plan.names.model_files(self.plan.names.get_stem(file)).values()
 
     def _needs_conversion(self, lora: NetworkOptions) -> bool:
         """Return whether `converted_for` reads the saved LoRA only after a conversion."""
@@ -192,7 +192,7 @@ class NextSteps:
         family = self.plan.family
         if not trains_checkpoint(family):
             return True
-        return family.is_of_one_file and bool(self.plan.names.suffix) and family.keeps_shapes
+        return family.is_single_file and bool(self.plan.names.suffix) and family.keeps_shapes
 
     def _extract(self, file: Path) -> PageCommand:
         """Return the command that extracts a LoRA from the difference of trained model and base model."""
@@ -296,7 +296,7 @@ class NextSteps:
         spellings = self.command.family_entry.spellings
         folder_flag = spellings.get("save_path", "--save_path")
         sample_arguments = [
-            *arguments_of_sample(self.sample, spellings),
+            *make_sample_arguments(self.sample, spellings),
             *(folder_flag, str(file.parent / "generated")),
         ]
         # None: the model's own script generates with the file, and takes it as a LoRA or instead of --dit
@@ -327,15 +327,15 @@ class NextSteps:
         """Return the files of the save that `file` belongs to: high-noise files, then all other files."""
         average = self.plan.features.average
         suffix = AVERAGE if average is not None and average.is_sampled else ""  # what the samples show
-        files = [*self.plan.names.model_files(self.plan.names.stem_of(file) + suffix).values()]
+        files = [*self.plan.names.model_files(self.plan.names.get_stem(file) + suffix).values()]
         high_files = []
         other_files = []
         for index, expert in enumerate(self.plan.family.experts):
-            of_expert = files[min(index, len(files) - 1)]  # one file may be for both experts
+            expert_file = files[min(index, len(files) - 1)]  # one file may be for both experts
             if expert.name == HIGH_NOISE:
-                high_files.append(of_expert)
+                high_files.append(expert_file)
             else:
-                other_files.append(of_expert)
+                other_files.append(expert_file)
         return high_files, other_files
 
     def _add_trained_files(self, arguments: Sequence[str], ending: str, files: Sequence[Path]) -> list[str]:
@@ -380,7 +380,7 @@ class NextSteps:
         return [*arguments[:index], flag, str(file), *arguments[index + 2 :]]
 
 
-def arguments_of_sample(sample: Mapping[str, Any], spellings: Mapping[str, str] | None = None) -> list[str]:
+def make_sample_arguments(sample: Mapping[str, Any], spellings: Mapping[str, str] | None = None) -> list[str]:
     """Return the command-line arguments that reproduce a sample.
 
     Args:

@@ -44,9 +44,9 @@ def require_equal_shapes(other: Family, trained: Family, option: str, consequenc
         consequence: Reason why shapes must be equal, for the message.
     """
     with quiet():
-        shapes = shapes_of(trained.load_dit(UNUSED))
+        shapes = list_shapes(trained.load_dit(UNUSED))
         for index in range(len(other.experts)):
-            for name, shape in shapes_of(other.load_dit(UNUSED, index)).items():
+            for name, shape in list_shapes(other.load_dit(UNUSED, index)).items():
                 if shapes.get(name, shape) != shape:
                     raise CheckpointError(
                         f"{option}: its {name} has the shape {list(shape)}, but in the trained transformer "
@@ -54,7 +54,7 @@ def require_equal_shapes(other: Family, trained: Family, option: str, consequenc
                     )
 
 
-def shapes_of(network: nn.Module) -> Shapes:
+def list_shapes(network: nn.Module) -> Shapes:
     """Return the shapes of a network's parameters by name; packed weights have their unpacked shapes."""
     shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
     for name, module in network.named_modules():

@@ -24,7 +24,7 @@ from modules.lost_processes import OtherProcesses
 from modules.option_values import require
 from modules.speed_options import Quantization
 from networks.formats import LoraFormat
-from protocols.family import Family, audio_of, brings_empty_text
+from protocols.family import Family, brings_empty_text, get_audio_spec
 from protocols.full_model import trains_checkpoint
 from runtime.offload.joining import have_joined
 from runtime.ways.composing import count_groups, warn_if_alone
@@ -37,7 +37,7 @@ from training.checks import (
 from training.data.feed import BatchSources
 from training.data.live import LiveTextEncoders
 from training.data.table_times import check_timesteps, list_timestep_options, timestep_options_by_group
-from training.experts import check_computing, log_experts, module_of
+from training.experts import check_computing, get_network_module, log_experts
 from training.features.composing import begin_run
 from training.features.contract import EMPTY_PROMPT, LIVE_TEXTS, PRESERVE_OUTPUT, REJECTED_ONES
 from training.features.hooks import RunFeatures
@@ -205,7 +205,7 @@ class RunPlanner:
             options=options,
             features=features,
             network_spec=self.network_spec,
-            network_module=module_of(family, options),
+            network_module=get_network_module(family, options),
             names=_name_files(family, options, features),
             other_families=self.others,
             accelerator=self.accelerator,
@@ -266,7 +266,7 @@ class RunPlanner:
         )
         training, validation = self._split_items(items, seed)
         data = _TrainingData(training, validation, sources)
-        self._warn_of_data(features, data)
+        self._warn_of_mismatched_data(features, data)
         return data
 
     def _find_sources(self, features: RunFeatures, live_encoders: LiveTextEncoders | None) -> BatchSources:
@@ -330,7 +330,7 @@ class RunPlanner:
             text_keys=family.text_keys,
             stores=sources.stores,
             on_the_fly_tables=sources.tables,
-            audio=audio_of(family),
+            audio=get_audio_spec(family),
             trusts_index=True,
         )
         items = require_items(found_items, commands)
@@ -349,7 +349,7 @@ class RunPlanner:
             trained_encoder_ids=trained_encoder_ids,
         )
         if process_index == 0:
-            audio = audio_of(family)
+            audio = get_audio_spec(family)
             has_audio_caches = audio is not None and not audio.is_in_latent_cache
             tables = self.config.datasets
             compare_sources(
@@ -379,7 +379,7 @@ class RunPlanner:
                 logger.warning("--%s is ignored because there is nothing to validate on: %s", name, remedy)
         return training, validation
 
-    def _warn_of_data(self, features: RunFeatures, data: _TrainingData) -> None:
+    def _warn_of_mismatched_data(self, features: RunFeatures, data: _TrainingData) -> None:
         """Warn about captions, rejected items, references and masks that do not fit the options."""
         tables, subset = self.config.datasets, self.options.subset
         for read in (*features.caption_checks, *self.network_spec.caption_checks):

@@ -18,7 +18,7 @@ from dataset.table import DatasetTable
 from modules.console import format_count
 from modules.devices import select_device
 from modules.errors import DatasetError, OptionError
-from protocols.family import Family, audio_of
+from protocols.family import Family, get_audio_spec
 from runtime.planning.device_memory import device_memory_to_plan
 from training.caching_inside import (
     TablePlan,
@@ -87,8 +87,8 @@ def _list_tables(
     family: Family, options: TrainingOptions, network_spec: NetworkSpec
 ) -> Sequence[DatasetTable]:
     """Return the tables of the dataset file; () if no file is given."""
-    is_of_folders = options.subset is not None and options.subset.replaces_toml
-    if options.loop.dataset_config is None and not is_of_folders:
+    uses_folders = options.subset is not None and options.subset.replaces_toml
+    if options.loop.dataset_config is None and not uses_folders:
         return ()
     return read_config(options, family, network_spec).datasets
 
@@ -179,7 +179,7 @@ def _check_dataset(
             ],
             text_keys=family.text_keys,
             counters=counters,
-            audio=audio_of(family),
+            audio=get_audio_spec(family),
             validation=validation,
         )
     # the training itself will encode some of the caches
@@ -349,7 +349,7 @@ def _read_largest_batch(
         text_keys=family.text_keys,
         stores=stores,
         on_the_fly_tables=tables,
-        audio=audio_of(family),
+        audio=get_audio_spec(family),
     )
     items = require_items(found_items, commands)
     check_channels(items, family.latent, commands, stores)

@@ -120,7 +120,7 @@ def fill_missing_gradients(parameters: Iterable[Parameter]) -> None:
             parameter.grad = torch.zeros_like(parameter)
 
 
-def norm_of_gradients(parameters: Iterable[Parameter], sharded: Collection[Tensor] = ()) -> Tensor:
+def compute_gradient_norm(parameters: Iterable[Parameter], sharded: Collection[Tensor] = ()) -> Tensor:
     """Return the total norm of all gradients, in float32.
 
     For bf16 gradients, torch would round the norm to 3 digits.
@@ -133,11 +133,11 @@ def norm_of_gradients(parameters: Iterable[Parameter], sharded: Collection[Tenso
     if sharded:
         parameters = list(parameters)
         # each process has only some rows of sharded gradients, and all other gradients whole
-        sharded_square = norm_of_gradients(
+        sharded_square = compute_gradient_norm(
             parameter for parameter in parameters if parameter in sharded
         ).square()
         torch.distributed.all_reduce(sharded_square)
-        unsharded = norm_of_gradients(parameter for parameter in parameters if parameter not in sharded)
+        unsharded = compute_gradient_norm(parameter for parameter in parameters if parameter not in sharded)
         return (sharded_square + unsharded.square()).sqrt()
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if all(gradient.dtype == torch.float32 for gradient in gradients):
@@ -159,7 +159,7 @@ def sum_over_processes(parameters: list[Parameter], numbers: Tensor) -> Tensor:
     return numbers
 
 
-def largest_of_processes(value: int, processes: int, device: torch.device) -> int:
+def reduce_max(value: int, processes: int, device: torch.device) -> int:
     """Return the largest value among the processes. All processes must call this."""
     if processes == 1:
         return value

@@ -17,10 +17,10 @@ from dataset.batches.order import BatchOrder
 from modules.errors import OptionError
 from modules.option_values import read_literals, to_path
 from modules.options import option_values, options_with, replace_synonyms
-from networks.kinds.composing import kind_of_module
+from networks.kinds.composing import get_module_kind
 from networks.options import DEFAULT_RANK, NOTHING_FROZEN
 from protocols.family import Family
-from training.experts import TRAINING_ADAPTER, module_of
+from training.experts import TRAINING_ADAPTER, get_network_module
 from training.features import FEATURES
 from training.optimizers.optimizer import PATHS
 from training.options import TrainingOptions
@@ -172,7 +172,7 @@ def collect_run_settings(
         adapter: The training adapter with a hash of its file (`describe_adapter`); None without
             --training_adapter.
     """
-    config = public_config(options) | {"network_module": module_of(family, options)}
+    config = public_config(options) | {"network_module": get_network_module(family, options)}
     fixed: dict[str, Any] = {"--seed": seed if options.loop.seed is None else options.loop.seed}
     fixed |= _values_by_flag(config, "identity")
     fixed |= {f"--{name}": value for name, value in recorded_values(family.options, "identity").items()}
@@ -415,7 +415,7 @@ def _normalize_fixed_settings(fixed: Mapping[str, Any], record: type) -> dict[st
         if option in resolved:
             resolved[option] = _normalize_arguments(option, str(resolved[option]))
     if resolved.get("--network_dim") == str(None):  # recorded as text: the option was left out
-        kind = kind_of_module(resolved.get("--network_module"))
+        kind = get_module_kind(resolved.get("--network_module"))
         resolved["--network_dim"] = kind.default_size or DEFAULT_RANK
     if resolved.get("--network_alpha") == 0:  # 0 means the same value as the rank
         resolved["--network_alpha"] = resolved.get("--network_dim")

@@ -22,7 +22,7 @@ from runtime.options import SwapOptions
 from runtime.planning.device_memory import MemoryWatch, too_little
 from runtime.ways.composing import make_block_sharder
 from training.checks import check_before_loading
-from training.features.composing import act_at_end, end_of_run
+from training.features.composing import act_at_end, call_end_hooks
 from training.features.hooks import RunEnd
 from training.learner import find_network_spec
 from training.learning import load_model, make_run
@@ -81,7 +81,7 @@ def train_network(
         return show_preview(family, options, network_spec, commands, others)
     dynamo()  # the first optimizer step would import it; import it earlier, so that it is frozen too
     freeze_libraries()
-    with end_of_run(options.features) as end:
+    with call_end_hooks(options.features) as end:
         try:
             with prepare_run(family, options, command, others=others, end=end) as run:
                 end.has_begun = True

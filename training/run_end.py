@@ -57,13 +57,13 @@ def start_command(
             because the user has just typed them and sees the error.
         max_seconds: Seconds to wait for its end.
     """
-    code = exit_code_of(error)
+    code = get_exit_code(error)
     if code == OptionError.exit_code and not has_begun:
         return
     _start_program(option, argv, _list_variables(run, code, error), max_seconds)
 
 
-def exit_code_of(error: BaseException | None) -> int:
+def get_exit_code(error: BaseException | None) -> int:
     """Return the exit code of a program that ends with this error; 0 without an error."""
     if error is None:
         return 0

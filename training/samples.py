@@ -15,12 +15,12 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
-from blissful_tuner.guidance import warn_of_low_scales
+from blissful_tuner.guidance import warn_about_low_scales
 from blissful_tuner.latent_preview import LatentPreviews, make_previews, preview_clip
 from blissful_tuner.metadata import as_png_texts, as_tags, output_metadata
 from blissful_tuner.options import NO_PREVIEW, PreviewOptions
 from generation.denoise import OnSection, make_latents
-from generation.embedding_marks import warn_of_embeddings
+from generation.embedding_marks import warn_about_embeddings
 from generation.experts import ExpertOffloader
 from generation.loaded_networks import (
     NO_ENCODERS,
@@ -45,7 +45,7 @@ from modules.control_codes import shorten
 from modules.errors import OptionError
 from modules.media.colors import Frame
 from modules.media.layers import write_layers
-from modules.media.pixels import frames_of
+from modules.media.pixels import iterate_frames
 from modules.media.tracks import Track, write_wav
 from modules.media.writing import write_png, write_video
 from modules.option_values import to_path
@@ -246,7 +246,7 @@ class Sampler:
                 write_wav(path, track, metadata)
                 return path
             # decoding continues while the frames are written
-            return self._write_frames(frames_of(pixels), prepared, stem, metadata=metadata, track=track)
+            return self._write_frames(iterate_frames(pixels), prepared, stem, metadata=metadata, track=track)
 
     def _write_frames(
         self,
@@ -266,7 +266,7 @@ class Sampler:
         if latent.has_layers:
             return write_layers(self.folder, stem, frames, latent.has_full, as_png_texts(metadata))[-1]
         if prepared.frames == 1:
-            number = "" if latent.is_of_images else "_000"  # a single image of a video model
+            number = "" if latent.is_image_only else "_000"  # a single image of a video model
             path = self.folder / f"{stem}{number}.png"
             write_png(path, next(frames), as_png_texts(metadata))
             return path
@@ -377,7 +377,7 @@ def prepare_samples(
     )
     entries, all_prepared = parse_requests(family, source.text, prompt_file)
     if process_index == 0:
-        warn_of_unused(entries, family, prompt_file)
+        warn_about_unused_keys(entries, family, prompt_file)
         _remove_unfinished(folder, name)
     session = Session(
         family, device, ExpertOffloader(family.experts, device, _refuse_dit), blocks=block_sharder
@@ -399,14 +399,14 @@ def prepare_samples(
         name,
         has_metadata=has_metadata,
         weights_suffix=weights_suffix,
-        prompts=prompts_of(entries),
+        prompts=list_prompts(entries),
         previews=previews,
         draw_seed=draw_together if is_joint else draw_local_seed,
         writes_files=writes,
     )
 
 
-def prompts_of(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+def list_prompts(entries: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the prompt of each entry; an entry without one has an empty prompt."""
     return [str(entry.get("prompt", "")) for entry in entries]
 
@@ -463,7 +463,7 @@ def _encode_media(
     return inputs
 
 
-def warn_of_unused(entries: Sequence[Mapping[str, Any]], family: Family, prompt_file: Path) -> None:
+def warn_about_unused_keys(entries: Sequence[Mapping[str, Any]], family: Family, prompt_file: Path) -> None:
     """Warn about settings in the prompt file that the model does not use."""
     keys = {key for entry in entries for key, value in entry.items() if value is not None}
     if "discrete_flow_shift" in keys and family.defaults.flow_shift is None:
@@ -535,9 +535,9 @@ def _prepare_entry(
     number, entry = numbered_entry
     try:
         request = sample_request(entry, family)
-        warn_of_embeddings(family, request)
+        warn_about_embeddings(family, request)
         prepared = family.prepare(request)
-        warn_of_low_scales(prepared)
+        warn_about_low_scales(prepared)
     except (OptionError, ValueError, TypeError) as error:  # ValueError, TypeError: text instead of a number
         prompt = shorten(str(entry.get("prompt", "")), 100)
         raise OptionError(f"{prompt_file}, prompt {number} ({prompt!r}): {error}") from None
@@ -643,7 +643,7 @@ def _with_fitted_size(
     multiple = latent.pixel_step
     fitted_width = None if width is None else fit_side(width, multiple)
     fitted_height = None if height is None else fit_side(height, multiple)
-    fitted_frames = 1 if latent.is_of_images else latent.lengths.fit(frames)
+    fitted_frames = 1 if latent.is_image_only else latent.lengths.fit(frames)
     if latent.has_layers:
         fitted_frames = frames  # --f is the number of layers here, and any number is valid
     warnings = []
@@ -651,7 +651,7 @@ def _with_fitted_size(
         pixels = f"{width} x {height} pixels (--w, --h) are changed to {fitted_width} x {fitted_height}"
         warnings.append(f"{pixels}: sides are multiples of {multiple}")
     if fitted_frames != frames:
-        reason = "a picture has one frame" if latent.is_of_images else f"lengths are {latent.lengths} frames"
+        reason = "a picture has one frame" if latent.is_image_only else f"lengths are {latent.lengths} frames"
         warnings.append(f"{format_count(frames, 'frame')} (--f) changed to {fitted_frames}: {reason}")
     if warnings:
         logger.warning("the sample %r: %s", request.prompt, "; ".join(warnings))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modules.devices import DTYPES, compute_dtype_of
+from modules.devices import DTYPES, get_compute_dtype
 from modules.errors import OptionError
 from runtime.offload.block_swap import write_back_all
 from runtime.offload.sharding import as_sharded
@@ -210,7 +210,7 @@ def file_dtype(options: TrainingOptions, dit: nn.Module) -> torch.dtype | None:
     precision = options.saving.save_precision
     if precision is not None:
         return DTYPES[precision]
-    return None if options.network is None else compute_dtype_of(dit)
+    return None if options.network is None else get_compute_dtype(dit)
 
 
 def collect_state(model: TrainedModel) -> states.SavedState:

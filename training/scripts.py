@@ -84,7 +84,7 @@ def training_script(
                 reject_for_full(option_values(family_options).get("dit_dtype"))
             check(family_options)
             if os.environ.get(TELLS_UNUSED):
-                _warn_of_unused(options, family_options)
+                _warn_of_unused_options(options, family_options)
             if os.environ.get(ONLY_OPTIONS):  # a caller only wants to know whether the options are valid
                 return
 
@@ -95,7 +95,7 @@ def training_script(
         if exit_code:
             raise SystemExit(exit_code)
 
-    return Script.of_family(family, train)
+    return Script.for_family(family, train)
 
 
 def _start_training(
@@ -140,7 +140,7 @@ def _start_training(
     return train_network(model, options, command, others=OtherFamilies(sampling, with_other_dit))
 
 
-def _warn_of_unused(options: TrainingOptions, family_options: Any) -> None:
+def _warn_of_unused_options(options: TrainingOptions, family_options: Any) -> None:
     """Warn about options that have no effect in this run, and about unread keys of its dataset file."""
     from dataset.config import load_dataset_config
     from training.unused_options import list_without_effect

@@ -36,22 +36,22 @@ class Progress:
     plan_step: int = 0
     changes: list[str] = field(default_factory=list)  # what --resume_changed changed, in words
     skipped: int = 0  # steps that were not taken
-    of_features: dict[Any, Any] = field(default_factory=dict)  # state of each feature, by its dataclass
+    feature_states: dict[Any, Any] = field(default_factory=dict)  # state of each feature, by its dataclass
     unclaimed: dict[str, Any] = field(default_factory=dict)  # saved values that no feature has taken yet
 
     @classmethod
-    def of_state(cls, values: Mapping[str, Any]) -> "Progress":
+    def from_state(cls, values: Mapping[str, Any]) -> "Progress":
         """Restore a state from `as_state`; values of features stay in `unclaimed` until `feature_state`."""
-        own = {field.name for field in fields(cls)} - {"of_features", "unclaimed"}
+        own = {field.name for field in fields(cls)} - {"feature_states", "unclaimed"}
         progress = cls(**{name: value for name, value in values.items() if name in own})
         progress.unclaimed |= {name: value for name, value in values.items() if name not in own}
         return progress
 
     def as_state(self) -> dict[str, Any]:
         """Return the fields of the run and of its features as plain values for a saved state."""
-        values = asdict(replace(self, of_features={}, unclaimed={})) | self.unclaimed
-        del values["of_features"], values["unclaimed"]
-        for record in self.of_features.values():
+        values = asdict(replace(self, feature_states={}, unclaimed={})) | self.unclaimed
+        del values["feature_states"], values["unclaimed"]
+        for record in self.feature_states.values():
             values |= asdict(record)
         return values
 
@@ -61,12 +61,12 @@ class Progress:
         Raises:
             TypeError: If a restored value has the wrong type.
         """
-        if kind not in self.of_features:
+        if kind not in self.feature_states:
             names = [name for name in get_type_hints(kind) if name in self.unclaimed]
             record = kind(**{name: self.unclaimed.pop(name) for name in names})
             check_types(record)
-            self.of_features[kind] = record
-        return self.of_features[kind]
+            self.feature_states[kind] = record
+        return self.feature_states[kind]
 
 
 def check_types(record: Any) -> None:
@@ -135,7 +135,7 @@ class StepPlan:
         for start in starts[: max(0, self.total_steps - done)]:
             yield range(start, min(start + self.batches_per_step, self.num_batches))
 
-    def batches_of_process(self, step_batches: range, process: int) -> list[int]:
+    def list_process_batches(self, step_batches: range, process: int) -> list[int]:
         """Return the micro-batches of a step that process number `process` works on.
 
         The list may be empty in the last step of an epoch. In lockstep it never is: a process without a
@@ -161,5 +161,5 @@ class StepPlan:
             start = position if current_epoch == epoch else 0
             for step_batches in self.batches_by_step(current_epoch, start):
                 yield from (
-                    (current_epoch, index) for index in self.batches_of_process(step_batches, process)
+                    (current_epoch, index) for index in self.list_process_batches(step_batches, process)
                 )

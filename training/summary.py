@@ -298,11 +298,11 @@ def _make_result_rows(run: TrainingRun, run_history: history.RunHistory) -> list
     rows: list[Row] = []
     for path in names.model_files(names.name).values():
         if path.exists():
-            rows.append(("result", f"{path} ({format_size(_size_of(path))})"))
+            rows.append(("result", f"{path} ({format_size(_sum_file_sizes(path))})"))
     if run_history.validations:
         rows.append(("best by validation", describe_best(run_history, names.folder, names.name)))
     speed = "" if clock.seconds_per_step is None else f" ({clock.seconds_per_step:.3g} s a step)"
-    duration = format_duration(clock.seconds_of_steps)
+    duration = format_duration(clock.total_step_seconds)
     rows.append(("steps", f"{clock.steps} in {duration}{speed}, without pauses"))
     if run.features.on.before_step:  # a feature that can skip steps
         rows.append(("skipped steps", str(run.progress.skipped)))
@@ -323,7 +323,7 @@ def _make_result_rows(run: TrainingRun, run_history: history.RunHistory) -> list
     return rows
 
 
-def _size_of(path: Path) -> int:
+def _sum_file_sizes(path: Path) -> int:
     """Return the size in bytes of a file, or of all files in a folder."""
     files = path.rglob("*") if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files if file.is_file())

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 
 from dataset.batches.items import TrainingItem
-from dataset.sources.captions import complete_caption, lines_of
+from dataset.sources.captions import complete_caption, split_lines
 from dataset.sources.media_source import MediaSource
 from dataset.table import DatasetTable
 from training.learner import ReadCaptions
@@ -52,5 +52,5 @@ def _complete(caption: str, table: DatasetTable) -> str:
     if not table.caption_changes.varies_per_step:  # the caption is already complete
         return caption
     if not table.caption_changes.wildcards:
-        caption = next(iter(lines_of(caption)), "")
+        caption = next(iter(split_lines(caption)), "")
     return complete_caption(caption, table.trigger_word, table.caption_prefix, table.caption_suffix)

@@ -17,7 +17,7 @@ from checkpoints.unused import OpenedTensors, UnusedTensors
 from modules.errors import OptionError
 from modules.seeds import derive_seed
 from networks.adapter import ForeignNetwork, TrainableNetwork, tie_network
-from networks.deltas import sizes_of
+from networks.deltas import list_sizes
 from networks.formats import LoraFormat
 from networks.metadata import save_network
 from networks.names.layouts import KNOWN
@@ -105,7 +105,7 @@ class Trainable:
             part: A key of `written_files`.
         """
         files = [file for name, file in self.written_files.items() if part in (None, name)]
-        return sizes_of([file.network.module.state_dict() for file in files if file.network is not None])
+        return list_sizes([file.network.module.state_dict() for file in files if file.network is not None])
 
     def start_epoch(self) -> None:
         """Put the networks into training mode, and call `on_epoch_start` of networks from other packages."""
@@ -339,8 +339,8 @@ def reject_no_match(dit: nn.Module, name_parts: Sequence[str]) -> NoReturn:
 
 def written_dtypes(dit: nn.Module) -> dict[str, torch.dtype]:
     """Return the dtype of each weight in the DiT's original file (`DitFormat.load`), or the current dtype."""
-    of_file: Any = getattr(dit, "saved_dtypes", {})
-    return {name: of_file.get(name, tensor.dtype) for name, tensor in dit.state_dict().items()}
+    file_dtypes: Any = getattr(dit, "saved_dtypes", {})
+    return {name: file_dtypes.get(name, tensor.dtype) for name, tensor in dit.state_dict().items()}
 
 
 def saved_dtypes(dtypes: Mapping[str, torch.dtype], dtype: torch.dtype | None) -> Mapping[str, torch.dtype]:

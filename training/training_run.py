@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from modules.devices import compute_dtype_of
-from protocols.family import Family, audio_of
+from modules.devices import get_compute_dtype
+from protocols.family import Family, get_audio_spec
 from protocols.rules import AUDIO_STREAM, IMAGE_STREAM
 from runtime.planning.device_memory import MemoryWatch
 from training.data.feed import Feed
@@ -180,7 +180,7 @@ class TrainedModel:
     def compute_dtype(self) -> torch.dtype:
         """Dtype in which the network computes: autocast's, or without autocast the weights' dtype."""
         precision = self.plan.options.accelerator.mixed_precision
-        return AUTOCAST.get(precision, compute_dtype_of(self.dits.networks[0]))
+        return AUTOCAST.get(precision, get_compute_dtype(self.dits.networks[0]))
 
     @property
     def options(self) -> TrainingOptions:
@@ -251,7 +251,7 @@ class TrainingRun:
         self.device = plan.accelerator.device
         self.autocast = plan.accelerator.autocast
         self.parameters = self.model.trainable.parameters
-        experts, audio = plan.family.experts, audio_of(plan.family)
+        experts, audio = plan.family.experts, get_audio_spec(plan.family)
         self.audio_parameters = frozenset()  # parameters of modules that only sound goes through
         trainable = self.model.trainable
         if audio is not None and not audio.is_in_latent_cache:

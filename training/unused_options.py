@@ -5,7 +5,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from modules.options import (
-    argument_of,
+    get_argument_name,
     is_set,
     list_idle_reasons,
     option_name,
@@ -14,7 +14,7 @@ from modules.options import (
 )
 from modules.speed_options import TRAINING_FLAGS
 from training.learning_options import PartsOptions
-from training.noise_options import NOTHING, LOSS_WEIGHTINGS
+from training.noise_options import LOSS_WEIGHTINGS, NOTHING
 from training.options import TrainingOptions
 
 
@@ -98,7 +98,7 @@ def _list_unused(record: Any, reasons: Mapping[str, str], typed: Collection[str]
         if is_dataclass(value):
             yield from _list_unused(value, reasons, typed)
             continue
-        is_given = is_set(record, field) or argument_of(field) in typed
+        is_given = is_set(record, field) or get_argument_name(field) in typed
         # `acts_if` declares the conditions under which an option has an effect
         if is_given and (name in reasons or "acts_if" in field.metadata):
             why_unused = [reasons[name]] if name in reasons else list_idle_reasons(record, field)

@@ -18,7 +18,7 @@ from modules.bars import track
 from protocols.data import AUDIO_LATENTS, Batch
 from protocols.rules import expert_at
 from training.data.feed import draw_num_clean_frames, seed_generator
-from training.data.timesteps import Timesteps, times_at, times_of_audio
+from training.data.timesteps import Timesteps, shift_audio_timesteps, times_at
 from training.loss import Autocast, GetDit, LossRule, NoisyAudio, NoisyBatch
 from training.noise_options import NUM_TIMESTEPS, TimestepOptions
 from training.plan import TrainingPlan
@@ -37,9 +37,9 @@ class Validation:
         self.loss = loss
         self.checks = CacheChecks()
         self.process = plan.accelerator.process_index // plan.steps.processes_per_batch
-        self.is_of_images = plan.options.is_for_images
+        self.is_for_images = plan.options.is_for_images
         sigmas = [(band + 0.5) / NUM_BANDS for band in range(NUM_BANDS)]  # the middle of each band
-        if self.is_of_images:
+        if self.is_for_images:
             sigmas = _list_image_sigmas(plan.options.timesteps)
         lowest = min(expert.min_timestep for expert in plan.family.experts)
         # levels below all trained experts are left out; an expert above all levels is measured at pure noise
@@ -58,7 +58,7 @@ class Validation:
             occasion: STEP or EPOCH, part of the names.
             training_loss: Mean loss of the last training steps; None before the first.
         """
-        if not self.is_of_images:
+        if not self.is_for_images:
             return dict(losses)
         values = {f"loss/validation/{occasion}_average": losses[LOSS]}
         if training_loss is not None:
@@ -200,14 +200,14 @@ class Validation:
     def _noise_seed(self, sigma: float, key: str) -> list[int | str]:
         """Return the parts of the seed of an item's noise at a noise level."""
         # the noise level as part of the seed: in thousandths for images, as one of NUM_BANDS for clips
-        level = round(NUM_TIMESTEPS * sigma) if self.is_of_images else int(NUM_BANDS * sigma)
+        level = round(NUM_TIMESTEPS * sigma) if self.is_for_images else int(NUM_BANDS * sigma)
         validation_seed = self.plan.options.validation.validation_seed
         return [key, level] if validation_seed is None else [validation_seed, key, level]
 
     def _draw_audio_noise(self, latents: Tensor, times: Timesteps, seed: list[int | str]) -> NoisyAudio:
         """Return noise for an item's audio latents, with the noise level that audio has at these times."""
         noise = torch.randn(latents.shape, generator=seed_generator("validation sound", *seed))
-        audio_times = times_of_audio(times, self.plan.family.noise)
+        audio_times = shift_audio_timesteps(times, self.plan.family.noise)
         return NoisyAudio(noise, audio_times.sigmas, audio_times.timesteps, torch.ones(1))
 
 

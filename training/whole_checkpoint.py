@@ -9,7 +9,7 @@ from torch.nn import Parameter
 
 from checkpoints.shards import SavedForm
 from modules.errors import OptionError
-from protocols.family import Described, DitSpec, LearningEncoder, part_rates_of
+from protocols.family import Described, DitSpec, LearningEncoder, get_part_rates
 from protocols.full_model import DIT, LearningParts, TrainsCheckpoint, trains_checkpoint
 from training.data.live import LiveTextEncoders
 from training.options import TrainingOptions
@@ -39,7 +39,7 @@ def prepare_full_model(
     rate, name_parts = options.optimizer.learning_rate, options.full_dit.name_parts
     shard_bytes = options.full_dit.shard_bytes
     if not trains_checkpoint(family):
-        return prepare_dit(dit, rate, name_parts, part_rates_of(family), SavedForm(shard_bytes))
+        return prepare_dit(dit, rate, name_parts, get_part_rates(family), SavedForm(shard_bytes))
     as_folder = options.full_dit.saves_folders if writes else None
     return _train_checkpoint(
         family,

@@ -12,7 +12,7 @@ import torch
 from checkpoints.dialects import make_wrong_kind_error, rename_sources, translate_name
 from checkpoints.dits import DitFormat, DitHeader, bare_names
 from checkpoints.encoders import read_config_json
-from checkpoints.kinds import kind_of
+from checkpoints.kinds import describe_file_kind
 from checkpoints.opening import Checkpoint, list_tensor_sources, open_checkpoint
 from modules.errors import CheckpointError
 from networks.names.layouts import tensor_patterns
@@ -65,7 +65,7 @@ def identify(path: Path) -> str | None:
     try:
         with open_checkpoint(path) as checkpoint:
             bare = bare_names(checkpoint)
-            kind = kind_of(bare.tensors)
+            kind = describe_file_kind(bare.tensors)
             if _is_wan(_list_shapes(bare)):
                 return f"it is a Wan transformer (--dit) for --task {_join_model_names(_read_header(bare))}"
             return None if kind is None else f"it looks like {kind}"

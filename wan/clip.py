@@ -224,13 +224,17 @@ def load_clip(path: Path, device: torch.device, dtype: torch.dtype = torch.float
     """
     dtype = replace_slow_float16(device, dtype, "CLIP")
 
-    def dtype_of(name: str, stored: torch.dtype) -> torch.dtype:
+    def select_tensor_dtype(name: str, stored: torch.dtype) -> torch.dtype:
         """Keep norms and embeddings in float32."""
         return torch.float32 if "norm" in name or name.endswith("_embedding") else dtype
 
     with open_checkpoint(path) as checkpoint:
         clip = load_planned(
-            read_clip(checkpoint), WanClipVision, device, dtype_of, label="the CLIP image encoder (--clip)"
+            read_clip(checkpoint),
+            WanClipVision,
+            device,
+            select_tensor_dtype,
+            label="the CLIP image encoder (--clip)",
         )
     logger.info("CLIP: %s, computing in %s", path, dtype_name(dtype))
     return clip

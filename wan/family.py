@@ -183,7 +183,7 @@ class Wan(OneTransformer):
         if self.files.dit_high_noise is not None:
             key = "sd_model_name" if self.files.dit is None else "sd_model_name_high_noise"
             names[key] = self.files.dit_high_noise.name
-        return self.metadata_of(names)
+        return self.add_file_names(names)
 
     # encoding
 
@@ -283,9 +283,9 @@ class Wan(OneTransformer):
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
         """Return the conditions of a batch: text and, by task, `condition_latents` and CLIP features."""
         if self.condition_kind == ONE_FRAME and FRAME_INDICES not in batch.tensors:
-            from wan.one_frame import warn_of_clips  # only for single images
+            from wan.one_frame import warn_about_cached_videos  # only for single images
 
-            warn_of_clips()
+            warn_about_cached_videos()
         zeros_on = latents.device if self._feature_zeros else None
         config = self.files.dit_header().config
         conditions = batch_conditions(self.files.task, config, batch, zeros_on)

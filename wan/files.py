@@ -22,7 +22,7 @@ from modules.text_files import parse_json, read_text
 from protocols.data import LatentSpec
 from protocols.families import HIGH_NOISE, LOW_NOISE
 from protocols.family import TextEncoder
-from protocols.rules import expert_of_file
+from protocols.rules import infer_expert_from_path
 from wan.checkpoints import FORMAT, add_vace_header, check_task, read_dit_header
 from wan.checkpoints import identify as identify  # files.py has it in every family's folder
 from wan.configs import RELEASES, TASKS, VACE, WAN_2_1, WAN_2_2, WanConfig, WanTask
@@ -272,7 +272,7 @@ def check_expert_file_names(dit: Path | None, dit_high_noise: Path | None) -> No
     # expert for which a file is given -> the other one, which its name suggests
     misnamed: dict[str, str] = {}
     for expert, path in files.items():
-        named_expert = None if path is None else expert_of_file(path, experts)
+        named_expert = None if path is None else infer_expert_from_path(path, experts)
         if named_expert not in (None, expert):
             misnamed[expert] = named_expert
     if len(misnamed) > 1:

@@ -25,9 +25,9 @@ from protocols.requests import (
     check_frames,
     check_size,
     full_frames,
+    get_size,
     keep_usable_media,
     resolve_request,
-    size_of,
 )
 from protocols.rules import Expert
 from wan.configs import FIRST_LAST_NEGATIVE_PROMPT, NEGATIVE_PROMPT, VACE, WanTask, default_flow_shift
@@ -281,7 +281,7 @@ def prepare_request(
     Raises:
         OptionError: If the model cannot generate the size.
     """
-    width, height, frames = size_of(request, defaults)
+    width, height, frames = get_size(request, defaults)
     if task.frames == 1 and frames != 1:
         raise OptionError(
             f"--video_length {frames}: --task {task.name} generates one image. Omit it, or use t2v."

@@ -207,7 +207,7 @@ class WanModel(BlockNetwork):
     """
 
     spec = DIT
-    dtype_of = "blocks.0.ffn.0.bias"
+    compute_dtype_parameter = "blocks.0.ffn.0.bias"
 
     def __init__(
         self,

@@ -34,9 +34,9 @@ from protocols.requests import (
     Request,
     check_opens,
     check_size,
+    get_size,
     keep_usable_media,
     resolve_request,
-    size_of,
 )
 from protocols.rules import Expert
 from wan.configs import (
@@ -98,7 +98,7 @@ def prepare(
     option = f"--one_frame_inference {request.extra[ONE_FRAME]!r}"
     request = _keep_used_images(task, request, option)
     order = _read_order(request, option)
-    width, height, frames = size_of(request, defaults)
+    width, height, frames = get_size(request, defaults)
     if frames not in (1, defaults.frames):
         logger.warning("--video_length %d is ignored because a single image is generated", frames)
     check_size((width, height, len(order.frame_positions)), latent)
@@ -311,7 +311,7 @@ def _read_features(batch: Batch, task: WanTask, positions: int) -> Tensor:
 
 
 @lru_cache  # once, not with every batch
-def warn_of_clips() -> None:
+def warn_about_cached_videos() -> None:
     """Warn that --one_frame is given although the caches contain videos."""
     logger.warning(
         "--one_frame is given, but the caches do not contain single images: videos are learned, but "

@@ -8,16 +8,16 @@ from typing import Any
 from modules.errors import OptionError
 from modules.option_values import Placeholder
 from modules.options import (
+    DECODING_SETTING,
     FREE,
     HABIT,
     IDENTITY,
     NO_PIXELS,
-    DECODING_SETTING,
     REQUEST_SETTING,
     SAMPLES_ONLY,
     Options,
+    make_request_facts,
     not_needed,
-    of_request,
     option,
     unsupported,
 )
@@ -276,7 +276,7 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
         "mask of --src_video, a video or an image: white is regenerated, black is kept (loss masks of "
         "a training are white where the network learns); without it, everything is regenerated",
         flags=("--src_mask", "--vace_video_mask"),
-        facts=of_request(MASK),
+        facts=make_request_facts(MASK),
         title="VACE",
     )
     vace_scale: tuple[float, ...] = option(
@@ -285,14 +285,14 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
         flags=("--vace_scale", "--context_scale", "--conditioning_scale"),
         minimum=-MAX_HINT_SCALE,
         maximum=MAX_HINT_SCALE,
-        facts=of_request(SCALE),
+        facts=make_request_facts(SCALE),
         title="VACE",
         nargs="+",
     )
     one_frame_inference: str | None = option(
         "generate one image from --control_image_path: positions in time, "
         "'target_index=1,control_index=0+2', or default, which is one control image at 0",
-        facts=of_request(ONE_FRAME),
+        facts=make_request_facts(ONE_FRAME),
         flags=("--one_frame_inference", "--one_frame"),
         metavar="default|target_index=N,control_index=N+N",
     )

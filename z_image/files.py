@@ -45,10 +45,10 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[ZImageConfig]:
 
 def _read_config(shapes: dialects.DitShapes) -> ZImageConfig:
     """Return the dimensions of a Z-Image transformer; raise CheckpointError for another model."""
-    dim, patch_width = shapes.shape_of(f"all_x_embedder.{PATCH_KEY}.weight")
-    (head_width,) = shapes.shape_of("layers.0.attention.norm_q.weight", axes=1)
-    hidden, freq_dim = shapes.shape_of("t_embedder.mlp.0.weight")
-    rows, columns = shapes.shape_of("layers.0.attention.to_q.weight")
+    dim, patch_width = shapes.get_shape(f"all_x_embedder.{PATCH_KEY}.weight")
+    (head_width,) = shapes.get_shape("layers.0.attention.norm_q.weight", axes=1)
+    hidden, freq_dim = shapes.get_shape("t_embedder.mlp.0.weight")
+    rows, columns = shapes.get_shape("layers.0.attention.to_q.weight")
     has_even_heads = dim % head_width == 0 and head_width % 16 == 0  # three axes rotate pairs of channels
     if rows != dim or columns != dim or not has_even_heads or patch_width % PATCH**2:
         raise CheckpointError(
@@ -65,15 +65,15 @@ def _read_config(shapes: dialects.DitShapes) -> ZImageConfig:
         )
     return ZImageConfig(
         dim=dim,
-        ffn_dim=shapes.shape_of("layers.0.feed_forward.w1.weight")[0],
+        ffn_dim=shapes.get_shape("layers.0.feed_forward.w1.weight")[0],
         num_heads=dim // head_width,
         num_kv_heads=dim // head_width,
         num_layers=shapes.count_blocks("layers"),
         noise_refiner_layers=shapes.count_blocks("noise_refiner"),
         context_refiner_layers=shapes.count_blocks("context_refiner"),
         in_dim=channels,
-        text_dim=shapes.shape_of("cap_embedder.1.weight")[1],
-        time_dim=shapes.shape_of("t_embedder.mlp.2.weight")[0],
+        text_dim=shapes.get_shape("cap_embedder.1.weight")[1],
+        time_dim=shapes.get_shape("t_embedder.mlp.2.weight")[0],
         time_hidden=hidden,
         freq_dim=freq_dim,
     )

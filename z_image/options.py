@@ -6,7 +6,7 @@ from typing import Any
 
 from lumina.options import check_renorm, check_trunc_ratio, list_guidance_options
 from modules.option_values import Placeholder
-from modules.options import FREE, DECODING_SETTING, Options, not_needed, of_request, option
+from modules.options import DECODING_SETTING, FREE, Options, make_request_facts, not_needed, option
 from modules.speed_options import TextEncoderOptions, VaeOptions, dit_dtype_option, fp8_text_option
 
 NAME = "Z-Image"
@@ -62,13 +62,13 @@ class ZImageGenerationOptions(ZImageModelOptions, title=NAME):
         "leave guidance out once the noisy image contains this share of data, 0 to 1 (--ctr in a prompt "
         "line); cfg_truncation of the official pipeline",
         default=CFG_TRUNC_RATIO,
-        facts=of_request("cfg_trunc_ratio"),
+        facts=make_request_facts("cfg_trunc_ratio"),
     )
     renorm_cfg: float = option(
         "largest norm of a guided prediction, as a multiple of the norm without guidance; 0: no limit "
         "(--rcfg in a prompt line); cfg_normalization of the official pipeline",
         default=RENORM_CFG,
-        facts=of_request("renorm_cfg"),
+        facts=make_request_facts("renorm_cfg"),
     )
     embedded_cfg_scale = not_needed(
         "the model has no such input; --guidance_scale guides it.", type=float, default=2.5

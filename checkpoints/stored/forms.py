@@ -6,8 +6,8 @@ scales, are buffers. `forward` is set on the layer itself, so that wrappers adde
 find it.
 
 A format is a frozen dataclass in a module of this folder; it implements `QuantizationFormat`. If options can
-request a format, `Quantization.form` is the name of its module, which defines `form_of`, `prepare` and
-`rehearsed`.
+request a format, `Quantization.form` is the name of its module, which defines `make_quantization_format`,
+`prepare` and `rehearsed`.
 """
 
 import types
@@ -74,7 +74,7 @@ class QuantizationFormat(Protocol):
         """Concatenate weights of this format along their rows; return None if they cannot be combined."""
         ...
 
-    def with_compute_settings_of(self, chosen: "QuantizationFormat") -> "QuantizationFormat":
+    def adopt_compute_settings(self, chosen: "QuantizationFormat") -> "QuantizationFormat":
         """Return this format (of a file) with the compute settings of the format that the user chose."""
         ...
 
@@ -102,9 +102,11 @@ class QuantizedWeight:
         return self.format.dequantize(self.tensors, self.shape, dtype)
 
 
-def form_of(quantization: Quantization) -> QuantizationFormat:
+def make_quantization_format(quantization: Quantization) -> QuantizationFormat:
     """Return the quantization format that the options select, from the module of that format."""
-    form: QuantizationFormat = import_own(f"checkpoints.stored.{quantization.form}").form_of(quantization)
+    form: QuantizationFormat = import_own(f"checkpoints.stored.{quantization.form}").make_quantization_format(
+        quantization
+    )
     return form
 
 
@@ -140,30 +142,30 @@ def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
     # x: ... in -> ... out
     form: QuantizationFormat = layer.form  # type: ignore[assignment]
     shape = (layer.out_features, layer.in_features)
-    return form.multiply(x, _tensors_of(layer, layer.weight, form), shape, layer.bias)
+    return form.multiply(x, _get_quantized_tensors(layer, layer.weight, form), shape, layer.bias)
 
 
-def _tensors_of(layer: nn.Linear, weight: Tensor, form: QuantizationFormat) -> Tensors:
+def _get_quantized_tensors(layer: nn.Linear, weight: Tensor, form: QuantizationFormat) -> Tensors:
     return (weight, *[layer._buffers[name] for name in form.companions])
 
 
-def quantized_weight_of(layer: nn.Module) -> QuantizedWeight | None:
+def get_quantized_weight(layer: nn.Module) -> QuantizedWeight | None:
     """Return the quantized weight of a layer; None if its weight is a plain tensor."""
     form: QuantizationFormat | None = layer.__dict__.get("form")
     if form is None:
         return None
     assert isinstance(layer, nn.Linear)
     return QuantizedWeight(
-        form, (layer.out_features, layer.in_features), _tensors_of(layer, layer.weight, form)
+        form, (layer.out_features, layer.in_features), _get_quantized_tensors(layer, layer.weight, form)
     )
 
 
-def dequantized_weight_of(layer: nn.Module, weight: Tensor) -> Tensor:
+def get_dequantized_weight(layer: nn.Module, weight: Tensor) -> Tensor:
     """Return a layer's weight in float32, dequantized if necessary.
 
     `weight` is the layer's own full weight.
     """
-    stored = quantized_weight_of(layer)
+    stored = get_quantized_weight(layer)
     if stored is None:
         return weight
     return stored.format.dequantize((weight, *stored.tensors[1:]), stored.shape, torch.float32)
@@ -220,8 +222,8 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         tensors = ctx.saved_tensors
-        of_x = None
+        grad_x = None
         if ctx.needs_input_grad[0]:
-            of_x = gradient @ ctx.form.dequantize(tensors, ctx.shape, gradient.dtype)
-        of_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
-        return of_x, of_bias, None, None, *[None] * MAX_TENSORS
+            grad_x = gradient @ ctx.form.dequantize(tensors, ctx.shape, gradient.dtype)
+        grad_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_bias, None, None, *[None] * MAX_TENSORS

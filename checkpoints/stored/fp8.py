@@ -171,7 +171,7 @@ class Fp8:
         shape = sum(part.shape[0] for part in parts), parts[0].shape[1]
         return QuantizedWeight(self, shape, (weight, torch.cat(scales)))
 
-    def with_compute_settings_of(self, chosen: QuantizationFormat) -> QuantizationFormat:
+    def adopt_compute_settings(self, chosen: QuantizationFormat) -> QuantizationFormat:
         """Return `chosen`, which has the compute settings, if it is fp8 too; otherwise this format."""
         return chosen if isinstance(chosen, Fp8) else self
 
@@ -185,7 +185,7 @@ class Fp8:
             raise OptionError("Apple's GPUs do not support fp8: omit the fp8 options, or use --device cpu")
 
 
-form_of = Fp8
+make_quantization_format = Fp8
 
 
 def make_fp8_weight(weight: Tensor, scale: Tensor | None = None) -> QuantizedWeight:

@@ -149,7 +149,7 @@ KINDS = {  # by the number in files
 
 
 @cache  # so that equal types are one object
-def kind_of_package(number: int) -> Kind | None:
+def get_gguf_kind(number: int) -> Kind | None:
     """Return the GGUF quantization type with this number; None if the package `gguf` cannot decode it.
 
     Raises:
@@ -168,7 +168,7 @@ def kind_of_package(number: int) -> Kind | None:
     def values(blocks: Tensor) -> Tensor:
         if type(blocks) is not Tensor:  # a fake tensor, which has no values
             return torch.empty(len(blocks), weights_per_block, device=blocks.device)
-        weights_of_blocks = gguf.quants.dequantize(blocks.cpu().numpy(), kind)
-        return torch.from_numpy(weights_of_blocks).to(blocks.device)
+        dequantized = gguf.quants.dequantize(blocks.cpu().numpy(), kind)
+        return torch.from_numpy(dequantized).to(blocks.device)
 
     return Kind(kind.name, weights_per_block, bytes_per_block, halves=(), values=values)

@@ -102,7 +102,7 @@ class Int8:
         codes, scales = (torch.cat(column) for column in zip(*pairs, strict=True))
         return QuantizedWeight(self, (len(codes), parts[0].shape[1]), (codes, scales))
 
-    def with_compute_settings_of(self, chosen: QuantizationFormat) -> QuantizationFormat:
+    def adopt_compute_settings(self, chosen: QuantizationFormat) -> QuantizationFormat:
         """Return this format, with the gradient rounding of the chosen format if that is int8 too."""
         if not isinstance(chosen, Int8):
             return self
@@ -112,7 +112,7 @@ class Int8:
         """Accept any device: every device can store int8."""
 
 
-def form_of(quantization: Quantization) -> Int8:
+def make_quantization_format(quantization: Quantization) -> Int8:
     """Return the int8 format for the quantization options."""
     return Int8(rounds_gradients=quantization.int8_backward)
 
@@ -164,15 +164,15 @@ class _Int8Product(torch.autograd.Function):
         codes, scale = ctx.saved_tensors
         form = ctx.form
         flat = gradient.reshape(-1, gradient.shape[-1])
-        of_x = None
+        grad_x = None
         if ctx.needs_input_grad[0]:
             make_product = _multiply_in_int8 if form.rounds_gradients else _multiply_dequantized
             product = make_product(flat, codes, scale, form.group)
             in_features = codes.shape[1]
-            of_x = _by_parts(product, flat, ctx.dtype, in_features)
-            of_x = of_x.view(*gradient.shape[:-1], in_features)
-        of_bias = flat.sum(0) if ctx.needs_input_grad[3] else None
-        return of_x, None, None, of_bias, None, None
+            grad_x = _by_parts(product, flat, ctx.dtype, in_features)
+            grad_x = grad_x.view(*gradient.shape[:-1], in_features)
+        grad_bias = flat.sum(0) if ctx.needs_input_grad[3] else None
+        return grad_x, None, None, grad_bias, None, None
 
 
 def _multiply_in_int8(

@@ -106,7 +106,7 @@ class Nf4:
         """Return None: quantization blocks may span row ends, so weights cannot be stacked."""
         return None
 
-    def with_compute_settings_of(self, chosen: QuantizationFormat) -> QuantizationFormat:
+    def adopt_compute_settings(self, chosen: QuantizationFormat) -> QuantizationFormat:
         """Return `chosen`, which has the compute settings, if it is nf4 too; otherwise this format."""
         return chosen if isinstance(chosen, Nf4) else self
 
@@ -144,7 +144,7 @@ def _quantize_nested(centered_maxima: Tensor) -> tuple[Tensor, Tensor]:
     return codes.view(-1)[: len(centered_maxima)], nested_maxima  # without the padding of the last block
 
 
-def form_of(quantization: Quantization) -> Nf4:
+def make_quantization_format(quantization: Quantization) -> Nf4:
     """Return the nf4 format for the quantization options."""
     return Nf4(quantization.product)
 

@@ -106,7 +106,7 @@ class PackedRowFormat:
         shape = sum(part.shape[0] for part in parts), parts[0].shape[1]
         return QuantizedWeight(self, shape, tuple(joined))
 
-    def with_compute_settings_of(self, chosen: QuantizationFormat) -> QuantizationFormat:
+    def adopt_compute_settings(self, chosen: QuantizationFormat) -> QuantizationFormat:
         """Return this format: no option changes how it computes."""
         return self
 

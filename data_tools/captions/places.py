@@ -81,7 +81,7 @@ class CaptionList:
         for listed_path in self._line_indices:
             pending = pending_lines.get(_hide_address(listed_path), {})
             current = self.read_line(listed_path).get("caption")
-            current_hash = None if current is None else _hash_of(str(current))
+            current_hash = None if current is None else _hash_caption(str(current))
             is_unedited = current_hash == pending.get("old")  # since the pending caption was made
             if "caption" in pending and is_unedited:
                 changes[listed_path] = LineChange({"caption": current}, {"caption": pending["caption"]})
@@ -113,7 +113,7 @@ class CaptionList:
         for _ in range(MAX_WRITE_ATTEMPTS):
             try:
                 # another program has written the list: read it again before changing lines
-                if _stamp_of(self.path) != self._stamp:
+                if _read_stamp(self.path) != self._stamp:
                     self._read()
                 lines, count = self._change_lines(changes)
                 if not count:
@@ -124,7 +124,7 @@ class CaptionList:
                 time.sleep(RETRY_SECONDS)
             else:
                 self._lines = lines
-                self._stamp = _stamp_of(self.path)
+                self._stamp = _read_stamp(self.path)
                 return count
         raise OutputError(
             f"{self.path}: the list is gone, or another program keeps writing it. Put it back, or close that "
@@ -169,12 +169,12 @@ class CaptionList:
         with atomic_path(path, self._stamp.size_bytes) as temporary:
             temporary.write_bytes("".join(lines).encode("utf-8"))
             shutil.copymode(path, temporary)
-            if _stamp_of(self.path) != self._stamp:
+            if _read_stamp(self.path) != self._stamp:
                 raise _ListChanged
 
     def _read(self) -> None:
         """Read the lines of the list, and store the line index of each media path."""
-        self._stamp = _stamp_of(self.path)
+        self._stamp = _read_stamp(self.path)
         with self.path.open(encoding="utf-8", newline="") as file:
             self._lines = file.readlines()
         self._line_indices = {}
@@ -207,7 +207,7 @@ class _Stamp(NamedTuple):
     size_bytes: int
 
 
-def _stamp_of(path: Path) -> _Stamp:
+def _read_stamp(path: Path) -> _Stamp:
     """Return a file's modification time and size."""
     state = path.stat()
     return _Stamp(state.st_mtime_ns, state.st_size)
@@ -404,7 +404,7 @@ class GeneratedCaptions:
 
     def contains(self, name: str, text: str) -> bool:
         """Return whether this program wrote `text` as the caption with this name."""
-        return (name, _hash_of(text)) in self._written
+        return (name, _hash_caption(text)) in self._written
 
     def add(self, name: str, text: str) -> None:
         """Record a caption that is about to be written.
@@ -412,7 +412,7 @@ class GeneratedCaptions:
         Raises:
             OutputError: If the record cannot be written.
         """
-        self._append({"name": name, "sha256": _hash_of(text)})
+        self._append({"name": name, "sha256": _hash_caption(text)})
 
     def list_replaced_by(self, options_hash: str) -> set[str]:
         """Return the names of captions that an interrupted pass with the same options has replaced."""
@@ -435,7 +435,7 @@ class GeneratedCaptions:
         self._apply(entry)
 
 
-def _hash_of(text: str) -> str:
+def _hash_caption(text: str) -> str:
     """Return the SHA-256 of a caption without surrounding white space."""
     return hashlib.sha256(text.strip().encode("utf-8")).hexdigest()
 

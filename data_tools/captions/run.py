@@ -47,7 +47,7 @@ from data_tools.captions.server import ApiServer
 from dataset.caching.prefetch import Failure, first_lines
 from dataset.config import DatasetConfig
 from dataset.listing import find_all_sources
-from dataset.sources.captions import lines_of
+from dataset.sources.captions import split_lines
 from dataset.sources.fetching import fetch
 from modules.atomic_write import write_text
 from modules.backups import keep_backup
@@ -238,16 +238,16 @@ def _make_recorded_captions(
     failures no end is noted, so that the same command continues with the failed files.
     """
     rules = backend.overwrite_rules
-    records_of_pass = list(records.values()) if rules.generated or rules.all else []
+    pass_records = list(records.values()) if rules.generated or rules.all else []
     failures: list[Failure] = []
     num_changed = 0
     if reasons:
         captioner = backend.load_captioner()
-        for record in records_of_pass:
+        for record in pass_records:
             record.begin_pass(backend.options_hash)
         failures, num_changed = _make_captions(captioner, reasons, records, backend)
     if not failures:  # else the same command makes only the failed captions again
-        for record in records_of_pass:
+        for record in pass_records:
             record.end_pass()
     return failures, num_changed
 
@@ -483,7 +483,7 @@ def _shorten(caption: str) -> str:
 
 def _write_edits(edits: Sequence[_CaptionEdit], records: Mapping[Path, GeneratedCaptions]) -> None:
     """Write edited captions: text files one by one, then each list once."""
-    changes_of_lists: dict[CaptionList, dict[str, LineChange]] = defaultdict(dict)
+    changes_by_list: dict[CaptionList, dict[str, LineChange]] = defaultdict(dict)
     for edit in edits:
         location = edit.location
         record = records[location.file.parent]
@@ -495,8 +495,8 @@ def _write_edits(edits: Sequence[_CaptionEdit], records: Mapping[Path, Generated
             write_text(location.file, edit.new)
         else:
             assert edit.line_change is not None
-            changes_of_lists[location.caption_list][location.listed_path] = edit.line_change
-    for caption_list, changes in changes_of_lists.items():
+            changes_by_list[location.caption_list][location.listed_path] = edit.line_change
+    for caption_list, changes in changes_by_list.items():
         # the old list is always backed up, as its captions may be a person's
         caption_list.write(changes, is_hand_written=True)
 
@@ -514,7 +514,7 @@ def _list_edits(
         if location.caption_list is None:
             edit = _edit_text_file(location, has_several, reword_text)
         else:
-            edit = _edit_line_of_list(location, has_several, reword_text)
+            edit = _edit_list_line(location, has_several, reword_text)
         if edit is not None:
             yield edit
 
@@ -528,7 +528,7 @@ def _edit_text_file(
     """
     if location.caption is None:
         return None
-    captions = lines_of(location.caption) if has_several else [location.caption]
+    captions = split_lines(location.caption) if has_several else [location.caption]
     # a caption that becomes empty loses its line
     text = "\n".join(filter(None, map(reword_text, captions)))
     return None if text == location.caption else _CaptionEdit(location, location.caption, text)
@@ -569,7 +569,7 @@ def _require_main_text(
         )
 
 
-def _edit_line_of_list(
+def _edit_list_line(
     location: CaptionLocation, has_several: bool, reword_text: Callable[[str], str]
 ) -> _CaptionEdit | None:
     """Return the edit of a caption in a line of a list; None if the wording options change nothing.

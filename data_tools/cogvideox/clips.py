@@ -75,14 +75,14 @@ class PreparedItem:
     source: Path
     folder: Path
 
-    def path_of(self, kind: str) -> Path:
+    def get_path(self, kind: str) -> Path:
         """Return the path of a result file by its kind, such as `videos` or `prompts`."""
         return self.folder / kind / f"{self.name}{SUFFIXES.get(kind, '.pt')}"
 
     @property
     def info_file(self) -> Path:
         """Path of the file with a clip's frame count and size; written last, it marks a finished clip."""
-        return self.path_of(VIDEOS).with_suffix(".txt")
+        return self.get_path(VIDEOS).with_suffix(".txt")
 
     def read_info(self) -> dict[str, Any]:
         """Read num_frames, height and width. Raises OSError, ValueError, KeyError or TypeError."""
@@ -105,18 +105,18 @@ class PreparedItem:
             return False
         # the time of a folder of images does not change when an image is edited, so it is not compared
         is_newer = self.source.is_dir() or self.source.stat().st_mtime_ns <= self.info_file.stat().st_mtime_ns
-        return is_newer and all(self.path_of(kind).exists() for kind in kinds)
+        return is_newer and all(self.get_path(kind).exists() for kind in kinds)
 
     def has_caption_files(self, needs_embeds: bool) -> bool:
         """Return whether the caption file exists and contains the current caption.
 
         With `needs_embeds`, the file of its text embeddings must exist too.
         """
-        path = self.path_of(EMBEDS)
+        path = self.get_path(EMBEDS)
         if needs_embeds and not (path.exists() and embeds_note(path).exists()):
             return False
         try:
-            return read_text(self.path_of(PROMPTS)) == self.caption
+            return read_text(self.get_path(PROMPTS)) == self.caption
         except (OSError, ValueError):
             return False
 
@@ -176,7 +176,7 @@ def make_list_contents(items: Sequence[tuple[PreparedItem, Mapping[str, Any]]]) 
     """
     jsonl_lines = []
     for item, info in items:
-        path_by_key = {key: item.path_of(kind) for key, kind in FOLDERS_BY_KEY.items()}
+        path_by_key = {key: item.get_path(kind) for key, kind in FOLDERS_BY_KEY.items()}
         paths_in_folder = {
             key: path.relative_to(item.folder).as_posix() if path.exists() else None
             for key, path in path_by_key.items()
@@ -215,13 +215,13 @@ def write_media(item: PreparedItem, frames: NDArray[np.uint8], fps: int, moments
     """
     # `info_file` marks an item as finished: a kill must not leave it next to new files
     item.info_file.unlink(missing_ok=True)
-    write_video(item.path_of(VIDEOS), list(frames), fps)
-    write_png(item.path_of(IMAGES), frames[0])
-    for kind, tensor in ((MOMENTS, moments.of_clip), (IMAGE_MOMENTS, moments.of_first_frame)):
+    write_video(item.get_path(VIDEOS), list(frames), fps)
+    write_png(item.get_path(IMAGES), frames[0])
+    for kind, tensor in ((MOMENTS, moments.clip_moments), (IMAGE_MOMENTS, moments.first_frame_moments)):
         if tensor is None:
-            item.path_of(kind).unlink(missing_ok=True)  # from an earlier state of the clip
+            item.get_path(kind).unlink(missing_ok=True)  # from an earlier state of the clip
         else:
-            save_pickled(item.path_of(kind), tensor)
+            save_pickled(item.get_path(kind), tensor)
     count, height, width = frames.shape[:3]
     write_text(item.info_file, json.dumps({"num_frames": count, "height": height, "width": width}))
     newest = item.source.stat().st_mtime_ns
@@ -242,8 +242,8 @@ def write_caption_files(
     tensor is stored without a dictionary, as other trainers expect. Raises OutputError, or CacheError if a
     value is NaN.
     """
-    path = item.path_of(EMBEDS)
-    item.path_of(PROMPTS).unlink(missing_ok=True)  # the file of the caption shows that all others are there
+    path = item.get_path(EMBEDS)
+    item.get_path(PROMPTS).unlink(missing_ok=True)  # the file of the caption shows that all others are there
     if tensors:
         save_pickled(path, next(iter(tensors.values())) if len(tensors) == 1 else tensors)
         note = describe_embeds(item.caption, architecture, identities, tensors)
@@ -251,7 +251,7 @@ def write_caption_files(
     else:  # existing ones are from an earlier caption
         path.unlink(missing_ok=True)
         embeds_note(path).unlink(missing_ok=True)
-    write_text(item.path_of(PROMPTS), item.caption)
+    write_text(item.get_path(PROMPTS), item.caption)
 
 
 # --- reading and encoding
@@ -282,9 +282,9 @@ def prepare_clips(
     ):
         batches = fill_batches(
             _collect_failures(read_clips, failures, bar),
-            group_of=lambda pair: pair[1].shape,
-            batch_size_of=lambda _: encoding.batch_size,
-            bytes_of=lambda pair: pair[1].nbytes,
+            get_group=lambda pair: pair[1].shape,
+            get_batch_size=lambda _: encoding.batch_size,
+            get_num_bytes=lambda pair: pair[1].nbytes,
             max_bytes=MAX_WAITING_BYTES,
         )
         for batch in batches:
@@ -329,8 +329,8 @@ def _collect_failures(
 class Moments:
     """VAE moments of a clip and of its first frame, 2C f h w, on the CPU; None: not encoded."""
 
-    of_clip: Tensor | None = None
-    of_first_frame: Tensor | None = None
+    clip_moments: Tensor | None = None
+    first_frame_moments: Tensor | None = None
 
 
 def _encode_batch(
@@ -339,11 +339,11 @@ def _encode_batch(
     """Encode clips of one shape, and their first frames if the options ask for it."""
     if encode is None:
         return [Moments() for _ in clips]
-    of_clips = _encode_clips(clips, encode, device, settings)
+    clip_moments_list = _encode_clips(clips, encode, device, settings)
     if not settings.save_image_latents:
-        return [Moments(of_clip) for of_clip in of_clips]
-    of_first_frames = _encode_clips([clip[:1] for clip in clips], encode, device, settings)
-    return [Moments(*pair) for pair in zip(of_clips, of_first_frames, strict=True)]
+        return [Moments(clip_moments) for clip_moments in clip_moments_list]
+    first_frame_moments_list = _encode_clips([clip[:1] for clip in clips], encode, device, settings)
+    return [Moments(*pair) for pair in zip(clip_moments_list, first_frame_moments_list, strict=True)]
 
 
 def _encode_clips(

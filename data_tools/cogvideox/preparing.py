@@ -65,8 +65,8 @@ def prepare(options: PrepareOptions) -> None:
         missing_files = _find_missing_files(items[process.rank :: process.num_processes], options, networks)
         if is_main:
             _show_start(options, process, num_items=len(items), num_to_do=missing_files.num_items)
-        failures_of_process = _prepare_items(options, networks, process, missing_files)
-        gathered = process.gather((missing_files.num_items, failures_of_process))
+        process_failures = _prepare_items(options, networks, process, missing_files)
+        gathered = process.gather((missing_files.num_items, process_failures))
     failures = [failure for _, failures in gathered for failure in failures]
     num_prepared = sum(num_items for num_items, _ in gathered) - len(failures)
     if is_main:
@@ -309,15 +309,15 @@ def _add_embeddings(
     is_last = encoder is networks.text_encoders[-1]
     tensors = {key: _copy_to_cpu(tensor) for key, tensor in conditions.items()}
     if not is_first:
-        tensors_of_earlier_encoders = load_pickled(item.path_of(EMBEDS))
+        earlier_tensors = load_pickled(item.get_path(EMBEDS))
         # a copy, because the file that is read here is replaced
-        tensors |= {key: tensor.clone() for key, tensor in tensors_of_earlier_encoders.items()}
+        tensors |= {key: tensor.clone() for key, tensor in earlier_tensors.items()}
     if is_last:
         clips.write_caption_files(item, networks.architecture, identities, tensors)
     else:
         # without its caption file, an item counts as unfinished and is encoded again
-        item.path_of(clips.PROMPTS).unlink(missing_ok=True)
-        clips.save_pickled(item.path_of(EMBEDS), tensors)
+        item.get_path(clips.PROMPTS).unlink(missing_ok=True)
+        clips.save_pickled(item.get_path(EMBEDS), tensors)
 
 
 def _copy_to_cpu(tensor: Tensor | list[Tensor]) -> Tensor:

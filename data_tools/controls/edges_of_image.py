@@ -37,7 +37,7 @@ class DrawEdgesOptions(Options, title="what to do"):
             raise OptionError(f"--output {self.output}: pass a name that ends in {', '.join(STILL_FORMATS)}")
 
 
-def draw_edges_of_image(options: DrawEdgesOptions) -> None:
+def draw_image_edges(options: DrawEdgesOptions) -> None:
     """Write an image with the edges of another image, white on black.
 
     Raises:

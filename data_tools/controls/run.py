@@ -13,7 +13,7 @@ from modules.bars import track
 from modules.console import Row, format_count, list_some, show_box
 from modules.errors import DatasetError, MediaError, OptionError
 from modules.media.edges import draw_edges
-from modules.media.labels import label_of
+from modules.media.labels import find_stem_label
 from modules.media.options import EDGE_THRESHOLDS
 from modules.media.reading import Frame, read_image, read_tags
 from modules.media.writing import write_png
@@ -145,7 +145,7 @@ def _draw_control_images(
 
 def _find_images(folder: Path) -> list[Path]:
     """Return the visible images of a folder, sorted, without masks and condition images."""
-    return [path for path in list_images(folder) if label_of(path.stem) is None]
+    return [path for path in list_images(folder) if find_stem_label(path.stem) is None]
 
 
 def _reject_equal_stems(images: Sequence[Path]) -> None:

@@ -46,13 +46,13 @@ class VideoAnalysis:
     measured_frames: list[ImageMeasures] = field(default_factory=list)  # one every SAMPLE_SECONDS
     changes: list[SceneChange] = field(default_factory=list)
 
-    def start_of(self, index: int) -> float:
+    def get_start(self, index: int) -> float:
         """Return when a frame starts in seconds; for the index after the last frame, the end of the video."""
         return self.frame_starts[index] if index < len(self.frame_starts) else self.end_seconds
 
     def seconds_between(self, first: int, end: int) -> float:
         """Return the duration of the frames from `first` to before `end`."""
-        return self.start_of(end) - self.start_of(first)
+        return self.get_start(end) - self.get_start(first)
 
     def measured_between(self, begin: int, end: int) -> list[ImageMeasures]:
         """Return the measures of sampled frames with `begin` <= index < `end`."""
@@ -160,7 +160,7 @@ def _split_scene(
         clip_end = min(end, first + lengths.max_frames) if lengths.max_frames else end
         if not _is_short_enough(analysis, first, clip_end, lengths):
             # the last frame that starts within the limit; a clip has at least one frame
-            limit = analysis.start_of(first) + lengths.max_seconds + ROUNDING_SECONDS
+            limit = analysis.get_start(first) + lengths.max_seconds + ROUNDING_SECONDS
             clip_end = max(bisect_right(analysis.frame_starts, limit, first, clip_end) - 1, first + 1)
         yield first, clip_end
         first = clip_end
@@ -194,7 +194,7 @@ def _divide_evenly(analysis: VideoAnalysis, first: int, end: int, num_clips: int
     seconds = analysis.seconds_between(first, end)
     cut_frames = []
     for index in range(1, num_clips):
-        cut_time = analysis.start_of(first) + seconds * index / num_clips - ROUNDING_SECONDS
+        cut_time = analysis.get_start(first) + seconds * index / num_clips - ROUNDING_SECONDS
         cut_frames.append(bisect_left(analysis.frame_starts, cut_time, first, end))
     distinct_frames = [frame for frame in dict.fromkeys(cut_frames) if first < frame < end]
     return [first, *distinct_frames, end]
@@ -244,7 +244,7 @@ def _make_clip(analysis: VideoAnalysis, scene: int, first: int, end: int, droppe
         scene,
         first,
         end,
-        start=analysis.start_of(first),
+        start=analysis.get_start(first),
         seconds=analysis.seconds_between(first, end),
         brightness=fmean(measured.brightness for measured in measured_frames) if measured_frames else 0.0,
         motion=motion([measured.cells for measured in measured_frames]),

@@ -193,9 +193,9 @@ class ClipList:
             if not (self._unlisted or removed):
                 return
             removed_paths = set(map(str, removed))
-            line_of_path = [(path, line) for path, line in self._read() if path not in removed_paths]
-            listed_paths = {path for path, _ in line_of_path}
-            lines = [line for _, line in line_of_path]
+            kept_entries = [(path, line) for path, line in self._read() if path not in removed_paths]
+            listed_paths = {path for path, _ in kept_entries}
+            lines = [line for _, line in kept_entries]
             for record, is_new in self._unlisted:
                 lines += self._make_missing_lines(record, listed_paths, is_new)
             content = "".join(f"{line}\n" for line in lines)

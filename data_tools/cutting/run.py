@@ -389,7 +389,7 @@ class Cutter:
                 seconds = Fraction(round(clip.seconds * MICROSECONDS), MICROSECONDS)
                 write_timed_video(
                     self.output / clip_record.name,
-                    _frames_of_clip(numbered_frames, source, clip),
+                    _read_clip_frames(numbered_frames, source, clip),
                     info.rate,
                     codec,
                     crf=video_format.crf,
@@ -399,7 +399,7 @@ class Cutter:
         return len(missing_records)
 
 
-def _frames_of_clip(
+def _read_clip_frames(
     frames: Iterator[tuple[int, OutputFrame]], source: Path, clip: PlannedClip
 ) -> Iterator[OutputFrame]:
     """Yield the frames of a planned clip, with times that start at 0; no later frame is read."""

@@ -22,11 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.masks.options import FOLDER_NAME
-from dataset.sources.mask_files import is_of_shape, masks_by_stem
+from dataset.sources.mask_files import has_same_aspect, masks_by_stem
 from modules.atomic_write import atomic_folder, explain_errors, replace_file, temporary_name
 from modules.errors import DatasetError, MediaError
 from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
-from modules.media.labels import MASK_LABEL, MASKS_BEFORE, label_of
+from modules.media.labels import MASK_LABEL, MASKS_BEFORE, find_stem_label
 from modules.media.reading import (
     VIDEO_SUFFIXES,
     count_frames,
@@ -110,7 +110,7 @@ def find_mask_entry(media_path: Path, masks: Path | None = None) -> MaskEntry:
     `masks` is the folder of masks; None means a folder `masks` next to the media file.
     """
     folder = media_path.parent / FOLDER_NAME if masks is None else masks
-    return _list_entries([(media_path, _kind_of(media_path))], folder)[0]
+    return _list_entries([(media_path, _get_media_kind(media_path))], folder)[0]
 
 
 def list_media(folder: Path) -> list[tuple[Path, Kind]]:
@@ -127,17 +127,17 @@ def list_media(folder: Path) -> list[tuple[Path, Kind]]:
     except OSError as error:
         raise DatasetError(f"{folder} cannot be listed: {error.strerror or error}") from None
     return [
-        (path, _kind_of(path))
+        (path, _get_media_kind(path))
         for path in paths
         if path.suffix.lower() in suffixes
         and not path.name.startswith(".")
         # OneTrainer stores masks and conditioning images next to the images
-        and label_of(path.stem) is None
+        and find_stem_label(path.stem) is None
         and path.is_file()
     ]
 
 
-def _kind_of(path: Path) -> Kind:
+def _get_media_kind(path: Path) -> Kind:
     """Return whether a file counts as an image or as a clip; animated images are clips."""
     if path.suffix.lower() in VIDEO_SUFFIXES:
         return "video"
@@ -154,13 +154,13 @@ def _list_entries(media: Sequence[tuple[Path, Kind]], folder: Path) -> list[Mask
         visible_paths = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
     # all media are in one folder, so the first one is sufficient
     is_next_to_media = any(real_path(folder) == real_path(media_path.parent) for media_path, _ in media[:1])
-    masks_of_kind: dict[str, Mapping[str, Sequence[Path]]] = {}
+    masks_by_kind: dict[str, Mapping[str, Sequence[Path]]] = {}
     for kind in {kind for _, kind in media}:
-        masks_of_kind[kind] = masks_by_stem(visible_paths, kind, is_next_to_media)
+        masks_by_kind[kind] = masks_by_stem(visible_paths, kind, is_next_to_media)
     label = MASK_LABEL if is_next_to_media else ""
     entries = []
     for media_path, kind in media:
-        masks = tuple(masks_of_kind[kind].get(media_path.stem, ()))
+        masks = tuple(masks_by_kind[kind].get(media_path.stem, ()))
         entries.append(MaskEntry(media_path, kind, masks, folder, mask_stem=media_path.stem + label))
     return entries
 
@@ -351,7 +351,7 @@ def replace_mask(entry: MaskEntry, pixels: NDArray[np.uint8], frame_index: int |
     drawn_mask = as_gray(pixels)
     height, width = drawn_mask.shape
     media_width, media_height = frame_size(entry.media_path)
-    if not is_of_shape((width, height), (media_width, media_height)):
+    if not has_same_aspect((width, height), (media_width, media_height)):
         raise DatasetError(
             f"The mask has {width}x{height} pixels, {entry.media_path.name} {media_width}x{media_height}: "
             "they need the same shape"

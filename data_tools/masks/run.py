@@ -123,10 +123,10 @@ def _show_outcome(
     outcome: MaskOutcome, entries: Sequence[MaskEntry], num_unchanged: int, method: str
 ) -> None:
     """Log the files without a mask, then print the number of masks and the lines for dataset.toml."""
-    _warn_of_files(
+    _log_file_warning(
         "Nothing was found in %s (a file without a mask is used completely): %s", outcome.nothing_found
     )
-    _warn_of_files("Nothing would be learned from %s (no mask is written): %s", outcome.all_black)
+    _log_file_warning("Nothing would be learned from %s (no mask is written): %s", outcome.all_black)
     masked = [entry for entry in entries if entry.mask is not None]
     mask_folders = dict.fromkeys(entry.mask_folder for entry in [*masked, *outcome.written])
     made = f"{format_count(len(outcome.written), 'mask')}, {num_unchanged} left as they were"
@@ -362,7 +362,7 @@ def _warn_of_remaining_masks(plan: MaskPlan) -> None:
         )
 
 
-def _warn_of_files(text: str, entries: Sequence[MaskEntry]) -> None:
+def _log_file_warning(text: str, entries: Sequence[MaskEntry]) -> None:
     """Log a warning with the number of files and the first names; log nothing if there are no files."""
     if entries:
         logger.warning(

@@ -40,10 +40,10 @@ from dataset.cache_files import EMPTY
 from dataset.caching.audio import AudioCachingFamily, AudioWork
 from dataset.caching.planning import LatentCacheSettings, SourcePlan, SourcePlanner, plan_all
 from dataset.caching.precomputed import use_moments
-from dataset.caching.prefetch import SIZE_CHANGES, Failure, map_ahead, read_ahead, workers_of
+from dataset.caching.prefetch import SIZE_CHANGES, Failure, count_workers, map_ahead, read_ahead
 from dataset.caching.text_plans import caption_fitter, list_caption_files, plan_texts
 from dataset.config import DatasetConfig, DatasetTable
-from dataset.forms.composing import source_format_of
+from dataset.forms.composing import get_source_format
 from dataset.options import CachingOptions, CheckPageOptions
 from dataset.sources.audio import list_silent
 from dataset.sources.colors import find_reordered
@@ -63,7 +63,7 @@ from modules.integers import ceil_div
 from modules.media.buckets import Size
 from modules.media.reading import image_size
 from protocols.data import AudioSpec, LatentSpec, MediaTable
-from protocols.family import Caches, Described, TextEncoder, audio_of, fits_captions, trains_audio
+from protocols.family import Caches, Described, TextEncoder, fits_captions, get_audio_spec, trains_audio
 
 MEDIA, LATENTS, TEXTS = "media", "latents", "texts"  # the parts to check
 NO_ITEM = "tables have no item to train on"
@@ -74,15 +74,15 @@ RECOGNIZED = "Files recognized:"
 UNREADABLE = "cannot be read"
 
 
-def check_script(family: Caches, config: DatasetConfig, options: CachingOptions, of_texts: bool) -> int:
+def check_script(family: Caches, config: DatasetConfig, options: CachingOptions, for_texts: bool) -> int:
     """Run --check of a caching script for latents or text embeddings; return its exit code."""
     if options.repair_captions is not None:
         _print_lines(repair_captions(config, options.repair_captions))
     writes_page = options.page.html is not None
     parts: tuple[str, ...] = (MEDIA, LATENTS)
-    if of_texts:
+    if for_texts:
         parts = (MEDIA, TEXTS) if writes_page else (TEXTS,)  # the page shows the media too
-    workers = workers_of(options)
+    workers = count_workers(options)
     result = check_caching(
         family,
         config,
@@ -91,7 +91,7 @@ def check_script(family: Caches, config: DatasetConfig, options: CachingOptions,
         verify=options.verify,
         parts=parts,
     )
-    if not of_texts:
+    if not for_texts:
         # tokens are counted when texts are checked
         result = replace(result, counters=TOKENS_ELSEWHERE)
     return print_check(result, family, config, page=options.page, workers=workers)
@@ -301,7 +301,7 @@ def _make_cache_settings(
         count_sections=count_sections,
         stores=stores,
         stores_frame_rate=family.abilities.takes_fps,
-        audio=audio_of(family),
+        audio=get_audio_spec(family),
     )
 
 
@@ -433,7 +433,7 @@ def _plan_sources(
     unknown = [plan for plan in planned if plan.missing_spans is None]
     decoded = read_ahead(
         unknown,
-        source_of=lambda plan: plan.source,
+        get_source=lambda plan: plan.source,
         work=partial(_plan_decoded, cached_names=cached_names, cache_settings=cache_settings),
         workers=workers,
         bar=Bar(len(unknown), "Decoding", "source"),
@@ -538,22 +538,22 @@ class _TrainingChecker:
 
         Missing media files cause no warning, because training only reads their caches.
         """
-        source_format = source_format_of(findings.table)
+        source_format = get_source_format(findings.table)
         if source_format.list_addresses(findings.table):  # listing such sources would download files
             name = source_format.name
             findings.info_lines.append(f"its sources are not checked: they are in {name} at addresses")
             return
-        findings_of_sources = find_table(self.config, findings.table, self.folders)
-        if not findings_of_sources.sources:
-            for error in findings_of_sources.errors[:1]:
+        source_findings = find_table(self.config, findings.table, self.folders)
+        if not source_findings.sources:
+            for error in source_findings.errors[:1]:
                 findings.info_lines.append(f"its sources are not checked: {error.text}")
             return
-        findings.sources = findings_of_sources.sources
+        findings.sources = source_findings.sources
         findings.warnings += find_reordered(findings.sources)
-        check_captions(findings_of_sources, self.counters)
-        findings.info_lines += findings_of_sources.info_lines
+        check_captions(source_findings, self.counters)
+        findings.info_lines += source_findings.info_lines
         # training only reads caches, so errors of sources are warnings
-        findings.warnings += [*findings_of_sources.errors, *findings_of_sources.warnings]
+        findings.warnings += [*source_findings.errors, *source_findings.warnings]
         findings.warnings += _find_uncached(findings, items, self.with_audio)
 
 

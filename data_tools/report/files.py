@@ -47,13 +47,13 @@ def list_files(
         # without decoding there are no inspections
         inspections = findings.inspections or [Inspection()] * len(findings.sources)
         for source, inspection in zip(findings.sources, inspections, strict=True):
-            findings_of_file = {
+            file_findings = {
                 "faults": errors.get(source.stem, []),
                 "remarks": warnings.get(source.stem, []),
                 "caches": states.get(source.stem, {}),
             }
             described_files.append(
-                {**_describe_source(source), **_describe_inspection(inspection), **findings_of_file}
+                {**_describe_source(source), **_describe_inspection(inspection), **file_findings}
             )
     return described_files
 
@@ -271,18 +271,18 @@ def _compare_texts(
         files = [_with_recorded_references(file, by_stem.get(file.name)) for file in files]
     files = [_with_recorded_text(file, store) for file in files]
     plans = plan_texts(files, _list_recorded_encoders(records), stores, workers)
-    state_of_file = {plan.file_name: _find_text_state(plan, store, records) for plan in plans}
-    return {source.stem: _join_text_states(source, tag, state_of_file) for source in sources}
+    state_by_file = {plan.file_name: _find_text_state(plan, store, records) for plan in plans}
+    return {source.stem: _join_text_states(source, tag, state_by_file) for source in sources}
 
 
-def _join_text_states(source: MediaSource, tag: str, state_of_file: Mapping[str, State]) -> State:
+def _join_text_states(source: MediaSource, tag: str, state_by_file: Mapping[str, State]) -> State:
     """Return the state of the first caption's cache that is not valid; if none is, that of the last."""
     state: State = (VALID, "")
     num_captions = 1 + len(source.more_captions)
     for caption_index in range(num_captions):
         file_name = text_file_name(source.stem, tag, caption_index)
         # a caption without a plan, such as an empty one, needs no cache
-        state = state_of_file.get(file_name, (VALID, ""))
+        state = state_by_file.get(file_name, (VALID, ""))
         if state[0] != VALID:
             break
     return state

@@ -197,8 +197,8 @@ class CheckResult:
             verdict = f"Something is wrong: see above. Faults: {self.num_errors}."
         if self.num_warnings:
             verdict += f" Remarks above: {self.num_warnings}."
-        lines_of_tables = [line for findings in self.tables for line in findings.lines()]
-        return [*self.head, *lines_of_tables, *self.tail, verdict]
+        table_lines = [line for findings in self.tables for line in findings.lines()]
+        return [*self.head, *table_lines, *self.tail, verdict]
 
 
 @dataclass(frozen=True)
@@ -456,19 +456,19 @@ def _find_reason_not_to_convert(path: Path, guess: EncodingGuess | None) -> str 
             f"it may be {guess.name}: {_shorten(guess.text)!r}. If that is right, name it: "
             f"--repair_captions {guess.encoding}"
         )
-    backup = _backup_of(path)
+    backup = _get_backup_path(path)
     return f"{backup.name} exists already; move it away" if backup.exists() else None
 
 
 def _convert_caption(path: Path, guess: EncodingGuess) -> str:
     """Back up a caption file, and write its text as UTF-8; return a line for the report."""
     # the backup first, so that the old text is never lost
-    write_bytes(_backup_of(path), read_content(path, MAX_CAPTION_BYTES))
+    write_bytes(_get_backup_path(path), read_content(path, MAX_CAPTION_BYTES))
     write_text(path, guess.text.removeprefix("\ufeff"))
     return f"  {path}: was {guess.name}, now UTF-8: {_shorten(guess.text)!r}"
 
 
-def _backup_of(path: Path) -> Path:
+def _get_backup_path(path: Path) -> Path:
     """Return the path of a caption's backup."""
     return path.with_name(path.name + BACKUP)
 

@@ -14,7 +14,13 @@ from markupsafe import Markup
 
 from data_tools.report.audio import AudioInspection, draw_audio, inspect_audio, uses_audio
 from dataset.config import DatasetTable
-from dataset.sources.decoding import decode_source, explain_no_spans, fit_of, plan_source, source_frames
+from dataset.sources.decoding import (
+    decode_source,
+    explain_no_spans,
+    find_bucket_fit,
+    plan_source,
+    source_frames,
+)
 from dataset.sources.fetching import fetch
 from dataset.sources.frames import Span, compare_rates, describe_short
 from dataset.sources.frames import spans as cut_spans
@@ -251,7 +257,7 @@ def inspect_header(source: MediaSource, fps: float, latent: LatentSpec) -> Inspe
     except (MediaError, DatasetError, OSError) as error:
         return Inspection(read_error=str(error))
     return Inspection(
-        fit=fit_of(source.table, plan.size, latent.pixel_step, source.path),
+        fit=find_bucket_fit(source.table, plan.size, latent.pixel_step, source.path),
         size=plan.size,
         fps=info.fps if info else None,
         frames=info.frames if info else None,
@@ -343,7 +349,7 @@ def _read_frames(
     for frame in sizes.watch(source_frames(source, fps)):
         if "fit" not in inspection_fields:
             size = (frame.shape[1], frame.shape[0])
-            inspection_fields["fit"] = fit_of(table, size, latent.pixel_step, source.path)
+            inspection_fields["fit"] = find_bucket_fit(table, size, latent.pixel_step, source.path)
             inspection_fields["size"] = size
         use_frame(frame)
         inspection_fields["num_used_frames"] += 1

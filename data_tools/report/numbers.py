@@ -200,7 +200,7 @@ def _describe_table(findings: TableFindings, total_items_per_epoch: int) -> Json
         "validation": table.validation,
         "broken": sum(inspection.read_error is not None for inspection in findings.inspections),
         "without_items": sum(inspection.no_item_reason is not None for inspection in findings.inspections),
-        "buckets": _count_buckets_of(findings),
+        "buckets": _summarize_buckets(findings),
         # numbers of control images or clips, and how many items have that many; empty if there are none
         "control": [{"files": number, "count": count} for number, count in num_references],
         "captions": count_captions(findings.sources),
@@ -208,7 +208,7 @@ def _describe_table(findings: TableFindings, total_items_per_epoch: int) -> Json
     }
 
 
-def _count_buckets_of(findings: TableFindings) -> list[JsonObject]:
+def _summarize_buckets(findings: TableFindings) -> list[JsonObject]:
     """Return the items, batches and crop of each bucket in a table."""
     # percentage of each source that cropping to the bucket removes, by size of the bucket
     cut_percents: dict[Size, list[float]] = {}
@@ -363,21 +363,21 @@ def count_captions(sources: Iterable[MediaSource]) -> JsonObject:
     for source in sources:
         captions.add(source)
     num_without = {reason: len(paths) for reason, paths in captions.paths_without.items()}
-    paths_of_repeated_text = {}
+    paths_by_repeated_text = {}
     for text, paths in captions.paths_of_text.items():
         if len(paths) > 1:
-            paths_of_repeated_text[text] = list(paths.values())
+            paths_by_repeated_text[text] = list(paths.values())
     return {
         "total": len(captions.num_words) + num_without["empty"],  # `num_words` has only the other captions
         **num_without,
-        "duplicates": sum(len(paths) - 1 for paths in paths_of_repeated_text.values()),
+        "duplicates": sum(len(paths) - 1 for paths in paths_by_repeated_text.values()),
         "words": summarize(captions.num_words),
         "characters": summarize(captions.num_characters),
         "words_histogram": count_bins(captions.num_words),
         "distinct_words": len(captions.words),
         "frequent_words": captions.list_frequent_words(),
         "trigger_words": captions.list_trigger_words(),
-        "duplicate_texts": _list_repeated(paths_of_repeated_text),
+        "duplicate_texts": _list_repeated(paths_by_repeated_text),
         **{f"{reason}_paths": paths for reason, paths in captions.paths_without.items()},
     }
 

@@ -149,8 +149,8 @@ def write_report_page(
     table_sections = []
     for table_statistics, findings in zip(statistics["tables"], tables, strict=True):
         drawings, num_not_drawn = _draw_crops(table_statistics, findings)
-        cards_of_table = _select_cards(cards, findings.table)
-        table_sections.append(_TableSection(table_statistics, drawings, num_not_drawn, cards_of_table))
+        table_cards = _select_cards(cards, findings.table)
+        table_sections.append(_TableSection(table_statistics, drawings, num_not_drawn, table_cards))
     template_values = {
         "result": None,  # a page of --check has it instead of `report`
         "report": statistics,
@@ -244,7 +244,7 @@ def _make_cards(
             jobs.append(job)
     results = read_ahead(
         jobs,
-        source_of=lambda job: job.source,
+        get_source=lambda job: job.source,
         work=lambda job: _make_card(job, card_settings),
         workers=workers,
         bar=Bar(len(jobs), "Reading pictures", "file"),
@@ -303,14 +303,14 @@ def _split_captions(
 ) -> tuple[list[tuple[str, TokenCount]], list[list[CaptionPart]]]:
     """Return (encoder, token count) pairs of a media file's first caption, and the parts of all captions."""
     captions = [] if source.caption is None else [source.caption, *source.more_captions]
-    counts_of_first: list[tuple[str, TokenCount]] = []
+    first_counts: list[tuple[str, TokenCount]] = []
     parts: list[list[CaptionPart]] = []
     for index, caption in enumerate(captions):
         counts = counters.count(caption) if caption else []
         parts += split_caption(caption, counts)
         if index == 0:
-            counts_of_first = counts
-    return counts_of_first, parts
+            first_counts = counts
+    return first_counts, parts
 
 
 def _classify_measures(measures: Measures | None) -> dict[str, bool]:

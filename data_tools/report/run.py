@@ -21,7 +21,7 @@ from data_tools.report.options import ReportOptions
 from data_tools.report.page import write_report_page
 from dataset.caching.prefetch import SIZE_CHANGES, Failure, read_ahead
 from dataset.config import DatasetConfig, DatasetTable, with_lengths, with_references
-from dataset.forms.composing import source_format_of
+from dataset.forms.composing import get_source_format
 from dataset.sources.clock import find_other_lengths
 from dataset.sources.colors import find_colors, find_reordered
 from dataset.sources.decoding import check_resolution
@@ -122,9 +122,9 @@ def _find_copies(tables: Sequence[TableFindings]) -> list[list[Path]]:
     """Return groups of near duplicates among the images, and among the clips; add a warning to each file."""
     copies: list[list[Path]] = []
     for kind in ("image", "video"):
-        tables_of_kind = [findings for findings in tables if findings.table.kind == kind]
-        groups = _group_files(tables_of_kind)
-        _warn_of_copies(tables_of_kind, groups)
+        same_kind_tables = [findings for findings in tables if findings.table.kind == kind]
+        groups = _group_files(same_kind_tables)
+        _warn_of_near_duplicates(same_kind_tables, groups)
         copies += groups
     return copies
 
@@ -132,7 +132,7 @@ def _find_copies(tables: Sequence[TableFindings]) -> list[list[Path]]:
 def _reject_downloads(config: DatasetConfig) -> None:
     """Raise DatasetError if a table's files can be listed only after downloading a list."""
     for table in config.datasets:
-        for address in source_format_of(table).list_addresses(table):
+        for address in get_source_format(table).list_addresses(table):
             text = f"{hide_secrets(address)} is downloaded to be listed: omit --no_download"
             raise DatasetError(text)
 
@@ -189,7 +189,7 @@ def _measure_table(
         return findings
     results = read_ahead(
         findings.sources,
-        source_of=lambda source: source,
+        get_source=lambda source: source,
         work=partial(_inspect, options=options, latent=latent),
         workers=workers,
         bar=Bar(len(findings.sources), "Reading headers" if options.no_decode else "Measuring", "file"),
@@ -256,13 +256,13 @@ def _list_warnings(inspection: Inspection) -> dict[str, str | None]:
     return warnings
 
 
-def _warn_of_copies(tables: Sequence[TableFindings], groups: Sequence[Sequence[Path]]) -> None:
+def _warn_of_near_duplicates(tables: Sequence[TableFindings], groups: Sequence[Sequence[Path]]) -> None:
     """Add a warning to each file in a group of near duplicates."""
-    group_of_path = {path.absolute(): group for group in groups for path in group}
+    copies_by_path = {path.absolute(): group for group in groups for path in group}
     for findings in tables:
         for source in findings.sources:
             path = source.path.absolute()
-            copies = [copy for copy in group_of_path.get(path, ()) if copy.absolute() != path]
+            copies = [copy for copy in copies_by_path.get(path, ()) if copy.absolute() != path]
             if copies:
                 and_others = f" and {len(copies) - 1} more" if len(copies) > 1 else ""
                 text = f"nearly the same as {copies[0].name}{and_others}"
@@ -275,7 +275,7 @@ def _group_files(tables: Sequence[TableFindings]) -> list[list[Path]]:
     `tables` are all tables of images, or all tables of clips. A file in several tables, by absolute or
     relative paths, counts once.
     """
-    measures_of_path: dict[Path, Measures] = {}
+    measures_by_path: dict[Path, Measures] = {}
     absolute_paths: set[Path] = set()
     for findings in tables:
         # there are no inspections if files were not read
@@ -283,16 +283,16 @@ def _group_files(tables: Sequence[TableFindings]) -> list[list[Path]]:
             absolute_path = source.path.absolute()
             if inspection.measures is not None and absolute_path not in absolute_paths:
                 absolute_paths.add(absolute_path)
-                measures_of_path[source.path] = inspection.measures
+                measures_by_path[source.path] = inspection.measures
     # only files with the same number of hashes, such as clips of several frames, are compared
     paths_by_num_hashes: dict[int, list[Path]] = {}
     # sorted, so that the groups do not depend on the order of the tables
-    for path in sorted(measures_of_path, key=str):
-        num_hashes = len(measures_of_path[path].hashes)
+    for path in sorted(measures_by_path, key=str):
+        num_hashes = len(measures_by_path[path].hashes)
         paths_by_num_hashes.setdefault(num_hashes, []).append(path)
     groups = []
     for _, paths in sorted(paths_by_num_hashes.items()):
-        for indices in group_copies([measures_of_path[path] for path in paths]):
+        for indices in group_copies([measures_by_path[path] for path in paths]):
             groups.append([paths[index] for index in indices])
     return sorted(groups, key=lambda group: str(group[0]))
 

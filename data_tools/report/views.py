@@ -73,7 +73,7 @@ class _Viewer:
         sources = find_sources(table)
         decoding = read_ahead(
             sources,
-            source_of=lambda source: source,
+            get_source=lambda source: source,
             work=self._decode,
             workers=workers,
             bar=Bar(len(sources), "Decoding", "source", shown=False),

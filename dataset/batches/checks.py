@@ -24,11 +24,11 @@ from dataset.cache.store import Stores
 from dataset.cache_files import FLIPPED, tensor_key
 from dataset.config import DatasetTable
 from dataset.config_keys import REFERENCES, SECTIONS, TEXTS, Stale
-from dataset.forms.composing import source_format_of
+from dataset.forms.composing import get_source_format
 from dataset.sources.captions import captions_in, read_caption
-from dataset.sources.frames import bucket_of
+from dataset.sources.frames import find_bucket
 from dataset.sources.media_source import CLIP_REFERENCES
-from dataset.table import CLIP, FROM_ALPHA, FROM_FILE, FURTHER_TEXT, MEDIA, defaults_of
+from dataset.table import CLIP, FROM_ALPHA, FROM_FILE, FURTHER_TEXT, MEDIA, get_cache_key_defaults
 from modules.console import format_count
 from modules.errors import CacheError
 from modules.option_values import format_shape
@@ -138,7 +138,7 @@ def _find_text_setting_changes(
     about other media that it saw.
     """
     table = item.table
-    defaults = {**defaults_of(TEXTS), "captions": 1}
+    defaults = {**get_cache_key_defaults(TEXTS), "captions": 1}
     current = {**defaults, **table.non_default_values(TEXTS), "captions": item.num_captions}
     if saw_references:
         current |= table.visible_reference_settings(item.bucket[:2])
@@ -218,7 +218,7 @@ def latent_errors(
     if table.references is not None or table.clip_references is not None:
         yield from _find_reference_errors(item, tensors)
     if record is not None:
-        bucket = bucket_of(table, tuple(record.options["size"]), latent.pixel_step, item.latent_path)
+        bucket = find_bucket(table, tuple(record.options["size"]), latent.pixel_step, item.latent_path)
         made_for = record.options["bucket"]
         if tuple(made_for) != bucket:
             yield f"made for {format_shape(made_for)} pixels, but {table.name} needs {format_shape(bucket)}"
@@ -311,7 +311,7 @@ def _find_changed_keys(
     if change_text is not None:
         yield f"{change_text} in {table.name}"
     if any(key.startswith(data.CONTROL) for key in tensors):
-        defaults = defaults_of(REFERENCES)
+        defaults = get_cache_key_defaults(REFERENCES)
         recorded = _select_recorded_keys(options, REFERENCES)
         change_text = difference(defaults | recorded, defaults | table.non_default_values(REFERENCES))
         if change_text is not None:
@@ -340,7 +340,7 @@ def _describe_factors(factors: Sequence[int]) -> str:
 
 def _select_recorded_keys(options: Mapping[str, Any], stale: Stale) -> dict[str, Any]:
     """Return the recorded options that belong to a group of table keys (`stale`), such as REFERENCES."""
-    keys = defaults_of(stale)
+    keys = get_cache_key_defaults(stale)
     return {key: option for key, option in options.items() if key in keys}
 
 
@@ -484,7 +484,7 @@ def _current_companions(item: TrainingItem) -> "CompanionCounts | None":
     Returns None if the item is not listed, or if listing its table could download files.
     """
     table = item.table
-    if not source_format_of(table).is_listed_in_training:
+    if not get_source_format(table).is_listed_in_training:
         return None
     from dataset.listing import companions_now  # only if sources are compared
 

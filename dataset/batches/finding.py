@@ -16,7 +16,7 @@ from dataset.batches.items import (
     OnTheFlyTables,
     TableCacheInfo,
     TrainingItem,
-    tables_of,
+    list_tables,
 )
 from dataset.cache.index import has_audio_caches, is_indexed, read_index
 from dataset.cache.latent_files import (
@@ -28,7 +28,7 @@ from dataset.cache.store import Stores, may_have_both_formats, open_store
 from dataset.cache_files import CacheStore, NpzNames
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.config_keys import REQUIRED
-from dataset.forms.composing import SHARED_CACHES, source_format_of
+from dataset.forms.composing import SHARED_CACHES, get_source_format
 from dataset.sources.media_source import pause_garbage_collection
 from dataset.sources.missing import explain_lookup
 from modules.console import format_count, pluralize
@@ -38,7 +38,9 @@ from protocols.data import FPS, REFERENCE_AUDIO, AudioSpec, LatentSpec
 logger = logging.getLogger(__name__)
 
 SAMPLED = 1000  # items whose headers are read to find out whether any item has a reference
-_LATENT_CACHE_NAME = re.compile(r"_[0-9]+x[0-9]+_[a-z0-9]+\.safetensors$")  # names of latent caches of any model
+_LATENT_CACHE_NAME = re.compile(
+    r"_[0-9]+x[0-9]+_[a-z0-9]+\.safetensors$"
+)  # names of latent caches of any model
 _TEXT_CACHE_NAME = re.compile(r"_[a-z0-9]+_te\.safetensors$")
 
 
@@ -60,7 +62,7 @@ class FoundItems:
     why_audio_is_needed: str = 'audio = "required"'  # why missing audio is an error
     trained_but_absent_audio: AudioSpec | None = None  # set if the run trains audio, but no item has any
     # folder without text caches for this model -> name of a text cache of another model in that folder
-    texts_of_other_models: dict[Path, str] = field(default_factory=dict)
+    foreign_texts: dict[Path, str] = field(default_factory=dict)
     # stems of current sources, by folder because several tables may share one
     current_stems: dict[Path, set[str]] = field(default_factory=dict)
     # (folder, stem) of caches whose table does not list the source
@@ -110,11 +112,11 @@ def find_items(
             trusts_index=trusts_index,
         )
     if audio is not None:
-        _record_need_of_audio(found, audio, encodes_while_training=bool(on_the_fly_tables))
+        _record_audio_need(found, audio, encodes_while_training=bool(on_the_fly_tables))
     return found
 
 
-def _record_need_of_audio(found: FoundItems, audio: AudioSpec, encodes_while_training: bool) -> None:
+def _record_audio_need(found: FoundItems, audio: AudioSpec, encodes_while_training: bool) -> None:
     """Record in `found` why audio is needed, and whether no item at all has cached audio."""
     if audio.audio_only:
         found.why_audio_is_needed = "only audio is learned"
@@ -428,7 +430,7 @@ class _TextCaches:
         """Add a text cache of another model to `found` as an example, if there is one."""
         foreign_name = next((name for name in sorted(names) if _TEXT_CACHE_NAME.search(name)), None)
         if foreign_name is not None:
-            self._found.texts_of_other_models[self._table.cache_directory] = foreign_name
+            self._found.foreign_texts[self._table.cache_directory] = foreign_name
 
     def _record_unfinished(self, unfinished: Iterable[str]) -> None:
         """Add unfinished caches to `found`: those of further captions and empty prompts in use."""
@@ -498,7 +500,7 @@ def _find_listed_stems(
     """
     if cache_info.on_the_fly_sources:
         return cache_info.on_the_fly_sources.keys()
-    if not source_format_of(table).shares_caches_with_other_programs or not latents:
+    if not get_source_format(table).shares_caches_with_other_programs or not latents:
         return None
     from dataset.listing import find_sources  # only for shared caches
 
@@ -527,7 +529,7 @@ def require_items(found: FoundItems, commands: CachingCommands = NO_COMMANDS) ->
     if found.missing_text or found.unlisted_caches:
         _warn_left_out(found, commands)
     num_items = format_count(len(found.items), "item")
-    num_tables = format_count(len(tables_of(found.items)), "data set")
+    num_tables = format_count(len(list_tables(found.items)), "data set")
     logger.info("In the caches: %s of %s", num_items, num_tables)
     return found.items
 
@@ -538,7 +540,7 @@ def _explain_missing_caches(found: FoundItems) -> list[str]:
     if found.missing_audio:
         errors += _audio_errors(found)
     if found.empty_tables or not found.items:  # perhaps the folder has caches of another model
-        errors += [_explain_others(folder, name) for folder, name in found.texts_of_other_models.items()]
+        errors += [_explain_others(folder, name) for folder, name in found.foreign_texts.items()]
     if not errors and not found.items:
         folders = {path.parent for path in found.missing_text}
         errors = [f"no text cache in {folder}" for folder in sorted(folders)]
@@ -584,13 +586,13 @@ def _explain_empty(table: DatasetTable) -> str:
     """Return an explanation why a table may have no latent cache."""
     # shared caches are npz files, whose names the pattern below does not match
     names = [] if table.cache_format in SHARED_CACHES else sorted(open_store(table).names())
-    of_other_model = next(filter(_LATENT_CACHE_NAME.search, names), None)
+    foreign_cache = next(filter(_LATENT_CACHE_NAME.search, names), None)
     error = f"{table.name}: no latent cache in {table.cache_directory}"
     folder = table.directory
     if folder is not None and not folder.exists() and not table.cache_directory.exists():
         error = f"{table.name}: {folder}: no such folder{explain_lookup(folder, table.config_path)}"
-    if of_other_model is not None:
-        error += f" of {table.kind}s for this model: {of_other_model} is for another model or kind of data"
+    if foreign_cache is not None:
+        error += f" of {table.kind}s for this model: {foreign_cache} is for another model or kind of data"
     return error
 
 

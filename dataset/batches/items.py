@@ -117,7 +117,7 @@ class HasSource(Protocol):
         """Stem of the media file; all items of one file are held out for validation together."""
 
 
-def tables_of(items: Iterable[HasSource]) -> list[DatasetTable]:
+def list_tables(items: Iterable[HasSource]) -> list[DatasetTable]:
     """Return the tables of these items, each once, in the order of the dataset file."""
     by_index = {item.table.index: item.table for item in items}
     return [by_index[index] for index in sorted(by_index)]

@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar
 
-from dataset.batches.items import HasSource, TrainingItem, tables_of
+from dataset.batches.items import HasSource, TrainingItem, list_tables
 from dataset.cache_files import EMPTY
-from dataset.sources.captions import complete_caption, join_parts, lines_of
+from dataset.sources.captions import complete_caption, join_parts, split_lines
 from dataset.sources.media_source import pause_garbage_collection
 from dataset.table import NO_AUGMENTATION, CaptionChanges, DatasetTable
 from modules.integers import ceil_div
@@ -46,7 +46,7 @@ class BatchOrder:
         self._items.sort(key=lambda item: item.table.index)
         self._repeated_items = repeat_items(self._items)  # items of an epoch, by group
         if any(item.table.is_reg for item in self._items):
-            self._warn_of_unused()
+            self._warn_of_unused_images()
         self.num_items = sum(map(len, self._repeated_items.values()))  # items of an epoch, including repeats
         group_sizes = [(len(group), group[0].table.batch_size) for group in self._repeated_items.values()]
         self.num_batches = sum(ceil_div(size, batch_size) for size, batch_size in group_sizes)
@@ -56,7 +56,7 @@ class BatchOrder:
         # for each batch: number of items of its group of tables before it; empty until it is needed
         self._group_starts = array("q")
 
-    def _warn_of_unused(self) -> None:
+    def _warn_of_unused_images(self) -> None:
         """Log a warning about regularization images that no epoch contains."""
         used = {id(item) for group_items in self._repeated_items.values() for item in group_items}
         unused = len(self._items) - len(used)
@@ -72,7 +72,7 @@ class BatchOrder:
         """Return texts for the tables' settings that change training but not the items, for messages."""
         return [
             f"{name} = {value} in {table.label}"
-            for table in tables_of(self._items)
+            for table in list_tables(self._items)
             for name, value in table.learning_keys.items()
         ]
 
@@ -282,7 +282,7 @@ def _split_subsets(items: Sequence[S], fraction: float, seed: int) -> tuple[list
     """
     held_out_stems: dict[int, frozenset[str]] = {}  # by index of the table
     validation_tables: dict[int, DatasetTable] = {}
-    for table in tables_of(items):
+    for table in list_tables(items):
         table_fraction = fraction if table.validation_split is None else table.validation_split
         if not table_fraction or table.is_reg:
             continue
@@ -342,7 +342,7 @@ def changed_caption(
     """
     if not changes.varies_per_step:  # trigger word, prefix and suffix were added when the source was listed
         return caption
-    lines = lines_of(caption) or [""]
+    lines = split_lines(caption) or [""]
     text = generator.choice(lines) if changes.wildcards else lines[0]
     prefix, suffix = table.caption_prefix, table.caption_suffix
     if changes.wildcards:

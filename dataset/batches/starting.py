@@ -201,7 +201,7 @@ def _compare_frame_selection(items: Sequence[TrainingItem], fps: float, commands
     """
     by_source = {(item.table.index, item.source_stem): item for item in items}
     for table in {item.table.index: item.table for item in items}.values():
-        for source in _sources_of(table):
+        for source in _list_sources(table):
             item = by_source.get((table.index, source.stem))
             # tars and downloads are not opened for a warning
             if item is None or source.remote_or_packed:
@@ -228,7 +228,7 @@ def _compare_decoding(
     for item, decoder_version in items[:MAX_DECODED]:
         by_source[item.table.index, item.source_stem] = item, decoder_version
     for table in {item.table.index: item.table for item, _ in items}.values():
-        for source in _sources_of(table):
+        for source in _list_sources(table):
             # tars and downloads are not opened for a warning
             if source.remote_or_packed or (table.index, source.stem) not in by_source:
                 continue
@@ -240,7 +240,7 @@ def _compare_decoding(
                     return  # one warning is enough
 
 
-def _sources_of(table: DatasetTable) -> Sequence[MediaSource]:
+def _list_sources(table: DatasetTable) -> Sequence[MediaSource]:
     """Return a table's media files; () if they cannot be listed."""
     with contextlib.suppress(DatasetError, OSError):
         return find_sources(table, captions=False, faults=[])
@@ -284,16 +284,16 @@ def compare_sources(
         if table.index in found.left_out:  # the index of the caches has the answer
             differences = _SourceDifferences(found.left_out[table.index], [], [])
         else:
-            sources = _sources_of_small(table, table.directory)
+            sources = _find_small_folder_sources(table, table.directory)
             if sources is None:
                 continue
             checks_audio = trains_audio and table.kind == "video" and table.audio != IGNORE
             differences = _find_differences(sources, items, missing_text_caches, tag, checks_audio)
         if any(differences):
-            _warn_of_differences(table, differences, commands)
+            _warn_of_cache_differences(table, differences, commands)
 
 
-def _warn_of_differences(
+def _warn_of_cache_differences(
     table: DatasetTable, differences: _SourceDifferences, commands: CachingCommands
 ) -> None:
     """Log a warning for each kind of difference between a table's media files and its caches."""
@@ -343,7 +343,7 @@ def _find_differences(
     return _SourceDifferences(without_latents, sorted(cached - sources.keys()), uncached_audio)
 
 
-def _sources_of_small(table: DatasetTable, folder: Path) -> dict[str, MediaSource] | None:
+def _find_small_folder_sources(table: DatasetTable, folder: Path) -> dict[str, MediaSource] | None:
     """Return a table's media files by stem; None if `folder` is large or cannot be listed.
 
     The folder may be missing because only the caches were copied to this machine.

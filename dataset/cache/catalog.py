@@ -361,8 +361,8 @@ def _finish_if_abandoned(path: Path) -> None:
     the file's age decides.
     """
     is_old = path.stat().st_mtime < time.time() - LEFTOVER_SECONDS
-    is_of_this_machine = path.stem[6:14] == machine()  # after "cache-"
-    if not (is_old or is_of_this_machine) or not _is_safe_to_open(path):
+    is_from_this_machine = path.stem[6:14] == machine()  # after "cache-"
+    if not (is_old or is_from_this_machine) or not _is_safe_to_open(path):
         return
     try:
         is_empty = _recover(path)

@@ -43,19 +43,19 @@ def list_format_errors(table: DatasetTable, tag: str) -> Iterator[str]:
     from dataset.cache.catalog import list_shards  # few folders are mixed
     from dataset.cache.shards import ShardStore
 
-    def is_of_table(name: str) -> bool:
+    def is_table_cache(name: str) -> bool:
         """Return whether a file is a cache for this table's kind (image or video) and model family."""
-        return _is_of(name, tag, table.kind)
+        return _is_family_cache(name, tag, table.kind)
 
     folder = table.cache_directory
     expected_format = table.cache_format
     shards = ShardStore(folder) if list_shards(folder) else None
     misplaced = None  # the first cache that is only in the other format
     if expected_format == "shards":
-        single_names = list_single_files(folder, is_of_table)
+        single_names = list_single_files(folder, is_table_cache)
         misplaced = next((name for name in single_names if shards is None or name not in shards), None)
     elif shards is not None:
-        names_in_shards = filter(is_of_table, shards.names())
+        names_in_shards = filter(is_table_cache, shards.names())
         misplaced = next((name for name in names_in_shards if not (folder / name).exists()), None)
     if misplaced is not None:
         command = ["python", "tools/convert_cache.py"]
@@ -68,7 +68,7 @@ def list_format_errors(table: DatasetTable, tag: str) -> Iterator[str]:
         )
 
 
-def _is_of(name: str, tag: str, kind: str) -> bool:
+def _is_family_cache(name: str, tag: str, kind: str) -> bool:
     """Return whether a file is the family's cache of latents, audio latents or text embeddings, by its name.
 
     Unfinished text embeddings count, too. `tag` is the family's cache_tag; `kind` is that of the table,

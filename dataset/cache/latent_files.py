@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from dataset import cache_files
 from dataset.cache_files import CacheStore, LatentName
-from dataset.sources.frames import bucket_of
+from dataset.sources.frames import find_bucket
 from dataset.table import DatasetTable
 from modules.errors import CacheError
 from protocols.data import (
@@ -86,7 +86,7 @@ def _find_bucket(table: DatasetTable, name: LatentName, latent: LatentSpec, path
     Names of images contain the original size, names of clips the size after bucketing.
     """
     if table.kind == "image":
-        return bucket_of(table, name.size, latent.pixel_step, path)
+        return find_bucket(table, name.size, latent.pixel_step, path)
     if name.section is not None:  # sections of clips of any length share a batch: all have this length
         return (*name.size, latent.count_frames(table.fp_latent_window_size))
     assert name.span is not None

@@ -38,7 +38,7 @@ from dataset.sources.media_source import (
     Origin,
     Remote,
 )
-from dataset.table import FROM_FILE, DatasetTable, defaults_of
+from dataset.table import FROM_FILE, DatasetTable, get_cache_key_defaults
 from modules.errors import CacheError
 from modules.limits import MAX_FRAMES
 from modules.media.colors import AS_SHOWN
@@ -355,7 +355,7 @@ def options_difference(then: Mapping[str, Any], now: Mapping[str, Any], latent: 
     Records omit section keys that have their defaults. For models without sections, these keys are ignored,
     because one dataset may serve several models.
     """
-    section_defaults = defaults_of(SECTIONS)
+    section_defaults = get_cache_key_defaults(SECTIONS)
     if latent.in_sections:
         return difference({**section_defaults, **then}, {**section_defaults, **now})
     old = {key: value for key, value in then.items() if key not in section_defaults}

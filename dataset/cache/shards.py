@@ -30,7 +30,7 @@ from dataset.cache.catalog import (
     open_shard,
 )
 from dataset.cache_files import Entry, unpack, unpack_header
-from dataset.sources.media_source import SHARD_FILE_NAME, OLD_INDEXES
+from dataset.sources.media_source import OLD_INDEXES, SHARD_FILE_NAME
 from modules.atomic_write import check_space, remove_leftovers
 from modules.errors import CacheError, OutputError
 from modules.file_locks import only_one

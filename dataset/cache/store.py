@@ -24,7 +24,7 @@ from dataset.cache_files import (
     read_entry,
     write_tensors,
 )
-from dataset.forms.composing import SHARED_CACHES, source_format_of
+from dataset.forms.composing import SHARED_CACHES, get_source_format
 from dataset.sources.media_source import SHARD_FILE_NAME
 from dataset.table import DatasetTable
 from modules.atomic_write import remove_leftovers, write_bytes
@@ -166,7 +166,7 @@ def _list_images(table: DatasetTable) -> dict[str, Path]:
 
     Returns {} if the table's images are all in its folder.
     """
-    if not source_format_of(table).names_images_anywhere:
+    if not get_source_format(table).names_images_anywhere:
         return {}
     from dataset.listing import find_sources  # only for shared caches of lists
 

@@ -116,7 +116,7 @@ class AudioWork:
         verifies = self._stores.verify or len(jobs) < MANY  # checksums of many files would take long
         ahead = read_ahead(
             jobs,
-            source_of=lambda job: job.source,
+            get_source=lambda job: job.source,
             work=lambda job: self._read(self.plan(job.source, job.items, verifies)),
             workers=workers,
             bar=Bar(len(jobs), "Audio", "clip", shows),
@@ -167,8 +167,8 @@ class AudioWork:
         if table.index not in self._existing:
             return 0
         stale = self._existing[table.index].list_stale(valid, failed)
-        is_of_family = partial(cache_files.is_latent_cache, architecture=self._family.name, audio=True)
-        return remove_caches(self._stores.latent_store(table), stale, is_of_family)
+        is_family_cache = partial(cache_files.is_latent_cache, architecture=self._family.name, audio=True)
+        return remove_caches(self._stores.latent_store(table), stale, is_family_cache)
 
     def free(self) -> None:
         """Free the audio encoder's memory if it is loaded."""

@@ -23,7 +23,7 @@ from dataset.cache import index
 from dataset.cache.index import fingerprint_table, is_indexed
 from dataset.cache.store import Stores
 from dataset.caching.indexing import write_index
-from dataset.caching.prefetch import CacheReport, conclude, join_reports, workers_of
+from dataset.caching.prefetch import CacheReport, conclude, count_workers, join_reports
 from dataset.config import DatasetConfig
 from dataset.options import CachingOptions, DebugOptions, ShardOptions
 from modules.command import COUNT, LOCAL_RANK, RANK, quote_command
@@ -32,7 +32,7 @@ from modules.devices import format_peak_memory, freeze_libraries, leave_cudnn_ou
 from modules.errors import OptionError
 from modules.installation import import_own
 from modules.option_values import missing_words
-from protocols.family import Caches, audio_of
+from protocols.family import Caches, get_audio_spec
 
 T = TypeVar("T")
 
@@ -192,7 +192,7 @@ def _write_indexes(
     `fingerprints` are the hashes of the tables, by table index.
     """
     for table in config.datasets:
-        if not is_indexed(table, audio_of(family)):
+        if not is_indexed(table, get_audio_spec(family)):
             continue
         left_out = {}
         for failure in (*report.failures, *report.dropped):
@@ -235,7 +235,7 @@ def run_caching(
     if debug is not None and debug.debug_mode is not None:
         from data_tools.report.views import show_datasets  # only with --debug_mode
 
-        conclude(show_datasets(family, config, debug, workers_of(options)))
+        conclude(show_datasets(family, config, debug, count_workers(options)))
         return
     if options.check:
         from data_tools.report.check import check_script  # only with --check

@@ -225,12 +225,12 @@ def conclude_shards(rows: Sequence[Mapping[str, Any]], options: RayOptions) -> N
         ],
         [("Finally, check everything and remove stale files", command)],
     )
-    errors = _errors_of(rows)
+    errors = _list_shard_errors(rows)
     if errors:
         raise DatasetError("\n  ".join(errors))
 
 
-def _errors_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _list_shard_errors(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return error lines about failed shards; if there are none, about unusable media files."""
     errors = [f"shard {row['shard_index']}: {row['error']}" for row in rows if row["error"]]
     if errors:

@@ -18,7 +18,7 @@ from dataset.config_keys import IGNORE, REFERENCES, SECTIONS
 from dataset.sources.clock import has_companions, selects_frames_as_before
 from dataset.sources.colors import has_codes, reading_difference
 from dataset.sources.decoding import plan_source
-from dataset.sources.frames import Span, bucket_of, describe_short, max_decoded_frames, media_table, spans
+from dataset.sources.frames import Span, describe_short, find_bucket, max_decoded_frames, media_table, spans
 from dataset.sources.media_source import (
     AUDIO_FILE,
     CLIP_REFERENCES,
@@ -392,7 +392,7 @@ class SourcePlanner:
         options = self.cache_settings.record_options(self.source)
         recorded: list[ClipInfo] = []
         for file in self.existing_files:
-            record = self._record_of(file)
+            record = self._read_record_if_valid(file)
             if record is None or record.clip is None:
                 continue
             # another frame rate keeps another number of frames
@@ -435,7 +435,7 @@ class SourcePlanner:
             why_no_items: Reason for an empty `source_spans`, for the plan.
         """
         table, cache_settings = self.source.table, self.cache_settings
-        bucket = bucket_of(table, size, cache_settings.latent.pixel_step, self.source.path)
+        bucket = find_bucket(table, size, cache_settings.latent.pixel_step, self.source.path)
         files_by_item = self._group_files_by_item() if self.existing_files else {}
         comparison = _Comparison()
         item_sizes: list[tuple[int, ...]] = []
@@ -665,7 +665,7 @@ class SourcePlanner:
             self._unchanged[index] = identity
         return True
 
-    def _record_of(self, file: str) -> records.LatentRecord | None:
+    def _read_record_if_valid(self, file: str) -> records.LatentRecord | None:
         """Return the record stored in a cache file; None if it has none or is damaged."""
         with contextlib.suppress(CacheError):
             return self._record(file)
@@ -686,7 +686,7 @@ class SourcePlanner:
         if (self.verifies_tensors or reads_no_records) and not must_be_fetched:
             return image_size(self.source.path)
         for file, name in self.existing_files.items():
-            record = self._record_of(file)
+            record = self._read_record_if_valid(file)
             if record is None or not record.files or record.options.get("size") != [*name.size]:
                 continue
             if self._is_unchanged(0, record.files[0]):  # the first file of a record is the image itself

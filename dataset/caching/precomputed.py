@@ -46,11 +46,11 @@ def use_moments(family: Caches, sources: Sequence[MediaSource]) -> list[MediaSou
     if not with_tensors:
         return list(sources)
     reject_moments(family, with_tensors[0].table)
-    first_of_folder: dict[Path, MediaSource] = {}
+    first_source_by_folder: dict[Path, MediaSource] = {}
     for source in reversed(with_tensors):  # so that the first source of each folder stays
         assert source.precomputed is not None
-        first_of_folder[source.precomputed.folder] = source
-    for folder, source in first_of_folder.items():
+        first_source_by_folder[source.precomputed.folder] = source
+    for folder, source in first_source_by_folder.items():
         _check_vae(family, folder, source)
     if family.moments.with_image:
         _require_image_moments(with_tensors)
@@ -116,10 +116,10 @@ def _check_vae(family: Caches, folder: Path, source: MediaSource) -> None:
             f"{source.table.name}: {path} has {channels} channels, but "
             f"{moments_files.explain_channels(channels, family.latent)}."
         )
-    _check_record_of_vae(family, folder, source.table, path.parent)
+    _check_vae_record(family, folder, source.table, path.parent)
 
 
-def _check_record_of_vae(family: Caches, folder: Path, table: DatasetTable, moments_folder: Path) -> None:
+def _check_vae_record(family: Caches, folder: Path, table: DatasetTable, moments_folder: Path) -> None:
     """Raise DatasetError if a folder's record says that another model's VAE made the moments.
 
     If there is no record, or only the VAE's file differs, a warning is logged.
@@ -174,7 +174,7 @@ def describe_embeds(
         "caption": caption,
         "architecture": architecture,
         "encoders": {name: dict(identity) for name, identity in identities.items()},
-        "tensors": {key: _shape_of(tensor) for key, tensor in tensors.items()},
+        "tensors": {key: _describe_tensor(tensor) for key, tensor in tensors.items()},
     }
 
 
@@ -234,7 +234,7 @@ def read_embeds(file: CaptionFile, encoder: TextEncoder, identity: Mapping[str, 
     conditions: dict[str, Tensor | list[Tensor]] = {}
     for key in encoder.keys:
         tensor = tensors.get(key)
-        if not isinstance(tensor, Tensor) or _shape_of(tensor) != declared[key]:
+        if not isinstance(tensor, Tensor) or _describe_tensor(tensor) != declared[key]:
             raise _UnfitEmbeds(f"its {key} does not match {json_path.name}")
         copied = tensor.clone()  # because a memory-mapped file can change
         conditions[key] = [copied] if key in encoder.variable_length else copied
@@ -263,6 +263,6 @@ def _read_declared_shapes(
         raise _UnfitEmbeds(f"{note.name} cannot be read ({type(error).__name__}: {error})") from error
 
 
-def _shape_of(tensor: Tensor) -> dict[str, Any]:
+def _describe_tensor(tensor: Tensor) -> dict[str, Any]:
     """Return a tensor's shape and dtype as JSON values for a record."""
     return {"shape": list(tensor.shape), "dtype": dtype_name(tensor.dtype)}

@@ -126,8 +126,8 @@ def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[R
         return
     _log_remarks(report)
     has_files = report.written or report.reused
-    is_part_of_work = report.num_assigned < report.num_total  # a part without files is a normal result
-    if has_files or report.removed or is_part_of_work:
+    is_partial = report.num_assigned < report.num_total  # a part without files is a normal result
+    if has_files or report.removed or is_partial:
         files = f"{report.written} written, {report.reused} kept, {report.removed} removed"
         shown_commands = () if report.failures else commands  # failures have to be repaired first
         show_box("Caching is finished", [("cache files", files), *rows], shown_commands)
@@ -135,7 +135,7 @@ def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[R
         failed = failure_error(report.failures, "sources")
         failed.exit_code = exit_code
         raise failed
-    if report.dropped and not has_files and not is_part_of_work:
+    if report.dropped and not has_files and not is_partial:
         raise DatasetError(
             f"none of the {report.num_total} sources gives an item to train on: the lines above say why. "
             "Lower target_frames, or use longer clips"
@@ -194,7 +194,7 @@ MANY = 4096
 AT_ONCE = 64  # maximum number of values that a `map_ahead` thread takes at a time
 
 
-def workers_of(options: CachingOptions) -> int:
+def count_workers(options: CachingOptions) -> int:
     """Return the number of decoding threads: --num_workers, or one less than the number of CPUs."""
     return options.num_workers or max(1, (os.cpu_count() or 2) - 1)
 
@@ -291,18 +291,18 @@ def write_behind(threads: int = 1) -> Iterator[Write]:
 
 def fill_batches(
     items: Iterable[T],
-    group_of: Callable[[T], object],
-    batch_size_of: Callable[[T], int],
-    bytes_of: Callable[[T], int],
+    get_group: Callable[[T], object],
+    get_batch_size: Callable[[T], int],
+    get_num_bytes: Callable[[T], int],
     max_bytes: int,
 ) -> Iterator[list[T]]:
     """Group items, and yield each group's items as a batch as soon as there are enough.
 
     Args:
         items: Items of any group.
-        group_of: Returns the group of an item.
-        batch_size_of: Returns the batch size for an item.
-        bytes_of: Returns the size of an item in bytes.
+        get_group: Returns the group of an item.
+        get_batch_size: Returns the batch size for an item.
+        get_num_bytes: Returns the size of an item in bytes.
         max_bytes: Limit for all waiting items together; beyond it, the largest group is yielded early.
 
     Yields:
@@ -310,13 +310,13 @@ def fill_batches(
     """
     waiting: dict[object, list[T]] = {}
     for item in items:
-        group = group_of(item)
-        batch_size = batch_size_of(item)
+        group = get_group(item)
+        batch_size = get_batch_size(item)
         waiting.setdefault(group, []).append(item)
         del item  # frees its frames before waiting for the next source
         if len(waiting[group]) >= batch_size:
             yield waiting.pop(group)
-        sizes = {group: sum(map(bytes_of, members)) for group, members in waiting.items()}
+        sizes = {group: sum(map(get_num_bytes, members)) for group, members in waiting.items()}
         if sum(sizes.values()) > max_bytes:
             yield waiting.pop(max(sizes, key=sizes.__getitem__))
     while waiting:
@@ -330,7 +330,7 @@ UNKNOWN_FRAMES = 256  # assumed for a clip whose header has no count
 
 def read_ahead(
     jobs: Sequence[T],
-    source_of: Callable[[T], MediaSource],
+    get_source: Callable[[T], MediaSource],
     work: Callable[[T], R],
     workers: int,
     bar: Bar,
@@ -342,7 +342,7 @@ def read_ahead(
 
     Args:
         jobs: Jobs in order.
-        source_of: Returns the media file of a job.
+        get_source: Returns the media file of a job.
         work: Does one job.
         workers: Number of threads.
         bar: Progress bar, which counts jobs.
@@ -352,7 +352,7 @@ def read_ahead(
         jobs,
         work=work,
         workers=workers,
-        size_bytes=lambda job: estimate_decoded_bytes(source_of(job)) if decodes else 0,
+        size_bytes=lambda job: estimate_decoded_bytes(get_source(job)) if decodes else 0,
         limit_bytes=DECODED_BYTES,
     )
     with bar, contextlib.closing(ahead):
@@ -360,7 +360,7 @@ def read_ahead(
             if not isinstance(result, Exception):
                 yield job, result
             elif isinstance(result, (MediaError, OSError)):
-                yield job, Failure.of(source_of(job), result)
+                yield job, Failure.of(get_source(job), result)
             else:
                 raise result
             del result  # frees its frames before waiting for the next source

@@ -18,7 +18,7 @@ from dataset.caching.prefetch import MANY, map_ahead
 from dataset.config import DatasetTable
 from dataset.config_keys import TEXTS
 from dataset.sources.colors import find_changed_reading
-from dataset.sources.decoding import fit_of
+from dataset.sources.decoding import find_bucket_fit
 from dataset.sources.media_source import MediaSource, Origin, pause_garbage_collection
 from modules.bars import Bar
 from modules.errors import CacheError, DatasetError, MediaError
@@ -83,7 +83,7 @@ def _fit_caption(family: FitsCaptions, step: int, source: MediaSource, caption: 
         return caption
     try:
         size = image_size(source.path)
-        bucket_fit = fit_of(source.table, size, step, source.path)
+        bucket_fit = find_bucket_fit(source.table, size, step, source.path)
         return family.fit_caption(caption, size, bucket_fit)
     except (MediaError, OSError) as error:
         logger.warning("%s: the places in its caption stay as they are (%s)", source.stem, error)
@@ -112,13 +112,13 @@ def list_caption_files(
     files: list[CaptionFile] = []
     with pause_garbage_collection():
         for table_sources in by_table.values():
-            files += _files_of_table(
+            files += _list_table_files(
                 table_sources[0].table, table_sources, tag=tag, visible_media=visible_media, fit=fit
             )
     return files
 
 
-def _files_of_table(
+def _list_table_files(
     table: DatasetTable,
     sources: Sequence[MediaSource],
     tag: str,
@@ -141,13 +141,13 @@ def _files_of_table(
         first_captions.append(next(captions))
         further_captions += captions
         if table.caches_empty_prompt and table.texts_see_references:
-            empty_prompts.append(_empty_prompt_of_source(source, seen, tag))
+            empty_prompts.append(_make_source_empty_prompt(source, seen, tag))
     if table.caches_empty_prompt and not table.texts_see_references:
-        empty_prompts.append(_empty_prompt_of_table(table, tag))
+        empty_prompts.append(_make_table_empty_prompt(table, tag))
     return [*first_captions, *further_captions, *empty_prompts]
 
 
-def _empty_prompt_of_source(source: MediaSource, seen: "_SeenMedia", tag: str) -> CaptionFile:
+def _make_source_empty_prompt(source: MediaSource, seen: "_SeenMedia", tag: str) -> CaptionFile:
     """Return the text cache of the empty prompt as encoded together with an item's reference images."""
     return CaptionFile(
         table=source.table,
@@ -162,7 +162,7 @@ def _empty_prompt_of_source(source: MediaSource, seen: "_SeenMedia", tag: str) -
     )
 
 
-def _empty_prompt_of_table(table: DatasetTable, tag: str) -> CaptionFile:
+def _make_table_empty_prompt(table: DatasetTable, tag: str) -> CaptionFile:
     """Return the text cache of the empty prompt, which all sources of a table share."""
     return CaptionFile(
         table=table,
@@ -264,7 +264,7 @@ def _list_reference_settings(source: MediaSource) -> dict[str, Any]:
     if source.remote_or_packed or table.references is None or not table.references.text_sees_vae_input:
         return table.visible_reference_settings(())
     try:
-        bucket = fit_of(table, image_size(source.path), table.references.step, source.path).bucket
+        bucket = find_bucket_fit(table, image_size(source.path), table.references.step, source.path).bucket
     except (MediaError, OSError):  # encoding reports the reason
         bucket = (0, 0)
     return table.visible_reference_settings(bucket)

@@ -34,8 +34,8 @@ from dataset.caching.prefetch import (
     CacheReport,
     Failure,
     Write,
+    count_workers,
     list_sources,
-    workers_of,
     write_behind,
 )
 from dataset.caching.text_plans import (
@@ -92,7 +92,7 @@ class TextWork:
             CheckpointError: If an encoder's file cannot be used.
         """
         self._family, self._config, self._device = family, config, device
-        self._workers = workers_of(options)
+        self._workers = count_workers(options)
         self.stores = stores = dataclasses.replace(
             stores or Stores(npz_names(family)), skip_existing=options.skip_existing, verify=options.verify
         )
@@ -210,8 +210,8 @@ class TextWork:
         if keep_cache:
             stale = self._further_captions(table, stale)
         store = self.stores.text_store(table)
-        is_of_family = partial(is_text_cache, architecture=self._family.name)
-        return remove_caches(store, stale, is_of_family) if stale else 0
+        is_family_cache = partial(is_text_cache, architecture=self._family.name)
+        return remove_caches(store, stale, is_family_cache) if stale else 0
 
     def _further_captions(self, table: DatasetTable, names: Sequence[str]) -> list[str]:
         """Return the names of text cache files that belong to second or further captions of current media."""

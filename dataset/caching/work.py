@@ -44,7 +44,7 @@ from modules.console import Row, format_count, format_size, pluralize, show_box
 from modules.devices import free_memory
 from modules.errors import DatasetError
 from protocols.data import FPS, CacheEntry, MediaEncoders
-from protocols.family import Caches, audio_of, trains_audio
+from protocols.family import Caches, get_audio_spec, trains_audio
 from protocols.rules import ReferenceMedium
 
 if TYPE_CHECKING:  # loaded only for families with audio
@@ -67,7 +67,7 @@ class _TableMedia:
 def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[MediaSource]) -> None:
     """Raise DatasetError with all reasons why the model family cannot use the tables."""
     errors = []
-    audio_spec = audio_of(family)
+    audio_spec = get_audio_spec(family)
     trains_audio_only = audio_spec is not None and audio_spec.audio_only
     media_by_table: defaultdict[int, _TableMedia] = defaultdict(_TableMedia)  # by table index
     for source in sources:
@@ -205,7 +205,7 @@ class MediaWork:
             count_sections=family.sections_of,
             stores=self.stores,
             stores_frame_rate=family.abilities.takes_fps,
-            audio=audio_of(family),
+            audio=get_audio_spec(family),
         )
 
     def _make_audio_work(self) -> "AudioWork":
@@ -230,7 +230,7 @@ class MediaWork:
             CheckpointError: If an encoder cannot be loaded.
             OutputError: If a cache file cannot be written.
         """
-        workers = prefetch.workers_of(self._options)
+        workers = prefetch.count_workers(self._options)
         shows = label is not None
         plans, failures = plan_all(
             sources,
@@ -248,7 +248,7 @@ class MediaWork:
             self._show_start(to_do, len(sources), label)
         incompatible = [plan for plan in to_do if plan.is_incompatible]
         if incompatible and shows:
-            _warn_of_incompatible(incompatible)
+            _warn_of_replaced_caches(incompatible)
         results = _EncodedMedia([plan for plan in plans if plan.missing_spans == ()], list(failures))
         if to_do:
             self._encode_missing(to_do, results, workers=workers, shows=shows)
@@ -278,9 +278,9 @@ class MediaWork:
         items = self._decode_items(plans, results, workers=workers, shows=shows)
         batches = prefetch.fill_batches(
             items,
-            group_of=lambda item: item.group,
-            batch_size_of=lambda item: self._options.batch_size or item.source.table.batch_size,
-            bytes_of=lambda item: item.size_bytes,
+            get_group=lambda item: item.group,
+            get_batch_size=lambda item: self._options.batch_size or item.source.table.batch_size,
+            get_num_bytes=lambda item: item.size_bytes,
             max_bytes=latents.PARTIAL_BYTES,
         )
         with prefetch.write_behind() as write, contextlib.closing(items), torch.no_grad():
@@ -324,8 +324,8 @@ class MediaWork:
         # files of this table that no item has, except files of media that could not be read
         stale = self._existing[table.index].list_stale(valid_names, failed)
         if stale:
-            is_of_family = partial(is_latent_cache, architecture=self._family.name)
-            num_removed += remove_caches(self.stores.latent_store(table), stale, is_of_family)
+            is_family_cache = partial(is_latent_cache, architecture=self._family.name)
+            num_removed += remove_caches(self.stores.latent_store(table), stale, is_family_cache)
         return num_removed
 
     def free(self) -> None:
@@ -345,7 +345,7 @@ class MediaWork:
         """
         ahead = prefetch.read_ahead(
             plans,
-            source_of=lambda plan: plan.source,
+            get_source=lambda plan: plan.source,
             work=lambda plan: latents.decode(
                 plan, self._existing[plan.source.table.index], self._cache_settings
             ),
@@ -433,8 +433,8 @@ class MediaWork:
     def _schedule_removals(self, table: DatasetTable, files: Sequence[str], write: prefetch.Write) -> None:
         """Schedule the removal of a table's cache files for sections that an item no longer has."""
         if files:
-            is_of_family = partial(is_latent_cache, architecture=self._family.name)
-            write(partial(remove_caches, self.stores.latent_store(table), files, is_of_family))
+            is_family_cache = partial(is_latent_cache, architecture=self._family.name)
+            write(partial(remove_caches, self.stores.latent_store(table), files, is_family_cache))
 
     def _show_start(self, to_do: Sequence[SourcePlan], num_sources: int, label: str) -> None:
         """Show how many media files will be encoded; `label` names this run's share of the work."""
@@ -489,8 +489,8 @@ def _list_surplus(existing: Names, item: LatentName, files: Collection[str]) -> 
     """
     surplus = []
     for file, name in existing.items():
-        is_of_item = (name.size, name.span) == (item.size, item.span)
-        if is_of_item and file not in files:
+        matches_item = (name.size, name.span) == (item.size, item.span)
+        if matches_item and file not in files:
             surplus.append(file)
     return surplus
 
@@ -548,7 +548,7 @@ def _log_outdated(plans: Sequence[SourcePlan]) -> None:
     )
 
 
-def _warn_of_incompatible(plans: Sequence[SourcePlan]) -> None:
+def _warn_of_replaced_caches(plans: Sequence[SourcePlan]) -> None:
     """Warn that caches made for other settings will be replaced, because another model may need them."""
     logger.warning(
         "%s, which this command replaces. If they are to stay, press Ctrl-C, and pass another "

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dataset.config_keys import FRAMES
 from dataset.forms.cogvideox_keys import CogVideoXKeys
 from dataset.forms.contract import SourceFormat
-from dataset.table import DatasetTable, defaults_of
+from dataset.table import DatasetTable, get_cache_key_defaults
 
 if TYPE_CHECKING:  # torch is not loaded to read a dataset file
     from dataset.sources.media_source import Fault, MediaSource
@@ -38,7 +38,7 @@ class CogVideoX(SourceFormat):
         fields["has_precomputed_latents"] = fields["format_keys"].load_tensors
         if not fields["has_precomputed_latents"]:
             return
-        unused = [name for name, default in defaults_of(FRAMES).items() if fields[name] != default]
+        unused = [name for name, default in get_cache_key_defaults(FRAMES).items() if fields[name] != default]
         if unused:
             logger.warning(
                 "%s: %s is ignored because with load_tensors each clip is what was prepared, whole",

@@ -70,17 +70,17 @@ def _compose_keys() -> dict[str, TableKey]:
 KEYS: Mapping[str, TableKey] = _compose_keys()
 
 
-def _list_keys_of(source: str, source_format: SourceFormat) -> frozenset[str]:
+def _list_source_keys(source: str, source_format: SourceFormat) -> frozenset[str]:
     """Return the keys of a source format that a table may have if `source` names its data."""
     own = {} if source_format.keys is None else declared_keys(source_format.keys)
-    common = {name for name, key in KEYS.items() if not (key.of_some_forms or name in FORMAT_KEYS)}
-    keys_of_format = (common | {*source_format.shared_keys, *own}) - {*SOURCES}
+    common = {name for name, key in KEYS.items() if not (key.is_form_specific or name in FORMAT_KEYS)}
+    accepted_keys = (common | {*source_format.shared_keys, *own}) - {*SOURCES}
     kind = KEYS[source].kinds[0]
-    return frozenset(name for name in keys_of_format if kind in KEYS[name].kinds)
+    return frozenset(name for name in accepted_keys if kind in KEYS[name].kinds)
 
 
 KEYS_BY_SOURCE: Mapping[str, frozenset[str]] = {
-    source: _list_keys_of(source, source_format) for source, source_format in FORMAT_BY_SOURCE.items()
+    source: _list_source_keys(source, source_format) for source, source_format in FORMAT_BY_SOURCE.items()
 }
 # formats whose rows, or whose source key, may name URLs
 _ADDRESSING = [source_format for source_format in FORMS if "allow_urls" in source_format.shared_keys]
@@ -89,7 +89,7 @@ _ADDRESSING.sort(key=lambda source_format: source_format is JSONL)
 SOURCES_WITH_ADDRESSES = [source_format.source for source_format in _ADDRESSING]
 
 
-def source_format_of(table: DatasetTable) -> SourceFormat:
+def get_source_format(table: DatasetTable) -> SourceFormat:
     """Return a table's source format (folder, list, tars ...), which its keys determine."""
     if table.format_keys is None:
         return FOLDER if table.directory is not None else JSONL

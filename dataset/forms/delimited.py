@@ -14,9 +14,9 @@ class Delimited(RowFormat):
 
     def column_names(self, path: Path) -> tuple[str, ...]:
         """Return the column names from the first line."""
-        from dataset.forms.delimited_rows import header_of  # it loads decoders
+        from dataset.forms.delimited_rows import read_column_names  # it loads decoders
 
-        return header_of(path)
+        return read_column_names(path)
 
     def read_rows(self, path: Path, names: Collection[str] | None) -> Iterator[TableRow]:
         """Yield the rows below the header line."""

@@ -15,12 +15,12 @@ from modules.limits import MAX_CELL_CHARACTERS
 CSV, TSV = "CSV", "TSV"
 
 
-def _kind_of(path: Path) -> str:
+def _get_format_name(path: Path) -> str:
     """Return whether a file contains comma-separated (CSV) or tab-separated (TSV) values."""
     return CSV if path.suffix.lower() == ".csv" else TSV
 
 
-def header_of(path: Path) -> tuple[str, ...]:
+def read_column_names(path: Path) -> tuple[str, ...]:
     """Return the column names from the header line.
 
     Raises:
@@ -50,7 +50,7 @@ def read_delimited(path: Path, names: Collection[str] | None) -> Iterator[TableR
                     f"{path}, line {number}: a cell has more than {MAX_CELL_CHARACTERS:,} characters. The "
                     "cause may be an unclosed quote; correct it, or use JSONL or Parquet."
                 ) from None
-            yield TableRow(path, "line", number, fault=f"it is not valid {_kind_of(path)}: {error}")
+            yield TableRow(path, "line", number, fault=f"it is not valid {_get_format_name(path)}: {error}")
             continue
         if len(cells) == len(header):
             yield TableRow(path, "line", number, {name: cells[index] for name, index in columns})
@@ -74,7 +74,7 @@ def _open_after_header(path: Path) -> tuple[list[str], Any]:
     header = first_lines[-1] if first_lines else ""
     if not header:
         raise DatasetError(f"{path} is empty; its first line names the columns")
-    kind = _kind_of(path)
+    kind = _get_format_name(path)
     delimiter = _find_delimiter(header, kind)
     separator_line = re.fullmatch(r"sep=(.) *", header) if kind == CSV else None
     if separator_line is not None:  # as spreadsheets write it: the next line names the columns

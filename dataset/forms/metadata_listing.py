@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dataset.sources.captions import captions_in, lines_of, not_utf8
+from dataset.sources.captions import captions_in, not_utf8, split_lines
 from dataset.sources.media_source import Fault, MediaSource, unique_stems
 from dataset.sources.missing import explain_lookup
 from dataset.table import DatasetTable
@@ -36,30 +36,30 @@ def list_metadata(table: DatasetTable, path: Path, faults: list[Fault]) -> list[
         DatasetError: If the file cannot be read.
     """
     entries = _read_entries(table, path)
-    images_of_folders: dict[Path, dict[str, Path]] = {}  # `find_image` lists each folder once
-    texts_of_images: list[tuple[Path, str | None]] = []
+    images_by_folder: dict[Path, dict[str, Path]] = {}  # `find_image` lists each folder once
+    image_captions: list[tuple[Path, str | None]] = []
     for key, entry in entries.items():
         try:
-            image = find_image(key, table.image_folder, images_of_folders)
+            image = find_image(key, table.image_folder, images_by_folder)
             text = _join_caption_and_tags(entry, table)
         except (ValueError, OSError) as error:  # does not stop the other entries
             faults.append(Fault(f"entries of {path} cannot be used", f"{key[:200]!r}: {error}."))
             continue
-        texts_of_images.append((image, text))
+        image_captions.append((image, text))
     if any(isinstance(entry, dict) and SIZE_KEY in entry for entry in entries.values()):
         logger.info("%s: %s is not needed: sizes are read from the images themselves", table.name, SIZE_KEY)
-    return _make_sources(table, texts_of_images)
+    return _make_sources(table, image_captions)
 
 
 def _make_sources(
-    table: DatasetTable, texts_of_images: Sequence[tuple[Path, str | None]]
+    table: DatasetTable, image_captions: Sequence[tuple[Path, str | None]]
 ) -> list[MediaSource]:
     """Return a source for each image with its text; None means that it has no caption."""
-    images = [image for image, _ in texts_of_images]
+    images = [image for image, _ in image_captions]
     # images in different folders may have equal names, so stems get a hash
     stems = unique_stems([image.stem for image in images], [str(image) for image in images])
     sources = []
-    for (image, text), stem in zip(texts_of_images, stems, strict=True):
+    for (image, text), stem in zip(image_captions, stems, strict=True):
         caption = None if text is None else captions_in(text, table)[0]
         source = MediaSource(
             path=image, stem=stem, caption=caption, caption_path=None, control=(), table=table
@@ -88,13 +88,13 @@ def _read_entries(table: DatasetTable, path: Path) -> dict[str, Any]:
     return content
 
 
-def find_image(key: str, folder: Path | None, images_of_folders: dict[Path, dict[str, Path]]) -> Path:
+def find_image(key: str, folder: Path | None, images_by_folder: dict[Path, dict[str, Path]]) -> Path:
     """Return the image that a key of a metadata file names.
 
     Args:
         key: Path or name of the image, with or without suffix.
         folder: Folder that relative paths refer to; None for the working folder.
-        images_of_folders: Images of the folders listed so far, by folder and by name without suffix; new
+        images_by_folder: Images of the folders listed so far, by folder and by name without suffix; new
             folders are added.
 
     Raises:
@@ -109,9 +109,9 @@ def find_image(key: str, folder: Path | None, images_of_folders: dict[Path, dict
     if path.suffix.lower() in image_suffixes() and path.is_file():
         return path
     # the key has no suffix
-    if path.parent not in images_of_folders:
-        images_of_folders[path.parent] = _list_images(path.parent)
-    image_by_stem = images_of_folders[path.parent]
+    if path.parent not in images_by_folder:
+        images_by_folder[path.parent] = _list_images(path.parent)
+    image_by_stem = images_by_folder[path.parent]
     if path.name not in image_by_stem:
         in_folder = "" if folder is None else f" in {folder}"
         raise ValueError(f"there is no such image{in_folder}: fix the key or remove the entry")
@@ -142,8 +142,8 @@ def _join_caption_and_tags(entry: Any, table: DatasetTable) -> str | None:
     separator = table.caption_changes.separator
     lines = [caption]
     if table.caption_changes.wildcards:
-        tags = separator.join(lines_of(tags))
-        lines = lines_of(caption)
+        tags = separator.join(split_lines(tags))
+        lines = split_lines(caption)
     return "\n".join(f"{line}{separator} {tags}" for line in lines)
 
 

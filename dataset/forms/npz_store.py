@@ -36,7 +36,7 @@ from dataset.forms.npz_files import (
     read_members,
     write_members,
 )
-from dataset.sources.frames import bucket_of, shrink_mask
+from dataset.sources.frames import find_bucket, shrink_mask
 from dataset.table import DatasetTable
 from modules.atomic_write import explain_errors
 from modules.devices import dtype_name
@@ -93,7 +93,7 @@ class NpzStore:
         return [*dict.fromkeys(names)]  # an entry may be in a file of each kind
 
     def __contains__(self, name: str) -> bool:
-        return self._file_of(name).is_file()
+        return self._find_entry_file(name).is_file()
 
     def read(self, name: str, is_full: bool = True) -> cache_files.Entry:
         """Read an entry, always with its tensors: opening an npz file takes most of the time anyway."""
@@ -149,7 +149,7 @@ class NpzStore:
         # the stem of an image in a list may differ from its file name
         return image_path.with_name(image_path.name + npz_name.removeprefix(source_stem))
 
-    def _file_of(self, name: str) -> Path:
+    def _find_entry_file(self, name: str) -> Path:
         """Return the file of an entry: the one with its name, otherwise the `STEM.npz` of an older trainer.
 
         The names of older trainers contain no model tag, so a warning is logged once.
@@ -239,7 +239,7 @@ class NpzStore:
         if parsed is None:
             raise CacheError(f"{self.folder / name}: its name is not that of a picture's latents")
         step = self.latent.pixel_step
-        return parsed.size, bucket_of(self.table, parsed.size, step, self._path(name))
+        return parsed.size, find_bucket(self.table, parsed.size, step, self._path(name))
 
     def _grid(self, name: str) -> tuple[int, int]:
         """Return the height and width of an entry's latents, computed from the image size in its name."""
@@ -256,7 +256,7 @@ class NpzStore:
 
     def _read_latents(self, name: str) -> cache_files.Entry:
         """Read an item's latents from an npz file, which may also contain latents of other resolutions."""
-        path, suffix = self._file_of(name), self._suffix(name)
+        path, suffix = self._find_entry_file(name), self._suffix(name)
         members = read_arrays(path, lambda array_name: array_name.endswith(suffix))
         arrays = {array_name.removesuffix(suffix): array for array_name, array in members.items()}
         if "latents" not in arrays:

@@ -22,9 +22,9 @@ class Parquet(RowFormat):
 
     def column_names(self, path: Path) -> tuple[str, ...]:
         """Return the column names from the schema of the Parquet parts."""
-        from dataset.forms.parquet_rows import columns_of_parts  # pyarrow is an extra
+        from dataset.forms.parquet_rows import read_column_names  # pyarrow is an extra
 
-        return columns_of_parts(path)
+        return read_column_names(path)
 
     def read_rows(self, path: Path, names: Collection[str] | None) -> Iterator[TableRow]:
         """Yield the rows of all parts, in the order of the parts' names."""
@@ -34,15 +34,15 @@ class Parquet(RowFormat):
 
     def find_cells(self, path: Path, name: str, finds_nulls: bool) -> FindCell | None:
         """Return a function that finds a column's files by row, without reading other columns."""
-        from dataset.forms.parquet_files import cells_of_parts
+        from dataset.forms.parquet_files import make_cell_finder
 
-        return cells_of_parts(path, name, finds_nulls)
+        return make_cell_finder(path, name, finds_nulls)
 
     def plain_columns(self, path: Path, names: Collection[str]) -> tuple[list[str], list[str]]:
         """Split `names` into columns of plain values and columns of files."""
-        from dataset.forms.parquet_rows import plain_columns_of
+        from dataset.forms.parquet_rows import split_columns
 
-        return plain_columns_of(path, names)
+        return split_columns(path, names)
 
 
 PARQUET = Parquet()

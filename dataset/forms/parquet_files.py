@@ -287,7 +287,7 @@ class ParquetCell:
         return {"in": str(self.container)}
 
 
-def cells_of_parts(path: Path, name: str, finds_nulls: bool) -> FindCell | None:
+def make_cell_finder(path: Path, name: str, finds_nulls: bool) -> FindCell | None:
     """Return a function that maps a row number to the file in column `name`.
 
     Returns None if the column contains no files. With `finds_nulls`, the function returns None for a null
@@ -318,8 +318,8 @@ def cell_column(path: Path, name: str) -> str | None:
             if "bytes" in inner_names:
                 name = f"{name}.bytes"
                 arrow_type = arrow_type.field(inner_names.index("bytes")).type
-        is_of_bytes = types.is_binary(arrow_type) or types.is_large_binary(arrow_type)
-        return name if is_of_bytes else None
+        has_bytes = types.is_binary(arrow_type) or types.is_large_binary(arrow_type)
+        return name if has_bytes else None
 
 
 class CellFinder:

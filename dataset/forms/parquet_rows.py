@@ -12,7 +12,7 @@ from modules.errors import DatasetError
 BATCH_ROWS, BATCH_BYTES = 4096, 1 << 26  # maximum number of rows, and of bytes, in memory at a time
 
 
-def columns_of_parts(path: Path) -> tuple[str, ...]:
+def read_column_names(path: Path) -> tuple[str, ...]:
     """Return the column names of a Parquet file, or of the first one in a folder.
 
     Raises:
@@ -31,7 +31,7 @@ def read_parts(path: Path, names: Collection[str] | None) -> Iterator[TableRow]:
         yield from _read_rows(part, names)
 
 
-def plain_columns_of(path: Path, names: Collection[str]) -> tuple[list[str], list[str]]:
+def split_columns(path: Path, names: Collection[str]) -> tuple[list[str], list[str]]:
     """Return the columns among `names` that contain small values, and those that contain files."""
     part = parquet_files.parquet_parts(path)[0]
     cells = [name for name in names if parquet_files.cell_column(part, name) is not None]

@@ -14,14 +14,14 @@ from urllib.request import url2pathname
 
 from dataset.forms.contract import FindCell, TableRow
 from dataset.sources import media_source
-from dataset.sources.captions import complete_captions, lines_of, split_first_caption
+from dataset.sources.captions import complete_captions, split_first_caption, split_lines
 from dataset.sources.missing import explain_lookup
 from dataset.sources.numbering import GAPS, find_gap
 from dataset.table import FURTHER_TEXT, DatasetTable
 from modules.control_codes import shorten
 from modules.errors import DatasetError
 from modules.limits import MAX_CAPTION_BYTES
-from modules.paths import address_identity, expand_path, hide_secrets, is_address, protocol_of, split_address
+from modules.paths import address_identity, expand_path, get_scheme, hide_secrets, is_address, split_address
 from modules.text_files import bad_character
 
 logger = logging.getLogger(__name__)
@@ -168,8 +168,8 @@ class RowReader:
         if f"{name}_0" in values:
             layers = f"{name}_0, {name}_1, ... are an image and its layers"
             return f", and {layers}: set multiple_target = true in the table"
-        columns_of_tables = (*PATH_COLUMNS, self.table.kind)
-        text_columns = [name for name in columns_of_tables if isinstance(values.get(name), str)]
+        table_columns = (*PATH_COLUMNS, self.table.kind)
+        text_columns = [name for name in table_columns if isinstance(values.get(name), str)]
         if text_columns and not self.table.is_audio_only:
             kind = self.table.kind
             return (
@@ -288,7 +288,7 @@ class RowReader:
         """Return the local path of a file named in a row, and its URL (None for local files)."""
         if not is_address(text):
             return locate(text, self.base, position), None
-        protocol = protocol_of(text)
+        protocol = get_scheme(text)
         error = self._find_address_error(text, protocol)
         if error is not None:
             raise RejectedAddress(error, f"{position}: {hide_secrets(text)}")
@@ -315,7 +315,9 @@ class RowReader:
         name = self.caption_column
         caption = None if name is None else values.get(name)
         if caption is not None and not isinstance(caption, str):
-            raise DatasetError(f"{position}: {name} = {_show(caption)} is not text{_hint_of_list(caption)}")
+            raise DatasetError(
+                f"{position}: {name} = {_show(caption)} is not text{_make_caption_list_hint(caption)}"
+            )
         captions = [] if caption is None else [caption]
         captions += self._further_captions(values, position)
         for text in captions:
@@ -324,7 +326,7 @@ class RowReader:
             return captions
         captions = [text.strip() for text in captions]
         if caption is not None and self.table.multi_caption:  # each line is a caption
-            captions[:1] = lines_of(captions[0]) or [""]
+            captions[:1] = split_lines(captions[0]) or [""]
         return captions
 
     def _read_further_text(self, value: Any, position: str) -> str:
@@ -523,7 +525,7 @@ def _make_faults(kind: str, sources: Iterable[media_source.MediaSource]) -> list
     return [media_source.Fault(kind, str(source.path), source.stem) for source in sources]
 
 
-def _hint_of_list(caption: Any) -> str:
+def _make_caption_list_hint(caption: Any) -> str:
     """Return how to write several captions of an item, if `caption` is a list of them; otherwise ""."""
     if not isinstance(caption, list):
         return ""

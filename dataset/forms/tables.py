@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dataset import config_keys as forms
-from dataset.config_keys import NOTHING, key, of_kind
+from dataset.config_keys import NOTHING, key, source_field
 from dataset.forms.contract import InspectedColumns, SourceFormat
 from dataset.table import DatasetTable
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # torch is not loaded to read a dataset file
 class TableKeys:
     """Keys of dataset tables that read their rows from a table file, such as Parquet or CSV."""
 
-    table_file: Path = of_kind(forms.LIST_PATH)
+    table_file: Path = source_field(forms.LIST_PATH)
     path_column: str | None = key(forms.COLUMN, stale=NOTHING)  # None: the default names
     folder = None  # there is no default: the dataset file has to name a cache_directory
 

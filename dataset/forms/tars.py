@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dataset import config_keys as forms
-from dataset.config_keys import of_kind
+from dataset.config_keys import source_field
 from dataset.forms.contract import SourceFormat
 from dataset.table import DatasetTable
 from modules.paths import hide_secrets, is_address
@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # torch is not loaded to read a dataset file
 class TarKeys:
     """The keys that only dataset tables of tar files have."""
 
-    tars: tuple[str, ...] = of_kind(forms.TARS)  # paths, glob patterns or URLs
+    tars: tuple[str, ...] = source_field(forms.TARS)  # paths, glob patterns or URLs
     folder = None  # there is no default: the dataset file has to name a cache_directory
 
     @property

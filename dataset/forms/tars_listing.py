@@ -30,7 +30,7 @@ from dataset.table import DatasetTable
 from modules.control_codes import shorten
 from modules.errors import DatasetError, MediaError
 from modules.limits import MAX_PATTERN_NAMES
-from modules.paths import expand_path, hide_secrets, is_address, protocol_of, split_address
+from modules.paths import expand_path, get_scheme, hide_secrets, is_address, split_address
 
 logger = logging.getLogger(__name__)
 
@@ -257,7 +257,7 @@ def _list_tars(table: DatasetTable, name: str) -> Iterator[Path]:
         DatasetError: If there is no such file.
         MediaError: If a tar cannot be downloaded.
     """
-    if is_address(name) and protocol_of(name) == "file":
+    if is_address(name) and get_scheme(name) == "file":
         name = url2pathname(split_address(name).path)
     yield from _list_remote_tars(table, name) if is_address(name) else _list_local_tars(table, name)
 
@@ -265,7 +265,7 @@ def _list_tars(table: DatasetTable, name: str) -> Iterator[Path]:
 def _list_remote_tars(table: DatasetTable, name: str) -> Iterator[Path]:
     """Yield the tars of a URL pattern, each as soon as it is downloaded."""
     # servers of http and https cannot list files, so "?" begins a query
-    has_pattern = protocol_of(name) not in HTTP and has_wildcard(name)
+    has_pattern = get_scheme(name) not in HTTP and has_wildcard(name)
     addresses = _find_remote(name) if has_pattern else [name]
     if not addresses:
         raise DatasetError(f"{hide_secrets(name)}: no file matches.")
@@ -284,7 +284,7 @@ def _find_remote(pattern: str) -> list[str]:
         MediaError: If the storage cannot be listed.
     """
     safe_pattern = hide_secrets(pattern)
-    problem = protocol_error(protocol_of(pattern))
+    problem = protocol_error(get_scheme(pattern))
     if problem is not None:
         raise MediaError(f"{safe_pattern}: {problem}")
     import fsspec

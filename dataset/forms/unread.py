@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dataset.forms.composing import KEYS, find_cells, source_format_of
+from dataset.forms.composing import KEYS, find_cells, get_source_format
 from dataset.forms.contract import FindCell, InspectedColumns, TableRow
 from dataset.forms.rows import CAPTION_COLUMNS, control_number, is_companion, is_control, is_layer
 from dataset.sources.media_source import Fault
@@ -53,7 +53,7 @@ def find_unused(table: DatasetTable) -> list[Fault]:
         DatasetError: If the table cannot be listed.
     """
     path = table.source
-    source_format = source_format_of(table)
+    source_format = get_source_format(table)
     if not source_format.has_columns or not path.exists():  # reported by the listing
         return []
     columns = source_format.inspect_columns(table)

@@ -127,11 +127,11 @@ def captions_in(text: str, table: DatasetTable) -> tuple[str, ...]:
     if table.group is None:
         captions = [text]
         if table.multi_caption:
-            captions = lines_of(text) or [""]
+            captions = split_lines(text) or [""]
         return complete_captions(captions, table)
     if table.caption_changes.varies_per_step:
         return (text,)
-    first_line = next(iter(lines_of(text)), "")
+    first_line = next(iter(split_lines(text)), "")
     (caption,) = complete_captions([first_line], table)
     return (join_parts(caption, table.caption_changes),)
 
@@ -214,7 +214,7 @@ def _find_key(content: Mapping[str, Any], keys: Iterable[str]) -> str | None:
     return next((key for key in keys if isinstance(content.get(key), str)), None)
 
 
-def lines_of(text: str) -> list[str]:
+def split_lines(text: str) -> list[str]:
     """Return the non-blank lines of a text, stripped of white space."""
     return [line.strip() for line in text.split("\n") if line.strip()]
 

@@ -148,30 +148,30 @@ def find_colors(sources: Sequence[MediaSource], keeps_alpha: bool = False) -> li
     says whether the model family uses the transparency of images.
     """
     warnings: dict[tuple[Path, str], Fault] = {}  # by file and kind of warning
-    colors_of_files: dict[Path, Colors] = {}  # several sources may share a control image
+    colors_by_path: dict[Path, Colors] = {}  # several sources may share a control image
     for source in sources:
         if source.remote_or_packed or source.precomputed is not None:
             continue
         source_keeps, control_keeps = keeps_transparency(source, keeps_alpha)
         for path in (source.path, *source.control):
-            if len(colors_of_files) == MAX_CHECKED_FILES and path not in colors_of_files:
+            if len(colors_by_path) == MAX_CHECKED_FILES and path not in colors_by_path:
                 return list(warnings.values())
             try:
-                colors = colors_of_files.get(path) or media_colors(path)
+                colors = colors_by_path.get(path) or media_colors(path)
             except (MediaError, OSError):
                 continue
-            colors_of_files[path] = colors
+            colors_by_path[path] = colors
             if colors == _PLAIN:  # nothing to warn about
                 continue
             problems = _find_problems(colors, source_keeps if path is source.path else control_keeps)
-            if colors.is_animated and _warns_of_animation(source, path):
+            if colors.is_animated and _should_warn_of_animation(source, path):
                 problems[MOVING] = ""
             for kind, detail in problems.items():
                 warnings.setdefault((path, kind), Fault(kind, f"{path}{detail}", source.stem))
     return list(warnings.values())
 
 
-def _warns_of_animation(source: MediaSource, path: Path) -> bool:
+def _should_warn_of_animation(source: MediaSource, path: Path) -> bool:
     """Return whether a warning is due that only the first frame of an animated file is used."""
     # GIF and WebP files in a folder of images were reported when the folder was listed
     is_reported = source.table.directory is not None and path.suffix.lower() in ANIMATION_SUFFIXES

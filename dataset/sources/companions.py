@@ -59,8 +59,8 @@ def add_companions(table: DatasetTable, sources: list[MediaSource], faults: list
             continue
         companions, unmatched = paired
         without_companion = [source.path for source in sources if source.stem not in companions]
-        warn_of_paths(table, f"of {len(sources)} {table.kind}s {LACKS_COMPANION[key]}", without_companion)
-        warn_of_paths(table, f"in {key} match no {table.kind} by name and are not read", unmatched)
+        warn_about_paths(table, f"of {len(sources)} {table.kind}s {LACKS_COMPANION[key]}", without_companion)
+        warn_about_paths(table, f"in {key} match no {table.kind} by name and are not read", unmatched)
         sources = [_with_companion(source, key, companions.get(source.stem, ())) for source in sources]
     return sources
 
@@ -99,7 +99,7 @@ def _explain_unpaired(table: DatasetTable, folder: Path, key: str, stems: Collec
     return f"{text} or {example}_0.mp4, {example}_1.mp4" if key == REFERENCE else text
 
 
-def warn_of_paths(table: DatasetTable, problem: str, paths: Sequence[Path]) -> None:
+def warn_about_paths(table: DatasetTable, problem: str, paths: Sequence[Path]) -> None:
     """Log how many of a table's paths have a problem, and the first few; nothing if there are none."""
     if paths:
         logger.warning("%s: %d %s, such as %s", table.name, len(paths), problem, paths[0])

@@ -22,7 +22,7 @@ from dataset.sources.frames import (
     ClipCompanions,
     Mask,
     Span,
-    bucket_of,
+    find_bucket,
     max_decoded_frames,
     read_mask_image,
     resample_indices,
@@ -290,7 +290,7 @@ def _read_kept_frames(local: MediaSource, fps: float, step: int) -> _KeptFrames:
     original_frames = sizes.watch(read_frames())
     first_frame = next(original_frames)  # its size selects the bucket
     size = (first_frame.shape[1], first_frame.shape[0])
-    bucket = bucket_of(table, size, step, local.path)
+    bucket = find_bucket(table, size, step, local.path)
     original_frames = itertools.chain([first_frame], original_frames)
     mask: Mask | None = None
     if table.is_audio_only:  # frames are black; only their number matters
@@ -445,7 +445,7 @@ def _decode_image(
     table = source.table
     image, alpha = split_alpha(read_image(source.path, keeps_alpha or table.alpha_mask))
     size = (image.shape[1], image.shape[0])  # width, height
-    fit = fit_of(table, size, step, source.path)
+    fit = find_bucket_fit(table, size, step, source.path)
     is_mirrored = False
     if generator is not None:
         image, fit, is_mirrored = _augment(source, image, fit, generator)
@@ -656,7 +656,7 @@ def plan_source(
             size, count = _plan_clip(local, fps)
             found_spans = spans(table, count, lengths)
             reason = None if found_spans else explain_no_spans(table, count)
-        bucket = bucket_of(table, size, step, local.path)
+        bucket = find_bucket(table, size, step, local.path)
     return DecodedMedia(
         source=source, size=size, bucket=bucket, frames=NO_FRAMES, spans=found_spans, reason=reason
     )
@@ -693,7 +693,7 @@ def source_frames(source: MediaSource, fps: float) -> Iterator[Frame]:
             yield from (frame for frame, _, _ in kept_frames(local.path, source.table, fps))
 
 
-def fit_of(table: DatasetTable, size: Size, step: int, path: Path | None = None) -> Fit:
+def find_bucket_fit(table: DatasetTable, size: Size, step: int, path: Path | None = None) -> Fit:
     """Return how an image of this size (width, height) is resized and cropped to its bucket.
 
     The layout of sd-scripts may limit the bucket to the image's size (bucket_no_upscale) and set the
@@ -709,7 +709,7 @@ def fit_of(table: DatasetTable, size: Size, step: int, path: Path | None = None)
         MediaError: If the image is too small to keep its size.
         DatasetError: If the resolution does not fit `step`.
     """
-    bucket = bucket_of(table, size, step, path)
+    bucket = find_bucket(table, size, step, path)
     sd_scripts_buckets = table.buckets  # None: the table is not in the layout of sd-scripts
     if sd_scripts_buckets is None:
         return fit_cover(size, bucket)
@@ -726,7 +726,7 @@ def fit_of(table: DatasetTable, size: Size, step: int, path: Path | None = None)
 
 def check_resolution(table: DatasetTable, step: int) -> None:
     """Raise DatasetError if a table's resolutions are not multiples of `step`, as the family requires."""
-    bucket_of(table, (LARGE, LARGE), step)
+    find_bucket(table, (LARGE, LARGE), step)
     if table.references is not None:
         fit_reference(table, (LARGE, LARGE), table.source)
 

@@ -17,7 +17,7 @@ from modules.downloading import PIECE, Answer, DownloadRejected, RetryableError,
 from modules.errors import MediaError, OutputError
 from modules.file_locks import only_one
 from modules.limits import MAX_DOWNLOAD_BYTES
-from modules.paths import hide_secrets, protocol_of, short_hash
+from modules.paths import get_scheme, hide_secrets, short_hash
 
 TRIES = 3  # number of consecutive attempts that receive nothing, after which a download fails
 FIRST_WAIT = 0.5  # seconds before the second attempt; twice as long before the third
@@ -72,7 +72,7 @@ def download(
     """
     if target.is_file():
         return
-    problem = protocol_error(protocol_of(address))
+    problem = protocol_error(get_scheme(address))
     if problem is not None:
         raise MediaError(f"{hide_secrets(address)}: {problem}")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ def download(
 
 def _download_to(path: Path, address: str, wait: Callable[[float], None]) -> None:
     """Download a URL to `path`, in several attempts; raise MediaError if it fails or is too large."""
-    open_address = ask_http if protocol_of(address) in HTTP else _open_with_fsspec
+    open_address = ask_http if get_scheme(address) in HTTP else _open_with_fsspec
     safe_address = hide_secrets(address)
     try:
         receive(

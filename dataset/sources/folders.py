@@ -18,7 +18,7 @@ from dataset.table import DatasetTable, folder_id
 from modules.console import format_count
 from modules.errors import DatasetError, MediaError
 from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
-from modules.media.labels import MASK_LABEL, label_of
+from modules.media.labels import MASK_LABEL, find_stem_label
 from modules.media.opening import AUDIO_SUFFIXES, open_image
 from modules.media.reading import TIFF_SUFFIXES, TOOL_TAG, VIDEO_SUFFIXES, image_suffixes, read_tags
 from modules.text_files import bad_character, require_regular_file
@@ -267,7 +267,9 @@ def _list_media(table: DatasetTable, faults: list[Fault]) -> list[Path]:
         suffix = suffix.lower()
         found_suffixes.add(suffix)
         is_medium = suffix in suffixes or suffix in spare_suffixes
-        if not is_medium or label_of(stem) is not None:  # a label is of a mask or condition of OneTrainer
+        if (
+            not is_medium or find_stem_label(stem) is not None
+        ):  # a label is of a mask or condition of OneTrainer
             continue
         path = table.directory / entry.name
         if suffix in spare_suffixes:
@@ -411,7 +413,7 @@ class ControlFolder:
         self._clips |= {path.stem: path for path in reversed(entries) if _ends_in(path, VIDEO_SUFFIXES)}
         self._images: dict[str, list[Path]] = {}  # control images by the stem of their image
         for path in entries:
-            if _ends_in(path, image_suffixes()) and label_of(path.stem) != MASK_LABEL:
+            if _ends_in(path, image_suffixes()) and find_stem_label(path.stem) != MASK_LABEL:
                 for image_stem in self._find_image_stems(path.stem):
                     self._images.setdefault(image_stem, []).append(path)
         self.unmatched = self._images.get("", [])  # control images that belong to no image
@@ -558,7 +560,7 @@ def _select_spare(table: DatasetTable, spare_files: Sequence[Path], media: Seque
         files = [path for path in files if _has_several_images(path, table)]
     media_names = {os.path.normcase(path.stem) for path in media}
     same_named = [path for path in files if os.path.normcase(path.stem) in media_names]
-    _warn_of_files(
+    _log_file_warning(
         table,
         same_named,
         "ignored, because another file of the folder has the same name except for its suffix",
@@ -570,13 +572,13 @@ def _warn_of_unused_frames(table: DatasetTable, paths: Sequence[Path]) -> None:
     """Log an image table's animations and multi-page TIFFs: only their first image is used."""
     with_several = [path for path in paths if _has_several_images(path, table)]
     animations = [path for path in with_several if path.suffix.lower() not in TIFF_SUFFIXES]
-    _warn_of_files(
+    _log_file_warning(
         table,
         animations,
         "animated: only the first frame of each is used. video_directory takes clips",
     )
     with_pages = [path for path in with_several if path not in animations]
-    _warn_of_files(table, with_pages, "of several pages: only the first of each is used")
+    _log_file_warning(table, with_pages, "of several pages: only the first of each is used")
 
 
 def _has_several_images(path: Path, table: DatasetTable) -> bool:
@@ -587,7 +589,7 @@ def _has_several_images(path: Path, table: DatasetTable) -> bool:
         return table.kind == "video"
 
 
-def _warn_of_files(table: DatasetTable, paths: Sequence[Path], problem: str) -> None:
+def _log_file_warning(table: DatasetTable, paths: Sequence[Path], problem: str) -> None:
     """Log how many files have a problem, and the first few; nothing if there are none."""
     if paths:
         logger.warning("%s: %d files, such as %s, are %s.", table.name, len(paths), paths[0], problem)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dataset.config_keys import AUTO
-from dataset.sources.mask_files import is_of_shape
+from dataset.sources.mask_files import has_same_aspect
 from dataset.sources.media_source import Fault, MediaSource
 from dataset.table import DatasetTable, Guide
 from modules.console import format_count
@@ -366,7 +366,7 @@ def shrink_mask(mask: Tensor, stride: tuple[int, int, int], clip: int = 0) -> Te
 def _gray(path: Path, frame: Frame, fit_image: FitImage, size: buckets.Size) -> NDArray[np.uint8]:
     """Convert a mask frame, H W 3, to gray and resize it; raise MediaError if its aspect ratio differs."""
     height, width = frame.shape[:2]
-    if not is_of_shape((width, height), size):
+    if not has_same_aspect((width, height), size):
         raise MediaError(
             f"{path} has {width}x{height} pixels, what it masks has {size[0]}x{size[1]}: they need the same "
             "shape, or the mask would cover other places"
@@ -374,7 +374,7 @@ def _gray(path: Path, frame: Frame, fit_image: FitImage, size: buckets.Size) -> 
     return fit_image(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY).astype(np.uint8))
 
 
-def bucket_of(table: DatasetTable, size: buckets.Size, step: int, path: Path | None = None) -> buckets.Size:
+def find_bucket(table: DatasetTable, size: buckets.Size, step: int, path: Path | None = None) -> buckets.Size:
     """Return the bucket (size) to which an image of `size` is resized; precomputed latents keep their size.
 
     `path` is for messages only.
@@ -397,7 +397,7 @@ def bucket_of(table: DatasetTable, size: buckets.Size, step: int, path: Path | N
         )
     width, height = table.resolution
     area = width * height
-    sizes = _sizes_of_buckets(table, step)
+    sizes = _list_bucket_sizes(table, step)
     try:
         if sd_scripts_buckets is None:
             return buckets.select_bucket(size, sizes, area, step, no_upscale=table.bucket_no_upscale)
@@ -420,7 +420,7 @@ def _uneven_resolution(table: DatasetTable, step: int) -> DatasetError:
     )
 
 
-def _sizes_of_buckets(table: DatasetTable, step: int) -> tuple[buckets.Size, ...]:
+def _list_bucket_sizes(table: DatasetTable, step: int) -> tuple[buckets.Size, ...]:
     """Return the sizes of a table's buckets; () if each image has its own bucket.
 
     Raises DatasetError if the table's sizes are invalid.

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from dataset.sources.companions import pair_or_report, warn_of_paths
+from dataset.sources.companions import pair_or_report, warn_about_paths
 from dataset.sources.media_source import Fault, MediaSource
 from dataset.table import DatasetTable
 
@@ -20,23 +20,23 @@ def add_guides(table: DatasetTable, sources: list[MediaSource], faults: list[Fau
     any matching file are errors, which are added to `faults`.
     """
     stems = frozenset(source.stem for source in sources)
-    files_of_guides: list[Mapping[str, tuple[Path, ...]]] = []  # files by stem of the clip
+    guide_files: list[Mapping[str, tuple[Path, ...]]] = []  # files by stem of the clip
     for guide in table.guides:
         key = KEYFRAMES if guide.is_keyframe else LATENT_GUIDES
         paired = pair_or_report(table, guide.directory, key, stems, faults)
         if paired is None:
             return sources
         files_by_stem, unmatched = paired
-        warn_of_paths(table, f"in {key} match no {table.kind} by name and are not read", unmatched)
+        warn_about_paths(table, f"in {key} match no {table.kind} by name and are not read", unmatched)
         without_guide = [source for source in sources if source.stem not in files_by_stem]
         faults += [
             Fault(LACKING, f"{source.path} in {guide.directory}", source.stem) for source in without_guide
         ]
         if without_guide:
             return sources
-        files_of_guides.append(files_by_stem)
+        guide_files.append(files_by_stem)
     completed = []
     for source in sources:
-        guides = tuple(files_by_stem[source.stem][0] for files_by_stem in files_of_guides)
+        guides = tuple(files_by_stem[source.stem][0] for files_by_stem in guide_files)
         completed.append(replace(source, guides=guides))
     return completed

@@ -58,7 +58,7 @@ def group_layers(paths: Sequence[Path], extension: str | None) -> Layers:
     grouped = {}
     for path in paths:
         if path.stem in layers_by_stem:
-            grouped[path] = tuple(sorted(layers_by_stem[path.stem], key=_number_of))
+            grouped[path] = tuple(sorted(layers_by_stem[path.stem], key=_get_layer_number))
     return grouped
 
 
@@ -73,7 +73,7 @@ def _has_caption(path: Path, extension: str | None) -> bool:
     return extension is not None and path.with_name(f"{path.stem}{extension}").is_file()
 
 
-def _number_of(layer: Path) -> int:
+def _get_layer_number(layer: Path) -> int:
     """Return the number that ends a layer's file name."""
     return int(layer.stem.rpartition("_")[2])
 

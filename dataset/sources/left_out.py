@@ -13,9 +13,9 @@ from dataset.sources.media_source import SHARD_FILE_NAME
 from dataset.table import DatasetConfig, DatasetTable, folder_id
 from modules.errors import MediaError
 from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
-from modules.media.labels import MASK_FOLDERS, MASK_LABEL, label_of
+from modules.media.labels import MASK_FOLDERS, MASK_LABEL, find_stem_label
 from modules.media.opening import AUDIO_SUFFIXES
-from modules.media.remedies import remedy_of
+from modules.media.remedies import find_remedy
 
 MAX_SEARCHED_NAMES = 1000  # maximum number of names of a subfolder that are searched
 # files that are often next to media and are not reported: files of runs and caches, captions of other
@@ -104,8 +104,10 @@ class TableFolders:
                 )
             suffixes = _all_suffixes([table.media_kind])
             for folder in folders:
-                is_of_run = Path(folder).name in RUN_SUBFOLDERS and (table.directory / "run.toml").exists()
-                if is_of_run or folder_id(folder) in used_folders:
+                is_run_folder = (
+                    Path(folder).name in RUN_SUBFOLDERS and (table.directory / "run.toml").exists()
+                )
+                if is_run_folder or folder_id(folder) in used_folders:
                     continue
                 if _contains_media(folder, suffixes, used_folders):
                     yield f"{folder}: {_explain_folder(Path(folder), table)}"
@@ -172,7 +174,7 @@ def _explain_unused(
     """
     entry, stem, suffix = split_entry
     ending = suffix.lower()
-    label = label_of(stem)  # such as that of cat-mask.png
+    label = find_stem_label(stem)  # such as that of cat-mask.png
     if label is not None and label not in rules.labels_read and ending in _all_suffixes(["image"]):
         return _explain_label(label, folder), f"{label}{suffix}"
     if rules.is_expected(entry.name, suffix, has_media) or _is_read_or_folder(entry, ending, folder, rules):
@@ -250,7 +252,7 @@ def _list_uncaptioned(entries: Sequence[_SplitEntry], rules: "_FolderRules") -> 
     """Yield the names of a folder's media files without a caption, except masks and conditioning images."""
     names = {entry.name for entry, _, _ in entries}
     for entry, stem, suffix in entries:
-        if suffix.lower() in rules.media_suffixes and label_of(stem) is None:
+        if suffix.lower() in rules.media_suffixes and find_stem_label(stem) is None:
             caption_names = {f"{stem}{caption_suffix}" for caption_suffix in rules.caption_suffixes}
             if names.isdisjoint(caption_names):
                 yield entry.name
@@ -307,7 +309,9 @@ class _FolderRules:
         if media_stems != caption_stems or len(entries) != 2 * len(media_stems):
             return False
         # an animation may be a still image, and a label marks a mask or a conditioning image
-        return not any(suffix.lower() in ANIMATION_SUFFIXES or label_of(stem) for _, stem, suffix in entries)
+        return not any(
+            suffix.lower() in ANIMATION_SUFFIXES or find_stem_label(stem) for _, stem, suffix in entries
+        )
 
     def is_expected(self, name: str, suffix: str, has_media: bool) -> bool:
         """Return whether a file, such as a caption, is expected next to media and need not be reported.
@@ -355,7 +359,7 @@ def _explain_suffix(ending: str, kinds: set[str]) -> str:
     for kind in _KINDS:
         if kind not in kinds and any(ending in suffixes for suffixes in media_suffixes(kind)):
             return f"{kind}s, for which a table with {kind}_directory is needed"
-    return remedy_of(ending) or ""
+    return find_remedy(ending) or ""
 
 
 def describe_entries(table: DatasetTable) -> str:

@@ -5,13 +5,13 @@ from pathlib import Path
 
 from modules.media.buckets import Size
 from modules.media.decoding import ANIMATION_SUFFIXES
-from modules.media.labels import MASK_LABEL, label_of, owner_of
+from modules.media.labels import MASK_LABEL, find_stem_label, get_image_stem
 from modules.media.reading import VIDEO_SUFFIXES, image_suffixes
 
 SAME_SHAPE = 0.02  # relative difference of aspect ratios that count as equal
 
 
-def is_of_shape(mask: Size, size: Size) -> bool:
+def has_same_aspect(mask: Size, size: Size) -> bool:
     """Return whether a mask has the aspect ratio of its image or clip; both sizes are (width, height)."""
     mask_width, mask_height = mask
     width, height = size
@@ -35,8 +35,8 @@ def masks_by_stem(entries: Iterable[Path], kind: str, in_media_folder: bool) -> 
     """
     masks: dict[str, list[Path]] = {}
     for stem, paths in files_by_stem(entries, mask_suffixes(kind), kind == "video").items():
-        if not in_media_folder or label_of(stem) == MASK_LABEL:
-            masks.setdefault(owner_of(stem, MASK_LABEL), []).extend(paths)
+        if not in_media_folder or find_stem_label(stem) == MASK_LABEL:
+            masks.setdefault(get_image_stem(stem, MASK_LABEL), []).extend(paths)
     return masks
 
 

@@ -244,14 +244,14 @@ def number_repeats(sources: Sequence[MediaSource]) -> list[MediaSource]:
     if not num_rows or max(num_rows.values()) == 1:
         return list(sources)
     used_stems = {source.stem.casefold() for source in sources}
-    stems_of_files: dict[object, dict[object, str]] = {}  # file -> (other values of its row -> stem)
+    stems_by_file: dict[object, dict[object, str]] = {}  # file -> (other values of its row -> stem)
     numbered = []
     for source in sources:
         file = source.path, source.remote_or_packed[:1]
         if num_rows[file] == 1:
             numbered.append(source)
             continue
-        stems = stems_of_files.setdefault(file, {})
+        stems = stems_by_file.setdefault(file, {})
         other_values = _list_other_values(source)
         if other_values not in stems:
             # the first row of a file keeps the file's stem

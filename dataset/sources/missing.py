@@ -18,12 +18,12 @@ def explain_lookup(path: Path, config_path: Path | None) -> str:
     """
     if path_exists(path):  # it exists but cannot be opened: no hint about its name
         return ". Correct the path."
-    hint = "" if config_path is None else hint_of_start(path, config_path)
+    hint = "" if config_path is None else find_relative_path_hint(path, config_path)
     hint = hint or explain_missing(path) or " Correct the path."
     return f"{describe_lookup(path)}.{hint}"
 
 
-def hint_of_start(path: Path, config_path: Path) -> str:
+def find_relative_path_hint(path: Path, config_path: Path) -> str:
     """Return a hint if a relative path exists in the dataset file's folder; otherwise ""."""
     folder = real_path(config_path.parent)
     if path.is_absolute() or folder == Path.cwd() or not path_exists(folder / path):

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from dataset.sources.companions import warn_of_paths
+from dataset.sources.companions import warn_about_paths
 from dataset.sources.folders import list_entries
 from dataset.sources.mask_files import files_by_stem
 from dataset.sources.media_source import Fault, MediaSource
@@ -40,7 +40,7 @@ def add_reference_audio(
         if other_paths:
             text = f"{first_path} and {other_paths[0].name} are references of the same clip. Keep one."
             faults.append(Fault(kind, text, stem))
-    _warn_of_unmatched(table, sources, by_stem)
+    _warn_of_unmatched_audio(table, sources, by_stem)
     completed = []
     for source in sources:
         paths = by_stem.get(source.stem)
@@ -48,12 +48,12 @@ def add_reference_audio(
     return completed
 
 
-def _warn_of_unmatched(
+def _warn_of_unmatched_audio(
     table: DatasetTable, sources: Sequence[MediaSource], by_stem: Mapping[str, list[Path]]
 ) -> None:
     """Log how many clips have no reference audio, and how many of the files belong to no clip."""
     without_reference = [source.path for source in sources if source.stem not in by_stem]
-    warn_of_paths(table, f"of {len(sources)} clips have no reference in {KEY}", without_reference)
+    warn_about_paths(table, f"of {len(sources)} clips have no reference in {KEY}", without_reference)
     stems = {source.stem for source in sources}
     unmatched = [paths[0] for stem, paths in by_stem.items() if stem not in stems]
-    warn_of_paths(table, f"files in {KEY} match no clip by name and are not read", unmatched)
+    warn_about_paths(table, f"files in {KEY} match no clip by name and are not read", unmatched)

@@ -96,8 +96,8 @@ def _without_surplus(source: MediaSource, maximum: int) -> MediaSource:
     if len(source.control) <= maximum:
         return source
     # the image's origin comes first; those of its control images follow
-    end_of_controls = 1 + len(source.control)
-    remote_or_packed = source.remote_or_packed[: 1 + maximum] + source.remote_or_packed[end_of_controls:]
+    controls_end = 1 + len(source.control)
+    remote_or_packed = source.remote_or_packed[: 1 + maximum] + source.remote_or_packed[controls_end:]
     return replace(source, control=source.control[:maximum], remote_or_packed=remote_or_packed)
 
 

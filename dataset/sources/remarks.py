@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from dataset.sources.captions import SHOWN, complete_caption, describe_cut, join_parts, lines_of
+from dataset.sources.captions import SHOWN, complete_caption, describe_cut, join_parts, split_lines
 from dataset.sources.clock import find_other_lengths
 from dataset.sources.colors import find_colors, find_reordered
 from dataset.sources.frames import find_far_rates
@@ -92,7 +92,7 @@ def unvaried_captions(source: MediaSource) -> Iterator[str]:
     if not table.caption_changes.varies_per_step:
         yield from (source.caption, *source.more_captions)
         return
-    lines = lines_of(source.caption) or [""]
+    lines = split_lines(source.caption) or [""]
     for line in lines if table.caption_changes.wildcards else lines[:1]:
         text = complete_caption(line, table.trigger_word, table.caption_prefix, table.caption_suffix)
         if table.caption_changes.wildcards:
@@ -133,7 +133,7 @@ def _find_special(caption: str, wildcards: bool) -> Iterator[str]:
 
 def _has_lone_brace(caption: str) -> bool:
     """Return whether a caption with random choices such as {a|b} has a brace that belongs to none of them."""
-    return any(fill_wildcards(line, random.Random(0)).has_lone_brace for line in lines_of(caption))
+    return any(fill_wildcards(line, random.Random(0)).has_lone_brace for line in split_lines(caption))
 
 
 def _quote_caption(source: MediaSource) -> str:

@@ -70,10 +70,10 @@ def _locate(text: Any, file: Path, position: str) -> Path:
         raise DatasetError(f"{position}: references must be local files. Download it and pass its path")
     try:
         in_working_folder = expand_path(text, None)
-        in_folder_of_list = expand_path(text, file.parent)
+        in_list_folder = expand_path(text, file.parent)
     except ValueError as error:
         raise DatasetError(f"{position} = {_show(text)}: {error}.") from None
-    for path in (in_working_folder, in_folder_of_list):
+    for path in (in_working_folder, in_list_folder):
         if path.exists():
             return path
     raise DatasetError(

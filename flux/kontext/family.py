@@ -10,7 +10,7 @@ from torch import Tensor
 
 from checkpoints.dits import DitHeader
 from encoders.clip_l import CLIP_L
-from encoders.pictures import GUIDANCE, image_defaults, references_of
+from encoders.pictures import GUIDANCE, get_references, image_defaults
 from encoders.t5 import USE
 from flux.configs import DEV, FLUX_DEV, PATCH, FluxConfig
 from flux.family import Flux
@@ -158,7 +158,7 @@ class Kontext(Flux):
         batch.check_widths(widths, self.files.dit_path, f"{TEXTS_AGAIN} and the text encoders of FLUX.1")
         texts: dict[str, Tensor | list[Tensor]] = {name: batch.tensor(name) for name in self.text_keys}
         texts[GUIDANCE] = torch.full((len(latents),), self.trained_guidance)
-        return {**texts, **references_of(batch, self.latent.channels, PATCH, LATENTS_AGAIN)}
+        return {**texts, **get_references(batch, self.latent.channels, PATCH, LATENTS_AGAIN)}
 
     @property
     def _text_inputs(self) -> Mapping[str, str]:

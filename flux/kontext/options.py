@@ -5,7 +5,16 @@ from pathlib import Path
 from typing import Any
 
 from modules.option_values import Placeholder
-from modules.options import FREE, HABIT, DECODING_SETTING, REFERENCES_ONLY, REQUEST_SETTING, Options, not_needed, option
+from modules.options import (
+    DECODING_SETTING,
+    FREE,
+    HABIT,
+    REFERENCES_ONLY,
+    REQUEST_SETTING,
+    Options,
+    not_needed,
+    option,
+)
 from modules.speed_options import VaeOptions, dit_dtype_option, fp8_text_option, text_form_option
 
 NAME = "FLUX.1 Kontext"

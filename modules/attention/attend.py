@@ -18,7 +18,7 @@ from torch import Tensor
 from modules.attention.sdpa import causal_sdpa, cudnn_note, sdpa
 from modules.devices import dtype_name, tensor_on
 from modules.errors import OptionError
-from modules.speed_options import SDPA, AttentionChoice, flag_of
+from modules.speed_options import SDPA, AttentionChoice, get_attention_flag
 
 # Letters: B batch, L query tokens, S key tokens, T real tokens of all samples together, N heads, D head width
 
@@ -324,7 +324,7 @@ def check_backend(
         if cudnn_warning is not None:
             logger.warning(cudnn_warning)
         return
-    flag = flag_of(choice.mode, training)
+    flag = get_attention_flag(choice.mode, training)
     remedy = f"Omit {flag} to use torch's own attention."
     reason = explain_unsupported(backend, capability, dtype, training)
     if reason is not None:

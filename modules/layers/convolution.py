@@ -102,7 +102,7 @@ Compute = Callable[[Tensor], Tensor]
 
 def compute_piece(compute: Compute, piece: Tensor) -> Tensor:
     """Return `compute(piece)`; its result and memory must be proportional to the piece's last two axes."""
-    if has_torch_function((piece,)):  # true while a mode such as `dry_run.OneOfManyPieces` is active
+    if has_torch_function((piece,)):  # true while a mode such as `dry_run.LargestPieceMode` is active
         result: Tensor = handle_torch_function(compute_piece, (piece,), compute, piece)
         return result
     return compute(piece)

@@ -83,8 +83,8 @@ def split_segments(split: Split, modulation: Sequence[Tensor], *tokens: Tensor) 
     if num_segments == 1:
         return [(*tokens, *modulation)]
     if isinstance(split, Tensor):
-        modulation_of_each_token = [tensor.gather(1, expand_indices(split, tensor)) for tensor in modulation]
-        return [(*tokens, *modulation_of_each_token)]
+        token_modulation = [tensor.gather(1, expand_indices(split, tensor)) for tensor in modulation]
+        return [(*tokens, *token_modulation)]
     starts = (split,) if isinstance(split, int) else split
     assert len(starts) == num_segments - 1, f"{num_segments} rows for the segments that begin at {starts}"
     segments = []
@@ -181,10 +181,10 @@ class _AddGated(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         for_x, for_gate, for_branch, _ = ctx.needs_input_grad
-        of_gate = _sum_segments(gradient * ctx.saved_tensors[0], ctx.gate, ctx.split) if for_gate else None
-        of_branch = None
+        grad_gate = _sum_segments(gradient * ctx.saved_tensors[0], ctx.gate, ctx.split) if for_gate else None
+        grad_branch = None
         if for_branch:
-            of_branch = torch.empty_like(gradient, dtype=ctx.dtype)
-            for segment, output, scale in split_segments(ctx.split, [ctx.gate], gradient, of_branch):
+            grad_branch = torch.empty_like(gradient, dtype=ctx.dtype)
+            for segment, output, scale in split_segments(ctx.split, [ctx.gate], gradient, grad_branch):
                 torch.mul(segment, scale, out=output)
-        return gradient if for_x else None, of_gate, of_branch, None
+        return gradient if for_x else None, grad_gate, grad_branch, None

@@ -115,9 +115,9 @@ class OtherStreams:
             self._write_packet(target, packet)
             self._next_packet = next(self._packets, None)
         if seconds is None:
-            self._warn_of_damage()
+            self._warn_of_damaged_packets()
 
-    def _warn_of_damage(self) -> None:
+    def _warn_of_damaged_packets(self) -> None:
         counts = {track.name: track.num_damaged for track in self._tracks.values()}
         counts["its sound or subtitles"] = self._num_failed
         for name, count in counts.items():

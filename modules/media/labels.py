@@ -10,12 +10,12 @@ MASKS_BEFORE = ".before"  # subfolder in a folder of masks that this program has
 LABELS = (MASK_LABEL, CONDITION_LABEL)
 
 
-def label_of(stem: str) -> str | None:
+def find_stem_label(stem: str) -> str | None:
     """Return the label that a companion file's stem ends with, such as `-masklabel`; None for other files."""
     lower = stem.lower()
     return next((label for label in LABELS if lower.endswith(label) and len(lower) > len(label)), None)
 
 
-def owner_of(stem: str, label: str) -> str:
+def get_image_stem(stem: str, label: str) -> str:
     """Return the stem of the image to which a companion file, such as a mask, belongs: without the label."""
-    return stem[: -len(label)] if label_of(stem) == label else stem
+    return stem[: -len(label)] if find_stem_label(stem) == label else stem

@@ -39,7 +39,7 @@ def to_pixels(frames: Tensor) -> Tensor:
     return from_bytes(byte_clips(frames))
 
 
-def frames_of(chunks: Iterable[Tensor]) -> Iterator[NDArray[numpy.uint8]]:
+def iterate_frames(chunks: Iterable[Tensor]) -> Iterator[NDArray[numpy.uint8]]:
     """Yield the frames, H W C, of chunks of pixels (1 C F H W in -1..1)."""
     for chunk in chunks:
         yield from pixels_to_uint8(chunk)

@@ -168,13 +168,13 @@ def media_colors(path: Path) -> Colors:
         return replace(colors, is_transparent=False) if decoding.is_animation(path) else colors
 
 
-def _combine_colors(of_images: Sequence[Colors]) -> Colors:
+def _combine_colors(image_colors: Sequence[Colors]) -> Colors:
     """Return the colors of several images as one: what applies to any of them, and the first rejection."""
     return Colors(
-        is_transparent=any(colors.is_transparent for colors in of_images),
-        is_converted=any(colors.is_converted for colors in of_images),
-        rejection=next((colors.rejection for colors in of_images if colors.rejection), None),
-        by_codes=any(colors.by_codes for colors in of_images),
+        is_transparent=any(colors.is_transparent for colors in image_colors),
+        is_converted=any(colors.is_converted for colors in image_colors),
+        rejection=next((colors.rejection for colors in image_colors if colors.rejection), None),
+        by_codes=any(colors.by_codes for colors in image_colors),
     )
 
 

@@ -16,6 +16,6 @@ REMEDIES = {
 }
 
 
-def remedy_of(suffix: str) -> str | None:
+def find_remedy(suffix: str) -> str | None:
     """Return advice for converting media files with an unsupported suffix; None for any other suffix."""
     return next((text for ends, text in REMEDIES.items() if suffix in ends), None)

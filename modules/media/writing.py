@@ -207,8 +207,8 @@ class Timing:
         end = first_dts + round(self.seconds * ticks)
         packet.dts = max(packet.dts, min(packet.pts, end - packet.duration))
         # If another image is shown after it, extend its duration by the missing time, at most to the end.
-        end_of_images = round(self._end * ticks)
-        packet.duration = max(packet.duration, min(end - packet.dts, end_of_images - packet.pts))
+        images_end = round(self._end * ticks)
+        packet.duration = max(packet.duration, min(end - packet.dts, images_end - packet.pts))
 
 
 def write_png(path: Path, frame: Frame, text: Mapping[str, str] | None = None) -> None:

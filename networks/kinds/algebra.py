@@ -110,7 +110,7 @@ class Algebra:
         """
         return {}
 
-    def factors_of_rows(self, factors: Factors, height: int, start: int, stop: int) -> Factors | None:
+    def slice_factors(self, factors: Factors, height: int, start: int, stop: int) -> Factors | None:
         """Return factors for the rows from `start` to `stop`; None if the kind cannot cut at these rows.
 
         For kinds that can be cut only between blocks of rows, and whose `select_rows` therefore returns None.

@@ -42,12 +42,12 @@ WITH_FILE = {name for kind in KINDS if kind.is_with_file for name in (kind.switc
 OTHER_MODULES = {name: advice for kind in KINDS for name, advice in kind.other_modules.items()}
 
 
-def kinds_of_parts(parts: Collection[str]) -> list[NetworkKind]:
+def find_kinds_with_factors(parts: Collection[str]) -> list[NetworkKind]:
     """Return the kinds (LoRA, LoHa, ...) that use any of these factor names, even if others are missing."""
     return [kind for kind in KINDS if any(part in parts for part in kind.parts)]
 
 
-def kind_of_files(names: Iterable[str], kinds: Iterable[NetworkKind]) -> NetworkKind | None:
+def find_network_kind(names: Iterable[str], kinds: Iterable[NetworkKind]) -> NetworkKind | None:
     """Return the first of `kinds` whose factor names occur in the tensor names; None if there is none."""
     names = tuple(names)
     return next((kind for kind in kinds if any(name.endswith(kind.marks) for name in names)), None)
@@ -77,7 +77,7 @@ def list_read_kinds() -> str:
     )
 
 
-def kind_of_module(name: str | None) -> NetworkKind:
+def get_module_kind(name: str | None) -> NetworkKind:
     """Return the kind (LoRA, LoHa, ...) that a network module trains; LoRA for modules of other packages."""
     return BY_MODULE.get(name or "", LORA)
 

@@ -212,7 +212,9 @@ class NetworkKind:
         """
         raise AssertionError(f"{self.name} has no layers of its own")
 
-    def layer_of(self, module: LoraModule, path: str, factors: Factors, settings: "Settings") -> "nn.Module":
+    def make_layer(
+        self, module: LoraModule, path: str, factors: Factors, settings: "Settings"
+    ) -> "nn.Module":
         """Return a trainable layer for a module, with factors of the same shapes as in a file.
 
         Raises:

@@ -59,11 +59,11 @@ def decompose(weight: Tensor, delta: Tensor, magnitudes: Tensor, uses_frozen_nor
     # axis with one norm per index
     axis = 1 if is_by_input(magnitudes) else 0
     uses_frozen = uses_frozen_norms and axis == 0  # ComfyUI does so only for row norms
-    norms = norms_of(weight if uses_frozen else changed, axis)
+    norms = compute_norms(weight if uses_frozen else changed, axis)
     return changed.mul_(magnitudes.reshape(norms.shape) / norms).sub_(weight)
 
 
-def norms_of(weight: Tensor, axis: int = 0) -> Tensor:
+def compute_norms(weight: Tensor, axis: int = 0) -> Tensor:
     """Return the float32 norms of a weight's rows (axis 0) or columns (axis 1), plus epsilon."""
     summed_axes = [other for other in range(weight.ndim) if other != axis]
     norms = torch.linalg.vector_norm(weight, dim=summed_axes, keepdim=True, dtype=torch.float32)

@@ -8,10 +8,10 @@ from torch import Tensor
 from modules.errors import CheckpointError, OptionError
 from networks import deltas
 from networks.apply import Change
-from networks.baking import Baking, Weights, open_weights, read_weight_of_module, replace_factors
+from networks.baking import Baking, Weights, open_weights, read_module_weight, replace_factors
 from networks.delta import read_delta
 from networks.kinds.contract import FROZEN_NORMS, NORMS_FORM
-from networks.kinds.dora_change import is_by_input, norms_of
+from networks.kinds.dora_change import compute_norms, is_by_input
 from networks.kinds.factors import Factors
 from networks.loading import LoraFile, WeightedLora
 from networks.names.layouts import FamilyNames
@@ -82,7 +82,7 @@ def _convert_norms(lora: LoraFile, family: FamilyNames | None, baking: Baking, a
             if PART not in factors or is_by_input(factors[PART]):
                 continue
             # |W| / |W + change|, row by row
-            ratio = _compute_ratio_of_norms(name, factors, lora=lora, weights=weights, device=baking.device)
+            ratio = _compute_norm_ratio(name, factors, lora=lora, weights=weights, device=baking.device)
             # the result stays float32, because rounding it to 16 bits would make the conversion inexact
             magnitudes = factors[PART].float().reshape(ratio.shape)
             converted = magnitudes * ratio if are_frozen else magnitudes / ratio
@@ -93,16 +93,16 @@ def _convert_norms(lora: LoraFile, family: FamilyNames | None, baking: Baking, a
     return replace_factors(lora, modules, metadata)
 
 
-def _compute_ratio_of_norms(
+def _compute_norm_ratio(
     name: str, factors: Factors, lora: LoraFile, weights: Weights, device: torch.device
 ) -> Tensor:
     """Return |W| / |W + change| for each row of the frozen weight W, on the CPU."""
     delta = read_delta(factors)
     change = delta.compute_change(device)
     assert change is not None
-    weight, path = read_weight_of_module(name, len(change), lora, weights)
+    weight, path = read_module_weight(name, len(change), lora, weights)
     # raises CheckpointError if shapes differ
     Change(WeightedLora(lora), delta).fit(None, weight, name, str(path))
     frozen = weight.to(device, torch.float32)
     changed = frozen + change.reshape(frozen.shape)
-    return (norms_of(frozen) / norms_of(changed)).cpu()
+    return (compute_norms(frozen) / compute_norms(changed)).cpu()

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from checkpoints.stored.forms import dequantized_weight_of
+from checkpoints.stored.forms import get_dequantized_weight
 from networks.lora_layer import LoraLayer
 from runtime.offload.sharding import gather_weight
 
@@ -11,7 +11,7 @@ from runtime.offload.sharding import gather_weight
 def extend(layer: LoraLayer) -> None:
     """Add trainable magnitudes to a layer, initialized to the norms of the frozen weight's rows."""
     original = layer.original
-    weight = dequantized_weight_of(original, gather_weight(original.weight))
+    weight = get_dequantized_weight(original, gather_weight(original.weight))
     rows = weight.detach().flatten(1)
     norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).cpu()
     # out x 1, or out x 1 x 1 x 1 for a convolution

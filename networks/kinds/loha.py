@@ -70,14 +70,14 @@ class LohaKind(NetworkKind):
 
         return make_layers(targets, make_shapes, PRODUCT)
 
-    def layer_of(
+    def make_layer(
         self, module: LoraModule, path: str, factors: Factors, settings: Settings
     ) -> "FactoredLayer":
         """Return a trainable layer for a module, with factors of the same shapes as in a file."""
-        from networks.factored_networks import layer_of  # torch
+        from networks.factored_networks import make_layer  # torch
         from networks.kinds.loha_layer import PRODUCT
 
-        return layer_of(module, path, factors, PRODUCT)
+        return make_layer(module, path, factors, PRODUCT)
 
     def find_format_error(self, name: str, family: "FamilyNames | None", has_texts: bool) -> str:
         """Return why diffusers cannot read a LoHa; "" for formats of other programs."""

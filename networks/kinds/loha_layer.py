@@ -140,9 +140,9 @@ class _HadamardConvolution(torch.autograd.Function):
         grad_x, grad_weight = ctx.geometry.gradients(x, first * second, gradient, ctx.needs_input_grad[1])
         grad_first = grad_weight * second
         grad_second = grad_weight * first
-        grads_of_first = grad_first @ w1_b.T, w1_a.T @ grad_first
-        grads_of_second = grad_second @ w2_b.T, w2_a.T @ grad_second
-        return None, grad_x, *grads_of_first, *grads_of_second  # None for `geometry`
+        w1_grads = grad_first @ w1_b.T, w1_a.T @ grad_first
+        w2_grads = grad_second @ w2_b.T, w2_a.T @ grad_second
+        return None, grad_x, *w1_grads, *w2_grads  # None for `geometry`
 
 
 def _norm(factors: Mapping[str, Tensor]) -> Tensor:

@@ -87,7 +87,7 @@ def _translate_to_diffusers(
     from networks.names.layouts import SWAPPED
     from networks.writing import single_piece
 
-    parts = module_names.parts_of(name, family)
+    parts = module_names.find_parts(name, family)
     if any(path_and_part.part.index == SWAPPED for path_and_part in parts):  # a LoKr's rows cannot be swapped
         return "diffusers has its halves in the opposite order, and does not swap those of a LoKr"
     if not is_in_diffusers:
@@ -155,14 +155,14 @@ class LokrKind(NetworkKind):
 
         return make_layers(targets, kind_arguments, PRODUCT)
 
-    def layer_of(
+    def make_layer(
         self, module: LoraModule, path: str, factors: Factors, settings: Settings
     ) -> "FactoredLayer":
         """Return a trainable layer for a module, with factors of the same shapes as in a file."""
-        from networks.factored_networks import layer_of  # torch
+        from networks.factored_networks import make_layer  # torch
         from networks.kinds.lokr_layer import PRODUCT
 
-        return layer_of(module, path, factors, PRODUCT)
+        return make_layer(module, path, factors, PRODUCT)
 
     def find_format_error(self, name: str, family: "FamilyNames | None", has_texts: bool) -> str:
         """Return why diffusers cannot read a LoKr of this family; "" if it can, and for other formats."""

@@ -64,14 +64,14 @@ class LokrAlgebra(Algebra):
         """Return None: each row of a LoKr's change depends on rows of both matrices."""
         return None if any(part in factors for part in _FIRST) else {}
 
-    def factors_of_rows(self, factors: Factors, height: int, start: int, stop: int) -> Factors | None:
+    def slice_factors(self, factors: Factors, height: int, start: int, stop: int) -> Factors | None:
         """Return the factors of rows that cover whole copies of the large LoKr matrix; else None."""
         first = next(part for part in _FIRST if part in factors)
         block_height = height // len(factors[first])  # rows of the large matrix, k
         if start % block_height or stop % block_height:
             return None
-        rows_of_first = factors[first][start // block_height : stop // block_height]
-        return {**factors, first: rows_of_first.clone()}
+        kept_rows = factors[first][start // block_height : stop // block_height]
+        return {**factors, first: kept_rows.clone()}
 
 
 def add_lokr(x: Tensor, factors: Mapping[str, Tensor], strength: float) -> Tensor:

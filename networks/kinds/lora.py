@@ -51,17 +51,17 @@ class LoraKind(NetworkKind):
             layers[name] = layer
         return layers
 
-    def layer_of(self, module: LoraModule, path: str, factors: Factors, settings: Settings) -> "LoraLayer":
+    def make_layer(self, module: LoraModule, path: str, factors: Factors, settings: Settings) -> "LoraLayer":
         """Return a LoRA layer with the rank and alpha of the factors in a file.
 
         If the settings split fused layers and the up factor is block-diagonal, each part has its own factors.
         """
-        from networks.deltas import rank_of  # torch
-        from networks.kinds.composing import kinds_of_parts
+        from networks.deltas import get_lora_rank  # torch
+        from networks.kinds.composing import find_kinds_with_factors
         from networks.lora_layer import LoraLayer
         from networks.lora_products import diagonal_blocks
 
-        rank = rank_of(factors)
+        rank = get_lora_rank(factors)
         assert rank is not None
         alpha = float(factors["alpha"])
         split_sizes = settings.split_sizes_of(path, module)
@@ -70,7 +70,7 @@ class LoraKind(NetworkKind):
             return LoraLayer(module, rank // num_parts, alpha / num_parts, split_sizes=split_sizes)
         layer = LoraLayer(module, rank, alpha)
         # such as DoRA, which adds magnitudes to the layer
-        for kind in kinds_of_parts(factors):
+        for kind in find_kinds_with_factors(factors):
             kind.extend_layer(layer)
         return layer
 

@@ -160,11 +160,11 @@ class OftKind(NetworkKind):
 
     def size_of(self, factors: Factors) -> int | None:
         """Return the block size of a module's OFT rotations; None if it has no rotations."""
-        from networks.kinds.oft_rotation import block_size_of  # torch
+        from networks.kinds.oft_rotation import find_block_size  # torch
 
         if PART not in factors or factors[PART].ndim != 2:
             return None
-        return block_size_of(factors[PART].shape[1])
+        return find_block_size(factors[PART].shape[1])
 
     def check_settings(self, settings: Settings, has_lora_arguments: bool) -> None:
         """Raise OptionError for settings that an OFT does not support.
@@ -226,7 +226,7 @@ class OftKind(NetworkKind):
             raise OptionError(f"--network_module {MODULE}: the model has no linear layer that can be rotated")
         return layers
 
-    def layer_of(self, module: LoraModule, path: str, factors: Factors, settings: Settings) -> "OftLayer":
+    def make_layer(self, module: LoraModule, path: str, factors: Factors, settings: Settings) -> "OftLayer":
         """Return a trainable layer with the same block size as the factors in a file.
 
         Raises:

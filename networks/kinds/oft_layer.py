@@ -65,7 +65,7 @@ class OftLayer(nn.Module):
             rotated = cast + rotate(cast, rotations.to(dtype))
         return self._original_forward(rotated if is_autocast else rotated.to(x.dtype))
 
-    def seed_of(self, kind: str) -> int:
+    def get_mask_seed(self, kind: str) -> int:
         """Return the seed of this layer's dropout mask of a kind, such as "neuron", in this step."""
         return self.seed.derive(self.index, kind)
 
@@ -85,4 +85,4 @@ class OftLayer(nn.Module):
         if self.seed_table is not None and torch.compiler.is_compiling():
             low, high = self.seed_table[KINDS.index(kind)].unbind()
             return low, high
-        return halves(self.seed_of(kind))
+        return halves(self.get_mask_seed(kind))

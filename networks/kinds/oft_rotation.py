@@ -20,7 +20,7 @@ from networks.kinds.algebra import Algebra
 from networks.kinds.factors import Factors
 
 
-def block_size_of(columns: int) -> int | None:
+def find_block_size(columns: int) -> int | None:
     """Return the block size b for a row of b (b - 1) / 2 values; None if no b fits."""
     size = (1 + math.isqrt(1 + 8 * columns)) // 2
     return size if columns and size * (size - 1) // 2 == columns else None
@@ -37,7 +37,7 @@ def compute_rotations(values: Tensor, strength: float = 1.0) -> Tensor:
         strength: Multiplier of Q.
     """
     num_blocks, columns = values.shape
-    size = block_size_of(columns)
+    size = find_block_size(columns)
     assert size is not None, columns
     rows_and_columns = torch.triu_indices(size, size, 1, device=values.device)
     upper = values.new_zeros(num_blocks, size, size, dtype=torch.float32)
@@ -80,7 +80,7 @@ class OftAlgebra(Algebra):
     def find_error(self, factors: Factors) -> str | None:
         """Return an error message if no block size has this number of values; otherwise None."""
         shape = factors[self.factor_name].shape
-        if len(shape) == 2 and block_size_of(shape[1]) is not None:
+        if len(shape) == 2 and find_block_size(shape[1]) is not None:
             return None
         return f"its {self.factor_name} has the shape {list(shape)}, but no block size has so many values"
 
@@ -104,7 +104,7 @@ class OftAlgebra(Algebra):
 def find_misfit(values: Tensor, weight: Tensor, name: str) -> str:
     """Return why rotations do not fit a weight, as the end of an error message; "" if they fit."""
     num_blocks, columns = values.shape
-    size = block_size_of(columns)
+    size = find_block_size(columns)
     assert size is not None
     if weight.ndim != 2:
         return (

@@ -99,7 +99,7 @@ class LoraRules:
     block_lists_by_argument: Mapping[str, str] = field(default_factory=dict)
     outside_ranks_argument: str = ""  # argument with the ranks of `outside_paths`, in this order
     outside_paths: tuple[str, ...] = ()  # modules that are not in a block
-    # ending of a fused layer's path -> number of parts, see `networks.lora_products.rows_of_fused_parts`
+    # ending of a fused layer's path -> number of parts, see `networks.lora_products.count_fused_part_rows`
     num_fused_parts: Mapping[str, int] = field(default_factory=dict)
     # argument -> text encoder that it enables
     encoder_switches: Mapping[str, str] = field(default_factory=dict)

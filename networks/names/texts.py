@@ -85,7 +85,7 @@ _IN_DIFFUSERS = (
 )
 
 
-def diffusers_path_of_text(name: str) -> str | None:
+def find_diffusers_text_path(name: str) -> str | None:
     """Return the path of our text encoder module in diffusers; None if diffusers lacks the module."""
     return _translate(_IN_DIFFUSERS, name)
 
@@ -98,7 +98,7 @@ _IN_LANGUAGE_MODEL = (
 )
 
 
-def comfyui_path_of_text(name: str, starts: Pairs) -> str | None:
+def find_comfyui_text_path(name: str, starts: Pairs) -> str | None:
     """Return the path of a text encoder's module in ComfyUI; None if ComfyUI reads our name.
 
     Args:

@@ -266,7 +266,7 @@ def _format_commands(commands: Sequence[ScriptCommand]) -> str:
     groups: dict[str, list[str]] = {FIRST_STEPS: [], **{name: [] for name in families}, TOOLS: []}
     for command in commands:
         line = f"  {command.name:{width}}  {_summary(command)}"
-        groups[_group_of(command, families)].append(line)
+        groups[_get_group_heading(command, families)].append(line)
     lines = [USAGE]
     for name, group in groups.items():
         if group:
@@ -275,7 +275,7 @@ def _format_commands(commands: Sequence[ScriptCommand]) -> str:
     return "\n".join(lines)
 
 
-def _group_of(command: ScriptCommand, families: Sequence[str]) -> str:
+def _get_group_heading(command: ScriptCommand, families: Sequence[str]) -> str:
     """Return the heading under which a command is listed."""
     if command.script in BEGINNER_SCRIPTS:
         return FIRST_STEPS

@@ -124,8 +124,8 @@ class Tracks:
 
     def boxes(self, index: int) -> list[Box]:
         """Return the boxes to cover in an image, including objects that were not detected in it."""
-        boxes_of_tracks = (track.box_to_cover(index, self.hold, self.lookback) for track in self._tracks)
-        return [box for box in boxes_of_tracks if box is not None]
+        track_boxes = (track.box_to_cover(index, self.hold, self.lookback) for track in self._tracks)
+        return [box for box in track_boxes if box is not None]
 
     def forget(self, index: int) -> None:
         """Delete tracks and detections that no image after `index` needs."""
@@ -184,10 +184,8 @@ def _score_by_distance(track: Track, boxes: Numbers, index: int) -> Numbers:
     longer_sides = (boxes[:, 2:] - boxes[:, :2]).max(axis=1)
     max_distance = MAX_MATCH_DISTANCE * np.maximum(_find_longer_side(track.last.box), longer_sides)
     centers = (boxes[:, :2] + boxes[:, 2:]) / 2
-    centers_of_track = np.array(
-        [_find_center(track.last.box), _find_center(track.expected(index))], np.float32
-    )
-    from_last, from_expected = (np.hypot(*(centers - center).T) for center in centers_of_track)
+    track_centers = np.array([_find_center(track.last.box), _find_center(track.expected(index))], np.float32)
+    from_last, from_expected = (np.hypot(*(centers - center).T) for center in track_centers)
     away = np.minimum(from_last, from_expected)
     return np.maximum(0, 1 - away / np.maximum(max_distance, 1e-6))
 

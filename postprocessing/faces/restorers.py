@@ -271,11 +271,13 @@ def _load(
     float32. `what` names the network in messages.
     """
 
-    def dtype_of(name: str, _stored: torch.dtype) -> torch.dtype:
+    def select_tensor_dtype(name: str, _stored: torch.dtype) -> torch.dtype:
         return torch.float32 if name.startswith(float32_prefixes) else dtype
 
     with open_checkpoint(path) as checkpoint:
-        return load_planned(make_plan(checkpoint), build, device=device, dtype=dtype_of, label=what)
+        return load_planned(
+            make_plan(checkpoint), build, device=device, dtype=select_tensor_dtype, label=what
+        )
 
 
 # Find the files for restoring faces: the model, and next to it the detector and ParseNet.

@@ -340,12 +340,12 @@ def load_networks(path: Path, kind: str, device: torch.device, dtype: torch.dtyp
     mode_files = find_files(path, kind)
     settings = read_settings(mode_files.settings)
 
-    def dtype_of(name: str, _: torch.dtype) -> torch.dtype:
+    def select_tensor_dtype(name: str, _: torch.dtype) -> torch.dtype:
         return dtype if name.startswith("synthesis.") else torch.float32
 
     with open_checkpoint(mode_files.main) as checkpoint:
         plan = _plan_gimm(checkpoint, kind, settings)
-        gimm = load_planned(plan, GimmVfi, device=device, dtype=dtype_of, label=MODEL_OPTION)
+        gimm = load_planned(plan, GimmVfi, device=device, dtype=select_tensor_dtype, label=MODEL_OPTION)
     with open_checkpoint(mode_files.flow) as checkpoint:
         # the main file may contain the optical flow network, with a prefix; its other tensors are left out
         if mode_files.flow == mode_files.main:

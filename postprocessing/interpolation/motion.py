@@ -145,8 +145,8 @@ class MotionField(nn.Module):
         disagreement = (-warp(opposite, flow) - flow).abs().mean(dim=1, keepdim=True)
         # the standard deviation of the flow around each pixel, the mean of x and y
         mean = _blur(flow)
-        mean_of_squares = _blur(flow**2)
-        deviation = (mean_of_squares - mean**2).clamp(min=MIN_VARIANCE).sqrt().mean(dim=1, keepdim=True)
+        mean_square = _blur(flow**2)
+        deviation = (mean_square - mean**2).clamp(min=MIN_VARIANCE).sqrt().mean(dim=1, keepdim=True)
         return 1 / (1 + self.alpha_fe * disagreement) + 1 / (1 + self.alpha_v * deviation)
 
     def predict_motion(self, motion: "Motion", time: float) -> Tensor:

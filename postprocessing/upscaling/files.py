@@ -98,11 +98,11 @@ def load_upscaler(path: Path, device: torch.device, dtype: torch.dtype) -> Upsca
         kind, make_plan = _find_kind(checkpoint.tensors)
         plan = make_plan(checkpoint)
 
-        def dtype_of(name: str, _: torch.dtype) -> torch.dtype:
+        def select_tensor_dtype(name: str, _: torch.dtype) -> torch.dtype:
             """Return the dtype to load a tensor in: float32 for norms and attention biases."""
             return torch.float32 if "norm" in name or name.endswith("_bias_table") else dtype
 
-        network = load_planned(plan, kind.build, device=device, dtype=dtype_of, label=MODEL_OPTION)
+        network = load_planned(plan, kind.build, device=device, dtype=select_tensor_dtype, label=MODEL_OPTION)
     if device != META:  # tensors on the meta device have no values to rearrange
         set_memory_format(network, device)
     return Upscaler(kind, plan.config, network)

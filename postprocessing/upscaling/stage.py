@@ -18,7 +18,7 @@ from postprocessing import tiling
 from postprocessing.contract import Clip, Stage, enlarged_clip, to_pixels, to_tensor
 from postprocessing.options import UpscalerOptions
 from postprocessing.upscaling.files import META, Config, Upscaler, UpscalerKind, check_file, load_upscaler
-from runtime.planning.dry_run import ACCELERATOR, allocate_empty_weights, dry_run, peak_of_phases
+from runtime.planning.dry_run import ACCELERATOR, allocate_empty_weights, dry_run, find_peak_phase
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def _measure_peak_bytes(kind: UpscalerKind, config: Config, dtype: torch.dtype, 
         allocate_empty_weights(network, ledger)
         images = torch.empty(1, 3, side, side, dtype=dtype, device=ACCELERATOR)
         network(images.contiguous(memory_format=torch.channels_last))
-    _, bytes_by_kind = peak_of_phases(ledger.peaks)
+    _, bytes_by_kind = find_peak_phase(ledger.peaks)
     return sum(bytes_by_kind.values())
 
 

@@ -122,7 +122,7 @@ class Program:
     fixed_draw_settings: Mapping[str, Any] = field(default_factory=dict)
     # keys with a variant of a model -> the key with the kind of model; `models` has both names, with
     # a space between them
-    kind_key_of_variant: Mapping[str, str] = field(default_factory=dict)
+    kind_key_by_variant: Mapping[str, str] = field(default_factory=dict)
     # guesses family and task from other keys if the file names no model
     guess_model: Callable[[Mapping[str, Any]], tuple[str, str] | None] = guess_no_model
     # renames values to the keys in `rules`, if the names depend on other values
@@ -172,10 +172,10 @@ def number(minimum: float = 0, maximum: float = 1e9) -> Callable[[Any], float]:
 
 def integer(minimum: int = 0, maximum: int = MAX_STEPS) -> Callable[[Any], int]:
     """Return a function that parses an integer between `minimum` and `maximum`."""
-    of_number = number(minimum, maximum)
+    read_number = number(minimum, maximum)
 
     def read(value: Any) -> int:
-        found = of_number(value)
+        found = read_number(value)
         if found != int(found):
             raise ValueError("it is not a whole number")
         return int(found)
@@ -205,7 +205,7 @@ def read_switch(value: Any) -> bool:
     return is_on(value)
 
 
-def text_of(table: Mapping[str, str], instead: str) -> Callable[[Any], str]:
+def make_name_reader(table: Mapping[str, str], instead: str) -> Callable[[Any], str]:
     """Return a function that looks up a name in `table`, ignoring case and separators.
 
     It raises an error for other names; `instead`, at the end of the message, says what to do.
@@ -236,7 +236,9 @@ _OPTIMIZERS = {
 _ADAM_ARGUMENTS = frozenset({"betas", "eps", "weight_decay", "amsgrad"})
 OPTIMIZER_ARGUMENTS: Mapping[str, frozenset[str]] = {
     **dict.fromkeys(("adamw", "adam"), _ADAM_ARGUMENTS),
-    **dict.fromkeys(("adamw8bit", "pagedadamw8bit"), _ADAM_ARGUMENTS | {"min_8bit_size", "percentile_clipping"}),
+    **dict.fromkeys(
+        ("adamw8bit", "pagedadamw8bit"), _ADAM_ARGUMENTS | {"min_8bit_size", "percentile_clipping"}
+    ),
     **dict.fromkeys(("lion", "lion8bit"), frozenset({"betas", "weight_decay"})),
     **dict.fromkeys(("nadam", "radam"), frozenset({"betas", "eps", "weight_decay"})),
     "adafactor": frozenset(
@@ -257,8 +259,12 @@ _SCHEDULERS = {
     plain_name(name): name
     for name in ("constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "linear", "polynomial")
 } | {"cosinewithhardrestarts": "cosine_with_restarts", "adafactor": "adafactor"}
-read_optimizer = text_of(_OPTIMIZERS, "choose one from docs/training.md: optimizer_type below [training]")
-read_scheduler = text_of(_SCHEDULERS, "choose one from docs/training.md: lr_scheduler below [training]")
+read_optimizer = make_name_reader(
+    _OPTIMIZERS, "choose one from docs/training.md: optimizer_type below [training]"
+)
+read_scheduler = make_name_reader(
+    _SCHEDULERS, "choose one from docs/training.md: lr_scheduler below [training]"
+)
 
 
 def read_name(value: Any) -> str:
@@ -350,7 +356,7 @@ _LOSSES = {
     **{name: name for name in ("l1", "l2", "huber")},
     "smoothl1": "smooth_l1",
 }
-read_loss = text_of(_LOSSES, "loss_type below [training] has l2, l1, huber and smooth_l1")
+read_loss = make_name_reader(_LOSSES, "loss_type below [training] has l2, l1, huber and smooth_l1")
 
 
 def read_text(value: Any) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from dataset.batches.order import count_batches
 from dataset.config import load_dataset_config, with_lengths
 from dataset.listing import find_sources
-from dataset.sources.frames import bucket_of
+from dataset.sources.frames import find_bucket
 from dataset.table import DatasetTable
 from modules.atomic_write import write_text
 from modules.console import quiet
@@ -54,7 +54,7 @@ def _list_items(
     return [CountedFile(table, (*bucket, length)) for length in lengths]
 
 
-def count_steps_of_epoch(setup: describing.RunSetup) -> int:
+def count_epoch_steps(setup: describing.RunSetup) -> int:
     """Return the optimizer steps in one epoch of the dataset.toml that `new` would write.
 
     File sizes and clip lengths determine which files share a batch, as in training.
@@ -66,7 +66,7 @@ def count_steps_of_epoch(setup: describing.RunSetup) -> int:
         copy = temporary / DATASET_FILE
         write_text(copy, describing.describe_dataset(setup))
         try:
-            config = with_lengths(load_dataset_config(copy), describing.clip_lengths_of(setup.model))
+            config = with_lengths(load_dataset_config(copy), describing.get_clip_lengths(setup.model))
             for table in config.datasets:
                 for source in find_sources(table, faults=[]):
                     item = media_by_path.get(real_path(source.path))
@@ -91,6 +91,6 @@ def _find_bucket(
     if size is None:
         return ()
     try:
-        return bucket_of(table, size, find_pixel_step(setup.model_info.family), path)
+        return find_bucket(table, size, find_pixel_step(setup.model_info.family), path)
     except UserError:
         return ()

@@ -72,7 +72,9 @@ PROGRAM = Program(
         "pseudo_huber_c": omitted("loss_type and huber_c below [training]"),
         "pipeline_stages": omitted("the model is on one card; docs/speed.md has several"),
         **dict.fromkeys(("activation_checkpointing", "blocks_to_swap", "save_dtype"), rules.CHOSEN_BY_NEW),
-        **dict.fromkeys(("caching_batch_size", "map_num_proc", "compile", "partition_method"), rules.CHOSEN_BY_NEW),
+        **dict.fromkeys(
+            ("caching_batch_size", "map_num_proc", "compile", "partition_method"), rules.CHOSEN_BY_NEW
+        ),
         **dict.fromkeys(("reentrant_activation_checkpointing", "partition_split"), rules.CHOSEN_BY_NEW),
         **dict.fromkeys(_EVALUATION, rules.VALIDATION),
         "eval_datasets[].name": rules.VALIDATION,
@@ -92,7 +94,8 @@ PROGRAM = Program(
         ),
         "model.type": rules.MODEL_NAME,
         **{
-            f"model.{name}": rules.CHOSEN_BY_NEW for name in ("dtype", "transformer_dtype", "diffusion_model_dtype")
+            f"model.{name}": rules.CHOSEN_BY_NEW
+            for name in ("dtype", "transformer_dtype", "diffusion_model_dtype")
         },
         "model.timestep_sample_method": rules.TIMESTEPS,
         "model.shift": rules.SHIFT,

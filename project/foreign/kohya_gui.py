@@ -70,7 +70,7 @@ def _find_run(values: Mapping[str, Any]) -> ForeignRun:
         return ForeignRun("lllite", "lllite_cond_dim")
     network_type = values.get("LoRA_type")
     if not is_off(network_type):
-        return _find_run_of_network(str(network_type))
+        return _make_lora_run(str(network_type))
     embedding_keys = [key for key in _EMBEDDING_KEYS if not is_off(values.get(key))]
     if embedding_keys:
         return ForeignRun("embedding", f"{embedding_keys[0]} = {values[embedding_keys[0]]}")
@@ -91,7 +91,7 @@ def _reject_slider(values: Mapping[str, Any]) -> None:
             )
 
 
-def _find_run_of_network(network_type: str) -> ForeignRun:
+def _make_lora_run(network_type: str) -> ForeignRun:
     """Return a LoRA run. Raises UnsupportedRun for a type that trains whole layers ("fine")."""
     if "fine" in network_type.lower():
         raise UnsupportedRun(
@@ -114,7 +114,7 @@ def _find_trained_networks(values: Mapping[str, Any]) -> TrainedNetworks:
     all_keys = ("unet_lr", "text_encoder_lr", "train_text_encoder", *encoder_rate_keys)
     keys = tuple(key for key in all_keys if key in values)
     if _find_run(values).kind == "lora":
-        return _find_networks_of_lora(values, keys)
+        return _find_lora_networks(values, keys)
     rates = [read_rate(values[name]) or 0 for name in encoder_rate_keys if name in values]
     if any(rates):  # text encoders with a rate are trained, unless the switch is off
         trains_encoders = not is_off(values.get("train_text_encoder", True))
@@ -124,7 +124,7 @@ def _find_trained_networks(values: Mapping[str, Any]) -> TrainedNetworks:
     return TrainedNetworks(keys, text_encoder_rates=(None,) if trains_encoders else ())
 
 
-def _find_networks_of_lora(values: Mapping[str, Any], keys: tuple[str, ...]) -> TrainedNetworks:
+def _find_lora_networks(values: Mapping[str, Any], keys: tuple[str, ...]) -> TrainedNetworks:
     """Return which networks get a LoRA: those with a learning rate above 0; both if both rates are 0."""
     dit_rate = read_rate(values.get("unet_lr")) or 0
     text_encoder_rate = read_rate(values.get("text_encoder_lr")) or 0
@@ -146,7 +146,7 @@ def _find_ineffective_keys(values: Mapping[str, Any]) -> set[str]:
     The GUI saves all of its fields, including fields of unused features.
     """
     network_type = str(values.get("LoRA_type", "")).lower()
-    ineffective = _find_keys_of_other_models(values)
+    ineffective = _find_other_model_keys(values)
     if "lycoris" not in network_type:
         ineffective |= {*_LYCORIS_KEYS, "LyCORIS_preset", "dora_wd", "factor"}
     if "lycoris" not in network_type and "locon" not in network_type:
@@ -166,7 +166,7 @@ def _find_ineffective_keys(values: Mapping[str, Any]) -> set[str]:
     return ineffective
 
 
-def _find_keys_of_other_models(values: Mapping[str, Any]) -> set[str]:
+def _find_other_model_keys(values: Mapping[str, Any]) -> set[str]:
     """Return the keys that only other models use: SDXL, models with one text encoder, or FLUX."""
     keys: set[str] = set()
     if is_on(values.get("sdxl")):
@@ -264,7 +264,9 @@ PROGRAM = Program(
         "sdxl_cache_text_encoder_outputs": rules.CACHES,
         **dict.fromkeys(("gradient_checkpointing", "mixed_precision", "save_precision"), rules.CHOSEN_BY_NEW),
         **dict.fromkeys(("xformers", "mem_eff_attn", "sdxl_no_half_vae", "no_half_vae"), rules.CHOSEN_BY_NEW),
-        **dict.fromkeys(("full_bf16", "full_fp16", "fp8_base", "fp8_base_unet", "highvram"), rules.CHOSEN_BY_NEW),
+        **dict.fromkeys(
+            ("full_bf16", "full_fp16", "fp8_base", "fp8_base_unet", "highvram"), rules.CHOSEN_BY_NEW
+        ),
         **dict.fromkeys(("lowvram", "lowram", "blocks_to_swap", "vae_batch_size"), rules.CHOSEN_BY_NEW),
         **dict.fromkeys(("max_data_loader_n_workers", "persistent_data_loader_workers"), rules.CHOSEN_BY_NEW),
         **dict.fromkeys(("split_mode", "mem_eff_save", "fused_backward_pass"), rules.CHOSEN_BY_NEW),

@@ -27,7 +27,7 @@ def remove_unsuitable_rates(project: ForeignProject, kind: RunKind) -> None:
         return
     if project.replaces_optimizer:
         for name in project.optimizer_arguments:
-            project.report_omitted_key(project.file_key_of(name), "it belongs to that optimizer")
+            project.report_omitted_key(project.get_file_key(name), "it belongs to that optimizer")
         project.optimizer_arguments = {}
 
 
@@ -72,9 +72,9 @@ def resolve_trained_networks(
         return
     rates = _select_text_encoder_rates(project)
     if kind is LORA:
-        _train_text_encoders_of_lora(project, rates)
+        _train_lora_text_encoders(project, rates)
     else:
-        _train_text_encoders_of_model(project, script, rates)
+        _train_model_text_encoders(project, script, rates)
 
 
 def _report_networks_not_trained(project: ForeignProject, kind: RunKind) -> None:
@@ -134,7 +134,7 @@ def _select_text_encoder_rates(project: ForeignProject) -> Sequence[float | None
     return _use_common_rate(rates)
 
 
-def _train_text_encoders_of_lora(project: ForeignProject, rates: Sequence[float | None]) -> None:
+def _train_lora_text_encoders(project: ForeignProject, rates: Sequence[float | None]) -> None:
     """Train the LoRA on the text encoders, too, with these learning rates (None: the common rate)."""
     training = project.training_options
     training["network_train_unet_only"] = False
@@ -152,7 +152,7 @@ def _train_text_encoders_of_lora(project: ForeignProject, rates: Sequence[float 
     project.change_lines.append(f"{keys}: they are trained, too, as in the project{rates_text}")
 
 
-def _train_text_encoders_of_model(
+def _train_model_text_encoders(
     project: ForeignProject, script: ScriptOptions, rates: Sequence[float | None]
 ) -> None:
     """Train the checkpoint's text encoders, too, at one common learning rate or at one rate each."""

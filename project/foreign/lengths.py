@@ -62,7 +62,7 @@ def _read_file_steps(project: ForeignProject) -> int | None:
     """Return the number of steps that a project file sets; None if it sets none or 0 (no effect)."""
     steps: int | None = project.new_options.get("max_train_steps") or None
     if steps is None and "max_train_steps" in project.new_options:
-        key = project.file_key_of("max_train_steps")
+        key = project.get_file_key("max_train_steps")
         project.remove_from_report(key)
         project.ineffective_keys.append(key)
     return steps
@@ -87,7 +87,7 @@ def _select_steps(
     steps. Returns None if neither is set. Unused keys are reported.
     """
     chosen = _select_epochs(epochs, file_steps, epoch.steps)
-    deciding_key = project.file_key_of("max_train_steps") if chosen is None else chosen.key
+    deciding_key = project.get_file_key("max_train_steps") if chosen is None else chosen.key
     reason = f"{deciding_key} counts, as in {project.title}"
     for file_epochs in epochs:
         if file_epochs is not chosen:
@@ -122,7 +122,7 @@ def _select_epochs(
 
 def _report_unused_steps(project: ForeignProject, steps: int, reason: str) -> None:
     """Report that the project's number of steps is not used."""
-    key = project.file_key_of("max_train_steps")
+    key = project.get_file_key("max_train_steps")
     project.remove_from_report(key)
     project.assumed_defaults.pop(key, None)
     project.report_omitted_value(key, steps, reason)

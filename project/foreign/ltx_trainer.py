@@ -55,7 +55,7 @@ def _read_on(_: Any) -> bool:
     return True
 
 
-def _rules_of_ends(stream: str, kind: str) -> dict[str, KeyRule]:
+def _make_end_rules(stream: str, kind: str) -> dict[str, KeyRule]:
     """Return the rules for keys that condition a model on the first or last frames (or audio) of clips.
 
     `stream` ("video" or "audio") is part of the file's keys; `kind` is part of the names of our options.
@@ -69,7 +69,7 @@ def _rules_of_ends(stream: str, kind: str) -> dict[str, KeyRule]:
     return found
 
 
-def _rules_of_video() -> dict[str, KeyRule]:
+def _make_video_rules() -> dict[str, KeyRule]:
     """Return the rules for LTX-Trainer's video condition keys: training options, or reasons to omit keys."""
     start = f"{_STRATEGY_TABLE}.video.conditions"
     return {
@@ -86,7 +86,7 @@ def _rules_of_video() -> dict[str, KeyRule]:
         f"{start}.reference.*": omitted(
             "references are in reference_directory of dataset.toml: docs/ltx2.md"
         ),
-        **_rules_of_ends("video", ""),
+        **_make_end_rules("video", ""),
     }
 
 
@@ -108,8 +108,8 @@ PROGRAM = Program(
         "lora.dropout": rules.DROPOUT,
         "lora.target_modules*": rules.LAYERS,
         f"{_STRATEGY_TABLE}.name": omitted("the conditions below it define the inputs"),
-        **_rules_of_video(),
-        **_rules_of_ends("audio", "audio_"),
+        **_make_video_rules(),
+        **_make_end_rules("audio", "audio_"),
         f"{_STRATEGY_TABLE}.audio.conditions.mask.*": omitted(
             "audio_cond_mask_directory in dataset.toml and ltx2_audio_inpaint_mask below [training]"
         ),

@@ -8,7 +8,7 @@ from dataset.config import KEYS
 from dataset.config_keys import InvalidValue
 from dataset.subset_options import SUBSET_KEYS
 from modules.mistyped import find_our_option
-from modules.options import info_of
+from modules.options import get_option_info
 from project.foreign.contract import is_off, is_on, number
 from project.foreign.project import ForeignProject, show
 from project.new_options import NewOptions
@@ -28,7 +28,7 @@ def adopt_by_name(
 
     `options_set_by_new` are the options for which `new` would otherwise choose a value itself.
     """
-    our_names: set[str] = {*script.accepted, *KEYS, *SUBSET_KEYS, *info_of(NewOptions)}
+    our_names: set[str] = {*script.accepted, *KEYS, *SUBSET_KEYS, *get_option_info(NewOptions)}
     if project.program.shares_option_names:
         project.our_option_names = frozenset(our_names)
     for key, value in project.keys_without_rule.items():

@@ -23,7 +23,7 @@ class FileModel(NamedTuple):
     task: str | None  # None: the key names only the family
 
 
-def select_model_of_project(
+def select_project_model(
     project: ForeignProject, values: Mapping[str, Any], model_rules: Mapping[str, KeyRule]
 ) -> None:
     """Select the model that another trainer's project names, and report how its keys were used.
@@ -43,7 +43,7 @@ def select_model_of_project(
         models = _guess_model(project, values)
     unknown_keys = {key for key, model in model_by_key.items() if model is None}
     # the default task would be a wrong guess for a variant that is not known
-    if unknown_keys & project.program.kind_key_of_variant.keys():
+    if unknown_keys & project.program.kind_key_by_variant.keys():
         models = [
             model._replace(task=None) if model.specificity == _MODEL_KIND else model for model in models
         ]
@@ -78,8 +78,8 @@ def _read_model_key(
     if value is False:
         project.adopted_keys.append(show(key))
         return None
-    if key in project.program.kind_key_of_variant:  # variant names are only unique within a kind of model
-        kind_key = project.program.kind_key_of_variant[key]
+    if key in project.program.kind_key_by_variant:  # variant names are only unique within a kind of model
+        kind_key = project.program.kind_key_by_variant[key]
         name = f"{values.get(kind_key)} {value}"
         specificity = _MODEL_VARIANT
     else:

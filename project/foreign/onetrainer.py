@@ -111,7 +111,16 @@ _CONCEPT_RULES = {
     ),
     "image.resolution_override": omitted("resolution in dataset.toml is for all folders"),
 }
-_OPTIMIZER_ARGUMENTS = ("betas", "beta3", "eps", "weight_decay", "amsgrad", "clip_threshold", "decay_rate", "d0")
+_OPTIMIZER_ARGUMENTS = (
+    "betas",
+    "beta3",
+    "eps",
+    "weight_decay",
+    "amsgrad",
+    "clip_threshold",
+    "decay_rate",
+    "d0",
+)
 _SWITCHES = ("scale_parameter", "relative_step", "warmup_init", "decouple", "use_bias_correction")
 
 PROGRAM = Program(
@@ -220,7 +229,9 @@ PROGRAM = Program(
         **dict.fromkeys(
             ("gradient_checkpointing", "output_dtype", "compile", "dataloader_threads"), rules.CHOSEN_BY_NEW
         ),
-        **dict.fromkeys(("attention_mechanism", "layer_offload_fraction", "caching_threads"), rules.CHOSEN_BY_NEW),
+        **dict.fromkeys(
+            ("attention_mechanism", "layer_offload_fraction", "caching_threads"), rules.CHOSEN_BY_NEW
+        ),
         **dict.fromkeys(
             ("fallback_train_dtype", "enable_autocast_cache", "lora_weight_dtype"), rules.CHOSEN_BY_NEW
         ),

@@ -29,7 +29,7 @@ def resolve_optimizer(project: ForeignProject, memory: float) -> None:
     training = project.training_options
     if training.get("optimizer_type") is None:
         for name in project.optimizer_arguments:
-            project.report_omitted_key(project.file_key_of(name), "no key names its optimizer")
+            project.report_omitted_key(project.get_file_key(name), "no key names its optimizer")
         project.optimizer_arguments = {}
         return
     if not memory:
@@ -69,7 +69,7 @@ def _join_arguments(project: ForeignProject, optimizer: str) -> dict[str, Any]:
     """Return the optimizer arguments, with the two betas (Adam) or eps values (Adafactor) in one."""
     arguments = {name: value for name, value in project.optimizer_arguments.items() if value is not None}
     for name in project.optimizer_arguments.keys() - arguments.keys():
-        project.empty_keys.append(project.file_key_of(name))
+        project.empty_keys.append(project.get_file_key(name))
     if optimizer == "adafactor":
         _join_eps(project, arguments)
     else:
@@ -93,14 +93,14 @@ def _join_eps(project: ForeignProject, found: dict[str, Any]) -> None:
     """Combine Adafactor's eps and eps2 into the pair `eps`, if both are set."""
     if {"eps", "eps2"} <= found.keys():
         found["eps"] = [found["eps"], found.pop("eps2")]
-        project.adopted_keys.append(project.file_key_of("eps2"))
+        project.adopted_keys.append(project.get_file_key("eps2"))
     for name in ("eps", "eps2"):
         if name in found and not isinstance(found[name], list | tuple):
             found.pop(name)
-            project.report_omitted_key(project.file_key_of(name), "Adafactor has two of them")
+            project.report_omitted_key(project.get_file_key(name), "Adafactor has two of them")
     if "beta2" in found:  # Adafactor has decay_rate instead
         found.pop("beta2")
-        project.ineffective_keys.append(project.file_key_of("beta2"))
+        project.ineffective_keys.append(project.get_file_key("beta2"))
 
 
 def _write_optimizer_arguments(project: ForeignProject, optimizer: str, arguments: Mapping[str, Any]) -> None:
@@ -108,7 +108,7 @@ def _write_optimizer_arguments(project: ForeignProject, optimizer: str, argument
     known_arguments = OPTIMIZER_ARGUMENTS.get(optimizer)  # None: all arguments are accepted
     assignments = []
     for name, value in arguments.items():
-        key = project.file_key_of(name)
+        key = project.get_file_key(name)
         is_in_file = key != name or name in project.optimizer_arguments  # otherwise the trainer's default
         if known_arguments is None or name in known_arguments:
             assignments.append(f"{name}={_as_literal(value)}")

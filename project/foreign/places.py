@@ -48,7 +48,7 @@ def _resolve_resolutions(project: ForeignProject) -> None:
     sized_datasets = [dataset for dataset in project.datasets.values() if "resolution" in dataset.table_keys]
     if not sized_datasets:
         return
-    _keep_largest_of_folders(project, sized_datasets)
+    _keep_largest_folder_sizes(project, sized_datasets)
     # if all datasets have a size, the project's general one has no effect
     if "resolution" in project.general_keys and len(sized_datasets) == len(project.datasets):
         _omit_general_key(project, "resolution")
@@ -61,7 +61,7 @@ def _resolve_resolutions(project: ForeignProject) -> None:
             dataset.table_keys.pop("resolution")
 
 
-def _keep_largest_of_folders(project: ForeignProject, sized_datasets: Sequence[ForeignDataset]) -> None:
+def _keep_largest_folder_sizes(project: ForeignProject, sized_datasets: Sequence[ForeignDataset]) -> None:
     """Give all datasets of a folder the largest of their sizes, and report the other sizes as omitted."""
     largest_by_folder: dict[Path | None, Size] = {}
     for dataset in sized_datasets:
@@ -135,7 +135,7 @@ def find_table_keys(
     return keys
 
 
-def omit_keys_of_tables(project: ForeignProject) -> None:
+def omit_table_keys(project: ForeignProject) -> None:
     """Omit keys of single folders that are allowed in [[datasets]] tables, but not in subsets."""
     for dataset in project.datasets.values():
         names = [name for name in dataset.table_keys if name not in SUBSET_KEYS]

@@ -81,7 +81,7 @@ class ForeignProject:
         """Name of the trainer that wrote the file."""
         return self.program.title
 
-    def file_key_of(self, name: str) -> str:
+    def get_file_key(self, name: str) -> str:
         """Return the key of the foreign file that set a training option or a dataset.toml key."""
         return self.source_keys.get(name, name)
 
@@ -108,7 +108,7 @@ class ForeignProject:
     def remove_option(self, name: str, reason: str) -> None:
         """Drop a training option and report its key with `reason`; a value of off or 0 had no effect."""
         value = self.training_options.pop(name)
-        key = self.file_key_of(name)
+        key = self.get_file_key(name)
         self.remove_from_report(key)
         if key in self.assumed_defaults:
             self.assumed_defaults.pop(key)

@@ -19,7 +19,7 @@ from project.foreign import (
     simpletuner,
 )
 from project.foreign.contract import KeyRule, Program, UnsupportedRun
-from project.foreign.naming import select_model_of_project
+from project.foreign.naming import select_project_model
 from project.foreign.places import join_datasets
 from project.foreign.project import ForeignProject, find_beside, show, without_numbers
 from project.foreign.taking import convert_value, find_rule
@@ -72,7 +72,7 @@ def read_foreign(path: Path, typed_kind: str | None = None) -> ForeignProject:
             project.assumed_defaults[key] = values[key] = default
     model_rules = _convert_values(project, values)
     join_datasets(project)
-    select_model_of_project(project, values, model_rules)
+    select_project_model(project, values, model_rules)
     return project
 
 

@@ -204,7 +204,7 @@ def _adapt_adafactor_defaults(project: ForeignProject, script: ScriptOptions) ->
 def _resolve_dataset_keys(project: ForeignProject, dataset_layout: DatasetLayout) -> None:
     """Drop [general] keys that the new dataset.toml cannot have or that have no effect, and report them."""
     _omit_unsuitable_bucket_step(project, dataset_layout.side_multiple)
-    _omit_keys_of_subsets(project, dataset_layout)
+    _omit_subset_keys(project, dataset_layout)
     ineffective_names: list[str] = []
     if not VARYING_TEXTS & project.general_keys.keys():
         ineffective_names += _SHUFFLING_KEYS
@@ -213,8 +213,8 @@ def _resolve_dataset_keys(project: ForeignProject, dataset_layout: DatasetLayout
     for name in ineffective_names:
         if name in project.general_keys:
             project.general_keys.pop(name)
-            project.remove_from_report(project.file_key_of(name))
-            project.ineffective_keys.append(project.file_key_of(name))
+            project.remove_from_report(project.get_file_key(name))
+            project.ineffective_keys.append(project.get_file_key(name))
 
 
 def _omit_unsuitable_bucket_step(project: ForeignProject, side_multiple: int) -> None:
@@ -228,12 +228,12 @@ def _omit_unsuitable_bucket_step(project: ForeignProject, side_multiple: int) ->
         project.report_omitted_value("bucket_reso_steps", steps, reason)
 
 
-def _omit_keys_of_subsets(project: ForeignProject, dataset_layout: DatasetLayout) -> None:
+def _omit_subset_keys(project: ForeignProject, dataset_layout: DatasetLayout) -> None:
     """Drop keys that only [[datasets.subsets]] have: defaults, or all if the script has no subsets."""
     general_keys = project.general_keys
     may_use_subsets = dataset_layout.supports_subsets or dataset_layout.uses_subsets
     for name in list(general_keys):
-        key = project.file_key_of(name)
+        key = project.get_file_key(name)
         needs_subsets = name not in KEYS
         if name in SUBSET_KEYS and general_keys[name] == SUBSET_KEYS[name].default:
             general_keys.pop(name)

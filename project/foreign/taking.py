@@ -124,15 +124,15 @@ def _take_network_argument(project: ForeignProject, setting: FileValue, value: A
     project.source_keys[setting.rule.name] = setting.key
 
 
-def _take_of_new(project: ForeignProject, setting: FileValue, value: Any) -> None:
+def _take_new_option(project: ForeignProject, setting: FileValue, value: Any) -> None:
     _set_once(project, project.new_options, project.source_keys, setting, value)
 
 
-def _take_of_training(project: ForeignProject, setting: FileValue, value: Any) -> None:
+def _take_training_option(project: ForeignProject, setting: FileValue, value: Any) -> None:
     _set_once(project, project.training_options, project.source_keys, setting, value)
 
 
-def _take_of_data(project: ForeignProject, setting: FileValue, value: Any) -> None:
+def _take_dataset_key(project: ForeignProject, setting: FileValue, value: Any) -> None:
     if setting.dataset is None:
         _set_once(project, project.general_keys, project.source_keys, setting, value)
     else:
@@ -140,9 +140,9 @@ def _take_of_data(project: ForeignProject, setting: FileValue, value: Any) -> No
 
 
 _ADOPTERS: Mapping[str, Callable[[ForeignProject, FileValue, Any], None]] = {
-    contract.NEW: _take_of_new,
-    contract.TRAINING: _take_of_training,
-    contract.DATA: _take_of_data,
+    contract.NEW: _take_new_option,
+    contract.TRAINING: _take_training_option,
+    contract.DATA: _take_dataset_key,
     contract.NETWORK: _take_network,
     contract.FOLDER: _take_folder,
     contract.EPOCHS: _take_epochs,

@@ -49,7 +49,7 @@ def find_control_kind(model: ModelSet) -> RunKind | None:
     return next((kind for kind in list_kinds(model) if kind.uses_control_images), None)
 
 
-def find_kind_of(commands: Sequence[Sequence[str]]) -> RunKind:
+def find_run_kind(commands: Sequence[Sequence[str]]) -> RunKind:
     """Return the kind of run that the last command (training) starts; LORA if unknown."""
     words = commands[-1] if commands else ()
     switched = [kind for kind in KINDS if kind.switch in words]

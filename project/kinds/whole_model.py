@@ -12,8 +12,8 @@ from downloads.listing import gigabytes
 from modules.installation import find_script
 from modules.speed_options import BASE_FORMS
 from project.kinds.contract import RunKind, drop_lora_options
-from project.model_sizes import transformer_bytes, transformers_of
-from project.options import times_of_steps
+from project.model_sizes import list_transformers, transformer_bytes
+from project.options import choose_save_intervals
 
 # options for the storage of frozen weights
 FORMS = frozenset(switch for form in BASE_FORMS for switch in form.switches)
@@ -35,8 +35,8 @@ NUM_KEPT_SAVES = 2  # number of saves and states kept in addition to the result
 def full_training_command(model: ModelSet) -> list[str]:
     """Return the script for full training of a model, and the options it needs in addition to RECIPE."""
     train = shlex.split(model.commands["train"])
-    of_lora = next(word for word in train if word.endswith(".py"))
-    default = of_lora.replace("_network.py", ".py")
+    lora_script = next(word for word in train if word.endswith(".py"))
+    default = lora_script.replace("_network.py", ".py")
     return shlex.split(model.properties.get("whole", default))
 
 
@@ -51,7 +51,7 @@ def why_not_full(model: ModelSet, memory: float) -> str | None:
     argv = full_training_command(model)
     if not argv or find_script(argv[0]) is None:
         return f"{name} has no script that trains it whole"
-    if len(transformers_of(model)) > 1:
+    if len(list_transformers(model)) > 1:
         return f"{name} has two transformers, which are trained one at a time: see docs/wan22.md"
     size = transformer_bytes(model) / 2**30
     # without block swapping, all weights have to be on the GPU
@@ -86,7 +86,7 @@ def derive_intervals(steps: int, saves_models: bool) -> dict[str, int]:
 
     `saves_models` says whether the run saves full models, which are large.
     """
-    times = times_of_steps(steps)
+    times = choose_save_intervals(steps)
     if saves_models:
         every = max(steps // SAVES, 1)
         kept = (NUM_KEPT_SAVES - 1) * every
@@ -100,7 +100,7 @@ def describe_full(model: ModelSet, memory: float) -> list[str]:
     `memory` is the GPU memory in GiB; 0 means a CPU.
     """
     weights = transformer_bytes(model)
-    written = sum(part.size_bytes or 0 for part in transformers_of(model))
+    written = sum(part.size_bytes or 0 for part in list_transformers(model))
     if not memory:
         # float32 takes twice the bytes of the 16-bit files
         weights_text = f"{2 * weights / 2**30:.1f} GiB in float32"

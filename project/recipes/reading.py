@@ -20,7 +20,7 @@ from modules.errors import OptionError
 from modules.installation import find_script
 from modules.option_checks import check_value
 from modules.option_tables import find_table
-from modules.options import find_rejection, info_of, options_with
+from modules.options import find_rejection, get_option_info, options_with
 from modules.table_parser import build_parser
 from modules.text_files import parse_toml, read_text
 from networks.kinds.composing import RANKED_NETWORKS
@@ -273,7 +273,7 @@ def list_allowed(script: str) -> frozenset[str]:
     # options note what a resumed run does: identity must be equal to the first run's, habit should be
     for record in records:
         allowed |= {*options_with(record, "resume", "identity"), *options_with(record, "resume", "habit")}
-    hardware_options = {*info_of(AcceleratorOptions), *info_of(TrainingSpeedOptions)}
+    hardware_options = {*get_option_info(AcceleratorOptions), *get_option_info(TrainingSpeedOptions)}
     return frozenset(allowed - hardware_options - DECIDED_BY_NEW)
 
 

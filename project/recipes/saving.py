@@ -15,7 +15,7 @@ from modules.option_tables import find_table
 from modules.options import find_rejection
 from modules.table_parser import build_parser
 from modules.text_files import parse_toml, read_text
-from project.kinds.composing import BY_NAME, find_kind_of
+from project.kinds.composing import BY_NAME, find_run_kind
 from project.options import RUN_FILE, find_models, own_command
 from project.recipes.options import LIST, RecipeOptions
 from project.recipes.reading import (
@@ -149,7 +149,7 @@ def _find_trained_model(
     for argv in commands:
         value_by_option = dict(itertools.pairwise(argv))  # each word with the one after it
         if "--family" in value_by_option and "--task" in value_by_option:
-            return value_by_option["--family"], value_by_option["--task"], find_kind_of(commands).name
+            return value_by_option["--family"], value_by_option["--task"], find_run_kind(commands).name
     task = _find_lora_task(start.model, changed_options)
     if task is None:
         raise OptionError(

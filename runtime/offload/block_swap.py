@@ -35,7 +35,7 @@ from runtime.offload.host_memory import (
     transfer_to,
 )
 from runtime.offload.swap_plan import HostWeights, ListPlan, SwapPlan, big_layers
-from runtime.run_blocks import Hidden, Runner, runner_of, set_runner
+from runtime.run_blocks import Hidden, Runner, get_runner, set_runner
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class SlotPool:
             for i in range(count)
         ]
 
-    def slot_of(self, block: StreamedBlock) -> Slot | None:
+    def find_slot(self, block: StreamedBlock) -> Slot | None:
         """Return the slot that contains a block; None if the block is only in host memory."""
         return next((slot for slot in self.slots if slot.block is block), None)
 
@@ -161,7 +161,7 @@ class BlockSwap:
         if pool is None:  # the block stays on the device
             return
         block = pool.blocks[position]
-        if pool.slot_of(block) is None:
+        if pool.find_slot(block) is None:
             # this block is copied even if the pass skips it
             self._skipped_positions = frozenset(skipped) - {position}
             self._prefetch_from(position, backward=False)
@@ -240,7 +240,7 @@ class BlockSwap:
     def _prefetch_from(self, position: int, backward: bool) -> None:
         for pool in self.pools:
             needed = pool.first_blocks(self._route(position, backward))
-            missing = [block for block in needed if pool.slot_of(block) is None]
+            missing = [block for block in needed if pool.find_slot(block) is None]
             free = [slot for slot in pool.slots if slot.block not in needed]
             for block, slot in zip(missing, free, strict=False):
                 self._start_copy(pool, block, slot)
@@ -283,7 +283,7 @@ class BlockSwap:
 
     def _activate(self, pool: SlotPool, block: StreamedBlock, backward: bool) -> None:
         """Wait until a block's weights are in its slot, and point its parameters at the slot's memory."""
-        slot = pool.slot_of(block)
+        slot = pool.find_slot(block)
         assert slot is not None
         if not slot.is_active:
             self._transfer.wait(slot.copy_done)
@@ -313,7 +313,7 @@ class BlockSwap:
         if isinstance(packed, Tensor):
             return packed
         self.enter(packed.block.position, backward=True)
-        slot = self._pool_by_position[packed.block.position].slot_of(packed.block)
+        slot = self._pool_by_position[packed.block.position].find_slot(packed.block)
         assert slot is not None
         memory = slot.memory[packed.index]
         itemsize = packed.dtype.itemsize
@@ -350,7 +350,7 @@ def swap_blocks(
     blocks = chain.from_iterable(dit.get_submodule(plan.name).children() for plan in lists)
     for position, block in enumerate(blocks):
         block.forward = functools.partial(swap.run, position, block.forward)
-    set_runner(dit, functools.partial(swap.run_all, runner_of(dit)))
+    set_runner(dit, functools.partial(swap.run_all, get_runner(dit)))
     setattr(dit, _NAME, swap)
     _report(lists, swap, host_weights, device)
 
@@ -414,7 +414,7 @@ def _report(
         )
 
 
-def swap_of(network: nn.Module) -> BlockSwap | None:
+def get_swap(network: nn.Module) -> BlockSwap | None:
     """Return the block swap of a network; None if its blocks are not swapped."""
     swap = getattr(network, _NAME, None)
     return swap if isinstance(swap, BlockSwap) else None
@@ -423,14 +423,14 @@ def swap_of(network: nn.Module) -> BlockSwap | None:
 def write_back_all(networks: Iterable[nn.Module]) -> None:
     """Copy trained weights of swapped blocks back to host memory, so that they can be saved or restored."""
     for network in networks:
-        swap = swap_of(network)
+        swap = get_swap(network)
         if swap is not None:
             swap.write_back()
 
 
 def move_network(network: nn.Module, device: torch.device) -> None:
     """Run `network.to(device)`, but leave swapped weights in host memory and free their slots."""
-    swap = swap_of(network)
+    swap = get_swap(network)
     if swap is None:
         network.to(device)
         return

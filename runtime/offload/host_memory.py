@@ -88,13 +88,13 @@ def allocate(
         tensor_bytes = memory[start : start + info.size_bytes]
         tensors[name] = tensor_bytes.view(info.dtype).view(info.shape)
     if num_unpinned:
-        _warn_of_unpinned(num_unpinned, sum(tensor.nbytes for tensor in tensors.values()))
+        _warn_of_unpinned_memory(num_unpinned, sum(tensor.nbytes for tensor in tensors.values()))
     is_written_by_this_process = local_processes is None or shared_map is None or local_processes.rank == 0
     return HostTensors(tensors, is_written_by_this_process, num_unpinned)
 
 
 @functools.cache  # called with the same size for the inputs of many blocks
-def _warn_of_unpinned(size: int, total: int) -> None:
+def _warn_of_unpinned_memory(size: int, total: int) -> None:
     logger.warning(
         "The driver refused to lock %.1f of %.1f GB of host memory: copies between these and the device are "
         "slower, and the host waits for them. Windows locks about half of a machine's memory at most, WSL "
@@ -158,7 +158,7 @@ def _map_shared_memory(size: int, local_processes: LocalProcesses) -> mmap.mmap 
             if is_first:
                 mapping = mmap.mmap(first_file, size)
             else:
-                mapping = _map_file_of_process(first_pid, first_file, size)
+                mapping = _map_process_file(first_pid, first_file, size)
         except OSError as error:
             logger.debug("no shared memory: %s", error)
     is_mapped_everywhere = all(_all_gather(mapping is not None))
@@ -189,7 +189,7 @@ def _create_anonymous_file(size: int) -> int | None:
     return descriptor
 
 
-def _map_file_of_process(pid: int, descriptor: int, size: int) -> mmap.mmap:
+def _map_process_file(pid: int, descriptor: int, size: int) -> mmap.mmap:
     """Map a file that another process has open."""
     opened = os.open(f"/proc/{pid}/fd/{descriptor}", os.O_RDWR)
     try:

@@ -30,7 +30,7 @@ from modules.devices import keep_heap_small
 from modules.integers import ceil_div
 from protocols.steps import Overrides
 from runtime.offload.joining import agree
-from runtime.run_blocks import Hidden, Runner, runner_of, set_runner, spec_of
+from runtime.run_blocks import Hidden, Runner, get_runner, get_spec, set_runner
 
 logger = logging.getLogger(__name__)
 
@@ -61,14 +61,14 @@ class ShardedBlocks:
 
     def watch(self, network: nn.Module) -> Callable[[str], None]:
         """Return a function to call with the name of each loaded tensor, which splits complete blocks."""
-        blocks = _blocks_of(network)
-        block_path_of = {
+        blocks = _get_blocks_by_name(network)
+        block_path_by_name = {
             f"{path}.{name}": path for path, block in blocks.items() for name in block.state_dict()
         }
-        num_missing = Counter(block_path_of.values())
+        num_missing = Counter(block_path_by_name.values())
 
         def count_loaded(name: str) -> None:
-            path = block_path_of.get(name)
+            path = block_path_by_name.get(name)
             if path is not None:
                 num_missing[path] -= 1
                 if not num_missing[path]:
@@ -80,7 +80,7 @@ class ShardedBlocks:
         """Split the blocks that `watch` has not split while the network was loaded."""
         from torch.distributed.fsdp import FSDPModule
 
-        for block in _blocks_of(network).values():
+        for block in _get_blocks_by_name(network).values():
             if not isinstance(block, FSDPModule):
                 self._split(block)
 
@@ -92,10 +92,10 @@ class ShardedBlocks:
         from torch.distributed.fsdp import fully_shard
 
         self.split(network)
-        blocks = list(_blocks_of(network).values())
+        blocks = list(_get_blocks_by_name(network).values())
         root = _Root(blocks)  # FSDP2 needs one module around all blocks
         fully_shard(root, mesh=self._mesh)
-        runner = runner_of(network)
+        runner = get_runner(network)
         if any(parameter.requires_grad for parameter in root.parameters()):
             runner = functools.partial(_run_without_autocast_cache, runner)
             _sum_gradients(blocks)
@@ -192,8 +192,8 @@ def _run_inside(root: nn.Module, forward: Callable[..., Any], *args: Any, **name
     return root(functools.partial(forward, *args, **named))
 
 
-def _blocks_of(network: nn.Module) -> dict[str, nn.Module]:
-    lists = spec_of(network).blocks(network).items()
+def _get_blocks_by_name(network: nn.Module) -> dict[str, nn.Module]:
+    lists = get_spec(network).blocks(network).items()
     return {f"{name}.{index}": block for name, blocks in lists for index, block in enumerate(blocks)}
 
 

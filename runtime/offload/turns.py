@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from protocols.loading import TensorInfo
-from runtime.offload.block_swap import swap_of
+from runtime.offload.block_swap import get_swap
 from runtime.offload.host_memory import Transfer, allocate, transfer_to
 from runtime.offload.swap_plan import HostWeights
 
@@ -122,7 +122,7 @@ class HostCopy:
         interrupted, repeat it before anything else.
         """
         self._is_on_device = False
-        swap = swap_of(self._network)
+        swap = get_swap(self._network)
         if swap is not None:
             swap.free_slots()
         for tensor, host in self._pairs:
@@ -131,7 +131,7 @@ class HostCopy:
 
 def _list_frozen_tensors(network: nn.Module) -> dict[str, Tensor]:
     """Return the frozen weights and buffers by name, except those that block swap moves itself."""
-    swap = swap_of(network)
+    swap = get_swap(network)
     swapped = frozenset() if swap is None else swap.in_host_memory
     return {
         name: tensor

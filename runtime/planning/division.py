@@ -18,7 +18,7 @@ from runtime.planning.dry_run import (
     Extrapolate,
     extrapolate,
 )
-from runtime.run_blocks import Hidden, runner_of, set_runner
+from runtime.run_blocks import Hidden, get_runner, set_runner
 
 NUM_EXCHANGE_BUFFERS = 3  # tensors of an attention's exchange: reordered, sent, received
 
@@ -34,7 +34,7 @@ class TokenCounter(TorchDispatchMode):
 
     def watch(self, dit: nn.Module) -> Extrapolate:
         """Count the tokens in passes of a network; return `extrapolate`, which then also counts queries."""
-        inner = runner_of(dit)
+        inner = get_runner(dit)
 
         def run(dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
             inner(dit, hidden, overrides)

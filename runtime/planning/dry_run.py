@@ -499,7 +499,7 @@ def _with_both_ends(peaks_by_phase: Mapping[str, BytesByKind]) -> dict[str, Byte
     return {**ends, **peaks_by_phase}
 
 
-def peak_of_phases(peaks_by_phase: Mapping[str, BytesByKind]) -> tuple[str, BytesByKind]:
+def find_peak_phase(peaks_by_phase: Mapping[str, BytesByKind]) -> tuple[str, BytesByKind]:
     """Return the phase in which most device memory is in use, and the bytes in that phase by kind."""
     name = max(peaks_by_phase, key=lambda phase: sum(peaks_by_phase[phase].values()))
     return name, peaks_by_phase[name]

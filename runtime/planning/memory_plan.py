@@ -105,20 +105,18 @@ class OffloadedWeights:
         """Bytes of device memory that the swap saves: the moved weights minus the slots for streaming."""
         return self.host_bytes + self.on_other_processes - self.slot_bytes
 
-    def describe(self, blocks: int, use_of_slots: str) -> str:
+    def describe(self, blocks: int, slot_note: str) -> str:
         """Return the note of a memory plan about the swapped or split weights.
 
         Args:
             blocks: Number of swapped blocks.
-            use_of_slots: Text that follows the size of the slots.
+            slot_note: Text that follows the size of the slots.
         """
         if self.processes > 1:
             buffer = format_gib(self.slot_bytes)
             return f"; blocks split over {self.processes} processes, {buffer} to gather them"
         return (
-            f"; {blocks} blocks swapped, {format_gib(self.slot_bytes)} {use_of_slots}"
-            if self.host_bytes
-            else ""
+            f"; {blocks} blocks swapped, {format_gib(self.slot_bytes)} {slot_note}" if self.host_bytes else ""
         )
 
 
@@ -215,7 +213,7 @@ PART_NAMES = {
 }
 
 
-def parts_of(
+def list_memory_parts(
     bytes_by_kind: dry_run.BytesByKind,
     swap: OffloadedWeights,
     notes: Mapping[str, str],
@@ -248,7 +246,7 @@ def parts_of(
     return tuple(plan_lines)
 
 
-def dtypes_of(dit: nn.Module) -> str:
+def format_dtype_sizes(dit: nn.Module) -> str:
     """Return the GiB of a network's weights by dtype, largest first: `26.60 bfloat16, 0.30 float32`."""
     sizes: dict[str, int] = {}
     for tensor in [*dit.parameters(), *dit.buffers()]:
@@ -368,7 +366,7 @@ def print_plan(
     prediction: Swappable,
     swap: SwapOptions,
     device_memory: DeviceMemory | None,
-    plan_of: Callable[[int, Sequence[str]], MemoryPlan],
+    make_plan: Callable[[int, Sequence[str]], MemoryPlan],
     advice: Callable[[DeviceMemory], Sequence[str]],
 ) -> None:
     """Print the memory plan of a run, and whether it fits into the available memory.
@@ -377,11 +375,11 @@ def print_plan(
         prediction: Prediction of the device bytes.
         swap: Options of block swap.
         device_memory: Available memory.
-        plan_of: Makes the plan from the number of swapped blocks and a list of notes.
+        make_plan: Makes the plan from the number of swapped blocks and a list of notes.
         advice: Returns lines of advice if the plan does not fit.
     """
     blocks, reason = swap_for(prediction, swap, device_memory)
-    plan = plan_of(blocks, [] if reason is None else [reason])
+    plan = make_plan(blocks, [] if reason is None else [reason])
     fits = device_memory is None or plan.device <= device_memory.usable
     advice_lines = () if fits or device_memory is None else advice(device_memory)
     show(plan, verdict(plan, device_memory, advice_lines))

@@ -77,7 +77,7 @@ def plan_layouts(
         is_training: Whether the run is a training run.
     """
     for division in _list_divisions(cards, is_training):
-        extra_options = _options_of_division(division)
+        extra_options = _make_division_argv(division)
         num_parallel = cards // division.num_context_parallel
         if division.shards_weights and not is_training:
             num_parallel = 1  # all processes generate the same clip
@@ -126,11 +126,11 @@ def _list_divisions(cards: int, is_training: bool) -> list[Division]:
         divisions = [*split_tokens, *split_blocks, *split_both]
     division_by_options: dict[tuple[str, ...], Division] = {(): Division(cards)}  # without options: undivided
     for division in divisions:  # equal options mean the same division
-        division_by_options.setdefault(_options_of_division(division), division)
+        division_by_options.setdefault(_make_division_argv(division), division)
     return list(division_by_options.values())
 
 
-def _options_of_division(division: Division) -> tuple[str, ...]:
+def _make_division_argv(division: Division) -> tuple[str, ...]:
     """Return the command-line arguments that request this division of a step."""
     values = divided_options(division)
     return tuple(
@@ -211,12 +211,15 @@ def _advise(fitting: Sequence[GpuLayout], added: Sequence[str], is_training: boo
     on_each = (
         "" if is_training or best.num_parallel == 1 else ", on each card with its own prompts (--device)"
     )
-    lines = [f"The cheapest that fits{on_each}:", f"  {command_of(best, added, sys.argv, is_training)}"]
+    lines = [
+        f"The cheapest that fits{on_each}:",
+        f"  {format_launch_command(best, added, sys.argv, is_training)}",
+    ]
     # a clip is finished soonest if as many GPUs as possible share its tokens
     fastest = max(fitting, key=lambda layout: layout.division.num_context_parallel)
     if not is_training and fastest is not best:
         lines.append("A single clip is finished soonest by:")
-        lines.append(f"  {command_of(fastest, added, sys.argv, is_training)}")
+        lines.append(f"  {format_launch_command(fastest, added, sys.argv, is_training)}")
     return lines
 
 
@@ -243,7 +246,9 @@ def format_table(layouts: Sequence[GpuLayout]) -> list[str]:
     return lines
 
 
-def command_of(layout: GpuLayout, added: Sequence[str], argv: Sequence[str], is_training: bool) -> str:
+def format_launch_command(
+    layout: GpuLayout, added: Sequence[str], argv: Sequence[str], is_training: bool
+) -> str:
     """Return the command that runs the planned command on several GPUs.
 
     Args:

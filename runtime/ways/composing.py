@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from modules.command import LAUNCH
 from modules.errors import OptionError
-from modules.options import NO_PIXELS, Options, info_of, option
+from modules.options import NO_PIXELS, Options, get_option_info, option
 from runtime.ways import WAYS
 from runtime.ways.contract import Division, RunModes, RunUses, SpeedOptions, WayOptions
 
@@ -31,7 +31,7 @@ SPLIT_VARIABLE_PREFIXES = (
 )
 
 
-def options_of_ways(is_training: bool) -> type[Options]:
+def make_way_options_class(is_training: bool) -> type[Options]:
     """Return a record class with the options of a script's run modes, one field named after each mode."""
     records = {way.name: way.options for way in WAYS if way.options.in_training or not is_training}
     content: dict[str, Any] = {
@@ -147,7 +147,7 @@ def warn_if_alone(speed: SpeedOptions) -> None:
 
 def _list_info() -> dict[str, Mapping[str, Any]]:
     """Return the metadata of the options of all run modes, by option name."""
-    return {name: info for way in WAYS for name, info in info_of(way.options).items()}
+    return {name: info for way in WAYS for name, info in get_option_info(way.options).items()}
 
 
 def list_block_options() -> list[str]:

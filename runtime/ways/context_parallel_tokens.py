@@ -15,7 +15,7 @@ from modules.errors import OptionError
 from protocols.steps import Overrides
 from runtime.offload.context import ProcessGrid, TokenShard, device_mesh
 from runtime.offload.sharding import TOKEN_GROUP, TOKEN_PART
-from runtime.run_blocks import Hidden, Runner, runner_of, set_runner, spec_of
+from runtime.run_blocks import Hidden, Runner, get_runner, get_spec, set_runner
 
 
 def share_tokens(network: nn.Module, grid: ProcessGrid, device: torch.device) -> None:
@@ -35,11 +35,11 @@ def share_tokens(network: nn.Module, grid: ProcessGrid, device: torch.device) ->
             f"this transformer's attention. Pass {' or '.join(fitting) or 1}"
         )
     group = device_mesh(grid, device).get_group("context")
-    set_runner(network, functools.partial(_run_part, runner_of(network), group))
+    set_runner(network, functools.partial(_run_part, get_runner(network), group))
     setattr(network, TOKEN_GROUP, group)
     # a LoRA's neuron dropout reads this attribute, so that each process's tokens get their own mask
     index_in_group = grid.rank % grid.context
-    for block in chain.from_iterable(spec_of(network).blocks(network).values()):
+    for block in chain.from_iterable(get_spec(network).blocks(network).values()):
         for layer in block.modules():
             setattr(layer, TOKEN_PART, index_in_group)
 

@@ -15,7 +15,15 @@ from torch import nn
 from benchmarks import gpu
 from benchmarks.gpu_checks import main
 from benchmarks.gpu_measuring import measure_row
-from benchmarks.gpu_profile import ATTENTION, ELEMENTWISE, PRODUCTS, THIN, group_of, profile_calls, report
+from benchmarks.gpu_profile import (
+    ATTENTION,
+    ELEMENTWISE,
+    PRODUCTS,
+    THIN,
+    classify_kernel,
+    profile_calls,
+    report,
+)
 from benchmarks.gpu_results import Results, goals_of
 from benchmarks.gpu_rows import BY_NAME, TRAINING, Row, Size
 from benchmarks.gpu_tables import BEGIN, END
@@ -222,10 +230,10 @@ def test_a_real_profile_of_a_cpu_has_all_groups() -> None:
     step()
     found = profile_calls(step, 2, torch.device("cpu"))
 
-    groups = {group_of(kernel) for kernel in found.kernels}
+    groups = {classify_kernel(kernel) for kernel in found.kernels}
     assert {ATTENTION, PRODUCTS, THIN, ELEMENTWISE} <= groups
     assert 0 < found.busy <= found.wall
-    thin = [kernel for kernel in found.kernels if group_of(kernel) == THIN]
+    thin = [kernel for kernel in found.kernels if classify_kernel(kernel) == THIN]
     assert all(16 in {side for shape in kernel.shapes for side in shape} for kernel in thin)
     assert "| attention | " in report(found, 2)
 

@@ -12,7 +12,7 @@ from blissful_tuner.guidance import (
     make_guidance,
     parse_cfg_schedule,
     select_applied_steps,
-    warn_of_low_scales,
+    warn_about_low_scales,
 )
 from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions
 from generation.loaded_networks import select_prompts
@@ -199,7 +199,7 @@ def test_a_scale_below_the_one_that_turns_guidance_off_is_reported(
 ) -> None:
     prepared = prepare(Request("p", 0, steps=4, **asked), default_negative="")
 
-    warn_of_low_scales(replace(prepared, rules=replace(prepared.rules, neutral_scale=off_at)))
+    warn_about_low_scales(replace(prepared, rules=replace(prepared.rules, neutral_scale=off_at)))
 
     assert [record.getMessage() for record in caplog.records] == ([message] if message else [])
 
@@ -208,8 +208,8 @@ def test_the_scales_of_a_second_expert_and_of_streams_are_named(caplog: pytest.L
     both = prepare(Request("p", 0, guidance_scale=3.0, expert_guidance={"high_noise": 0.0}))
     streams = StreamGuidance(text_scale=3.0), StreamGuidance(text_scale=0.0)
 
-    warn_of_low_scales(replace(both, guidance_scale=(3.0, 0.0)))
-    warn_of_low_scales(replace(prepare(Request("p", 0)), rules=GuidanceRules(streams=streams)))
+    warn_about_low_scales(replace(both, guidance_scale=(3.0, 0.0)))
+    warn_about_low_scales(replace(prepare(Request("p", 0)), rules=GuidanceRules(streams=streams)))
 
     first, second = (record.getMessage() for record in caplog.records if "counts from" in record.getMessage())
     assert first.startswith("--guidance_scale_high_noise 0: it counts from 1 here; 0 leaves the prompt out")

@@ -11,7 +11,7 @@ from blissful_tuner.step_cache import StepCaches
 from protocols.requests import Request
 from protocols.rules import MagCache, StepCaching, TeaCache
 from protocols.steps import Overrides
-from runtime.run_blocks import spec_of
+from runtime.run_blocks import get_spec
 from runtime.step_cache import PassState
 from tests.preparing import prepare
 from tests.runtime.step_cache.test_runner import turn
@@ -34,7 +34,7 @@ def test_nothing_is_kept_behind_a_section_by_those_who_still_hold_its_networks(
     prepared = replace(prepared, request=replace(prepared.request, step_cache=cache))
     dit = tiny.make(2).eval()
     others = branches()
-    inside = StepCaches(prepared, spec_of(dit)).section(lambda _: dit)
+    inside = StepCaches(prepared, get_spec(dit)).section(lambda _: dit)
     with inside as dit_at, torch.no_grad():
         dit_at(0.0)(**tiny.inputs((2, 4, 4, 6), 1), overrides=Overrides(step_position=turn(0, 4)))
         kept = [weakref.ref(each) for each in branches() if each not in others]

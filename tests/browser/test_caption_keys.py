@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 import pytest
 
-from browser.caption_keys import describe_formats, find_format_of_folder
+from browser.caption_keys import describe_formats, find_folder_caption_format
 from browser.page_language import read_texts
 from fibo_2.captions import FORMAT, find_caption_errors
 from modules.pages.language import Language, speaking
@@ -152,5 +152,5 @@ def test_a_described_folder_of_such_a_model_has_the_form(family: str, tmp_path: 
     (tmp_path / "run.toml").write_text(text, encoding="utf-8")
     (tmp_path / "dataset.toml").write_text("[[datasets]]\nimage_directory = '.'\n", encoding="utf-8")
 
-    assert find_format_of_folder(tmp_path) == ("fibo_2" if family == "fibo_2" else "")
-    assert find_format_of_folder(None) == ""
+    assert find_folder_caption_format(tmp_path) == ("fibo_2" if family == "fibo_2" else "")
+    assert find_folder_caption_format(None) == ""

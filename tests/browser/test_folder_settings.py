@@ -22,7 +22,7 @@ from browser.setting_words import DATASET_KEYS, WORDS
 from dataset.config import load_dataset_config
 from dataset.subset_options import SubsetOptions
 from modules.errors import DatasetError, OptionError
-from modules.options import default_of, option_name
+from modules.options import get_field_default, option_name
 from project.kinds.composing import kinds_by_script
 from tests.browser.drafts import DATASET, PROMPTS, RUN, unfold, write_draft
 from tests.browser.page_texts import list_settings
@@ -604,12 +604,12 @@ def test_settings_that_a_run_ignores_say_so(
 ) -> None:
     """The run itself says which options its dataset ignores; the page says it of the same ones."""
     (tmp_path / "dataset.toml").write_text(form, encoding="utf-8")
-    keys = DatasetKeys.of_text(form)
+    keys = DatasetKeys.from_text(form)
     wrong = []
     compared = 0
     for option in dataclasses.fields(SubsetOptions):
         name = option_name(option)
-        default = default_of(SubsetOptions, option)
+        default = get_field_default(SubsetOptions, option)
         value = TYPED.get(name, VALUES.get(type(default), ";"))
         caplog.clear()
         if name in ("train_data_dir", "reg_data_dir", "in_json", "dataset_repeats", "conditioning_data_dir"):
@@ -630,7 +630,7 @@ def test_settings_that_a_run_ignores_say_so(
 def test_the_pictures_of_a_step_are_written_where_they_act(form: str, tmp_path: Path) -> None:
     folder = write_draft(tmp_path)
     (folder / "dataset.toml").write_text(form, encoding="utf-8")
-    before = {"dataset batch_size before": DatasetKeys.of_text(form).read_batch_size({})}
+    before = {"dataset batch_size before": DatasetKeys.from_text(form).read_batch_size({})}
     before["have_dataset"] = compute_checksum(form.encode())
     with serve_runs(tmp_path) as served:
         page = served.ask(f"/new/settings?folder={quote(str(folder))}").text
@@ -651,7 +651,7 @@ def test_a_batch_size_of_the_training_moves_into_the_dataset(tmp_path: Path) -> 
     form = SUBSETS.replace("batch_size = 2\n", "")
     folder = write_draft(tmp_path, run)
     (folder / "dataset.toml").write_text(form, encoding="utf-8")
-    keys = DatasetKeys.of_text(form)
+    keys = DatasetKeys.from_text(form)
     assert keys.read_batch_size(read_keys(run)) == "2"
     assert keys.explain_unused("train_batch_size") == ""
     typed = {"dataset batch_size": "3", "dataset batch_size before": "2"}

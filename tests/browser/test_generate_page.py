@@ -1057,7 +1057,7 @@ def test_home_folders_in_fields_of_files_are_completed(monkeypatch: pytest.Monke
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setenv("USERPROFILE", "/home/me")
     fields = {"lora_file": ["~/a.safetensors"], "references": ["~/b.png\nc.png"], "prompt": ["~/not a file"]}
-    texts = GenerateForm.of_fields(fields).field_values
+    texts = GenerateForm.from_fields(fields).field_values
     assert texts["lora_file"] == str(Path.home() / "a.safetensors")
     assert texts["references"] == f"{Path.home() / 'b.png'}\nc.png"
     assert texts["prompt"] == "~/not a file"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from checkpoints.kinds import UNSUPPORTED_MODELS, kind_of
+from checkpoints.kinds import UNSUPPORTED_MODELS, describe_file_kind
 from checkpoints.opening import open_file
 from minimax_h3.dit_checkpoints import load_dit as load_h3
 from modules.errors import CheckpointError
@@ -69,7 +69,7 @@ def write_network(path: Path, network: str, settings: dict[str, Any]) -> Path:
 
 @pytest.mark.parametrize(("network", "settings", "words"), CASES, ids=[case[0] for case in CASES])
 def test_a_network_of_diffusers_is_known_by_name(network: str, settings: dict[str, Any], words: str) -> None:
-    kind = kind_of(state_of(network, settings))
+    kind = describe_file_kind(state_of(network, settings))
 
     assert kind is not None
     assert words in kind
@@ -85,7 +85,7 @@ def test_released_names_are_known_too(name: str, words: str) -> None:
         "noise_refiner.0.attention.to_q.weight",
     ]  # in some of them
 
-    assert words in str(kind_of([*others, *of_language, name]))
+    assert words in str(describe_file_kind([*others, *of_language, name]))
 
 
 @pytest.mark.parametrize(
@@ -124,13 +124,13 @@ def test_a_model_with_all_tensors_of_another_is_known_by_its_file(
 )
 def test_networks_that_scripts_run_are_not_taken_for_others(network: str) -> None:
     settings = {"n_layers": 1} if network.startswith("ZImage") else ONE
-    assert kind_of(state_of(network, settings), UNSUPPORTED_MODELS) is None
+    assert describe_file_kind(state_of(network, settings), UNSUPPORTED_MODELS) is None
 
 
 def test_each_mark_says_its_own_kind_and_of_several_the_most_special_counts() -> None:
     marks = families.family_marks()
     assert len(marks) >= 41
-    assert {mark: kind_of([mark]) for mark, _ in marks} == dict(marks)
+    assert {mark: describe_file_kind([mark]) for mark, _ in marks} == dict(marks)
     hunyuan, flux = (
         "txt_in.individual_token_refiner.blocks.0.norm1.weight",
         "double_blocks.0.img_attn.qkv.weight",
@@ -145,7 +145,7 @@ def test_each_mark_says_its_own_kind_and_of_several_the_most_special_counts() ->
         ("Qwen-Image", "transformer_blocks.0.attn.to_q.weight", "transformer_blocks.0.img_mod.1.weight"),
         ("the autoencoder of FLUX.2", "quant_conv.weight", "bn.running_mean"),
     ):
-        assert words in str(kind_of(names)), names
+        assert words in str(describe_file_kind(names)), names
 
 
 @pytest.mark.parametrize("folder", FORMATS)

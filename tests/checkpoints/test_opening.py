@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from checkpoints.kinds import kind_of
+from checkpoints.kinds import describe_file_kind
 from checkpoints.model_files import find_model_folder, read_once
 from checkpoints.opening import (
     Checkpoint,
@@ -190,7 +190,7 @@ KINDS = {
 def test_every_published_file_is_named_right(manifest: str) -> None:
     expected = next(text for start, text in KINDS.items() if manifest.startswith(start))
 
-    assert expected in str(kind_of(tensor_list(manifest)))
+    assert expected in str(describe_file_kind(tensor_list(manifest)))
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_every_published_file_is_named_right(manifest: str) -> None:
     ],
 )
 def test_networks_of_stable_diffusion_are_named(names: list[str], words: str) -> None:
-    assert words in str(kind_of(names))
+    assert words in str(describe_file_kind(names))
 
 
 def names(checkpoint: Checkpoint) -> list[str]:

@@ -16,7 +16,7 @@ from dataset.config import KEYS, MODES, DatasetTable, for_family, load_dataset_c
 from dataset.config_keys import FRAMES, LATENTS, LEARNING, REFERENCES, SECTIONS, TEXTS
 from dataset.forms.cogvideox_lists import CogVideoXTensors
 from dataset.forms.composing import FORMAT_KEYS, SOURCES
-from dataset.sources.frames import bucket_of, spans
+from dataset.sources.frames import find_bucket, spans
 from dataset.sources.media_source import MediaSource
 from dataset.subset_options import ANYWHERE, DATASET, SUBSET, SUBSET_KEYS
 from dataset.table import Augmentation, CaptionChanges
@@ -368,7 +368,7 @@ def what_caches_tell(table: DatasetTable) -> tuple[object, object]:
     cache_settings = LatentCacheSettings("toy", {}, LATENT, 24.0, lambda *_: None, Stores())
     modes = [dataclasses.replace(table, frame_extraction=mode) for mode in ("uniform", "slide", "full")]
     taken = [spans(one, 29) for one in (table, *modes)]
-    boxes = [bucket_of(table, size, 16, image) for size in ((640, 480), (16, 48))]
+    boxes = [find_bucket(table, size, 16, image) for size in ((640, 480), (16, 48))]
     return (cache_settings.record_options(source), taken, boxes), table.non_default_values(TEXTS)
 
 

@@ -15,7 +15,7 @@ from flux.files import FluxFiles
 from flux.model import pack
 from flux.official_options import generation_argv, read_minimal
 from flux.options import FluxTextCachingOptions, FluxTextOptions, FluxTrainingOptions
-from flux.spec import size_shift, tokens_of
+from flux.spec import count_tokens, size_shift
 from generation.denoise import make_latents
 from modules.errors import CacheError, CheckpointError, DatasetError, OptionError
 from modules.flow.schedule import make_schedule
@@ -77,7 +77,7 @@ def test_schedules_are_the_recorded_ones() -> None:
     assert len(found) > 4
     for case in found:
         width, height = case["width_height"]
-        tokens = tokens_of(height, width)
+        tokens = count_tokens(height, width)
         shift = 1.0 if case["model"] == "schnell" else size_shift(tokens)
 
         sigmas = make_schedule("euler", case["steps"], shift).sigmas

@@ -13,7 +13,13 @@ from torch import Tensor
 
 from flux_3.family import Flux3
 from flux_3.files import Flux3Files
-from flux_3.references import canvas_of, fit_canvas, fit_one_of_several, read_on_canvas, read_one_of_several
+from flux_3.references import (
+    fit_canvas,
+    fit_image_canvas,
+    fit_one_of_several,
+    read_on_canvas,
+    read_one_of_several,
+)
 from protocols.data import MediaEncoders
 
 SIZES = [(75, 61), (64, 48), (16, 9), (16, 40), (20, 100), (17, 640), (2049, 33)]
@@ -36,7 +42,7 @@ def test_a_single_reference_is_on_the_same_canvas(size: tuple[int, int], tmp_pat
 
     pixels = torch.round((expected[0].permute(1, 2, 0) + 1) * 127.5).to(torch.uint8)
     assert torch.equal(frames[0, 0], pixels)
-    canvas = canvas_of(tmp_path / "a.png", 16)
+    canvas = fit_image_canvas(tmp_path / "a.png", 16)
     left, top = canvas.corner
     width, height = canvas.image
     assert (left, top, left + width, top + height) == kwargs["reference_crop"]

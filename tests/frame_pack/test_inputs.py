@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dataset.sources.frames import bucket_of
+from dataset.sources.frames import find_bucket
 from encoders.tiles import posterior_generator
 from frame_pack.family import LATENT, FramePack, family_for_generation, family_for_training
 from frame_pack.files import FramePackFiles
@@ -212,7 +212,7 @@ def test_one_picture_has_the_size_that_a_data_set_would_give_its_control_image(
     control = picture.with_name("control.png")
     write_image(control, *image)
     table = make_table(control.parent, "image_directory", resolution=list(area), enable_bucket=True)
-    width, height = bucket_of(table, image, LATENT.pixel_step, control)
+    width, height = find_bucket(table, image, LATENT.pixel_step, control)
     said: dict[str, Any] = {"width": area[0], "height": area[1], "matches_control_shape": True}
 
     with_control = settle(picture, {"one_frame": "default"}, control_images=(control, picture), **said)

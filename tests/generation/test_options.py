@@ -18,7 +18,7 @@ from generation.prompt_lines import (
     REFERENCES,
     parse_generation_line,
 )
-from generation.request import make_request, seed_of
+from generation.request import make_request, parse_seed
 from generation.sample_lines import parse_sample_line
 from generation.script_options import IMAGE_FPS, PICTURE_OUTPUTS, RequestOptions, ScriptDefaults
 from modules.errors import OptionError
@@ -55,7 +55,7 @@ def test_what_cannot_be_done_is_said_at_once(tmp_path: Path, arguments: list[str
 def test_a_script_may_have_options_about_each_video_of_its_own(tmp_path: Path) -> None:
     defaults = ScriptDefaults(fps=30, guidance_scale=1.0, in_sections=True)
     parser = generation_parser(None, defaults)
-    parser.set_defaults(extras={"paws": "feet"})  # as `of_request` says of an option of a record
+    parser.set_defaults(extras={"paws": "feet"})  # as `make_request_facts` says of an option of a record
     parser.add_argument("--paws", type=int, default=4)
     args = read_arguments(
         parser, ["--save_path", str(tmp_path), "--prompt", "p", "--paws", "3", "--guidance_rescale", "0.5"]
@@ -139,7 +139,7 @@ def test_what_only_the_family_reads_goes_there_as_text() -> None:
 
 def test_a_given_seed_is_kept_or_hashed_and_then_said(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
-        assert seed_of(" 42 ") == 42
+        assert parse_seed(" 42 ") == 42
         assert not caplog.messages
         assert make_request(replace(OPTIONS, seed="hello")).seed == 2475399061
     assert caplog.messages == ["Seed of the text 'hello': 2475399061"]

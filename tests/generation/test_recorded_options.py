@@ -23,7 +23,7 @@ from generation.script_options import ScriptDefaults
 from hunyuan_model import options as hunyuan
 from ltx_2 import options as ltx_2
 from ltx_2.given_media_options import Ltx2GivenMedia
-from modules.options import info_of
+from modules.options import get_option_info
 from modules.parser import add_options
 from tests.generation.toy_family import ToyFamily
 from tests.preparing import prepare
@@ -48,7 +48,7 @@ class Script:
     @functools.cached_property
     def facts(self) -> Mapping[str, str]:
         """What of a video's metadata its options are: `setting`, `request`, `decoding` or `nothing`."""
-        info = info_of(GenerationOptions) | info_of(self.record)
+        info = get_option_info(GenerationOptions) | get_option_info(self.record)
         # --optimized turns on options that are recorded
         own = dict.fromkeys(["optimized", "scheduler"], "request")
         return {
@@ -72,7 +72,7 @@ FROM_FAMILY = {
     *("reference_video", "reference_videos", "reference_strength", "video_conditioning"),
     *("conditioning_attention_mask", "distilled_lora"),
     *("reference_audio", "audio_ref_identity_guidance_scale"),
-    *info_of(Ltx2GivenMedia),  # tests/ltx_2/test_given_media_options.py
+    *get_option_info(Ltx2GivenMedia),  # tests/ltx_2/test_given_media_options.py
 }
 SAID_AS = {  # where the metadata has another name for it
     "seed": ("seeds",),

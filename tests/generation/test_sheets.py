@@ -13,9 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import wan_generate_video
-from generation.grid_options import family_of, split_values
+from generation.grid_options import read_lora_family, split_values
 from generation.run import generate
-from generation.sheets import EMPTY, HEADING_HEIGHT, TEXT_HEIGHT, frames_of
+from generation.sheets import EMPTY, HEADING_HEIGHT, TEXT_HEIGHT, read_display_frames
 from modules.errors import OptionError, UserError
 from modules.media.reading import read_image, read_tags, video_frames, video_info
 from tests.chromium import open_page
@@ -389,9 +389,9 @@ def test_the_family_is_what_the_lora_says(
     families |= {"flux": ("chroma",)}
     if family is None:
         with pytest.raises(OptionError, match=re.escape("Pass --family: hunyuan_video, wan, ")):
-            family_of(path, families)
+            read_lora_family(path, families)
     else:
-        assert family_of(path, families) == family
+        assert read_lora_family(path, families) == family
 
 
 def test_transparent_pictures_lie_on_a_checkerboard(tmp_path: Path) -> None:
@@ -402,8 +402,8 @@ def test_transparent_pictures_lie_on_a_checkerboard(tmp_path: Path) -> None:
     Image.fromarray(pixels).save(tmp_path / "layer.png")
     Image.fromarray(pixels[..., :3]).save(tmp_path / "plain.png")
 
-    (shown,) = frames_of(tmp_path / "layer.png")
-    (plain,) = frames_of(tmp_path / "plain.png")
+    (shown,) = read_display_frames(tmp_path / "layer.png")
+    (plain,) = read_display_frames(tmp_path / "plain.png")
 
     gray = shown[..., 0].tolist()
     assert gray[0] == [238] * 10 + [158] * 5 + [40] * 5

@@ -29,7 +29,7 @@ from protocols.family import (
     TextEncoder,
 )
 from protocols.loading import Placement
-from protocols.requests import Prepared, Prompt, Request, resolve_request, size_of
+from protocols.requests import Prepared, Prompt, Request, get_size, resolve_request
 from protocols.rules import ONE_EXPERT, CountTokens, Expert, ModelRelease, SourceRules, TokenCount
 from protocols.steps import NO_OVERRIDES, EncodedPrompts, Overrides, PreviewPiece, Section
 
@@ -238,7 +238,7 @@ class ToyFamily:
     def prepare(self, request: Request) -> Prepared:
         if request.prompt == "impossible":
             raise OptionError("this cannot be made")
-        width, height, frames = size_of(request, self.defaults)
+        width, height, frames = get_size(request, self.defaults)
         if self.sections_made:
             frames = video_frames(self.sections_made, WINDOW)
         return resolve_request(

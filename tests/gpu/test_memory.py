@@ -31,12 +31,12 @@ from runtime.planning.dry_run import ACCELERATOR, dry_run
 from runtime.planning.memory_plan import workspace
 from tests.gpu.measuring import peak_of, release_cuda
 from tests.manifests import tensor_list, write_hollow
-from training.experts import placement_of, set_up_network
+from training.experts import choose_placement, set_up_network
 from training.loss import NoisyBatch
 from training.optimizers.optimizer import make_optimizer
 from training.options import read_training
 from training.planning.memory import predict_memory
-from training.planning.rehearsal import autocast_of
+from training.planning.rehearsal import make_autocast
 from training.targets.passes import training_loss
 from wan.family import family_for_generation, family_for_training
 from wan.options import WanGenerationOptions, WanTrainingOptions
@@ -208,14 +208,14 @@ def training_step(path: Path, case: Case, device: torch.device) -> tuple[float, 
     planned = predict_memory(family, options, batch, device).device_bytes(options.speed.swap.number)
     host = host_weights(SwapPlan(family.dit, options.speed.swap.number), device)
     form = options.speed.fp8.quantization
-    placement = placement_of(options, device, form and prepare(form, device))
+    placement = choose_placement(options, device, form and prepare(form, device))
     dit = family.load_dit(replace(placement, host_weights=host)).requires_grad_(False)
     network = make_network(options.network, family.lora_module, dit, seed=0)
     network.module.to(device)
     set_up_network(dit, family.dit, options.loop, device, options.speed.compilation.choice, host)
     groups, _ = network.parameter_groups(options.optimizer.learning_rate)
     optimizer, _ = make_optimizer(options.optimizer, groups)
-    autocast, on_device = autocast_of(options, device), batch.to(device)
+    autocast, on_device = make_autocast(options, device), batch.to(device)
 
     def step() -> Tensor:
         loss = training_loss(family, dit, on_device, autocast)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from blissful_tuner.guidance import make_guidance
 from blissful_tuner.step_cache import StepCaches
-from generation.denoise import SeededNoise, on_device, predictor, sections_of
+from generation.denoise import SeededNoise, iterate_sections, on_device, predictor
 from generation.memory import heaviest_step, predict_denoising
 from generation.options import GenerationOptions, generation_parser
 from generation.options import read_arguments as read_generation
@@ -24,7 +24,7 @@ from protocols.loading import Placement
 from protocols.requests import Prepared, Request
 from protocols.rules import MagCache
 from protocols.steps import DitAt, EncodedPrompts
-from runtime.planning.dry_run import HOST, WEIGHTS, Ledger, peak_of_phases
+from runtime.planning.dry_run import HOST, WEIGHTS, Ledger, find_peak_phase
 from runtime.planning.kernels import PlannedKernels
 from runtime.planning.memory_plan import MemoryPart
 from tests.ltx_2.release import SIZES, TinyRelease, write_release
@@ -87,7 +87,7 @@ def test_a_step_with_sound_takes_what_was_predicted(
         found = predicted(family, options, batch)
 
         assert_alike(found, real)
-        totals.append(sum(peak_of_phases(found)[1].values()))
+        totals.append(sum(find_peak_phase(found)[1].values()))
     assert totals[1] > 1.5 * totals[0]
 
 
@@ -111,7 +111,9 @@ def measured(
     with PlannedKernels(), Ledger(HOST) as ledger, torch.no_grad():
         for tensor in dit.parameters():
             ledger.track(tensor, WEIGHTS)
-        section = on_device(next(sections_of(family, prepared, encoded, {0: {}}, SeededNoise(0, HOST))), HOST)
+        section = on_device(
+            next(iterate_sections(family, prepared, encoded, {0: {}}, SeededNoise(0, HOST))), HOST
+        )
         step = heaviest_step(prepared, options, family.experts, section.noise)
         guidance = make_guidance(prepared, options.guidance)
         caches: AbstractContextManager[DitAt] = nullcontext(lambda _: dit)

@@ -36,7 +36,7 @@ from tests.ltx_2.release import (
     write_release,
     write_upscaler,
 )
-from tests.ltx_2.test_family import GUIDED, NEGATIVE, AUDIO_SCALES, PROMPT, SEED, alone, scale_words, theirs
+from tests.ltx_2.test_family import AUDIO_SCALES, GUIDED, NEGATIVE, PROMPT, SEED, alone, scale_words, theirs
 from tests.ltx_2.test_training import run, samples, write_project
 from tests.ltx_2.tiny_dit import dit_in_diffusers
 from tests.parity.running import assert_equal

@@ -29,7 +29,7 @@ from protocols.family import can_learn
 from protocols.loading import Placement
 from protocols.requests import Prepared, Prompt, Request
 from protocols.steps import EncodedPrompts
-from runtime.run_blocks import spec_of
+from runtime.run_blocks import get_spec
 from tests.commands import joined
 from tests.golden_cases import FOLDER, load_model, make_weights, read_case
 from tests.lumina.making import in_diffusers
@@ -277,7 +277,7 @@ def test_gradients_flow_and_a_lora_finds_the_layers(tmp_path: Path) -> None:
 
     assert weight.grad is not None
     assert weight.grad.abs().max() > 0
-    assert [len(blocks) for blocks in spec_of(encoder.network).blocks(encoder.network).values()] == [2]
+    assert [len(blocks) for blocks in get_spec(encoder.network).blocks(encoder.network).values()] == [2]
 
 
 def test_the_tokenizer_inside_a_file_is_that_beside_it(tmp_path: Path) -> None:

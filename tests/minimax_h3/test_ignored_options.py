@@ -5,7 +5,7 @@ import argparse
 import pytest
 
 from minimax_h3.options import H3LatentCachingOptions, H3TextCachingOptions
-from minimax_h3.training_options import warn_of_clean_shares
+from minimax_h3.training_options import warn_about_unused_clean_shares
 
 IGNORED = "is ignored because it is for the references of --task ref2va"
 
@@ -47,5 +47,7 @@ def test_shares_of_noise_need_conditions(
 ) -> None:
     default = {"task": None, "h3_training_mode": "fl2va", "one_frame": False, "teacher": None}
     shares = {"h3_visual_cond_clean": 0.5, "h3_audio_cond_clean": 0.5}
-    warn_of_clean_shares(argparse.Namespace(**{**default, **shares, **given}, typed_options=frozenset()))
+    warn_about_unused_clean_shares(
+        argparse.Namespace(**{**default, **shares, **given}, typed_options=frozenset())
+    )
     assert [message.split("_")[1] for message in caplog.messages] == ignored

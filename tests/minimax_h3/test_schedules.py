@@ -10,7 +10,7 @@ from minimax_h3.configs import AUDIO_SHIFT, IMAGE_SHIFT, NOISE
 from modules.flow.solvers import solver_for
 from protocols.data import AudioVideoShapes, Conditions
 from protocols.steps import NO_OVERRIDES, CompletedStep, Overrides, Section
-from training.data.timesteps import Timesteps, times_of_audio
+from training.data.timesteps import Timesteps, shift_audio_timesteps
 
 JOINT = AudioVideoShapes((2, 1, 2, 2), (3, 2, 4))
 IMAGE, SOUND = torch.linspace(-2, 2, 8).view(1, 2, 1, 2, 2), torch.linspace(-1, 3, 24).view(1, 3, 2, 4)
@@ -73,7 +73,7 @@ def test_training_makes_sound_as_noisy_as_the_sampler_does() -> None:
     base = torch.tensor([0.1, 0.5, 0.9])
     images, audios = (shift * base / (1 + (shift - 1) * base) for shift in (IMAGE_SHIFT, AUDIO_SHIFT))
 
-    times = times_of_audio(Timesteps(images, 1000 * images, levels=base), NOISE)
+    times = shift_audio_timesteps(Timesteps(images, 1000 * images, levels=base), NOISE)
 
     torch.testing.assert_close(times.sigmas, audios, atol=1e-6, rtol=0)
     torch.testing.assert_close(times.timesteps, 1000 * audios, atol=1e-3, rtol=0)

@@ -17,7 +17,7 @@ from comfy_kitchen.backends.eager.quantization import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from checkpoints.stored.forms import quantized_weight_of
+from checkpoints.stored.forms import get_quantized_weight
 from minimax_h3.dit_checkpoints import load_dit
 from minimax_h3.model import H3Model
 from modules.speed_options import Quantization
@@ -100,7 +100,9 @@ def test_an_int8_file_holds_the_values_that_it_was_made_of(files: TinyH3) -> Non
     rounded = load_dit(rounded_of(files), Placement(CPU))
 
     values = dict(plain.named_modules())
-    stored = {name: found for name, layer in rounded.named_modules() if (found := quantized_weight_of(layer))}
+    stored = {
+        name: found for name, layer in rounded.named_modules() if (found := get_quantized_weight(layer))
+    }
     is_pruned = rounded.config.table_rows > 0
     assert {name for name in values if re.fullmatch(ROUNDED, name)} - stored.keys() == (
         {"blocks.0.adaln_proj.linear", "blocks.1.adaln_proj.linear"} if is_pruned else set()
@@ -286,5 +288,5 @@ def test_layers_that_are_rounded_while_loading_are_those_of_the_file_in_circulat
 
     rounded = load_dit(tmp_path / name, Placement(CPU, quantization=Quantization("rows", form="int8")))
 
-    stored = {name for name, layer in rounded.named_modules() if quantized_weight_of(layer) is not None}
+    stored = {name for name, layer in rounded.named_modules() if get_quantized_weight(layer) is not None}
     assert stored == {name for name, _ in rounded.named_modules() if re.fullmatch(ROUNDED, name)}

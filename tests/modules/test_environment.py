@@ -168,7 +168,7 @@ def test_a_card_that_torch_does_not_see_is_told(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(devices, "_warn_of_unseen_card", devices._warn_of_unseen_card.__wrapped__)
+    monkeypatch.setattr(devices, "_warn_of_undetected_card", devices._warn_of_undetected_card.__wrapped__)
     sentence = f"the NVIDIA driver is 470.1, and torch {torch.__version__} with CUDA 13.0 needs 580 or later."
 
     if typed is None:

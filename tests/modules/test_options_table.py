@@ -17,12 +17,12 @@ from modules.option_values import check_numbers, to_path, value_argv
 from modules.options import (
     BY_SCRIPT,
     Options,
-    default_of,
     find_record_type,
-    hints_of,
+    get_field_default,
     option,
     option_name,
     read_options,
+    resolve_type_hints,
 )
 from modules.parser import Parser, add_options
 from runtime.options import SwapOptions
@@ -105,7 +105,7 @@ def _with(*facts: str) -> list[Any]:
 def _given(record: type[Options], name: str) -> Any:
     """A value of a field that is not its default, within its limits."""
     field = next(field for field in fields(record) if name in {field.name, option_name(field)})
-    hint, place = hints_of(record)[field.name], field.metadata.get("place")
+    hint, place = resolve_type_hints(record)[field.name], field.metadata.get("place")
     kind = next(kind for kind in (*typing.get_args(hint), hint) if kind is not type(None))
     if kind is bool:
         return True
@@ -134,15 +134,15 @@ def _given(record: type[Options], name: str) -> Any:
 def _make(record: type[Options], **values: Any) -> Options:
     """The record with these values, and something for each field that must be given."""
     for field in fields(record):
-        if field.name in values or find_record_type(hints_of(record)[field.name]) is not None:
+        if field.name in values or find_record_type(resolve_type_hints(record)[field.name]) is not None:
             continue
         try:
-            default_of(record, field)
+            get_field_default(record, field)
         except TypeError:
             values[field.name] = _given(record, field.name)
     for field in fields(record):
-        inner = find_record_type(hints_of(record)[field.name])
-        if inner is not None and inner is hints_of(record)[field.name] and field.name not in values:
+        inner = find_record_type(resolve_type_hints(record)[field.name])
+        if inner is not None and inner is resolve_type_hints(record)[field.name] and field.name not in values:
             values[field.name] = _make(inner)
     return record(**values)
 
@@ -154,11 +154,11 @@ def test_a_number_out_of_its_limits_is_refused_by_name(record: type[Options], fi
     for fact, step in wrong.items():
         if fact not in info:
             continue
-        is_tuple = "tuple" in str(hints_of(record)[field.name])
+        is_tuple = "tuple" in str(resolve_type_hints(record)[field.name])
         value: Any = info[fact] + step
         with pytest.raises(OptionError, match=f"^--{option_name(field)} .*: use a number "):
             _make(record, **{field.name: (value,) if is_tuple else value})
-    if hints_of(record)[field.name] in (float, float | None):
+    if resolve_type_hints(record)[field.name] in (float, float | None):
         with pytest.raises(OptionError, match=f"^--{option_name(field)} nan"):
             _make(record, **{field.name: float("nan")})
 
@@ -174,7 +174,7 @@ def test_a_word_that_is_no_choice_is_refused_by_name(record: type[Options], fiel
 def test_a_path_that_cannot_be_meant_is_refused_by_name(
     record: type[Options], field: "Field[Any]", tmp_path: Path
 ) -> None:
-    place, is_tuple = field.metadata["place"], "tuple" in str(hints_of(record)[field.name])
+    place, is_tuple = field.metadata["place"], "tuple" in str(resolve_type_hints(record)[field.name])
     wrong = {"there": tmp_path / "x", "file": tmp_path, "new folder": Path(__file__)}
     path = wrong.get(place, Path(__file__) / "x" if place.startswith(("new", "safe")) else Path(__file__))
     names = {option_name(one): one.name for one in fields(record)}
@@ -211,7 +211,9 @@ def test_a_file_that_is_read_is_not_replaced(
         both = [field, names[other]]
         needed = [names[need] for one in both for need in one.metadata.get("needs", ())]
         values = {one.name: _given(record, one.name) for one in needed}
-        values[names[other].name] = (file,) if "tuple" in str(hints_of(record)[names[other].name]) else file
+        values[names[other].name] = (
+            (file,) if "tuple" in str(resolve_type_hints(record)[names[other].name]) else file
+        )
         with pytest.raises(OptionError, match="would be lost. Pass a new name|exclude each other"):
             _make(record, **{**values, field.name: file})
 
@@ -235,7 +237,7 @@ def test_a_value_that_turns_an_option_off_is_none_that_another_one_needs(
 def _default(record: type[Options], field: "Field[Any]") -> Any:
     """The default of a field; None: it has none or is a switch, so that what is typed differs from it."""
     try:
-        default = default_of(record, field)
+        default = get_field_default(record, field)
     except TypeError:
         return None
     return None if default is False else default

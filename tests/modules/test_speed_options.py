@@ -19,7 +19,7 @@ from modules.speed_options import (
     AttentionChoice,
     GenerationAttentionOptions,
     TrainingAttentionOptions,
-    flag_of,
+    get_attention_flag,
 )
 from runtime.options import GenerationSpeedOptions, TrainingSpeedOptions, say_for_generation
 from tests.faults.messages import assert_one_message, run_here
@@ -48,7 +48,7 @@ def test_the_first_back_end_counts(first: int, mode: str) -> None:
 def test_generation_names_back_ends_by_values(value: str, mode: str) -> None:
     assert _generation("--attn_mode", value).choice == AttentionChoice(mode)
     for known in MODES:
-        _, named = flag_of(known, training=False).split()
+        _, named = get_attention_flag(known, training=False).split()
         assert _generation("--attn_mode", named).choice.mode == known
 
 

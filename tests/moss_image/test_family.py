@@ -21,7 +21,7 @@ from protocols.requests import Prepared, Request
 from protocols.rules import NegativeSkips
 from tests.moss_image.making import GOLDEN
 from tests.tiny.moss_image import write_tiny_moss_image
-from training.data.timesteps import draw, fractions_of_uniform
+from training.data.timesteps import draw, map_uniform_to_fractions
 from training.noise_options import TRUNCATED_LOGIT, TimestepOptions
 
 REQUEST = Request("a cat", seed=1, width=64, height=64)
@@ -146,7 +146,7 @@ def test_training_times_are_those_of_the_report() -> None:
     options = replace(TimestepOptions.from_defaults(), timestep_sampling=TRUNCATED_LOGIT)
     u = (torch.arange(400_000, dtype=torch.float64) + 0.5) / 400_000
 
-    shares = fractions_of_uniform(options, u, NOISE, 1.0)
+    shares = map_uniform_to_fractions(options, u, NOISE, 1.0)
 
     assert float(shares.mean()) == pytest.approx(GOLDEN["times"]["mean"], abs=1e-5)
     assert round(GOLDEN["times"]["mean"], 3) == 0.744

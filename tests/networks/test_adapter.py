@@ -306,7 +306,7 @@ def test_parts_for_encoders_that_a_model_does_not_have_are_told(
     loras = TextLoras([WeightedLora(read_lora(tmp_path / "lora.safetensors", with_texts=True))])
 
     with caplog.at_level(logging.WARNING):
-        loras.warn_of_unused([clip])
+        loras.warn_about_unused_changes([clip])
 
     assert "2 tensors change a text encoder that this model does not have" in caplog.text
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from networks.delta import read_delta
-from networks.deltas import scaling_of
+from networks.deltas import compute_scaling
 from networks.gated_loras import ChangedParameter, LoraBranch, LoraWrapper
 from tests.commands import ROOT, run_python
 from tests.stable_diffusion.loaded import RANK, Factors, low_rank, random
@@ -85,7 +85,7 @@ def test_a_change_is_that_of_its_formula(factors: dict[str, Tensor], expected: T
 
 @pytest.mark.parametrize("alpha", [{}, {"alpha": torch.tensor(0.0)}])
 def test_missing_or_zero_alpha_means_the_rank(alpha: dict[str, Tensor]) -> None:
-    assert scaling_of({"lora_down.weight": drawn(3, 5), "lora_up.weight": drawn(7, 3), **alpha}) == 1.0
+    assert compute_scaling({"lora_down.weight": drawn(3, 5), "lora_up.weight": drawn(7, 3), **alpha}) == 1.0
 
 
 def test_a_difference_of_a_bias_is_the_change() -> None:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from encoders.clip_layers import ClipText
 from minimax_h3.dit_checkpoints import load_dit
 from networks.deltas import group_by_module
-from networks.key_formats import families_of, to_native
-from networks.loading import read_lora, warn_of_other_family
+from networks.key_formats import find_lora_families, to_native
+from networks.loading import read_lora, warn_about_other_family
 from networks.module_names import family_named
 from networks.names.layouts import OURS
 from networks.names.texts import published_path
@@ -108,7 +108,7 @@ def test_names_of_released_files_and_a_second_encoder_say_sdxl() -> None:
     plain = write_lora(layers, DIALECTS["sd-scripts"])
     second = {f"lora_te2_text_model_encoder_layers_0_mlp_fc1{factor}": torch.zeros(1, 1) for factor in KOHYA}
 
-    assert len(families_of(group_by_module(to_native(plain).tensors))) > 1
+    assert len(find_lora_families(group_by_module(to_native(plain).tensors))) > 1
     assert to_native(plain).family_name is None
     assert to_native(named).family_name == "sdxl"
     assert to_native({**plain, **second}).family_name == "sdxl"
@@ -160,7 +160,7 @@ def test_a_family_by_names_is_not_said_to_be_in_the_metadata(
     tensors = {aliased + KOHYA[0]: torch.ones(1, 640), aliased + KOHYA[1]: torch.ones(640, 1)}
     save_file(tensors, tmp_path / "lora.safetensors")
 
-    warn_of_other_family(read_lora(tmp_path / "lora.safetensors"), family_named("sd1"))
+    warn_about_other_family(read_lora(tmp_path / "lora.safetensors"), family_named("sd1"))
 
     assert "was trained for sdxl according to its names, and is used on a sd1 model" in caplog.text
 

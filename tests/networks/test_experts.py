@@ -16,8 +16,8 @@ import convert_lora
 import merge_lora
 from modules.errors import CheckpointError, OptionError
 from networks.apply import LoraPatch
-from networks.loading import LoraFile, WeightedLora, read_lora, warn_of_other_expert
-from networks.metadata import STALE, expert_of, save_network
+from networks.loading import LoraFile, WeightedLora, read_lora, warn_about_other_expert
+from networks.metadata import STALE, find_lora_expert, save_network
 from protocols.families import HIGH_NOISE, LOW_NOISE
 from tests.networks.making import add_lora, inputs, randomize, tiny_dit, wan_network
 from tests.networks.test_key_formats import TOLERANCE, run_there
@@ -45,7 +45,7 @@ EXPERTS = (HIGH_NOISE, LOW_NOISE)
     ],
 )
 def test_the_name_of_a_file_tells_its_expert(name: str, expert: str | None) -> None:
-    assert expert_of({}, Path(f"{name}.safetensors")) == expert
+    assert find_lora_expert({}, Path(f"{name}.safetensors")) == expert
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_a_lora_for_the_other_expert_is_warned_of(
 ) -> None:
     lora = LoraFile(Path(f"{name}.safetensors"), {}, metadata, "ours")
 
-    warn_of_other_expert(lora, expert)
+    warn_about_other_expert(lora, expert)
 
     assert len(caplog.records) == (0 if says is None else 1)
     assert (says or "") in caplog.text

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from modules.errors import CheckpointError
 from networks.alphas import peft_alphas
 from networks.convert import convert_file
-from networks.deltas import scaling_of
+from networks.deltas import compute_scaling
 from networks.loading import read_lora
 from networks.metadata import save_network
 from tests.networks.making import tiny_dit, wan_network
@@ -144,7 +144,7 @@ def test_alphas_in_the_peft_settings_of_a_folder_count(
 
     modules = read_lora(tmp_path).modules()
 
-    found = [scaling_of(modules[f"lora_unet_blocks_0_self_attn_{part}"]) for part in "qk"]
+    found = [compute_scaling(modules[f"lora_unet_blocks_0_self_attn_{part}"]) for part in "qk"]
     assert found == pytest.approx(expected)
 
 

@@ -25,7 +25,7 @@ from krea2.names import KREA_2
 from lumina.names import LUMINA
 from networks.apply import LIKELY_MODEL
 from networks.deltas import group_by_module
-from networks.key_formats import families_of, module_of_tensor, to_native
+from networks.key_formats import find_lora_families, split_tensor_name, to_native
 from networks.module_names import diffusers_path, from_alias, module_path, select_family, sizes_fit, to_alias
 from networks.names.layouts import FamilyNames, tensor_patterns
 from qwen_image.names import QWEN_IMAGE
@@ -101,7 +101,7 @@ def test_diffusers_class_has_the_tensors_of_the_published_file(
     ],
 )
 def test_a_model_is_told_by_its_modules(manifest: str, names: FamilyNames) -> None:
-    modules = {module_of_tensor(name)[0] for name in tensor_list(manifest)}
+    modules = {split_tensor_name(name)[0] for name in tensor_list(manifest)}
 
     assert select_family(modules, LIKELY_MODEL) is names
 
@@ -196,7 +196,7 @@ def test_kinds_of_equal_names_are_told_by_the_width_of_their_texts(width: int, n
     factors = {"lora_down.weight": torch.zeros(2, width), "lora_up.weight": torch.zeros(320, 2)}
     module = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
 
-    found = families_of({module: factors, "lora_unet_conv_in": {"diff": torch.zeros(320, 4, 3, 3)}})
+    found = find_lora_families({module: factors, "lora_unet_conv_in": {"diff": torch.zeros(320, 4, 3, 3)}})
 
     assert [family.name for family in found] == names
 
@@ -243,7 +243,7 @@ def test_damaged_factors_tell_no_family_by_their_sizes(shapes: dict[str, tuple[i
         ("single_blocks_0_linear2", {HUNYUAN_VIDEO, FLUX, FLUX_2, HUNYUAN_IMAGE}),
         ("down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k", {SD1, SD2, SDXL}),
     ):
-        assert set(families_of({f"lora_unet_{module}": factors})) == known
+        assert set(find_lora_families({f"lora_unet_{module}": factors})) == known
 
 
 def test_all_layers_of_krea_2_have_the_released_sizes() -> None:
@@ -338,7 +338,7 @@ def test_a_file_without_metadata_is_told_by_names_sizes_and_numbers_of_blocks(
         }
         native = to_native(tensors).tensors
         assert len(native) == len(tensors)
-        found.append({one.name for one in families_of(group_by_module(native))})
+        found.append({one.name for one in find_lora_families(group_by_module(native))})
 
     for names in found:
         assert names == found[0]

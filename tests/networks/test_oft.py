@@ -21,7 +21,7 @@ from networks.delta import read_delta
 from networks.gated_loras import ChangedParameter, LoraBranch, LoraWrapper, add_loras
 from networks.kinds.oft import fit_block_size
 from networks.kinds.oft_layer import OftLayer
-from networks.kinds.oft_rotation import block_size_of, compute_rotations, rotate_weight
+from networks.kinds.oft_rotation import compute_rotations, find_block_size, rotate_weight
 from networks.loading import WeightedLora, read_lora
 from networks.metadata import describe_lora
 from protocols.loading import Placement
@@ -99,7 +99,7 @@ def test_a_block_size_becomes_the_nearest_divisor(width: int, size: int, wanted:
 
 
 def test_block_sizes_are_known_by_their_number_of_values() -> None:
-    assert [block_size_of(columns) for columns in (0, 1, 2, 3, 6, 28, 496)] == [None, 2, None, 3, 4, 8, 32]
+    assert [find_block_size(columns) for columns in (0, 1, 2, 3, 6, 28, 496)] == [None, 2, None, 3, 4, 8, 32]
 
 
 def test_what_is_trained_is_what_is_merged_and_loaded(

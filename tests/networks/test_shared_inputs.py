@@ -22,7 +22,7 @@ SHARED = (("q", "k", "v"),)
 @pytest.mark.parametrize("tiny", DITS, ids=lambda tiny: tiny.name)
 def test_a_family_names_the_modules_that_get_the_same_tensor(tiny: TinyDit) -> None:
     dit, network = tiny.with_lora(blocks=1)
-    layers = network.layers_of_dit()
+    layers = network.dit_layers()
     paths = {id(module): path for path, module in dit.named_modules()}
     groups = group_layers(dit, layers, tiny.spec.shared_inputs)
     expected = {frozenset(paths[id(layer.original)] for layer in group) for group in groups}

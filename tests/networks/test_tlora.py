@@ -17,7 +17,7 @@ from networks.convert import convert_file
 from networks.gated_loras import add_loras
 from networks.kinds.tlora import TLoraRule
 from networks.loading import WeightedLora, read_lora
-from networks.rank_masks import RankMask, mask_for, parts_of_rank, rank_rule_of, set_level, set_levels
+from networks.rank_masks import RankMask, count_joined_parts, mask_for, read_rank_rule, set_level, set_levels
 from networks.unmerged_loras import add_unmerged, masked_changes, split_masked
 from tests.networks.making import tiny_dit
 from tests.training import toy
@@ -122,8 +122,8 @@ def test_the_file_is_a_lora_that_says_its_rule(tmp_path: Path, caplog: pytest.Lo
     assert tensors.keys() == plain.keys()
     assert not toy.same(tensors, plain)
     metadata = toy.metadata_of(tmp_path / "output" / "x.safetensors")
-    assert rank_rule_of(metadata) == TLoraRule(1, 2)
-    assert rank_rule_of(toy.metadata_of(tmp_path / "output" / "plain.safetensors")) is None
+    assert read_rank_rule(metadata) == TLoraRule(1, 2)
+    assert read_rank_rule(toy.metadata_of(tmp_path / "output" / "plain.safetensors")) is None
 
 
 @pytest.mark.slow
@@ -224,7 +224,7 @@ def test_merging_says_that_it_has_no_mask(tmp_path: Path, caplog: pytest.LogCapt
     ],
 )
 def test_the_rule_is_read_from_metadata(arguments: str, rule: TLoraRule | None) -> None:
-    assert rank_rule_of({"ss_network_args": arguments}) == rule
+    assert read_rank_rule({"ss_network_args": arguments}) == rule
 
 
 @pytest.mark.parametrize(
@@ -233,15 +233,15 @@ def test_the_rule_is_read_from_metadata(arguments: str, rule: TLoraRule | None) 
 )
 def test_numbers_that_are_none_are_refused(arguments: str) -> None:
     with pytest.raises(CheckpointError, match=r"style.*: its metadata says tlora=True with .*Copy it again"):
-        rank_rule_of({"ss_network_args": f'{{"tlora": "True", {arguments}}}'}, Path("style.safetensors"))
+        read_rank_rule({"ss_network_args": f'{{"tlora": "True", {arguments}}}'}, Path("style.safetensors"))
 
 
 def test_joined_ranks_are_those_of_parts() -> None:
     trained = {"ss_network_dim": "4", "ss_network_args": '{"tlora": "True"}'}
-    assert [parts_of_rank(trained, rank) for rank in (4, 12, 6)] == [1, 3, 1]
+    assert [count_joined_parts(trained, rank) for rank in (4, 12, 6)] == [1, 3, 1]
     by_module = {"ss_network_dim": "4", "ss_network_args": '{"tlora": "True", "network_reg_dims": "x=8"}'}
-    assert parts_of_rank(by_module, 8) == 1
-    assert parts_of_rank({"ss_network_dim": "Dynamic"}, 8) == 1
+    assert count_joined_parts(by_module, 8) == 1
+    assert count_joined_parts({"ss_network_dim": "Dynamic"}, 8) == 1
 
 
 def test_converted_files_keep_the_rule(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -250,5 +250,5 @@ def test_converted_files_keep_the_rule(tmp_path: Path, caplog: pytest.LogCapture
         convert_file(path, tmp_path / "other.safetensors", "other")
     assert load_file(tmp_path / "other.safetensors")
     with safe_open(tmp_path / "other.safetensors", "pt") as file:
-        assert rank_rule_of(file.metadata()) == TLoraRule(1, 2)
+        assert read_rank_rule(file.metadata()) == TLoraRule(1, 2)
     assert "A T-LoRA has its trained effect in the scripts here" in " ".join(caplog.text.split())

@@ -130,7 +130,7 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, boo
     def prepare(packages: list[str], build: Build, is_replacing: bool) -> Path:
         assert packages == ["pip"]
         installed.append((build.name, is_replacing))
-        python = environment.python_of(tmp_path / ".venv")
+        python = environment.get_python_path(tmp_path / ".venv")
         python.parent.mkdir(parents=True, exist_ok=True)
         python.touch()
         return python
@@ -217,12 +217,12 @@ def test_a_build_goes_into_the_folder_even_if_another_environment_is_active(
     for is_replacing in (False, False, True):
         environment.prepare_environment(build=builds["cpu"], is_replacing=is_replacing)
 
-    python = environment.python_of(tmp_path / ".venv")
+    python = environment.get_python_path(tmp_path / ".venv")
     assert installed == [(python, False), (python, True)]
 
 
 def test_an_environment_of_the_user_is_used_as_it_is(made: list[tuple[str, bool]], tmp_path: Path) -> None:
-    python = environment.python_of(tmp_path / ".venv")
+    python = environment.get_python_path(tmp_path / ".venv")
     python.parent.mkdir(parents=True)
     python.touch()
     assert set_up.set_up(None) == python
@@ -467,7 +467,7 @@ def test_an_installation_that_was_killed_begins_anew_and_one_that_failed_does_no
     def create(folder: Path, may_inherit: bool) -> None:
         made.append("environment")
         shutil.rmtree(folder, ignore_errors=True)
-        python = environment.python_of(folder)
+        python = environment.get_python_path(folder)
         python.parent.mkdir(parents=True)
         python.touch()
 

@@ -10,7 +10,7 @@ from dataset.config import KEYS, load_dataset_config
 from dataset.subset_options import SUBSET_KEYS
 from ltx_2.options import Ltx2TrainingOptions
 from modules.errors import OptionError
-from modules.options import info_of
+from modules.options import get_option_info
 from modules.script_options import parse_options
 from modules.text_files import parse_toml
 from project.files import write_project
@@ -482,14 +482,14 @@ def test_other_networks_of_a_project_are_those_that_are_trained(
 
 def test_what_is_taken_has_a_place_here() -> None:
     of_training = {
-        *info_of(TrainingOptions),
-        *info_of(StableDiffusionTrainingOptions),
-        *info_of(InversionOptions),
-        *info_of(Ltx2TrainingOptions),
+        *get_option_info(TrainingOptions),
+        *get_option_info(StableDiffusionTrainingOptions),
+        *get_option_info(InversionOptions),
+        *get_option_info(Ltx2TrainingOptions),
     }
     arguments = {"beta1", "beta2", "eps2"}.union(*OPTIMIZER_ARGUMENTS.values())
     places = {
-        NEW: info_of(NewOptions),
+        NEW: get_option_info(NewOptions),
         TRAINING: of_training,
         PER_EPOCH: of_training,
         DATA: {*KEYS, *SUBSET_KEYS},

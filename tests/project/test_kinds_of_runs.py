@@ -24,9 +24,9 @@ from modules.script_options import parse_options
 from modules.text_files import parse_toml
 from project.kinds.composing import BY_NAME, find_control_kind, list_kinds
 from project.model_choice import _make_family_for_caching, read_model_info
-from project.model_sizes import needs_image, transformers_of
+from project.model_sizes import list_transformers, needs_image
 from project.options import KIND_NAMES, RUN_FILE, find_models
-from project.running import _scripts_of_runs
+from project.running import _list_run_scripts
 from project.varied_captions import STYLES, make_captions
 from tests.commands import ROOT
 from tests.faults.messages import assert_one_message, run_here, succeed_here
@@ -81,7 +81,7 @@ def test_kinds_are_those_of_the_models_that_have_a_script() -> None:
     assert (default["xl"], default["1.5"]) == (BY_NAME["lllite"], BY_NAME["controlnet"])
     assert tuple(BY_NAME) == KIND_NAMES
     assert len(CASES) == 6
-    assert {*CASES} <= _scripts_of_runs()
+    assert {*CASES} <= _list_run_scripts()
 
 
 @pytest.mark.parametrize("script", CASES, ids=lambda script: script.stem)
@@ -349,7 +349,7 @@ def test_a_run_trains_it_and_its_command_generates(name: str, kind: str, tmp_pat
 def test_the_models_that_an_adapter_can_be_made_for_are_those_that_were_distilled() -> None:
     """The list of models says it, as the page asks for each model."""
     for model in find_models():
-        paths = {(part.option or "").lstrip("-"): str(part.path) for part in transformers_of(model)}
+        paths = {(part.option or "").lstrip("-"): str(part.path) for part in list_transformers(model)}
         is_distilled = model.has_adapter or read_model_info(model, paths).few_step_advice is not None
         assert bool(model.properties.get("distilled")) == is_distilled, f"{model.family} {model.task}"
 

@@ -12,7 +12,7 @@ from downloads.catalogue import ModelSet
 from modules.text_files import parse_toml
 from project.kinds.whole_model import FORMS, FULL
 from project.options import RUN_FILE, find_models
-from project.running import _scripts_of_runs
+from project.running import _list_run_scripts
 from tests.faults.messages import assert_one_message, run_here
 from tests.project.test_new import write_photos
 from training.config_options import PROJECT_TABLE
@@ -69,7 +69,7 @@ def test_the_script_for_whole_models_takes_what_is_written(script: Path, tmp_pat
     assert not [line for line in said.splitlines() if not any(words in line for words in known)]
     run = read_run(folder)
     assert run[PROJECT_TABLE]["commands"][-1] == ["python", script.name, "--config_file", RUN_FILE]
-    assert script in _scripts_of_runs()
+    assert script in _list_run_scripts()
     values = run["training"]
     assert not [name for name in values if name.startswith(("network_", "lora_")) or name in FORMS]
     assert (values["full_bf16"], values["fused_backward_pass"], values["optimizer_type"]) == (

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoints.stored.forms import quantized_weight_of
+from checkpoints.stored.forms import get_quantized_weight
 from modules.speed_options import Quantization
 from protocols.loading import Placement
 from qwen_image.family import QwenImage
@@ -57,7 +57,7 @@ def test_modulation_is_stored_in_4_bits_but_not_in_8(form: str, expected: list[s
         Placement(torch.device("cpu"), quantization=Quantization("rows", form=form))
     )
 
-    stored = [name for name, part in dit.named_modules() if quantized_weight_of(part) is not None]
+    stored = [name for name, part in dit.named_modules() if get_quantized_weight(part) is not None]
 
     assert stored
     ours = [name.split(".", 1)[1].partition("_mod")[0] for name in stored if "_mod." in name]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from runtime.run_blocks import runner_of, spec_of
+from runtime.run_blocks import get_runner, get_spec
 from tests.tiny.dits import DITS, TinyDit, dit_called
 from training.features.tread_runner import Route, bypassing_blocks
 from wan.model import WanModel
@@ -31,7 +31,7 @@ HALF = Route(1, -2, draw_half)
 def watch_blocks(dit: nn.Module) -> list[tuple[Tensor, Any, Tensor]]:
     """Return a list that fills with each block's input, record of tokens and output."""
     seen: list[tuple[Tensor, Any, Tensor]] = []
-    for blocks in spec_of(dit).blocks(dit).values():
+    for blocks in get_spec(dit).blocks(dit).values():
         for block in blocks:
             block.register_forward_hook(lambda _, inputs, output: seen.append((*inputs, output)))
     return seen
@@ -42,11 +42,11 @@ def test_the_middle_blocks_see_half_of_the_picture_at_its_own_positions(tiny: Ti
     """Text, references and padding stay; what was left out comes back as it was."""
     dit = tiny.make(4)
     seen = watch_blocks(dit)
-    runner = runner_of(dit)
+    runner = get_runner(dit)
     with torch.no_grad(), bypassing_blocks(dit, HALF):
         dit(**tiny.inputs(SIZE, BATCH))
 
-    assert runner_of(dit) == runner
+    assert get_runner(dit) == runner
     _, tokens, before = seen[0]
     chosen = draw_half(tokens.grid)
     size = torch.Size(tokens.grid).numel()

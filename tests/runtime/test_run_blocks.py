@@ -14,14 +14,14 @@ from torch import nn
 
 from protocols.steps import Overrides
 from runtime.offload.checkpointing import checkpoint_blocks
-from runtime.run_blocks import Hidden, runner_of, set_runner, spec_of
+from runtime.run_blocks import Hidden, get_runner, get_spec, set_runner
 from tests.modules.swap_cases import CASES, Case, swapped
 
 FAMILIES = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
 def all_blocks(dit: nn.Module) -> list[nn.Module]:
-    return [block for blocks in spec_of(dit).blocks(dit).values() for block in blocks]
+    return [block for blocks in get_spec(dit).blocks(dit).values() for block in blocks]
 
 
 def count_blocks(dit: nn.Module) -> list[int]:
@@ -34,7 +34,7 @@ def count_blocks(dit: nn.Module) -> list[int]:
 
 def leave_out(dit: nn.Module, positions: frozenset[int]) -> None:
     """Have every pass omit these blocks too."""
-    inner = runner_of(dit)
+    inner = get_runner(dit)
 
     def run(dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
         inner(dit, hidden, Overrides(skip_blocks=overrides.skip_blocks | positions))

@@ -300,4 +300,4 @@ def test_image_to_image_begins_at_a_whole_step(sampler: str) -> None:
     solver = begin_sampling(make_scheduler(sampler, predicts_velocity=False), STEPS, [], num_skipped=2)
 
     first_timestep = solver.schedule.timesteps[solver.first_index]
-    assert first_timestep == solver.timesteps_of_steps[2]
+    assert first_timestep == solver.step_timesteps[2]

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter, ParameterDict
 from transformers import CLIPTokenizer
 
-from generation.embedding_marks import warn_of_unknown
+from generation.embedding_marks import warn_about_unknown_words
 from modules.errors import CheckpointError
 from protocols.bundled_embeddings import find_words
 from stable_diffusion.assembling import list_cross_attentions
@@ -106,9 +106,9 @@ MARKED = ("embedding:blob", "Embedding:BLOB.safetensors", "embedding:my/blob.pt"
 def test_words_are_found_with_the_mark_of_comfyui(text: str, caplog: pytest.LogCaptureFixture) -> None:
     found = tokenize_with_words(tokenize, {"blob": [1]})
     assert found(f"a cat, {text}, red") == [*tokenize("a cat, "), 1, *tokenize(", red")]
-    warn_of_unknown(f"a cat, ({text}:1.2)", ["blob"], "")
+    warn_about_unknown_words(f"a cat, ({text}:1.2)", ["blob"], "")
     assert caplog.text == ""
-    warn_of_unknown(f"a cat, ({text}:1.2)", ["blob1"], "--load it")
+    warn_about_unknown_words(f"a cat, ({text}:1.2)", ["blob1"], "--load it")
     assert "no embedding of this name is loaded" in caplog.text
 
 

@@ -49,11 +49,11 @@ def test_what_a_feature_remembers_is_next_to_the_progress_of_the_run_in_a_state(
 
     assert saved["norms"] == {"low": [1.0, 2.0]}
     assert saved["bad_in_a_row"] == 0
-    assert Progress.of_state(saved).feature_state(SkipProgress) == progress.feature_state(SkipProgress)
+    assert Progress.from_state(saved).feature_state(SkipProgress) == progress.feature_state(SkipProgress)
 
 
 def test_a_state_of_before_a_feature_begins_with_its_usual_values() -> None:
-    progress = Progress.of_state({"seed": 1, "session_id": 2, "started_at": 3.0, "step": 7})
+    progress = Progress.from_state({"seed": 1, "session_id": 2, "started_at": 3.0, "step": 7})
 
     assert progress.step == 7
     assert progress.feature_state(SkipProgress) == SkipProgress()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from modules.errors import OptionError
-from runtime.planning.dry_run import NETWORK, TEXTS, peak_of_phases, round_up_bytes
+from runtime.planning.dry_run import NETWORK, TEXTS, find_peak_phase, round_up_bytes
 from tests.training.toy import same, write_prompts
 from tests.training.toy_images import (
     TextFamily,
@@ -236,12 +236,14 @@ def test_the_memory_plan_counts_the_text_encoders(tmp_path: Path) -> None:
         known = replace(batch, batch=run.plan.live_encoders.add_encoded_captions(batch.batch))
     encoders = family.text_encoders()
 
-    cached = peak_of_phases(predict_memory(family, options, known.moved(torch.detach), CPU).phase_peaks)[1]
-    frozen = peak_of_phases(
+    cached = find_peak_phase(predict_memory(family, options, known.moved(torch.detach), CPU).phase_peaks)[1]
+    frozen = find_peak_phase(
         predict_memory(family, options, batch, CPU, live_encoders=LiveTextEncoders(encoders)).phase_peaks
     )[1]
     texts = LiveTextEncoders(encoders, family.made[-2:-1])
-    learning = peak_of_phases(predict_memory(family, options, batch, CPU, live_encoders=texts).phase_peaks)[1]
+    learning = find_peak_phase(predict_memory(family, options, batch, CPU, live_encoders=texts).phase_peaks)[
+        1
+    ]
 
     assert TEXTS not in cached
     weights = sum(round_up_bytes(tensor.nbytes) for tensor in TinyText(1).state_dict().values())

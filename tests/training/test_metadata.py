@@ -14,7 +14,7 @@ from torch import Tensor
 from modules.errors import CheckpointError, OptionError
 from modules.options import NO_OPTIONS, read_options
 from protocols.family import Abilities
-from runtime.offload.block_swap import swap_of
+from runtime.offload.block_swap import get_swap
 from tests.modules.fake_device import FakeDevice
 from tests.modules.swap_cases import CASES, gradients, learner
 from tests.training import toy
@@ -209,7 +209,7 @@ def test_the_average_of_a_lora_leaves_swapped_blocks_where_they_are() -> None:
     optimizer = torch.optim.SGD(parameters, 0.1)
     average = make_average(0.5, 1, dits=[dit], trainable=trainable, optimizer=optimizer, is_needed=True)
     assert average is not None
-    swap = swap_of(dit)
+    swap = get_swap(dit)
     assert swap is not None
 
     def in_slots() -> list[int | None]:

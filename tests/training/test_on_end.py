@@ -19,7 +19,7 @@ from tests.commands import assert_user_error, run_in_processes, run_script
 from tests.tiny.families import FAMILIES
 from tests.tiny.runs import RUN, TinyProject, make_project
 from tests.training import toy
-from training.features.composing import act_at_end, end_of_run
+from training.features.composing import act_at_end, call_end_hooks
 from training.features.on_end import EndOptions
 from training.options import read_arguments
 from training.run import train_network
@@ -138,7 +138,7 @@ def test_a_command_that_fails_or_does_not_end_is_a_warning(
 def test_it_starts_once_whoever_asks(tmp_path: Path) -> None:
     options = toy.toy_options(tmp_path, "--on_end", command(tmp_path), "--max_train_epochs", 2)
 
-    with end_of_run(options.features) as end:
+    with call_end_hooks(options.features) as end:
         act_at_end(end, UserError("the processes have not joined yet"))
         end.is_due = True
         act_at_end(end, UserError("process 1 was lost"))

@@ -9,7 +9,7 @@ from frame_pack.options import FramePackTrainingOptions
 from hunyuan_model.options import HunyuanTrainingOptions
 from modules.errors import OptionError, UserError
 from modules.installation import import_own
-from modules.options import info_of, read_options
+from modules.options import get_option_info, read_options
 from modules.parser import add_options
 from modules.script_options import parse_options
 from protocols.family import FLOW, NoiseSpec
@@ -336,15 +336,15 @@ OWN = (WanTrainingOptions, HunyuanTrainingOptions, FramePackTrainingOptions)
 def test_every_option_of_training_says_whether_a_resumed_run_may_change_it(record: type) -> None:
     assert {
         name
-        for name, info in info_of(record).items()
+        for name, info in get_option_info(record).items()
         if info.get("resume") not in {"identity", "habit", "free", "names"}
     } == set()
 
 
 def test_an_option_in_two_records_is_judged_alike() -> None:
-    shared = info_of(TrainingOptions)
+    shared = get_option_info(TrainingOptions)
     for record in OWN:
-        for name, info in info_of(record).items():
+        for name, info in get_option_info(record).items():
             assert name not in shared or shared[name]["resume"] == info["resume"], name
 
 

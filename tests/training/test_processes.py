@@ -27,12 +27,12 @@ SHARE = """
 import torch
 from training.processes import make_accelerator
 from training.run_options import AcceleratorOptions
-from training.processes import largest_of_processes
+from training.processes import reduce_max
 accelerator = make_accelerator(AcceleratorOptions.from_defaults(ddp_timeout=5))
 total = torch.tensor([float(accelerator.process_index + 1)])
 torch.distributed.all_reduce(total)
 # as --blocks_to_swap auto is agreed on
-blocks = largest_of_processes(10 * accelerator.process_index, 2, accelerator.device)
+blocks = reduce_max(10 * accelerator.process_index, 2, accelerator.device)
 print(accelerator.num_processes, torch.distributed.get_backend(), total.item(), blocks)
 """
 

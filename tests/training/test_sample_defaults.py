@@ -20,9 +20,9 @@ from tests.tiny.flux import write_tiny_flux
 from tests.tiny.krea2 import tiny_state, write_dit
 from tests.tiny.project import write_clips, write_image
 from training.image_options import read_image_training
-from training.next_commands import arguments_of_sample
+from training.next_commands import make_sample_arguments
 from training.options import TrainedNetworkOptions, read_training
-from training.samples import read_requests, settings_to_repeat, warn_of_unused
+from training.samples import read_requests, settings_to_repeat, warn_about_unused_keys
 
 MEDIA = ("image_path", "end_image_path", "control_path", "control_images", "extra")
 BASE, TURBO = ("model/Z_Image_BF16.safetensors", "model/my_z_image_turbo.safetensors")
@@ -175,7 +175,7 @@ def test_a_line_that_says_nothing_is_made_as_the_generation_script_makes_it(
         media = {key: value for key, value in vars(sample.request).items() if key in MEDIA}
         alone = ["--prompt", "a cat", "--seed", "7", *GENERATION.get(name, [])]
         printed = settings_to_repeat(sample, True, family)
-        for values, words in ((media, alone), (printed, arguments_of_sample(printed))):
+        for values, words in ((media, alone), (printed, make_sample_arguments(printed))):
             script, *argv = entry.generation_argv(own, values)
             import_module(script.removesuffix(".py")).main(
                 [*argv, *words, "--save_path", "made"],
@@ -213,11 +213,11 @@ def test_a_line_sets_the_noise_levels_of_krea_2(
             printed = settings_to_repeat(sample, True, one)
             script, *argv = entry.generation_argv(own, printed)
             import_module(script.removesuffix(".py")).main(
-                [*argv, *arguments_of_sample(printed), "--save_path", "made"],
+                [*argv, *make_sample_arguments(printed), "--save_path", "made"],
                 lambda family, options: made.append(prepare_line(family, options, {})),
             )
             assert sample.flow_shift == made[-1].flow_shift == pytest.approx(math.exp(mu))
-        warn_of_unused([said], family, Path("prompts.txt"))
+        warn_about_unused_keys([said], family, Path("prompts.txt"))
 
     assert "cfg_trunc_ratio (--ctr) is ignored because this model has no such setting" in caplog.text
     assert "--mu" not in caplog.text

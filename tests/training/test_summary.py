@@ -210,5 +210,5 @@ def test_pauses_do_not_count_as_training() -> None:
     for step, seconds in enumerate((2, 3, 1)):
         clock.record_step(step, seconds)
 
-    assert clock.seconds_of_steps == 6
+    assert clock.total_step_seconds == 6
     assert clock.seconds_per_step == 2

@@ -18,7 +18,7 @@ from modules.options import Options
 from protocols.data import AUDIO_LATENTS, HAS_AUDIO, Batch, Conditions
 from protocols.family import Abilities
 from protocols.steps import NO_OVERRIDES, Overrides
-from runtime.run_blocks import runner_of
+from runtime.run_blocks import get_runner
 from tests.training import toy
 from tests.training.toy_images import train_image_toy, write_subset
 from training.features.blank_prior import BlankPriorOptions, blank_pass
@@ -110,7 +110,7 @@ class Linear(nn.Module):
 
     def forward(self, noisy: Tensor, texts: Tensor) -> Tensor:
         output = predicted(noisy, texts, self.strength)
-        is_routed = runner_of(self) is not PLAIN_RUNNER
+        is_routed = get_runner(self) is not PLAIN_RUNNER
         return output * ROUTED if is_routed else output
 
 
@@ -120,7 +120,7 @@ def predicted(noisy: Tensor, texts: Tensor, strength: float) -> Tensor:
     return 0.7 * noisy + 0.4 * text + strength * (0.3 * noisy - 0.9 * text)
 
 
-PLAIN_RUNNER = runner_of(Linear())
+PLAIN_RUNNER = get_runner(Linear())
 
 
 @dataclass(frozen=True)
@@ -488,7 +488,7 @@ OF_NO_TARGET = {
         "PlanOptions",
         "FrozenModelOptions",
     ),
-    *("OptionsOfFeatures", "OutputPreservationOptions", "EmbeddingOptions", "ItemLossOptions"),
+    *("RunFeatureOptions", "OutputPreservationOptions", "EmbeddingOptions", "ItemLossOptions"),
     # inputs of their own, prompts in place of clips, and what a file says of itself
     *("InpaintingOptions", "LecoOptions", "AdapterOptions", "SampleScoringOptions"),
 }

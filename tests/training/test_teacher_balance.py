@@ -12,7 +12,7 @@ from protocols.family import FLOW, NoiseSpec
 from protocols.rules import Expert
 from tests.training import toy
 from tests.training.data.test_timesteps import IMAGE_NOISE, TWO, drawn, options
-from training.data.timesteps import draw, fractions_of_uniform
+from training.data.timesteps import draw, map_uniform_to_fractions
 from training.features.show_timesteps_drawing import count_timesteps
 from training.features.teacher_balance import FocusBalance, find_balance
 from training.noise_options import SAMPLERS
@@ -29,7 +29,7 @@ def test_a_uniform_number_below_the_focus_becomes_a_level_of_its_range() -> None
     made = options("--timestep_sampling uniform --timestep_focus 0.4 --timestep_focus_range 500 900")
 
     expected = [0.5, 0.6, 0.7, 0.89, 0.0, 0.5, 0.599 / 0.6]
-    shares = fractions_of_uniform(made, u, FLOW, 1.0)
+    shares = map_uniform_to_fractions(made, u, FLOW, 1.0)
     torch.testing.assert_close(shares, torch.tensor(expected, dtype=torch.float64), atol=1e-8, rtol=0)
 
 

@@ -32,7 +32,7 @@ from protocols.family import (
     Trains,
 )
 from protocols.loading import Placement
-from protocols.requests import Prepared, Prompt, Request, resolve_request, size_of
+from protocols.requests import Prepared, Prompt, Request, get_size, resolve_request
 from protocols.rules import ONE_EXPERT, CountTokens, Expert, ModelRelease, ReferenceRules, TokenCount
 from protocols.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
 from training.features.composing import options_by_expert
@@ -211,7 +211,7 @@ class ToyFamily:
         self.requests.append(request)
         flow_shift = 3.0 if request.flow_shift is None else request.flow_shift
         return replace(
-            resolve_request(request, self.defaults, size_of(request, self.defaults), flow_shift, "bad"),
+            resolve_request(request, self.defaults, get_size(request, self.defaults), flow_shift, "bad"),
             solver="euler",
         )
 

@@ -19,7 +19,7 @@ from protocols.data import Batch, MediaTable
 from protocols.families import HIGH_NOISE, LOW_NOISE
 from protocols.loading import Placement
 from protocols.requests import Request
-from protocols.rules import expert_of_file
+from protocols.rules import infer_expert_from_path
 from tests.tiny.project import write_image
 from tests.tiny.wan import write_tiny_wan
 from tests.tiny.wan_dit import tiny_state, write_dit
@@ -327,7 +327,7 @@ def test_files_that_are_given_go_first_and_dit_alone_stays_alone() -> None:
 )
 def test_a_name_says_which_expert_a_file_is(tmp_path: Path, name: str, expert: str | None) -> None:
     make(tmp_path, "pipeline/transformer/", "pipeline/transformer_2/", "transformer/")
-    assert expert_of_file(tmp_path / name, dict(WAN.experts)) == expert
+    assert infer_expert_from_path(tmp_path / name, dict(WAN.experts)) == expert
 
 
 def test_swapped_files_are_refused() -> None:

@@ -11,7 +11,7 @@ from checkpoints.model_files import read_once
 from generation.options import read_generation
 from modules.errors import CheckpointError, OptionError
 from protocols.requests import Request
-from runtime.offload.block_swap import swap_blocks, swap_of
+from runtime.offload.block_swap import get_swap, swap_blocks
 from runtime.offload.swap_plan import HostWeights, SwapPlan
 from tests.faults.messages import assert_one_message, run_here
 from tests.tiny.dits import dit_called
@@ -46,7 +46,7 @@ def test_swapped_blocks_of_both_stacks_give_the_same_bits(learns: bool) -> None:
             plan = SwapPlan(VACE_DIT, blocks)
             assert [len(each.streamed) > 0 for each in plan.lists(dit)] == [True, True]
             swap_blocks(dit, HostWeights(plan, pinned=False), CPU)
-            assert swap_of(dit) is not None
+            assert get_swap(dit) is not None
         given = {**inputs, "control": inputs["control"].clone().requires_grad_(learns)}
         for _ in range(2):
             velocity = dit(**given)

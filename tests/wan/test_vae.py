@@ -14,7 +14,7 @@ from torch import Tensor
 
 from encoders.tiles import split_into_tiles
 from modules.errors import CheckpointError
-from runtime.planning.dry_run import allocate_empty_weights, dry_run, peak_of_phases
+from runtime.planning.dry_run import allocate_empty_weights, dry_run, find_peak_phase
 from tests.golden_cases import make_weights, read_case
 from tests.tiny.wan_encoders import (
     vae22_config,
@@ -163,7 +163,7 @@ def test_peak_memory_does_not_grow_with_the_clip(generation: Generation) -> None
                 allocate_empty_weights(vae, ledger)
                 for _ in [vae.encode(given)] if shape[0] == 3 else vae.decode(given):
                     pass
-            found.append(sum(peak_of_phases(ledger.peaks)[1].values()))
+            found.append(sum(find_peak_phase(ledger.peaks)[1].values()))
         return tuple(found)
 
     latents = 4 * channels * 8 * 8  # bytes of one latent frame

@@ -41,7 +41,7 @@ from modules.seeds import derive_seed
 from protocols.data import AUDIO_LATENTS, HAS_AUDIO, Batch, Conditions, LatentSpec
 from protocols.family import FLOW, NoiseSpec
 from protocols.rules import AUDIO_STREAM, IMAGE_STREAM, ONE_EXPERT, AudioLearning, Expert
-from training.data.timesteps import Timesteps, draw, loss_weights, times_of_audio
+from training.data.timesteps import Timesteps, draw, loss_weights, shift_audio_timesteps
 from training.loss import NoisyAudio, NoisyBatch
 from training.noise_options import NOTHING, SIGMA, TIMESTEP, TimestepOptions
 from training.steps import StepPlan
@@ -268,7 +268,7 @@ class NoiseSampler:
         if learning.has_own_times:
             times = self.draw(len(batch), number, first_sample, shape=latents.shape, stream="sound timesteps")
         else:
-            times = times_of_audio(times, self.noise_spec)
+            times = shift_audio_timesteps(times, self.noise_spec)
         weights = learning.audio_weight * self._weigh(batch, times) * has_sound
         return NoisyAudio(
             noise=noise,
@@ -457,17 +457,17 @@ class Feed:
         if self.sources.tables:  # captions are encoded during training: shuffle and drop their tags now
             position = self._find_run_position(key, number)
             batch = replace(batch, captions=change_captions(items, batch.captions, captions, position))
-        noise_sampler, first_sample = self._sampler_of_batch(key)
+        noise_sampler, first_sample = self._get_noise_sampler(key)
         return noise_sampler.add_noise(batch, number, first_sample)
 
     def _find_run_position(self, key: Key, number: int) -> RunPosition:
         """Return the step of the run to which micro-batch `number` belongs."""
         epoch, index = key
-        first_of_step = index - index % self.plan.batches_per_step
-        step = self.plan.steps_until(epoch, first_of_step)
+        step_start = index - index % self.plan.batches_per_step
+        step = self.plan.steps_until(epoch, step_start)
         return RunPosition(self.noise_sampler.seed, number, step, self.plan.total_steps)
 
-    def _sampler_of_batch(self, key: Key) -> tuple[NoiseSampler, int]:
+    def _get_noise_sampler(self, key: Key) -> tuple[NoiseSampler, int]:
         """Return the sampler for a micro-batch, and the number of samples drawn before it.
 
         If tables have their own timesteps, each group of tables has its own sampler and count.
@@ -493,7 +493,7 @@ class Feed:
         items = self.order.epoch(epoch)[index]
         width, height, *frames = items[0].bucket
         shape = self.sources.latent.shape(frames[0] if frames else 1, height, width)
-        noise_sampler, first_sample = self._sampler_of_batch(key)
+        noise_sampler, first_sample = self._get_noise_sampler(key)
         return noise_sampler.draw(len(items), number, first_sample, shape).expert
 
 

@@ -21,7 +21,7 @@ def list_training_tables(tables: Sequence[DatasetTable]) -> list[DatasetTable]:
     return [table for table in tables if not table.validation]
 
 
-def timestep_options_of_table(options: TimestepOptions, table: DatasetTable) -> TimestepOptions:
+def make_table_timestep_options(options: TimestepOptions, table: DatasetTable) -> TimestepOptions:
     """Return the timestep options for the items of a table: the run's, replaced by keys of the table.
 
     Raises:
@@ -57,7 +57,7 @@ def timestep_options_by_group(
     trained = list_training_tables(tables)
     if not any(table.has_own_timesteps for table in trained):
         return {}
-    return {table.batch_group: timestep_options_of_table(options, table) for table in trained}
+    return {table.batch_group: make_table_timestep_options(options, table) for table in trained}
 
 
 def list_timestep_options(options: TimestepOptions, tables: Sequence[DatasetTable]) -> list[TimestepOptions]:
@@ -72,7 +72,7 @@ def group_tables_by_timesteps(
     grouped: dict[TimestepOptions, list[DatasetTable]] = {}
     if timestep_options_by_group(options, tables):
         for table in list_training_tables(tables):
-            grouped.setdefault(timestep_options_of_table(options, table), []).append(table)
+            grouped.setdefault(make_table_timestep_options(options, table), []).append(table)
     return grouped
 
 
@@ -82,11 +82,11 @@ def check_timesteps(options: TimestepOptions, tables: Sequence[DatasetTable], fa
     for table in list_training_tables(tables):
         if table.has_own_timesteps:
             _check_table(options, table, noise_spec, experts)
-    options_of_tables = list_timestep_options(options, tables)
+    options_by_table = list_timestep_options(options, tables)
     if options.timestep_focus is not None:
         _check_focus(options, experts)
     if len(experts) > 1 or experts[0].min_timestep > 0:
-        check_experts_reached(options_of_tables, noise_spec, experts)
+        check_experts_reached(options_by_table, noise_spec, experts)
 
 
 def _check_table(
@@ -102,7 +102,7 @@ def _check_table(
             f"{table.name}: {SHIFT_KEY} = {table.discrete_flow_shift:g}: --timestep_sampling {sampler} "
             f"{reason}. Omit the key, or use --timestep_sampling shift"
         )
-    table_options = timestep_options_of_table(options, table)
+    table_options = make_table_timestep_options(options, table)
     if any(can_reach_expert(table_options, noise_spec, expert) for expert in experts):
         return
     if tuple(experts) == ONE_EXPERT:

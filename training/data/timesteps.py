@@ -94,7 +94,7 @@ def draw(
         if first_sample is None:
             raise ValueError("first_sample is required with num_timestep_buckets")
         u = _stratify(u, options.num_timestep_buckets, seed, first_sample)
-    fractions = fractions_of_uniform(options, low + u * (high - low), noise_spec, flow_shift)
+    fractions = map_uniform_to_fractions(options, low + u * (high - low), noise_spec, flow_shift)
     redraw_rejected = functools.partial(
         _redraw_rejected, options, noise_spec=noise_spec, flow_shift=flow_shift, generator=generator
     )
@@ -126,7 +126,7 @@ def _redraw_rejected(
         if accepted.all():
             return fractions
         u = torch.rand(len(fractions), generator=generator, dtype=torch.float64)
-        redrawn = fractions_of_uniform(options, low + u * (high - low), noise_spec, flow_shift)
+        redrawn = map_uniform_to_fractions(options, low + u * (high - low), noise_spec, flow_shift)
         fractions = torch.where(accepted, fractions, redrawn)
 
 
@@ -176,7 +176,7 @@ def find_shift(options: TimestepOptions, noise_spec: NoiseSpec, shape: Sequence[
         return ideogram_shift(tokens)
     if options.timestep_sampling == SHIFTED_LOGIT:
         return _require_shifted_logit(noise_spec).shift(tokens)
-    return size_shift(tokens, *_mu_points_of(options))
+    return size_shift(tokens, *_get_mu_points(options))
 
 
 def _count_tokens(options: TimestepOptions, noise_spec: NoiseSpec, shape: Sequence[int]) -> int:
@@ -209,7 +209,7 @@ def _require_shifted_logit(noise_spec: NoiseSpec) -> ShiftedLogit:
     return noise_spec.shifted_logit
 
 
-def _mu_points_of(options: TimestepOptions) -> tuple[tuple[int, float], tuple[int, float]]:
+def _get_mu_points(options: TimestepOptions) -> tuple[tuple[int, float], tuple[int, float]]:
     """Return two (tokens, mu) points of `SIZE_SHIFTS`: the sampler's mu is linear in the token count."""
     sampler = options.timestep_sampling
     if sampler == "nextdit_shift":
@@ -219,7 +219,7 @@ def _mu_points_of(options: TimestepOptions) -> tuple[tuple[int, float], tuple[in
     return SIZE_SHIFTS[sampler]
 
 
-def fractions_of_uniform(
+def map_uniform_to_fractions(
     options: TimestepOptions, u: Tensor, noise_spec: NoiseSpec, flow_shift: float
 ) -> Tensor:
     """Apply `noise_fractions` to uniform numbers, or to their normal quantiles if the sampler takes those.
@@ -336,7 +336,7 @@ def times_at(options: TimestepOptions, fractions: Tensor, noise_spec: NoiseSpec 
     return Timesteps(shifted.float(), timesteps.float(), levels=fractions.float())
 
 
-def times_of_audio(times: Timesteps, noise_spec: NoiseSpec) -> Timesteps:
+def shift_audio_timesteps(times: Timesteps, noise_spec: NoiseSpec) -> Timesteps:
     """Return the audio timesteps and noise levels that correspond to the video timesteps `times`."""
     if noise_spec.audio_shift == 1:
         return times
@@ -432,26 +432,26 @@ def scan_draws(
 ) -> AcceptedDraws:
     """Map evenly spaced u in 0..1 to noise fractions with the timestep sampler; return the accepted ones."""
     u = spread_evenly()
-    fractions = fractions_of_uniform(options, u, noise_spec, flow_shift)
+    fractions = map_uniform_to_fractions(options, u, noise_spec, flow_shift)
     accepted = is_accepted(options, fractions, noise_spec, expert)
     return AcceptedDraws(u[accepted], fractions[accepted])
 
 
 def find_level_range(
-    options_of_tables: Sequence[TimestepOptions], noise_spec: NoiseSpec
+    options_by_table: Sequence[TimestepOptions], noise_spec: NoiseSpec
 ) -> tuple[float, float]:
     """Estimate the lowest and the highest noise level that a run draws, in thousandths.
 
     Args:
-        options_of_tables: Timestep options of each table, which may differ.
+        options_by_table: Timestep options of each table, which may differ.
         noise_spec: Noise conventions of the family.
     """
-    fractions_of_tables = []
-    for options in options_of_tables:
+    table_fractions = []
+    for options in options_by_table:
         # use 1 for shifts that depend on the size, which is not known here
         flow_shift = 1.0 if options.follows_size else options.flow_shift
-        fractions_of_tables.append(scan_draws(options, noise_spec, flow_shift).fractions)
-    fractions = torch.cat(fractions_of_tables)
+        table_fractions.append(scan_draws(options, noise_spec, flow_shift).fractions)
+    fractions = torch.cat(table_fractions)
     if not len(fractions):
         return 0.0, 0.0
     return NUM_TIMESTEPS * float(fractions.min()), NUM_TIMESTEPS * float(fractions.max())
@@ -473,22 +473,22 @@ def _list_extreme_shifts(options: TimestepOptions) -> list[float]:
         return [ideogram_shift(tokens) for tokens in _IDEOGRAM_TOKENS]
     if not options.follows_size or options.timestep_sampling == SHIFTED_LOGIT:
         return [options.flow_shift]
-    return [math.exp(mu) for _, mu in _mu_points_of(options)]
+    return [math.exp(mu) for _, mu in _get_mu_points(options)]
 
 
 def check_experts_reached(
-    options_of_tables: Sequence[TimestepOptions], noise_spec: NoiseSpec, experts: Sequence[Expert]
+    options_by_table: Sequence[TimestepOptions], noise_spec: NoiseSpec, experts: Sequence[Expert]
 ) -> None:
     """Raise OptionError if an expert would never be trained.
 
     Args:
-        options_of_tables: Timestep options of each table, which may differ.
+        options_by_table: Timestep options of each table, which may differ.
         noise_spec: Noise conventions of the family.
         experts: Transformers of the model, each with its range of noise levels.
     """
     for expert in experts:
-        if not any(can_reach_expert(options, noise_spec, expert) for options in options_of_tables):
-            options = options_of_tables[0]
+        if not any(can_reach_expert(options, noise_spec, expert) for options in options_by_table):
+            options = options_by_table[0]
             find_accepted_range(options, noise_spec, _list_extreme_shifts(options)[0], expert)  # raises
 
 

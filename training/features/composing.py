@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from modules.errors import OptionError
-from modules.options import Options, find_reach, find_record_type, hints_of, info_of, option
+from modules.options import Options, find_reach, find_record_type, get_option_info, option, resolve_type_hints
 from training.features import FEATURES
 from training.features.contract import AGAINST_BAD_STEPS, AT_NETWORK
 from training.features.hooks import RunEnd, RunFeatures
@@ -25,14 +25,14 @@ def options_at(place: str) -> type[Options]:
     records = {feature.name: feature.options for feature in FEATURES if feature.options.place == place}
     content: dict[str, Any] = {name: option(facts=record.facts) for name, record in records.items()}
     content["__annotations__"] = records
-    return type("OptionsOfFeatures", (Options,), content)
+    return type("RunFeatureOptions", (Options,), content)
 
 
 def list_info() -> dict[str, Mapping[str, Any]]:
     """Return the metadata of all feature options, by option name."""
     by_name: dict[str, Mapping[str, Any]] = {}
     for feature in FEATURES:
-        by_name |= info_of(feature.options)
+        by_name |= get_option_info(feature.options)
     return by_name
 
 
@@ -41,29 +41,29 @@ def options_reaching(*reaches: str) -> dict[str, Mapping[str, Any]]:
     return {name: info for name, info in list_info().items() if find_reach(info) in reaches}
 
 
-def options_of_blocks() -> list[str]:
+def list_block_feature_options() -> list[str]:
     """Return the names of feature options that work only on models with transformer blocks."""
     return [name for name, info in list_info().items() if info.get("of_blocks")]
 
 
 def options_by_expert() -> list[type[Options]]:
     """Return the option classes of features that apply to the second of two transformers."""
-    hints = [hint for feature in FEATURES for hint in hints_of(feature.options).values()]
+    hints = [hint for feature in FEATURES for hint in resolve_type_hints(feature.options).values()]
     return [record for record in map(find_record_type, hints) if record is not None]
 
 
 def rejected_for_full() -> dict[str, str]:
     """Map each feature option that needs a LoRA to the reason why full fine-tuning rejects it."""
     records = [feature.options for feature in FEATURES if feature.options.place == AT_NETWORK]
-    return {name: record.why_not_full for record in records for name in info_of(record)}
+    return {name: record.why_not_full for record in records for name in get_option_info(record)}
 
 
-def options_of_run() -> type[Options]:
+def make_run_options_class() -> type[Options]:
     """Return an options class with a field for each feature whose options `reelsmith run` also has."""
     records = {feature.name: feature.options.of_run for feature in FEATURES if feature.options.of_run}
     content: dict[str, Any] = {name: option() for name in records}
     content["__annotations__"] = records
-    return type("OptionsOfRun", (Options,), content)
+    return type("RunOptions", (Options,), content)
 
 
 def bad_step_remedies() -> str:
@@ -72,7 +72,7 @@ def bad_step_remedies() -> str:
     return " ".join(filter(None, remedies))
 
 
-def join_run(options: "OptionsOfRun", tables: "Sequence[DatasetTable]" = ()) -> RunFeatures:
+def join_run(options: "RunOptionsProtocol", tables: "Sequence[DatasetTable]" = ()) -> RunFeatures:
     """Let each active feature register its functions, targets and needs; return all of them.
 
     Args:
@@ -97,7 +97,7 @@ def join_run(options: "OptionsOfRun", tables: "Sequence[DatasetTable]" = ()) -> 
 
 
 def begin_run(
-    options: "OptionsOfRun", family: "Described", tables: "Sequence[DatasetTable]" = ()
+    options: "RunOptionsProtocol", family: "Described", tables: "Sequence[DatasetTable]" = ()
 ) -> RunFeatures:
     """Let the active features register, then call their `on.start` functions, which may need torch."""
     run = join_run(options, tables)
@@ -131,7 +131,7 @@ def _note_unused(tables: "Sequence[DatasetTable]") -> None:
 
 
 @contextlib.contextmanager
-def end_of_run(run: RunFeatures) -> Iterator[RunEnd]:
+def call_end_hooks(run: RunFeatures) -> Iterator[RunEnd]:
     """Call the features' `on.end` hooks when the block ends; yields the `RunEnd` that is passed to them."""
     end = RunEnd(run, total_steps=run.options.loop.known_steps)
     try:

@@ -142,9 +142,9 @@ class EmbeddingOptions(
 
 def _with_word(word: WordToLearn, family: "Family") -> "Family":
     """Return the family with embedding rows for the word; raise OptionError if the script trains no LoRA."""
-    from protocols.family_networks import custom_network_of  # torch: only with a word
+    from protocols.family_networks import get_custom_network  # torch: only with a word
 
-    made = custom_network_of(family)
+    made = get_custom_network(family)
     if made is not None:
         raise OptionError(
             f"--train_embedding learns a word next to a LoRA, and this script trains {made.label}. Leave it "

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from checkpoints.opening import open_checkpoint
 from checkpoints.writing import save_tensors
 from modules.seeds import derive_seed
-from protocols.bundled_embeddings import bundle_word, word_of
+from protocols.bundled_embeddings import bundle_word, get_embedding_word
 from protocols.family_networks import CustomNetwork
 from protocols.new_tokens import WordToLearn
 from training.trainable import Trainable, WrittenFile
@@ -124,6 +124,6 @@ def _log_continued_word(word: WordToLearn) -> None:
     if word.lora is None or word.weights is not None:
         return
     with open_checkpoint(word.lora) as checkpoint:
-        words = {word_of(name) for name in checkpoint.tensors}
+        words = {get_embedding_word(name) for name in checkpoint.tensors}
     if word.text in words:
         logger.info("The vectors of %s continue from %s.", word.text, word.lora)

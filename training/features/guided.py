@@ -82,13 +82,16 @@ def guide(
     Samples below the lowest noise level keep the velocity, and so do the samples that `_list_unguided`
     selects. Audio has its own scale and its own noise levels.
     """
-    from training.targets.passes import noise_fractions_of, select_per_sample  # torch: only with this target
+    from training.targets.passes import (  # torch: only with this target
+        list_noise_fractions,
+        select_per_sample,
+    )
 
     unguided = _list_unguided(passes, noisy_batch)
-    guides_image = _list_guided(noise_fractions_of(noisy_batch), guided.lowest_level, unguided)
+    guides_image = _list_guided(list_noise_fractions(noisy_batch), guided.lowest_level, unguided)
     guides_audio: list[bool] = []
     if noisy_batch.audio is not None:
-        guides_audio = _list_guided(noise_fractions_of(noisy_batch.audio), guided.lowest_level, unguided)
+        guides_audio = _list_guided(list_noise_fractions(noisy_batch.audio), guided.lowest_level, unguided)
     # in lockstep all processes have to run the same passes
     if not (any(guides_image) or any(guides_audio) or passes.rule.in_lockstep):
         return velocity

@@ -478,7 +478,7 @@ class RunFeatures:
     merge: "Callable[[Expert], MergedLoras] | None" = None
     # shows something instead of training, so the run needs no data; its last argument is a function that
     # reads the tables of the dataset; none if there is no dataset
-    show: "Callable[[OptionsOfRun, Family, Callable[[], Sequence[DatasetTable]]], None] | None" = None
+    show: "Callable[[RunOptionsProtocol, Family, Callable[[], Sequence[DatasetTable]]], None] | None" = None
     # given the model, return the network that is trained instead of a LoRA, as part of the text encoders
     lora_replacement: "Callable[[Described], CustomNetwork] | None" = None
     storage: Storage | None = None

@@ -131,14 +131,14 @@ def _use_inpainting_variant(run: "RunFeatures", family: "Family") -> "Family":
     """Return the family's variant with inputs for inpainting; raise OptionError if it cannot be trained."""
     if NO_DATASET in run.needs:
         raise OptionError(f"{SWITCH} hides parts of images, and LECO learns without images. Omit it")
-    from protocols.family_networks import custom_network_of  # torch: only with this feature
+    from protocols.family_networks import get_custom_network  # torch: only with this feature
 
     if not _can_inpaint(family):
         raise OptionError(
             f"{SWITCH} is for Stable Diffusion 1, 2 and XL, and this script trains {family.name}. Leave "
             "it out"
         )
-    custom = custom_network_of(cast("Described", family))
+    custom = get_custom_network(cast("Described", family))
     if custom is not None and not custom.in_text_encoders:
         raise OptionError(
             f"{SWITCH} is for LoRAs, textual inversion and whole checkpoints, and this script trains "

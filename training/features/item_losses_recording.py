@@ -32,12 +32,12 @@ from training.reports.item_losses import (
     ItemImage,
     compare_items,
     read_draws,
-    read_draws_of_file,
+    read_file_draws,
     select_shown,
 )
 from training.reports.sections import images_path, items_path
 from training.steps import Progress
-from training.targets.passes import StreamErrors, TargetComparison, TrainingPasses, noise_fractions_of
+from training.targets.passes import StreamErrors, TargetComparison, TrainingPasses, list_noise_fractions
 
 if TYPE_CHECKING:
     from training.features.hooks import PlannedRun
@@ -62,7 +62,7 @@ def start_losses_file(folder: Path, name: str, process: int, session: int, step:
     continues_file = step > 0 and path.is_file()
     with atomic_path(path) as new, new.open("w", encoding="utf-8", newline="\n") as file:
         file.write(json.dumps({"session": session, "version": VERSION}) + "\n")
-        for draw in read_draws_of_file(path, session) if continues_file else ():
+        for draw in read_file_draws(path, session) if continues_file else ():
             if draw.step <= step:
                 file.write(_as_line(draw))
 
@@ -173,7 +173,7 @@ class ItemLossRecorder:
             step=step,
             number=noisy_batch.number,
             keys=noisy_batch.batch.keys,
-            levels=noise_fractions_of(noisy_batch),
+            levels=list_noise_fractions(noisy_batch),
             losses=image_losses,
         )
         self._unread_losses.append(unread_losses)

@@ -48,9 +48,9 @@ def _check_family(path: Path, pairs: Sequence[LecoPair], family: "Family") -> "F
 
     As a hook of `on.family`, it returns the family to train, unchanged.
     """
-    from protocols.family_networks import custom_network_of  # torch: only with this feature
+    from protocols.family_networks import get_custom_network  # torch: only with this feature
 
-    custom_network = custom_network_of(family)
+    custom_network = get_custom_network(family)
     if custom_network is not None:
         raise OptionError(
             f"--prompts_file {path} is for LoRAs, and this script trains {custom_network.label}. Omit it"

@@ -61,9 +61,9 @@ class PreferenceOptions(FeatureOptions, title="preferences", at=AT_NETWORK, fact
 
 
 def _check(options: PreferenceOptions, family: "Family", counts: Sequence[int]) -> None:
-    from protocols.family import audio_of, trains_audio  # loads torch, which --help does not need
+    from protocols.family import get_audio_spec, trains_audio  # loads torch, which --help does not need
 
-    audio = audio_of(family)
+    audio = get_audio_spec(family)
     if audio is not None and (
         audio.audio_only or (trains_audio(family) and family.audio_learning.clean_stream)
     ):

@@ -18,7 +18,7 @@ from modules.errors import CacheError, DatasetError
 from protocols.data import HAS_AUDIO, REJECTED_LATENTS
 from training.features.hooks import Tally
 from training.loss import NoisyAudio, NoisyBatch
-from training.targets.passes import StreamErrors, TrainingPasses, measure_errors, velocity_of
+from training.targets.passes import StreamErrors, TrainingPasses, compute_target_velocity, measure_errors
 
 # number of items whose headers are read before anything is loaded; other headers are read during training
 NUM_CHECKED_ITEMS = 1000
@@ -66,7 +66,7 @@ def pair_passes(
     """Yield the losses of a batch's pairs, B; the caller applies loss weights as for single samples."""
     pairs = join_pairs(noisy_batch)
     passes = replace(passes, latents=passes.family.latent.to_model(pairs.batch.tensor("latents")))
-    target = velocity_of(passes, pairs)
+    target = compute_target_velocity(passes, pairs)
     base_errors = add_streams(measure_errors(passes, passes.predict_base_model(pairs), target, pairs), pairs)
     passes.reset_network_seed(noisy_batch)
     errors = add_streams(measure_errors(passes, passes.predict_with_gradients(pairs), target, pairs), pairs)

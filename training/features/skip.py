@@ -134,7 +134,7 @@ def judge_step(run: "HookedRun", step: "GradientStep", gradient_norm: "Tensor") 
     Raises:
         UserError: If the loss or the norm is not finite in too many steps in a row.
     """
-    from training.processes import largest_of_processes  # loads torch, which --help does not need
+    from training.processes import reduce_max  # loads torch, which --help does not need
 
     progress = run.progress.feature_state(SkipProgress)
     skipping = Skipping(run.options.of(SkipOptions), progress, run.has_scaler)
@@ -142,7 +142,7 @@ def judge_step(run: "HookedRun", step: "GradientStep", gradient_norm: "Tensor") 
     norm = float(gradient_norm)
     limit = skipping.limit(step.kind)
     # GPUs of different kinds may differ in the last digits, but all processes must make the same decision
-    outcome = largest_of_processes(skipping.judge(loss, norm, step.kind), run.steps.num_processes, run.device)
+    outcome = reduce_max(skipping.judge(loss, norm, step.kind), run.steps.num_processes, run.device)
     if outcome == FATAL:
         from training.bad_steps import explain_bad_step  # only when the run ends
 
@@ -153,11 +153,13 @@ def judge_step(run: "HookedRun", step: "GradientStep", gradient_norm: "Tensor") 
     is_new_level = skipping.record(outcome, norm, step.kind)
     if outcome == TAKEN:
         return ""
-    _warn_of_skip(run, step, describe_skip(outcome, loss, norm=norm, limit=limit, is_new_level=is_new_level))
+    _warn_of_skipped_step(
+        run, step, describe_skip(outcome, loss, norm=norm, limit=limit, is_new_level=is_new_level)
+    )
     return OUTCOME_NAMES[outcome]
 
 
-def _warn_of_skip(run: "HookedRun", step: "GradientStep", reason: str) -> None:
+def _warn_of_skipped_step(run: "HookedRun", step: "GradientStep", reason: str) -> None:
     """Warn why a step is skipped, listing its items from all processes; all processes must call this."""
     keys = step.keys
     if run.steps.num_processes > 1:

@@ -27,7 +27,7 @@ class SliderTarget:
     encoded: Mapping[str, Conditions]  # by caption, without batch dimension, on the CPU
     variable_length: frozenset[str]  # names of outputs that are lists in batches
 
-    def slider_of(self, number: int) -> Slider:
+    def get_slider(self, number: int) -> Slider:
         """Return the slider that micro-batch `number` trains: the sliders alternate."""
         return self.file.sliders[number % len(self.file.sliders)]
 
@@ -60,7 +60,7 @@ def slider_passes(
     The strength remains set until the caller has computed the gradients, because checkpointed blocks run
     their forward pass again.
     """
-    slider = target.slider_of(noisy_batch.number)
+    slider = target.get_slider(noisy_batch.number)
 
     def with_caption(caption: str) -> NoisyBatch:
         batch = target.with_caption(noisy_batch.batch, caption, noisy_batch.noise.device)

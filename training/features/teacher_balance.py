@@ -69,8 +69,8 @@ def find_balance(
         return NO_FOCUS
     lowest, highest = expert.min_timestep, min(expert.max_timestep, NUM_TIMESTEPS)
     from_focus_range = _DrawFractions(
-        in_band=_fraction_of_focus_range(options, max(low, lowest), min(high, highest)),
-        trained=_fraction_of_focus_range(options, lowest, highest),
+        in_band=_compute_focus_fraction(options, max(low, lowest), min(high, highest)),
+        trained=_compute_focus_fraction(options, lowest, highest),
     )
     mixed = _DrawFractions(
         in_band=(1 - focus) * unfocused.in_band + focus * from_focus_range.in_band,
@@ -114,7 +114,7 @@ def _mean(fits: Tensor) -> float:
     return float(fits.double().mean())
 
 
-def _fraction_of_focus_range(options: TimestepOptions, low: float, high: float) -> float:
+def _compute_focus_fraction(options: TimestepOptions, low: float, high: float) -> float:
     """Return the fraction of --timestep_focus_range between `low` and `high`."""
     first, last = options.timestep_focus_range
     return max(0.0, min(high, last) - max(low, first)) / (last - first)

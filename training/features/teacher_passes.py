@@ -23,8 +23,8 @@ from training.targets.passes import (
     StreamErrors,
     TargetComparison,
     TrainingPasses,
+    list_noise_fractions,
     measure_errors,
-    noise_fractions_of,
     samples_with_base_target,
 )
 
@@ -143,7 +143,7 @@ class TeacherComparison:
         is_inside = []
         is_outside = []
         is_preserved = samples_with_base_target(passes, noisy_batch)
-        for level, preserved in zip(noise_fractions_of(noisy_batch), is_preserved, strict=True):
+        for level, preserved in zip(list_noise_fractions(noisy_batch), is_preserved, strict=True):
             in_band = band is None or band.contains(level)
             is_inside.append(in_band and not preserved)
             is_outside.append(not in_band and not preserved)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.errors import OptionError, UserError
-from modules.options import CONFIGURES, FREE, SHARED_WITH_RUN, SECRET, SENDS, Options, option
+from modules.options import CONFIGURES, FREE, SECRET, SENDS, SHARED_WITH_RUN, Options, option
 from training.features.contract import AT_LOGS, FeatureOptions
 
 logger = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ def check_trackers(options: TrackerOptions) -> None:
     from modules.installation import describe_missing, rejects_code
 
     if rejects_code() is not None:  # `run` or the queue: the folder may be someone else's
-        _reject_settings_of_folder(options.trackers, Path.cwd())
+        _reject_folder_settings(options.trackers, Path.cwd())
     if options.logging_dir is not None:
         make_folder(options.logging_dir, "--logging_dir")
     for tracker in options.trackers:
@@ -119,7 +119,7 @@ def check_trackers(options: TrackerOptions) -> None:
         tracker_arguments(options)
 
 
-def _reject_settings_of_folder(trackers: Sequence[str], folder: Path) -> None:
+def _reject_folder_settings(trackers: Sequence[str], folder: Path) -> None:
     """Raise OptionError if the working folder has settings of a tracker, such as its server and account.
 
     Also set environment variables that keep trackers from running git there: git settings can run programs.

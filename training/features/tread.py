@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from modules.errors import OptionError
-from modules.options import HABIT, BETWEEN_BLOCKS, option
+from modules.options import BETWEEN_BLOCKS, HABIT, option
 from training.features.contract import AT_LOSS, Feature, FeatureOptions, given_values
 
 if TYPE_CHECKING:

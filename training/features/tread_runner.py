@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from modules.layers.modulation import expand_indices
 from protocols.steps import Overrides
-from runtime.run_blocks import Hidden, Runner, runner_of, set_runner, spec_of
+from runtime.run_blocks import Hidden, Runner, get_runner, get_spec, set_runner
 
 # returns the indices of the tokens that go through the blocks, B K ascending, for the sizes of the token grid
 SelectKeptTokens = Callable[[tuple[int, ...]], Tensor]
@@ -34,7 +34,7 @@ class Route:
     last: int  # index of the last block, inclusive; negative: from the end
     select_tokens: SelectKeptTokens
 
-    def blocks_of(self, count: int) -> range:
+    def get_block_range(self, count: int) -> range:
         """Return the indices of the routed blocks in a network of `count` blocks."""
         return range(block_number(self.first, count), block_number(self.last, count) + 1)
 
@@ -52,7 +52,7 @@ def block_number(number: int, count: int) -> int:
 @contextmanager
 def bypassing_blocks(dit: nn.Module, route: Route) -> Iterator[None]:
     """Route only the selected tokens through the middle blocks during the `with` block."""
-    before = runner_of(dit)
+    before = get_runner(dit)
     set_runner(dit, functools.partial(_run_routed, before, route))
     try:
         yield
@@ -61,8 +61,8 @@ def bypassing_blocks(dit: nn.Module, route: Route) -> Iterator[None]:
 
 
 def _run_routed(inner: Runner, route: Route, dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
-    count = sum(len(blocks) for blocks in spec_of(dit).blocks(dit).values())
-    hidden.before_block = _TokenBypass(route, route.blocks_of(count)).before_block
+    count = sum(len(blocks) for blocks in get_spec(dit).blocks(dit).values())
+    hidden.before_block = _TokenBypass(route, route.get_block_range(count)).before_block
     inner(dit, hidden, overrides)
     hidden.before_block = None
 

@@ -114,9 +114,9 @@ def _list_trigger_words(dataset_tables: Sequence[Mapping[str, Any]]) -> list[str
     return list(dict.fromkeys(word for word in trigger_words if isinstance(word, str) and word.strip()))
 
 
-def card_of(run: PublishedRun, path: Path) -> str | None:
+def make_model_card(run: PublishedRun, path: Path) -> str | None:
     """Return the model card for a saved file of a run; None for a file with averaged (EMA) weights."""
-    stem = run.names.stem_of(path)
+    stem = run.names.get_stem(path)
     if stem.endswith(AVERAGE):
         return None
     return write_card(
@@ -194,15 +194,15 @@ def _front_matter(
 
 def _license_values(release: ModelRelease, licence: str) -> dict[str, str]:
     """Return the license entries of the YAML header: an identifier of the hub, or "other" and a name."""
-    is_license_of_release = licence == release.licence
+    is_release_license = licence == release.licence
     license_key = licence.strip().lower()
     if license_key not in HUB_LICENSES:
-        license_key = release.license_key if is_license_of_release else "other"
+        license_key = release.license_key if is_release_license else "other"
     if license_key != "other":
         return {"license": license_key}
     license_name = re.sub(r"[^a-z0-9.]+", "-", licence.lower()).strip("-")[:64] or "other"
     values = {"license": "other", "license_name": license_name}
-    if is_license_of_release:
+    if is_release_license:
         values["license_link"] = release.license_url
     return values
 
@@ -276,7 +276,7 @@ class Uploads:
 
     def for_run(self, run: PublishedRun) -> "Uploads":
         """Return a copy of this object that also uploads the model card of a run."""
-        return replace(self, card=partial(card_of, run))
+        return replace(self, card=partial(make_model_card, run))
 
     def publish(self, path: Path) -> None:
         """Upload a file and its model card, in the background with --async_upload."""

@@ -1,6 +1,6 @@
 """Options for uploads to the Hugging Face hub."""
 
-from modules.options import FREE, SHARED_WITH_RUN, SECRET, SENDS, Options, option
+from modules.options import FREE, SECRET, SENDS, SHARED_WITH_RUN, Options, option
 from training.features.contract import AT_METADATA, FeatureOptions
 
 _NOT_UPLOADED = "nothing is uploaded without --huggingface_repo_id"

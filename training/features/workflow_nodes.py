@@ -209,7 +209,7 @@ class Workflows:
         """
         self.update_samples()
         names = self.plan.names
-        for stem, files in groupby(sorted(paths), names.stem_of):
+        for stem, files in groupby(sorted(paths), names.get_stem):
             # a LoRA file is named STEM or STEM_EXPERT
             lora_files = {names.full_stem(path)[len(stem) + 1 :]: path for path in files}
             path = names.folder / f"{stem}{WORKFLOW}"

@@ -49,7 +49,7 @@ def renumber(
         raise RenumberingError("it is not in that folder")
     try:
         if tensor_order:
-            orders = [_order_of_list(names, tensor_order)]
+            orders = [_make_tensor_sort_key(names, tensor_order)]
         else:
             orders = _list_possible_orders(groups, names, version)
         all_renumbered = [_renumber_in_order(state, groups, order) for order in orders]
@@ -81,7 +81,7 @@ def _are_equal(renumbered_states: Sequence[Mapping[str, Any]]) -> bool:
     return all(numbering == numberings[0] for numbering in numberings)
 
 
-def _order_of_list(names: Mapping[Tensor, str], tensor_order: Sequence[str]) -> SortKey:
+def _make_tensor_sort_key(names: Mapping[Tensor, str], tensor_order: Sequence[str]) -> SortKey:
     positions = {name: position for position, name in enumerate(tensor_order)}
     return lambda parameter: (positions[names[parameter].partition(".")[2]],)
 
@@ -120,24 +120,24 @@ def _find_family(modules: Sequence[str], version: str) -> FamilyNames | None:
 
 
 def _renumber_in_order(
-    state: Mapping[str, Any], groups: Groups, position_of: SortKey
+    state: Mapping[str, Any], groups: Groups, get_position: SortKey
 ) -> dict[str, Any] | None:
     """Return another program's state with this run's parameter numbers; None if groups or shapes differ.
 
-    1. Sort this run's groups, and the parameters in each, by `position_of`: the order that the other program
+    1. Sort this run's groups, and the parameters in each, by `get_position`: the order that the other program
        is assumed to use.
     2. Assign its moments to this run's parameters one by one in this order.
     3. Take its settings for each group, such as learning rates.
     """
     # indices of this run's groups in the other program's order
-    order = sorted(range(len(groups)), key=lambda index: min(map(position_of, groups[index])))
+    order = sorted(range(len(groups)), key=lambda index: min(map(get_position, groups[index])))
     their_lengths = [len(group["params"]) for group in state["param_groups"]]
     if [len(groups[index]) for index in order] != their_lengths:
         return None
     their_groups = dict(zip(order, state["param_groups"], strict=True))  # by the index of this run's group
     their_numbers: dict[Parameter, Any] = {}
     for index, their_group in their_groups.items():
-        our_parameters = sorted(groups[index], key=position_of)
+        our_parameters = sorted(groups[index], key=get_position)
         their_numbers |= zip(our_parameters, their_group["params"], strict=True)
     moments = _find_moments(state["state"], their_numbers)
     if moments is None:

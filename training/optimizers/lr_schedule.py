@@ -314,8 +314,8 @@ class ImportedSchedule:
         if "scheduler" not in state_dict:
             raise CheckpointError(_explain_other_schedule(self.name))
         saved = dict(state_dict["scheduler"])
-        is_of_torch = type(self.scheduler).__module__ == LRScheduler.__module__
-        if is_of_torch:
+        is_torch_scheduler = type(self.scheduler).__module__ == LRScheduler.__module__
+        if is_torch_scheduler:
             saved = {name: value for name, value in saved.items() if name in COUNTER_ATTRIBUTES}
         self.scheduler.load_state_dict(saved)
 

@@ -470,7 +470,7 @@ def restore_foreign_optimizer(optimizer: Optimizer, state: Mapping[str, Any], de
         optimizer.load_state_dict(dict(state))
         for group, group_rates in zip(optimizer.param_groups, rates, strict=True):
             group.update(group_rates)
-        _require_shapes_of_moments(optimizer)
+        _require_moment_shapes(optimizer)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise CheckpointError(
             f"the optimizer state does not fit this run: {error}\n"
@@ -483,7 +483,7 @@ def restore_foreign_optimizer(optimizer: Optimizer, state: Mapping[str, Any], de
                 moments[name] = value.to(device)
 
 
-def _require_shapes_of_moments(optimizer: Optimizer) -> None:
+def _require_moment_shapes(optimizer: Optimizer) -> None:
     """Raise ValueError if moments differ in shape from their parameter, so belong to another weight."""
     for parameter, moments in optimizer.state.items():
         for name in MOMENT_NAMES & moments.keys():

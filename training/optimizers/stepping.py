@@ -30,7 +30,7 @@ from modules.seeds import derive_seed
 from networks.adapter import TrainableNetwork
 from runtime.offload.sharding import gather_rows, slice_local_rows
 from training.optimizers.optimizer import find_optimizer
-from training.processes import norm_of_gradients
+from training.processes import compute_gradient_norm
 from training.steps import Progress
 
 # package -> classes whose step of each element depends only on it, its gradient and its own moments
@@ -250,7 +250,7 @@ class StepAfterBackward:
         if self.scaler.is_enabled() and not has_gradients:
             return self.parameters[0].new_zeros(())
         self.scaler.unscale_(self.optimizer)
-        norm = norm_of_gradients(self.parameters, self.sharded_weights)
+        norm = compute_gradient_norm(self.parameters, self.sharded_weights)
         if may_step is not None and not may_step(norm):
             self._keep_scale()
             return norm

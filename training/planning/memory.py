@@ -30,14 +30,14 @@ from runtime.planning import memory_plan
 from runtime.planning.device_memory import DeviceMemory, MemoryWatch, device_memory_to_plan, free_host_memory
 from training.data.feed import BatchSources, NoiseSampler
 from training.data.live import LiveTextEncoders
-from training.experts import placement_of
+from training.experts import choose_placement
 from training.features.contract import EMPTY_PROMPT, REJECTED_ONES
 from training.learner import find_network_spec
 from training.loss import NoisyBatch
 from training.options import TrainingOptions
 from training.plan import TrainingPlan
 from training.planning.rehearsal import STEP, rehearse
-from training.processes import largest_of_processes
+from training.processes import reduce_max
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class MemoryPrediction:
         """Return the peak memory of a step by part, with `blocks` swapped blocks."""
         offloaded = self.swaps[blocks]
         # the phase of the step with the most memory, and its bytes by kind, such as weights and gradients
-        phase_name, peak_bytes = dry.peak_of_phases(self.phase_peaks)
+        phase_name, peak_bytes = dry.find_peak_phase(self.phase_peaks)
         notes = {
             dry.WEIGHTS: self.weight_dtypes + offloaded.describe(blocks, "to pass through"),
             dry.TEMPORARY: phase_name,
@@ -80,7 +80,9 @@ class MemoryPrediction:
         if self.host_activation_bytes:
             notes[dry.ACTIVATIONS] = "the rest waits in host memory"
         parts = [
-            *memory_plan.parts_of(peak_bytes, offloaded, notes, self.host_activation_bytes, self.network)
+            *memory_plan.list_memory_parts(
+                peak_bytes, offloaded, notes, self.host_activation_bytes, self.network
+            )
         ]
         parts += self._list_other_models(peak_bytes, offloaded)
         parts += self._list_host_parts()
@@ -98,16 +100,16 @@ class MemoryPrediction:
         dit_bytes = peak_bytes.get(dry.WEIGHTS, 0)
         parts = []
         if self.num_further_dits + self.num_sample_only_dits > 0:
-            parts.append(self._make_part_of_further_transformers(dit_bytes, offloaded))
+            parts.append(self._make_other_transformers_part(dit_bytes, offloaded))
             if self.options.by_expert.lora_per_expert:
-                parts.append(self._make_part_of_further_loras(peak_bytes))
+                parts.append(self._make_other_loras_part(peak_bytes))
         # models that features load, such as a teacher, are assumed to be as large as the trained transformer
         for model in self.options.features.further_models:
             device = dit_bytes - offloaded.saved_device_bytes
             parts.append(memory_plan.MemoryPart(f"{model.name}'s transformer", device, offloaded.host_bytes))
         return parts
 
-    def _make_part_of_further_loras(self, peak_bytes: dry.BytesByKind) -> memory_plan.MemoryPart:
+    def _make_other_loras_part(self, peak_bytes: dry.BytesByKind) -> memory_plan.MemoryPart:
         """Return the memory of training the LoRAs of the other experts, each like the simulated one."""
         kinds = [dry.NETWORK, dry.OPTIMIZER]
         # a micro-batch trains one transformer, so only accumulated steps have gradients of both
@@ -130,7 +132,7 @@ class MemoryPrediction:
             parts.append(memory_plan.MemoryPart(name, 0, self.host_average_bytes))
         return parts
 
-    def _make_part_of_further_transformers(
+    def _make_other_transformers_part(
         self, weights: int, offloaded: memory_plan.OffloadedWeights
     ) -> memory_plan.MemoryPart:
         """Return the memory of the transformers other than the simulated one.
@@ -220,7 +222,7 @@ def predict_memory(
     # effects of swapping 0, 1, 2, ... blocks to host memory
     processes = memory_plan.sharing_processes(options.speed)
     swaps = memory_plan.predict_swaps(dit, family.dit, options.speed.swap, processes)
-    weight_dtypes = memory_plan.dtypes_of(dit)
+    weight_dtypes = memory_plan.format_dtype_sizes(dit)
     block_weights = memory_plan.weights_by_block(dit, family.dit)
     step = _simulate_step(
         family, options, dit, noisy_batch, live_encoders=live_encoders, watch=watch, tables=tables
@@ -295,7 +297,7 @@ def _load_dit_without_values(family: Trains, options: TrainingOptions) -> nn.Mod
     """Build the DiT on the meta device, where tensors have no values."""
     attention = replace(options.speed.attention.choice, mode="sdpa")  # whatever the kernel of the run
     quantization = rehearsed(options.speed.fp8.quantization)
-    placement = replace(placement_of(options, META, quantization), attention=attention)
+    placement = replace(choose_placement(options, META, quantization), attention=attention)
     with quiet():
         return family.load_dit(placement)
 
@@ -432,7 +434,7 @@ def plan_one_card(
     def suggest(known_room: DeviceMemory) -> list[str]:
         return suggest_changes(family, prediction, noisy_batch, room=known_room, device=device)
 
-    memory_plan.print_plan(prediction, options.speed.swap, room, plan_of=plan, advice=suggest)
+    memory_plan.print_plan(prediction, options.speed.swap, room, make_plan=plan, advice=suggest)
 
 
 def suggest_larger_batch(prediction: MemoryPrediction, blocks: int, room: DeviceMemory | None) -> list[str]:
@@ -504,9 +506,7 @@ def prepare_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]
             watch = MemoryWatch(device, needed, prediction.num_elements)
     # each process has resolved auto for its own device, but all share the swapped weights in host memory
     if options.speed.swap.is_auto:
-        swap = replace(
-            swap, blocks_to_swap=largest_of_processes(swap.number, accelerator.num_processes, device)
-        )
+        swap = replace(swap, blocks_to_swap=reduce_max(swap.number, accelerator.num_processes, device))
     return swap, watch
 
 

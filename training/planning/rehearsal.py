@@ -16,7 +16,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from dataset.table import DatasetTable
-from modules.devices import compute_dtype_of
+from modules.devices import get_compute_dtype
 from modules.private_torch import disable_modes
 from networks.gated_loras import add_loras
 from protocols.family import Trains
@@ -102,11 +102,11 @@ class Rehearsal:
         self.ledger.forget_peaks()
         self.ledger.is_backward = False
         if self.live_encoders is not None:
-            with autocast_of(self.options, self.ledger.device)():
+            with make_autocast(self.options, self.ledger.device)():
                 batch = self.live_encoders.add_encoded_captions(noisy_batch.batch)
             noisy_batch = replace(noisy_batch, batch=batch).to(self.ledger.device)
         self.ledger.begin_phase("forward outside the blocks")
-        autocast = autocast_of(self.options, self.ledger.device)
+        autocast = make_autocast(self.options, self.ledger.device)
         rule = self._make_loss_rule()
         # families may read noise levels, whose values change no sizes
         with self.ledger.reading_unknown_as_one():
@@ -265,7 +265,7 @@ def _add_adapters(family: Trains, options: TrainingOptions, dit: nn.Module, ledg
     is_compiled = options.speed.compilation.choice is not None
     adapters = [add_loras(dit, [use], is_compiled, TRAINING_ADAPTER) for use in uses if use is not None]
     with ledger.allocating(dry.ADAPTER):
-        computed = AUTOCAST.get(options.accelerator.mixed_precision, compute_dtype_of(dit))
+        computed = AUTOCAST.get(options.accelerator.mixed_precision, get_compute_dtype(dit))
         for adapter in adapters:
             adapter.place_on(ledger.device, computed)
     for layer in adapters[0].layers if adapters else ():
@@ -445,7 +445,7 @@ def _measure_state_bytes(optimizer: Optimizer) -> float:
         return size_bytes / sum(weight.numel() for weight in small_weights)
 
 
-def autocast_of(options: TrainingOptions, device: torch.device) -> Autocast:
+def make_autocast(options: TrainingOptions, device: torch.device) -> Autocast:
     """Return a function that creates the autocast context of --mixed_precision, or a null context."""
     dtype = AUTOCAST.get(options.accelerator.mixed_precision)
     if dtype is None:

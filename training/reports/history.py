@@ -453,14 +453,14 @@ def _read_lines(path: Path, session: int, step: int | None = None) -> Iterator[R
     if step == 0 or not path.exists():  # at step 0 a run begins, and has no lines to keep
         return
     require_regular_file(path)
-    is_of_session = False
+    is_current_session = False
     num_unreadable = 0
     for row in _parse_lines(path):
         if row is None:
             num_unreadable += 1
         elif "session" in row:
-            is_of_session = row["session"] == session
-        elif is_of_session and (step is None or row["step"] <= step):
+            is_current_session = row["session"] == session
+        elif is_current_session and (step is None or row["step"] <= step):
             yield row
     if num_unreadable > 1:
         logger.warning("%s: %d lines cannot be read and are left out.", path, num_unreadable)

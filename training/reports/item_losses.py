@@ -96,7 +96,7 @@ def read_draws(folder: Path, name: str) -> list[ItemDraw]:
     for path in _list_files(folder, name):
         try:
             session = _read_session(items_path(folder, name))
-            draws |= {(draw.batch, draw.key): draw for draw in read_draws_of_file(path, session)}
+            draws |= {(draw.batch, draw.key): draw for draw in read_file_draws(path, session)}
         except OSError as error:
             logger.warning("%s cannot be read: %s", path, error.strerror or error)
     return sorted(draws.values())
@@ -109,7 +109,7 @@ def _read_session(path: Path) -> int | None:
     return values.get("session")
 
 
-def read_draws_of_file(path: Path, session: int | None) -> Iterator[ItemDraw]:
+def read_file_draws(path: Path, session: int | None) -> Iterator[ItemDraw]:
     """Yield the recorded draws of a file if it belongs to this run. Raises OSError if it cannot be read."""
     size = require_regular_file(path)
     if session is None or _read_session(path) != session:

@@ -35,7 +35,7 @@ class StepClock:
     count_future_pauses: Callable[[int], dict[str, int]] = lambda step: {}  # pauses after a step by kind
     now: Callable[[], float] = time.monotonic  # seconds
     pauses: dict[str, list[float]] = field(default_factory=dict, init=False)
-    seconds_of_steps: float = field(default=0.0, init=False)  # seconds of all steps so far, without pauses
+    total_step_seconds: float = field(default=0.0, init=False)  # seconds of all steps so far, without pauses
     steps: int = field(default=0, init=False)
     seconds_per_step: float | None = field(default=None, init=False)  # mean of the last steps
     # the first step compiles, chooses kernels, fills caches
@@ -60,10 +60,10 @@ class StepClock:
         if self.seconds_per_step is None:
             return None
         counts = self.count_future_pauses(step) if self.pauses else {}
-        seconds_of_pauses = []
+        pause_seconds = []
         for kind, durations in self.pauses.items():
-            seconds_of_pauses.append(sum(durations) / len(durations) * counts.get(kind, 0))
-        return self.seconds_per_step * (total_steps - step) + sum(seconds_of_pauses)
+            pause_seconds.append(sum(durations) / len(durations) * counts.get(kind, 0))
+        return self.seconds_per_step * (total_steps - step) + sum(pause_seconds)
 
     def record_step(self, step: int, seconds: float, sizes: Hashable = None) -> str | None:
         """Record the time of a step.
@@ -76,7 +76,7 @@ class StepClock:
         Returns:
             A warning if the step took more than twice the median of similar steps.
         """
-        self.seconds_of_steps += seconds
+        self.total_step_seconds += seconds
         self.steps += 1
         self._recent_seconds.append(seconds)
         self.seconds_per_step = sum(self._recent_seconds) / len(self._recent_seconds)

@@ -92,8 +92,8 @@ def _find_better_file(name: str, run_history: RunHistory, folder: Path, best: st
         return None
     replacement = _find_replacement(name, run_history, folder, best)
     # no file of the same kind may be left of the best step
-    is_of_best_step = replacement is not None and run_history.saved[replacement] == best_step
-    return replacement if is_of_best_step else None
+    is_from_best_step = replacement is not None and run_history.saved[replacement] == best_step
+    return replacement if is_from_best_step else None
 
 
 def _find_replacement(name: str, run_history: RunHistory, folder: Path, best: str | None) -> str | None:
@@ -115,7 +115,7 @@ def _find_replacement(name: str, run_history: RunHistory, folder: Path, best: st
         is_same_kind = (
             run_history.is_average(candidate) == run_history.is_average(name)
             and run_history.is_embedding(candidate) == run_history.is_embedding(name)
-            and _expert_of(candidate) == _expert_of(name)
+            and _parse_expert(candidate) == _parse_expert(name)
         )
         if is_same_kind and (folder / candidate).is_file():
             candidates.append((step != best_step, -step, len(candidate), candidate))
@@ -125,6 +125,6 @@ def _find_replacement(name: str, run_history: RunHistory, folder: Path, best: st
     return replacement
 
 
-def _expert_of(name: str) -> str:
+def _parse_expert(name: str) -> str:
     """Return the expert named at the end of a saved file's name; "" if it names none."""
     return next((part for part in (LOW_NOISE, HIGH_NOISE) if Path(name).stem.endswith(f"_{part}")), "")

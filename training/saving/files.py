@@ -62,7 +62,7 @@ class Names:
         """Return the name of a file without its suffix."""
         return file.name.removesuffix(self.suffix)
 
-    def stem_of(self, file: Path) -> str:
+    def get_stem(self, file: Path) -> str:
         """Return the stem that all files of a save share, without the suffix for an expert or new word."""
         stem = file.name.removesuffix(self.suffix)
         for ending in (*self.expert_names, *self.embedding_words):
@@ -431,7 +431,7 @@ def _is_result(entry: Path, name: str, names: Names) -> bool:
         return True
     embedding = re.fullmatch(f"{stem}(?:{AVERAGE})?_(.+){re.escape(SAFETENSORS)}", name)
     name_on_disk = entry.name[: len(names.name)]
-    return embedding is not None and _is_embedding_of(entry, name_on_disk, word=embedding[1])
+    return embedding is not None and _is_word_embedding(entry, name_on_disk, word=embedding[1])
 
 
 def _spell_as(entry: Path, start: str) -> str:
@@ -452,7 +452,7 @@ def is_saved_folder(folder: Path) -> bool:
     return (folder / INDEX).is_file() or is_model_folder(folder)
 
 
-def _is_embedding_of(file: Path, name: str, word: str) -> bool:
+def _is_word_embedding(file: Path, name: str, word: str) -> bool:
     """Return whether a file contains only the embedding of a word, by its metadata.
 
     Args:
@@ -467,8 +467,8 @@ def _is_embedding_of(file: Path, name: str, word: str) -> bool:
     except (OSError, ValueError):
         return False
     is_network = "ss_network_module" in metadata
-    is_of_run = metadata.get("ss_output_name") == name and metadata.get("ss_train_embedding") == word
-    return is_of_run and not is_network
+    is_from_run = metadata.get("ss_output_name") == name and metadata.get("ss_train_embedding") == word
+    return is_from_run and not is_network
 
 
 def _is_state(entry: Path) -> bool:

@@ -196,7 +196,7 @@ def load_sharded_tensors(
     for part, tensors in parts.items():
         _copy_local_rows(saved, part, tensors)
     for name, weight in sharded_weights.items():
-        _select_local_rows_of_moments(saved.optimizer["states"].get(name, {}), weight)
+        _slice_local_moments(saved.optimizer["states"].get(name, {}), weight)
 
 
 def _copy_local_rows(saved: SavedState, part: str, tensors: Mapping[str, Tensor]) -> None:
@@ -213,7 +213,7 @@ def _copy_local_rows(saved: SavedState, part: str, tensors: Mapping[str, Tensor]
             _writable_parts(saved)[part][name] = tensor
 
 
-def _select_local_rows_of_moments(optimizer_state: dict[str, Any], weight: Tensor) -> None:
+def _slice_local_moments(optimizer_state: dict[str, Any], weight: Tensor) -> None:
     """Cut whole moments of a sharded weight to this process's rows in place; keep scalars such as `step`."""
     for key, value in optimizer_state.items():
         if isinstance(value, Tensor) and value.ndim and value.shape != local_rows(weight).shape:

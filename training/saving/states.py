@@ -169,7 +169,7 @@ def read_state(folder: Path) -> SavedState | ForeignState:
         content = _read_content(folder, verify_checksum=True)
         if "files" in content:  # a sharded transformer's tensors, in separate files
             _check_files(folder, content["files"])
-        state = SavedState(folder, Progress.of_state(content.pop("progress")), **content)
+        state = SavedState(folder, Progress.from_state(content.pop("progress")), **content)
         check_types(state)
         check_types(state.progress)
         progress = state.progress

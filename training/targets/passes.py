@@ -121,7 +121,7 @@ def _weigh_losses(errors: StreamErrors, noisy_batch: NoisyBatch) -> StreamErrors
     return tuple((error * weight).mean() for error, weight in zip(errors, weights, strict=False))
 
 
-def velocity_of(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
+def compute_target_velocity(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
     """Return the target velocity, noise - latents, joined with the audio's velocity if there is audio."""
     family = passes.family
     target = family.noise.velocity(passes.latents, noisy_batch.noise, noisy_batch.sigmas)
@@ -160,7 +160,7 @@ def measure_streams(
 
 def _measure(passes: TrainingPasses, noisy_batch: NoisyBatch) -> StreamErrors:
     """Return the weighted sum of the errors of one forward pass against the velocity and other targets."""
-    velocity = velocity_of(passes, noisy_batch)
+    velocity = compute_target_velocity(passes, noisy_batch)
     if not passes.rule.targets:
         output = passes.predict_with_gradients(noisy_batch)
         return sample_errors(passes.family.noise, output - velocity, noisy_batch, passes.rule)
@@ -200,7 +200,7 @@ def select_per_sample(is_selected: Sequence[bool], if_selected: Tensor, otherwis
     return torch.where(per_sample(mask, otherwise), if_selected, otherwise)
 
 
-def noise_fractions_of(noised: NoisyBatch | NoisyAudio) -> Sequence[float]:
+def list_noise_fractions(noised: NoisyBatch | NoisyAudio) -> Sequence[float]:
     """Return the noise fraction (sigma) of each sample as Python floats."""
     return noised.levels or noised.sigmas.tolist()
 

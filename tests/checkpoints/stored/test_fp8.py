@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from checkpoints.stored.forms import attach, quantized_weight_of
+from checkpoints.stored.forms import attach, get_quantized_weight
 from checkpoints.stored.fp8 import E4M3, Fp8, dequantize, quantize, store_scale
 from modules.script_options import parse_options
 from modules.speed_options import GenerationFp8Options, Quantization, TrainingFp8Options
@@ -30,7 +30,7 @@ def quantized(layer: nn.Linear, quantization: Quantization) -> nn.Linear:
 
 
 def multiplied_out(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
-    stored = quantized_weight_of(layer)
+    stored = get_quantized_weight(layer)
     assert stored is not None
     return stored.dequantize(dtype)
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from checkpoints.stored.ggml import KINDS, kind_of_package
+from checkpoints.stored.ggml import KINDS, get_gguf_kind
 
 gguf = pytest.importorskip("gguf")
 
@@ -27,7 +27,7 @@ def test_values_of_a_kind_are_those_of_the_package(number: int) -> None:
 
 
 def test_a_rare_kind_is_read_by_the_package() -> None:
-    kind = kind_of_package(gguf.GGMLQuantizationType.IQ4_NL)
+    kind = get_gguf_kind(gguf.GGMLQuantizationType.IQ4_NL)
     assert kind is not None
     rows = torch.randint(0, 256, (2, 2 * kind.size), dtype=torch.uint8)
     rows[:, :2] = rows[:, kind.size : kind.size + 2] = torch.ones(2, 1).half().view(torch.uint8)
@@ -36,4 +36,4 @@ def test_a_rare_kind_is_read_by_the_package() -> None:
     assert torch.equal(kind.rows(rows), torch.from_numpy(numpy.asarray(expected)))
     with FakeTensorMode() as plan:  # as --plan runs it
         assert kind.rows(plan.from_tensor(rows)).shape == expected.shape
-    assert kind_of_package(99) is None
+    assert get_gguf_kind(99) is None

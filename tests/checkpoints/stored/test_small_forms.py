@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from checkpoints.stored.forms import QuantizationFormat, attach, dequantized_weight_of, quantized_weight_of
+from checkpoints.stored.forms import QuantizationFormat, attach, get_dequantized_weight, get_quantized_weight
 from checkpoints.stored.int8 import Int8, rotate
-from checkpoints.stored.nf4 import LEVELS, Nf4, form_of, rehearsed
+from checkpoints.stored.nf4 import LEVELS, Nf4, make_quantization_format, rehearsed
 from checkpoints.stored.packed import four_bits
 from modules.speed_options import Quantization
 from runtime.planning.dry_run import ACCELERATOR, TEMPORARY, dry_run
@@ -44,7 +44,7 @@ def many(tokens: Tensor) -> Tensor:
 def test_a_plan_counts_the_value_of_nf4_alone_as_its_kernel_makes_no_copies() -> None:
     pytest.importorskip("bitsandbytes")
     shape = (512, 512)
-    form = form_of(rehearsed(Quantization("nf4", form="nf4")))
+    form = make_quantization_format(rehearsed(Quantization("nf4", form="nf4")))
     with dry_run() as ledger:
         tensors = tuple(
             torch.empty(each.shape, dtype=each.dtype, device=ACCELERATOR)
@@ -154,9 +154,9 @@ def test_a_layer_computes_nearly_as_in_16_bits(form: QuantizationFormat, dtype: 
     limit = 0.12 if form.name == "nf4" else 0.02
     for one, other in zip(*results, strict=True):
         assert 1e-4 < (one - other).norm() / one.norm() < limit
-    stored = quantized_weight_of(layer)
+    stored = get_quantized_weight(layer)
     assert stored is not None
-    assert torch.equal(dequantized_weight_of(layer, layer.weight), stored.dequantize())
+    assert torch.equal(get_dequantized_weight(layer, layer.weight), stored.dequantize())
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset.sources.decoding import fit_of
+from dataset.sources.decoding import find_bucket_fit
 from modules.errors import MediaError
 from modules.media.augmenting import Face, change_colors, crop_anywhere, fit_face
 from modules.media.buckets import (
@@ -225,7 +225,7 @@ def test_buckets_and_fits_are_those_of_the_known_trainer(tmp_path, case: dict[st
         sizes = image_bucket_sizes(table.resolution, rule.minimum, rule.maximum, rule.step)
         assert [list(size) for size in sizes] == case["buckets"]
     for size, bucket, resized, crop, interpolation, box in case["images"]:
-        fit = fit_of(table, tuple(size), 16)
+        fit = find_bucket_fit(table, tuple(size), 16)
         assert [list(part) for part in (fit.bucket, fit.resized, fit.crop)] == [bucket, resized, crop], size
         assert fit.interpolation == interpolation, size
         assert list(inner_box(tuple(size), tuple(bucket))) == pytest.approx(box), size

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 import torch  # noqa: E402  # found from here on
 from torch import Tensor, distributed, nn  # noqa: E402
 
-from checkpoints.stored.forms import QuantizedWeight, attach, form_of  # noqa: E402
+from checkpoints.stored.forms import QuantizedWeight, attach, make_quantization_format  # noqa: E402
 from checkpoints.stored.fp8 import Fp8  # noqa: E402
 from modules.speed_options import Quantization  # noqa: E402
 from protocols.family import DitSpec  # noqa: E402
@@ -33,7 +33,7 @@ class Block(nn.Module):
             attach(self.linear, QuantizedWeight(Fp8(quantization), (WIDTH, WIDTH), (weight, scale)))
         elif scales in {"int8", "nf4"}:
             quantization = Quantization(scales, form=scales)
-            attach(self.linear, form_of(quantization).quantize(self.linear.weight.data))
+            attach(self.linear, make_quantization_format(quantization).quantize(self.linear.weight.data))
         else:
             quantization = Quantization(scales, product=emulated_product)
             attach(self.linear, Fp8(quantization).quantize(self.linear.weight.data))

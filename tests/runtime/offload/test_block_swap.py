@@ -18,7 +18,7 @@ from modules.errors import OptionError
 from modules.script_options import parse_options
 from protocols.family import DitSpec
 from protocols.steps import Overrides
-from runtime.offload.block_swap import move_network, swap_of, write_back_all
+from runtime.offload.block_swap import get_swap, move_network, write_back_all
 from runtime.offload.checkpointing import checkpoint_blocks
 from runtime.offload.swap_plan import SwapPlan, check_swap, max_blocks, plan_list
 from runtime.options import SwapOptions
@@ -76,7 +76,7 @@ def test_output_and_gradients_are_those_without_swap_in_the_memory_promised(
         assert same(found, expected_gradients(case, checkpointing))
         assert len(found) > 10
 
-    swap = swap_of(dit)
+    swap = get_swap(dit)
     assert swap is not None
     live = promised = 0
     counts = case.spec.swap_counts(blocks)
@@ -208,7 +208,7 @@ def test_weights_are_sent_for_before_their_block_is_entered(case: Case, blocks: 
     """In every pass, forwards and backwards, also where the last block is followed by the first."""
     device = FakeDevice()
     dit, network = learner(case, blocks, True, device)
-    swap = swap_of(dit)
+    swap = get_swap(dit)
     assert swap is not None
     enter = swap.enter
 

@@ -20,7 +20,7 @@ from modules.speed_options import Quantization
 from networks.apply import LoraPatch
 from networks.loading import WeightedLora, read_lora
 from protocols.loading import HostWeightMemory, Placement, TensorInfo
-from runtime.offload.block_swap import swap_blocks, swap_of
+from runtime.offload.block_swap import get_swap, swap_blocks
 from runtime.offload.host_memory import ALIGNMENT, LoadedNetwork, allocate
 from runtime.offload.swap_plan import HostWeights, SwapPlan, host_weights
 from runtime.offload.turns import HostCopy
@@ -42,7 +42,7 @@ class CountingDevice(CountedMemory, FakeDevice):
 
 def taking_turns(dit: nn.Module, device: FakeDevice, place: HostWeights | None = None) -> HostCopy:
     """Have a network take turns on a device that cannot use the host's memory."""
-    swap = swap_of(dit)
+    swap = get_swap(dit)
     copy = HostCopy(dit, CPU, place, device)
     for tensor in [*dit.parameters(), *dit.buffers()]:
         if not tensor.requires_grad and (swap is None or tensor not in swap.in_host_memory):

@@ -22,7 +22,7 @@ from runtime.planning.dry_run import (
     allocate_empty_weights,
     dry_run,
     extrapolate,
-    peak_of_phases,
+    find_peak_phase,
     track_blocks,
     truncate_blocks,
 )
@@ -62,7 +62,7 @@ def test_each_place_has_its_own_peak() -> None:
         ledger.begin_phase("there")
         assert ledger.peaks["here"] == {ACTIVATIONS: 4 * SIZE, TEMPORARY: 8 * SIZE}
         assert ledger.peaks["there"] == {ACTIVATIONS: 4 * SIZE, TEMPORARY: 0}
-        assert peak_of_phases(ledger.peaks)[0] == "here"
+        assert find_peak_phase(ledger.peaks)[0] == "here"
         del kept
 
 
@@ -143,8 +143,8 @@ def test_memory_grows_by_the_block() -> None:
     found, real = measured((7, 5), is_direct=False), measured((7, 5), is_direct=True)
     for where, moment in found.items():
         assert sum(moment.values()) == sum(real[where].values())  # to the byte
-    assert sum(peak_of_phases(found)[1].values()) == sum(
-        peak_of_phases(real)[1].values()
+    assert sum(find_peak_phase(found)[1].values()) == sum(
+        find_peak_phase(real)[1].values()
     )  # also of the blocks between
 
 

@@ -11,7 +11,13 @@ from modules.errors import OptionError
 from runtime.options import PlanOptions, cards_or_size
 from runtime.planning.device_memory import DeviceMemory
 from runtime.planning.memory_plan import MemoryPart, MemoryPlan, OffloadedWeights, Phase, share_blocks
-from runtime.planning.several_cards import GpuLayout, SingleGpuRun, command_of, plan_layouts, print_layouts
+from runtime.planning.several_cards import (
+    GpuLayout,
+    SingleGpuRun,
+    format_launch_command,
+    plan_layouts,
+    print_layouts,
+)
 from runtime.ways.contract import Division
 
 
@@ -131,7 +137,7 @@ def test_a_run_of_one_process_is_refused() -> None:
 def test_a_command_keeps_what_no_way_decides(asked: str) -> None:
     layout = GpuLayout((), Division(2), num_parallel=2)
     argv = ["wan_generate_video.py", *asked.split(), "--prompt", "a cat"]
-    typed = command_of(layout, (), argv, is_training=False)
+    typed = format_launch_command(layout, (), argv, is_training=False)
     assert typed == "python wan_generate_video.py --prompt 'a cat'"
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from protocols.steps import Overrides, StepPosition
-from runtime.run_blocks import Hidden, run_in_order, runner_of, set_runner
+from runtime.run_blocks import Hidden, get_runner, run_in_order, set_runner
 from runtime.step_cache import (
     Changes,
     FirstBlockInput,
@@ -127,7 +127,7 @@ def test_another_network_has_its_own_residuals() -> None:
     with cached(low, 1):
         low(**second, overrides=at(0))
         assert torch.equal(found, low(**third, overrides=at(1)))
-    assert runner_of(high) is runner_of(low) is run_in_order
+    assert get_runner(high) is get_runner(low) is run_in_order
 
 
 @pytest.mark.parametrize(

@@ -24,9 +24,9 @@ from training.data.timesteps import (
     check_experts_reached,
     draw,
     find_shift,
-    fractions_of_uniform,
     is_in_range,
     loss_weights,
+    map_uniform_to_fractions,
     noise_fractions,
     takes_normal_draws,
     times_at,
@@ -212,7 +212,9 @@ def test_a_range_that_nothing_falls_into_is_an_error() -> None:
 @pytest.mark.parametrize("sampling", ["sigmoid", "shift", "logsnr", "sigma", "uniform"])
 def test_extreme_uniform_numbers_stay_finite(sampling: str) -> None:
     made = options(f"--timestep_sampling {sampling} --sigmoid_scale 0")
-    assert torch.isfinite(fractions_of_uniform(made, torch.tensor([0.0, 1.0]), FLOW, made.flow_shift)).all()
+    assert torch.isfinite(
+        map_uniform_to_fractions(made, torch.tensor([0.0, 1.0]), FLOW, made.flow_shift)
+    ).all()
 
 
 TWO = (Expert(LOW_NOISE, 0.0, 875.0), Expert(HIGH_NOISE, 875.0))

@@ -14,7 +14,7 @@ from dataset.config import load_dataset_config
 from modules.devices import GIB
 from protocols.family import Family
 from runtime.planning.device_memory import CONTEXT, DeviceMemory
-from runtime.planning.dry_run import peak_of_phases
+from runtime.planning.dry_run import find_peak_phase
 from runtime.planning.memory_plan import Phase
 from tests.tiny import wan_dit
 from tests.tiny.project import write_lora
@@ -193,7 +193,7 @@ def test_a_step_in_two_experts_takes_what_was_predicted(
     phase = prediction.phase(0)
     planned = phase.device - prediction.workspace.device
 
-    _, moment = peak_of_phases(counted(family, options, wan_batch(2), monkeypatch))
+    _, moment = find_peak_phase(counted(family, options, wan_batch(2), monkeypatch))
     assert planned == pytest.approx(sum(moment.values()), rel=0.02)
     assert phase.host == (2 * size_of(phase, "weights")[0] if turns else 0)
 

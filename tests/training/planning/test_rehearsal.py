@@ -29,7 +29,7 @@ from runtime.planning.dry_run import (
     WEIGHTS,
     BytesByKind,
     Ledger,
-    peak_of_phases,
+    find_peak_phase,
 )
 from runtime.planning.kernels import PlannedKernels
 from tests.manifests import tensor_list, write_hollow
@@ -134,7 +134,7 @@ def assert_alike(
     """tolerance: 2 % of the total; the host, with tables of positions and counts of steps, is the device of
     the real run.
     """
-    (place, moment), (real_place, real_moment) = peak_of_phases(found), peak_of_phases(real)
+    (place, moment), (real_place, real_moment) = find_peak_phase(found), find_peak_phase(real)
     total, real_total = sum(moment.values()), sum(real_moment.values())
     assert abs(total - real_total) <= tolerance * real_total, (
         f"{place}: {moment}, really {real_place}: {real_moment}"
@@ -177,7 +177,7 @@ def test_an_adapter_and_a_teacher_take_what_was_predicted(
     found = assert_takes_what_was_predicted(*wan(tmp_path, *words), wan_batch(), monkeypatch)
 
     factors = 2 * sum(tensor.numel() for tensor in load_file(path).values() if tensor.ndim)
-    assert peak_of_phases(found)[1][ADAPTER] == factors
+    assert find_peak_phase(found)[1][ADAPTER] == factors
 
 
 @pytest.mark.slow
@@ -232,7 +232,7 @@ def test_states_of_optimizers_and_gradients_of_earlier_micro_batches_count(
     """On a CUDA device every training is rehearsed before it begins, with its optimizer."""
     pytest.importorskip(package)
     words = ["--optimizer_type", name, "--network_dim", "16", "--gradient_accumulation_steps", "2"]
-    _, moment = peak_of_phases(predicted(*wan(tmp_path, *CHECKPOINTED, *words), wan_batch()))
+    _, moment = find_peak_phase(predicted(*wan(tmp_path, *CHECKPOINTED, *words), wan_batch()))
     # alpha and step counts are no weights; gradients are float32 too
     assert moment.get("optimizer", 0) == pytest.approx(factor * moment[NETWORK], rel=0.15)
     assert moment["gradients"] == pytest.approx(moment[NETWORK], rel=0.15)
@@ -251,7 +251,7 @@ def test_feed_forwards_in_pieces_take_what_was_predicted_and_less_than_whole_one
     in_pieces = assert_takes_what_was_predicted(family, options, batch, monkeypatch)
 
     minimum, maximum = (
-        sum(peak_of_phases(each)[1].values()) for each in (in_pieces, predicted(family, full, batch))
+        sum(find_peak_phase(each)[1].values()) for each in (in_pieces, predicted(family, full, batch))
     )
     assert minimum < 0.9 * maximum
 
@@ -268,7 +268,7 @@ def test_norms_in_pieces_keep_what_their_kernels_keep(tmp_path: Path) -> None:
     found = predicted(krea2_family(own), options, noisy({"latents": latents, "krea2_vl_embed": [text]}))
 
     stream = 4165 * krea2.CONFIG.dim
-    assert peak_of_phases(found)[1]["working"] > 2 * 2 * stream
+    assert find_peak_phase(found)[1]["working"] > 2 * 2 * stream
 
 
 def full_size(folder: Path, *more: str) -> tuple[Family, TrainingOptions, NoisyBatch]:

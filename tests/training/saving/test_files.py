@@ -344,7 +344,7 @@ def test_a_name_in_other_capitals_is_the_same_run_where_the_disk_says_so(
 )
 def test_a_word_has_the_stem_of_the_lora_next_to_it(run: str, file: str, stem: str, tmp_path: Path) -> None:
     names = Names(tmp_path, run, embedding_words=("zorb",))
-    assert names.stem_of(tmp_path / f"{file}.safetensors") == stem
+    assert names.get_stem(tmp_path / f"{file}.safetensors") == stem
 
 
 def test_a_new_training_sets_all_results_of_an_earlier_one_aside(
