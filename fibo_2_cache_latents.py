@@ -1,4 +1,4 @@
-"""Encode the pictures and references of a dataset with Fibo 2.0's autoencoder, FLUX.2's, for training."""
+"""Encode the images and references of a dataset with Fibo 2.0's autoencoder, FLUX.2's, for training."""
 
 import modules.interpreter  # noqa: F401
 from dataset.scripts import caching_script

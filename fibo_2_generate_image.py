@@ -1,4 +1,4 @@
-"""Make and edit pictures with Fibo 2.0, dev and edit-turbo."""
+"""Make and edit images with Fibo 2.0, dev and edit-turbo."""
 
 import modules.interpreter  # noqa: F401
 from blissful_tuner.video_to_video_options import SourceDefaults

@@ -1,4 +1,4 @@
-"""Make and edit pictures with FLUX.2 dev and klein."""
+"""Make and edit images with FLUX.2 dev and klein."""
 
 import modules.interpreter  # noqa: F401
 from blissful_tuner.video_to_video_options import SourceDefaults

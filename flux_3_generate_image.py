@@ -1,4 +1,4 @@
-"""Make and edit pictures with FLUX 3 Image Klein, base and distilled."""
+"""Make and edit images with FLUX 3 Image Klein, base and distilled."""
 
 import modules.interpreter  # noqa: F401
 from blissful_tuner.video_to_video_options import SourceDefaults

@@ -1,4 +1,4 @@
-"""Generate pictures with FLUX.1 and Chroma."""
+"""Generate images with FLUX.1 and Chroma."""
 
 import modules.interpreter  # noqa: F401
 from blissful_tuner.video_to_video_options import SourceDefaults

@@ -1,4 +1,4 @@
-"""Encode the pictures and references of a dataset with the autoencoder of FLUX.1 Kontext, for training."""
+"""Encode the images and references of a dataset with the autoencoder of FLUX.1 Kontext, for training."""
 
 import modules.interpreter  # noqa: F401
 from dataset.scripts import caching_script

@@ -1,4 +1,4 @@
-"""Edit pictures with FLUX.1 Kontext."""
+"""Edit images with FLUX.1 Kontext."""
 
 import modules.interpreter  # noqa: F401
 from blissful_tuner.video_to_video_options import SourceDefaults

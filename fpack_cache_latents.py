@@ -1,4 +1,4 @@
-"""Encode the clips or pictures of a dataset with FramePack's VAE and image encoder, for training."""
+"""Encode the clips or images of a dataset with FramePack's VAE and image encoder, for training."""
 
 import modules.interpreter  # noqa: F401
 from dataset.scripts import caching_script

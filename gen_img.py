@@ -1,4 +1,4 @@
-"""Generate pictures with Stable Diffusion 1.x, 2.x and XL."""
+"""Generate images with Stable Diffusion 1.x, 2.x and XL."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Generate pictures with Stable Diffusion: an earlier name of gen_img.py, with the same options."""
+"""Generate images with Stable Diffusion: an earlier name of gen_img.py, with the same options."""
 
 import modules.interpreter  # noqa: F401
 from gen_img import main

@@ -1,4 +1,4 @@
-"""Encode the pictures of a dataset with Krea 2's VAE, that of Qwen-Image, for training."""
+"""Encode the images of a dataset with Krea 2's VAE, that of Qwen-Image, for training."""
 
 import modules.interpreter  # noqa: F401
 from dataset.scripts import caching_script

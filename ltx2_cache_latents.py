@@ -1,4 +1,4 @@
-"""Encode the clips of a dataset with LTX-2's VAEs, pictures and sound, for training."""
+"""Encode the clips of a dataset with LTX-2's VAEs, images and sound, for training."""
 
 import modules.interpreter  # noqa: F401
 from dataset.scripts import caching_script

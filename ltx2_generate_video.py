@@ -125,7 +125,7 @@ def check_decodes(shared: GenerationOptions) -> None:
 
 
 def reject_image_options(shared: GenerationOptions) -> None:
-    """Raise OptionError if an option for pictures is given, for a clip that is sound alone."""
+    """Raise OptionError if an option for images is given, for a clip that is sound alone."""
     output = shared.output
     default = FormatOptions()
     given_options = {

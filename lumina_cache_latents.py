@@ -1,4 +1,4 @@
-"""Encode the pictures of a dataset with the autoencoder of Lumina-Image-2.0 (FLUX's), for training."""
+"""Encode the images of a dataset with the autoencoder of Lumina-Image-2.0 (FLUX's), for training."""
 
 import modules.interpreter  # noqa: F401
 from dataset.scripts import caching_script

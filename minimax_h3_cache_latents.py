@@ -1,4 +1,4 @@
-"""Encode clips with their sound, or pictures, for training MiniMax-H3."""
+"""Encode clips with their sound, or images, for training MiniMax-H3."""
 
 import modules.interpreter  # noqa: F401
 from dataset.scripts import caching_script

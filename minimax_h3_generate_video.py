@@ -30,8 +30,8 @@ DEFAULTS = ScriptDefaults(
     has_sound=True,
     defaults_from_model={
         **dict.fromkeys(("video_size", "video_length"), ""),
-        "image_path": "picture that the clip begins with",
-        "end_image_path": "picture that it ends with; alone too",
+        "image_path": "image that the clip begins with",
+        "end_image_path": "image that it ends with; alone too",
         "flow_shift": "time shift of the images' schedule; 6 for LoRAs of four steps; default 12",
         "guidance_scale": "1: guidance is built into the model",
     },

@@ -1,4 +1,4 @@
-"""Make and edit pictures with MOSS-Image, Base and SFT."""
+"""Make and edit images with MOSS-Image, Base and SFT."""
 
 import modules.interpreter  # noqa: F401
 from blissful_tuner.video_to_video_options import SourceDefaults

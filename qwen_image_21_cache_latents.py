@@ -1,4 +1,4 @@
-"""Encode the pictures of a dataset with Qwen-Image-2.1's VAE for training."""
+"""Encode the images of a dataset with Qwen-Image-2.1's VAE for training."""
 
 import modules.interpreter  # noqa: F401
 from dataset.scripts import caching_script

@@ -1,4 +1,4 @@
-"""Encode the pictures of a dataset with the VAE of Stable Diffusion XL, for training."""
+"""Encode the images of a dataset with the VAE of Stable Diffusion XL, for training."""
 
 import modules.interpreter  # noqa: F401
 from dataset.scripts import caching_script

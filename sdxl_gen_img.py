@@ -1,4 +1,4 @@
-"""Generate pictures with Stable Diffusion XL: gen_img.py with --sdxl, under an earlier name."""
+"""Generate images with Stable Diffusion XL: gen_img.py with --sdxl, under an earlier name."""
 
 import sys
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Fine-tune a whole checkpoint of Stable Diffusion 1.x or 2.x, also with class pictures (DreamBooth)."""
+"""Fine-tune a whole checkpoint of Stable Diffusion 1.x or 2.x, also with class images (DreamBooth)."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Encode the pictures of a dataset with Z-Image's VAE, that of FLUX.1, for training."""
+"""Encode the images of a dataset with Z-Image's VAE, that of FLUX.1, for training."""
 
 import modules.interpreter  # noqa: F401
 from dataset.scripts import caching_script

@@ -308,7 +308,7 @@ class AnimaModel(BlockNetwork):
         if noisy.shape[1:3] != (self.config.channels, 1):
             raise ValueError(
                 f"latents of {noisy.shape[1]} channels and {noisy.shape[2]} frames, the model takes "
-                f"{self.config.channels} channels of a picture"
+                f"{self.config.channels} channels of an image"
             )
         if noisy.shape[-2] % PATCH or noisy.shape[-1] % PATCH:
             raise ValueError(f"latents of {tuple(noisy.shape[-2:])} cannot be cut into patches of {PATCH}")

@@ -40,9 +40,9 @@ def main() -> None:
     """Print the ratios of speed and memory."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kind", choices=list(SIZES), default="sd1", help="which line of models")
-    parser.add_argument("--size", type=int, default=256, help="width and height of the pictures in pixels")
-    parser.add_argument("--steps", type=int, default=10, help="steps of each picture")
-    parser.add_argument("--batch", type=int, default=2, choices=(1, 2, 3, 4), help="pictures at once")
+    parser.add_argument("--size", type=int, default=256, help="width and height of the images in pixels")
+    parser.add_argument("--steps", type=int, default=10, help="steps of each image")
+    parser.add_argument("--batch", type=int, default=2, choices=(1, 2, 3, 4), help="images at once")
     parser.add_argument("--rounds", type=int, default=10, help="number of rounds; each times both")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -136,7 +136,7 @@ def load_ours(folder: Path, args: argparse.Namespace) -> Make:
     maker = assemble(options, torch.device("cpu"))
     settings = ImageSettings(args.size, args.size, args.steps, SCALE)
     images = [
-        RequestedImage(f"picture {seed}", prompt, AVOIDED, seed, settings, prompt)
+        RequestedImage(f"image {seed}", prompt, AVOIDED, seed, settings, prompt)
         for seed, prompt in enumerate(PROMPTS[: args.batch])
     ]
     return lambda: list(maker.make(images).images or ())

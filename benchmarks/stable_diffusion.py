@@ -59,8 +59,8 @@ def main() -> None:
     """Print the ratios of speed and memory, or a profile of one of both."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kind", choices=list(SIZES), default="sdxl", help="which line of models")
-    parser.add_argument("--size", type=int, default=256, help="width and height of the pictures in pixels")
-    parser.add_argument("--batch", type=int, default=2, help="pictures of a step")
+    parser.add_argument("--size", type=int, default=256, help="width and height of the images in pixels")
+    parser.add_argument("--batch", type=int, default=2, help="images of a step")
     parser.add_argument("--rounds", type=int, default=10, help="number of rounds; each times both")
     parser.add_argument("--steps", type=int, default=3, help="steps of each kind in a round")
     parser.add_argument(
@@ -102,7 +102,7 @@ def bars_of(args: argparse.Namespace) -> tuple[float, float]:
 
 
 def write_project(folder: Path, args: argparse.Namespace) -> None:
-    """Write a checkpoint in the layout of diffusers, tokenizers, pictures and their dataset file."""
+    """Write a checkpoint in the layout of diffusers, tokenizers, images and their dataset file."""
     import numpy as np
     from PIL import Image
 
@@ -130,7 +130,7 @@ num_repeats = 5000
 batch_size = {args.batch}
 
 [[datasets.subsets]]
-image_dir = "{(folder / "pictures").as_posix()}"
+image_dir = "{(folder / "images").as_posix()}"
 {controls}
 """,
         encoding="utf-8",

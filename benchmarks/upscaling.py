@@ -68,7 +68,7 @@ def _stage(model: Path, args: argparse.Namespace, scale: float, tile: int | None
 
 
 def _run(stage: Any, pixels: list[Any]) -> list[Any]:
-    """Return the enlarged pictures."""
+    """Return the enlarged images."""
     from fractions import Fraction
 
     from modules.media.encoding import OutputFrame

@@ -1,11 +1,11 @@
 """Tools and options around generation: guidance, previews, prompts, step caches, metadata.
 
-GIMMVFI: command: add pictures between a video's pictures
+GIMMVFI: command: add images between a video's images
 facefix: command: restore faces with GFPGAN or CodeFormer
 guidance: steps, passes and checks of guidance
 guidance_formulas: formulas of guidance, each made a `GuidanceStage`
 latent_preview: show a clip in a file while it is denoised
-metadata: `bt_*` texts in latent files, pictures and videos
+metadata: `bt_*` texts in latent files, images and videos
 metaview: command: show how files say they were made
 model_utility: command: inspect model files, and rewrite them
 model_work: the work of model_utility.py: inspect, rewrite

@@ -1,4 +1,4 @@
-"""Restore the faces in videos and pictures with GFPGAN or CodeFormer."""
+"""Restore the faces in videos and images with GFPGAN or CodeFormer."""
 
 import sys
 from pathlib import Path

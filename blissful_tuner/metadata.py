@@ -1,4 +1,4 @@
-"""Metadata of outputs: `bt_*` texts in latent files, pictures and videos, with the keys of existing tools."""
+"""Metadata of outputs: `bt_*` texts in latent files, images and videos, with the keys of existing tools."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Show what videos, pictures, latents and LoRAs say about how they were made."""
+"""Show what videos, images, latents and LoRAs say about how they were made."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Enlarge videos and pictures with SwinIR or a network of the ESRGAN family."""
+"""Enlarge videos and images with SwinIR or a network of the ESRGAN family."""
 
 import sys
 from pathlib import Path

@@ -16,7 +16,7 @@ DEFAULT_NOISE = "0.01 to 0.05 are usual"
 _SHARE = "how much is regenerated: fraction of the steps that run; 1 replaces it completely"
 _PAD = "how a video that is too short is padded: repeat its first or its last frame"
 _NO_IMAGE = "this model makes single images with --one_frame_inference and --control_image_path"
-_NO_VIDEO = "this script makes pictures. Pass one to --i2i_path"
+_NO_VIDEO = "this script makes images. Pass one to --i2i_path"
 USED_WITH = {  # options that only apply to some sources
     "v2v_extra_noise": {VIDEO, LATENTS},
     "v2v_pad_mode": {VIDEO},

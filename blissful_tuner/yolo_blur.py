@@ -1,4 +1,4 @@
-"""Blur faces, or whatever a detector finds, in videos and pictures, and keep them blurred."""
+"""Blur faces, or whatever a detector finds, in videos and images, and keep them blurred."""
 
 import sys
 from pathlib import Path

@@ -37,15 +37,15 @@ FAULTS = (
         "%(n)s have sound that is not cached: only their pictures are learned until latents are cached again"
     ),
     say("%(n)s have no cache: too short, unreadable, or not cached yet"),
-    say("%(n)s have no reference picture, while others have"),
-    say("%(n)s have a reference picture that is equal to the image: an edit that changes nothing is learned"),
+    say("%(n)s have no reference image, while others have"),
+    say("%(n)s have a reference image that is equal to the image: an edit that changes nothing is learned"),
     say("%(n)s have no reference, while others have"),
     say("%(n)s have no control mask, while others have"),
     say("%(n)s have numbered files of which one is missing: the others are used in their order without it"),
     say("%(n)s tables have no item to train on"),
     say("%(n)s tables cannot be used"),
     say("%(n)s tokenizers are missing, and nothing is downloaded while HF_HUB_OFFLINE is set"),
-    say("%(n)s model that uses reference pictures gets none"),
+    say("%(n)s model that uses reference images gets none"),
     say("%(n)s word to learn is not in all captions"),
     say("%(n)s faults in captions as JSON objects"),
     say("%(n)s text caches are missing"),
@@ -53,7 +53,7 @@ FAULTS = (
     say("%(n)s caches may be incomplete"),
     say("%(n)s shards or folders are incomplete; caching repairs them"),
     say("%(n)s folders of caches are in the other form"),
-    say("%(n)s masks are all black: nothing in their pictures is trained on"),
+    say("%(n)s masks are all black: nothing in their images is trained on"),
     say(
         "%(n)s masks are so thin that none of their latents lies above %(share)s: --expand_pixels "
         "of tools/mask.py"
@@ -84,7 +84,7 @@ FAULTS = (
         "%(n)s folders of frames have another order by the numbers in their names than by the names as "
         "texts; the numbers count"
     ),
-    say("%(n)s files are references of several pictures, of which the model takes only the first"),
+    say("%(n)s files are references of several images, of which the model takes only the first"),
     say("%(n)s problems with the layers of %(name)s"),
     say("%(n)s problems with the sound of %(name)s"),
     say("%(n)s problems with the control media of %(name)s"),
@@ -125,7 +125,7 @@ CHECK_LINES = (
     say("An epoch: %(items)s with repeats, %(batches)s, %(steps)s"),
     say("For validation: %(items)s"),
     say("Caches are made by:"),
-    say("reference pictures: %(counts)s"),
+    say("reference images: %(counts)s"),
     say("pairs of a better and a worse one: %(n)s"),
     say("nearly the same as %(name)s and %(n)s more"),
     say("nearly the same as %(name)s"),

@@ -105,7 +105,7 @@ def read_batch_field(text: str) -> int:
         return int(text)
     raise OptionError(
         say(
-            "Pictures of a step %(text)s: use a whole number from 1 to %(maximum)s.",
+            "Images of a step %(text)s: use a whole number from 1 to %(maximum)s.",
             text=text or "-",
             maximum=MAX_IN_BATCH,
         )

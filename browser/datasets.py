@@ -46,9 +46,9 @@ MODELS = {
     "FramePack": ("30", "16", "4"),
     "LTX-2": ("24", "32", "8"),
     "MiniMax-H3": ("24", "32", "17"),
-    "models of pictures": ("24", "16", "1"),
+    "models of images": ("24", "16", "1"),
 }
-IMAGE_MODELS = "models of pictures"
+IMAGE_MODELS = "models of images"
 # keyed by the model's name in the history of a run
 MODEL_BY_FAMILY = {
     "hunyuan_video": "HunyuanVideo",
@@ -195,15 +195,15 @@ class MediaCounts:
 
     @property
     def summary(self) -> str:
-        """The counts as text, such as `5 pictures, 1 clip`."""
+        """The counts as text, such as `5 images, 1 clip`."""
         counts = []
         if self.num_images:
-            counts.append(say_count(self.num_images, "%(n)s picture", "%(n)s pictures"))
+            counts.append(say_count(self.num_images, "%(n)s image", "%(n)s images"))
         if self.num_clips:
             counts.append(say_count(self.num_clips, "%(n)s clip", "%(n)s clips"))
         if self.num_audios:
             counts.append(say_count(self.num_audios, "%(n)s sound", "%(n)s sounds"))
-        return join(", ", counts) or say("no pictures or clips in its folders")
+        return join(", ", counts) or say("no images or clips in its folders")
 
 
 def count_media(dataset: FoundDataset, may_show: Callable[[Path], bool]) -> MediaCounts:

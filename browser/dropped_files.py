@@ -103,7 +103,7 @@ def find_suffix(path: Path) -> str:
     """Return the suffix that fits a file's content. Raises OptionError for content that no model can use."""
     suffix = _find_image_suffix(path) or _find_clip_suffix(path)
     if suffix is None:
-        raise OptionError(say("It is not a readable picture or clip"))
+        raise OptionError(say("It is not a readable image or clip"))
     return suffix
 
 
@@ -117,7 +117,7 @@ def _find_image_suffix(path: Path) -> str | None:
     except MediaError:
         return None
     if kind not in IMAGE_SUFFIXES:
-        raise OptionError(say("It is a %(kind)s picture: pass it as PNG, JPEG or WebP", kind=kind))
+        raise OptionError(say("It is a %(kind)s image: pass it as PNG, JPEG or WebP", kind=kind))
     return IMAGE_SUFFIXES[kind]
 
 

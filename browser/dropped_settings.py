@@ -19,7 +19,7 @@ from modules.text_files import parse_json
 MAX_HOPS = 20  # maximum number of links followed in a workflow graph
 MAX_GRAPH_LENGTH = 4 << 20  # characters
 NO_SETTINGS = say(
-    "It contains no settings: programs that edit pictures often remove them. To start from it, drop "
+    "It contains no settings: programs that edit images often remove them. To start from it, drop "
     "it on the field Start from, or on Edit."
 )
 

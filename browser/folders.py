@@ -63,7 +63,7 @@ class MediaFolder:
         """The counts as text, such as `12 clips, 3 without caption`."""
         phrases = []
         if self.num_images:
-            phrases.append(say_count(self.num_images, "%(n)s picture", "%(n)s pictures"))
+            phrases.append(say_count(self.num_images, "%(n)s image", "%(n)s images"))
         if self.num_clips:
             phrases.append(say_count(self.num_clips, "%(n)s clip", "%(n)s clips"))
         if self.num_audios:

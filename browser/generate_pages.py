@@ -93,18 +93,18 @@ LABELS = {
 # in the order of the form
 NUMBER_FIELDS = ("width", "height", "frames", "layers", "steps", "guidance", "cfg", "high_cfg", "share")
 FIELD_NOTES = {
-    "start": say("the first picture"),
-    "end": say("the last picture"),
+    "start": say("the first image"),
+    "end": say("the last image"),
     "control": say("a clip whose motion is followed"),
-    "references": say("pictures to edit, one a line"),
-    "redraw": say("a picture or clip that is partly regenerated"),
+    "references": say("images to edit, one a line"),
+    "redraw": say("an image or clip that is partly regenerated"),
 }
 FILE_CHOOSER_LABELS = {
-    "start": say("file of the first picture"),
-    "end": say("file of the last picture"),
+    "start": say("file of the first image"),
+    "end": say("file of the last image"),
     "control": say("file of the clip"),
-    "references": say("files of pictures"),
-    "redraw": say("file of the picture or clip"),
+    "references": say("files of images"),
+    "redraw": say("file of the image or clip"),
 }
 EXPERT_LABELS = {BOTH: say("both parts"), HIGH_NOISE: say("high noise"), LOW_NOISE: say("low noise")}
 SEED_BITS = 32
@@ -810,7 +810,7 @@ def read_file_tags(path: Path, suffix: str) -> dict[str, str]:
             continue
         finally:
             renamed_path.rename(path)
-    raise OptionError(say("It is not a readable picture, clip or audio file."))
+    raise OptionError(say("It is not a readable image, clip or audio file."))
 
 
 def _make_render_job(render_request: RenderRequest, form: GenerateForm, seed: str) -> RenderJob:

@@ -162,7 +162,7 @@ class MaskReview:
         with self._lock, only_one(folder / LOCK):
             media_file = self._require_unchanged(media_file, version)
             if media_file.kind != "image":
-                raise OptionError(say("A brush corrects the mask of a picture, not the mask of a clip."))
+                raise OptionError(say("A brush corrects the mask of an image, not the mask of a clip."))
             with DECODING:
                 replace_mask(media_file, read_drawn(png, image_size(media_file.media_path)))
             self._record_change(folder, media_file)
@@ -309,7 +309,7 @@ def read_drawn(png: bytes, size: tuple[int, int]) -> NDArray[np.uint8]:
             if image.size != size:
                 raise OptionError(
                     say(
-                        "The mask has %(sent)s pixels, the picture %(size)s.",
+                        "The mask has %(sent)s pixels, the image %(size)s.",
                         sent=" × ".join(map(str, image.size)),
                         size=" × ".join(map(str, size)),
                     )

@@ -63,7 +63,7 @@ def describe_kind(model: ModelSet) -> str:
     if needs_image(model):
         return say("edits")
     if model.properties["frames"] == 1:
-        return say("pictures and edits") if "edits" in model.about else say("pictures")
+        return say("images and edits") if "edits" in model.about else say("images")
     may_have_audio = model.properties.get("sound_alone") and "without audio" not in model.about
     has_audio = may_have_audio or "with audio" in model.about
     return say("clips and sound") if has_audio else say("clips")
@@ -145,7 +145,7 @@ def _rank_row(row: ModelRow, memory: float, content: MediaFolder | None) -> _Ran
     model = row.model
     suits_media = True
     if content is not None:
-        suits_media = row.makes.startswith("clips" if content.num_clips else "pictures")
+        suits_media = row.makes.startswith("clips" if content.num_clips else "images")
         if content.num_clips and model.properties.get("from_image"):
             suits_media = False  # it needs start images
     return _RankedRow(

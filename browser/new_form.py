@@ -60,19 +60,19 @@ KIND_NOTES = {
     ),
     "adapter": say(
         "A LoRA that unlearns what the model was distilled for. Other LoRAs are trained with it and used "
-        "without it. It learns best from pictures that the model made itself."
+        "without it. It learns best from images that the model made itself."
     ),
     "lllite": say(
-        "Small networks that follow control pictures: edges, depth or poses. These lie in a folder "
-        "conditioning inside this one, under the names of the pictures."
+        "Small networks that follow control images: edges, depth or poses. These lie in a folder "
+        "conditioning inside this one, under the names of the images."
     ),
     "lllite_inpainting": say(
-        "Small networks that repaint what a mask marks. They learn from the pictures alone: each step marks "
+        "Small networks that repaint what a mask marks. They learn from the images alone: each step marks "
         "a random part of one."
     ),
     "controlnet": say(
-        "A copy of half of the model that follows control pictures: edges, depth or poses. These lie in a "
-        "folder conditioning inside this one, under the names of the pictures."
+        "A copy of half of the model that follows control images: edges, depth or poses. These lie in a "
+        "folder conditioning inside this one, under the names of the images."
     ),
     "embedding": say("A new word for what the model can draw already: the trigger word, in small letters."),
 }

@@ -1206,7 +1206,7 @@ def explain_missing_media(folder: Path) -> str:
     """Return the reason why `new` cannot use a folder, because it has no media; "" if it may have some."""
     if read_media_folder(folder) is not None or any(path.is_dir() for path in folder.iterdir()):
         return ""
-    return say("%(folder)s has no clips, pictures or sounds. Drop some here first.", folder=folder)
+    return say("%(folder)s has no clips, images or sounds. Drop some here first.", folder=folder)
 
 
 def list_applied_remedies(

@@ -104,8 +104,8 @@ def _ask_for_captions(progress: FolderProgress) -> NextStep:
     if progress.only_pictures:
         missing = say_count(
             count,
-            "the caption of %(n)s picture, or a trigger word",
-            "captions of %(n)s pictures, or a trigger word",
+            "the caption of %(n)s image, or a trigger word",
+            "captions of %(n)s images, or a trigger word",
         )
     else:
         missing = say_count(

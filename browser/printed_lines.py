@@ -48,8 +48,8 @@ LINES = (
         "leaves it out"
     ),
     say(
-        "%(names)s: %(model)s is trained only on pictures. The first frame of each clip is written as a "
-        "picture with its caption into %(folder)s"
+        "%(names)s: %(model)s is trained only on images. The first frame of each clip is written as a "
+        "image with its caption into %(folder)s"
     ),
     say(
         "%(folder)s: %(kind)s learns from its pairs with %(controls)s. --train lora trains a LoRA "
@@ -73,14 +73,14 @@ LINES = (
         "on other images, rename the folder"
     ),
     say(
-        "%(folder)s: left out: %(names)s: regularization pictures without a caption, in a folder "
+        "%(folder)s: left out: %(names)s: regularization images without a caption, in a folder "
         "whose name has no class. Call it 1_man, with the word for the class, or pass captions"
     ),
     say(
         "%(folder)s: by its name, each file is trained %(times)s an epoch (num_repeats), and %(word)s "
         "is the caption of files without one (class_tokens)"
     ),
-    say("%(folder)s: masks are left out. %(key)s in dataset.toml, with their pictures, takes them"),
+    say("%(folder)s: masks are left out. %(key)s in dataset.toml, with their images, takes them"),
     say("%(names)s: captions without a file. %(name)s seems to be that of %(file)s: call it %(right)s"),
     say(
         "%(names)s: captions without a file. A caption has the name of its file, such as %(example)s for "
@@ -119,13 +119,13 @@ LINES = (
     ),
     say("%(folder)s: left out. Runs write into a folder of this name: rename it"),
     say("%(folder)s: left out because it is too deep. Move its files up, or pass this folder to `new`"),
-    say("%(folder)s: left out. No file there has the name of a picture next to it"),
+    say("%(folder)s: left out. No file there has the name of an image next to it"),
     say(
-        "%(folder)s: left out, as %(kind)s does not use control pictures. %(n)s of %(total)s pictures have "
+        "%(folder)s: left out, as %(kind)s does not use control images. %(n)s of %(total)s images have "
         "one there. --train %(option)s trains %(other)s on such pairs (docs/control.md)"
     ),
     say(
-        "%(folder)s: %(n)s of %(total)s pictures have no reference in %(source)s, such as %(name)s: trained "
+        "%(folder)s: %(n)s of %(total)s images have no reference in %(source)s, such as %(name)s: trained "
         "without one"
     ),
     say("%(names)s: learned as results. If others are made from them, move them into a folder named control"),
@@ -163,7 +163,7 @@ LINES = (
     say("left out: %(reason)s"),
     say("%(names)s: left out, %(reason)s"),
     say("%(names)s: shorter than %(frames)s frames (at %(fps)s a second)"),
-    say("%(names)s: pictures, which this model cannot train on"),
+    say("%(names)s: images, which this model cannot train on"),
     say("%(names)s: too short for a clip of this model, which learns their first frame"),
     say("%(names)s: an empty caption: nothing is learned under a name"),
     say("%(names)s: empty captions: nothing is learned under a name"),
@@ -185,18 +185,18 @@ LINES = (
     say("%(model)s takes %(size)s GiB of weights and about %(more)s more, and the card has %(memory)s GiB"),
     # errors that end `new`
     say(
-        "%(kind)s: %(folder)s: %(model)s learns edits, and there is no picture to edit from. "
+        "%(kind)s: %(folder)s: %(model)s learns edits, and there is no image to edit from. "
         "Make a folder like this:"
     ),
     say(
-        "%(kind)s: %(folder)s: %(model)s learns edits, and there is no picture to edit from. "
-        "%(names)s seem to be such pictures: move them into %(place)s. Make a folder like this:"
+        "%(kind)s: %(folder)s: %(model)s learns edits, and there is no image to edit from. "
+        "%(names)s seem to be such images: move them into %(place)s. Make a folder like this:"
     ),
     say("%(path)s  the edit as a text, such as: the cat wears a hat"),
     say("%(path)s  what it is made from; of several cat_0.jpg, cat_1.jpg"),
     say("%(path)s  a result"),
     say("Other names for control: before, source, reference. It may also be next to the folder of results."),
-    say("%(kind)s: %(folder)s has no clip and no picture that can be read. Pass a folder that has one."),
+    say("%(kind)s: %(folder)s has no clip and no image that can be read. Pass a folder that has one."),
     say("%(kind)s: %(folder)s has no sound, and %(model)s learns sound. Use clips that have some."),
     say(
         "%(kind)s: %(folder)s has no sound, and %(model)s learns sound. Use clips that have some, or "
@@ -222,8 +222,8 @@ LINES = (
 )
 # texts that placeholders of the lines above may contain; they are translated too
 PLACEHOLDER_TEXTS = (
-    say("%(word)s is the class of %(subject)s: its pictures seem to be for regularization"),
-    say("%(name)s is the name of a folder of regularization pictures"),
+    say("%(word)s is the class of %(subject)s: its images seem to be for regularization"),
+    say("%(name)s is the name of a folder of regularization images"),
     say("%(n)s files"),
     say("1 file"),
     say("1 caption"),
@@ -234,8 +234,8 @@ PLACEHOLDER_TEXTS = (
     say("the whole model"),
     say("once"),
     say("%(n)s times"),
-    say("%(n)s regularization pictures"),
-    say("1 regularization picture"),
+    say("%(n)s regularization images"),
+    say("1 regularization image"),
     say("but for the first %(n)s (keep_tokens)"),
     say("but for those before %(mark)s (keep_tokens_separator)"),
     say("Models made from %(model)s on tags read"),
@@ -249,7 +249,7 @@ PLACEHOLDER_TEXTS = (
     say("unpack them"),
     say("convert them to .mp4"),
     say("audio_directory in dataset.toml takes sounds of clips by their names and, for LTX-2, sounds alone"),
-    say("as %(kind)s uses only pictures"),
+    say("as %(kind)s uses only images"),
     say("because they have no layers, such as %(name)s"),
     say("conditioning images of OneTrainer. Move them into a folder control"),
     say("it cannot be listed (%(reason)s)"),
@@ -286,14 +286,14 @@ PLACEHOLDER_TEXTS = (
     say("%(some)s and %(more)s more"),
     say("%(one)s, and %(two)s"),
     say("%(one)s and %(two)s"),
-    say("%(n)s pictures"),
+    say("%(n)s images"),
     say("%(n)s clips"),
     say("%(n)s sounds"),
-    say("1 picture"),
+    say("1 image"),
     say("1 clip"),
     say("1 sound"),
     say("%(n)s captions"),
-    say("pictures"),
+    say("images"),
     say("clips"),
     say("a CPU (--memory 12: a card of 12 GiB)"),
     say("a card of %(n)s GiB"),

@@ -34,7 +34,7 @@ PHASES = (
     *(LOADING, MAKING),
     *(
         say("reading the prompt"),
-        say("reading the pictures"),
+        say("reading the images"),
         say("loading the transformer"),
         say("decoding"),
     ),

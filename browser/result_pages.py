@@ -631,7 +631,7 @@ class ResultPages:
         layers = []
         for index, path in enumerate(result.layers):
             number = path.stem.rpartition("layer")[2]
-            name = say("the whole picture") if number == "0" else say("layer %(number)s", number=number)
+            name = say("the whole image") if number == "0" else say("layer %(number)s", number=number)
             layers.append((index, name, number != "0"))
         return self.answer_dialog("layers", result, error, layers=layers)
 
@@ -764,7 +764,7 @@ class ResultPages:
     def start_from(self, result: Result, _: Form) -> Response:
         """Respond with the path of an image; for a clip, first write its last frame as an image."""
         if result.kind == "sound":
-            raise OptionError(say("An audio file is not a picture to start from."))
+            raise OptionError(say("An audio file is not an image to start from."))
         if result.kind == "clip":
             result = self.write_last_frame(result)
         return answer_json({"path": str(result.path), "name": result.path.name})
@@ -781,7 +781,7 @@ class ResultPages:
         is_current = path.is_file() and not path.is_symlink() and path.stat().st_mtime >= result.changed
         if not is_current:
             if path.is_symlink() or path.is_dir():
-                raise OptionError(say("%(path)s is not a picture. Remove it first.", path=path))
+                raise OptionError(say("%(path)s is not an image. Remove it first.", path=path))
             frame = _read_last_frame(result.path)
             write_png(path, frame, {f"{PREFIX}last_frame_of": result.path.name})
         self.folders.list_all()  # makes the new image available to requests

@@ -564,5 +564,5 @@ def _check_sample_line(settings: ResultSettings, prompt: str, negative_prompt: s
         raise OptionError(say("A line that begins with # is not a prompt."))
     if any(settings.get(name) for name in MEDIA_OPTIONS):
         raise OptionError(
-            say("It started from a picture, and the file contains only its name: add the picture by hand.")
+            say("It started from an image, and the file contains only its name: add the image by hand.")
         )

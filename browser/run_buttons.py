@@ -113,7 +113,7 @@ class GenerationCommand:
         if prompt_index:
             fields.append((prompt_index, say("Prompt"), self.initial_text(prompt_index)))
         if control_index:
-            fields.append((control_index, say("Control picture"), self.initial_text(control_index)))
+            fields.append((control_index, say("Control image"), self.initial_text(control_index)))
         for index, word in enumerate(self.argv):
             if index > 1 and word in self.placeholders and index not in (prompt_index, control_index):
                 option = self.argv[index - 1]

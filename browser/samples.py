@@ -99,7 +99,7 @@ def _find_key(part: str) -> str:
 
 
 def _repeats(part: str) -> bool:
-    """Return whether a prompt-line option may be repeated, such as `--ci` for several pictures."""
+    """Return whether a prompt-line option may be repeated, such as `--ci` for several images."""
     option = find_sample_option(part.partition(" ")[0])
     return option is not None and option.repeats
 
@@ -437,7 +437,7 @@ def check_image(site: Site, folder: Path, text: str) -> None:
     path = folder / text
     is_media = Path(text).suffix.lower() in {*IMAGE_SUFFIXES, *VIDEO_SUFFIXES}
     if "\0" in text or not is_media or not site.runs.is_inside(path):
-        raise OptionError(say("%(text)s: there is no such picture in %(folder)s", text=text, folder=folder))
+        raise OptionError(say("%(text)s: there is no such image in %(folder)s", text=text, folder=folder))
 
 
 def read_typed_texts(fields: Mapping[str, str]) -> dict[int, dict[str, str]]:

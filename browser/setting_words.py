@@ -104,7 +104,7 @@ WORDS: Mapping[TranslatableText, Sequence[str]] = {
 }
 # keys of dataset.toml in WORDS -> description
 DATASET_KEYS: Mapping[str, TranslatableText] = {
-    "batch_size": say("pictures or clips of one step"),
+    "batch_size": say("images or clips of one step"),
     "resolution": say("width and height that files are resized to"),
     "num_repeats": say("how often a file is repeated in an epoch"),
     "enable_bucket": say("files keep their aspect ratios, at the area of resolution"),

@@ -141,7 +141,7 @@ def find_kind(name: str) -> str:
         )
     raise OptionError(
         say(
-            "%(name)s: only pictures, clips, audio files and captions in .txt files are accepted",
+            "%(name)s: only images, clips, audio files and captions in .txt files are accepted",
             name=name,
         )
     )

@@ -4,7 +4,7 @@ bucket_latents: cache the latents of the images of a metadata file
 captions/: write and edit captions with a vision-language model
 cleaning: clean captions and tags in a metadata file
 cogvideox/: prepare clips in CogVideoX form, encoded
-controls/: control pictures of a folder: edges or depth
+controls/: control images of a folder: edges or depth
 cutting/: find scenes in footage, and write clips of them
 face_crops: cut faces out of images, upright
 folder_captions: caption the images of a folder

@@ -39,7 +39,7 @@ def make_folder_dataset(folder: Path, extension: str, is_recursive: bool, tempor
             tables.append("\n".join(["[[datasets]]", *lines]))
     if not tables:
         hint = "" if is_recursive else ". --recursive also searches its subfolders"
-        raise DatasetError(f"{folder} has no pictures and no clips{hint}")
+        raise DatasetError(f"{folder} has no images and no clips{hint}")
     file = temporary / "dataset.toml"
     write_text(file, "\n\n".join(tables))
     return replace(load_dataset_config(file), path=folder)

@@ -6,7 +6,7 @@ cache_files: names of cache files and their tensors; reading, writing
 caching/: the caching loop and its two halves
 config: read a dataset configuration to frozen tables
 config_keys: how keys and their values are read, and explained
-control_pairs: each picture has its control picture, and the reverse
+control_pairs: each image has its control image, and the reverse
 forms/: forms of data: folders, lists, tables, tars; each deletable
 idle_keys: keys of subsets that act only with others
 listing: find the sources of a table, check their names

@@ -1,4 +1,4 @@
-"""Check that each picture has its control picture, and each control picture its picture."""
+"""Check that each image has its control image, and each control image its image."""
 
 import logging
 from collections.abc import Callable, Sequence

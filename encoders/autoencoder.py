@@ -222,7 +222,7 @@ class ImageVae(nn.Module):
             ValueError: If sizes are not multiples of the stride, or the number of generators is wrong.
         """
         if generators is not None and len(generators) != len(pixels):
-            raise ValueError(f"{len(generators)} generators for {len(pixels)} pictures")
+            raise ValueError(f"{len(generators)} generators for {len(pixels)} images")
         moments = self.moments(pixels)
         if generators is not None:
             return sample_posterior(moments, generators, self.limits)
@@ -268,7 +268,7 @@ class ImageVae(nn.Module):
             ValueError: If the shape of `x` is wrong.
         """
         if x.ndim != 5 or x.shape[2] != 1:
-            raise ValueError(f"a picture is B C 1 H W, not {tuple(x.shape)}")
+            raise ValueError(f"an image is B C 1 H W, not {tuple(x.shape)}")
         check_clip(x, 1, pixels_in)
         image = x.squeeze(2)
         # no tiling: the whole image at once

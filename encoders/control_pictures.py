@@ -47,8 +47,8 @@ def check_controls(table: MediaTable, network_name: str) -> MediaTable:
     """
     if not table.has_control:
         raise DatasetError(
-            f"{table.name}: {network_name} learns from pairs of a picture and its control picture, and the "
-            "table has no control pictures. Set conditioning_data_dir, a folder of pictures with the same "
+            f"{table.name}: {network_name} learns from pairs of an image and its control image, and the "
+            "table has no control images. Set conditioning_data_dir, a folder of images with the same "
             "names."
         )
     return replace(table, has_control=False)
@@ -62,8 +62,7 @@ def add_controls(entries: Sequence[Sequence[CacheEntry]], media: MediaBatch) -> 
     """
     if len(media.control) > 1:
         raise DatasetError(
-            f"{media.table.name}: {len(media.control)} control pictures for one picture. Leave one for "
-            "each picture"
+            f"{media.table.name}: {len(media.control)} control images for one image. Leave one for each image"
         )
     rgb_controls = rearrange(media.control[0][..., :3], "b 1 h w c -> b c h w")
     with_controls = []
@@ -92,8 +91,8 @@ def make_control_conditions(
     image_size = tuple(stride * length for length in latents.shape[-2:])
     if controls.dtype != torch.uint8 or tuple(controls.shape[-2:]) != image_size:
         raise CacheError(
-            f"{batch.keys[0]}: its control picture has {format_shape(controls.shape[-2:])} rows and columns, "
-            f"the picture {format_shape(image_size)}. Cache latents again."
+            f"{batch.keys[0]}: its control image has {format_shape(controls.shape[-2:])} rows and columns, "
+            f"the image {format_shape(image_size)}. Cache latents again."
         )
     return {CONTROL_PIXELS: controls}
 
@@ -101,7 +100,7 @@ def make_control_conditions(
 def check_control(option: str, path: Path) -> None:
     """Raise OptionError if the control image given by `option` cannot be read."""
     if not path.is_file():
-        raise OptionError(f"{option} {path}: no such picture. Correct the path")
+        raise OptionError(f"{option} {path}: no such image. Correct the path")
     check_opens(option.removeprefix("--"), path, is_image=True)
 
 
@@ -185,7 +184,7 @@ def keep_control(
         return keep_media(request, model_name)
     if control is None:
         logger.warning(
-            "%r has no control picture (--cn): it is generated without control", shorten(request.prompt, 60)
+            "%r has no control image (--cn): it is generated without control", shorten(request.prompt, 60)
         )
         return keep_media(request, model_name)
     check_control(CONTROL, control)

@@ -636,8 +636,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             # a typed placeholder would be mistaken for an image
             if prompt_images.token_grids and placeholder in tokenizer.read(templated.prompt).ids:
                 raise MediaError(
-                    f"{image_format.token} stands for a picture. Remove it from the prompt: "
-                    f"{templated.prompt}"
+                    f"{image_format.token} stands for an image. Remove it from the prompt: {templated.prompt}"
                 )
             templated_prompts.append(_insert_image_placeholders(templated, prompt_images, image_format))
         return self.encode_templated(templated_prompts, functools.partial(self.compute, images=images))

@@ -122,7 +122,7 @@ def read_vision_tower(checkpoint: Checkpoint, model: LanguageModel) -> LoadPlan[
     names = [name for name in checkpoint.tensors if name.endswith(f"visual.{PATCHES}")]
     if not names or tower is None:
         raise CheckpointError(
-            f"{path} has no vision tower, which prompts with pictures need. Pass {model.files} to "
+            f"{path} has no vision tower, which prompts with images need. Pass {model.files} to "
             f"{model.option}.",
             path,
         )
@@ -210,7 +210,7 @@ def _reject_narrow(images: Sequence[Tensor], prompt_format: ImagePromptFormat) -
         height, width = image.shape[:2]
         if max(height, width) > MAX_RATIO * min(height, width):
             raise MediaError(
-                f"a picture of {width}x{height} is too long and narrow for {prompt_format.token}. Crop it."
+                f"an image of {width}x{height} is too long and narrow for {prompt_format.token}. Crop it."
             )
 
 

@@ -72,7 +72,7 @@ PREVIEW_FACTORS = (
     (-0.1262, -0.0982, -0.0778),
 )
 PREVIEW_BIAS = (-0.0329, -0.0718, -0.0851)
-NO_MOMENTS = MomentsRules(rejection="the model makes pictures, not clips")
+NO_MOMENTS = MomentsRules(rejection="the model makes images, not clips")
 
 
 @dataclass(frozen=True)
@@ -127,11 +127,11 @@ def get_references(batch: Batch, channels: int, patch: int, remedy: str) -> dict
     sides = " with even sides" if patch > 1 else ""
     for name, tensor in references.items():
         height, width = tensor.shape[-2:]
-        # a picture is one frame, and whole tokens cover it
+        # an image is one frame, and whole tokens cover it
         if tensor.shape[1:-2] != (channels, 1) or height % patch or width % patch:
             raise CacheError(
                 f"{batch.keys[0]}: {name} in its cache is {'x'.join(map(str, tensor.shape[1:]))}, not "
-                f"{channels} channels of one picture{sides}. Cache again with {remedy}."
+                f"{channels} channels of one image{sides}. Cache again with {remedy}."
             )
     return references
 
@@ -226,7 +226,7 @@ class ImageModelFamily(OneTransformer):
         """Raise DatasetError if a table has clips or control images."""
         if table.kind != "image":
             raise DatasetError(
-                f"{table.name}: the table has clips, and {self.display_name} can only learn pictures. Set "
+                f"{table.name}: the table has clips, and {self.display_name} can only learn images. Set "
                 "image_directory or image_jsonl_file, or train a video model."
             )
         if table.has_control and self.references is None:
@@ -285,8 +285,8 @@ class ImageModelFamily(OneTransformer):
             _check_references(request.control_images, rules, model_name)
         elif rules.edits_images:
             logger.warning(
-                "%s edits pictures, but %r has none to edit (--control_image_path, --ci in a prompt line): "
-                "the picture is made from the text alone",
+                "%s edits images, but %r has none to edit (--control_image_path, --ci in a prompt line): "
+                "the image is made from the text alone",
                 model_name,
                 shorten(request.prompt, 60),
             )
@@ -356,7 +356,7 @@ def _check_references(paths: Sequence[Path], rules: ReferenceRules, model_name: 
     option = "--control_image_path (--ci in a prompt line)"
     if len(paths) > rules.max_references:
         raise OptionError(
-            f"{option}: {len(paths)} reference pictures, but {model_name} takes {rules.max_references} at "
+            f"{option}: {len(paths)} reference images, but {model_name} takes {rules.max_references} at "
             f"most. Omit {' '.join(map(str, paths[rules.max_references :]))}"
         )
     for path in paths:
@@ -364,7 +364,7 @@ def _check_references(paths: Sequence[Path], rules: ReferenceRules, model_name: 
         if min(width, height) < rules.step:  # the image would be cropped to multiples of the step: to nothing
             raise OptionError(
                 f"{option} {path}: {width} x {height} pixels are too few, each side needs at least "
-                f"{rules.step}. Use a larger picture."
+                f"{rules.step}. Use a larger image."
             )
 
 

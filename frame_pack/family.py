@@ -138,7 +138,7 @@ class FramePack(OneTransformer):
             "architecture": "framepack",
             "implementation": "https://github.com/lllyasviel/FramePack",
             "model_type": "framepack",
-            "trained_for": "single pictures" if is_one_frame else f"videos of FramePack{version}",
+            "trained_for": "single images" if is_one_frame else f"videos of FramePack{version}",
         }
         return self.add_file_names(names)
 

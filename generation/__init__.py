@@ -1,6 +1,6 @@
-"""From options and a prompt to videos and pictures; read run.py first.
+"""From options and a prompt to videos and images; read run.py first.
 
-latent_masks: hold parts of a picture to a reference
+latent_masks: hold parts of an image to a reference
 asking: ask for lines at the console, with history
 comparing: every prompt with every LoRA at every strength
 conversation: the prompts that a user types at the console
@@ -22,7 +22,7 @@ progress: boxes, lines, and a preview that grows by sections
 prompt_lines: prompt lines: `a cat --w 832 --d 7`
 request: from options and a prompt line to a job
 run: modes of a generation script: one, file, interactive, others
-saved_latents: decode latent files to videos and pictures
+saved_latents: decode latent files to videos and images
 sample_lines: prompt files of training samples
 script_options: options of requests and outputs; forms of scripts
 scripts: make the generation scripts of a family

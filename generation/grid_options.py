@@ -21,7 +21,7 @@ MAX_CELLS = 100  # of a sheet: their videos are all open while it is drawn
 PROMPT = LineOption("prompt", str)
 # no axes, and why
 REJECTED = {
-    "fps": "it changes no picture, and the cells of a sheet play at one rate. Omit it",
+    "fps": "it changes no image, and the cells of a sheet play at one rate. Omit it",
     "lora_multiplier": "it applies to a whole run. tools/compare.py makes a column of each strength",
 }
 

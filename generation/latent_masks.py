@@ -1,4 +1,4 @@
-"""Keep parts of a picture equal to a reference while denoising: by a mask, or where the two hardly differ."""
+"""Keep parts of an image equal to a reference while denoising: by a mask, or where the two hardly differ."""
 # Letters: B batch, C channels, F H W frames, height and width of latents
 
 from pathlib import Path

@@ -141,7 +141,7 @@ def _encode_and_denoise(
         [select_prompts(job.prepared, run.options.guidance) for job in jobs]
     )
     if has_media:
-        run.on_phase("reading the pictures")
+        run.on_phase("reading the images")
     encoded_inputs = encode_all_inputs(run, jobs, failures)
     encoded_jobs = [
         EncodedJob(job, job_texts, encoded_inputs[job.label])

@@ -274,7 +274,7 @@ class GenerationOptions(Options, title="run"):
     def _check_prompt(self, prompt: str) -> None:
         """Raise OptionError if --prompt is empty, or is the name of a .txt or .json file."""
         if not prompt.strip() and self.save_merged_model is None:
-            kind = "picture" if self.output.pictures else "video"
+            kind = "image" if self.output.pictures else "video"
             has_other_work = self.from_file is not None or self.interactive or bool(self.latent_path)
             or_omit = ", or omit the option" if has_other_work else ""
             raise OptionError(f"--prompt is empty: say what the {kind} should show{or_omit}")

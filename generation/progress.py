@@ -49,7 +49,7 @@ def size_in_words(prepared: Prepared, has_layers: bool = False) -> str:
         prepared: The request with all values resolved.
         has_layers: Whether the frames are an image and its layers instead of a clip.
     """
-    unit = "pictures" if has_layers else "frames"
+    unit = "images" if has_layers else "frames"
     frames = f"{prepared.frames} {unit}, " if prepared.frames > 1 else ""
     size = f"{prepared.width} x {prepared.height} (width x height), {frames}"
     if prepared.is_audio_alone:
@@ -118,9 +118,9 @@ def _describe_results(requests: Sequence[Prepared], has_layers: bool) -> Row:
     if len(requests) == 1:
         if first.is_audio_alone:
             return "sound", size
-        return "clip" if first.frames > 1 and not has_layers else "picture", size
+        return "clip" if first.frames > 1 and not has_layers else "image", size
     are_images = all(request.frames == 1 and not request.is_audio_alone for request in requests)
-    return "pictures" if are_images or has_layers else "clips", f"{len(requests)}; the first: {size}"
+    return "images" if are_images or has_layers else "clips", f"{len(requests)}; the first: {size}"
 
 
 def experts_in_words(family: Family) -> list[str]:

@@ -258,7 +258,7 @@ def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[
         _warn_of_edit_loras(options.lora.lora_weight or ())
     if options.typed_reference_options and not prepared.request.control_images:
         names = ", ".join(f"--{name}" for name in options.typed_reference_options)
-        logger.warning("%s: ignored, as there is no picture to edit (--control_image_path)", names)
+        logger.warning("%s: ignored, as there is no image to edit (--control_image_path)", names)
     if prepared.request.source is not None:
         from blissful_tuner.video_to_video import start_from_source  # only with a source
 
@@ -436,7 +436,7 @@ def make_job(run: GenerationRun, label: str, overrides: Mapping[str, Any]) -> Ge
         frames = 0 if prepared.is_audio_alone else prepared.frames
         run.options.output.check_file_name(1 if run.family.latent.has_layers else frames)
     if run.post is not None and run.family.latent.has_layers:
-        raise OptionError("--post works on clips and pictures, not on layers of a picture; omit it")
+        raise OptionError("--post works on clips and images, not on layers of an image; omit it")
     if run.post is not None:
         run.post.check_length(prepared.frames, label)
     return GenerationJob(label, prepared)

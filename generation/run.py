@@ -344,7 +344,7 @@ def _make_several(run: GenerationRun) -> None:
     request = run.options.request
     count = run.options.num_videos
     first_seed = None if request.seed is None else parse_seed(request.seed)
-    kind = "picture" if run.options.output.pictures else "video"
+    kind = "image" if run.options.output.pictures else "video"
     jobs = []
     for index in range(count):
         overrides = {} if first_seed is None else {"seed": first_seed + index}

@@ -217,12 +217,12 @@ class OutputOptions(Options, title="output"):
             reason = "the result is sound alone"
             suffix = ".wav"
         elif self.is_image(frames - self.trim_tail_frames <= 1):
-            reason = "the result is a picture"
+            reason = "the result is an image"
             suffix = ".png"
         elif self.output_type in IMAGE_OUTPUTS:
             raise OptionError(
                 f"--save_path {path} with --output_type {self.output_type}: the result is {frames} "
-                f"pictures. Pass a folder for them, such as {path.with_suffix('')}"
+                f"images. Pass a folder for them, such as {path.with_suffix('')}"
             )
         if path.suffix.lower() != suffix:
             raise OptionError(f"--save_path {path}: {reason}. Pass {path.with_suffix(suffix)}")
@@ -245,7 +245,7 @@ def as_typed(preset: Mapping[str, Any], name: str) -> str:
     return f"--{name}" if preset[name] is True else f"--{name} {preset[name]}"
 
 
-NO_VIDEOS = "this script makes pictures, and a picture has one frame. Omit it"
+NO_VIDEOS = "this script makes images, and an image has one frame. Omit it"
 # what a script of images refuses
 VIDEO_ONLY_OPTIONS = (
     "video_length",

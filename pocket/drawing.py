@@ -123,7 +123,7 @@ def draw(scene: Scene, first: int = 0, count: int = FRAMES) -> Clip:
 def paint(
     fine: NDArray[np.uint8], form: str, center: tuple[float, float], pixels: float, rgb: Colour
 ) -> None:
-    """Fill a form into a picture that is FINE times larger than the clip.
+    """Fill a form into an image that is FINE times larger than the clip.
 
     `center` and `pixels` are in pixels of the clip.
     """

@@ -115,7 +115,7 @@ def _add_then(parser: Parser) -> None:
     group.add_argument(
         THEN,
         metavar="TOOL ...",
-        help="give each picture on to another tool, without a file in between. Behind the tool's name stand "
+        help="give each image on to another tool, without a file in between. Behind the tool's name stand "
         f"its own options ({THEN} upscaler --help lists them; without --model the downloaded one is taken), "
         f"before the first {THEN} what holds for the whole run. May be repeated. The tools: "
         f"{', '.join(tool.name for tool in TOOLS)}",

@@ -53,7 +53,7 @@ def plan_jobs(chain: Chain, ask: Callable[[str], Answer | None]) -> list[FileJob
         tool = next(tool for tool, _ in chain.tools if tool.needs_video)
         raise OptionError(
             f"{tool.name} works between the pictures of a video, and --input {chain.run.input} is a single "
-            "picture. Use a video."
+            "image. Use a video."
         )
     for job in jobs:
         _check_output(job, jobs)
@@ -116,7 +116,7 @@ def list_sources(chain: Chain) -> list[Path]:
     # `_rename_outputs` appends underscores to the names of results
     sources = [path for path in media_files if not path.stem.rstrip("_").endswith(ending)]
     if not sources:
-        kinds = "video" if chain.needs_video else "video or picture"
+        kinds = "video" if chain.needs_video else "video or image"
         results = f", except {len(media_files)} with {ending}, which are results" if media_files else ""
         raise MediaError(f"--input {folder} is a folder without a {kinds}{results}. Pass another folder.")
     num_results = len(media_files) - len(sources)
@@ -183,7 +183,7 @@ def log_suffix(chain: Chain, jobs: Sequence[FileJob]) -> None:
     if output is None or len(jobs) != 1 or jobs[0].output.parent != output.parent:
         return
     if jobs[0].output.name != output.name:
-        reason = "pictures are PNG files" if jobs[0].is_image else f"--container is {output_format.container}"
+        reason = "images are PNG files" if jobs[0].is_image else f"--container is {output_format.container}"
         logger.info("The result is written to %s: %s", jobs[0].output, reason)
 
 

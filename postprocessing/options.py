@@ -17,7 +17,7 @@ class ToolRunOptions(Options, title="input and output"):
     input: Path = option(
         "a video, an image, or a folder: then each video and each image in it is worked on by itself",
         place="there",
-        hint="a video, a picture, or a folder",
+        hint="a video, an image, or a folder",
         required=True,
         by_place=True,
     )
@@ -120,11 +120,11 @@ class InterpolationOptions(Options, title="interpolation"):
     )
     mode: str = option("gimmvfi_r (RAFT) or gimmvfi_f (FlowFormer: better, slower)", default=WITH_FLOWFORMER)
     factor: int = option(
-        f"how many times as many pictures a second: usually 2 to 8, at most {MAX_FACTOR}",
+        f"how many times as many images a second: usually 2 to 8, at most {MAX_FACTOR}",
         default=2,
         minimum=1,
         maximum=MAX_FACTOR,
-        hint="1 leaves the pictures as they are",
+        hint="1 leaves the images as they are",
     )
     ds_factor: float = option(
         "compute flow at this part of the size: 0.5 for 2K, 0.25 for 4K", default=1.0, above=0, maximum=1

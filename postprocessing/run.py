@@ -154,7 +154,7 @@ def run_image(
     clip = Clip(job.source, width, height, rate=None, frames=1, is_deep=False)
     clips = plan_clips(stages, clip)
     images = list(run_stages(stages, iter([OutputFrame(pixels, Fraction(0), SECONDS)]), clips))
-    assert len(images) == 1, f"{len(images)} pictures of one"  # no stage adds images to a single one
+    assert len(images) == 1, f"{len(images)} images of one"  # no stage adds images to a single one
     tags = read_tags(job.source)
     # a thumbnail in the metadata could show what a tool has hidden
     tags = without_images(job.source, tags) if hides_content else tags

@@ -124,7 +124,7 @@ class _ErrorPrefixer:
     ) -> Iterator[OutputFrame]:
         """Yield the frames of a stage; prefix its errors with `label`, and explain a lack of memory."""
         try:
-            with _explain_memory(f"pictures of {clip.width} x {clip.height}"):
+            with _explain_memory(f"images of {clip.width} x {clip.height}"):
                 yield from frames
         except BaseException as error:
             if error in self._handled:  # raised by an earlier stage

@@ -224,7 +224,7 @@ class MemoryFittedRunner:
             logger.info("Out of memory: the batch size is now %d.", self.batch)
         elif self.is_auto and side > minimum:
             self.tile = max(round_up(side // 2, self.step), minimum)
-            logger.info("Out of memory: pictures are now split into tiles of %d pixels.", self.tile)
+            logger.info("Out of memory: images are now split into tiles of %d pixels.", self.tile)
         else:
             raise MemoryPlanError(
                 f"the device does not have enough memory even for {side} x {side} pixels ({reason}).\n"
@@ -286,7 +286,7 @@ class Float32Fallback:
             return result
         if self._float32_run is None:
             logger.info(
-                "A result of %s in %s is not finite: such pictures are computed again in float32.",
+                "A result of %s in %s is not finite: such images are computed again in float32.",
                 self.what,
                 str(self.dtype).removeprefix("torch."),
             )

@@ -1,4 +1,4 @@
-"""From a folder of clips or pictures to a trained LoRA: the files that describe it, and its commands.
+"""From a folder of clips or images to a trained LoRA: the files that describe it, and its commands.
 
 model_sizes: sizes of models, and whether they fit a GPU
 media: looks at the folder
@@ -6,9 +6,9 @@ control_pairs: recognizes pairs that a ControlNet would learn
 listed_captions: reads captions from lists beside the files
 tags: tells captions that are lists of tags
 model_choice: spellings of models, the question asked, facts of families
-own_samples: pictures that a model made itself, with their prompts
-varied_captions: captions for these pictures, made by a grammar
-own_commands: how to make these pictures
+own_samples: images that a model made itself, with their prompts
+varied_captions: captions for these images, made by a grammar
+own_commands: how to make these images
 model_files: files of a model, released or named
 describing: the text of the three files
 kinds/: what runs train, as `new --train` names it

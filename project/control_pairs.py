@@ -48,11 +48,11 @@ def describe_control_pairs(
         return None
     errors = ""
     if without_control:
-        errors += f". Without a control picture: {list_some(without_control)}"
+        errors += f". Without a control image: {list_some(without_control)}"
     if controls.unmatched:
-        errors += f". Without a picture: {list_some([path.name for path in controls.unmatched])}"
+        errors += f". Without an image: {list_some([path.name for path in controls.unmatched])}"
     return warning(
-        f"{control_folder}: left out, as {kind.title} does not use control pictures. "
-        f"{len(pictures) - len(without_control)} of {len(pictures)} pictures have one there{errors}. --train "
+        f"{control_folder}: left out, as {kind.title} does not use control images. "
+        f"{len(images) - len(without_control)} of {len(images)} images have one there{errors}. --train "
         f"{control_kind.name} trains {control_kind.title} on such pairs (docs/control.md)"
     )

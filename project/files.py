@@ -87,7 +87,7 @@ from project.tags import TagLists, as_words, find_tags, make_argv_to_write_blank
 from project.varied_captions import make_captions
 
 UNCHANGED = "Nothing is written: the three files would stay as they are."
-KIND_WORDS = {"video": "clip", "image": "picture", "audio": "sound"}  # kind of a file -> its word in a line
+KIND_WORDS = {"video": "clip", "image": "image", "audio": "sound"}  # kind of a file -> its word in a line
 # kind of error
 UNREADABLE_WITHOUT_CAPTION = (
     "cannot be read and have no caption, which ends a run: delete each, or move it away"
@@ -599,7 +599,7 @@ def _describe_control_folders(setup: describing.RunSetup) -> list[str]:
     for folder, control_folder in setup.content.control_folders.items():
         data = f"its pairs with {control_folder}"
         if setup.kind.inpaints_images:
-            data = "its pictures, in which each step masks a random part to repaint"
+            data = "its images, in which each step masks a random part to repaint"
         lines.append(f"{folder}: {setup.kind.title} learns from {data}{alternative}")
     return lines
 
@@ -688,7 +688,7 @@ def _summarize(setup: describing.RunSetup) -> str:
 
 
 def _count_media(media: Sequence[Media]) -> str:
-    """Return the number of files of each kind as text, such as `3 clips and 1 picture`."""
+    """Return the number of files of each kind as text, such as `3 clips and 1 image`."""
     counts = Counter[str](item.kind for item in media)
     texts = [format_count(counts[kind], word) for kind, word in KIND_WORDS.items() if counts[kind]]
     return " and ".join(texts)
@@ -749,7 +749,7 @@ def _describe_images(setup: describing.RunSetup) -> str:
     images = [item.path for item in setup.media if item.kind == "image"]
     if not images or not setup.model.properties.get("from_image"):
         return ""
-    return f"{name_some(images)}: pictures, which this model cannot train on"
+    return f"{name_some(images)}: images, which this model cannot train on"
 
 
 def _find_uncaptioned_media(setup: describing.RunSetup) -> list[Path]:

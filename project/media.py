@@ -47,7 +47,7 @@ REGULARIZATION = re.compile(r"regs?|regulari[sz]ation([-_ ]?images?)?|class([-_ 
 # names of folders with the sources of edited images; `control_images` and similar forms count too
 REFERENCES = re.compile(
     r"(controls?|before|sources?|references?|refs?|inputs?|originals?|conditions?|conditioning)"
-    r"([-_ ]?(images?|pictures?))?",
+    r"([-_ ]?(images?|images?))?",
     re.IGNORECASE,
 )
 MAX_LISTED = 3  # maximum number of names in a line
@@ -222,7 +222,7 @@ def _require_media(
     if has_audio_files and suggested_models.audio_options:
         remedy = f" {suggested_models.audio_options} learns sounds alone."
     raise DatasetError(
-        f"{folder} has no clip and no picture that can be read. Pass a folder that has one.{remedy}"
+        f"{folder} has no clip and no image that can be read. Pass a folder that has one.{remedy}"
         f"{_indent_lines(content.report_lines)}"
     )
 
@@ -231,8 +231,8 @@ def _make_control_error(folder: Path, content: FolderContent, kind: RunKind) -> 
     """Return the error for a folder without control images, with a command that draws edge images."""
     control_folder = folder / CONTROL_FOLDER
     return DatasetError(
-        f"{folder}: {kind.title} learns from pairs of a picture and its control picture, and no picture "
-        f"has one. Put them into {control_folder}, under the names of the pictures. This draws "
+        f"{folder}: {kind.title} learns from pairs of an image and its control image, and no image "
+        f"has one. Put them into {control_folder}, under the names of the images. This draws "
         f"their edges: {quote_command([*DRAW_EDGES, str(control_folder), str(folder)])}"
         f"{_indent_lines(content.report_lines)}"
     )
@@ -428,7 +428,7 @@ def _find_neighboring_regularization(folder: Path, content: FolderContent) -> di
     for neighbor in _list_subfolders(real_folder.parent):
         if neighbor == real_folder or not REGULARIZATION.fullmatch(neighbor.name):
             continue
-        reason = f"{neighbor.name} is the name of a folder of regularization pictures"
+        reason = f"{neighbor.name} is the name of a folder of regularization images"
         for inner in _list_subfolders(neighbor):
             name = _parse_folder_name(inner)
             if name is not None:
@@ -460,7 +460,7 @@ def _add_regularization(
         )
     elif uncaptioned and folder_name is None:
         error = (
-            f"left out: {name_some(uncaptioned)}: regularization pictures without a caption, in "
+            f"left out: {name_some(uncaptioned)}: regularization images without a caption, in "
             "a folder whose name has no class. Call it 1_man, with the word for the class, or pass captions"
         )
     if error:
@@ -470,7 +470,7 @@ def _add_regularization(
     usage = "(is_reg)"
     if uncaptioned and folder_name is not None:
         usage += f", `{folder_name.class_tokens}` for those without a caption"
-    count = format_count(len(images), "regularization picture")
+    count = format_count(len(images), "regularization image")
     content.report_lines.append(f"{subfolder}: {count} {usage}, as {reason}. {remedy}")
 
 
@@ -501,7 +501,7 @@ def _find_regularization_reason(
         return None
     for path in (subfolder, subfolder.parent):
         if path != folder and REGULARIZATION.fullmatch(path.name):
-            return f"{path.name} is the name of a folder of regularization pictures"
+            return f"{path.name} is the name of a folder of regularization images"
     name = names.get(subfolder)
     if name is None:
         return None
@@ -511,7 +511,7 @@ def _find_regularization_reason(
         if subject.class_tokens.strip().lower().endswith(class_ending):
             return (
                 f"`{name.class_tokens}` is the class of `{subject.class_tokens}`: "
-                "its pictures seem to be for regularization"
+                "its images seem to be for regularization"
             )
     return None
 
@@ -720,7 +720,7 @@ def _explain_masks(folder: Path, subfolder: Path) -> str:
     `folder` contains dataset.toml.
     """
     inside = Path(parse_path(real_path(folder), real_path(subfolder))).as_posix()
-    return f'masks are left out. mask_directory = "{inside}" in dataset.toml, with their pictures, takes them'
+    return f'masks are left out. mask_directory = "{inside}" in dataset.toml, with their images, takes them'
 
 
 def _describe_labels(
@@ -921,8 +921,8 @@ def _replace_clips_by_first_frames(folder: Path, content: FolderContent, model_n
     if images:
         names = name_some(list(content.first_frames.values()))
         content.report_lines.append(
-            f"{names}: {model_name} is trained only on pictures. The first frame of each clip is written as "
-            f"a picture with its caption into {folder / FIRST_FRAMES}"
+            f"{names}: {model_name} is trained only on images. The first frame of each clip is written as "
+            f"an image with its caption into {folder / FIRST_FRAMES}"
         )
 
 
@@ -969,7 +969,7 @@ def _select_reference_folders(folder: Path, folders_by_use: SortedFolders, conte
         )
     for reference_folder in folders_by_use.reference_folders:
         if reference_folder not in content.reference_folders.values() and _list_media_files(reference_folder):
-            text = f"{reference_folder}: left out. No file there has the name of a picture next to it"
+            text = f"{reference_folder}: left out. No file there has the name of an image next to it"
             content.report_lines.append(warning(text))
 
 
@@ -1025,9 +1025,9 @@ def _select_control_folders(
 
     Inpainting uses the images themselves as control images. Unused folders are reported.
     """
-    unused_reason = "No file there has the name of a picture next to it"
+    unused_reason = "No file there has the name of an image next to it"
     if kind.inpaints_images:
-        unused_reason = f"{kind.title} learns from the pictures themselves"
+        unused_reason = f"{kind.title} learns from the images themselves"
     for training_folder in folders_by_use.training_folders:
         if kind.inpaints_images:
             content.control_folders[training_folder] = training_folder
@@ -1046,7 +1046,7 @@ def _leave_out_clips(content: FolderContent, kind: RunKind) -> None:
     """Remove clips from `content`, with a warning: runs of this kind use only images."""
     clips = [item.path for item in content.media if item.is_clip]
     if clips:
-        text = f"{name_some(clips)}: left out, as {kind.title} uses only pictures"
+        text = f"{name_some(clips)}: left out, as {kind.title} uses only images"
         content.report_lines.append(warning(text))
     content.media = [item for item in content.media if not item.is_clip]
 
@@ -1067,7 +1067,7 @@ def _select_folder_references(image_folder: Path, candidates: Sequence[Path], co
         content.reference_folders[image_folder] = candidate
         content.report_lines += _describe_unreadable_references(image_folder, candidate, content.media)
         if missing:
-            text = f"{len(missing)} of {len(image_stems)} pictures have no reference in {candidate}"
+            text = f"{len(missing)} of {len(image_stems)} images have no reference in {candidate}"
             content.report_lines.append(f"{image_folder}: {text}, such as {missing[0]}: trained without one")
         return
 
@@ -1150,9 +1150,9 @@ def _describe_reference_layout(folder: Path, name: str, media: Sequence[Media]) 
     numbered = _find_images_named_as_references(media)
     advice = ""
     if numbered:
-        advice = f" {name_some(numbered)} seem to be such pictures: move them into {folder / 'control'}."
+        advice = f" {name_some(numbered)} seem to be such images: move them into {folder / 'control'}."
     return (
-        f"{folder}: {name} learns edits, and there is no picture to edit from.{advice} "
+        f"{folder}: {name} learns edits, and there is no image to edit from.{advice} "
         "Make a folder like this:\n"
         f"  {folder / 'cat.jpg'}          a result\n"
         f"  {folder / 'cat.txt'}          the edit as a text, such as: the cat wears a hat\n"

@@ -301,7 +301,7 @@ def describe_outputs(model: ModelSet, model_info: ModelInfo) -> str:
     elif model_info.needs_reference:
         kinds = ["edits"]
     else:
-        kinds = ["pictures" if model.properties["frames"] == 1 else "clips"]
+        kinds = ["images" if model.properties["frames"] == 1 else "clips"]
         if model_info.max_references:
             kinds.append("edits")
     if model_info.trains_on_audio:

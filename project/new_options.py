@@ -27,7 +27,7 @@ class NewOptions(Options):
         "control of what each image is made from; for control networks, of their control images",
         positional=True,
         place="folder",
-        hint="the one with clips or pictures",
+        hint="the one with clips or images",
     )
     family: str | None = option("kind of model, such as wan, kontext or qwen; asked for on a terminal")
     task: str | None = option("which of its models, such as t2v-1.3B; likewise")

@@ -67,8 +67,8 @@ def describe_own_images_commands(options: NewOptions, model: ModelSet, files: Ma
     again = ["new", as_operand(options.folder / OWN_FOLDER), "--family", model.family]
     again += ["--task", model.task, "--train", ADAPTER.name]
     return [
-        f"An adapter trained on the model's own pictures keeps the model's look. {OWN_PROMPTS} contains "
-        f"these captions. In the folder {options.folder}, once the model is there, this makes the pictures:",
+        f"An adapter trained on the model's own images keeps the model's look. {OWN_PROMPTS} contains "
+        f"these captions. In the folder {options.folder}, once the model is there, this makes the images:",
         f"  {typed_in(argv, options.folder)}",
         "and this writes their training files, with the prompts as captions:",
         f"  {own_command(*again)}",

@@ -26,7 +26,7 @@ CONTROL_MASK = "vace_mask"  # uint8, 255 where pixels are generated; without a m
 
 # conditions that a teacher may get and the trained model does not (`Described.teacher_only_conditions`)
 CAPTION, FIRST_FRAME = "the caption before dropout", "the first frame"
-REFERENCE = "the reference pictures before dropout"
+REFERENCE = "the reference images before dropout"
 # latents of a control video or a reference image, in caches and conditions; several have _0, _1, ... appended
 CONTROL = "latents_control"
 # control image for a network that takes pixels: 3 H W uint8 in caches; conditions also have its strength

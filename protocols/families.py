@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 Marks = Sequence[tuple[str, str]]  # a tensor that only such a file has -> what the file is
 
 LOW_NOISE, HIGH_NOISE = "low_noise", "high_noise"  # names of the two experts that Wan2.2 has
-CLIPS, IMAGES = "it encodes the clips", "it encodes the pictures"
+CLIPS, IMAGES = "it encodes the clips", "it encodes the images"
 
 
 @dataclass(frozen=True, eq=False, repr=False)  # compared as objects, never printed

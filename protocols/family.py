@@ -2,7 +2,7 @@
 
 Fixed meanings: `noisy` is B C F H W in model space (images: F = 1). `sigmas` is the share of noise (B, 0..1);
 `timesteps` is the model's input (B, float, about 1000 * sigma). `predict` returns the velocity `noise -
-latents`, shaped like `noisy`. A picture and its audio are one tensor, B N (`AudioVideoShapes`), with a
+latents`, shaped like `noisy`. An image and its audio are one tensor, B N (`AudioVideoShapes`), with a
 timestep each. A family is a frozen dataclass made by `family_for_training/caching/generation(options)` in
 its `family.py`; no loop asks for its name.
 """

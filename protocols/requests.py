@@ -41,9 +41,9 @@ class Prompt:
     max_chunks: int | None = None
     # reference images that the encoder sees with the text, in order; it reads and resizes the files itself
     images: tuple[Path, ...] = ()
-    # width and height that each of `pictures` has to cover; None: the encoder's own size
+    # width and height that each of `images` has to cover; None: the encoder's own size
     image_size: tuple[int, int] | None = None
-    # pixels of `pictures`, H W C uint8 each, if they are already resized; (): the encoder reads the files
+    # pixels of `images`, H W C uint8 each, if they are already resized; (): the encoder reads the files
     image_pixels: "tuple[Tensor, ...]" = field(default=(), compare=False)
     # for a caption that is cached: frames of its clip in training, F H W C uint8, and its references
     clip: "Tensor | None" = field(default=None, compare=False)

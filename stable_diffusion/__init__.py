@@ -1,6 +1,6 @@
 """Stable Diffusion 1.x, 2.x, XL. Read run.py, then making.py for gen_img.py; family.py for the loops.
 
-asking: requested pictures: variants, seeds and numbers settled
+asking: requested images: variants, seeds and numbers settled
 assembling: load the checkpoint and all that acts on it
 attention: a U-Net's attention by the back end of training
 beside_unet: what stands next to a U-Net and sees its calls
@@ -15,8 +15,8 @@ family: the description that the shared loops call
 files: which Stable Diffusion a checkpoint is, by tensor names
 folders: folders in the layout of diffusers
 generation_options: options of sd_generate_image.py and sdxl_generate_image.py
-guiding: CLIP and VGG16 steer the predicted picture
-highres: two stages: a small picture, then full size
+guiding: CLIP and VGG16 steer the predicted image
+highres: two stages: a small image, then full size
 inpainting: further inputs of U-Nets for inpainting
 inversion_learning: vectors of a new word in training, and their files
 inversion_options: options of training textual inversion
@@ -28,7 +28,7 @@ lllites: ControlNet-LLLites in the U-Net during a batch
 layer_texts: states of texts for each cross-attention of the U-Net (XTI)
 loading: load a checkpoint: kind, networks, tokenizers
 loras: LoRAs folded into weights, or added at run time
-making: A batch of pictures: texts, start, the denoising loop, pixels
+making: A batch of images: texts, start, the denoising loop, pixels
 minimal_inpainting: repaint by the options of sd-scripts' small script
 minimal_options: these options, and the same for gen_img.py
 model_upscaler: enlarge the first stage with SwinIR or ESRGAN
@@ -39,18 +39,18 @@ options: all options of gen_img.py
 released_names: names of released files for parts of folders
 regions: parts of a prompt, each in its own region
 resnets: norms and residual blocks with fewer kernels
-run: from prompts to pictures and files, batch by batch
+run: from prompts to images and files, batch by batch
 samplers: diffusers' schedulers as solvers; calls of the U-Net
-sampling_options: options of sampling, and of pictures that begin small
+sampling_options: options of sampling, and of images that begin small
 sd1/: scripts that train 1.x and 2.x
 sdxl/: scripts that train Stable Diffusion XL
 small_start: features or latents that begin small and grow
-starting: pictures to latents and back; start of denoising
-text: encode prompts: weights, chunks, pooled state or picture
+starting: images to latents and back; start of denoising
+text: encode prompts: weights, chunks, pooled state or image
 text_checkpoints: CLIP-L and OpenCLIP encoders of a checkpoint
 textual_inversion: words that stand for learned vectors
 tokenizers: tokenizers of the text encoders, and chunks of tokens
-towers: text encoders that caption pictures, and may learn
+towers: text encoders that caption images, and may learn
 training_files: the checkpoint of a training, network by network
 training_options: options of training and of its caches
 whole_files: write a whole checkpoint after a training

@@ -189,7 +189,7 @@ def _check_has_parts(num_parts: int) -> None:
     """Raise OptionError if a mask without an input image cannot define regions: the prompt has one part."""
     if num_parts == 1:
         raise OptionError(
-            "--mask_path is for a picture (--image_path) or for a prompt of several parts, but this one has "
+            "--mask_path is for an image (--image_path) or for a prompt of several parts, but this one has "
             "only one. Write AND between its parts, or omit the mask"
         )
 
@@ -296,7 +296,7 @@ def _warn_of_ignored_options(
         )
     if sampling.strength is not None and not has_image and options.highres.highres_fix_scale is None:
         logger.warning(
-            "--strength is ignored because the picture begins with noise. It is for --image_path and "
+            "--strength is ignored because the image begins with noise. It is for --image_path and "
             "--highres_fix_scale"
         )
     if sampling.scale < 1:

@@ -45,14 +45,14 @@ _UNSUPPORTED_BY_PREFIX = (
     ("model.diffusion_model.clf.", "Stable Cascade, which has a different architecture"),
     ("edm_mean", "Playground 2.5, whose noise follows another formula (EDM)"),
     ("edm_vpred.", "CosXL, whose noise follows another formula (EDM)"),
-    ("depth_model.", "Stable Diffusion 2 with depth, which needs a depth map in addition to the picture"),
-    ("embedder.model.", "Stable unCLIP, whose U-Net takes the embedding of a picture"),
+    ("depth_model.", "Stable Diffusion 2 with depth, which needs a depth map in addition to the image"),
+    ("embedder.model.", "Stable unCLIP, whose U-Net takes the embedding of an image"),
     ("control_model.", "a ControlNet (--control_net_models)"),
     ("lllite_unet", "a ControlNet-LLLite (--control_net_lllite_models)"),
     ("lora_unet_", "a LoRA (--network_weights)"),
     ("lora_te", "a LoRA (--network_weights)"),
 )
-_REFINER = "the refiner of Stable Diffusion XL, which only finishes pictures of the base model"
+_REFINER = "the refiner of Stable Diffusion XL, which only finishes images of the base model"
 
 
 @dataclass(frozen=True)
@@ -177,9 +177,9 @@ def _describe_other(names: Collection[str], kind: ModelKind | None) -> str | Non
     if kind is None and _has_prefix(names, "conditioner.embedders.0.model."):
         return _REFINER
     if kind is SD2 and f"{UNET}label_emb.0.0.weight" in names:
-        return "Stable unCLIP, whose U-Net takes the embedding of a picture"
+        return "Stable unCLIP, whose U-Net takes the embedding of an image"
     if kind is SD2 and f"{UNET}label_emb.weight" in names:
-        return "the upscaler of Stable Diffusion 2, which makes no pictures from text alone"
+        return "the upscaler of Stable Diffusion 2, which makes no images from text alone"
     return None
 
 

@@ -25,7 +25,7 @@ from stable_diffusion.training_options import (
 )
 
 _PRECISION = "precision"
-_USE_GEN_IMG = "gen_img.py has it. Use that script, which makes the same pictures"
+_USE_GEN_IMG = "gen_img.py has it. Use that script, which makes the same images"
 _IN_BRACKETS = "brackets in prompts are weights for all models of Stable Diffusion, as in gen_img.py"
 _BY_MODE = "torch's own kernels are usual; --attn_mode chooses others"
 _OWN_LOOP = "the U-Net runs its blocks by itself, and cannot {}. Omit it"

@@ -1,6 +1,6 @@
 """Guidance by other networks: CLIP and VGG16 score the image predicted at each step, and steer it.
 
-Each step predicts the clean picture x0 of its sample x = a x0 + s noise (a and s: square roots of the shares
+Each step predicts the clean image x0 of its sample x = a x0 + s noise (a and s: square roots of the shares
 of data and noise). s x0 + (1 - s) x is decoded and measured by a loss L, and the noise that the U-Net
 predicts, after classifier-free guidance, becomes noise + s dL/dx. The gradient goes through the network that
 measures, the autoencoder and a pass of the U-Net with the prompt alone.

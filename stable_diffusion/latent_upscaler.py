@@ -1,6 +1,6 @@
 """Upscale the first stage's images with a network on latents, like sd-scripts' tools.latent_upscaler.
 
-For --highres_fix_upscaler tools.latent_upscaler --highres_fix_upscaler_args weights=FILE. Pictures are
+For --highres_fix_upscaler tools.latent_upscaler --highres_fix_upscaler_args weights=FILE. Images are
 enlarged by Lanczos and encoded; the network then adds what is lost. It is for latents of Stable Diffusion 1.x
 and 2.x. Source of the structure: sd-scripts.
 """

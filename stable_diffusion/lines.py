@@ -137,7 +137,7 @@ def _check_file_name(name: str) -> None:
     if is_path or replace_control_codes(name) != name:
         raise OptionError(
             f"--f {quoted_name}: pass a file's name, without folders and characters that some systems do "
-            "not take. Pictures are written to --outdir"
+            "not take. Images are written to --outdir"
         )
     size = len(name.encode("utf-8", "replace"))
     if size > LONGEST_NAME:
@@ -307,8 +307,8 @@ def find_inputs(options: ImageInputOptions, num_control_nets: int) -> Inputs:
     # a single guide serves all ControlNets and images
     if len(inputs.guides) > 1 and len(inputs.guides) % inputs.guides_per_image:
         raise OptionError(
-            f"--guide_image_path: {len(inputs.guides)} pictures for {num_control_nets} ControlNets. Pass "
-            "one for each ControlNet, in their order, for the first picture, then for the next one and so "
+            f"--guide_image_path: {len(inputs.guides)} images for {num_control_nets} ControlNets. Pass "
+            "one for each ControlNet, in their order, for the first image, then for the next one and so "
             "on, or a single one for all"
         )
     return inputs
@@ -369,7 +369,7 @@ def list_lines(options: GenImgOptions, inputs: Inputs) -> list[Line]:
             logger.warning("%s is skipped because its metadata contains no prompt", path)
     if not lines:
         raise OptionError(
-            "There is no prompt, and the pictures of --image_path have none in their metadata. Pass --prompt "
+            "There is no prompt, and the images of --image_path have none in their metadata. Pass --prompt "
             "or --from_file"
         )
     return lines

@@ -147,7 +147,7 @@ def _check_dimensions(options: SdxlLlliteTrainingOptions, path: Path, dimensions
 def describe_lllite(options: SdxlLlliteTrainingOptions) -> CustomNetwork:
     """Describe how a training run builds and checks a ControlNet-LLLite, and how to generate with it."""
     width, rank = _start_sizes(options)
-    sizes = f", rank {rank}, control picture as {width} numbers"
+    sizes = f", rank {rank}, control image as {width} numbers"
     return CustomNetwork(
         label=CALLED,
         description=describe_start(CALLED, sizes, options.network_weights),

@@ -1,6 +1,6 @@
 """ControlNet-LLLite: small networks that change the inputs of single U-Net layers of SDXL by a control image.
 
-A module turns the control picture into tokens of its layer by convolutions whose kernels do not overlap,
+A module turns the control image into tokens of its layer by convolutions whose kernels do not overlap,
 joins them to the layer's input, which it projects down, and projects the result up again:
 
 layer(x + multiplier * up(mid(join(conditioning1(control), down(x)))))

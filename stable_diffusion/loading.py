@@ -111,7 +111,7 @@ def _log_checkpoint(checkpoint_plan: CheckpointPlan, dtype: torch.dtype, vae_dty
 
 def _warn_of_fp16_overflow() -> None:
     logger.warning(
-        "The released VAE of Stable Diffusion XL overflows in float16 and then makes black pictures. If "
+        "The released VAE of Stable Diffusion XL overflows in float16 and then makes black images. If "
         "that happens, add --no_half_vae, or --vae with the fixed one (madebyollin/sdxl-vae-fp16-fix)"
     )
 

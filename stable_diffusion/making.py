@@ -349,7 +349,7 @@ def _list_vision_paths(requests: Sequence[contract.RequestedImage]) -> list[Path
     paths = [request.image for request in requests if request.image is not None]
     if len(paths) < len(requests):
         raise OptionError(
-            f"{requests[0].label}: --clip_vision_strength needs --image_path, the picture that CLIP sees"
+            f"{requests[0].label}: --clip_vision_strength needs --image_path, the image that CLIP sees"
         )
     return paths
 

@@ -143,13 +143,13 @@ def check_control(
         if guides:
             raise OptionError(
                 "--guide_image_path needs --control_net_models, --control_net_lllite_models, "
-                "--clip_image_guidance_scale or --vgg16_guidance_scale, which use the pictures. A mask of "
+                "--clip_image_guidance_scale or --vgg16_guidance_scale, which use the images. A mask of "
                 "regions goes to --mask_path"
             )
         return
     if not guides:
         raise OptionError(
-            f"{options.flag} needs --guide_image_path: a picture for each model, or a folder of them"
+            f"{options.flag} needs --guide_image_path: an image for each model, or a folder of them"
         )
     if uses_deep_shrink and options.control_net_lllite_models:
         raise OptionError(
@@ -162,11 +162,11 @@ def _check_guidance(options: ControlOptions, guides: tuple[Path, ...] | None, gu
     """Raise OptionError if CLIP or VGG16 has no images to guide with, or ControlNets take them too."""
     if options.specs:
         raise OptionError(
-            f"{guidance_option} and {options.flag} both take the pictures of --guide_image_path: leave one "
+            f"{guidance_option} and {options.flag} both take the images of --guide_image_path: leave one "
             "of them out"
         )
     if not guides:
-        raise OptionError(f"{guidance_option} needs --guide_image_path: a picture, or a folder of them")
+        raise OptionError(f"{guidance_option} needs --guide_image_path: an image, or a folder of them")
 
 
 _SCALE_HINT = "0 is none, about 100 is usual"
@@ -290,7 +290,7 @@ class AddedNetworkOptions(Options, title="LoRA and other networks"):
         minimum=1,
         maximum=7,
         excludes=("network_merge", "network_pre_calc"),
-        hint="networks in regions are added while pictures are made",
+        hint="networks in regions are added while images are made",
     )
 
     def __post_init__(self) -> None:

@@ -49,7 +49,7 @@ class ModelOptions(Options, title="model"):
         "images that the VAE takes at once; below 1: this fraction of --batch_size; usually all",
         title=_SPEED,
         above=0,
-        hint="of pictures, or a share of the batch below 1, such as 0.5",
+        hint="of images, or a share of the batch below 1, such as 0.5",
     )
     xformers: bool = option("attention by the package xformers", title=_SPEED, often=True)
     sdpa: bool = option(
@@ -62,8 +62,8 @@ class ModelOptions(Options, title="model"):
     opt_channels_last: bool = option("keep channels last in memory, faster on some GPUs", title=_SPEED)
 
 
-_IMAGES = "input pictures"
-_IMAGE: Mapping[str, Any] = {"place": "there", "hint": "a picture or a folder of pictures"}
+_IMAGES = "input images"
+_IMAGE: Mapping[str, Any] = {"place": "there", "hint": "an image or a folder of images"}
 
 
 class ImageInputOptions(Options, title="prompts", must_give=True):
@@ -94,7 +94,7 @@ class ImageInputOptions(Options, title="prompts", must_give=True):
     no_preview: bool = option(
         "with --interactive: do not open images in a viewer",
         needs="interactive",
-        hint="no other mode shows pictures",
+        hint="no other mode shows images",
     )
     images_per_prompt: int = option(
         "images of each prompt, with different seeds", default=1, minimum=1, often=True
@@ -218,13 +218,13 @@ class GenImgOptions(Options, title="run"):
         """Raise OptionError for options that need --image_path or --mask_path, or exclude them."""
         has_images = self.prompts.image_path is not None
         if self.text.clip_vision_strength is not None and not has_images:
-            raise OptionError("--clip_vision_strength needs --image_path, the picture that CLIP sees")
+            raise OptionError("--clip_vision_strength needs --image_path, the image that CLIP sees")
         if self.output.use_original_file_name and not has_images:
             raise OptionError("--use_original_file_name needs --image_path, whose names are used")
         if self.highres.highres_fix_scale is not None and has_images:
             raise OptionError(
-                "--highres_fix_scale makes pictures from text in two stages, --image_path makes them from a "
-                "picture. Omit one"
+                "--highres_fix_scale makes images from text in two stages, --image_path makes them from a "
+                "image. Omit one"
             )
         if self.networks.network_regional_mask_max_color_codes is not None and not self.prompts.mask_path:
             raise OptionError(

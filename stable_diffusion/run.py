@@ -219,7 +219,7 @@ class Run:
         except OutputError:
             raise
         except Exception as error:
-            pictures = format_count(len(batch), "picture")
+            pictures = format_count(len(batch), "image")
             logger.warning("A batch of %s failed and is generated one by one: %s", pictures, error)
             return None
 
@@ -237,7 +237,7 @@ class Run:
             free_memory(self.image_generator.model.device)
             settings = batch[0].settings
             raise MemoryPlanError(
-                f"the device has too little memory for {format_count(len(batch), 'picture')} of "
+                f"the device has too little memory for {format_count(len(batch), 'image')} of "
                 f"{settings.width} x {settings.height}: {str(error).partition('. ')[0]}.\n"
                 "  Use --fp16 or --bf16, --vae_slices 32, --vae_batch_size 1, or smaller --W and --H"
             ) from error
@@ -279,7 +279,7 @@ def generate(options: GenImgOptions, load: LoadGenerator = assemble) -> None:
             paths = _generate_from_module(run, module, failures)
             num_lines = run.request_builder.num_lines
     if len(paths) > 1:
-        logger.info("%d pictures are in %s", len(paths), options.output.outdir)
+        logger.info("%d images are in %s", len(paths), options.output.outdir)
     prompt_file = options.prompts.from_file
     failures.raise_if_any(num_lines, "" if prompt_file is None else f"{prompt_file}: ")
 
@@ -352,9 +352,9 @@ def _generate_from_lines(
     unused = len(images) - run.request_builder.num_images
     if unused > 0 and not lines[0].is_from_metadata:
         logger.warning(
-            "%s of --image_path %s not used, because each generated picture takes the next one. Raise "
+            "%s of --image_path %s not used, because each generated image takes the next one. Raise "
             "--images_per_prompt to %d to use all",
-            format_count(unused, "picture"),
+            format_count(unused, "image"),
             "was" if unused == 1 else "were",
             ceil_div(len(images), len(lines)),
         )

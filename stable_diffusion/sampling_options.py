@@ -1,4 +1,4 @@
-"""Options of sampling: sampler, guidance, noise, sizes, and pictures that begin small."""
+"""Options of sampling: sampler, guidance, noise, sizes, and images that begin small."""
 
 import math
 from typing import NamedTuple
@@ -17,7 +17,7 @@ PNDM_STEPS = 4  # Runge-Kutta steps that pndm begins with, from noise
 LARGEST_SIDE = 16384  # pixels; larger images do not fit in any memory
 DEFAULT_STRENGTH = 0.8  # default strength of image to image
 STEPS_HINT = f"the models know {TRAINED_STEPS} timesteps"
-STRENGTH_HINT = "0 keeps the picture, 1 replaces it"
+STRENGTH_HINT = "0 keeps the image, 1 replaces it"
 _SIZE_HINT = "a multiple of 8 pixels"
 
 
@@ -188,7 +188,7 @@ _BLOCK = "an input block of the U-Net"
 _TIMESTEP = "a timestep, 0 to 999"
 
 
-class DeepShrinkOptions(Options, title="Deep Shrink: large pictures without repeated motifs"):
+class DeepShrinkOptions(Options, title="Deep Shrink: large images without repeated motifs"):
     """Kohya's Deep Shrink, which scales U-Net features down during the first steps."""
 
     ds_depth_1: int | None = option(

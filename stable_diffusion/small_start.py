@@ -1,7 +1,7 @@
 """Start denoising at a smaller size: Deep Shrink, and at the end of this file Gradual Latent.
 
 Deep Shrink makes the U-Net's inner features smaller early in denoising, so that the composition of a large
-picture is made at a size that the model was trained on. Source: kohya-ss, "Deep Shrink", 2023. Depths count
+image is made at a size that the model was trained on. Source: kohya-ss, "Deep Shrink", 2023. Depths count
 the U-Net's input blocks as the released files number them: 0 is the first convolution; each residual block
 (with its attention) and each downsampling counts as one more.
 """
@@ -330,7 +330,7 @@ def check_batch(requests: Sequence[RequestedImage], sampler: str) -> None:
     if any(map(is_masked, requests)):
         raise OptionError(
             f"{requests[0].label}: Gradual Latent (--gradual_latent_timesteps, --glt) cannot be used with a "
-            "mask: the unmasked part of the picture has its full size. Omit one"
+            "mask: the unmasked part of the image has its full size. Omit one"
         )
 
 

@@ -147,12 +147,12 @@ def check_start(model: Model, request: RequestedImage, start: SecondStageInput |
     """Raise OptionError for a mask without an image, or an inpainting checkpoint without a mask."""
     if is_masked(request) and request.image is None and start is None:
         raise OptionError(
-            f"{request.label}: the mask {request.mask} needs --image_path, the picture that is repainted "
+            f"{request.label}: the mask {request.mask} needs --image_path, the image that is repainted "
             "where it is white"
         )
     if model.is_inpainting and not is_masked(request):
         raise OptionError(
-            f"{request.label}: {model.path} is an inpainting checkpoint, which needs a picture and its "
+            f"{request.label}: {model.path} is an inpainting checkpoint, which needs an image and its "
             "mask, and does not support regions for parts of a prompt. Use another checkpoint, or omit "
             "AND"
         )

@@ -89,7 +89,7 @@ SAVERS = {
     "texts": Saver(
         "wan_cache_text_encoder_outputs.py --dataset_config dataset.toml --t5 M/t5.safetensors", t5=1
     ),
-    "pictures in 16 bits": Saver(
+    "images in 16 bits": Saver(
         "gen_img.py --ckpt M/sd1.safetensors --prompt cat --W 64 --H 64 --steps 2 --bf16 --outdir out "
         "--tokenizer_cache_dir tokenizers",
         ckpt=0.5,

@@ -4,14 +4,14 @@ cache_on_ray: caches a dataset on a Ray cluster
 canny: draws the edges of one image
 caption_dataset: writes captions with a vision-language model, or edits them
 compare: makes a grid of clips, a column per LoRA
-control_pictures: makes control pictures of a folder, edges or depth
+control_pictures: makes control images of a folder, edges or depth
 convert_cache: turns the caches of a dataset into another form
 dataset_report: writes a page about a dataset
 detect_face_rotate: cuts faces out of images, turns them upright
 doctor: tells what is installed, and what is missing
 download: downloads the released files that a task needs
 lora_post_hoc_ema: averages the saved LoRA files of a run
-mask: makes masks of what you name in pictures
+mask: makes masks of what you name in images
 merge_models: merges whole checkpoints by their weighted sum
 pack: makes one file of a described folder, for another machine
 prepare_dataset: prepares clips and captions in CogVideoX form

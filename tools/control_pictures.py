@@ -1,6 +1,6 @@
-"""Make a control picture for each picture of a folder: its edges, or a depth map.
+"""Make a control image for each image of a folder: its edges, or a depth map.
 
-A training with control pictures (docs/control.md) learns from such pairs. Control pictures that exist are
+A training with control images (docs/control.md) learns from such pairs. Control images that exist are
 kept, so a run that was stopped continues if it is started again.
 """
 

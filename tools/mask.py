@@ -1,4 +1,4 @@
-"""Make masks for the pictures and clips of a folder: which parts of them a training learns.
+"""Make masks for the images and clips of a folder: which parts of them a training learns.
 
 A network finds what you name, such as "the person"; white parts of its masks are learned. Masks that exist
 are kept, so a run that was stopped continues if it is started again.

@@ -1,4 +1,4 @@
-"""Score the samples of a run: how well they fit their prompts, and how like the training pictures they are.
+"""Score the samples of a run: how well they fit their prompts, and how like the training images they are.
 
 Writes OUTPUT_NAME-scores.json next to the history of the run, which the page of the run shows, and names the
 best file with the reason. May be stopped and started again.

@@ -1,6 +1,6 @@
-"""Write tags as captions: the tags that a WD14-like tagger finds in pictures and clips.
+"""Write tags as captions: the tags that a WD14-like tagger finds in images and clips.
 
-Every picture or clip without a caption gets one. What a person wrote is kept: the hidden file
+Every image or clip without a caption gets one. What a person wrote is kept: the hidden file
 .captions_made.jsonl next to the captions says which of them this program wrote.
 """
 

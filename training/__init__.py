@@ -35,7 +35,7 @@ run_options: options of data, length, samples, logs, processes
 samples: samples during training, with the loops of generation
 saver: save files with metadata and states; restore a state
 saving/: models and states on disk
-scoring/: score samples by prompts and training pictures
+scoring/: score samples by prompts and training images
 scripts: make the training scripts of a family
 steps: which micro-batches form which optimizer step
 summary: boxes of a run: plan and result

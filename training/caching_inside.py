@@ -1,8 +1,8 @@
 """Caches made inside the training command, by the caching loop, and texts that are encoded while training.
 
-Options say where latents and texts of a table are kept: in npz files next to the pictures, or in host memory.
+Options say where latents and texts of a table are kept: in npz files next to the images, or in host memory.
 Without these options, caches of the caching scripts are used; if there are none, latents are encoded once
-into memory (like encoding at each step, but with fixed posterior noise) and texts at each step. Pictures
+into memory (like encoding at each step, but with fixed posterior noise) and texts at each step. Images
 that augmentation changes each time are encoded at each step too: the training process reads, changes and
 encodes them once for each of their micro-batches. Their randomness is a function of the run's seed and the
 micro-batch's number, as that of noise and timesteps.
@@ -70,7 +70,7 @@ class TensorLocation(Enum):
     """Where a dataset table's latents, or its text encoder outputs, come from."""
 
     CACHE = "in the caches that the table names"
-    NPZ = "in npz files next to the pictures"
+    NPZ = "in npz files next to the images"
     MEMORY = "in host memory"
     LIVE = "encoded at each step"
 
@@ -148,7 +148,7 @@ def prepare_sources(
         )
     media_encoder = None
     if any(table.on_the_fly_buckets is not None for table in tables.values()):
-        logger.info("Pictures that change are encoded at each step: the VAE stays on the device.")
+        logger.info("Images that change are encoded at each step: the VAE stays on the device.")
         media_encoder = LiveMedia(family, device, on_media)
     return BatchSources(
         family.latent,

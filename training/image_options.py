@@ -599,14 +599,14 @@ def _list_lora_rejections(network_title: str) -> dict[str, str]:
     """
     reasons = {name: _LORA_ONLY.format(network_title) + remedy for name, remedy in _REJECTED_BESIDE.items()}
     reasons["masked_loss"] = (
-        "conditioning_data_dir holds the control pictures here, not masks. Set mask_directory in a subset "
+        "conditioning_data_dir holds the control images here, not masks. Set mask_directory in a subset "
         "for masks of the loss"
     )
     return reasons
 
 
 _TOKENS = (
-    "its modules see all tokens of a picture next to all of its control picture, block by block. Leave it "
+    "its modules see all tokens of an image next to all of its control image, block by block. Leave it "
     "out; --gradient_checkpointing and --fp8_base save memory"
 )
 

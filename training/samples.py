@@ -651,7 +651,7 @@ def _with_fitted_size(
         pixels = f"{width} x {height} pixels (--w, --h) are changed to {fitted_width} x {fitted_height}"
         warnings.append(f"{pixels}: sides are multiples of {multiple}")
     if fitted_frames != frames:
-        reason = "a picture has one frame" if latent.is_image_only else f"lengths are {latent.lengths} frames"
+        reason = "an image has one frame" if latent.is_image_only else f"lengths are {latent.lengths} frames"
         warnings.append(f"{format_count(frames, 'frame')} (--f) changed to {fitted_frames}: {reason}")
     if warnings:
         logger.warning("the sample %r: %s", request.prompt, "; ".join(warnings))

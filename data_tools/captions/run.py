@@ -157,7 +157,7 @@ def _reject_image_editing(config: DatasetConfig, options: CaptioningOptions) -> 
     for table in config.datasets:
         if table.control_directory or any(source.control and source.table is table for source in listed):
             raise OptionError(
-                f"--caption_format {options.caption_format}: {table.name} has pictures before an edit, and "
+                f"--caption_format {options.caption_format}: {table.name} has images before an edit, and "
                 "its captions say what is changed. A model that sees only the results cannot write them"
             )
 

@@ -47,7 +47,7 @@ class ControlImageOptions(Options, title="what to make"):
         "depth_anything_v2_small --to models downloads one, after its size and license",
     )
     output: Path | None = option(
-        f"folder for the control pictures; default: {FOLDER_NAME}, in the folder of pictures",
+        f"folder for the control images; default: {FOLDER_NAME}, in the folder of images",
         place="new folder",
     )
     overwrite: bool = option("make again what this program has made; files of other programs always stay")
@@ -97,7 +97,7 @@ def make_control_images(options: ControlImageOptions) -> None:
         raise OptionError(f"{options.folder}: control images need a folder of their own. Pass --output")
     images = _find_images(folder)
     if not images:
-        raise DatasetError(f"{options.folder} has no pictures. Subfolders are not searched")
+        raise DatasetError(f"{options.folder} has no images. Subfolders are not searched")
     _reject_equal_stems(images)
     # the method is stored in each image, so that the next run recognizes images made with other options
     method = _describe_method(options)
@@ -110,13 +110,13 @@ def make_control_images(options: ControlImageOptions) -> None:
     num_kept = len(plan.up_to_date) + len(plan.made_with_other_options) + len(plan.made_by_other_programs)
     num_made = len(plan.to_draw) - len(failures)
     rows: list[Row] = [
-        ("made", f"{format_count(num_made, 'control picture')}, {num_kept} existed before"),
+        ("made", f"{format_count(num_made, 'control image')}, {num_kept} existed before"),
         ("by", method),
         ("use", f'conditioning_data_dir = "{output.as_posix()}"'),
     ]
-    show_box("Control pictures", rows)
+    show_box("Control images", rows)
     if failures:
-        raise failure_error(failures, format_count(len(plan.to_draw), "picture"))
+        raise failure_error(failures, format_count(len(plan.to_draw), "image"))
 
 
 def _draw_control_images(
@@ -133,7 +133,7 @@ def _draw_control_images(
         The images that cannot be read.
     """
     failures: list[Failure] = []
-    for path, target in track(targets.items(), "Control pictures", len(targets), unit="picture"):
+    for path, target in track(targets.items(), "Control images", len(targets), unit="image"):
         try:
             image = read_image(path)
         except MediaError as error:
@@ -153,9 +153,7 @@ def _reject_equal_stems(images: Sequence[Path]) -> None:
     pair = find_equal_stems(images)
     if pair is not None:
         first, second = pair
-        raise DatasetError(
-            f"{first} and {second.name} would have the same control picture. Rename one of them"
-        )
+        raise DatasetError(f"{first} and {second.name} would have the same control image. Rename one of them")
 
 
 def _describe_method(options: ControlImageOptions) -> str:
@@ -215,7 +213,7 @@ def _warn_of_remaining_images(plan: ControlPlan) -> None:
     if outdated:
         logger.warning(
             "%s kept, made with other options. --overwrite makes them again: %s",
-            format_count(len(outdated), "control picture"),
+            format_count(len(outdated), "control image"),
             list_some([path.name for path in outdated]),
         )
     foreign = plan.made_by_other_programs
@@ -223,6 +221,6 @@ def _warn_of_remaining_images(plan: ControlPlan) -> None:
         logger.warning(
             "%s kept, not made by this program. Move them away, or pass another --output, to replace them: "
             "%s",
-            format_count(len(foreign), "control picture"),
+            format_count(len(foreign), "control image"),
             list_some([path.name for path in foreign]),
         )

@@ -136,7 +136,7 @@ class MaskOptions(Options, title="what to do"):
     folder: Path = option("folder of images and clips", positional=True, place="folder")
     recursive: bool = option("also make masks for the folders below, each in its own")
     output: Path | None = option(
-        f"folder for the masks; default: {FOLDER_NAME}, in the folder of the pictures",
+        f"folder for the masks; default: {FOLDER_NAME}, in the folder of the images",
         place="new folder",
         excludes=("beside", "recursive"),
     )

@@ -108,7 +108,7 @@ def _find_all_entries(options: MaskOptions) -> list[MaskEntry]:
         entries += find_mask_entries(folder, mask_folder)
     if not entries:
         hint = "" if options.recursive else ". --recursive also searches its subfolders"
-        raise DatasetError(f"{options.folder} has no pictures and no clips{hint}")
+        raise DatasetError(f"{options.folder} has no images and no clips{hint}")
     return entries
 
 
@@ -158,7 +158,7 @@ def _find_mask_folder(folder: Path, options: MaskOptions) -> Path:
         return folder / FOLDER_NAME
     masks = real_path(options.output)
     if masks == folder:
-        raise OptionError(f"--output {options.output}: this is the folder of the pictures. Pass --beside")
+        raise OptionError(f"--output {options.output}: this is the folder of the images. Pass --beside")
     return masks
 
 

@@ -42,7 +42,7 @@ class BackgroundFinder:
         output = self.network(self.to_model_input(frame))
         if output.ndim < 2 or not np.isfinite(output).all():
             raise CheckpointError(
-                f"{self.path} returns NaN or infinite values for a picture: it may be damaged", self.path
+                f"{self.path} returns NaN or infinite values for an image: it may be damaged", self.path
             )
         scores = output.reshape(-1, *output.shape[-2:])[0]
         low, high = scores.min(), scores.max()
@@ -68,7 +68,7 @@ def load_background_finder(path: Path) -> BackgroundFinder:
     shape = model.input_shape
     if len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3] or not shape[2]:
         raise CheckpointError(
-            f"--background {path} requires input of shape {list(shape)}, not square pictures of one size: "
+            f"--background {path} requires input of shape {list(shape)}, not square images of one size: "
             "it is not a U2Net-like network",
             path,
         )

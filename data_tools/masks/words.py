@@ -110,7 +110,7 @@ def read_kind(folder: Path) -> str:
     if not isinstance(kind, str) or kind not in _CLASSES:
         raise CheckpointError(
             f"--model {folder}: this is a model of the kind {shorten(str(kind), 80)}, which finds no "
-            "words in pictures. Pass CLIPSeg or SAM 3",
+            "words in images. Pass CLIPSeg or SAM 3",
             folder,
         )
     return kind

@@ -67,7 +67,7 @@ from protocols.family import Caches, Described, TextEncoder, fits_captions, get_
 
 MEDIA, LATENTS, TEXTS = "media", "latents", "texts"  # the parts to check
 NO_ITEM = "tables have no item to train on"
-GETS_NO_REFERENCES = "model that uses reference pictures gets none"
+GETS_NO_REFERENCES = "model that uses reference images gets none"
 TOKENS_ELSEWHERE = TokenCounters((), ("Tokens are counted by --check --html of the text caching script.",))
 WRONG_JSON_CAPTIONS = "faults in captions as JSON objects"
 RECOGNIZED = "Files recognized:"

@@ -314,8 +314,8 @@ def _add_references(findings: TableFindings) -> None:
     if not counts:
         return
     words = ", ".join(f"{format_count(images, 'image')} with {number}" for number, images in counts)
-    findings.info_lines.append(f"reference pictures: {words}")
-    kind = "have no reference picture, while others have"
+    findings.info_lines.append(f"reference images: {words}")
+    kind = "have no reference image, while others have"
     for source in findings.sources:
         if not source.control:
             findings.warnings.append(Fault(kind, str(source.path), source.stem))

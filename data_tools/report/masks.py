@@ -26,7 +26,7 @@ from protocols.data import LatentSpec
 
 LEARNED = 0.5  # a latent whose mask lies above counts as learned
 SHOWN_FRAMES = 8  # maximum number of frames read from a clip's mask, evenly spaced
-BLACK = "masks are all black: nothing in their pictures is trained on"
+BLACK = "masks are all black: nothing in their images is trained on"
 THIN = (
     f"masks are so thin that none of their latents lies above {LEARNED:g}: --expand_pixels of tools/mask.py"
 )

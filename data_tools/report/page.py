@@ -247,7 +247,7 @@ def _make_cards(
         get_source=lambda job: job.source,
         work=lambda job: _make_card(job, card_settings),
         workers=workers,
-        bar=Bar(len(jobs), "Reading pictures", "file"),
+        bar=Bar(len(jobs), "Reading images", "file"),
     )
     cards = []
     for _, card in results:

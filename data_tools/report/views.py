@@ -149,7 +149,7 @@ def _select_display(debug: DebugOptions, folder: Path) -> str:
             "opencv-python-headless cannot open any. To get one: pip uninstall opencv-python-headless, then "
             "pip install opencv-python"
         )
-    logger.info("pictures cannot be shown in a window (%s); writing them to %s", reason, folder)
+    logger.info("images cannot be shown in a window (%s); writing them to %s", reason, folder)
     return "image"
 
 

@@ -182,7 +182,7 @@ def load_tagger(
     # an image takes 3 channels of 4 bytes; half of the memory is left for the network
     if fixed_batch is not None and 12 * image_size**2 * fixed_batch > MAX_ONNX_MEMORY // 2:
         raise CheckpointError(
-            f"{path} requires batches of {fixed_batch:,} pictures of {image_size} x {image_size} pixels, "
+            f"{path} requires batches of {fixed_batch:,} images of {image_size} x {image_size} pixels, "
             "which do not fit into memory. Export it with a dynamic batch size",
             path,
         )
@@ -211,7 +211,7 @@ def _read_input_layout(model: OnnxModel, path: Path) -> tuple[int, bool]:
     is_square = len(shape) == 4 and 3 in (shape[1], shape[3]) and sides[0] == sides[1]
     if not is_square or sides[0] is None:
         raise CheckpointError(
-            f"{path} requires input of shape {list(shape)}, not square pictures of one size: it is not a "
+            f"{path} requires input of shape {list(shape)}, not square images of one size: it is not a "
             f"tagger for selected_tags.csv or {MAPPING_NAME}",
             path,
         )

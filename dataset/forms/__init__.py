@@ -14,10 +14,10 @@ folder: images or clips in a folder
 jsonl: lists with a JSON object on each line
 jsonl_rows: read JSONL row by row, and list its sources
 metadata: a JSON file of sd-scripts with captions
-metadata_listing: find the pictures that the file names
+metadata_listing: find the images that the file names
 npz: caches shared with sd-scripts
 npz_files: read npz files without trust, write them completely
-npz_store: caches in npz files next to the pictures
+npz_store: caches in npz files next to the images
 parquet: tables in Parquet, a file or a folder of parts
 parquet_files: bounded reading of Parquet files, files in columns
 parquet_rows: read Parquet row by row

@@ -237,7 +237,7 @@ class NpzStore:
         """Return two sizes of an image: its own, from its cache file's name, and its bucket."""
         parsed = cache_files.parse_latent_name(name, self.tag, "image")
         if parsed is None:
-            raise CacheError(f"{self.folder / name}: its name is not that of a picture's latents")
+            raise CacheError(f"{self.folder / name}: its name is not that of an image's latents")
         step = self.latent.pixel_step
         return parsed.size, find_bucket(self.table, parsed.size, step, self._path(name))
 

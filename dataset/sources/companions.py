@@ -183,7 +183,7 @@ def reject_companions(table: DatasetTable, sources: Sequence[MediaSource]) -> No
             )
 
 
-FIRST_ONLY = "files are references of several pictures, of which the model takes only the first"
+FIRST_ONLY = "files are references of several images, of which the model takes only the first"
 
 
 def find_moving_references(sources: Sequence[MediaSource]) -> list[Fault]:

@@ -341,9 +341,7 @@ def _find_folder_controls(
             controls.append(())
             faults.append(Fault(kind, str(error), path.stem))
     if table.references is not None and paths and not any(controls):
-        text = (
-            f"{table.control_directory} has no reference picture for any image, such as {paths[0].stem}.png"
-        )
+        text = f"{table.control_directory} has no reference image for any image, such as {paths[0].stem}.png"
         faults.append(Fault(kind, text))
     if table.kind == "image" and table.control_count is not None and all(controls):
         _warn_unused_controls(table, folder, paths, table.control_count)

@@ -37,7 +37,7 @@ def lack_references(tables: Sequence[DatasetTable], sources: Iterable[MediaSourc
 
 def find_equal_references(sources: Iterable[MediaSource]) -> list[Fault]:
     """Return a warning for each image whose reference image is the image itself or a copy of it."""
-    kind = "have a reference picture that is equal to the image: an edit that changes nothing is learned"
+    kind = "have a reference image that is equal to the image: an edit that changes nothing is learned"
     return [
         Fault(kind, str(source.path), source.stem)
         for source in sources
@@ -171,7 +171,7 @@ def reference_buckets(source: MediaSource, bucket: Size) -> tuple[Size, ...]:
 
 def explain_reference(source: MediaSource, error: Exception) -> MediaError:
     """Return the error for a reference image that cannot be used."""
-    text = f"a reference picture of {source.path.name} cannot be used: {error}"
+    text = f"a reference image of {source.path.name} cannot be used: {error}"
     return MediaError(f"{text.rstrip('.')}. Replace it, or remove it")
 
 

@@ -1,4 +1,4 @@
-"""Bucket geometry: the sizes of an area, the bucket of a picture, and how to resize and crop it.
+"""Bucket geometry: the sizes of an area, the bucket of an image, and how to resize and crop it.
 
 Sizes are (width, height) in pixels. Numbers only: no pixels are read here.
 """

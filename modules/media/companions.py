@@ -59,7 +59,7 @@ class OtherStreams:
             source: The opened file.
             suffix: Suffix of the new file.
             rate: Frame rate of the new file.
-            with_images: Whether to keep cover images and everything else that may contain pictures: XMP, and
+            with_images: Whether to keep cover images and everything else that may contain images: XMP, and
                 attachments other than fonts.
         """
         self._path, self._source, self._suffix, self._rate = path, source, suffix, rate
@@ -203,7 +203,7 @@ class OtherStreams:
         if not is_cover(stream):
             self._skip(name, "only the main stream of pictures is written", remedy="")
         elif not self._with_images:
-            self._skip(name, "it is a picture that no tool has processed", remedy="")
+            self._skip(name, "it is an image that no tool has processed", remedy="")
         elif self._suffix == ".mkv" and codec in _COVER_FILES:  # Matroska stores covers as attachments
             with open_container(self._path) as reopened:
                 cover = _read_first_packet(reopened, stream.index)
@@ -221,7 +221,7 @@ class OtherStreams:
         is_font = file_name.endswith((".ttf", ".otf", ".ttc", ".woff", ".woff2"))
         is_font = is_font or "font" in stream.metadata.get("mimetype", "").lower()
         if not self._with_images and not is_font:  # subtitles need fonts
-            self._skip(name, "it may contain a picture that no tool has processed", remedy="")
+            self._skip(name, "it may contain an image that no tool has processed", remedy="")
         elif self._suffix == ".mkv":
             mimetype = stream.metadata.get("mimetype", "application/octet-stream")
             target.add_attachment(stream.metadata.get("filename", "attachment"), mimetype, stream.data)

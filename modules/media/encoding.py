@@ -228,10 +228,10 @@ def encode_images(stream: Any, pictures: Iterable[Pixels]) -> Iterator[Any]:
 
 
 def _make_frames(stream: Any, pictures: Iterable[Pixels]) -> Iterator[Any]:
-    """Yield FFmpeg's frames of the pictures, in the stream's pixel format and with BT.709 colors.
+    """Yield FFmpeg's frames of the images, in the stream's pixel format and with BT.709 colors.
 
     Raises:
-        MediaError: If the size of the pictures changes.
+        MediaError: If the size of the images changes.
     """
     colors = av.video.reformatter
     bt709 = colors.Colorspace.ITU709.value

@@ -1,7 +1,7 @@
 """Open untrusted images and videos: only self-contained formats, no other files, no excessive sizes.
 
 FFmpeg and Pillow choose a reader by a file's content, not by its suffix: a clip may be a list of other files
-(concat, HLS), a name a pattern for many (image2), a picture a program for Ghostscript (EPS). None is opened.
+(concat, HLS), a name a pattern for many (image2), an image a program for Ghostscript (EPS). None is opened.
 """
 
 import contextlib
@@ -87,7 +87,7 @@ def _check_memory(path: Path, image: Image.Image) -> None:
     if num_bytes > MAX_DECODED_BYTES:
         raise MediaError(
             f"{path} has {width} x {height} pixels as {image.format}, which takes {num_bytes / 1e9:.1f} GB "
-            f"of memory to decode; at most {MAX_DECODED_BYTES / 1e9:.1f} GB are allowed. Make the picture "
+            f"of memory to decode; at most {MAX_DECODED_BYTES / 1e9:.1f} GB are allowed. Make the image "
             "smaller, or save it as PNG or JPEG."
         )
     if path.stat().st_size > MAX_IMAGE_BYTES:
@@ -243,7 +243,7 @@ def check_pixels(path: Path, width: int, height: int) -> None:
         raise MediaError(
             f"{path} has {width} x {height} pixels, {width * height / 1e6:.0f} million; at most "
             f"{MAX_PIXELS / 1e6:.0f} million are read, as more would take gigabytes of memory. "
-            "Make the picture smaller."
+            "Make the image smaller."
         )
 
 
@@ -267,7 +267,7 @@ def reading(path: Path) -> Iterator[None]:
     except Image.DecompressionBombError:  # Pillow checks the size first, with a limit above ours
         raise MediaError(
             f"{path} has more than {MAX_PIXELS / 1e6:.0f} million pixels, which is the limit. Make the "
-            "picture smaller."
+            "image smaller."
         ) from None
     # catch FFmpeg's errors only if its package has been imported
     except (*_DAMAGE, getattr(sys.modules.get("av"), "FFmpegError", OSError)) as error:

@@ -568,7 +568,7 @@ def without_images(path: Path, tags: Mapping[str, str]) -> dict[str, str]:
         if _IMAGE_TAG_NAME.search(name) or len(text) > MAX_TAG_CHARACTERS or _CODED.search(text)
     ]
     if left_out:
-        logger.warning("%s: left out, because it may contain a picture: %s", path, ", ".join(left_out))
+        logger.warning("%s: left out, because it may contain an image: %s", path, ", ".join(left_out))
     return {name: text for name, text in tags.items() if name not in left_out}
 
 

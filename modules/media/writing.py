@@ -147,7 +147,7 @@ class Timing:
                 self._begin = frame.start
             elif frame.start <= previous:
                 raise ValueError(
-                    f"picture {self.count + 1} is shown at {frame.start} s, the one before at {previous}"
+                    f"image {self.count + 1} is shown at {frame.start} s, the one before at {previous}"
                 )
             previous = frame.start
             self._end = frame.start + frame.seconds

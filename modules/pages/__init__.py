@@ -2,5 +2,5 @@
 
 charts: draw curves over steps, with axes
 language: texts in the language of a page
-page: write a page of one file, with embedded pictures
+page: write a page of one file, with embedded images
 """

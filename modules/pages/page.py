@@ -6,7 +6,7 @@ A page is a Jinja2 template next to the code that fills it. It extends `base.htm
 
 `pages.css` styles all pages. A page with commands to copy shows `{{ script }}` in `{% block script %}`.
 
-Every value is escaped; only `Markup` (pictures and clips embedded here as data, and charts) is HTML.
+Every value is escaped; only `Markup` (images and clips embedded here as data, and charts) is HTML.
 
 `{{ _("step %(step)s", step=3) }}` is a text in the language of the page, which `language.py` describes, and
 `{{ counted(n, "%(n)s run", "%(n)s runs") }}` one of two. Such text may contain HTML; its values are escaped.

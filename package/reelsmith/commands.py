@@ -26,11 +26,11 @@ TOOLS = "tools"
 # scripts that are listed first: the way from a folder to a LoRA
 BEGINNER_SCRIPTS = {
     "doctor": "show what is installed here, and what is missing",
-    "new_project": "describe a folder of clips or pictures for training",
+    "new_project": "describe a folder of clips or images for training",
     "caption_dataset": "write captions with a vision-language model",
     "run_project": "check, download, cache and train a described folder",
     "run_browser": "open a page to do all of this by clicks, watch runs and generate",
-    "compare": "make a grid of clips or pictures from several LoRA files",
+    "compare": "make a grid of clips or images from several LoRA files",
 }
 # scripts that set up a checkout, and its door to the commands; the package has none of them
 CHECKOUT_SCRIPTS = {"quickstart", "reelsmith", "run_tests", "set_up"}

@@ -244,7 +244,7 @@ class Facefix:
             yield frame if pixels is frame.pixels else replace(frame, pixels=pixels)
         if num_faces:
             logger.info(
-                "%s: %d faces restored in %d of %d pictures",
+                "%s: %d faces restored in %d of %d images",
                 clip.path.name,
                 num_faces,
                 num_changed,

@@ -165,7 +165,7 @@ def read_layout(path: Path, model: OnnxModel, side: int | None) -> YoloLayout | 
     _, _, height, width = model.input_shape
     if height != width:
         raise CheckpointError(
-            f"{path} requires pictures of {width or 'any width'} x {height or 'any height'} pixels. Export "
+            f"{path} requires images of {width or 'any width'} x {height or 'any height'} pixels. Export "
             f"it for square ones: imgsz={DEFAULT_SIDE}.",
             path,
         )
@@ -375,7 +375,7 @@ def load_yunet(model: OnnxModel, side: int | None) -> YuNetDetector:
     canvas = _read_canvas(model.input_shape)
     if canvas is not None and (side is None or side > max(canvas)):
         logger.info(
-            "%s is made for pictures of %d x %d pixels: larger ones are searched in a copy of that size.",
+            "%s is made for images of %d x %d pixels: larger ones are searched in a copy of that size.",
             *(model.path.name, *canvas),
         )
     detector = YuNetDetector(model.path, model, side, canvas)

@@ -66,7 +66,7 @@ class Interpolator:
         if factor == 1:
             return clip
         if clip.rate is None:  # the frame count of a file may be wrong: `run` counts
-            raise MediaError(f"{clip.path} is one picture: pictures can be made between two or more only.")
+            raise MediaError(f"{clip.path} is one image: images can be made between two or more only.")
         self._check_size(clip)
         # none are added after the last frame
         frames = None if clip.frames is None else (clip.frames - 1) * factor + 1
@@ -114,7 +114,7 @@ class Interpolator:
         if previous is None:
             return  # no frames: whoever reads the file raises the error
         if num_frames == 1:
-            raise MediaError(f"{clip.path} has one picture: pictures can be made between two or more only.")
+            raise MediaError(f"{clip.path} has one image: images can be made between two or more only.")
         yield self._shorten_last(previous.output, clip.rate)
         cuts.log_total()
 
@@ -174,7 +174,7 @@ class Interpolator:
         left, _, top, _ = self._measure_margins(height, width)
         image = image[..., top : top + height, left : left + width]
         if not bool(image.isfinite().all()):
-            what = f"a picture of {NAME} has values that are NaN or infinite"
+            what = f"an image of {NAME} has values that are NaN or infinite"
             network = self._options.network
             if self._network.network.synthesis.dtype != torch.float32:
                 raise OptionError(f"--dtype {network.dtype}: {what}. Use --dtype bf16 or fp32.")
@@ -194,13 +194,13 @@ class _CutLog:
         """Count a new scene that begins at a time, and log it if it is one of the first."""
         self.num_cuts += 1
         if self.num_cuts <= MAX_LOGGED_CUTS:
-            text = "A new scene begins at %s: the picture before it is repeated."
+            text = "A new scene begins at %s: the image before it is repeated."
             logger.info(text, clock_time(seconds))
 
     def log_total(self) -> None:
         """Log the number of scenes if not all of them were logged."""
         if self.num_cuts > MAX_LOGGED_CUTS:
-            text = "%d scenes began; at their beginnings the picture before is repeated."
+            text = "%d scenes began; at their beginnings the image before is repeated."
             logger.info(text, self.num_cuts)
 
 

@@ -201,7 +201,7 @@ def _read_swinir(checkpoint: Checkpoint) -> LoadPlan[SwinirConfig]:
     shape = _Shapes(checkpoint, make_shape_reader(checkpoint, sources))
     dim, channels, *_ = shape.of("conv_first.weight", 4)
     if channels != COLOURS:
-        raise shape.error(f"it is for pictures with {channels} channels, such as grayscale")
+        raise shape.error(f"it is for images with {channels} channels, such as grayscale")
     layers = range(count(sources, r"layers\.\d+"))
     heads = tuple(
         shape.of(f"layers.{layer}.residual_group.blocks.0.attn.relative_position_bias_table", 2)[1]
@@ -293,7 +293,7 @@ class _Shapes:
         """Raise CheckpointError unless a tensor has `axes` axes and `size` entries along `axis`."""
         size_in_file = self.of(name, axes)[axis]
         if size_in_file != size:
-            raise self.error(f"{name} is for pictures of {size_in_file} channels, not {size}")
+            raise self.error(f"{name} is for images of {size_in_file} channels, not {size}")
 
     def error(self, reason: str) -> CheckpointError:
         path = self.checkpoint.path

@@ -194,7 +194,7 @@ class UpscalerStage:
         side = int((max(free, 0) / per_pixel) ** 0.5) // config.step * config.step
         tile = max(side, tiling.min_tile(config.step, self.options.tile_overlap))
         logger.info(
-            "Pictures of %d x %d would take about %.1f GiB at once, and %.1f GiB are free: they are split "
+            "Images of %d x %d would take about %.1f GiB at once, and %.1f GiB are free: they are split "
             "into tiles of %d pixels.",
             clip.width,
             clip.height,

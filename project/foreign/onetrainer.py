@@ -94,7 +94,7 @@ _CONCEPT_RULES = {
     "name": rules.NAMES,
     "seed": omitted("the run's seed decides the random choices"),
     "enabled": omitted("each folder of dataset.toml is used"),
-    "type": omitted("a folder reg has regularization pictures; validation_split holds out files"),
+    "type": omitted("a folder reg has regularization images; validation_split holds out files"),
     "validation_concept": rules.VALIDATION,
     "include_subdirectories": omitted("`new` lists the folders that it uses"),
     "image_variations": omitted("each file is encoded once"),

@@ -87,9 +87,9 @@ START = omitted("pass a LoRA to start from as network_weights below [training]")
 BUCKETS = omitted("files always keep their shape")
 CAPTIONS = omitted("`new` finds the captions itself")
 REGULARISING = omitted(
-    "a folder of regularization pictures is recognized by its name: call it reg, inside the described folder"
+    "a folder of regularization images is recognized by its name: call it reg, inside the described folder"
 )
-CONTROLS = omitted("control pictures are looked for in a folder control or conditioning of the one described")
+CONTROLS = omitted("control images are looked for in a folder control or conditioning of the one described")
 
 CHOSEN_BY_NEW = omitted("`new` chooses it for the card and the model")
 SAMPLES = omitted("prompts.txt has prompts of your captions: write others there")

@@ -88,7 +88,7 @@ def test_new_tells_the_kinds_of_its_lines_to_the_page_alone(
     for index in range(3):
         save_image(folder / f"p{index}.png", index, (32, 24), None)
     (folder / "alone.txt").write_text("of no file", encoding="utf-8")
-    (folder / "bad.png").write_bytes(b"no picture")
+    (folder / "bad.png").write_bytes(b"no image")
     options = NewOptions.from_defaults(
         folder=folder, family="wan", task="t2v-1.3B", memory=12, models=tmp_path, overwrite=True
     )
@@ -167,7 +167,7 @@ def test_rows_go_when_the_folder_is_mended(tmp_path: Path) -> None:
     folder.mkdir()
     for index in range(2):
         save_image(folder / f"p{index}.png", index, (32, 24), None)
-    (folder / "bad.png").write_bytes(b"no picture")
+    (folder / "bad.png").write_bytes(b"no image")
     with (
         serve_runs(tmp_path) as served,
         open_page(f"{served.url}/new?{urlencode({'folder': str(folder)})}") as page,

@@ -641,7 +641,7 @@ def test_the_pictures_of_a_step_are_written_where_they_act(form: str, tmp_path: 
         again = send_table(served, folder, "save", **{"dataset batch_size": "5"}, **before)
         assert again.status == 422  # the file has changed in the meantime
         wrong = send_table(served, folder, "save", **{"dataset batch_size": "four"}, **before)
-        assert "Pictures of a step four: use a whole number" in html.unescape(wrong.text)
+        assert "Images of a step four: use a whole number" in html.unescape(wrong.text)
     config = load_dataset_config(folder / "dataset.toml")
     assert {table.batch_size for table in config.datasets} == {4}
 

@@ -694,7 +694,7 @@ def test_numbers_of_render_jobs_that_are_not_there_are_refused(served: Served) -
 def test_a_chosen_picture_is_copied_below_the_root(served: Served, root: Path, tmp_path: Path) -> None:
     write_png(tmp_path / "my cat; rm -rf.png", IMAGE)
     with open_page(f"{served.url}/generate?source=model+framepack+i2v") as page:
-        page.get_by_label("file of the first picture").set_input_files(tmp_path / "my cat; rm -rf.png")
+        page.get_by_label("file of the first image").set_input_files(tmp_path / "my cat; rm -rf.png")
         wait_until(page, "document.querySelector('#start').value !== ''")
         path = Path(page.get_by_label("Start from").input_value())
         assert path.parent == root / "generated" / "inputs"
@@ -781,10 +781,10 @@ def test_a_result_is_dragged_onto_a_field(served: Served, root: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.png", b"not a picture", "not a readable picture or clip"),
-        ("a.html", b"<script>alert(1)</script>", "not a readable picture or clip"),
-        ("a.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a readable picture or clip"),
-        ("a.mp4", b"#EXTM3U\nfile:///etc/passwd\n", "not a readable picture or clip"),
+        ("a.png", b"not an image", "not a readable image or clip"),
+        ("a.html", b"<script>alert(1)</script>", "not a readable image or clip"),
+        ("a.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a readable image or clip"),
+        ("a.mp4", b"#EXTM3U\nfile:///etc/passwd\n", "not a readable image or clip"),
         ("a.png", b"", "It is empty"),
     ],
 )

@@ -209,7 +209,7 @@ WHITE = as_png(np.full((HEIGHT, WIDTH), 255, np.uint8))
     [
         (
             as_png(np.full((WIDTH, HEIGHT), 255, np.uint8)),
-            "The mask has 48 × 64 pixels, the picture 64 × 48.",
+            "The mask has 48 × 64 pixels, the image 64 × 48.",
         ),
         (claim_size(60_000, 60_000), "not a readable PNG"),
         (claim_size(9000, 9000), "The mask has 9000 × 9000 pixels"),

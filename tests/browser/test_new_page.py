@@ -446,7 +446,7 @@ def test_the_count_of_files_without_a_caption_follows_the_captions(served: Serve
         page.get_by_role("button", name="Files", exact=True).click()
         page.get_by_label("Caption of p00.png").fill("a square")
         page.keyboard.press("Control+Enter")
-        page.get_by_text("2 pictures, 1 without caption").wait_for()
+        page.get_by_text("2 images, 1 without caption").wait_for()
         assert page.problems == []
 
 
@@ -553,7 +553,7 @@ def test_a_model_that_is_to_be_loaded_needs_its_licences_accepted(served: Served
 def test_missing_captions_come_before_a_download(served: Served, root: Path) -> None:
     folder = root / "bare"
     write_images(folder, 3, captions=False)
-    (folder / "broken.jpg").write_bytes(b"no picture")
+    (folder / "broken.jpg").write_bytes(b"no image")
     fields = {name: text for name, text in FIELDS.items() if name not in ("trigger",) and "file_" not in name}
     post(served, "describe", **{"folder": str(folder), **fields, "family": "krea2", "task": "raw"})
     wait_for(served, folder, '">prepared<')
@@ -740,8 +740,8 @@ def test_folders_of_image_trainers_are_one_choice(served: Served, root: Path) ->
     write_images(root / "plain" / "day", 1)
     write_images(root / "plain" / "day" / "masks", 1)  # which are no pictures to learn
     listed = {one.path: one.summary for one in list_media_folders(Runs([root]))}
-    assert listed[root / "mine"] == "2 pictures in 1 folder, 2 without caption"
-    assert listed[root / "flat"] == "2 pictures in 1 folder, 2 without caption"
+    assert listed[root / "mine"] == "2 images in 1 folder, 2 without caption"
+    assert listed[root / "flat"] == "2 images in 1 folder, 2 without caption"
     assert listed[root / "plain" / "day"] == "1 picture, 1 without caption"
     left_out = {root, root / "plain", root / "mine" / "img", root / "mine" / "reg"}
     assert not {*left_out, root / "plain" / "day" / "masks"} & listed.keys()
@@ -916,7 +916,7 @@ def test_the_counts_of_a_folder_agree_with_its_rows_and_with_what_new_takes(tmp_
     with serve_runs(tmp_path / "roots") as served:
         page = served.ask(f"/new?{urlencode({'folder': str(folder)})}").text
         rows = served.ask(f"/new/rows/{str(folder).encode().hex()}/items?from=0&count=9").json()
-    assert "4 pictures, 3 without caption, 1 cannot be read" in page
+    assert "4 images, 3 without caption, 1 cannot be read" in page
     assert rows["counts"] == {"": 4, "uncaptioned": 3}
     assert [row["pictures"][0]["name"] for row in rows["files"] if row["faults"]] == ["bad.png"]
     assert third.is_file()

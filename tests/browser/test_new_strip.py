@@ -122,7 +122,7 @@ def test_a_typed_folder_shows_its_pictures_at_once(served: Served, root: Path) -
         page.get_by_label("Folder").fill(str(root / "set"))
         page.keyboard.press("Tab")
         page.locator(".strip li").nth(2).wait_for()
-        page.locator("#source > summary").get_by_text("3 pictures, 1 without caption").wait_for()
+        page.locator("#source > summary").get_by_text("3 images, 1 without caption").wait_for()
         page.get_by_label("Folder").fill(str(root / "no"))
         page.keyboard.press("Tab")
         page.locator("#folder_fault").get_by_text("no such folder").wait_for()

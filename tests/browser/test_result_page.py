@@ -413,7 +413,7 @@ def test_a_click_hides_a_layer_of_a_picture_and_shows_what_is_behind(served: Ser
         assert page.locator(".stack img:visible").count() == 0
         page.get_by_label("layer 2").click()
         assert see() == ["layer2", "behind"]
-        page.get_by_label("the whole picture").click()
+        page.get_by_label("the whole image").click()
         assert see() == ["layer2", "layer0"]  # what is at the back stays there
         assert page.problems == []
 

@@ -732,7 +732,7 @@ def test_layers_of_a_picture_are_one_result_and_shown_as_a_stack_that_hides_each
     shown = served.ask(f"/results/{id}/layers").text
     places = re.findall(r'<img src="([^"]+)" alt="([^"]+)" data-layer="(\d)"( hidden)?', shown)
     assert [(name, bool(hidden)) for _, name, _, hidden in places] == [
-        ("the whole picture", True),
+        ("the whole image", True),
         ("layer 1", False),
         ("layer 2", False),
     ]

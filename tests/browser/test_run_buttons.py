@@ -108,12 +108,12 @@ def test_a_control_network_is_used_by_one_click_of_its_page(
     output = tmp_path / "my clips" / "output"
     write_controlled_run(output)
     page = served.ask(f"{address_of(served)}deeds").text
-    assert "Make a picture with it" in page
+    assert "Make an image with it" in page
     assert "is used by a command, in a terminal" not in page
     labels = dict(re.findall(r'<label for="(word-\d+)">([^<]+)</label>', page))
     values = dict(re.findall(r'<input id="(word-\d+)" name="word \d+" value="([^"]*)"', page))
     fields = {labels[id]: values[id] for id in labels}
-    assert fields == {"Prompt": "a cat", "Control picture": "output/edges.png"}
+    assert fields == {"Prompt": "a cat", "Control image": "output/edges.png"}
     listed = re.search('<datalist id="control_pictures">(.*?)</datalist>', page)
     assert listed is not None
     assert '<option value="cat.png">' in listed[1]
@@ -158,11 +158,11 @@ def test_what_a_command_lacks_is_typed_into_fields(served: Served, queue: JobQue
     write_controlled_run(output, "CONTROL_PICTURE 'what it should show' VAE_FILE", with_gaps=True)
     page = served.ask(f"{address_of(served)}deeds").text
     names = dict(re.findall(r'<label for="(word-\d+)">([^<]+)</label>', page))
-    assert [*names.values()] == ["Prompt", "Control picture", "--vae"]
+    assert [*names.values()] == ["Prompt", "Control image", "--vae"]
     assert "CONTROL_PICTURE" not in page
     prompt, control, vae = (id.replace("-", " ") for id in names)
     empty = press(served, "make", **{prompt: "two dogs", vae: "model.safetensors"})
-    assert (empty.status, "Fill in Control picture." in empty.text) == (422, True)
+    assert (empty.status, "Fill in Control image." in empty.text) == (422, True)
     (tmp_path / "my clips" / "vae.safetensors").touch()
     typed = {prompt: "two dogs", control: "output/edges.png", vae: "vae.safetensors"}
     assert press(served, "make", **typed).status == 200

@@ -224,7 +224,7 @@ def test_pictures_are_chosen_from_the_folder(tmp_path: Path) -> None:
     with serve_runs(tmp_path / "root") as served:
         for path in ("../../secret.png", str(tmp_path / "secret.png"), "run.toml", "none.png", "control"):
             answer = send(served, folder, "look", base, source_1=path)
-            assert "there is no such picture" in answer.text, path
+            assert "there is no such image" in answer.text, path
         assert "+fluff" in send(served, folder, "look", base, source_1="control/p0.png").text
 
 

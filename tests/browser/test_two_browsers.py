@@ -29,7 +29,7 @@ PRESSES = 12  # of each page
 def root(tmp_path: Path) -> Path:
     for number in range(2):
         save_image(tmp_path / "described" / f"{number}.png", 80 * number)
-        (tmp_path / "described" / f"{number}.txt").write_text("a picture", encoding="utf-8")
+        (tmp_path / "described" / f"{number}.txt").write_text("an image", encoding="utf-8")
     describe(tmp_path / "described")
     return tmp_path
 

@@ -88,7 +88,7 @@ def test_texts_that_are_no_settings_end_in_a_sentence(folder: Path, name: str, t
 @pytest.mark.parametrize("kind", [None, [], {}, 5, "x" * 10_000, "bert"])
 def test_a_kind_that_is_none_is_refused(folder: Path, kind: object) -> None:
     change(folder / "config.json", "model_type", value=kind)
-    with pytest.raises(CheckpointError, match="which finds no words in pictures") as caught:
+    with pytest.raises(CheckpointError, match="which finds no words in images") as caught:
         load_prompt_finder(folder, ["a cat"], 0.5, "cpu")
     assert len(str(caught.value)) < 600
 

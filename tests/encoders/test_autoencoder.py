@@ -108,7 +108,7 @@ def test_a_sample_is_that_of_its_own_generator_whatever_else_is_in_the_batch(fil
     expected = (mean + (log_variance / 2).exp() * noise - SHIFT) * SCALE
     torch.testing.assert_close(both[:1], expected)
     torch.testing.assert_close(network.encode(pictures(2)[:1]), (mean - SHIFT) * SCALE)
-    with pytest.raises(ValueError, match="1 generators for 2 pictures"):
+    with pytest.raises(ValueError, match="1 generators for 2 images"):
         network.encode(pictures(2), seeded(1))
 
 

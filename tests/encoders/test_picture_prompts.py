@@ -196,9 +196,9 @@ def test_words_behind_a_picture_stand_behind_its_longer_side() -> None:
 def test_what_cannot_be_shown_is_refused(encoder: LanguageModelEncoder, tmp_path: Path) -> None:
     with pytest.raises(MediaError, match="1x300 is too long"):
         encode(encoder, ("a", pictures((300, 1))))
-    with pytest.raises(MediaError, match=r"<\|image_pad\|> stands for a picture"):
+    with pytest.raises(MediaError, match=r"<\|image_pad\|> stands for an image"):
         encode(encoder, ("a <|image_pad|>", pictures((60, 60))))
-    (tmp_path / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "broken.png").write_bytes(b"no image")
     with pytest.raises(MediaError, match=r"broken\.png"):
         encoder.encode([Prompt("a", images=(tmp_path / "broken.png",))])
 

@@ -153,7 +153,7 @@ def test_an_edit_has_its_pictures_inside_its_object(encoder: LanguageModelEncode
             ENCODER_SETTINGS.template_suffix
         )
         assert shown.replace(pad * 6, pad) == expected
-    with pytest.raises(MediaError, match="stands for a picture"):
+    with pytest.raises(MediaError, match="stands for an image"):
         encoder.encode([Prompt(f"a {pad}", images=(tmp_path / "a.png",), image_size=(64, 96))])
 
 

@@ -144,7 +144,7 @@ def test_what_cannot_be_cached_is_named_before_anything_is_loaded(
     for name in ("pictures", "control"):
         (tmp_path / name).mkdir()
         write_image(tmp_path / name / "pic.png", 32, 32)
-    (tmp_path / "pictures" / "pic.txt").write_text("a picture", encoding="utf-8")
+    (tmp_path / "pictures" / "pic.txt").write_text("an image", encoding="utf-8")
     config = tmp_path / "dataset.toml"
     config.write_text(dataset.replace("FOLDER", tmp_path.as_posix()), encoding="utf-8")
     models = ("--vae", "gone.safetensors", "--image_encoder", "gone.safetensors")  # cannot be loaded

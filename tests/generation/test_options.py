@@ -259,7 +259,7 @@ def read_images(tmp_path: Path, *words: str) -> GenerationOptions:
     ],
 )
 def test_what_only_videos_have_is_refused_by_name(tmp_path: Path, words: tuple[str, ...]) -> None:
-    with pytest.raises(OptionError, match=f"{words[0]} is refused: .*makes pictures"):
+    with pytest.raises(OptionError, match=f"{words[0]} is refused: .*makes images"):
         read_images(tmp_path, *words)
 
 
@@ -272,7 +272,7 @@ def test_a_picture_script_makes_single_images_of_its_size(
     assert (options.request.video_length, options.output.output_type) == (1, "images")
     with pytest.raises(SystemExit):
         read_images(tmp_path, "--output_type", "video")
-    assert "makes pictures" in capsys.readouterr().err
+    assert "makes images" in capsys.readouterr().err
 
 
 SAMPLE_NAMES = {  # of the measured keys -> ours

@@ -41,7 +41,7 @@ def test_options_for_references_do_nothing_without_them_and_say_so(
     with caplog.at_level(logging.WARNING):
         toy: Any = ToyFamily()
         prepare_line(toy, options, {})
-    said = [f"{names}: ignored, as there is no picture to edit (--control_image_path)"] if words else []
+    said = [f"{names}: ignored, as there is no image to edit (--control_image_path)"] if words else []
     assert caplog.messages == said
 
 

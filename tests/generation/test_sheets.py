@@ -181,7 +181,7 @@ def test_values_with_commas_can_be_written(text: str, values: list[str]) -> None
         (["--sheet", "s=1,x"], ["--sheet s: 'x' is not a whole number"]),
         (["--sheet", "s=1,1"], ["--sheet s: the value '1' is given twice"]),
         (["--sheet", "g=1", "guidance_scale=2"], ["both axes are guidance_scale"]),
-        (["--sheet", "fps=8,16"], ["--sheet fps: it changes no picture"]),
+        (["--sheet", "fps=8,16"], ["--sheet fps: it changes no image"]),
         (["--sheet", "prompt=a||b"], ["one of the prompts is empty"]),
         (["--sheet", "s=1,2", "--num_videos", "2"], ["--num_videos and --sheet: pass the seeds"]),
         (

@@ -146,7 +146,7 @@ def test_caches_of_other_encoders_are_refused(tmp_path: Path) -> None:
 
 
 def test_clips_and_control_images_are_refused() -> None:
-    with pytest.raises(DatasetError, match="can only learn pictures"):
+    with pytest.raises(DatasetError, match="can only learn images"):
         FAMILY.check_table(MediaTable("data.toml", "video"))
     with pytest.raises(DatasetError, match="control images, which .* cannot take"):
         FAMILY.check_table(MediaTable("data.toml", "image", has_control=True))

@@ -42,7 +42,7 @@ def test_captions_without_pictures_and_tables_with_them_are_refused(project: Pat
     reject(project, *FAMILY.cache_latents, told=["has control images", "pass --edit to caching"])
     succeed_here(*FAMILY.cache_latents, "--edit", folder=project)
     reject(project, *TRAIN, told=["no latent cache"])
-    told = [f"python {AGAIN} --edit", "its caption was encoded with 0 of its 1 reference picture"]
+    told = [f"python {AGAIN} --edit", "its caption was encoded with 0 of its 1 reference image"]
     reject(project, *TRAIN, "--edit", told=told)
     code, said = run_here(*TRAIN, "--edit", "--check", folder=project)
     assert code == 1
@@ -120,7 +120,7 @@ def test_an_encoder_without_its_tower_makes_pictures_but_no_edits(project: Path)
     make = (*FAMILY.generate, "--prompt", "x", "--save_path", "o", "--image_size", "32", "32", "--steps", "1")
     said = succeed_here(*make, "--kv_cache", "--match_target_res", "--edit", folder=project)
     assert "--edit is not needed: --control_image_path alone makes it an edit" in said
-    assert "edits pictures" not in said
+    assert "edits images" not in said
     reject(project, *make, *START, told=["has no vision tower", "--text_encoder"])
 
 

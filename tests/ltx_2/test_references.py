@@ -165,7 +165,7 @@ def asked_there(
 
 CASES: dict[str, Any] = {
     "a clip": (1, [9], False),
-    "a picture": (1, [1], False),
+    "an image": (1, [1], False),
     "half the size": (2, [9], False),
     "two": (1, [9, 1], False),
     "the factor of a LoRA": (2, [9], True),
@@ -181,7 +181,7 @@ OF_25 = [("half the size", "2.5"), ("two", "2.5")]  # its mark is on the clip's 
 @pytest.mark.slow_cases(
     "a clip-2.3",
     "a gray picture-2.3",
-    "a picture-2.3",
+    "an image-2.3",
     "half the size-2.3",
     "half the size-2.5",
     "less of a clip-2.3",

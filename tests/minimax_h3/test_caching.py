@@ -262,7 +262,7 @@ def test_clips_are_read_at_24_frames_a_second_by_their_times(project: Path, file
 def test_pictures_have_silence_and_a_place(tmp_path: Path, files: TinyH3) -> None:
     (tmp_path / "pictures").mkdir()
     write_image(tmp_path / "pictures" / "a.png", SIZE, SIZE)
-    (tmp_path / "pictures" / "a.txt").write_text("a picture", encoding="utf-8")
+    (tmp_path / "pictures" / "a.txt").write_text("an image", encoding="utf-8")
     write_config(tmp_path, "image_directory = 'pictures'", fp_1f_target_index=7)
 
     run(tmp_path, files, "--one_frame")
@@ -286,7 +286,7 @@ def test_pictures_with_control_images_at_places_of_theirs(tmp_path: Path, files:
         (tmp_path / folder).mkdir()
         for name in names:
             write_image(tmp_path / folder / f"{name}.png", SIZE, SIZE)
-    (tmp_path / "pictures" / "a.txt").write_text("a picture", encoding="utf-8")
+    (tmp_path / "pictures" / "a.txt").write_text("an image", encoding="utf-8")
     keys = {"control_directory": "controls", "fp_1f_clean_indices": [0, 24], "fp_1f_target_index": 12}
     write_config(tmp_path, "image_directory = 'pictures'", **keys)
 

@@ -470,4 +470,4 @@ def test_a_clip_with_several_items_has_no_text_of_one(large_project: Path, files
     message = reject(large_project, files, "--task", "fl2va")
 
     assert "2 items are cut out of it" in message
-    assert "reference picture" not in message
+    assert "reference image" not in message

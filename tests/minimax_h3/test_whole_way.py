@@ -60,7 +60,7 @@ WAYS = {
         generation=["--ref", "style.png", "--ref", "motion.mkv", *EDGES],
         has_references=True,
     ),
-    "control pictures": Way(
+    "control images": Way(
         ONE_FRAME,
         KEYFRAMES,
         training=ONE_FRAME,
@@ -105,7 +105,7 @@ def write_project(folder: Path, way: Way) -> None:
         for name in ("pictures", "controls"):
             (folder / name).mkdir()
             write_image(folder / name / "a.png", 64 if name == "pictures" else 96, 64)
-        (folder / "pictures" / "a.txt").write_text("a picture", encoding="utf-8")
+        (folder / "pictures" / "a.txt").write_text("an image", encoding="utf-8")
         source = 'image_directory = "pictures"\ncontrol_directory = "controls"'
     lines = ["[[datasets]]", source, 'cache_directory = "cache"', 'caption_extension = ".txt"']
     lines += ["resolution = [64, 64]", *(["target_frames = [24]"] if not way.has_images else [])]

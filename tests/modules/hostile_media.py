@@ -55,7 +55,7 @@ def playlist(folder: Path, name: str = "clip.m3u8") -> Path:
 
 def pattern_of_names(folder: Path) -> Path:
     path = folder / "secret%d.png"
-    path.write_bytes(b"not a picture")
+    path.write_bytes(b"not an image")
     return path
 
 

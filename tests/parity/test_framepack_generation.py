@@ -153,7 +153,7 @@ CASES: dict[str, Case] = {
     "5 sections": Case(["--infer_steps", 1], images=(0,) * 5, settings={"steps": 1}),
     "4 steps": Case(["--infer_steps", 4], settings={"steps": 4}),
     "picture": Case(["--one_frame_inference", "default"], place=OneFrame(9, (0, 10), True, COARSE)),
-    "picture at another place": Case(
+    "image at another place": Case(
         ["--one_frame_inference", "no_4x,target_index=40"],
         place=OneFrame(40, (0, 10), True, {"clean_latent_2x_indices": range(11, 13)}),
         controls=(1,),
@@ -192,7 +192,7 @@ ALONE = (  # what other cases have together
         "5 sections",
         "4 steps",
     ),
-    *("picture at another place", "kisekaeichi"),
+    *("image at another place", "kisekaeichi"),
 )
 
 

@@ -222,7 +222,7 @@ def test_the_input_is_never_overwritten(given: str, tmp_path: Path) -> None:
     ("source", "output", "error", "words"),
     [
         ("missing.mp4", None, OptionError, "--input .*: no such file"),
-        ("empty", None, MediaError, "without a video or picture"),
+        ("empty", None, MediaError, "without a video or image"),
         ("results", None, MediaError, "except 1 with _SWIN, which are results"),
         ("clips", "out.mkv", OptionError, "is a file, and --input"),
         ("clips/a.mp4", "folder", OutputError, r"a_SWIN\.mp4 is a folder"),

@@ -202,7 +202,7 @@ def test_a_lack_of_memory_is_said_with_what_to_do(tmp_path: Path) -> None:
         run_stages([Larger(), Refusing(error, 2), Same()], clip)
 
     first, *others = str(failure.value).splitlines()
-    assert first.startswith("--then refusing: there is too little memory for pictures of 96 x 64 (")
+    assert first.startswith("--then refusing: there is too little memory for images of 96 x 64 (")
     assert len(others) == 1
     assert "--dtype" in others[0]
     assert files_in(tmp_path) == {"a.mp4"}

@@ -365,7 +365,7 @@ def test_stable_diffusion_learns_the_class_of_kohyas_folders(
     assert of_class.cache_directory is not None
     assert not of_class.cache_directory.is_absolute()
     assert of_class.cache_directory.parts[0] == "cache"  # `run` writes nothing elsewhere
-    assert "3 regularization pictures (is_reg), `man` for those without a caption" in said
+    assert "3 regularization images (is_reg), `man` for those without a caption" in said
 
 
 def read_prompts(folder: Path) -> list[str]:
@@ -420,7 +420,7 @@ def test_regularisation_pictures_without_a_class_are_left_out(tmp_path: Path) ->
     said = new(tmp_path, model="stable_diffusion xl")
 
     assert "is_reg" not in (tmp_path / "dataset.toml").read_text(encoding="utf-8")
-    assert f"{tmp_path / 'reg'}: left out: r0.jpg, r1.jpg, r2.jpg: regularization pictures without" in said
+    assert f"{tmp_path / 'reg'}: left out: r0.jpg, r1.jpg, r2.jpg: regularization images without" in said
     assert "Call it 1_man" in said
 
 
@@ -540,7 +540,7 @@ def test_a_picture_model_learns_the_first_frames_of_clips(tmp_path: Path) -> Non
 
     for text in (said, again):
         assert f"{tmp_path}: 4 pictures. " in text
-        assert "clip 0.mp4, clip 1.mp4, clip 0.mp4: z_image turbo is trained only on pictures." in text
+        assert "clip 0.mp4, clip 1.mp4, clip 0.mp4: z_image turbo is trained only on images." in text
     tables = load_dataset_config(tmp_path / "dataset.toml").datasets
     folders = {str(table.directory and table.directory.as_posix()): table.kind for table in tables}
     assert folders == dict.fromkeys([".", "first_frames", "first_frames/deep"], "image")

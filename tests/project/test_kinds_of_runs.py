@@ -178,7 +178,7 @@ SD_XL = ("--family", "sd", "--task", "xl")
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ([*SD_XL, "--train", "lllite"], "no picture has one. Put them into "),
+        ([*SD_XL, "--train", "lllite"], "no image has one. Put them into "),
         ([*SD_XL, "--train", "lllite_inpainting"], "with --train_inpainting. Omit it to train a LoRA"),
         (
             ["--family", "zimage", "--task", "base", "--train", "lllite_inpainting"],
@@ -239,7 +239,7 @@ print("loaded", sorted(sys.modules.keys() & {{"stable_diffusion.family", "diffus
 
 def test_an_empty_folder_gets_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "p").mkdir()
-    assert_rejected(tmp_path / "p", *SD_XL, "--train", "lllite", told="has no clip and no picture")
+    assert_rejected(tmp_path / "p", *SD_XL, "--train", "lllite", told="has no clip and no image")
 
 
 def test_faults_of_pairs_come_before_the_command_that_trains(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def write_photos(
 LAYOUTS = {
     "inside": (".", "control"),
     "two folders": ("after", "before"),
-    "pictures and before": ("pictures", "before"),
+    "images and before": ("pictures", "before"),
     "beside": (".", "../source"),
     "nested": ("set", "set/control_images"),
 }
@@ -125,7 +125,7 @@ def test_samples_of_json_captions_name_the_subject_and_not_the_keys(tmp_path: Pa
 def test_an_unreadable_reference_is_told_and_in_no_sample(tmp_path: Path) -> None:
     write_photos(tmp_path / "set")
     write_photos(tmp_path / "set" / "control", captions=False)
-    (tmp_path / "set" / "control" / "p1.jpg").write_bytes(b"no picture")
+    (tmp_path / "set" / "control" / "p1.jpg").write_bytes(b"no image")
     said = run_script("new_project.py", tmp_path / "set", *EDIT).stdout
     assert "p1.jpg: not trained on, its reference cannot be read" in said
     prompts = (tmp_path / "set" / "prompts.txt").read_text(encoding="utf-8")
@@ -159,7 +159,7 @@ def test_control_pictures_are_told_with_the_script_that_learns_them(place: str, 
 
     done = run_script("new_project.py", folder, *chosen)
 
-    (line,) = [text for text in done.stdout.splitlines() if "as a LoRA does not use control pictures" in text]
+    (line,) = [text for text in done.stdout.splitlines() if "as a LoRA does not use control images" in text]
     assert "2 of 3 pictures have one there. Without a control picture: p2.jpg. " in line
     assert "Without a picture: lone0.jpg. " in line
     assert line.endswith("--train lllite trains a ControlNet-LLLite on such pairs (docs/control.md)")
@@ -212,7 +212,7 @@ def test_what_is_left_out_or_odd_gets_a_line(tmp_path: Path) -> None:
         f'{folder / "masks"}: masks are left out. mask_directory = "masks" in dataset.toml',
         f"{folder / 'output'}: left out. Runs write into a folder of this name",
         "scan.txt: captions without a file",
-        f"{folder}: 2 clips and 5 pictures. ",
+        f"{folder}: 2 clips and 5 images. ",
         "cut.png: transparent in part",
         "small.png",
         "clip 0.mp4: without sound: only their pictures are used",
@@ -260,7 +260,7 @@ def test_the_reason_is_told_if_nothing_can_be_read(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "film.mp4").write_bytes(b"no film")
     told = run_here("new_project.py", "set", "--family", "wan", "--task", "t2v-14B", folder=tmp_path)
-    assert_one_message(*told, "no clip and no picture", "film.mp4")
+    assert_one_message(*told, "no clip and no image", "film.mp4")
 
 
 @pytest.mark.parametrize("word", [None, "ohwx"])

@@ -560,7 +560,7 @@ def test_what_does_not_fit_is_told(copied: Path, capfd: pytest.CaptureFixture[st
         ("--family lumina --num_repeats 2", "a key of the dataset file: write num_repeats = ..."),
         ("--family lumina --memory 12TB", "'12TB' is not an amount of memory. Pass GiB, such as 12"),
         ("--family lumina --model_file dit=short", "short is a folder without exactly one model"),
-        ("--family qwen --task edit", "there is no picture to edit from"),
+        ("--family qwen --task edit", "there is no image to edit from"),
         ("--family lumina --model_file vae=x", "--model_file vae=x: pass NAME=PATH with one of dit, "),
         (
             "--family lumina --model_file dit=~nobody9/x",

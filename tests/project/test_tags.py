@@ -31,7 +31,7 @@ def found(*captions: str) -> TagLists:
         ["a girl with red hair stands in a garden, smiling, seen from the side"],
         ["1girl, red hair, garden. A girl stands in a garden"],
         ["a cat, a chair"],
-        ["red_hair is what the girl has in the picture"],
+        ["red_hair is what the girl has in the image"],
         [*LISTS[:2], "a girl stands in a garden", "a cat on a chair"],
     ],
 )

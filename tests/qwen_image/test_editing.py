@@ -338,7 +338,7 @@ def test_a_text_encoder_without_its_vision_tower_is_one_message(tmp_path: Path) 
     blind = write_tiny_qwen_image(tmp_path / "models")
     write_image(tmp_path / "a.png", 32, 32)
 
-    with pytest.raises(Exception, match=r"has no vision tower, which prompts with pictures need. Pass"):
+    with pytest.raises(Exception, match=r"has no vision tower, which prompts with images need. Pass"):
         prepare(family_of(blind), tmp_path / "a.png", width=32, height=32)
 
 

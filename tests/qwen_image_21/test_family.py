@@ -278,7 +278,7 @@ def put_wan_vae(folder: Path) -> None:
         (put_wan_vae, (), ("vae.safetensors", "Qwen-Image-2.1")),
         (narrow_encoder, (), ("--text_encoder", "48", "64")),
         (None, ("--control_image_path", "none.png"), ("none.png", "no such file")),
-        (None, ("--control_image_path", *["start.png"] * 11), ("11 reference pictures", "takes 10 at most")),
+        (None, ("--control_image_path", *["start.png"] * 11), ("11 reference images", "takes 10 at most")),
         (None, ("--mask_path", "start.png"), ("--mask_path", "no image to keep")),
         (
             None,

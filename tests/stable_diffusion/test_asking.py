@@ -151,7 +151,7 @@ def test_what_does_nothing_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert "a: without --dsd1, --dst1 and --dsr does nothing" in caplog.text
     assert "a: without --glt, --gls does nothing" in caplog.text
     assert "sizes and crops are ignored because only Stable Diffusion XL" in caplog.text
-    assert "--strength is ignored because the picture begins with noise" in caplog.text
+    assert "--strength is ignored because the image begins with noise" in caplog.text
 
 
 # Input pictures
@@ -188,7 +188,7 @@ def test_each_picture_takes_as_many_guides_as_there_are_control_nets(tmp_path: P
     inputs = find_inputs(prompts, 2)
     stems = [[path.stem for path in inputs.select_guides(number)] for number in range(4)]
     assert stems == [["a", "b"], ["c", "d"], ["e", "z"], ["a", "b"]]
-    with pytest.raises(OptionError, match="6 pictures for 7 ControlNets. Pass one for each"):
+    with pytest.raises(OptionError, match="6 images for 7 ControlNets. Pass one for each"):
         find_inputs(prompts, 7)
     assert Inputs().select_guides(3) == ()
 

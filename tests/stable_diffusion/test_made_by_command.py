@@ -84,7 +84,7 @@ MISTAKES: dict[str, tuple[str, str, list[str], str]] = {
     "a checkpoint as the start": (LLLITE, "sdxl", ["--network_weights", "sdxl.safetensors"], "is not a Con"),
     "text encoders": (CONTROL_NET, "sd1", ["--text_encoder_lr", "1e-5"], "Text encoders have no part in it"),
     "blocks of a transformer": (CONTROL_NET, "sd1", ["--blocks_to_swap", "4"], "the parts of a U-Net"),
-    "a sample without its picture": (
+    "a sample without its image": (
         LLLITE,
         "sdxl",
         ["--sample_prompts", "samples.txt", "--sample_every_n_steps", "1"],

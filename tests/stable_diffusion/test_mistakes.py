@@ -234,7 +234,7 @@ def write_bad(folder: Path, good: Path) -> Path:
     for name, text in (
         ("text.txt", "a cat\n"),
         ("text.safetensors", "no checkpoint\n"),
-        ("text.png", "no picture"),
+        ("text.png", "no image"),
         ("nothing.txt", "# nothing\n\n"),
         ("module.py", "raise ValueError('broken')\n"),
         ("empty_module.py", "x = 1\n"),

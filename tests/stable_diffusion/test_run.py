@@ -137,7 +137,7 @@ def test_pictures_that_are_not_used_are_told(tmp_path: Path, caplog: pytest.LogC
         write_image(tmp_path / "in" / f"{name}.png")
     with caplog.at_level(logging.WARNING):
         run(tmp_path, "--image_path", tmp_path / "in", "--prompt", "x")
-    assert "2 pictures of --image_path were not used" in caplog.text
+    assert "2 images of --image_path were not used" in caplog.text
     assert "--images_per_prompt to 3" in caplog.text
 
 

@@ -112,7 +112,7 @@ def test_a_picture_whose_latents_are_odd_is_the_hardest(tmp_path: Path) -> None:
     assert items[0].key == "clip1_0032x0032_toy"
     assert items[0].hardness > 2
     page = read_run_page(tmp_path / "output")
-    assert "Loss of each picture" in page
+    assert "Loss of each image" in page
     assert page.index("clip1_0032x0032_toy") < page.index("clip2_0032x0032_toy")
 
 

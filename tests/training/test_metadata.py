@@ -177,8 +177,8 @@ def test_a_whole_model_does_not_look_like_a_lora() -> None:
 
 
 def test_of_a_model_with_several_uses_the_file_says_what_it_was_trained_for() -> None:
-    made = metadata(name="framepack", trained_for="single pictures")
-    assert made["reelsmith_trained_for"] == "single pictures"
+    made = metadata(name="framepack", trained_for="single images")
+    assert made["reelsmith_trained_for"] == "single images"
     assert "reelsmith_trained_for" not in metadata()
 
 

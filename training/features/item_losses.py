@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from training.features.hooks import RunFeatures
 
 
-class ItemLossOptions(FeatureOptions, title="loss of each picture", at=AT_LOGS, facts=FREE):
+class ItemLossOptions(FeatureOptions, title="loss of each image", at=AT_LOGS, facts=FREE):
     """Option to record the loss of each image and clip."""
 
     item_losses: bool = option(

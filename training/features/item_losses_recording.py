@@ -141,7 +141,7 @@ class ItemLossRecorder:
         self._run_or_stop_recording(read, self._write, self._write_images)
         self._process_index = None
         if not self._num_recorded_batches and self.progress.step > 0 and not self._has_failed:
-            logger.warning("--item_losses recorded nothing: this run does not learn one picture at a time.")
+            logger.warning("--item_losses recorded nothing: this run does not learn one image at a time.")
 
     def observe(
         self, passes: TrainingPasses, noisy_batch: "NoisyBatch", comparisons: list[TargetComparison]

@@ -2,7 +2,7 @@
 
 drawing: draw the page in a process apart
 history: keep all reports of a run in lines
-item_losses: losses of single pictures, compared, for the page
+item_losses: losses of single images, compared, for the page
 logs: progress bar, and what is recorded of steps
 page: one HTML page about a training
 present_files: let commands of a run name files that exist

@@ -245,13 +245,13 @@ def make_section(folder: Path, name: str, run_history: RunHistory) -> PageSectio
             "the same noise levels: 1 is usual, 2 is twice the loss of others."
         ),
         say(
-            "Look at the first items: they often include a wrong caption, or a broken or unusual picture. "
+            "Look at the first items: they often include a wrong caption, or a broken or unusual image. "
             "The last ones may be too simple, or duplicates."
         ),
         say_count(
             len(items),
-            "%(n)s picture or clip was learned; the %(hard)s hardest and the %(easy)s easiest are shown.",
-            "%(n)s pictures and clips were learned; the %(hard)s hardest and the %(easy)s easiest are shown.",
+            "%(n)s image or clip was learned; the %(hard)s hardest and the %(easy)s easiest are shown.",
+            "%(n)s images and clips were learned; the %(hard)s hardest and the %(easy)s easiest are shown.",
             hard=min(MAX_HARD, len(items)),
             # `select_shown` takes the hardest ones first
             easy=len(rows) - min(MAX_HARD, len(items)),
@@ -259,8 +259,8 @@ def make_section(folder: Path, name: str, run_history: RunHistory) -> PageSectio
     ]
     return PageSection(
         key="items",
-        title=say("Loss of each picture"),
+        title=say("Loss of each image"),
         notes=notes,
-        headings=(say("picture"), say("name"), say("hardness"), say("times learned"), say("mean loss")),
+        headings=(say("image"), say("name"), say("hardness"), say("times learned"), say("mean loss")),
         rows=rows,
     )

@@ -24,7 +24,7 @@ MAX_SHOWN = 100  # rows of the page
 # means of two steps that differ by less are equal: repeated seeds of one LoRA differ by about as much
 TOLERANCE = 0.005
 NO_TASTE = say(
-    "Scores are no taste: they say how a model that describes pictures sees the samples, not which ones you "
+    "Scores are no taste: they say how a model that describes images sees the samples, not which ones you "
     "like. Look at the samples before you decide."
 )
 # notes below a table, by their names in files
@@ -37,7 +37,7 @@ NOTES = {
         "remaining tokens are not compared."
     ),
     "few": say(
-        "Training pictures: %(n)s, too few to say from which cosine a sample is very near to one (%(least)s "
+        "Training images: %(n)s, too few to say from which cosine a sample is very near to one (%(least)s "
         "are needed). Copies are found nevertheless."
     ),
     "faces": say("Likeness of faces is left out: no network here describes faces."),
@@ -276,11 +276,11 @@ def find_best(rows: Sequence[StepScores], unsampled: Sequence[MeasuredFile] = ()
     if without_copies:
         remark = say_count(
             num_copying,
-            "%(n)s file is left out because its samples copy a training picture",
-            "%(n)s files are left out because their samples copy a training picture",
+            "%(n)s file is left out because its samples copy a training image",
+            "%(n)s files are left out because their samples copy a training image",
         )
     else:
-        remark = say("samples of all files copy training pictures")
+        remark = say("samples of all files copy training images")
     return replace(best, reasons=(*best.reasons, remark))
 
 
@@ -326,7 +326,7 @@ def _find_by_samples(candidates: Sequence[StepScores]) -> BestFile:
     else:
         reason = say(
             "of the files whose samples fit their prompts best (within %(same)s), the one most like the "
-            "training pictures",
+            "training images",
             same=f"{TOLERANCE:g}",
         )
     return BestFile(best, (say("no validation loss was measured"), reason))
@@ -522,11 +522,11 @@ def list_score_charts(
     scores = read_present_scores(folder, name, run_history)
     rows = () if scores is None else tuple(row for row in scores.rows if low <= row.step <= high)
     prompts = _make_curve(say("samples and prompts"), [(row.step, row.clip) for row in rows])
-    likeness = _make_curve(say("samples and training pictures"), [(row.step, row.likeness) for row in rows])
+    likeness = _make_curve(say("samples and training images"), [(row.step, row.likeness) for row in rows])
     tags = _make_curve(say("tags seen"), [(row.step, row.tag_recall) for row in rows])
     charts = [
         Chart([prompts], "step", "cosine", say("Prompt similarity")),
-        Chart([likeness], "step", "cosine", say("Likeness to the training pictures")),
+        Chart([likeness], "step", "cosine", say("Likeness to the training images")),
         Chart([tags], "step", "fraction", say("Tags of the prompts that a tagger sees")),
     ]
     return [chart for chart in charts if chart.curves[0].x]

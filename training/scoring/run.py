@@ -250,7 +250,7 @@ def _embed(
 
 def _embed_training_images(embedder: Embedder, config: Path) -> TrainingVectors | None:
     media = list_training_media(load_dataset_config(config))
-    return TrainingVectors.of(media, embedder.embed(media, "training pictures"))
+    return TrainingVectors.of(media, embedder.embed(media, "training images"))
 
 
 def _add_recalls(
@@ -499,11 +499,11 @@ def describe(scores: RunScores) -> str:
     if scores.num_training:
         lines.append(
             f"likeness: mean cosine to the {min(NUM_NEAREST, scores.num_training)} nearest of "
-            f"{format_count(scores.num_training, 'training picture')}."
+            f"{format_count(scores.num_training, 'training image')}."
         )
     if scores.near_threshold is not None:
         lines.append(
-            f"Very near: a cosine above {scores.near_threshold:.4f}; 99 of 100 training pictures have no "
+            f"Very near: a cosine above {scores.near_threshold:.4f}; 99 of 100 training images have no "
             "other one as near as that."
         )
     lines += [*(str(note.text) for note in scores.notes), str(NO_TASTE)]

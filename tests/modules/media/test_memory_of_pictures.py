@@ -86,9 +86,7 @@ def test_pictures_whose_decoders_hold_more_are_refused_at_smaller_sizes(
     monkeypatch.setattr(opening, "MAX_DECODED_BYTES", 40 * 30 * DECODED_BYTES)
     assert read_image(tmp_path / "x.png").shape == (30, 40, 3)
     for name in ("x.webp", "x.jp2"):
-        with pytest.raises(
-            MediaError, match=r"40 x 30 pixels as \w+, which takes .* Make the picture smaller"
-        ):
+        with pytest.raises(MediaError, match=r"40 x 30 pixels as \w+, which takes .* Make the image smaller"):
             read_image(tmp_path / name)
 
 

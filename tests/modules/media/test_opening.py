@@ -122,7 +122,7 @@ def test_a_picture_of_too_many_pixels_is_refused_by_its_header(
 ) -> None:
     write_huge_png(tmp_path / "huge.png", width, height)
 
-    with pytest.raises(MediaError, match=r"huge\.png has .*the picture smaller") as refused:
+    with pytest.raises(MediaError, match=r"huge\.png has .*the image smaller") as refused:
         read(tmp_path / "huge.png")
 
     assert "134 million" in str(refused.value)

@@ -255,7 +255,7 @@ WIDER = OutputFrame(np.zeros((48, 80, 3), np.uint8), 2 / FILM, 1 / FILM)
         ("clip.mkv", SMALL, "h265", "", "h265 cannot be used for 48 x 32"),
         ("clip.mkv", LOW, "h264", "", "64 x 1 pixels are too few"),
         ("clip.mkv", DEFAULT, "h264", "no such preset", "encoder libx264 fails"),
-        ("clip.mkv", [*DEFAULT, WIDER], "h264", "", "picture 3 has 80 x 48 pixels, those before it 64 x 48"),
+        ("clip.mkv", [*DEFAULT, WIDER], "h264", "", "image 3 has 80 x 48 pixels, those before it 64 x 48"),
         ("clip.mkv", DEFAULT * 2, "h264", "", "the one before at"),
     ],
 )

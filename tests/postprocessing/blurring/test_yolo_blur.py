@@ -159,7 +159,7 @@ def test_pictures_of_the_source_stay_behind_and_the_rest_is_kept(
         assert tags["title"] == "At home"
         assert not tags.keys() & {"xmp", "note"}
     assert caplog.text.count("is left out: ") == 1
-    assert "left out, because it may contain a picture: " in caplog.text
+    assert "left out, because it may contain an image: " in caplog.text
 
 
 def test_texts_of_a_picture_that_may_hold_a_small_copy_stay_behind(tmp_path: Path, detector: Path) -> None:

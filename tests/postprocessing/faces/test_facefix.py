@@ -204,7 +204,7 @@ def test_what_was_done_is_said_at_the_end(folder: Path, caplog: pytest.LogCaptur
     _run(_stage(folder), [_pixels(), _pixels((40, 24), (80, 8))])
     _run(_stage(folder), [_pixels()])
 
-    assert "clip.mkv: 2 faces restored in 1 of 2 pictures" in caplog.text
+    assert "clip.mkv: 2 faces restored in 1 of 2 images" in caplog.text
     assert "clip.mkv: no face was found with a score of 0.97 or more" in caplog.text
     assert "non-commercial use only" in caplog.text
 

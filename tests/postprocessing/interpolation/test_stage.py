@@ -176,9 +176,9 @@ def test_deep_clips_get_deep_pictures_and_keep_their_own(folder: Path) -> None:
 
 def test_what_cannot_be_interpolated_is_refused(folder: Path) -> None:
     stage = make_interpolation(options(folder), CPU)
-    with pytest.raises(MediaError, match="is one picture"):
+    with pytest.raises(MediaError, match="is one image"):
         stage.plan_output(replace(CLIP, rate=None))
-    with pytest.raises(MediaError, match="has one picture"):
+    with pytest.raises(MediaError, match="has one image"):
         list(stage.run(stream(moving(1), [Fraction(0)]), CLIP))
     with pytest.raises(MediaError, match="64 x 128: GIMMVFI needs at least 97 pixels"):
         stage.plan_output(replace(CLIP, width=64))

@@ -117,7 +117,7 @@ def test_a_copied_training_picture_is_found_and_named(tmp_path: Path, knowing: P
     assert second["samples"][1]["nearest"] == "2.png"
     # its loss is the lowest, but it would give the user's own picture back
     assert f"Best file: {NAME}-step00000010.safetensors" in said
-    assert "1 file is left out because its samples copy a training picture" in said
+    assert "1 file is left out because its samples copy a training image" in said
 
 
 def test_likeness_is_the_mean_cosine_to_the_three_nearest(tmp_path: Path, knowing: Path) -> None:
