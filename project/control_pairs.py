@@ -53,6 +53,6 @@ def describe_control_pairs(
         errors += f". Without an image: {list_some([path.name for path in controls.unmatched])}"
     return warning(
         f"{control_folder}: left out, as {kind.title} does not use control images. "
-        f"{len(images) - len(without_control)} of {len(images)} images have one there{errors}. --train "
+        f"{len(pictures) - len(without_control)} of {len(pictures)} images have one there{errors}. --train "
         f"{control_kind.name} trains {control_kind.title} on such pairs (docs/control.md)"
     )

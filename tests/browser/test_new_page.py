@@ -560,7 +560,7 @@ def test_missing_captions_come_before_a_download(served: Served, root: Path) -> 
     address = f"{served.url}/new?folder={quote(str(folder))}"
     with open_page(address) as page:
         text = page.locator("#next").inner_text()
-        assert "Still missing: captions of 4 pictures, or a trigger word." in text
+        assert "Still missing: captions of 4 images, or a trigger word." in text
         assert "Download the model" not in text
         page.locator("#next").get_by_text("Type a trigger word").click()
         assert page.evaluate("document.activeElement.id") == "trigger"
@@ -742,7 +742,7 @@ def test_folders_of_image_trainers_are_one_choice(served: Served, root: Path) ->
     listed = {one.path: one.summary for one in list_media_folders(Runs([root]))}
     assert listed[root / "mine"] == "2 images in 1 folder, 2 without caption"
     assert listed[root / "flat"] == "2 images in 1 folder, 2 without caption"
-    assert listed[root / "plain" / "day"] == "1 picture, 1 without caption"
+    assert listed[root / "plain" / "day"] == "1 image, 1 without caption"
     left_out = {root, root / "plain", root / "mine" / "img", root / "mine" / "reg"}
     assert not {*left_out, root / "plain" / "day" / "masks"} & listed.keys()
     (root / "plain" / "run.toml").touch()

@@ -91,7 +91,7 @@ def test_what_has_worked_and_what_is_to_be_mended_is_said() -> None:
     faulty = select_step(FILLED, standing(**DESCRIBED, check_job=(DIED, 1)), True)
     assert faulty.missing == ["what the check has found"]
     bare = select_step(FILLED, standing(**DESCRIBED, uncaptioned=12), True)
-    assert bare.missing == ["captions of 12 pictures, or a trigger word"]
+    assert bare.missing == ["captions of 12 images, or a trigger word"]
     assert (bare.address, bare.second_label, bare.second_address) == (
         "#writer",
         "Type a trigger word",

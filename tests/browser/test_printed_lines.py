@@ -207,7 +207,7 @@ def test_a_count_of_faults_is_translated_in_singular_and_plural(line: str, numbe
     [
         "a.png, b.png: empty captions: only ohwx is learned there",
         "a.mp4: shorter than 17 frames (at 16 a second)",
-        "a.png and 3 more: pictures, which this model cannot train on",
+        "a.png and 3 more: images, which this model cannot train on",
         "/x/set: learned by its masks",
         "12 captions: lists of tags (cat, ...), used unchanged: wan t2v-1.3B was trained on sentences",
         "captions that are not UTF-8: a.txt: read as Windows-1252",

@@ -80,7 +80,7 @@ def test_files_arrive_whole_in_a_new_folder_below_the_first_root(served: Served,
     answer = send(served, "a.txt", "eine Katze, ü".encode())
 
     folder = tmp_path / "roots/set"
-    assert answer.json() == {"folder": str(folder), "words": "1 picture, 1 clip, 1 without caption"}
+    assert answer.json() == {"folder": str(folder), "words": "1 image, 1 clip, 1 without caption"}
     assert everything(folder) == ["a.png", "a.txt", "b.mp4"]
     assert ((folder / "a.png").read_bytes(), (folder / "b.mp4").read_bytes()) == (content, clip)
     assert send(served, "c.png", content, into=str(folder)).json()["folder"] == str(folder)

@@ -46,7 +46,7 @@ def test_training_tells_references_added_or_dropped_since_caching(tmp_path: Path
     dataset, control = tmp_path / "dataset.toml", tmp_path / "control"
     with_control = dataset.read_text(encoding="utf-8")
     without = "".join(line for line in with_control.splitlines(True) if "control_directory" not in line)
-    equal = "1 has a reference picture that is equal to the image"
+    equal = "1 has a reference image that is equal to the image"
     said = run_script(*family.cache_latents, "--check", folder=tmp_path).stdout
     assert equal in said  # of the first, which has its size
     again, command = "flux_kontext_cache_latents.py", [*family.train, *RUN, "--output_name", "x"]
@@ -83,7 +83,7 @@ def test_bad_references_cost_their_pictures_alone(tmp_path: Path) -> None:
     for index, why in enumerate(
         ("1x1 pixels, each side needs at least 16", "not an image that can be read", "134 million pixels")
     ):
-        assert f"a reference picture of picture {index}.png cannot be used" in message
+        assert f"a reference image of picture {index}.png cannot be used" in message
         assert why in message
     assert sizes_of(tmp_path) == [""]
 

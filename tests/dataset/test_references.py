@@ -82,7 +82,7 @@ def test_images_may_have_other_numbers_of_references(tmp_path: Path, caplog) -> 
 def test_a_folder_without_any_reference_is_a_mistake(tmp_path: Path) -> None:
     config = make_set(tmp_path, {"a": (), "b": ()})
 
-    with pytest.raises(DatasetError, match=r"refs has no reference picture for any image, such as a\.png"):
+    with pytest.raises(DatasetError, match=r"refs has no reference image for any image, such as a\.png"):
         find_sources(config.datasets[0])
 
 

@@ -159,7 +159,7 @@ def test_a_batch_needs_its_texts_and_a_reference_that_is_one(tmp_path: Path) -> 
         (["text.png"], r"--control_image_path: .*text.png is not an image.*Pass an image file"),
         (["."], r"--control_image_path: .*Pass an image file"),
         (["dot.png"], r"dot.png: 1 x 1 pixels are too few, each side needs at least 16"),
-        (["huge.png"], r"huge.png has more than 134 million pixels, which is the limit. Make the picture sm"),
+        (["huge.png"], r"huge.png has more than 134 million pixels, which is the limit. Make the image sm"),
         (["good.png", "good.png"], r"2 reference pictures, .* takes 1 at most. Omit .*good.png"),
     ],
 )

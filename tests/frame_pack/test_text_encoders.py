@@ -34,7 +34,7 @@ PROMPTS = (
     LONG,
 )
 SYSTEMS = (
-    "Describe the picture in one word.",
+    "Describe the image in one word.",
     "",
     "Name {} and {0} first;\n\nthen <|eot_id|> 日本",
     "Describe the grass. " * 90,  # longer than what is kept of a prompt

@@ -133,7 +133,7 @@ def test_lines_of_a_file_equal_single_runs_and_those_that_fail_are_skipped(
     ):
         tiny.run(tmp_path / "file", "--from_file", tmp_path / "lines.txt", *default)
     # for lines 3 and 6
-    assert caplog.text.count("--video_sections 2 is ignored because a single picture is generated") == 1
+    assert caplog.text.count("--video_sections 2 is ignored because a single image is generated") == 1
 
     made = latents_in(tmp_path / "file")
     dog = ("--prompt", "a dog", *default)

@@ -246,4 +246,4 @@ def test_boxes_name_loras_and_count_the_files_of_folders(
 
     show_start(ToyFamily(), [replace(PREPARED, frames=1)] * 2, {}, tmp_path, torch.device("cpu"))
 
-    assert "  pictures: 2; the first: 48 x 32" in caplog.text
+    assert "  images: 2; the first: 48 x 32" in caplog.text

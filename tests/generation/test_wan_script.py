@@ -268,7 +268,7 @@ def test_one_result_is_the_file_that_save_path_names(tmp_path: Path, t2v: TinyWa
     words = ["--task", "t2v-1.3B", *SIZE, *map(str, t2v.models), "--prompt", "p", "--save_path"]
     with pytest.raises(OptionError, match=r"a\.png: the result is a video\. Pass .*a\.mp4"):
         wan_generate_video.main([*words, str(tmp_path / "a.png")])
-    with pytest.raises(OptionError, match=r"with --output_type images: the result is 5 pictures"):
+    with pytest.raises(OptionError, match=r"with --output_type images: the result is 5 images"):
         wan_generate_video.main([*words, str(tmp_path / "a.png"), "--output_type", "images"])
     (tmp_path / "a").mkdir()  # is not in the way
 

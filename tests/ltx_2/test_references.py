@@ -173,14 +173,14 @@ CASES: dict[str, Any] = {
     "less of two": (1, [9, 1], False, 0.25),
     "seen less": (2, [9, 1], False, 1.0, 0.5, 0),
     "a mask": (2, [9], False, 1.0, 0.75, 9),
-    "a gray picture": (1, [9], False, 0.5, 1.0, 1),
+    "a gray image": (1, [9], False, 0.5, 1.0, 1),
 }
 OF_25 = [("half the size", "2.5"), ("two", "2.5")]  # its mark is on the clip's first frame alone
 
 
 @pytest.mark.slow_cases(
     "a clip-2.3",
-    "a gray picture-2.3",
+    "a gray image-2.3",
     "an image-2.3",
     "half the size-2.3",
     "half the size-2.5",

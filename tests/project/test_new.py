@@ -160,7 +160,7 @@ def test_control_pictures_are_told_with_the_script_that_learns_them(place: str, 
     done = run_script("new_project.py", folder, *chosen)
 
     (line,) = [text for text in done.stdout.splitlines() if "as a LoRA does not use control images" in text]
-    assert "2 of 3 pictures have one there. Without a control picture: p2.jpg. " in line
+    assert "2 of 3 images have one there. Without a control image: p2.jpg. " in line
     assert "Without a picture: lone0.jpg. " in line
     assert line.endswith("--train lllite trains a ControlNet-LLLite on such pairs (docs/control.md)")
     assert "does not edit" not in done.stdout
@@ -172,7 +172,7 @@ def test_numbered_pictures_beside_their_results_get_a_sentence(tmp_path: Path) -
     said = assert_one_message(
         *run_here("new_project.py", "set", *EDIT, folder=tmp_path), "set/control/cat.jpg"
     )
-    assert "p0_0.jpg, p0_1.jpg, p0_2.jpg seem to be such pictures: move them into set/control" in said
+    assert "p0_0.jpg, p0_1.jpg, p0_2.jpg seem to be such images: move them into set/control" in said
 
 
 def test_a_folder_of_references_with_other_names_is_told(tmp_path: Path) -> None:

@@ -541,7 +541,7 @@ def test_what_does_not_fit_is_told(copied: Path, capfd: pytest.CaptureFixture[st
     assert f"{copied}: 14 clips and 8 pictures. wan i2v-14B-480p at 96x64, 21 frames, on a CPU" in said
     assert f"no video in {copied / 'a.mp4'}" in said or str(copied / "a.mp4") in said
     assert "b.mkv, b.mkv: without a caption" in said
-    assert "i.png, j.jpg, k.webp and 5 more: pictures, which this model cannot train on" in said
+    assert "i.png, j.jpg, k.webp and 5 more: images, which this model cannot train on" in said
     assert load_dataset_config(copied / "dataset.toml").datasets[1].directory == Path("more")
 
 

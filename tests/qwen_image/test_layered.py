@@ -77,8 +77,8 @@ def test_the_plan_of_a_generation_speaks_of_pictures(
         show_start(family, requests, {}, tmp_path, CPU)
 
     (one, two) = [text for text in caplog.messages if "Generating" in text]
-    assert re.search(r"picture: +64 x 64 \(width x height\), 5 pictures, 3 steps", one)
-    assert re.search(r"pictures: +2; the first: 64 x 64 .*, 5 pictures, 3 steps", two)
+    assert re.search(r"image: +64 x 64 \(width x height\), 5 images, 3 steps", one)
+    assert re.search(r"images: +2; the first: 64 x 64 .*, 5 images, 3 steps", two)
 
 
 @pytest.mark.parametrize(("width", "height", "shift"), [(640, 640, 2.5), (1024, 1024, 4.0)])

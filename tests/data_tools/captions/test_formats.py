@@ -213,7 +213,7 @@ def test_formats_that_do_not_exist_and_captions_of_edits_are_refused(tmp_path: P
 def test_lines_of_a_list_with_pictures_before_an_edit_are_refused(tmp_path: Path) -> None:
     config = make_list(tmp_path, ['{"image_path": {}, "control_path": {}}'] * 3)
 
-    with pytest.raises(OptionError, match="has pictures before an edit"):
+    with pytest.raises(OptionError, match="has images before an edit"):
         ask(config, lambda *_: TEXT)
 
     assert all("caption" not in line for line in read_lines(tmp_path))

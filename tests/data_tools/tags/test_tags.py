@@ -283,7 +283,7 @@ def test_a_damaged_tagger_is_named(
 def test_a_model_of_other_shapes_is_refused(tmp_path: Path) -> None:
     tagger = write_tagger(tmp_path / "tagger", BY_COLOR)
     (tagger / "model.onnx").write_bytes(make_model(("N", 48), BY_COLOR))
-    with pytest.raises(CheckpointError, match="not square pictures"):
+    with pytest.raises(CheckpointError, match="not square images"):
         load(tagger)
 
 

@@ -143,7 +143,7 @@ def test_a_bad_reference_costs_its_text_only(tmp_path: Path) -> None:
     assert (report.written, report.reused) == (2, 0)
     (failure,) = report.failures
     assert str(path) in failure.reason
-    assert "a reference picture of b.png cannot be used" in failure.reason
+    assert "a reference image of b.png cannot be used" in failure.reason
     make_image(path, SIZE)
     report, _, _ = cache_seen(tmp_path, encoders=("t5", "t6"), batch_size=3)
     assert (report.written, report.reused, report.failures) == (1, 2, ())
