@@ -300,8 +300,7 @@ def reject_other_formulas(rules: GuidanceRules, options: GuidanceOptions) -> Non
     for option, replaces in replacing.items():
         if replaces:
             raise OptionError(
-                f"{option} replaces the guidance formula, but this model needs its own ({formula}). Leave "
-                "it out"
+                f"{option} replaces the guidance formula, but this model needs its own ({formula}). Omit it"
             )
 
 

@@ -142,8 +142,8 @@ class GuidanceOptions(Options, title="guidance"):
             logger.warning("--slg_scale %g is ignored because it is for --slg_mode original", self.slg_scale)
         if self.perp_neg is not None and self.slg_mode == "original" and self.skipped_layers:
             raise OptionError(
-                "--perp_neg and --slg_mode original cannot be used together. Use --slg_mode uncond, or leave "
-                "one of them out"
+                "--perp_neg and --slg_mode original cannot be used together. Use --slg_mode uncond, or omit "
+                "one of them"
             )
 
     @property

@@ -48,7 +48,7 @@ LINES = (
         "leaves it out"
     ),
     say(
-        "%(names)s: %(model)s is trained only on images. The first frame of each clip is written as a "
+        "%(names)s: %(model)s is trained only on images. The first frame of each clip is written as an "
         "image with its caption into %(folder)s"
     ),
     say(

@@ -657,7 +657,7 @@ class RenderRequest:
             kind = "share" if name == "share" else "number"
             raise OptionError(
                 say(
-                    "%(label)s %(text)s: pass a %(what)s from %(minimum)s to %(maximum)s",
+                    "%(label)s %(text)s: use a %(what)s from %(minimum)s to %(maximum)s",
                     label=self._field_label(name),
                     text=text,
                     what=kind,
@@ -672,7 +672,7 @@ class RenderRequest:
                 rule = say("a multiple of %(side_step)s", side_step=self.recipe.side_step)
             raise OptionError(
                 say(
-                    "%(label)s %(text)s: pass %(rule)s. Nearest: %(near)s",
+                    "%(label)s %(text)s: use %(rule)s. Nearest: %(near)s",
                     label=self._field_label(name),
                     text=text,
                     rule=rule,

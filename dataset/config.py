@@ -47,8 +47,8 @@ MAX_LISTED = 100  # maximum number of problems in a message
 KNOWN_KEYS = {*KEYS, *forms.OTHER_SPELLINGS, *SUBSET_KEYS, *OTHER_NAMES}  # of both dataset file layouts
 # keys that only tables with subsets have, and the end of the message if another table has the key
 SUBSET_KEY_REASONS = {
-    name: "is a key of tables with [[datasets.subsets]] (docs/image_datasets.md), and there are none. Leave "
-    "it out, or convert the file to that layout"
+    name: "is a key of tables with [[datasets.subsets]] (docs/image_datasets.md), and there are none. Omit "
+    "it, or convert the file to that layout"
     for name, key in SUBSET_KEYS.items()
     if name not in KEYS and key.level != SUBSET
 }
@@ -345,8 +345,8 @@ def _with_audio_references(config: DatasetConfig, family: "Caches") -> DatasetCo
                 )
             if not audio.takes_references:
                 raise DatasetError(
-                    f"{table.name}: reference_audio_directory: this run takes no audio as reference. Leave "
-                    "it out, or change the option that selects the references to learn"
+                    f"{table.name}: reference_audio_directory: this run takes no audio as reference. Omit "
+                    "it, or change the option that selects the references to learn"
                 )
             table = replace(table, reference_dropout_rate=audio.reference_dropout_rate)
         tables.append(table)

@@ -212,8 +212,7 @@ def _check_options_fit_file(
     for name, (number, stored) in typed.items():
         if number is not None and number != stored:
             raise OptionError(
-                f"--{name} is {number}, but {controlnet} has {stored}, which does not change. Leave the "
-                "option out"
+                f"--{name} is {number}, but {controlnet} has {stored}, which does not change. Omit the option"
             )
 
 

@@ -145,8 +145,8 @@ def _warn_of_caches_with_f1() -> None:
 def _warn_of_cached_clips() -> None:
     logger.warning(
         "--one_frame is given, but the caches hold sections of clips: the model learns videos, and samples "
-        "are images. Pass the --dataset_config whose caches were made with %s --one_frame, or leave "
-        "--one_frame out.",
+        "are images. Pass the --dataset_config whose caches were made with %s --one_frame, or omit "
+        "--one_frame.",
         LATENTS_AGAIN,
     )
 

@@ -91,8 +91,8 @@ def _check_clip_lengths(table: MediaTable) -> None:
 def _check_images(table: MediaTable) -> None:
     if table.kind != "image":
         raise DatasetError(
-            f"{table.name}: --one_frame caches images that have control images, but these are videos. Leave "
-            "--one_frame out, or pass an image_directory or image_jsonl_file."
+            f"{table.name}: --one_frame caches images that have control images, but these are videos. Omit "
+            "--one_frame, or pass an image_directory or image_jsonl_file."
         )
     if not table.has_control:
         raise DatasetError(

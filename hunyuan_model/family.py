@@ -145,8 +145,8 @@ class HunyuanVideo(OneTransformer):
         channels = self.files.dit_header().config.in_dim
         if self.dit_channels not in (None, channels):
             raise OptionError(
-                f"--dit_in_channels {self.dit_channels}: {self.files.dit_path} takes {channels}. Leave the "
-                "option out, or pass "
+                f"--dit_in_channels {self.dit_channels}: {self.files.dit_path} takes {channels}. Omit the "
+                "option, or pass "
                 f"{'the SkyReels V1 image-to-video' if channels == LATENT.channels else 'a text-to-video'} "
                 "checkpoint to --dit."
             )

@@ -104,8 +104,8 @@ class Krea2TrainingOptions(Krea2ModelOptions, title=NAME):
     def __post_init__(self) -> None:
         if self.turbo_dit is not None and self.turbo_dit == self.dit:
             raise OptionError(
-                f"--turbo_dit {self.turbo_dit}: this is what --dit trains. Pass the file of Turbo, or leave "
-                "the option out"
+                f"--turbo_dit {self.turbo_dit}: this is what --dit trains. Pass the file of Turbo, or omit "
+                "the option"
             )
 
 

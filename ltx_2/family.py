@@ -536,8 +536,8 @@ class Ltx2(Ltx2Media):
         self._check_generated_keyframes()
         if request.source is not None and (media.image_files or media.audio_files):
             raise OptionError(
-                f"--{request.source.option} and given parts of the result, which start from noise: leave "
-                "one of them out"
+                f"--{request.source.option} and given parts of the result, which start from noise: omit "
+                "one of them"
             )
         if media.image_files:
             self._check_given_images(next(iter(media.image_files)))

@@ -252,8 +252,8 @@ class Ltx2Files(TransformerFiles):
             return self._find_gemma_3(), path
         if self.gemma not in (None, GEMMA):
             raise OptionError(
-                f"--gemma_root {self.gemma}: the text encoder of LTX-2.5 is in {path}. Leave "
-                "--gemma_root or --gemma_safetensors out"
+                f"--gemma_root {self.gemma}: the text encoder of LTX-2.5 is in {path}. Omit "
+                "--gemma_root or --gemma_safetensors"
             )
         return path, None
 

@@ -75,8 +75,8 @@ class H3Caching:
         """Raise DatasetError if a table does not fit the task."""
         if table.has_references:
             raise DatasetError(
-                f"{table.name}: references of {NAME} are in `references` of the lines of a list. Leave "
-                "reference_directory and reference_path out"
+                f"{table.name}: references of {NAME} are in `references` of the lines of a list. Omit "
+                "reference_directory and reference_path"
             )
         self._check_control(table)
         if table.flips and self.task != TEXT_ALONE:

@@ -287,8 +287,8 @@ class MiniMaxH3(OneTransformer):
         check_texts(batch, self.files.task)
         if isinstance(self.options, H3TrainingOptions) and self.options.one_frame and latents.shape[2] > 1:
             raise OptionError(
-                f"--one_frame: {batch.keys[0]} is a clip of {latents.shape[2]} latent frames. Leave the "
-                "option out, or pass tables with images only"
+                f"--one_frame: {batch.keys[0]} is a clip of {latents.shape[2]} latent frames. Omit the "
+                "option, or pass tables with images only"
             )
         texts = {name: batch.tensors[name] for name in (KEY, TAGS)}
         if batch.condition_set:  # a teacher's pass, with separate text states

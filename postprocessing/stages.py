@@ -190,8 +190,8 @@ class PostTools:
         for (tool, _), name in zip(self.selected.tools, self.selected.labels, strict=True):
             if frames == 1 and tool.needs_video:
                 raise OptionError(
-                    f"{name} works between the frames of a video, but {label} gives a single one. Leave "
-                    f"{name} out, or make a video."
+                    f"{name} works between the frames of a video, but {label} gives a single one. Omit "
+                    f"{name}, or make a video."
                 )
 
     def process(self, frames: Iterator[Frame], fps: float, is_single: bool) -> tuple[Iterator[Frame], float]:

@@ -130,8 +130,8 @@ def check_compilation(choice: Compilation | None, device: torch.device) -> None:
         return
     if not dynamo().is_dynamo_supported():
         raise OptionError(
-            f"torch {torch.__version__} does not compile with Python {sysconfig.get_python_version()}: leave "
-            "--compile and --dynamo_backend out"
+            f"torch {torch.__version__} does not compile with Python {sysconfig.get_python_version()}: omit "
+            "--compile and --dynamo_backend"
         )
     # any registered backend is accepted; the message names only two of the debugging backends
     if choice.backend not in torch.compiler.list_backends(exclude_tags=()):
@@ -144,8 +144,8 @@ def check_compilation(choice: Compilation | None, device: torch.device) -> None:
         missing_tools = missing_for_inductor(device)
         if missing_tools:
             raise OptionError(
-                f"compiling with inductor for {device.type} needs {missing_tools}. Or leave --compile and "
-                "--dynamo_backend out"
+                f"compiling with inductor for {device.type} needs {missing_tools}. Or omit --compile and "
+                "--dynamo_backend"
             )
 
 

@@ -111,8 +111,7 @@ class SwapOptions(Options):
             )
         if self.img_in_txt_in_offloading:
             raise OptionError(
-                "--img_in_txt_in_offloading: these layers are trained, so they must be on the device. Leave "
-                "it out"
+                "--img_in_txt_in_offloading: these layers are trained, so they must be on the device. Omit it"
             )
 
     @property

@@ -17,8 +17,7 @@ REJECTED: Mapping[str, str] = {
     "network_dropout": _NONE,
     "network_weights": f"Pass the ControlNet to start from to {WEIGHTS}",
     **{
-        switch: f"a ControlNet begins as a copy of the U-Net's weights, and {form.name} rounds them. Leave "
-        "it out"
+        switch: f"a ControlNet begins as a copy of the U-Net's weights, and {form.name} rounds them. Omit it"
         for form in BASE_FORMS
         for switch in form.switches
     },

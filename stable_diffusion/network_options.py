@@ -77,8 +77,7 @@ class ControlOptions(Options, title="ControlNet"):
             if count and count != models:
                 raise OptionError(
                     f"--{name} has {_count_words(count, 'value')} for {_count_words(models, 'model')} of "
-                    f"{self.flag}: pass one for each model, in the same order, or leave the option "
-                    "out"
+                    f"{self.flag}: pass one for each model, in the same order, or omit the option"
                 )
         for text in self.control_net_preps or ():
             read_preparation(text)
@@ -162,8 +161,8 @@ def _check_guidance(options: ControlOptions, guides: tuple[Path, ...] | None, gu
     """Raise OptionError if CLIP or VGG16 has no images to guide with, or ControlNets take them too."""
     if options.specs:
         raise OptionError(
-            f"{guidance_option} and {options.flag} both take the images of --guide_image_path: leave one "
-            "of them out"
+            f"{guidance_option} and {options.flag} both take the images of --guide_image_path: omit one "
+            "of them"
         )
     if not guides:
         raise OptionError(f"{guidance_option} needs --guide_image_path: an image, or a folder of them")
@@ -236,8 +235,8 @@ def _check_network_module(name: str) -> None:
         raise OptionError(f"--network_module {name} is for {description}: {advice}. Omit --network_module")
     if name not in KNOWN_MODULES and not name.startswith("networks.lora"):
         raise OptionError(
-            f"--network_module {name}: modules of other programs are not supported in gen_img.py. Leave "
-            f"--network_module out, or pass one of {', '.join(KNOWN_MODULES)}: the files are recognized by "
+            f"--network_module {name}: modules of other programs are not supported in gen_img.py. Omit "
+            f"--network_module, or pass one of {', '.join(KNOWN_MODULES)}: the files are recognized by "
             "their tensors"
         )
 

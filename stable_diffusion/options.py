@@ -223,7 +223,7 @@ class GenImgOptions(Options, title="run"):
             raise OptionError("--use_original_file_name needs --image_path, whose names are used")
         if self.highres.highres_fix_scale is not None and has_images:
             raise OptionError(
-                "--highres_fix_scale makes images from text in two stages, --image_path makes them from a "
+                "--highres_fix_scale makes images from text in two stages, --image_path makes them from an "
                 "image. Omit one"
             )
         if self.networks.network_regional_mask_max_color_codes is not None and not self.prompts.mask_path:

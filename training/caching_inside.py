@@ -641,8 +641,7 @@ def _select_trained_encoders(
     trained_encoders = [encoder for encoder in trainable_encoders if switches.get(encoder.lora_prefix, True)]
     if not trained_encoders and not options.lora_parts.trains_dit:
         raise OptionError(
-            "--network_train_text_encoder_only: this model has no text encoder that can be trained. Leave it "
-            "out"
+            "--network_train_text_encoder_only: this model has no text encoder that can be trained. Omit it"
         )
     return trained_encoders
 

@@ -606,8 +606,8 @@ def _list_lora_rejections(network_title: str) -> dict[str, str]:
 
 
 _TOKENS = (
-    "its modules see all tokens of an image next to all of its control image, block by block. Leave it "
-    "out; --gradient_checkpointing and --fp8_base save memory"
+    "its modules see all tokens of an image next to all of its control image, block by block. Omit it"
+    "; --gradient_checkpointing and --fp8_base save memory"
 )
 
 

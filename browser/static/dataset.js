@@ -130,9 +130,9 @@ function shot(picture, at, file) {
   if (picture.address) {
     const image = make("img");
     Object.assign(image, { loading: "lazy", decoding: "async", alt: translate("first frame of %(name)s", { name }), src: picture.address });
-    image.addEventListener("error", () => image.replaceWith(make("span", translate("no picture"), "note")));
+    image.addEventListener("error", () => image.replaceWith(make("span", translate("no image"), "note")));
     view.append(image);
-  } else view.append(make("span", translate("no picture"), "note"));
+  } else view.append(make("span", translate("no image"), "note"));
   const fit = file.fit;
   if (!at && fit && file.cut_percent >= 0.5) {
     const crop = make("i", "", "crop"), percent = (value, whole) => `${100 * value / whole}%`;

@@ -30,7 +30,7 @@
   async function makeFigure(shot) {
     const figure = document.createElement("figure"), canvas = document.createElement("canvas");
     const picture = await loadImage(shot.picture);
-    picture.alt = translate("picture %(name)s", { name: item.name });
+    picture.alt = translate("image %(name)s", { name: item.name });
     [canvas.width, canvas.height] = item.size ?? [picture.naturalWidth, picture.naturalHeight];
     figure.className = "masked";
     figure.style.setProperty("--shape", canvas.width / canvas.height);
@@ -75,7 +75,7 @@
 
   // Says why a key or button does nothing now. A page that only shows has none of them.
   const IDLE = {
-    b: translate("The brush draws on pictures, not on clips."), u: translate("There is nothing to undo here."),
+    b: translate("The brush draws on images, not on clips."), u: translate("There is nothing to undo here."),
     ...Object.fromEntries(["a", "i", "x"].map((key) => [key, translate("It has no mask: draw one with the brush (b), or have masks made for the folder.")])),
   };
   const sayIdle = (key) => { if (buttonOf(key)) said.textContent = IDLE[key]; };
@@ -99,7 +99,7 @@
   const addressOf = (at) => `${ROOT}/masks/item?${new URLSearchParams({ folder, at })}`;
   const go = (at) => once(async () => show((await ask(addressOf(at))).news));
   const step = (way) => {
-    if (drawing?.strokes.length && !confirm(translate("The strokes are not saved. Leave this picture?"))) return;
+    if (drawing?.strokes.length && !confirm(translate("The strokes are not saved. Leave this image?"))) return;
     const at = (item?.at ?? 0) + way;
     if (!item || (at >= 0 && at < item.total)) go(at);
   };

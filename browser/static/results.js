@@ -158,7 +158,7 @@
     try { news = JSON.parse(text); } catch { fillBox(said, text); return; }
     const field = ["start", "references", "redraw"].map((name) => document.querySelector(`#make [name=${name}]`)).find((one) => one);
     if (!field) {
-      said.textContent = translate("The model that is chosen above takes no picture: choose one that does, such as an i2v model, and press again.");
+      said.textContent = translate("The model that is chosen above takes no image: choose one that does, such as an i2v model, and press again.");
       return;
     }
     for (let outer = field.closest("details"); outer; outer = outer.parentElement.closest("details")) outer.open = true;

@@ -99,8 +99,7 @@ def complete_options_from_recipe(recipe: TrainingRecipe, options: NewOptions) ->
         recipe_value = getattr(recipe, name)
         if value not in (None, recipe_value):
             raise OptionError(
-                f"--recipe {options.recipe} is for --{name} {recipe_value}, not {value}. Leave one of them "
-                "out"
+                f"--recipe {options.recipe} is for --{name} {recipe_value}, not {value}. Omit one of them"
             )
     steps = recipe.training.get("max_train_steps", options.max_train_steps)
     # a number that differs from the default was typed: it has precedence

@@ -31,14 +31,14 @@ def _check(run: RunModes, uses: RunUses) -> None:
     splitting = run.splits_weights
     if uses.calibrates:
         raise OptionError(
-            "--cfg_parallel: a step cache is calibrated by one process, which sees all passes. Leave "
-            "--cfg_parallel out"
+            "--cfg_parallel: a step cache is calibrated by one process, which sees all passes. Omit "
+            "--cfg_parallel"
         )
     if uses.has_step_cache and splitting:
         raise OptionError(
             f"--cfg_parallel and {splitting} cannot be used together with a step cache: it decides for each "
-            "pass by itself, and processes that gather blocks have to run the same ones. Leave one of the "
-            "three out"
+            "pass by itself, and processes that gather blocks have to run the same ones. Omit one of the "
+            "three"
         )
 
 

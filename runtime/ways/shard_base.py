@@ -51,14 +51,13 @@ def _check_uses(uses: RunUses) -> None:
     """Raise OptionError if a run uses something that --shard_base does not support."""
     for model in uses.further_models:  # the first one is named
         raise OptionError(
-            f"{model.option} with --shard_base: {model.name} would not be split over the processes. Leave "
-            "out one of the two"
+            f"{model.option} with --shard_base: {model.name} would not be split over the processes. Omit "
+            "one of the two"
         )
     if uses.turn_taking_options:
         raise OptionError(
             f"{uses.turn_taking_options[0]} and --shard_base cannot be used together: each process has a "
-            "part of "
-            "both transformers, and they stay on the devices. Omit one of the two options"
+            "part of both transformers, and they stay on the devices. Omit one of the two options"
         )
     if uses.separate_sample_model:
         raise OptionError(

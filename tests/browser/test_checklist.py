@@ -64,7 +64,7 @@ def test_the_worst_rows_come_first_and_no_fault_stands_twice(tmp_path: Path) -> 
         (WARN, "a.png, b.png: tiny, "),
         (WARN, "captions that are no"),
         (WARN, "red_hat: the model's"),
-        (GOOD, "3 pictures"),
+        (GOOD, "3 images"),
     ]
     assert [row.asks_for_captions for row in listed.rows] == [False, True, False, False, False, False]
     assert [item.remedy for item in listed.rows[4].details] == ["run"]

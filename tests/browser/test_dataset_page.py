@@ -206,7 +206,7 @@ def test_counts_follow_a_caption_that_was_saved() -> None:
 def test_the_list_has_a_picture_the_number_of_files_and_the_state(kept: Page) -> None:
     kept.measured()
     page = kept.served.ask("/datasets").text
-    assert "2 pictures, 2 clips · 1 dropped, not cached" in page
+    assert "2 images, 2 clips · 1 dropped, not cached" in page
     image = kept.ask("first")
     assert (image.status, image.body[:3]) == (200, b"\xff\xd8\xff")
 
@@ -222,10 +222,10 @@ def test_what_belongs_to_pictures_is_counted_with_them_as_on_the_page_new(
     (tmp_path / "set" / "sung.wav").touch()
     write_config(tmp_path, f"image_directory = '{{folder}}/set'\n{beside} = '{{folder}}/pairs'")
     with serve_runs(tmp_path) as served:
-        assert ">3 pictures, 1 sound · " in served.ask("/datasets").text
+        assert ">3 images, 1 sound · " in served.ask("/datasets").text
     folder = read_media_folder(tmp_path / "set")
     assert folder is not None
-    assert folder.summary.startswith("3 pictures, 1 sound")
+    assert folder.summary.startswith("3 images, 1 sound")
 
 
 def test_a_described_folder_is_put_into_the_queue_from_its_page(tmp_path: Path) -> None:

@@ -297,9 +297,9 @@ def test_answers_of_buttons_and_json_are_in_the_language(served: Served) -> None
 def test_a_text_is_english_for_programs_and_translated_where_it_is_shown() -> None:
     text = say("position %(place)s in the queue", place=2)
     both = join(", ", (say("waiting"), text))
-    count = say_count(1, "%(n)s picture", "%(n)s images")
+    count = say_count(1, "%(n)s image", "%(n)s images")
 
-    assert (text, both, count) == ("position 2 in the queue", "waiting, position 2 in the queue", "1 picture")
+    assert (text, both, count) == ("position 2 in the queue", "waiting, position 2 in the queue", "1 image")
     assert json.loads(json.dumps([text])) == ["position 2 in the queue"]
     with speaking(Language("ja", read_texts("ja"))):
         assert text.translated() == "キューの 2 番目"

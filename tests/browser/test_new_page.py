@@ -247,12 +247,12 @@ def test_mistakes_of_a_newcomer_are_answered_with_what_to_do(
     empty = served.ask("/new").text
     plain = re.sub("<!--.*?-->", "", empty)
     assert f"{python_of('reelsmith.py')} new FOLDER --max_train_steps 2000" in html.unescape(plain)
-    assert "No folder with clips, pictures or sounds yet" in empty
+    assert "No folder with clips, images or sounds yet" in empty
     assert "Choose one from the list, or drop files" in refused(served, root)
     assert "is outside the folders of this page" in refused(served, root, folder=str(tmp_path))
     assert f"{root.parent} is outside the folders" in refused(served, root, folder="../")
     (root / "set").mkdir()
-    assert "has no clips, pictures or sounds. Drop some here first" in refused(served, root)
+    assert "has no clips, images or sounds. Drop some here first" in refused(served, root)
     write_images(root / "set", 1)
     assert refused(served, root, family="") == "Model: choose one."
     assert refused(served, root, family="sora").startswith("Model sora: choose one of wan")
@@ -621,7 +621,7 @@ def test_a_folder_that_cannot_be_is_said_at_once_with_its_reason(served: Served,
     (picture, *_) = write_images(root / "set", 1)
     wrong = {
         str(picture): f"{picture} is a file. Pass its folder: {picture.parent}",
-        str(root / "empty"): "has no clips, pictures or sounds. Drop some here first.",
+        str(root / "empty"): "has no clips, images or sounds. Drop some here first.",
         str(root / "none"): "no such folder below",
     }
     if os.name != "nt":
@@ -721,7 +721,7 @@ def test_files_are_dropped_anywhere_and_refusals_are_said(served: Served, root: 
     with open_page(f"{served.url}/new") as page:
         page.evaluate(drop, ["evil.py", "import os"])
         press(page, "Put them there")
-        page.get_by_text("evil.py: only pictures, clips, audio files").wait_for()
+        page.get_by_text("evil.py: only images, clips, audio files").wait_for()
         page.get_by_text("0 of 1 taken").wait_for()
         assert list(root.iterdir()) == []
         page.evaluate(drop, ["a.txt", "a cat"])
@@ -789,7 +789,7 @@ def test_a_path_in_quotes_is_taken(served: Served, root: Path) -> None:
     for quote_mark in "\"'":
         page = served.ask(f"/new?folder={quote(quote_mark + str(root / 'my set') + quote_mark)}").text
         assert "no such folder" not in page
-        assert "2 pictures" in page
+        assert "2 images" in page
     file = root / "my model.safetensors"
     file.touch()
     message = post(served, "file?option=dit", file_dit=f'"{file}"').text

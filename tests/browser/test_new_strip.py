@@ -218,6 +218,6 @@ def test_pictures_captions_and_the_checklist_are_read_without_scripts(served: Se
         assert "<b>1</b>" in page.locator(".strip").inner_text()
         assert page.locator(".strip .bare").inner_text() == "no caption"
         rows = page.locator(".checklist")
-        assert rows.get_by_text("3 pictures").is_visible()
+        assert rows.get_by_text("3 images").is_visible()
         assert rows.get_by_text("1 file has no caption").is_visible()
         assert page.locator(".model-cards b").count() >= 3

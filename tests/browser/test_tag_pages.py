@@ -185,7 +185,7 @@ def test_fields_become_the_words_of_the_command(fields: dict[str, str], words: l
     ("fields", "message"),
     [
         ({"thresh": "2"}, "Least probability 2: use a number from 0 to 1."),
-        ({"thresh": "nan"}, "give a number"),
+        ({"thresh": "nan"}, "use a number"),
         ({"num_frames": "many"}, "Frames of a clip many: use a whole number from 1 to 1024."),
         ({"num_frames": "2.5"}, "use a whole number"),
         ({"which": "overwrite_all"}, "Captions overwrite_all: choose from the list."),

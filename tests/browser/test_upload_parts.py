@@ -78,7 +78,7 @@ def test_pieces_become_the_file_also_after_a_break_and_a_new_server(tmp_path: Pa
         assert [name for name in everything(tmp_path / "roots") if name.endswith("png")] == []
         wait_for(lambda: "at" in send(served, content, third + 10, 1))
         told = send(served, content, third + 11, len(content))
-    assert (told["status"], "1 picture" in told["words"]) == (200, True), told
+    assert (told["status"], "1 image" in told["words"]) == (200, True), told
     assert (tmp_path / "roots/set/a ü.png").read_bytes() == content
     assert everything(tmp_path / "roots") == ["set", "set/a ü.png"]
 
@@ -106,7 +106,7 @@ def test_more_than_was_announced_is_not_written_and_bad_content_leaves_nothing(
     [
         ({"into": "../out"}, "out"),
         ({"name": "../a.png"}, "the character '/'"),
-        ({"name": "a.exe"}, "only pictures, clips"),
+        ({"name": "a.exe"}, "only images, clips"),
         ({"size": 9 << 30}, "has more than 8 GiB"),
         ({"size": "1e9"}, "was sent without size"),
         ({"at": "-1"}, "was sent without at"),

@@ -258,7 +258,7 @@ def test_what_is_neither_a_folder_nor_a_repository_is_refused_by_name(
     monkeypatch.chdir(tmp_path)
     written(tmp_path / "owner" / "file", "a")
 
-    with pytest.raises(UserError, match="--model .*(no such|no file|of Windows)"):
+    with pytest.raises(UserError, match="--model .*(no such|no file|Windows path)"):
         find_model_folder("--model", name, ())
 
 

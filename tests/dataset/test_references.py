@@ -165,6 +165,6 @@ def test_a_reference_that_a_list_names_and_is_gone_costs_its_item_only(tmp_path:
     assert [key[:4] for keys in family.seen for key in keys] == ["good"]
     (failure,) = report.failures
     assert failure.reason == (
-        f"a reference picture of gone.png cannot be used: {refs / 'gone_0.png'} does not exist. Replace it, "
+        f"a reference image of gone.png cannot be used: {refs / 'gone_0.png'} does not exist. Replace it, "
         "or remove it"
     )

@@ -169,7 +169,7 @@ def test_a_config_beside_the_file_states_the_norm_groups(tmp_path: Path) -> None
 
     state("8")
     assert load_autoencoder(folder, CPU, torch.float32).encoder.norm_out.num_groups == 8
-    for groups, message in (("5", "32 channels cannot be divided into 5"), ("true", "must be 1 or more")):
+    for groups, message in (("5", "32 channels cannot be divided into 5"), ("true", "must be at least 1")):
         state(groups)
         with pytest.raises(CheckpointError, match=message):
             load_autoencoder(folder, CPU, torch.float32)

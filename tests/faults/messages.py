@@ -20,7 +20,7 @@ from tests.run_pages import pages_drawn_later
 ERROR = re.compile(r"^(?:\w+Error: |.*\.py: error: )")
 # what a message tells the user to do begins with one of these
 REMEDIES = (
-    "Pass|Use|Download|Copy|Fetch|Mend|Make|Resume|Run|Free|Cache|Update|Lower|Remove|Write|Set|Name|Leave|Choose"
+    "Pass|Give|Omit|Add|Use|Download|Copy|Fetch|Mend|Make|Resume|Run|Free|Cache|Update|Lower|Remove|Write|Set|Name|Leave|Choose"
     "|Did you mean|Drop|Change|Convert|Rename|Move|Start|Save|Put|Correct|Fix|Train"
 )
 

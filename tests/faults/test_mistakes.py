@@ -388,5 +388,5 @@ def test_an_empty_prompt_is_left_out_only_if_something_else_is_to_be_done(
 
     told = run_here("qwen_image_generate_image.py", *words, folder=tmp_path)
 
-    message = assert_one_message(*told, "--prompt is empty: say what the picture should show", remedy=False)
+    message = assert_one_message(*told, "--prompt is empty: say what the image should show", remedy=False)
     assert ("omit the option" in message) is may_omit

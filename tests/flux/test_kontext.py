@@ -160,7 +160,7 @@ def test_a_batch_needs_its_texts_and_a_reference_that_is_one(tmp_path: Path) -> 
         (["."], r"--control_image_path: .*Pass an image file"),
         (["dot.png"], r"dot.png: 1 x 1 pixels are too few, each side needs at least 16"),
         (["huge.png"], r"huge.png has more than 134 million pixels, which is the limit. Make the image sm"),
-        (["good.png", "good.png"], r"2 reference pictures, .* takes 1 at most. Omit .*good.png"),
+        (["good.png", "good.png"], r"2 reference images, .* takes 1 at most. Omit .*good.png"),
     ],
 )
 def test_a_reference_that_cannot_be_used_is_refused(tmp_path: Path, names: list[str], message: str) -> None:

@@ -174,7 +174,7 @@ def test_a_batch_needs_its_text_and_references_that_are_some(klein: TinyFlux2, d
 
 def test_more_references_than_it_was_made_for_are_refused(klein: TinyFlux2, tmp_path: Path) -> None:
     write_image(tmp_path / "good.png", 32, 32)
-    with pytest.raises(OptionError, match=rf"11 reference pictures, but FLUX.2 takes {MAX_REFERENCES}"):
+    with pytest.raises(OptionError, match=rf"11 reference images, but FLUX.2 takes {MAX_REFERENCES}"):
         prepare(family_of(klein), control_images=(tmp_path / "good.png",) * 11)
 
 

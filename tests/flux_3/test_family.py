@@ -98,7 +98,7 @@ def test_latents_are_those_of_flux_2_too(folder: Path) -> None:
 
 def test_at_most_ten_references(folder: Path) -> None:
     write_image(folder / "a.png", 75, 61)
-    with pytest.raises(OptionError, match="11 reference pictures, but FLUX 3 takes 10 at most"):
+    with pytest.raises(OptionError, match="11 reference images, but FLUX 3 takes 10 at most"):
         family_of(folder).prepare(Request("a cat", seed=1, control_images=(folder / "a.png",) * 11))
 
 

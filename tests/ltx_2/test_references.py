@@ -322,7 +322,7 @@ def test_loras_of_other_factors_do_not_work_together(release: TinyRelease, tmp_p
         (["--reference_video", "clip", "--conditioning-attention-mask", "empty", "1"], ["without images"]),
         (
             ["--reference_video", "clip", "--ic_lora_strategy", "none"],
-            ["none with references: leave one"],
+            ["none with references: omit one"],
         ),
     ],
 )

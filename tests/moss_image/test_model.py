@@ -178,7 +178,7 @@ def test_each_rule_matters() -> None:
         ),
     }
     model = tiny_model()
-    model._rotary._make = padded_clock(model)
+    model._rotary.make = padded_clock(model)
     errors["the clock of padded texts"] = error_of(predict(model), "plain")
 
     assert {name: error for name, error in errors.items() if error < 100 * NEAR} == {}
@@ -201,12 +201,12 @@ def band_major(model: MossImageModel) -> None:
 
 def no_places_in_refiners(model: MossImageModel) -> None:
     """Rotate no token of the text before it joins the picture."""
-    make = model._text_rotary._make
+    make = model._text_rotary.make
 
     def still(length: int, /, *, device: torch.device) -> Tensor:
         return make(length, device=device)[:1].expand(length, -1, -1, -1)
 
-    model._text_rotary._make = still
+    model._text_rotary.make = still
 
 
 def references_of_the_image_time(model: MossImageModel) -> None:

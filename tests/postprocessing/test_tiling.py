@@ -116,7 +116,7 @@ def test_batches_then_tiles_are_halved_until_they_fit_which_is_remembered(
     assert [record.getMessage() for record in caplog.records] == [
         "Out of memory: the batch size is now 2.",
         "Out of memory: the batch size is now 1.",
-        "Out of memory: pictures are now split into tiles of 80 pixels.",
+        "Out of memory: images are now split into tiles of 80 pixels.",
     ]
 
 

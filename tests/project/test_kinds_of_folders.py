@@ -539,7 +539,7 @@ def test_a_picture_model_learns_the_first_frames_of_clips(tmp_path: Path) -> Non
     again = new(tmp_path, "--trigger_word", "ohwx", "--overwrite")
 
     for text in (said, again):
-        assert f"{tmp_path}: 4 pictures. " in text
+        assert f"{tmp_path}: 4 images. " in text
         assert "clip 0.mp4, clip 1.mp4, clip 0.mp4: z_image turbo is trained only on images." in text
     tables = load_dataset_config(tmp_path / "dataset.toml").datasets
     folders = {str(table.directory and table.directory.as_posix()): table.kind for table in tables}
@@ -599,7 +599,7 @@ SEEMS_TURBO = "turbo.safetensors seems to be a model of few steps"
         ("turbo", "turbo", {RELEASED}),
         ("turbo", "mine", {RELEASED}),
         ("turbo", "raw", {SEEMS_RAW, "pass --task raw"}),
-        ("raw", "turbo", {SEEMS_TURBO, "use --task turbo", "It was distilled to few steps"}),
+        ("raw", "turbo", {SEEMS_TURBO, "pass --task turbo", "It was distilled to few steps"}),
         ("raw", "raw", set()),
         ("raw", None, set()),
     ],
@@ -618,7 +618,7 @@ def test_a_model_of_few_steps_is_told_by_its_task_or_file(
 
     said = new(tmp_path, *words, model=f"krea2 {task}")
 
-    known = {RELEASED, SEEMS_RAW, SEEMS_TURBO, "pass --task raw", "use --task turbo"}
+    known = {RELEASED, SEEMS_RAW, SEEMS_TURBO, "pass --task raw", "pass --task turbo"}
     known.add("It was distilled to few steps")
     assert {words for words in known if words in said} == told
 
@@ -719,7 +719,7 @@ def test_the_name_of_a_training_task_is_taken(tmp_path: Path) -> None:
         (". --family wan --task t2v-1.3B-FC", "Wan2.1 t2v-1.3B-FC learns from control clips"),
         ("set/p0.jpg --family lumina", "it is a file. Pass the folder that it is in: set"),
         ("bells --family wan --task t2v-1.3B", "--family ltx_2 or --family ltx_25 learns sounds alone"),
-        ("bells --family ltx_25 --task v", "Pass one that has. --task av learns sounds alone"),
+        ("bells --family ltx_25 --task v", "Pass a folder that has one. --task av learns sounds alone"),
         ("set --family minimax_h3 --task ref2va", "is not described by `new`: see docs/minimax_h3.md"),
     ],
 )
@@ -746,7 +746,7 @@ def test_new_says_what_run_stops_at(tmp_path: Path) -> None:
 
     said = new(tmp_path)
 
-    assert f"{tmp_path}: 3 pictures. " in said  # a caption that cannot be read leaves no picture out
+    assert f"{tmp_path}: 3 images. " in said  # a caption that cannot be read leaves no picture out
     assert "1 has a caption that cannot be used:" in said
     assert "It looks like Windows-1251 (Cyrillic): 'девушка в красном'" in said
     assert f"left out: {tmp_path / 'broken.gif'} is" in said

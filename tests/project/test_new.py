@@ -161,7 +161,7 @@ def test_control_pictures_are_told_with_the_script_that_learns_them(place: str, 
 
     (line,) = [text for text in done.stdout.splitlines() if "as a LoRA does not use control images" in text]
     assert "2 of 3 images have one there. Without a control image: p2.jpg. " in line
-    assert "Without a picture: lone0.jpg. " in line
+    assert "Without an image: lone0.jpg. " in line
     assert line.endswith("--train lllite trains a ControlNet-LLLite on such pairs (docs/control.md)")
     assert "does not edit" not in done.stdout
 

@@ -538,7 +538,7 @@ def test_what_does_not_fit_is_told(copied: Path, capfd: pytest.CaptureFixture[st
     done = run_script("new_project.py", copied, "--family", "wan", "--task", "i2v-14B-480p", "--memory", "0")
 
     said = done.stdout
-    assert f"{copied}: 14 clips and 8 pictures. wan i2v-14B-480p at 96x64, 21 frames, on a CPU" in said
+    assert f"{copied}: 14 clips and 8 images. wan i2v-14B-480p at 96x64, 21 frames, on a CPU" in said
     assert f"no video in {copied / 'a.mp4'}" in said or str(copied / "a.mp4") in said
     assert "b.mkv, b.mkv: without a caption" in said
     assert "i.png, j.jpg, k.webp and 5 more: images, which this model cannot train on" in said
@@ -552,7 +552,7 @@ def test_what_does_not_fit_is_told(copied: Path, capfd: pytest.CaptureFixture[st
         ("--task t2v-1.3B", "--family is missing: pass one of wan, "),
         ("--family won", "Did you mean wan?"),
         ("--family hunyuan", "Did you mean hunyuan_video or hunyuan_image?"),
-        ("--family sdxl --task 1.5", "--family names stable_diffusion xl, and --task 1.5 is 1.5. Leave one"),
+        ("--family sdxl --task 1.5", "--family names stable_diffusion xl, and --task 1.5 is 1.5. Omit one"),
         ("--family sd", "--task is missing: pass one of 1.5 ("),
         ("--family cosmos", "Cosmos is not supported. For images choose from "),
         ("other --family lumina", "other is not used: pass one folder, and put quotes around"),

@@ -72,7 +72,7 @@ def test_a_request_without_a_picture_is_told_and_no_option_that_nobody_typed(
 ) -> None:
     of_training = replace(family_of(files), edit=AS_TRAINED)
     prepare(of_training)
-    assert "Qwen-Image-Edit-2509 edits pictures, but 'a hat' has none" in caplog.text
+    assert "Qwen-Image-Edit-2509 edits images, but 'a hat' has none" in caplog.text
     assert "ignored" not in caplog.text
     caplog.clear()
     prepare(family_of(files, "original"))
@@ -130,7 +130,7 @@ def test_templates_are_those_of_the_releases() -> None:
     ("names", "version", "message"),
     [
         (["dot.png"], "edit-2511", r"dot.png: 1 x 1 pixels are too few, each side needs at least 16"),
-        (["good.png"] * 2, "edit", r"2 reference pictures, but Qwen-Image-Edit takes 1 at most"),
+        (["good.png"] * 2, "edit", r"2 reference images, but Qwen-Image-Edit takes 1 at most"),
         (["good.png"], "original", r"--control_image_path: Qwen-Image generates images from text alone."),
     ],
 )

@@ -88,7 +88,7 @@ MISTAKES: dict[str, tuple[str, str, list[str], str]] = {
         LLLITE,
         "sdxl",
         ["--sample_prompts", "samples.txt", "--sample_every_n_steps", "1"],
-        "--cn edges/none.png: no such picture. Correct the path",
+        "--cn edges/none.png: no such image. Correct the path",
     ),
     "a strength that is not a number": (
         CONTROL_NET,

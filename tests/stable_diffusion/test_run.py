@@ -93,7 +93,7 @@ def test_what_fails_in_a_batch_does_not_take_the_others_along(
     with pytest.raises(UserError, match="1 of 3 failed:\n  line 2: RuntimeError: no such thing"):
         run(tmp_path, "--from_file", path, "--batch_size", 4, maker=PlainMaker(fails_on="broken"))
     assert prompts_of(tmp_path) == ["a", "c"]
-    assert "A batch of 3 pictures failed and is generated one by one: no such thing" in caplog.text
+    assert "A batch of 3 images failed and is generated one by one: no such thing" in caplog.text
 
 
 def test_a_single_prompt_that_fails_is_the_error(tmp_path: Path) -> None:
@@ -104,9 +104,7 @@ def test_a_single_prompt_that_fails_is_the_error(tmp_path: Path) -> None:
 
 def test_too_little_memory_says_what_to_do(tmp_path: Path) -> None:
     maker = PlainMaker(fails_on="a", error=torch.OutOfMemoryError)
-    with pytest.raises(
-        MemoryPlanError, match="too little memory for 1 picture of 16 x 16(.|\n)*--vae_slices"
-    ):
+    with pytest.raises(MemoryPlanError, match="too little memory for 1 image of 16 x 16(.|\n)*--vae_slices"):
         run(tmp_path, "--prompt", "a", maker=maker)
 
 

@@ -131,7 +131,7 @@ def test_samples_that_preserve_the_output_are_refused_beside_a_slider(tmp_path: 
     slider.write_text("[[sliders]]\npositive = 'old'\nnegative = 'new'\nneutral = 'a'\n", encoding="utf-8")
 
     with pytest.raises(
-        OptionError, match="diff_output_preservation cannot be used with --slider .*own captions"
+        OptionError, match="diff_output_preservation cannot be used with --slider .*its own file"
     ):
         train_image_toy(tmp_path, ONLY, "--slider", slider)
 

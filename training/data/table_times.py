@@ -36,8 +36,8 @@ def make_table_timestep_options(options: TimestepOptions, table: DatasetTable) -
     if has_window and options.timestep_focus is not None:
         raise DatasetError(
             f"{table.name}: {_describe_table_keys(table)} with --timestep_focus {options.timestep_focus:g}: "
-            "a window leaves levels out, while a focus draws from all of them, but some more often. Leave "
-            "out one of the two"
+            "a window leaves levels out, while a focus draws from all of them, but some more often. Omit "
+            "one of the two"
         )
     if has_window and low is not None and high is not None and low >= high:
         raise DatasetError(

@@ -147,8 +147,7 @@ def _with_word(word: WordToLearn, family: "Family") -> "Family":
     made = get_custom_network(family)
     if made is not None:
         raise OptionError(
-            f"--train_embedding learns a word next to a LoRA, and this script trains {made.label}. Leave it "
-            "out"
+            f"--train_embedding learns a word next to a LoRA, and this script trains {made.label}. Omit it"
         )
     return cast(LearnsEmbeddings, family).with_word_in_texts(word)
 

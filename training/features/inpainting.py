@@ -135,8 +135,7 @@ def _use_inpainting_variant(run: "RunFeatures", family: "Family") -> "Family":
 
     if not _can_inpaint(family):
         raise OptionError(
-            f"{SWITCH} is for Stable Diffusion 1, 2 and XL, and this script trains {family.name}. Leave "
-            "it out"
+            f"{SWITCH} is for Stable Diffusion 1, 2 and XL, and this script trains {family.name}. Omit it"
         )
     custom = get_custom_network(cast("Described", family))
     if custom is not None and not custom.in_text_encoders:

@@ -27,8 +27,8 @@ def _check(options: TeacherOptions, family: "Family", counts: Sequence[int]) -> 
     """Raise OptionError if the family lacks the --teacher_sees condition, or any teacher-only input."""
     if options.teacher_sees not in (INPUTS, *family.abilities.views):
         raise OptionError(
-            f"--teacher_sees {options.teacher_sees}: the model {family.name} takes no such condition. Leave "
-            "it out: the teacher then knows all conditions of the caches"
+            f"--teacher_sees {options.teacher_sees}: the model {family.name} takes no such condition. Omit "
+            "it: the teacher then knows all conditions of the caches"
         )
     if not family.teacher_only_conditions and options.teacher == BASE:
         raise OptionError(

@@ -83,7 +83,7 @@ def test_the_end_of_a_run_waits_for_no_answer_and_refusals_are_not_kept(tmp_path
 
     def reply(number: int, body: dict[str, Any]) -> tuple[int, str]:
         assert not number or gate.wait(PATIENCE)
-        return 422, "this picture is refused"
+        return 422, "this image is refused"
 
     config = make_folder(tmp_path)
     places = find_caption_locations(load_dataset_config(config), False)

@@ -169,7 +169,7 @@ class Harmful:
             torch.zeros(32, 1, 4, 3),
             "is of a clip of 24x32 pixels, but this model needs sides that are multiples of 16",
         ),
-        (torch.zeros(16, 1, 4, 4), "has 16 channels: this model's VAE has 32, .* look like latents"),
+        (torch.zeros(16, 1, 4, 4), "has 16 channels: this model's VAE has 32: .* look like latents"),
         (torch.full((32, 1, 4, 4), float("nan")), "values of latents are NaN"),
     ],
 )

@@ -75,7 +75,7 @@ def test_what_exists_is_kept_and_only_own_files_are_made_again(
     Image.new("RGB", (60, 40)).save(output / "cat.jpg")
     foreign = (output / "cat.jpg").read_bytes()
     make(pictures, "--canny", "--output", output)
-    assert "1 control picture kept, not made by this program" in caplog.text
+    assert "1 control image kept, not made by this program" in caplog.text
     assert read_tags(output / "dog.png")["control_picture"] == "canny 63 191"
     (output / "dog.png").unlink()
     stamps = {path: path.stat().st_mtime_ns for path in output.iterdir()}
@@ -86,7 +86,7 @@ def test_what_exists_is_kept_and_only_own_files_are_made_again(
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
     caplog.clear()
     make(pictures, "--canny", 10, 20, "--output", output)
-    assert "2 control pictures kept, made with other options. --overwrite makes them again" in caplog.text
+    assert "2 control images kept, made with other options. --overwrite makes them again" in caplog.text
     make(pictures, "--canny", 10, 20, "--output", output, "--overwrite")
     assert read_tags(output / "tree.png")["control_picture"] == "canny 10 20"
     assert (output / "cat.jpg").read_bytes() == foreign
@@ -94,7 +94,7 @@ def test_what_exists_is_kept_and_only_own_files_are_made_again(
 
 def test_a_damaged_picture_is_told_after_the_others_are_done(pictures: Path) -> None:
     (pictures / "bad.png").write_bytes(b"no picture")
-    with pytest.raises(DatasetError, match=r"1 of the 4 pictures could not be used.*\n.*bad\.png"):
+    with pytest.raises(DatasetError, match=r"1 of the 4 images could not be used.*\n.*bad\.png"):
         make(pictures, "--canny")
     assert len(list((pictures / "conditioning").iterdir())) == 3
 
@@ -116,7 +116,7 @@ def test_a_mistake_is_one_sentence(pictures: Path, words: tuple[str, ...], messa
 
 def test_two_pictures_cannot_share_a_control_picture(pictures: Path) -> None:
     Image.new("RGB", (8, 8)).save(pictures / "cat.png")
-    with pytest.raises(DatasetError, match=r"cat\.jpg and cat\.png would have the same control picture"):
+    with pytest.raises(DatasetError, match=r"cat\.jpg and cat\.png would have the same control image"):
         make(pictures, "--canny")
 
 

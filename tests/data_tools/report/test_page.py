@@ -152,7 +152,7 @@ def test_the_page_says_what_is_cut_off_and_left_out_and_runs_nothing(tmp_path: P
             "of 4 tokens",
             "bad\\u202e.txt: this caption is not UTF-8",
             "7 frames, too few for 9 of target_frames",
-            "50.0 % of the picture",
+            "50.0 % of the image",
             "images, for which a table with image_directory is needed",
             "at 0.67 times its speed",  # 24 frames a second, for a model of 16
         ):

@@ -24,10 +24,10 @@ def test_a_check_counts_references_and_names_the_missing(tmp_path: Path) -> None
     result = check_caching(EditFamily(), config, 1, False)
 
     (found,) = result.tables
-    assert "reference pictures: 1 image with 0, 3 images with 1, 1 image with 2" in found.info_lines
+    assert "reference images: 1 image with 0, 3 images with 1, 1 image with 2" in found.info_lines
     (error,), (remark,) = found.errors, found.warnings
     assert "a_0.png has 1x1 pixels, each side needs at least 16. Replace it" in error.text
-    assert (remark.kind, remark.stem) == ("have no reference picture, while others have", "c")
+    assert (remark.kind, remark.stem) == ("have no reference image, while others have", "c")
     lines = [line.strip() for line in found.lines()]
     assert "64x48 with 32x32: 2 items x 1, 1 batch of 2" in lines
     assert "64x48 with 32x32 and 64x48: 1 item x 1, 1 batch of 2 (the last has 1)" in lines

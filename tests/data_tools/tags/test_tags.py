@@ -347,7 +347,7 @@ def test_graphs_that_could_have_no_end_or_read_other_files_are_refused(
 
 def test_a_tagger_that_takes_more_pictures_at_once_than_memory_holds_is_refused(tmp_path: Path) -> None:
     tagger = write_tagger(tmp_path / "tagger", BY_COLOR, batch=10**8)
-    with pytest.raises(CheckpointError, match="requires batches of 100,000,000 pictures of 4 x 4 pixels"):
+    with pytest.raises(CheckpointError, match="requires batches of 100,000,000 images of 4 x 4 pixels"):
         load(tagger)
 
 
