@@ -74,7 +74,7 @@ LINES = (
     ),
     say(
         "%(folder)s: left out: %(names)s: regularization images without a caption, in a folder "
-        "whose name has no class. Call it 1_man, with the word for the class, or pass captions"
+        "whose name has no class. Call it 1_man, with the word for the class, or add captions"
     ),
     say(
         "%(folder)s: by its name, each file is trained %(times)s an epoch (num_repeats), and %(word)s "

@@ -455,7 +455,7 @@ def _read_masks(rule: MaskRule, batch: Batch) -> Tensor:
     masks = batch.tensors.get(MASK)
     if not isinstance(masks, Tensor):
         raise DatasetError(
-            f"{batch.keys[0]}: --ltx2_inpaint_mask needs masks. Pass its table mask_directory, and cache "
+            f"{batch.keys[0]}: --ltx2_inpaint_mask needs masks. Set mask_directory in its table, and cache "
             "again"
         )
     is_clean = rule.find_clean(masks)

@@ -461,7 +461,7 @@ def _add_regularization(
     elif uncaptioned and folder_name is None:
         error = (
             f"left out: {name_some(uncaptioned)}: regularization images without a caption, in "
-            "a folder whose name has no class. Call it 1_man, with the word for the class, or pass captions"
+            "a folder whose name has no class. Call it 1_man, with the word for the class, or add captions"
         )
     if error:
         content.report_lines.append(warning(f"{subfolder}: {error}"))

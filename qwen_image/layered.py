@@ -129,7 +129,7 @@ class QwenImageLayered(ImageModelFamily):
         check_batch(batch, VERSION, self.files)
         if latents.shape[2] == 1:
             raise CacheError(
-                f"{batch.keys[0]}: its cache has an image without layers. Pass its table multiple_target = "
+                f"{batch.keys[0]}: its cache has an image without layers. Give its table multiple_target = "
                 f"true, and cache again with {LATENTS_AGAIN}"
             )
         return {KEY: batch.tensors[KEY], CONTROL: latents[:, :, :1]}

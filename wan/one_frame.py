@@ -77,7 +77,7 @@ def order_frames(controls: Sequence[int], target: int | None) -> FrameOrder:
     controls = controls or (DEFAULT_CONTROL,)
     target = DEFAULT_TARGET if target is None else target
     if target in controls:
-        raise ValueError(f"the image and a control image are both at {target}. Pass the image another index")
+        raise ValueError(f"the image and a control image are both at {target}. Give the image another index")
     # (index in time, index of the control image); -1 marks the target
     pairs = sorted([*zip(controls, range(len(controls)), strict=True), (target, -1)])
     return FrameOrder(tuple(position for position, _ in pairs), tuple(image for _, image in pairs))

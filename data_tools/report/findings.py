@@ -119,7 +119,7 @@ def group_by_stem(errors: Iterable[Fault], with_kind: bool = False) -> dict[str 
     texts: dict[str | None, list[str]] = {}
     for error in errors:
         text = error.text
-        if with_kind and not error.kind.startswith("pass no"):
+        if with_kind and not error.kind.startswith("give no"):
             text = f"{error.kind}: {text}"
         texts.setdefault(error.stem, []).append(text)
     return texts

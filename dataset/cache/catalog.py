@@ -298,7 +298,7 @@ class ShardWriter:
         )
 
     def finish(self) -> None:
-        """Flush all rows to disk, and pass the shard its final name."""
+        """Flush all rows to disk, and give the shard its final name."""
         with explain_sqlite(self.path):
             try:
                 # moves the write-ahead log into the file

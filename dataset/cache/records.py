@@ -233,7 +233,7 @@ def require_finite(tensor: Tensor, item: str, key: str) -> None:
     num_wrong = tensor.numel() - int(torch.isfinite(tensor.float()).sum())
     raise CacheError(
         f"{item}: {num_wrong} of {tensor.numel()} values of {key} are NaN or infinite, so it is not cached.\n"
-        "  Pass the encoder a wider dtype (bfloat16 or float32 instead of float16), or another file."
+        "  Use a wider dtype for the encoder (bfloat16 or float32 instead of float16), or another file."
     )
 
 

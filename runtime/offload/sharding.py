@@ -159,7 +159,7 @@ def _gather_alone(block: nn.Module, _: object) -> None:
 
 
 class _FillGradients(torch.autograd.Function):
-    """Pass an input of a block through; in the backward pass, pass its unused weights gradients of 0.
+    """Pass an input of a block through; in the backward pass, give its unused weights gradients of 0.
 
     A clip without audio does not use the audio weights. FSDP2 exchanges only existing gradients, so processes
     whose clips differ in this would exchange tensors of different sizes.
