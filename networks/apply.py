@@ -432,7 +432,7 @@ def _sum_changes(
         changes: Changes of the parameter.
         rows: Rows of the parameter to compute; None for all rows.
         weight: Original values of these rows. A change that replaces the weight overwrites them.
-        sample: Records what each file adds to the sampled rows; None to record nothing. If `rows` is also
+        sample: Records the sum of the sampled rows after each file; None to record nothing. If `rows` is also
             given, it must be the sampled rows.
     """
     total = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
