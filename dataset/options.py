@@ -82,7 +82,7 @@ class ShardOptions(Options):
         shards, index = self.num_shards, self.shard_index
         if shards is not None and index is not None and index >= shards:
             raise OptionError(
-                f"--shard_index {index}: shards are counted from 0, so with --num_shards {shards} give 0 to "
+                f"--shard_index {index}: shards are counted from 0, so with --num_shards {shards} pass 0 to "
                 f"{shards - 1}"
             )
 

@@ -13,7 +13,7 @@ language_models: files of Llama, Qwen, Mistral, and their networks
 language_states: running language models, and the states of layers
 new_words: words that text encoders read as further rows
 picture_prompts: images in prompts, through a vision tower
-images: cache entries of single images, colors of latents
+pictures: cache entries of single images, colors of latents
 t5: T5-XXL for the shared loops, and ByT5 for letters
 t5_network: the encoder networks of T5 and umT5, their files
 text_encoder: tokenizers, rows of tokens, weights, counting, loading

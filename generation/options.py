@@ -279,7 +279,9 @@ class GenerationOptions(Options, title="run"):
             or_omit = ", or omit the option" if has_other_work else ""
             raise OptionError(f"--prompt is empty: say what the {kind} should show{or_omit}")
         if prompt.endswith(".txt") and path_exists(Path(prompt)):
-            raise OptionError(f"--prompt {prompt} is a file. For the prompts in it give --from_file {prompt}")
+            raise OptionError(
+                f"--prompt {prompt} is a file. For the prompts in it, pass --from_file {prompt}"
+            )
         if prompt.endswith(".json") and not prompt.startswith("@") and path_exists(Path(prompt)):
             raise OptionError(
                 f'--prompt {prompt} is a file. For the JSON object in it give --prompt "@{prompt}"'

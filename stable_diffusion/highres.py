@@ -111,7 +111,7 @@ def load_upscaler(name: str, args: str | None) -> UpscalingModule:
     Raises:
         OptionError: If the module cannot be used.
     """
-    hint = f" Or give {BUILT_IN_UPSCALER}, which takes SwinIR and ESRGAN files (model=FILE)."
+    hint = f" Or pass {BUILT_IN_UPSCALER}, which takes SwinIR and ESRGAN files (model=FILE)."
     module = import_user_module(OPTION, MODULE_ALIASES.get(name, name), BUILT_IN_UPSCALER, hint)
     if not callable(getattr(module, "create_upscaler", None)):
         raise OptionError(

@@ -240,7 +240,7 @@ def _make_frames(stream: Any, pictures: Iterable[Pixels]) -> Iterator[Any]:
         height, width, _ = pixels.shape
         if height // 2 * 2 != stream.height or width // 2 * 2 != stream.width:
             raise MediaError(
-                f"the pictures of a video change their size: picture {index + 1} has {width} x "
+                f"the images of a video change their size: image {index + 1} has {width} x "
                 f"{height} pixels, those before it {stream.width} x {stream.height}"
             )
         even_sized: Any = np.ascontiguousarray(pixels[: stream.height, : stream.width])

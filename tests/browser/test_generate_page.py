@@ -540,7 +540,7 @@ def test_what_the_script_refuses_is_refused_with_its_words(served: Served, root:
     (root / "a.txt").write_text("a dog")
     answer = post(served, "make", fields_of(served, prompt=str(root / "a.txt")))
     assert answer.status == 422
-    assert "is a file. For the prompts in it give --from_file" in message(answer)
+    assert "is a file. For the prompts in it, pass --from_file" in message(answer)
 
 
 def test_no_picture_outside_the_folders_is_read(served: Served, root: Path) -> None:

@@ -175,7 +175,7 @@ def test_what_layers_exclude_is_refused(tmp_path: Path, keys: str) -> None:
 def test_control_pictures_of_layers_are_refused_before_missing_ones_are_asked_for(tmp_path: Path) -> None:
     (tmp_path / "before").mkdir()
     read_table(tmp_path, 'control_directory = "before"')
-    with pytest.raises(DatasetError, match="Layered takes no control images.* Leave it out"):
+    with pytest.raises(DatasetError, match="Layered takes no control images.* Omit it"):
         check_layers(load_dataset_config(tmp_path / "data.toml"), True, "Layered")
 
 
@@ -184,7 +184,7 @@ def test_a_model_and_its_tables_agree_about_layers(tmp_path: Path) -> None:
     config = load_dataset_config(tmp_path / "data.toml")
 
     check_layers(config, True, "Layered")
-    with pytest.raises(DatasetError, match="Krea does not learn layers. Leave it out"):
+    with pytest.raises(DatasetError, match="Krea does not learn layers. Omit it"):
         check_layers(config, False, "Krea")
     (tmp_path / "data.toml").write_text(
         (tmp_path / "data.toml").read_text().replace("multiple_target = true", "")

@@ -264,7 +264,7 @@ def test_mistakes_are_named_before_anything_is_loaded(folder: Path) -> None:
     assert "and fp8 rounds them" in rejection("--fp8_base")
     assert "it is --fp8_base" in rejection("--fp8_base_unet")
     assert "each process would" in rejection("--context_parallel", "2")
-    assert "Pass mask_directory" in rejection("--masked_loss")
+    assert "Set mask_directory" in rejection("--masked_loss")
     assert "the ControlNet adds to all tokens" in rejection("--tread", "0.5", "--tread_blocks", "1", "2")
     chroma = write_dit(folder, tiny_state("chroma", text_dim=T5_DIM), name="chroma")
     assert "is Chroma" in rejection("--pretrained_model_name_or_path", chroma.name)

@@ -338,7 +338,7 @@ def test_pictures_and_caches_go_with_a_control_net(tmp_path: Path, caplog: pytes
     with pytest.raises(DatasetError, match="no ControlNet uses them. Pass --controlnet_model_name_or_path"):
         plain.check_table(table)
     with_control.check_table(table)
-    with pytest.raises(DatasetError, match="needs control images. Pass control_d"):
+    with pytest.raises(DatasetError, match="needs control images. Set control_d"):
         with_control.check_table(replace(table, has_control=False))
     with pytest.raises(CacheError, match="has no latents_control.*flux_cache_latents.py and --controlnet"):
         with_control.batch_conditions(inputs["noisy"], batch)

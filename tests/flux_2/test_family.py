@@ -167,7 +167,7 @@ def test_a_batch_needs_its_text_and_references_that_are_some(klein: TinyFlux2, d
         family.batch_conditions(latents, Batch({"ctx_vec": torch.zeros(1, 512, 8)}, ("",), ("a",)))
     wrong = {**given, "latents_control_0": torch.zeros(1, 16, 1, 3, 3)}
     with pytest.raises(
-        CacheError, match=r"a: latents_control_0 .* is 16x1x3x3, .* one picture. Cache.* flux_2_"
+        CacheError, match=r"a: latents_control_0 .* is 16x1x3x3, .* one image. Cache.* flux_2_"
     ):
         family.batch_conditions(latents, Batch(wrong, ("",), ("a",)))
 

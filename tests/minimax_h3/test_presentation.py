@@ -171,7 +171,7 @@ def test_the_file_next_to_the_tokenizer_counts(files: TinyH3, tmp_path: Path) ->
 
 def test_a_prompt_may_not_hold_the_token_of_a_picture(encoder: H3TextEncoder) -> None:
     presented = present_keyframes([pixels(32, 32)])
-    with pytest.raises(MediaError, match="Omit it"):
+    with pytest.raises(MediaError, match="Remove it"):
         encoder.encode([Prompt("a <|video_pad|>", media_before_text=presented)])
 
 

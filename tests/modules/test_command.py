@@ -96,7 +96,7 @@ def test_a_mistake_is_one_message(words: str, message: str, capsys: pytest.Captu
         ("tools/split_video.py -- -z.mp4 made", "--input -z.mp4: no such file"),
         ("convert_lora.py other --output y.safetensors --target other", "--input other: no such file"),
         ("convert_lora.py a b c --target other", "3 words without an option, and only --input and --output"),
-        ("tools/compare.py folder --prompt x", "--lora folder is a folder: set folder/*.safetensors"),
+        ("tools/compare.py folder --prompt x", "--lora folder is a folder: pass folder/*.safetensors"),
         ("tools/split_video.py --input x.mp4 y.mp4 --output made", "--input takes one path but got 2"),
     ],
 )
@@ -324,14 +324,14 @@ collect2: error: ld returned 1 exit status
             "/tmp/a b",
             "compiling the blocks failed: /usr/bin/ld: cannot find -ltorch: No such file or directory\n"
             "  /tmp/a b has a space in its path, which breaks the compiler's command: use a folder without "
-            "one. Or leave --compile, --dynamo_backend and --optimized out\n",
+            "one. Or omit --compile, --dynamo_backend and --optimized\n",
         ),
         (
             "ptxas fatal   : Value 'sm_120' is not defined\nmore\n",
             "/tmp/a b",  # no command names it, so that it is not the reason
             "compiling the blocks failed: ptxas fatal   : Value 'sm_120' is not defined\n"
             "  Update the compiler (g++ or clang; on a GPU Triton) and its headers. "
-            "Or leave --compile, --dynamo_backend and --optimized out\n",
+            "Or omit --compile, --dynamo_backend and --optimized\n",
         ),
     ],
 )

@@ -145,7 +145,7 @@ def test_a_killed_run_ends_with_equal_bytes(tmp_path: Path) -> None:
         (["--network_args", "tlora_min_rank=2"], "tlora_min_rank is for T-LoRA: add tlora=True"),
         (["--network_args", "tlora=False", "tlora_alpha=1"], "tlora_alpha is for T-LoRA"),
         (["--network_args", "tlora=True", "tlora_min_rank=8"], "tlora_min_rank=8: the rank is 4"),
-        (["--network_args", "tlora=True", "tlora_min_rank=0"], "tlora_min_rank=0: use a whole number"),
+        (["--network_args", "tlora=True", "tlora_min_rank=0"], "tlora_min_rank=0: pass a whole number"),
         (["--network_args", "tlora=True", "tlora_alpha=0"], "tlora_alpha=0: all ranks would be active"),
         (["--network_args", "tlora=yes"], "pass True or False"),
         (["--network_args", "t_lora=True"], "no such setting"),

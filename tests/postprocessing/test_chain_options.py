@@ -168,7 +168,7 @@ def test_pictures_are_png_and_the_log_says_so(tmp_path: Path, caplog: pytest.Log
     log_suffix(chain, jobs)
 
     assert jobs == [FileJob(tmp_path / "a.png", tmp_path / "b.png", True)]
-    assert caplog.messages == [f"The result is written to {tmp_path / 'b.png'}: pictures are PNG files"]
+    assert caplog.messages == [f"The result is written to {tmp_path / 'b.png'}: images are PNG files"]
 
 
 def test_prores_in_mp4_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -298,7 +298,7 @@ def test_mistakes_are_named_before_anything_is_loaded(folder: Path) -> None:
     assert "is not a ControlNet-LLLite" in rejection(folder, *words, "--network_weights", control_net.name)
     assert "of another model" in rejection(folder, *words, "--network_weights", anima.name)
     assert "It has no alpha" in rejection(folder, *words, "--network_alpha", "4")
-    assert "Pass mask_directory" in rejection(folder, *words, "--masked_loss")
+    assert "Set mask_directory" in rejection(folder, *words, "--masked_loss")
     assert "is Stable Diffusion 1.x" in rejection(folder, *words_of(sd1))
     (folder / "control" / "3.png").write_bytes((folder / "control" / "0.png").read_bytes())
     assert "1 control image without an image of the same name: 3.png" in rejection(folder, *words)

@@ -92,7 +92,7 @@ def test_it_needs_samples_and_the_page(tmp_path: Path) -> None:
     prompts = ["--sample_prompts", toy.write_prompts(tmp_path)]
     with pytest.raises(OptionError, match="--no_page"):
         toy.train_toy(tmp_path, *scored, *prompts)
-    with pytest.raises(OptionError, match=r"no config\.json in this folder.*--task score_clip, or leave it"):
+    with pytest.raises(OptionError, match=r"no config\.json in this folder.*--task score_clip, or omit it"):
         toy.train_toy(tmp_path, *scored, *prompts, has_page=True)
     (tmp_path / "clip" / "config.json").write_text("{}", encoding="utf-8")
     with pytest.raises(OptionError, match=r"--score_tagger.*no model\.onnx in this folder"):

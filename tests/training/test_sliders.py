@@ -140,7 +140,7 @@ def test_a_strength_that_is_none_is_refused(tmp_path: Path, value: str) -> None:
         ("[[sliders]]\npositive = 'a'\nnegative = 'b'", 'it has no neutral. Write neutral = "a caption"'),
         ("[[sliders]]\npositive = 'a'\nnegative = 'a'\nneutral = 'b'", "positive and negative are equal"),
         ("[[sliders]]\npositive = 1\nnegative = 'a'\nneutral = 'b'", "positive = 1 is not a caption"),
-        ("guidance = 0\n[[sliders]]\npositive = 'a'\nnegative = 'b'\nneutral = 'c'", "guidance = 0: give"),
+        ("guidance = 0\n[[sliders]]\npositive = 'a'\nnegative = 'b'\nneutral = 'c'", "guidance = 0: use"),
         ("[[sliders]]\npositive = 'a'\nnegative = 'b'\nneutral = 'c'\nanchor_weight = 2", "needs an anchor"),
         ("[[sliders]]\npositive = 'a'\nnegative = 'b'\nneutral = 'c'\nweigth = 2", "unknown key weigth"),
         ("[[sliders", "it is not a TOML file"),

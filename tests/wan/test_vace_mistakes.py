@@ -72,7 +72,7 @@ GENERATION = {
     "text to video as VACE": ([*BASE, *CLIP], "given to --vace"),
     "VACE as text to video": ([*FULL, "--task", "t2v-1.3B"], "Use --task vace-1.3B"),
     "blocks of another width": ([*BASE, "--vace", "wide.safetensors"], "2 blocks of width 256"),
-    "blocks beside a model that has them": ([*FULL, "--vace", "module.safetensors"], "leave --vace"),
+    "blocks beside a model that has them": ([*FULL, "--vace", "module.safetensors"], "omit --vace"),
     "another file as blocks": ([*BASE, "--vace", "models/t5.safetensors"], "looks like an umT5 encoder"),
     "blocks that stand elsewhere": (
         [*BASE, "--vace", "said/module.safetensors"],
@@ -117,7 +117,7 @@ def test_a_request_that_cannot_be_meant(folder: Path, case: str) -> None:
 
 CACHING = {
     "nothing to learn from": ("", "--vace needs control media or references"),
-    "masks without control": ('control_mask_directory = "masks"\n', "Pass control_directory"),
+    "masks without control": ('control_mask_directory = "masks"\n', "Set control_directory"),
 }
 
 

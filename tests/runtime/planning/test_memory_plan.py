@@ -22,7 +22,7 @@ from runtime.planning.memory_plan import (
     OffloadedWeights,
     Phase,
     advise,
-    parts_of,
+    list_memory_parts,
     plan_swapped_bytes,
     predict_swaps,
     print_plan,
@@ -55,7 +55,9 @@ def test_swapped_blocks_leave_the_device_but_for_the_places_they_pass_through() 
 
 def plan(size: int) -> MemoryPlan:
     moment = {WEIGHTS: 8 * GIB, ACTIVATIONS: GIB, TEMPORARY: size - 6 * GIB}
-    parts = parts_of(moment, OffloadedWeights(4 * GIB, GIB), {WEIGHTS: "8.00 bfloat16"}, waiting=2 * GIB)
+    parts = list_memory_parts(
+        moment, OffloadedWeights(4 * GIB, GIB), {WEIGHTS: "8.00 bfloat16"}, waiting=2 * GIB
+    )
     return MemoryPlan((Phase("text", (MemoryPart("weights", GIB),)), Phase("training step", parts)))
 
 
