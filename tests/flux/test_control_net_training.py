@@ -276,4 +276,4 @@ def test_mistakes_are_named_before_anything_is_loaded(folder: Path) -> None:
     assert "needed: 1.png" in rejection()
     text = DATASET.replace('conditioning_data_dir = "control"\n', "")
     (folder / "dataset.toml").write_text(text, encoding="utf-8")
-    assert "Pass conditioning_data_dir" in rejection()
+    assert "Set conditioning_data_dir" in rejection()

@@ -307,7 +307,7 @@ def test_mistakes_are_named_before_anything_is_loaded(folder: Path) -> None:
     assert "control images for 1; needed: 1.png" in rejection(folder, *words)
     text = DATASET.replace('conditioning_data_dir = "control"\n', "")
     (folder / "dataset.toml").write_text(text, encoding="utf-8")
-    assert "Pass conditioning_data_dir" in rejection(folder, *words)
+    assert "Set conditioning_data_dir" in rejection(folder, *words)
 
 
 def test_control_pictures_of_another_shape_are_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
