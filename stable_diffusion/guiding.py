@@ -110,7 +110,7 @@ def _plan_layers(checkpoint: Checkpoint, last_layer: int) -> list[_Layer]:
             if layers[-2:] == ["pool", "pool"]:  # beyond the last layer of the file
                 raise OptionError(
                     f"--vgg16_guidance_layer {last_layer}: the last layer in {checkpoint.path} is "
-                    f"{index - 1}. Use a lower one, or {RELEASE} to {OPTION}"
+                    f"{index - 1}. Use a lower one, or pass {RELEASE} to {OPTION}"
                 )
             continue
         shape = () if info is None else info.shape
