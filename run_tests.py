@@ -56,6 +56,15 @@ TYPES = ["mypy"]  # minutes the first time
 TIERS = {"--fast": ["-m", "fast"], "--all": ["-m", ""]}
 MAX_SECONDS = 480  # of the processor, for --fast
 TESTS_FAILED = 1  # pytest's code; others mean that it could not run them
+# Python ends with code 1 too if pytest itself raises, as on a full disk: tests that did not run would pass.
+PYTEST = "\n".join(
+    (
+        "import os, sys, traceback, pytest",
+        "try: code = pytest.main()",
+        "except BaseException: traceback.print_exc(); sys.stderr.flush(); os._exit(3)",
+        "sys.exit(code)",
+    )
+)
 AGAIN = "--last-failed"
 TOO_LONG = "`python -m pytest --measure-tests -m fast -n 2` finds those that are long now"
 
@@ -190,6 +199,8 @@ def _start(check: Check, output: IO[bytes] | None = None) -> "subprocess.Popen[b
     # hundreds of processes start: each would compile our modules, and each worker all tests
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     program = [str(check.python), "-m", *check.command]
+    if check.command[0] == "pytest":
+        program = [str(check.python), "-c", PYTEST, *check.command[1:]]
     return subprocess.Popen(program, cwd=ROOT, env=environment, stdout=output, stderr=output)
 
 

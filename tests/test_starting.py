@@ -202,6 +202,35 @@ def test_ill():
     assert found == code
 
 
+def test_a_run_that_breaks_off_fails_even_if_the_failed_test_passes_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk once ended pytest in the middle: what had failed passed alone, and the rest never ran."""
+    (tmp_path / "test_some.py").write_text(
+        "from pathlib import Path\n"
+        "def test_ill():\n"
+        "    seen = Path('seen').exists()\n"
+        "    Path('seen').touch()\n"
+        "    assert seen\n",
+        encoding="utf-8",
+    )
+    (tmp_path / "conftest.py").write_text(
+        "from pathlib import Path\n"
+        "def pytest_runtest_logfinish():\n"
+        "    if not Path('full').exists():\n"
+        "        Path('full').touch()\n"
+        "        raise OSError('the disk is full')\n"
+        "def pytest_internalerror():\n"
+        "    raise OSError('the disk is full')\n",
+        encoding="utf-8",
+    )
+    monkeypatch.setattr(run_tests, "ROOT", tmp_path)
+
+    found = run_tests._run_check(run_tests.Check(Path(sys.executable), ["pytest"]))
+
+    assert found not in (0, run_tests.TESTS_FAILED)
+
+
 @pytest.mark.parametrize(("line", "is_failed"), [("x: int = 1", False), ('x: int = "1"', True)])
 def test_what_the_type_checker_says_comes_last_and_fails_the_run(
     line: str,
