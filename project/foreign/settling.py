@@ -20,12 +20,11 @@ _LORA_OPTIONS = ("network_module", "network_dim", "network_alpha", "network_drop
 _EMBEDDING_OPTIONS = ("init_word", "num_vectors_per_token")
 # network arguments in other programs that only LoRAs have
 _LORA_ONLY_ARGUMENTS = ("dora_wd", "rank_dropout", "module_dropout")
-# keys of dataset.toml that vary captions or images at each use
+# keys of dataset.toml that vary captions at each use
 VARYING_TEXTS = frozenset(
     {"shuffle_caption", "caption_tag_dropout_rate", "caption_dropout_every_n_epochs", "token_warmup_step"}
     | {"enable_wildcard"}
 )
-VARYING_IMAGES = frozenset({"color_aug", "random_crop", "face_crop_aug_range"})
 _SHUFFLING_KEYS = ("keep_tokens", "keep_tokens_separator", "caption_separator", "secondary_separator")
 
 
