@@ -5,8 +5,7 @@ Source: the released code of FLUX.1 (Black Forest Labs) and of Chroma. `blocks.p
 # Letters: B batch, L image tokens, with those of references, T text tokens, N heads, D head width,
 # C = N * D, M modulations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from einops import rearrange
@@ -183,10 +182,15 @@ class FluxModel(BlockNetwork):
         # of the prompt and, if `overrides` have one, of the second text
         prompts = overrides.text_inputs(len(noisy), t5=t5, t5_mask=t5_mask, pooled=pooled)
         scale = torch.zeros_like(timesteps) if guidance is None else guidance
-        vectors = self._compute_vectors(prompts, timesteps, scale, overrides.embedded_guidance, dtype=dtype)
+        is_chroma = self.config.approximator is not None
+        shared_vector = self._compute_chroma_modulation(timesteps, scale) if is_chroma else None
+        embedded_guidance = scale if self.config.has_guidance and overrides.embedded_guidance else None
         texts = []
-        for prompt, vector in zip(prompts, vectors, strict=True):
+        for prompt in prompts:
             text, lengths = self._embed_text(prompt["t5"], prompt["t5_mask"], len(rotary), dtype)
+            vector = shared_vector
+            if vector is None:
+                vector = apply_silu(self._embed_vector(timesteps, prompt["pooled"], embedded_guidance), dtype)
             texts.append(EmbeddedText(text, lengths, vector))
         hidden = join_tokens(
             images,
@@ -214,24 +218,6 @@ class FluxModel(BlockNetwork):
         """Turn tokens B L+T C into the velocity, B Z 1 H W in float32."""
         _, rows, columns = tokens.grid
         return unpack(self.final_layer(x[:, : rows * columns], tokens).float(), rows, columns)
-
-    def _compute_vectors(
-        self,
-        prompts: Sequence[Mapping[str, Any]],
-        timesteps: Tensor,
-        guidance: Tensor,
-        embeds_guidance: bool,
-        dtype: torch.dtype,
-    ) -> list[Tensor]:
-        """Return, for each text, the vector from which blocks compute their modulation, B 1 C.
-
-        For Chroma, it is the modulation of all blocks, B 1 M C, which is the same for all texts.
-        """
-        if self.config.approximator is not None:
-            return [self._compute_chroma_modulation(timesteps, guidance)] * len(prompts)
-        embedded_guidance = guidance if self.config.has_guidance and embeds_guidance else None
-        vectors = [self._embed_vector(timesteps, prompt["pooled"], embedded_guidance) for prompt in prompts]
-        return [apply_silu(vector, dtype) for vector in vectors]
 
     def _compute_chroma_modulation(self, timesteps: Tensor, guidance: Tensor) -> Tensor:
         """Return the modulation rows of all blocks of Chroma, B 1 M C float32."""
