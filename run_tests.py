@@ -60,6 +60,8 @@ TESTS_FAILED = 1  # pytest's code; others mean that it could not run them
 PYTEST = "\n".join(
     (
         "import os, sys, traceback, pytest",
+        # as `python -m` does: `python -c` finds modules in whatever folder a test goes to
+        "sys.path[0] = os.getcwd()",
         "try: code = pytest.main()",
         "except BaseException: traceback.print_exc(); sys.stderr.flush(); os._exit(3)",
         "sys.exit(code)",

@@ -231,6 +231,27 @@ def test_a_run_that_breaks_off_fails_even_if_the_failed_test_passes_alone(
     assert found not in (0, run_tests.TESTS_FAILED)
 
 
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_modules_are_found_in_the_project_not_in_the_folder_a_test_goes_to(
+    workers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "hostile.py").touch()
+    (tmp_path / "ours.py").touch()
+    (tmp_path / "test_some.py").write_text(
+        "import importlib.util\n"
+        "def test_path(monkeypatch):\n"
+        "    monkeypatch.chdir('elsewhere')\n"
+        "    assert importlib.util.find_spec('hostile') is None\n"
+        "    assert importlib.util.find_spec('ours') is not None\n",
+        encoding="utf-8",
+    )
+    monkeypatch.setattr(run_tests, "ROOT", tmp_path)
+
+    command = ["pytest", "--import-mode=importlib", "-n", workers]
+    assert run_tests._run_check(run_tests.Check(Path(sys.executable), command)) == 0
+
+
 @pytest.mark.parametrize(("line", "is_failed"), [("x: int = 1", False), ('x: int = "1"', True)])
 def test_what_the_type_checker_says_comes_last_and_fails_the_run(
     line: str,
