@@ -91,9 +91,10 @@ class ForeignNetwork:
         names: Sequence[str] | None = None
         if isinstance(groups_and_names, tuple):
             groups, names = groups_and_names
+        groups = [{**group, "params": list(group["params"])} for group in groups]
         if not names:
             names = ["unet"] if len(groups) == 1 else [f"group {index}" for index in range(len(groups))]
-        return [{**group, "params": list(group["params"])} for group in groups], list(names)
+        return groups, list(names)
 
     @property
     def additional_state(self) -> Mapping[str, nn.Module]:

@@ -1,7 +1,7 @@
 """Networks of any module behind the trainer's interface, their options, and LoRAs for text encoders."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +170,18 @@ def test_foreign_modules_report_scaled_norms_as_plain_numbers(tmp_path: Path) ->
     network = ForeignNetwork(Scaling(), tiny_dit(tmp_path))
 
     assert NormReport.of(network.scale_norms(0.5, torch.device("cpu")).tolist()) == NormReport(2, 0.25, 0.5)
+
+
+def test_foreign_modules_may_yield_their_parameter_groups(tmp_path: Path) -> None:
+    class Yielding(torch.nn.Linear):
+        def prepare_optimizer_params(self, unet_lr: float) -> Iterator[dict[str, Any]]:
+            yield {"params": iter([self.weight]), "lr": unet_lr}
+            yield {"params": iter([self.bias]), "lr": 2 * unet_lr}
+
+    groups, names = ForeignNetwork(Yielding(2, 2), tiny_dit(tmp_path)).parameter_groups(0.5)
+
+    assert names == ["group 0", "group 1"]
+    assert [(len(group["params"]), group["lr"]) for group in groups] == [(1, 0.5), (1, 1.0)]
 
 
 @pytest.mark.parametrize(
