@@ -104,7 +104,7 @@ class LoraLayer(nn.Module):
         nn.init.zeros_(self.lora_up.weight)
         self.rank = rank
         self.multiplier = 1.0
-        # the product is added in place to outputs larger than this
+        # the product is added in place if the input or the output has at least this many values
         self.min_in_place_numel = MIN_IN_PLACE_NUMEL
         # for DoRA, a function that replaces the addition: (layer, output of the frozen module, output of the
         # LoRA, dtype of the input) -> output

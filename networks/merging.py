@@ -278,7 +278,7 @@ def _find_merged_family(
 
 
 def _find_first_family_in_metadata(loras: Iterable[LoraFile]) -> FamilyNames | None:
-    """Return the family that the metadata of the first LoRA with a known family name."""
+    """Return the family of the first LoRA whose metadata names a known family; None if none does."""
     families = (read_family(lora.metadata) for lora in loras)
     return next((family for family in families if family is not None), None)
 

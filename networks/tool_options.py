@@ -158,7 +158,7 @@ class FluxMergeOptions(Options, must_give=True):
 
     @property
     def targets(self) -> dict[str, Path]:
-        """Files to write, by the name of the option that sets the path."""
+        """Model files to merge into, by the name of the option that sets the path."""
         models = {name: getattr(self, name) for name in FLUX_OUTPUTS}
         return {name: path for name, path in models.items() if path is not None}
 

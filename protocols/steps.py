@@ -88,9 +88,9 @@ class CleanTokens:
     At noise level sigma, a latent with the fraction f = n / FULLY_CLEAN has the level (1 - f) sigma. The
     tensors are int16, so that they stay on the host.
 
-    Keyframes are additional images for the network, at the clip's frames `keyframe_indices`. Training has
-    them
-    in `keyframes`, as clean as `keyframe_strengths`; in a generation they end the noisy latents and `image`.
+    Keyframes are additional images for the network, at the clip's frames `keyframe_indices`. In training
+    they are `keyframes`, as clean as `keyframe_strengths` says; in a generation they are the last frames of
+    the noisy latents and of `image`.
     """
 
     image: Tensor | None = None  # B 1 F H W; None: all latents are noisy
@@ -237,7 +237,8 @@ class FixedLatents:
 class Section:
     """One run of the denoising loop. Conditions have a batch dimension."""
 
-    noise: Tensor  # B C F H W, model space, float32; B N with `audio_video_shapes`, as all
+    # B C F H W, model space, float32; B N with `overrides.audio_video_shapes`, as all latents of the loop
+    noise: Tensor
     positive: Conditions
     negative: Conditions | None = None
     blank: Conditions | None = None

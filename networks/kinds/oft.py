@@ -192,7 +192,7 @@ class OftKind(NetworkKind):
         if max(block_sizes) > MAX_BLOCK:
             raise OptionError(
                 f"--network_dim {max(block_sizes)}: {MAX_BLOCK} is the most values in a block of an OFT. "
-                "Pass less; 32 is usual"
+                "Use less; 32 is usual"
             )
 
     def make_layers(

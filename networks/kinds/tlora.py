@@ -86,7 +86,7 @@ class TLoraKind(NetworkKind):
         if minimum > rank:
             raise OptionError(
                 f"--network_args {MIN_RANK}={minimum}: the rank is {rank}, and at least that many ranks "
-                "would be active at all noise levels. Pass less than --network_dim, such as "
+                "would be active at all noise levels. Use less than --network_dim, such as "
                 f"{default.minimum}"
             )
         power = values.get(ALPHA, default.power)

@@ -137,7 +137,7 @@ CHARACTERS: Mapping[str, tuple[tuple[str, str, str], ...]] = {  # script, words,
     "T-LoRA and OFT": (
         (TRAIN, "--network_args tlora=yes", "pass True or False"),
         (TRAIN, "--network_args tlora=True tlora_min_rank=0", "at least 1"),
-        (TRAIN, "--network_args tlora=True tlora_min_rank=99", "Pass less than --network_dim"),
+        (TRAIN, "--network_args tlora=True tlora_min_rank=99", "Use less than --network_dim"),
         (TRAIN, "--network_args tlora=True tlora_alpha=0", "Use more than 0"),
         (TRAIN, "--network_args tlora_min_rank=1", "add tlora=True"),
         (TRAIN, "--network_args tlora=True dora_wd=True", "omit one"),
