@@ -659,6 +659,9 @@ class LoraPatch:
         changes = self._fit_changes(name, placeholder)
         if any(change.delta.normalization is not None or change.delta.has_full_matrix for change in changes):
             return False
+        if changes and not self._is_masked:
+            # biases are not quantized, so their changes are merged
+            changes = [replace(change, delta=change.delta.without_bias()) for change in changes]
         if changes:
             self.unmerged[name] = changes
         return True

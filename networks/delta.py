@@ -178,6 +178,11 @@ class Delta:
         """Return the change of the bias at multiplier 1 as a new float32 tensor; None if there is none."""
         return make_bias_change(self.factors, device)
 
+    def without_bias(self) -> "Delta":
+        """Return a copy that changes only the weight."""
+        factors = {name: tensor for name, tensor in self.factors.items() if name not in BIAS_FACTORS}
+        return replace(self, factors=factors)
+
     def bias_in_file_dtype(self) -> Tensor | None:
         """Return the change of the module's bias in the file's dtype; None if the bias is not changed."""
         bias = self.compute_bias_change(CPU)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,17 +11,22 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lumina.configs import DIT as LUMINA_DIT
+from modules.speed_options import Quantization
 from networks.apply import LoraPatch, OriginalWeights
 from networks.delta import read_delta
 from networks.deltas import group_by_module
 from networks.loading import LoraFile, WeightedLora, read_lora, read_weighted_loras
 from networks.lora_network import OwnNetwork
 from networks.metadata import save_network
+from networks.unmerged_loras import add_unmerged
 from networks.use_options import LoraOptions, LoraPatternOptions
+from protocols.loading import Placement
 from tests.golden_cases import read_case
 from tests.networks.making import golden_dit, golden_lora
 from tests.networks.test_lora_image_families import skeleton
 from tests.tiny.loras import make_lora, unused
+from tests.tiny.wan_dit import tiny_state, write_dit
+from wan.checkpoints import load_dit
 
 
 def lora_file(tensors: dict[str, Tensor], name: str = "x.safetensors") -> LoraFile:
@@ -186,8 +192,36 @@ def test_the_weights_are_equal_to_the_bit(tmp_path: Path, dtype: torch.dtype) ->
     assert torch.equal(weight, plain)
 
 
-QKV, LINEAR1 = "double_blocks.0.img_attn.qkv", "single_blocks.0.linear1"
 CPU = torch.device("cpu")
+
+
+@torch.no_grad()
+def test_next_to_weights_in_8_bits_a_bias_changes_once(tmp_path: Path) -> None:
+    path, name = write_dit(tmp_path, tiny_state("t2v"), "fp8_scaled"), "blocks.0.ffn.0"
+    placement = Placement(CPU, compute_dtype=torch.float32, quantization=Quantization("cast"))
+    plain = load_dit(path, placement).get_submodule(name)
+    x = torch.randn(3, plain.in_features, generator=torch.Generator().manual_seed(0))
+    tensors = {
+        f"lora_unet_{name.replace('.', '_')}.{part}": tensor
+        for part, tensor in {
+            "lora_down.weight": torch.ones(2, plain.in_features),
+            "lora_up.weight": torch.ones(plain.out_features, 2),
+            "diff_b": torch.ones(plain.out_features),
+        }.items()
+    }
+    patch = LoraPatch([WeightedLora(lora_file(tensors), 0.5)])
+
+    dit = load_dit(path, replace(placement, patch=patch, leave_unmerged=patch.leave_unmerged))
+    add_unmerged(dit, patch.unmerged, CPU, torch.float32)
+
+    assert [*patch.unmerged] == [f"{name}.weight"]
+    expected = plain(x) + 0.5 * (2 * x.sum(-1, keepdim=True) + 1)
+    torch.testing.assert_close(
+        dit.get_submodule(name)(x), expected, rtol=1e-3, atol=1e-2
+    )  # biases in bfloat16
+
+
+QKV, LINEAR1 = "double_blocks.0.img_attn.qkv", "single_blocks.0.linear1"
 
 
 def small(**arguments: str) -> tuple[nn.Module, OwnNetwork]:
