@@ -29,7 +29,7 @@ FILE_NAME = re.compile(rf"[^\s/\\]+\.(?:{_SUFFIXES})\b", re.IGNORECASE)
 # a line that equals the name of a file in the folder
 LISTED_FILE = re.compile(rf"  (?!python |reelsmith )[^/\\\\:]+\.(?:{_SUFFIXES})", re.IGNORECASE)
 EQUAL_COPIES = ": equal copies"
-CONVERTED_PHRASES = ("to UTF-8", "now UTF-8", ": left as it is")  # parts of the lines of --repair_captions
+CONVERTED_PHRASES = ("to UTF-8", "now UTF-8", ": unchanged: ")  # parts of the lines of --repair_captions
 
 
 class LinePiece(NamedTuple):

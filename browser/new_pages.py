@@ -331,7 +331,7 @@ class NewPages:
             "folder_fault": folder_error,
             # the template has room for one message: the most urgent one is shown
             "message": unknown_folder_error or error or message or reading_error,
-            "refused": error if folder is None else "",  # error of a button whose folder no longer exists
+            "error": error if folder is None else "",  # error of a button whose folder no longer exists
         }
         response = answer_template(
             "new.html", say("New"), values, is_rejected=error != "", policy=PAGE_POLICY

@@ -6,9 +6,12 @@ import pytest
 
 from browser.command_output import find_command, read_changes, read_output_lines
 from browser.jobs import Job
+from data_tools.report.findings import repair_captions
+from dataset.options import GUESS
 from modules.pages.language import Language, speaking
 from modules.pages.page import SHEET
 from tests.chromium import open_page
+from tests.data_tools.report.test_check import config_of
 
 NAMES = ["a.png", "aa.png", "b c.mp4", "bad.png"]
 
@@ -65,6 +68,20 @@ def test_each_file_of_a_line_is_linked_once_where_the_line_names_it(
     [message] = read_output_lines(job(tmp_path, f"{line}\n"), NAMES)
     assert message.pieces == pieces
     assert "".join(piece.text for piece in message.pieces) == line
+
+
+def test_each_caption_is_named_that_was_converted_or_could_not_be(tmp_path: Path) -> None:
+    text = "ein Käse, eine Tür und schöne Grüße".encode("cp1252")
+    config = config_of(tmp_path, {"a": text, "b": text, "c": b"\xff\xfe\x00\xd8"})
+    (tmp_path / "b.txt.bak").touch()
+    lines = repair_captions(config, GUESS)
+    assert len(lines) == 4
+
+    messages = read_output_lines(job(tmp_path, "\n".join(lines)), ["a.png", "b.png", "c.png"])
+
+    assert [message.text for message in messages if message.is_about_repair] == [
+        line.strip() for line in lines
+    ]
 
 
 def test_a_file_is_linked_in_a_translated_line_too(tmp_path: Path) -> None:

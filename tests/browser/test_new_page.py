@@ -249,6 +249,8 @@ def test_mistakes_of_a_newcomer_are_answered_with_what_to_do(
     assert f"{python_of('reelsmith.py')} new FOLDER --max_train_steps 2000" in html.unescape(plain)
     assert "No folder with clips, images or sounds yet" in empty
     assert "Choose one from the list, or drop files" in refused(served, root)
+    unknown = post(served, "check", folder=str(root / "set"))  # the button takes only this part of the answer
+    assert "Choose one from the list, or drop files" in text_of(unknown, "refused")
     assert "is outside the folders of this page" in refused(served, root, folder=str(tmp_path))
     assert f"{root.parent} is outside the folders" in refused(served, root, folder="../")
     (root / "set").mkdir()
