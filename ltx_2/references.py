@@ -306,7 +306,7 @@ def check_sides(width: int, height: int, rules: ReferenceRules) -> None:
     if width % step or height % step:
         raise OptionError(
             f"--video_size {height} {width}: with references {rules.size_factor} times smaller "
-            f"(--reference_downscale), sides are multiples of {step}. Pass such a size"
+            f"(--reference_downscale), sides are multiples of {step}. Use such a size"
         )
 
 

@@ -61,9 +61,8 @@ from training.options import TrainingOptions
 
 logger = logging.getLogger(__name__)
 
-ENTRIES_PER_MESSAGE = (
-    64  # cache entries per exchange between processes: a copy of all would double the memory
-)
+# cache entries per exchange between processes: a copy of all would double the memory
+ENTRIES_PER_MESSAGE = 64
 
 
 class TensorLocation(Enum):

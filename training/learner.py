@@ -57,9 +57,8 @@ class NetworkSpec:
     default_rate: DefaultRate
     make_network: MakeNetwork | None  # None: the model itself is trained
     is_embedding: bool = False  # whether the network belongs to text encoders that learn a new word
-    lora_options: NetworkOptions | None = (
-        None  # None: the network has no ranks, arguments and formats of a LoRA
-    )
+    # None: the network has no ranks, arguments and formats of a LoRA
+    lora_options: NetworkOptions | None = None
     description: str = ""  # description with sizes, for boxes; "" if the options describe it
     architecture_suffix: str = "lora"  # suffix of the architecture in the metadata
     metadata: Mapping[str, Any] = field(default_factory=dict)  # metadata entries of its files
@@ -71,7 +70,7 @@ class NetworkSpec:
     caption_checks: Sequence[ReadCaptions] = ()  # each returns a note on captions that teach nothing
     caption_choices: Sequence[str] = ()  # replace the captions; one is drawn for each sample
     start_option: str = "network_weights"  # option for the file to start from; "": the option of the model
-    # see `MadeNetwork.generate`; None: the model's own script generates with it
+    # see `CustomNetwork.generate`; None: the model's own script generates with it
     generation_command: Callable[[Path, Mapping[str, Any], Sequence[str]], Sequence[str]] | None = None
 
 

@@ -14,6 +14,7 @@ from accelerate.utils import broadcast_object_list
 
 from checkpoints.opening import fingerprint
 from dataset.batches.order import BatchOrder
+from modules.console import format_count
 from modules.errors import OptionError
 from modules.option_values import read_literals, to_path
 from modules.options import option_values, options_with, replace_synonyms
@@ -376,7 +377,7 @@ def apply_changes(changes: Mapping[str, str], progress: Progress, saved: states.
     If the clips changed, the current epoch starts again in their order; if only the size of a step changed,
     it continues with the remaining clips.
     """
-    logger.info("--resume_changed: %d settings differ from the saved run:", len(changes))
+    logger.info("--resume_changed: %s changed since the saved run:", format_count(len(changes), "setting"))
     for change in changes.values():
         logger.info("  %s", change)
     progress.changes += [f"step {progress.step}: {change}" for change in changes.values()]

@@ -86,9 +86,8 @@ class StepPlan:
     """Number and order of a run's steps and epochs; `total_steps` includes steps before a resume."""
 
     num_batches: int  # micro-batches of an epoch
-    data_parallel_size: (
-        int  # number of processes, or of groups of processes, that read their own micro-batches
-    )
+    # number of processes, or of groups of processes, that read their own micro-batches
+    data_parallel_size: int
     accumulation_steps: int  # micro-batches of an optimizer step in each of them
     total_steps: int
     # where this plan began: earlier steps may have had other clips or another size

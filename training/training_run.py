@@ -57,7 +57,7 @@ if sys.platform == "win32":
 def trigger_paths(names: Names, also_plain: bool) -> dict[Path, str]:
     """Map the path of each possible request file of a run to its kind of request.
 
-    `my_lora.sample` addresses the run `my_lora`. With `also_plain`, `sample` addresses every run in `folder`.
+    `my_lora.sample` addresses the run `my_lora`. With `also_plain`, `sample` is for every run in the folder.
     """
     starts = (f"{names.name}.", "") if also_plain else (f"{names.name}.",)
     return {names.folder / f"{start}{kind}": kind for kind in (SAMPLE, SAVE, STOP) for start in starts}
@@ -252,7 +252,7 @@ class TrainingRun:
         self.autocast = plan.accelerator.autocast
         self.parameters = self.model.trainable.parameters
         experts, audio = plan.family.experts, get_audio_spec(plan.family)
-        self.audio_parameters = frozenset()  # parameters of modules that only sound goes through
+        self.audio_parameters = frozenset()  # parameters of modules that only audio goes through
         trainable = self.model.trainable
         if audio is not None and not audio.is_in_latent_cache:
             self.audio_parameters = frozenset(

@@ -148,10 +148,7 @@ class Validation:
             (item,),
             checks=self.checks,
             # seeds random choices: equal each time that the item is read
-            seed_parts=(
-                "validation",
-                item.key,
-            ),
+            seed_parts=("validation", item.key),
         )
         if self.process == 0:
             plan.sources.encoders.warn(batch.cache_origins)  # warns if caches come from several text encoders

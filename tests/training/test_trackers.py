@@ -225,3 +225,23 @@ def test_wandb_gets_files_with_their_prompts(tmp_path: Path, monkeypatch: pytest
     video = ("video", str(files[0]), {"caption": "a cat", "format": "mp4"})
     image = ("image", str(files[1]), {"caption": "a dog"})
     assert sent == [({"samples/00": video, "samples/01": image}, 5)]
+
+
+def test_a_tracker_that_fails_leaves_the_others_their_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    package = SimpleNamespace(Image=lambda path, caption: caption)
+    monkeypatch.setitem(sys.modules, "wandb", package)  # type: ignore[arg-type]
+    full = MagicMock(writer=MagicMock(add_image=MagicMock(side_effect=OSError("disk full"))))
+    working = MagicMock()
+    full.name, working.name = "tensorboard", "wandb"
+    accelerator: Any = SimpleNamespace(trackers=[full, working])
+    recorder = Trackers(accelerator, options("--log_with wandb"))
+
+    for step in (1, 2):
+        recorder.log_samples(step, {0: tmp_path / "a.png"}, {0: MagicMock()}, {0: "a cat"})
+
+    assert [call.kwargs["step"] for call in working.log.call_args_list] == [1, 2]
+    assert full.writer.add_image.call_count == 1
+    (warning,) = [text for text in caplog.messages if "receives no more values" in text]
+    assert warning == "--log_with tensorboard receives no more values; the training continues: disk full"

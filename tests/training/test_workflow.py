@@ -22,6 +22,7 @@ from tests.tiny.further_families import FURTHER
 from tests.tiny.runs import make_project
 from tests.training import toy
 from tests.training.comfy_nodes import check_workflow
+from training.features.workflow_nodes import find_obstacle
 from training.reports.history import History, Start, find_workflow
 from training.reports.page import Standing, write_training_page
 
@@ -221,6 +222,13 @@ def test_what_a_workflow_cannot_have_is_said(tmp_path: Path, caplog: pytest.LogC
 
     with pytest.raises(UserError, match="no sample of .* can be in it: its nodes have no cfg_schedule"):
         train(tmp_path, line=line.split("\n")[1])
+
+
+def test_texts_as_they_were_typed_are_no_obstacle(tmp_path: Path) -> None:
+    request = Request("a cat", 7, typed_texts={"prompt": "a __pet__"})
+    prepared = DrawnFamily(files=write_files(tmp_path)).prepare(request)
+
+    assert find_obstacle(MODEL, prepared) == ""
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def make_table_timestep_options(options: TimestepOptions, table: DatasetTable) -
     if has_window and low is not None and high is not None and low >= high:
         raise DatasetError(
             f"{table.name}: its levels would be --min_timestep {low} --max_timestep {high}, one of them from "
-            "the training options, and nothing lies between them. Pass the table both keys"
+            "the training options, and nothing lies between them. Set both keys in the table"
         )
     return replace(options, min_timestep=low, max_timestep=high, flow_shift=flow_shift)
 

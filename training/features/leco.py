@@ -65,7 +65,7 @@ def _check_family(path: Path, pairs: Sequence[LecoPair], family: "Family") -> "F
         if pair.height % step or pair.width % step:
             raise OptionError(
                 f"--prompts_file {path}: resolution {pair.height} x {pair.width}: sides of {family.name} are "
-                f"multiples of {step}. Pass such a size"
+                f"multiples of {step}. Use such a size"
             )
     return family
 

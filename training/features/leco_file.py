@@ -312,7 +312,7 @@ def _read_resolution(location: str, value: Any) -> tuple[int, int]:
     )
     if not are_sides or any(side % SIDE_STEP for side in sides):
         raise OptionError(
-            f"{location}: resolution = {value!r}: pass a side from 64 to {MAX_SIDE}, or [height, width], in "
+            f"{location}: resolution = {value!r}: use a side from 64 to {MAX_SIDE}, or [height, width], in "
             f"multiples of {SIDE_STEP}"
         )
     return sides[0], sides[1]

@@ -53,7 +53,7 @@ def _require_masks(run: "RunFeatures", options: MaskPriorOptions, plan: "Planned
     if not _has_masks(plan.training, plan.sources.stores):
         raise OptionError(
             f"--mask_prior_weight {options.weight:g}: no item has a mask, so nothing is outside of "
-            "one. Pass a table mask_directory or alpha_mask = true, and cache again, or omit the option"
+            "one. Set mask_directory or alpha_mask = true in a table and cache again, or omit the option"
         )
 
 

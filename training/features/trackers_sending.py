@@ -126,16 +126,19 @@ class Trackers:
             prompts: Prompts by index.
         """
         for tracker in self.accelerator.trackers:
-            if tracker.name == "tensorboard":
-                for index, strip in strips.items():
-                    tracker.writer.add_image(f"samples/{index:02d}", strip, step, dataformats="HWC")
-                tracker.writer.flush()
-            elif tracker.name == "wandb":
-                media = {}
-                for index, path in files.items():
-                    media[f"samples/{index:02d}"] = _make_wandb_media(path, prompts[index])
-                if media:
-                    tracker.log(media, step=step)
+            if tracker.name in self._failed_trackers:
+                continue
+            with self._disabling_at_error(tracker):
+                if tracker.name == "tensorboard":
+                    for index, strip in strips.items():
+                        tracker.writer.add_image(f"samples/{index:02d}", strip, step, dataformats="HWC")
+                    tracker.writer.flush()
+                elif tracker.name == "wandb":
+                    media = {}
+                    for index, path in files.items():
+                        media[f"samples/{index:02d}"] = _make_wandb_media(path, prompts[index])
+                    if media:
+                        tracker.log(media, step=step)
 
 
 def _make_wandb_media(path: Path, prompt: str) -> Any:

@@ -32,10 +32,10 @@ logger = logging.getLogger(__name__)
 
 FLAG = "--save_workflow"
 Link = list[str | int]
-# fields of `Request` that the nodes can represent; `typed` and `settings` only concern command lines
+# fields of `Request` that the nodes can represent; `typed_texts` and `settings` only concern command lines
 _REPRESENTED_FIELDS = {
     *("prompt", "seed", "width", "height", "frames", "steps", "guidance_scale", "embedded_guidance"),
-    *("flow_shift", "solver", "fps", "negative_prompt", "expert_guidance", "typed", "settings"),
+    *("flow_shift", "solver", "fps", "negative_prompt", "expert_guidance", "typed_texts", "settings"),
 }
 # suffixes of files that ComfyUI lists
 _LISTED_SUFFIXES = {

@@ -174,8 +174,8 @@ class RunReporter:
         all_prompts = dict(enumerate(prompts))
         file_prompts = {index: all_prompts.get(index, "") for index in files}
         strips = self._read_strips(files)
-        with self._errors_as_warning():
-            for recorder in recorders:
+        for recorder in recorders:
+            with self._errors_as_warning():
                 recorder.log_samples(step, files, strips, file_prompts)
         if not self.history.is_written:
             return

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from unittest.mock import MagicMock
 from urllib.parse import unquote, urlparse
 
 import numpy as np
@@ -239,6 +240,17 @@ def test_a_page_that_cannot_be_drawn_is_one_warning_while_the_run_goes_on(
     (message,) = [record.getMessage() for record in caplog.records]
     assert message.startswith(f"{tmp_path / 'x.html'} is not complete, the training continues: ")
     assert "x.html" in message.partition("continues: ")[2]
+
+
+def test_a_recorder_that_fails_leaves_the_others_their_samples(tmp_path: Path) -> None:
+    history = History(tmp_path / "x-history.jsonl", 1, is_written=False)
+    reporter = RunReporter(history, Start("toy", 4), 0, lambda *_: [], list)
+    failing, working = MagicMock(), MagicMock()
+    failing.log_samples.side_effect = ValueError
+
+    reporter.log_samples(3, "000003", recorders=[failing, working])
+
+    working.log_samples.assert_called_once_with(3, {}, {}, {})
 
 
 def test_a_run_that_ends_by_an_error_says_so_on_its_page(tmp_path: Path) -> None:
