@@ -104,7 +104,7 @@ def set_up(build_name: str | None) -> Path:
 def _select_build(typed_build: str | None, earlier_build: str | None) -> tuple[str, str]:
     """Return the build of torch to use, and why: the typed one, else the earlier one, else for the GPU."""
     if typed_build is not None:
-        return typed_build, "as before"
+        return typed_build, "as you chose"
     if earlier_build in BUILDS:
         return str(earlier_build), "as before"
     choice = select_build()

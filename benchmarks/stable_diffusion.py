@@ -110,15 +110,15 @@ def write_project(folder: Path, args: argparse.Namespace) -> None:
 
     write_folder(FOLDERS[args.kind], folder / "model", **SIZES[args.kind])
     tokenizer_folder(folder / "tokenizers")
-    for name in ("pictures", "controls"):
+    for name in ("images", "controls"):
         (folder / name).mkdir()
     generator = np.random.default_rng(0)
     for number in range(2 * args.batch):
         pixels = generator.integers(0, 255, (args.size, args.size, 3), dtype=np.uint8)
-        for name in ("pictures", "controls"):
+        for name in ("images", "controls"):
             Image.fromarray(pixels).save(folder / name / f"{number}.png")
         caption = f"a {NEW_WORD}, number {number}"
-        (folder / "pictures" / f"{number}.txt").write_text(caption, encoding="utf-8")
+        (folder / "images" / f"{number}.txt").write_text(caption, encoding="utf-8")
     controls = f'conditioning_data_dir = "{(folder / "controls").as_posix()}"' * (args.learns == LLLITE)
     (folder / "dataset.toml").write_text(
         f"""[general]

@@ -189,7 +189,7 @@ class LatentPreviews:
             if not self._has_warned:
                 self._has_warned = True
                 consequence = (
-                    "There will be no more previews" if self.has_ended else "The next one is tried again"
+                    "There will be no more previews" if self.has_ended else "The next one will be tried"
                 )
                 reason = f"{type(error).__name__}: {error}"
                 logger.warning(

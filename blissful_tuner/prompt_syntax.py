@@ -240,7 +240,7 @@ def read_wildcard_lines(path: Path, prompt_name: str) -> Lines:
         text, weight = _parse_line(line)
         if not 0 <= weight <= MAX_DRAW_WEIGHT:
             raise OptionError(
-                f"{path}, line {number}: {weight:g} is not a weight. Pass 0 to {MAX_DRAW_WEIGHT:g}"
+                f"{path}, line {number}: {weight:g} is not a weight. Use 0 to {MAX_DRAW_WEIGHT:g}"
             )
         texts.append(text)
         weights.append(weight)

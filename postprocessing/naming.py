@@ -52,7 +52,7 @@ def plan_jobs(chain: Chain, ask: Callable[[str], Answer | None]) -> list[FileJob
     if chain.needs_video and any(job.is_image for job in jobs):
         tool = next(tool for tool, _ in chain.tools if tool.needs_video)
         raise OptionError(
-            f"{tool.name} works between the pictures of a video, and --input {chain.run.input} is a single "
+            f"{tool.name} works between the frames of a video, and --input {chain.run.input} is a single "
             "image. Use a video."
         )
     for job in jobs:

@@ -47,7 +47,7 @@ REGULARIZATION = re.compile(r"regs?|regulari[sz]ation([-_ ]?images?)?|class([-_ 
 # names of folders with the sources of edited images; `control_images` and similar forms count too
 REFERENCES = re.compile(
     r"(controls?|before|sources?|references?|refs?|inputs?|originals?|conditions?|conditioning)"
-    r"([-_ ]?(images?|images?))?",
+    r"([-_ ]?(images?|pictures?))?",
     re.IGNORECASE,
 )
 MAX_LISTED = 3  # maximum number of names in a line

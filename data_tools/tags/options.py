@@ -108,7 +108,7 @@ class TaggingOptions(WritingOptions, title="what to do"):
             _check_words(name, getattr(self.words, name))
         _check_words("undesired_tags", self.thresholds.undesired_tags)
         if not self.words.caption_separator.strip():
-            raise OptionError("--caption_separator is a space: tags could not be separated. Use a comma")
+            raise OptionError("--caption_separator is blank: tags could not be separated. Use a comma")
         extension = self.caption_extension
         if extension is not None and (not extension.startswith(".") or len(Path(f"a{extension}").parts) > 1):
             raise OptionError(f"--caption_extension {extension!r}: pass a suffix, such as .txt")

@@ -267,8 +267,8 @@ def _load(
 ) -> Network:
     """Load the weights of a checkpoint into the network that `build` creates from the plan's config.
 
-    Weights are converted to `dtype`, except that names with one of the `float32_prefixes` are loaded in
-    float32. `what` names the network in messages.
+    Weights are converted to `dtype`, except those whose names start with one of the `float32_prefixes`: these
+    are loaded in float32. `what` names the network in messages.
     """
 
     def select_tensor_dtype(name: str, _stored: torch.dtype) -> torch.dtype:

@@ -278,7 +278,7 @@ def test_yes_asks_nothing_and_nothing_to_do_ends_well(tmp_path: Path) -> None:
 def test_a_tool_between_pictures_refuses_a_single_one_before_it_looks_for_models(tmp_path: Path) -> None:
     chain = chain_of(TOOL, write_image(tmp_path / "a.png"), needs_video=True)
 
-    with pytest.raises(OptionError, match="swin works between the pictures of a video"):
+    with pytest.raises(OptionError, match="swin works between the frames of a video"):
         run_chain(chain, Asked())
 
 

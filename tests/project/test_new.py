@@ -42,7 +42,7 @@ def write_photos(
 # where results and what they are made from lie, below the folder of `new`
 LAYOUTS = {
     "inside": (".", "control"),
-    "two folders": ("after", "before"),
+    "two folders": ("after", "before_pictures"),
     "images and before": ("pictures", "before"),
     "beside": (".", "../source"),
     "nested": ("set", "set/control_images"),
