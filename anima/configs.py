@@ -15,8 +15,8 @@ ANIMA = ModelRelease(
     "https://huggingface.co/circlestone-labs/Anima/blob/main/LICENSE.md",
 )
 FEW_STEPS = FewSteps(
-    "Train on the base (anima-base-v1.0.safetensors), whose LoRAs work on Turbo too, or pass "
-    "--training_adapter with a LoRA that undoes the distillation",
+    "the base (anima-base-v1.0.safetensors)",
+    also="Turbo",
     targets=(GUIDED, make_transfer_target("the base", "anima-base-v1.0.safetensors")),
 )
 PATCH = 2  # latent pixels along each side of a token

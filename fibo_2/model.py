@@ -63,7 +63,7 @@ class Fibo2Tokens(LuminaTokens):
     """Inputs of the blocks besides x, B L+R+G C; `time` is B S time_dim, of noisy and of clean tokens."""
 
     text_states: tuple[TextStates, ...] = ()  # the prompt, and a second text
-    bundles: tuple[TextBundle, ...] = ()  # what a block reads of each of `texts`; empty: nothing
+    bundles: tuple[TextBundle, ...] = ()  # what a block reads of each of `text_states`; empty: nothing
     modulation_split: int = 0  # where the clean tokens begin, among those that this process has
 
     def cut(self, shard: "TokenShard") -> "Fibo2Tokens":

@@ -97,7 +97,7 @@ class Flux(ImageModelFamily):
     abilities: ClassVar = Abilities(detects_few_steps=True, has_custom_network=True, has_comfy_nodes=True)
     few_steps: ClassVar = FewSteps(
         base="FLUX.1 dev (for Chroma on Chroma1-HD)",
-        also="there",
+        also="the distilled model",
         adapter=f"{UNDOING}, for schnell that of ostris/FLUX.1-schnell-training-adapter",
         distilled_words="flash",
     )

@@ -225,7 +225,7 @@ def _attend(heads: Sequence[Tensor], tokens: Flux3Tokens, lengths: SampleLengths
 def _attend_jointly(heads: Sequence[Tensor], tokens: Flux3Tokens) -> Tensor:
     """Return the attention of all tokens to each other, B L+R+T N D, from query, key and value.
 
-    With several processes (`parts`), each computes some heads for all tokens.
+    With several processes (`tokens.shards`), each computes some heads for all tokens.
     """
     parts = tokens.shards
     if parts:

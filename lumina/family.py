@@ -50,7 +50,7 @@ CACHE_KEY_BY_ARGUMENT = {"caption": "hidden_state", "caption_mask": "attention_m
 FLOW_SHIFT = 6.0  # default
 EULER_AS_TRAINED = "euler-trained"  # Euler's steps, at the noise levels of the release
 DEFAULTS = image_defaults(36, 3.5, 1024, FLOW_SHIFT, solver=EULER_AS_TRAINED, extras=tuple(EXTRAS))
-# timesteps per unit of noise; the model takes the fraction of data, 1 - timestep / UNIT
+# timesteps per unit of noise; the model takes the fraction of data, 1 - timestep / NUM_TRAIN_TIMESTEPS
 NUM_TRAIN_TIMESTEPS = 1000
 
 

@@ -8,9 +8,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from minimax_h3.reference_options import (
+    BY_KIND,
+    CONDITION_IMAGES,
     IMAGE_EDGE,
+    INDEX,
     JSONL,
+    KEYFRAMES,
     MAX_EDGE,
+    ONE_FRAME,
     REF,
     TASK,
     TOKEN,
@@ -26,7 +31,7 @@ from minimax_h3.training_options import (
     granularity_option,
 )
 from modules.errors import OptionError
-from modules.option_values import Placeholder
+from modules.option_values import Placeholder, Repeated
 from modules.options import (
     DECODING_SETTING,
     FREE,
@@ -364,6 +369,8 @@ def _text_encoder_options(options: H3ModelOptions) -> dict[str, Any]:
 def generation_options(options: H3TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return a command's options that generate `sample` with a training run's models, by option name."""
     latents, _ = caching_options(options)
+    extra = sample.get("extra") or {}
+    shifts = {f"--{name}": extra[name] for name in ("h3_shift_audio",) if name in extra}
     return {
         "--dit": options.dit or Placeholder("DIT_FILE"),
         "--dit_dtype": options.dit_dtype,
@@ -371,25 +378,29 @@ def generation_options(options: H3TrainingOptions, sample: Mapping[str, Any]) ->
         **_text_encoder_options(options),
         **_media_options(options.chosen_task, sample),
         "--video_length": sample.get("frames"),
+        **shifts,  # without one, the training's own is repeated
     }
 
 
 def _media_options(task: str, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the generation options for the media of a task, with a sample's files or placeholders."""
+    """Return the generation options for the media of a task, with a sample's files or placeholders.
+
+    An option whose value is None is left out.
+    """
+    extra = sample.get("extra") or {}
+    names = {"fl2va": (KEYFRAMES, CONDITION_IMAGES), "ref2va": (REF, *BY_KIND.values())}.get(task, ())
+    media: dict[str, Any] = {
+        f"--{name}": Repeated(extra[name].split("\n")) for name in names if extra.get(name)
+    }
     if task == "fl2va":
         first, last = sample.get("image_path"), sample.get("end_image_path")
-        if not first and last is None:  # the task needs one of them
+        if not first and last is None and not media:  # the task needs one of them
             first = Placeholder("IMAGE_FILE")
-        return {"--first_frame": first or None, "--last_frame": last}  # None leaves an option out
-    return _reference_options(sample.get("extra") or {}) if task == "ref2va" else {}
-
-
-def _reference_options(extra: Mapping[str, str]) -> dict[str, Any]:
-    """Return the generation option for a sample's references: --ref for a single one, else a JSONL file."""
-    references = extra.get(REF, "")
-    if references and "\n" not in references:
-        return {f"--{REF}": references}
-    return {f"--{JSONL}": extra.get(JSONL) or Placeholder("REFERENCES_JSONL")}
+        media |= {"--first_frame": first or None, "--last_frame": last}
+    elif task == "ref2va" and not media:
+        media[f"--{JSONL}"] = extra.get(JSONL) or Placeholder("REFERENCES_JSONL")
+        media[f"--{INDEX}"] = extra.get(INDEX)
+    return {**media, "--one_frame_inference": extra.get(ONE_FRAME)}
 
 
 def check_guidance(scale: float | None, flag: str) -> None:

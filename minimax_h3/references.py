@@ -42,7 +42,7 @@ from modules.media.reading import (
 )
 from modules.media.samples import track_info
 from modules.option_values import to_path
-from modules.paths import explain_missing
+from modules.paths import expand_path, explain_missing, path_exists
 from modules.text_files import parse_json, read_text
 from protocols.one_frame import OneFrame, parse_one_frame
 from protocols.requests import Request, check_opens
@@ -216,7 +216,7 @@ def _read_line_references(request: Request) -> Iterator[H3Reference]:
         )
     origin = f"--{JSONL} {path}, line {index + 1}"
     for entry in _parse_references(lines[index], origin):
-        yield _read_reference(origin, path, entry)
+        yield _read_reference(origin, path.parent, entry)
 
 
 def _parse_references(line: str, origin: str) -> list[Any]:
@@ -233,10 +233,10 @@ def _parse_references(line: str, origin: str) -> list[Any]:
     return entries
 
 
-def _read_reference(origin: str, file: Path, entry: Any) -> H3Reference:
+def _read_reference(origin: str, folder: Path, entry: Any) -> H3Reference:
     """Return one reference from a JSON line of a dataset; a null audio_path mutes the reference video.
 
-    `origin` names the line in messages.
+    `origin` names the line in messages; `folder` is the folder of the list.
     """
     if not isinstance(entry, dict) or not isinstance(entry.get("path"), str) or not entry["path"]:
         raise OptionError(f'{origin}: each of "references" needs a file. Pass it as "path"')
@@ -249,12 +249,22 @@ def _read_reference(origin: str, file: Path, entry: Any) -> H3Reference:
     if kind:
         fields["type"] = kind
     if audio:
-        fields["audio"] = audio
-    reference = _make_reference(origin, entry["path"], fields)
+        fields["audio"] = _find_listed(audio, folder)
+    reference = _make_reference(origin, _find_listed(entry["path"], folder), fields)
     # null, unlike a missing key: without the video's own audio track
     if audio is None and reference.kind == VIDEO:
         return H3Reference(VIDEO, reference.path)
     return reference
+
+
+def _find_listed(text: str, folder: Path) -> str:
+    """Return a path in a list, which is relative to the working folder or to `folder`, as in datasets."""
+    try:
+        next_to_list = expand_path(text, folder)
+        is_next_to_list = path_exists(next_to_list) and not path_exists(expand_path(text))
+    except ValueError:  # `_make_reference` reports it
+        return text
+    return str(next_to_list) if is_next_to_list else text
 
 
 def _make_reference(origin: str, text: str, fields: Mapping[str, str]) -> H3Reference:

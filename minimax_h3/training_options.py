@@ -102,7 +102,7 @@ class H3LossOptions(Options, title="loss of images and audio"):
     def __post_init__(self) -> None:
         if not self.h3_video_loss_weight + self.audio_weight:
             raise OptionError(
-                "--h3_video_loss_weight 0 without a loss of audio: nothing would be learned. Pass one of "
+                "--h3_video_loss_weight 0 without a loss of audio: nothing would be learned. Give one of "
                 "them a weight"
             )
 

@@ -40,6 +40,12 @@ class Placeholder(str):
     """A word in a printed command that the user has to replace, such as a path."""
 
 
+class Repeated(tuple[str, ...]):
+    """Texts of an option that is typed once for each, such as --ref a.png --ref b.png."""
+
+    __slots__ = ()
+
+
 def check_characters(option: str, value: Any) -> None:
     """Check that an option's value has no characters that are invalid in text or file names.
 
@@ -346,6 +352,9 @@ def option_argv(values: Mapping[str, Any]) -> list[str]:
     """
     words: list[str] = []
     for name, value in values.items():
+        if isinstance(value, Repeated):
+            words += [word for text in value for word in option_argv({name: text})]
+            continue
         texts = [] if isinstance(value, bool) else value_argv(value)
         if len(texts) == 1 and texts[0].startswith("-"):
             words.append(f"{name}={texts[0]}")

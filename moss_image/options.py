@@ -147,7 +147,7 @@ def check_window(start: float, end: float) -> None:
     """Raise OptionError if --negative_skip_start is not below --negative_skip_end."""
     if start >= end:
         raise OptionError(
-            f"--negative_skip_start {start:g}: use less than --negative_skip_end, {end:g}; to omit no "
+            f"--negative_skip_start {start:g}: use less than --negative_skip_end, {end:g}; to skip no "
             f"block, pass --negative_skip_blocks {NO_BLOCKS}"
         )
 

@@ -81,7 +81,7 @@ class FewSteps:
     def advice_for_lora(self) -> str:
         """Return advice, without the final period, for training a LoRA on the distilled model."""
         if not self.base:
-            targets = f"one of the targets that keep {self.unlearned_pronoun}"
+            targets = f"use one of the targets that keep {self.unlearned_pronoun}"
             return f"Pass --training_adapter with {self.adapter}, or {targets}"
         advice = f"Train on {self.base}"
         if self.also:

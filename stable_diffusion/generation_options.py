@@ -30,7 +30,7 @@ _IN_BRACKETS = "brackets in prompts are weights for all models of Stable Diffusi
 _BY_MODE = "torch's own kernels are usual; --attn_mode chooses others"
 _OWN_LOOP = "the U-Net runs its blocks by itself, and cannot {}. Omit it"
 _NO_SWAP = _OWN_LOOP.format("wait in host memory in part")
-_NO_SKIP = _OWN_LOOP.format("omit some of them")
+_NO_SKIP = _OWN_LOOP.format("skip some of them")
 _NO_SECOND = _OWN_LOOP.format("attend to a second text")
 _NO_SHARE = _OWN_LOOP.format("share them between processes")
 # shared options that act on the blocks of a transformer

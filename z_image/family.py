@@ -77,7 +77,7 @@ BASE = replace(DEFAULTS, steps=28, guidance_scale=4.0)
 BASE_NAME_PATTERN = r"(^|--)z[-_ ]?image([-_](base|bf16|fp16|fp32|fp8\w*))*$"
 logger = logging.getLogger(__name__)
 
-# timesteps per unit of noise; the model takes the fraction of data, 1 - timestep / UNIT
+# timesteps per unit of noise; the model takes the fraction of data, 1 - timestep / NUM_TRAIN_TIMESTEPS
 NUM_TRAIN_TIMESTEPS = 1000
 
 

@@ -18,7 +18,7 @@ from minimax_h3.family import MiniMaxH3
 from minimax_h3.files import H3Files
 from minimax_h3.options import H3TrainingOptions, generation_options
 from minimax_h3.reference_options import REFERENCE_MEDIA_KEYS
-from modules.option_values import Placeholder
+from modules.option_values import Placeholder, Repeated
 from tests.faults.messages import succeed_here
 from tests.generation.test_run import Typing
 from tests.minimax_h3.caches import random_clip
@@ -164,9 +164,30 @@ def test_all_settings_of_media_are_of_samples(project: Project, files: TinyH3) -
         ),
         ("fl2va", {"end_image_path": "b.png"}, {"--last_frame": "b.png"}),
         ("fl2va", {}, {"--first_frame": Placeholder("IMAGE_FILE")}),
-        ("ref2va", {"extra": {"ref": "a.png;type=image"}}, {"--ref": "a.png;type=image"}),
-        ("ref2va", {"extra": {"reference_jsonl": "a.jsonl"}}, {"--reference_jsonl": "a.jsonl"}),
+        ("fl2va", {"extra": {"keyframe": "a.png\nb.png"}}, {"--keyframe": Repeated(("a.png", "b.png"))}),
+        (
+            "fl2va",
+            {"extra": {"condition_image": "a.png", "one_frame": "control_index=0"}},
+            {"--condition_image": Repeated(("a.png",)), "--one_frame_inference": "control_index=0"},
+        ),
+        (
+            "ref2va",
+            {"extra": {"ref": "a.png;type=image\nb.mp4"}},
+            {"--ref": Repeated(("a.png;type=image", "b.mp4"))},
+        ),
+        (
+            "ref2va",
+            {"extra": {"reference_image": "a.png\nb.png", "reference_audio": "c.wav"}},
+            {"--reference_image": Repeated(("a.png", "b.png")), "--reference_audio": Repeated(("c.wav",))},
+        ),
+        (
+            "ref2va",
+            {"extra": {"reference_jsonl": "a.jsonl", "reference_index": "3"}},
+            {"--reference_jsonl": "a.jsonl", "--reference_index": "3"},
+        ),
         ("ref2va", {}, {"--reference_jsonl": Placeholder("REFERENCES_JSONL")}),
+        ("t2va", {"extra": {"one_frame": "target_index=5"}}, {"--one_frame_inference": "target_index=5"}),
+        ("t2va", {"extra": {"h3_shift_audio": "5.0"}}, {"--h3_shift_audio": "5.0"}),
         ("t2va", {}, {}),
     ],
 )
@@ -176,7 +197,8 @@ def test_the_printed_command_names_the_media_that_its_task_needs(
     """Or a word in their place: without them the script refuses the task."""
     words = generation_options(H3TrainingOptions.from_defaults(task=task), sample)
 
-    of_media = ("--first_frame", "--last_frame", "--ref", "--reference_jsonl")
+    of_media = {"--first_frame", "--last_frame", "--one_frame_inference", "--h3_shift_audio"}
+    of_media |= {f"--{name}" for name in REFERENCE_MEDIA_KEYS if name != "task"}
     named = {name: value for name, value in words.items() if name in of_media and value is not None}
     assert named == expected
     assert {name: type(value) for name, value in named.items()} == {

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from minimax_h3.family import MiniMaxH3
 from minimax_h3.files import UNDECIDED, H3Files
+from minimax_h3.references import read_media
 from modules.errors import OptionError
 from protocols.data import AUDIO_LATENTS
 from protocols.requests import Request
@@ -245,6 +246,24 @@ def test_prompt_lines_cannot_ask_for_guidance(
     assert "--reference_image_short_edge 64 is ignored because there are no references" in caplog.text
     with pytest.raises(OptionError, match=r"--l\) 3: the guidance of MiniMax-H3 is built in"):
         model.prepare(replace(request, guidance_scale=3.0))
+
+
+def test_paths_in_a_line_of_a_dataset_may_be_relative_to_its_list(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for name in ("subject.png", "clip.mkv", "voice.wav"):
+        (tmp_path / name).symlink_to(folder / name)
+    (tmp_path / "here" / "clip.mkv").symlink_to(folder / "clip.mkv")
+    references = [{"path": "subject.png"}, {"path": "clip.mkv", "audio_path": "voice.wav"}]
+    (tmp_path / "list.jsonl").write_text(json.dumps({"references": references}), encoding="utf-8")
+
+    media = read_media(Request("a cat", 1, extra={"reference_jsonl": "../list.jsonl"}))
+
+    image, clip = media.references
+    assert image.path == Path("../subject.png")
+    assert (clip.path, clip.audio) == (Path("clip.mkv"), Path("../voice.wav"))  # the working folder first
 
 
 @pytest.mark.parametrize(

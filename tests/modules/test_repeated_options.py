@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from modules.option_values import Placeholder, missing_words, option_argv
+from modules.option_values import Placeholder, Repeated, missing_words, option_argv
 from modules.options import Options, option
 from modules.repeated_options import fill_options, join_options, repeat_given
 
@@ -58,6 +58,12 @@ def test_what_is_chosen_counts_and_a_missing_file_is_filled_in() -> None:
 
     assert words == ["--vae", "a vae.pt", "--t5", "T5_FILE"]
     assert missing_words(words) == ["T5_FILE"]
+
+
+def test_an_option_of_several_texts_is_typed_once_for_each() -> None:
+    words = option_argv({"--ref": Repeated(("a.png", "-b.png")), "--more": Repeated(()), "--steps": 4})
+
+    assert words == ["--ref", "a.png", "--ref=-b.png", "--steps", "4"]
 
 
 def test_a_record_takes_what_it_does_not_say_itself() -> None:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from anima.family import Anima
 from checkpoints.file_hashes import name_base
 from checkpoints.writing import save_tensors
 from flux.family import Flux, FluxFiles
@@ -321,6 +322,14 @@ def test_check_says_that_a_transformer_is_distilled(
 
     assert ["may be distilled for few steps (it is called turbo)" in text for text in said] == [True, False]
     assert "Train on another, or pass --training_adapter" in said[0]
+
+
+@pytest.mark.parametrize("family", [Anima, Flux, Flux2, ZImage])
+def test_advice_on_a_distilled_model_says_each_thing_once(family: Any) -> None:
+    advice = family.few_steps.advice_for_lora
+    assert advice.startswith("Train on ")
+    assert [advice.count(words) for words in ("rain on", "LoRAs work on", "--training_adapter")] == [1, 1, 1]
+    assert family.few_steps.advice_for_full_training == advice.partition(", whose")[0]
 
 
 @pytest.mark.parametrize("preview", ["--check", "--plan"])
