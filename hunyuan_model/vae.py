@@ -237,8 +237,8 @@ def encode_latents(vae: HunyuanVae, media: MediaBatch, with_image: bool) -> list
     """Encode clips in one batch, and return the cache entry of each.
 
     An entry has a posterior sample, drawn with a seed from the clip's name, in the VAE's dtype; it is not
-    scaled to
-    model space. With `with_image`, it also has the first frame encoded alone, for image-to-video training.
+    scaled to model space. With `with_image`, it also has the first frame encoded alone, for image-to-video
+    training.
     """
     generators = [posterior_generator(key) for key in media.keys]
     pixels = byte_clips(media.frames)

@@ -160,8 +160,7 @@ def _read_switch(settings: Mapping[str, Any], key: str, default: bool) -> bool:
     """Return a boolean setting, or if it is missing `default`, which the tensors imply.
 
     Raises ValueError if it is neither true nor false. A setting that contradicts the tensors fails later,
-    when
-    they are loaded.
+    when they are loaded.
     """
     value = settings.get(key, default)
     if type(value) is not bool:

@@ -89,8 +89,8 @@ class CleanTokens:
     tensors are int16, so that they stay on the host.
 
     Keyframes are additional images for the network, at the clip's frames `keyframe_indices`. Training has
-    them
-    in `keyframes`, as clean as `keyframe_strengths`; in a generation they end the noisy latents and `image`.
+    them in `keyframes`, as clean as `keyframe_strengths`; in a generation they end the noisy latents and
+    `image`.
     """
 
     image: Tensor | None = None  # B 1 F H W; None: all latents are noisy
