@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -170,6 +170,14 @@ def test_foreign_modules_report_scaled_norms_as_plain_numbers(tmp_path: Path) ->
     network = ForeignNetwork(Scaling(), tiny_dit(tmp_path))
 
     assert NormReport.of(network.scale_norms(0.5, torch.device("cpu")).tolist()) == NormReport(2, 0.25, 0.5)
+
+
+def test_a_foreign_module_may_have_state_that_its_file_lacks() -> None:
+    class Noisy(nn.Module):
+        additional_state: ClassVar = {"ggpo": nn.Linear(2, 2)}
+
+    assert ForeignNetwork(Noisy(), nn.Module()).additional_state is Noisy.additional_state
+    assert ForeignNetwork(nn.Linear(2, 2), nn.Module()).additional_state == {}
 
 
 @pytest.mark.parametrize(
