@@ -48,8 +48,8 @@ def check_table(table: MediaTable, one_frame: bool) -> None:
         return
     if table.kind != "video":
         raise DatasetError(
-            f"{table.name}: FramePack learns from clips, but these are images. Pass a video_directory or "
-            "video_jsonl_file, or --one_frame to learn how to make an image from its control images."
+            f"{table.name}: FramePack learns from clips, but these are images. Set video_directory or "
+            "video_jsonl_file, or pass --one_frame to learn how to make an image from its control images."
         )
     if table.has_control:
         raise DatasetError(
@@ -92,7 +92,7 @@ def _check_images(table: MediaTable) -> None:
     if table.kind != "image":
         raise DatasetError(
             f"{table.name}: --one_frame caches images that have control images, but these are videos. Omit "
-            "--one_frame, or pass an image_directory or image_jsonl_file."
+            "--one_frame, or set image_directory or image_jsonl_file."
         )
     if not table.has_control:
         raise DatasetError(

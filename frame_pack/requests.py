@@ -64,7 +64,7 @@ def prepare_request(
         latent: Latent space of the model.
         window: Latent frames of a section.
         is_f1: Whether sections are generated in playing order.
-        matches_control_shape: Pass a single image the aspect ratio of its first control image, else of its
+        matches_control_shape: Give a single image the aspect ratio of its first control image, else of its
             start image (--one_frame_auto_resize).
 
     Raises:

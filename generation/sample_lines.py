@@ -234,7 +234,7 @@ def _split_entries(text: str, suffix: str) -> list[tuple[int, Any]]:
     if suffix == ".json":
         entries = parse_json(text)
         if not isinstance(entries, list) or not all(isinstance(entry, (str, dict)) for entry in entries):
-            raise ValueError("pass a list of prompts (texts or objects)")
+            raise ValueError("write a list of prompts (texts or objects)")
         return [*enumerate(entries, 1)]
     raise ValueError(f"{suffix or 'a file without suffix'} is not supported. Use .txt, .toml or .json")
 
@@ -247,7 +247,7 @@ def _read_toml_entries(text: str) -> list[dict[str, Any]]:
     table = parse_toml(text).get("prompt")
     subsets = table.get("subset", []) if isinstance(table, dict) else None
     if not isinstance(subsets, list) or not all(isinstance(subset, dict) for subset in subsets):
-        raise ValueError("pass a table [prompt] with tables [[prompt.subset]]")
+        raise ValueError("write a table [prompt] with tables [[prompt.subset]]")
     shared = {key: value for key, value in (table or {}).items() if key != "subset"}
     return [{**shared, **subset} for subset in subsets]
 

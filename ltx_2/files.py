@@ -316,7 +316,8 @@ class Ltx2Files(TransformerFiles):
         """Raise CacheError if a batch lacks a stream, video or audio, that the run trains."""
         if not self.has_images and AUDIO_LATENTS not in batch.tensors:
             raise CacheError(
-                f"{batch.keys[0]}: it has no audio, but --ltx2_mode audio learns nothing else. Omit it"
+                f"{batch.keys[0]}: it has no audio, but --ltx2_mode audio learns nothing else. Remove "
+                "this clip from the dataset"
             )
         for cache in batch.cache_origins if self.has_images else ():
             if cache.part == LATENTS_PART and cache.encoder == NO_IMAGES:

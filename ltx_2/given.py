@@ -415,7 +415,7 @@ def read_guides(batch: Batch) -> list[GuideImages]:
         if not is_keyframe and index >= frames:
             raise DatasetError(
                 f"{batch.keys[0]}: latent_idx_guide_frame_idx = {index}, and it has the latent frames 0 to "
-                f"{frames - 1}. Pass one of these"
+                f"{frames - 1}. Set one of these"
             )
         clean_weights = torch.full((len(latents),), weight, dtype=torch.int16)
         guides.append(GuideImages(latents, index, clean_weights, is_keyframe))

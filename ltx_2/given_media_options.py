@@ -34,7 +34,7 @@ class PlacedImage:
 
     @property
     def clean_weight(self) -> int:
-        """Return how clean given images are (--strength), in units of `protocols.steps.CleanTokens`."""
+        """Return how clean the image stays (its STRENGTH), in units of `protocols.steps.CleanTokens`."""
         return round(1000 * self.strength)
 
     @property

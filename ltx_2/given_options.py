@@ -266,7 +266,7 @@ def _read_condition(condition: Any, stream: str, source: str) -> dict[str, Any]:
         raise OptionError(f"{source}: type {kind!r} is not known here, only {', '.join(known)}")
     settings = {key: value for key, value in condition.items() if key != "type"}
     if "p" in settings and "probability" in settings:
-        raise OptionError(f"{source}: p and probability mean the same. Pass one of them")
+        raise OptionError(f"{source}: p and probability mean the same. Set one of them")
     if "p" in settings:
         settings["probability"] = settings.pop("p")
     _check_keys(settings, set(option_names) - {""}, source)

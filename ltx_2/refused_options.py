@@ -50,7 +50,7 @@ RATES = (
     "rates and ranks of some modules are set by their names: --network_args network_reg_lrs=audio=1e-5 "
     "network_reg_dims=audio=16"
 )
-ONE_AUDIO = "a clip has one audio reference. Pass it by reference_audio_directory of its table"
+ONE_AUDIO = "a clip has one audio reference. Set reference_audio_directory in its table"
 APART = "a sample's video has what was made alone; references are files that one can look at beside it"
 REPORTS = "--log_with, --show_timesteps and --check report on a run"
 RESUMING = "--resume STATE_FOLDER continues a whole state, --network_weights starts a new run from a LoRA"

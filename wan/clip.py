@@ -126,7 +126,7 @@ def _rows(*parts: Tensor) -> Tensor:
 
 
 class ImageAttention(nn.Module):
-    """Return the keyframe and control image paths, in order."""
+    """Attention among all tokens, with one matrix for q, k and v."""
 
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()

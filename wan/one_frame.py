@@ -211,7 +211,7 @@ def check_table(table: MediaTable, has_features: bool) -> None:
     """
     if table.kind != "image" or not table.has_control:
         raise DatasetError(
-            f"{table.name}: --one_frame trains on images with control images. Pass an image_directory with a "
+            f"{table.name}: --one_frame trains on images with control images. Set image_directory and "
             "control_directory, or control_path in every line of a list."
         )
     if has_features and len(table.clean_indices) > MAX_FEATURES:

@@ -68,7 +68,7 @@ class WanExpertOptions(Options):
         hint="a share of noise, such as 0.875, or a timestep, such as 875",
         facts=FREE,
     )
-    force_v2_1_time_embedding = not_needed("embed each timestep once, whatever the model's version")
+    force_v2_1_time_embedding = not_needed("each timestep is embedded once, whatever the model's version")
 
 
 _CACHE_CPU = "keep the VAE's features between frames in host memory"
