@@ -122,7 +122,8 @@ class GuidanceOptions(Options, title="guidance"):
         minimum=-MAX_SCALE,
         maximum=MAX_SCALE,
         excludes="cfgzerostar_scaling",
-        hint="1.5 to 2 are usual; it replaces the formula of guidance",
+        hint="1.5 to 2 are usual",
+        why="it replaces the formula of guidance",
     )
     guidance_rescale: float = option(
         "fraction of the standard deviation added by guidance that is removed, 0 to 1: against "

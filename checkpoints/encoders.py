@@ -82,8 +82,8 @@ def head_width(path: Path, rows: int, config: Mapping[str, Any], default_width: 
     else:
         reason = f"config.json next to it says {heads} heads"
     raise CheckpointError(
-        f"{path}: the query projection has {rows} rows, but {reason}. Pass the config.json that belongs to "
-        "this file.",
+        f"{path}: the query projection has {rows} rows, but {reason}. Put the config.json that "
+        "belongs to this file next to it.",
         path,
     )
 

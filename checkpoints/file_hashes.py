@@ -47,7 +47,7 @@ def full_hash(path: Path) -> str:
 
 
 def _read_entry(path: Path) -> str | None:
-    """Return the hash in a cache file of `full_hash`; None if the file is missing or malformed."""
+    """Return size, time and hash in a cache file of `full_hash`; None if it is missing or malformed."""
     try:
         text = read_text(path, limit_bytes=1000)
     except (OSError, ValueError):

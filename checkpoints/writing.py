@@ -134,7 +134,7 @@ def _make_header(
     if len(text) > MAX_HEADER_BYTES:
         raise OutputError(
             f"{file_label}: the names of its {len(tensors):,} tensors and its metadata take {len(text):,} "
-            f"bytes; safetensors files with more than {MAX_HEADER_BYTES:,} cannot be read. Pass shorter "
+            f"bytes; safetensors files with more than {MAX_HEADER_BYTES:,} cannot be read. Use shorter "
             "names."
         )
     return order, len(text).to_bytes(8, "little") + text

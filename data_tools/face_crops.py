@@ -51,7 +51,7 @@ class CropFacesOptions(Options, title="what to do"):
         minimum=1,
         maximum=MAX_SIDE,
         excludes="resize_fit",
-        hint="both of them say by how much images are scaled",
+        why="both of them say by how much images are scaled",
     )
     crop_size: str | None = option("cut this size, with the face at its center", metavar="WIDTH,HEIGHT")
     crop_ratio: str | None = option(

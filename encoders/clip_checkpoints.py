@@ -127,7 +127,7 @@ def _require_numbers(path: Path, config_json: Mapping[str, Any], names: Iterable
         if not isinstance(config_json.get(name, 1), int | float):
             raise CheckpointError(
                 f"{path}: {name} is {config_json[name]!r} in the config.json next to it, which must "
-                "be a number. Pass the config.json that belongs to it.",
+                "be a number. Replace it by the config.json that belongs to the file.",
                 path,
             )
 

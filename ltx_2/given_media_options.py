@@ -128,7 +128,7 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
         minimum=0,
         maximum=1024,
         excludes=("retake", "extend_prefix", "extend_suffix", "latent_frame"),
-        hint="only pixels of one clip, kept in all frames, are put back",
+        why="only pixels of one clip, kept in all frames, are put back",
         facts=REQUEST_SETTING,
     )
     retake: str | None = option(

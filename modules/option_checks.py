@@ -31,7 +31,7 @@ LIMITS: Mapping[str, _Limit] = {
     "below": _Limit("below", operator.lt),
 }
 # facts that this file checks, also contained in tables
-CHECKED_INFO = (*LIMITS, "one_of", "hint", "needs", "excludes", "off", "place", "must_not_replace")
+CHECKED_INFO = (*LIMITS, "one_of", "hint", "needs", "excludes", "why", "off", "place", "must_not_replace")
 
 
 def check_value(name: str, value: Any, facts: Info) -> None:
@@ -109,8 +109,10 @@ def _find_hint(facts: Info) -> str:
 
 
 def _find_relation_hint(facts: Info) -> str:
-    """Return the hint for messages about `needs` and `excludes`; "" if the hint is about allowed values."""
-    is_value_hint = "one_of" in facts or any(fact in facts for fact in LIMITS)
+    """Return the reason for `needs` or `excludes`: `why`, else a `hint` that is not about the value."""
+    if "why" in facts:
+        return f" ({facts['why']})"
+    is_value_hint = any(fact in facts for fact in (*LIMITS, "one_of", "place"))
     return "" if is_value_hint else _find_hint(facts)
 
 

@@ -102,6 +102,7 @@ def option(
     hint: str = "",
     needs: str | tuple[str, ...] = (),
     excludes: str | tuple[str, ...] = (),
+    why: str = "",
     ignored_without: str | tuple[str, ...] = (),
     acts_if: Mapping[str, Callable[[Any], bool]] | None = None,
     refused: Mapping[str, str] | None = None,
@@ -132,9 +133,10 @@ def option(
         place: What a path has to be, as `check_path` takes it; for a tuple, each path.
         must_not_replace: Options of the record whose files this option's file must not replace.
         hint: Advice that follows the message about a wrong value, or about `needs` or `excludes` if nothing
-            else limits the value; with `place`, the text that follows "Pass".
+            limits the value; with `place`, the text that follows "Pass".
         needs: Option of the record that must be given too; for a tuple, one of the options.
         excludes: Options that cannot be given together with this one.
+        why: Reason for `needs` or `excludes`, if `hint` is about the value.
         ignored_without: Like `needs`, but without the other option this one is ignored with a warning. In
             both cases a default value that is typed causes a warning.
         acts_if: Maps a reason why the option may have no effect to a function of the record that returns
@@ -145,7 +147,7 @@ def option(
         **settings: Additional arguments of `add_argument`.
     """
     limits = {"minimum": minimum, "maximum": maximum, "above": above, "below": below}
-    values = {"one_of": tuple(one_of), "off": tuple(off), "place": place, "hint": hint}
+    values = {"one_of": tuple(one_of), "off": tuple(off), "place": place, "hint": hint, "why": why}
     relations = {
         "needs": needs,
         "excludes": excludes,

@@ -121,7 +121,7 @@ class ConvertOptions(Options):
         nargs="+",
         place="there",
         excludes=("input_high_noise", "output_high_noise"),
-        hint="each expert has its own model: --expert takes one LoRA out of a file for both",
+        why="each expert has its own model: --expert takes one LoRA out of a file for both",
     )
     device: str | None = option(
         "device that --bake and --dit compute on; default: CUDA if available, else MPS, else the CPU",
@@ -174,7 +174,7 @@ class ZImageConvertOptions(ComfyConvertOptions):
         "cannot be joined; more loses less",
         minimum=1,
         excludes="reverse",
-        hint="the way back leaves them as they are",
+        why="the way back leaves them as they are",
     )
 
 

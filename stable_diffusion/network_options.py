@@ -289,7 +289,7 @@ class AddedNetworkOptions(Options, title="LoRA and other networks"):
         minimum=1,
         maximum=7,
         excludes=("network_merge", "network_pre_calc"),
-        hint="networks in regions are added while images are made",
+        why="networks in regions are added while images are made",
     )
 
     def __post_init__(self) -> None:

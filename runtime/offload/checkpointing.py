@@ -59,7 +59,7 @@ class HostMemory:
         self.size_bytes = 0  # size of all pieces, in use or free
 
     def take(self, size_bytes: int) -> Tensor:
-        """Return a uint8 piece of at least that size. Pass it back with `put`."""
+        """Return a uint8 piece of at least that size. Return it with `put`."""
         fitting = [piece for piece in self._free if piece.numel() >= size_bytes]
         if fitting:
             best = min(fitting, key=Tensor.numel)

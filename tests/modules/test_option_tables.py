@@ -4,6 +4,7 @@ import argparse
 import json
 import multiprocessing.process
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -130,6 +131,7 @@ class PawOptions(Options):
     portrait: Path | None = option("to write", place="new file", must_not_replace="toys")
     bed: Path | None = option("or this", place="folder", flags=("--bed", "--sofa"))
     toys: tuple[Path, ...] | None = option("that are there", place="there")
+    whiskers: int | None = option("long ones", minimum=1, excludes="fur", hint="12 are usual", why="bald")
 
 
 @pytest.mark.parametrize(
@@ -158,6 +160,8 @@ class PawOptions(Options):
         "--toys toy.txt nothing.txt",
         "--basket=",
         "--sofa nowhere",
+        "--whiskers 0",
+        "--whiskers 12 --fur long",
         "--bed none",
     ],
 )
@@ -182,6 +186,21 @@ def test_a_table_refuses_the_values_that_a_record_refuses_with_the_same_words(
         check_arguments(of_table, of_table.parse_args(words.split()))
 
     assert _find_error(read_table) == _find_error(read_record)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"whiskers": 0}, "--whiskers 0: use a number of at least 1 (12 are usual)"),
+        (
+            {"whiskers": 12, "fur": "long"},
+            "--whiskers and --fur exclude each other: pass one of them (bald)",
+        ),
+    ],
+)
+def test_the_reason_of_a_relation_is_no_advice_on_values(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=f"^{re.escape(message)}$"):
+        PawOptions(**values)
 
 
 def _find_error(read: Callable[[], None]) -> str:
