@@ -229,6 +229,33 @@ def test_converted_it_is_the_same_change_in_form_that_tools_know(
     assert_changed(merged(tmp_path / "there.safetensors", dit), expected)
 
 
+@pytest.mark.parametrize("part", ["dora_scale", "lora_up.bias"])
+def test_parts_joined_for_comfyui_come_back_with_magnitudes_and_biases(tmp_path: Path, part: str) -> None:
+    random = torch.Generator().manual_seed(0)
+    shapes = {
+        "lora_down.weight": (2, 8),
+        "lora_up.weight": (8, 2),
+        part: (8, 1) if part == "dora_scale" else (8,),
+    }
+    tensors = {
+        f"lora_unet_layers_0_attention_to_{letter}.{name}": torch.randn(shape, generator=random)
+        for letter in "qkv"
+        for name, shape in shapes.items()
+    }
+    save_file(tensors, tmp_path / "x.safetensors")
+
+    convert_file(tmp_path / "x.safetensors", tmp_path / "joined.safetensors", "other", "fibo_2")
+    convert_file(tmp_path / "joined.safetensors", tmp_path / "back.safetensors", "default", "fibo_2")
+
+    back = load_file(tmp_path / "back.safetensors")
+    read = {"dora_scale": "dora_scale", "lora_up.bias": "diff_b"}[part]
+    for letter in "qkv":
+        name = f"lora_unet_layers_0_attention_to_{letter}"
+        assert torch.equal(back[f"{name}.{read}"], tensors[f"{name}.{part}"])
+        change = tensors[f"{name}.lora_up.weight"] @ tensors[f"{name}.lora_down.weight"]
+        torch.testing.assert_close(back[f"{name}.lora_up.weight"] @ back[f"{name}.lora_down.weight"], change)
+
+
 @pytest.mark.parametrize("rows", [[0, 1, 2], [-3, -1], [0, 4]])
 def test_rows_that_a_file_states_are_not_read(tmp_path: Path, rows: list[int]) -> None:
     name = "lora_unet_blocks_0_self_attn_q"
