@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from checkpoints.dialects import cut_parts, join_parts
+from checkpoints.dialects import cut_parts, join_parts, translate_name
 from checkpoints.dits import bare_names
 from checkpoints.opening import Checkpoint, list_tensor_sources, open_checkpoint
 from checkpoints.quantizing import dequantized_on_read
@@ -326,11 +326,11 @@ def _iterate_dit_weights(
     bare = bare_names(checkpoint)
     sources = list_tensor_sources(bare)
     if family is not None:
-        # weights whose halves are swapped in the file's layout
-        swapped_parts = [part for part in family.parts if part.index == SWAPPED]
-        swapped = [
-            f"{part.fused_path}.weight" for part in swapped_parts if f"{part.part_path}.weight" in sources
-        ]
+        swapped: set[str] = set()  # weights whose halves are swapped in the file's layout
+        swapped_parts = tuple(part for part in family.parts if part.index == SWAPPED)
+        if swapped_parts:
+            patterns = tensor_patterns(replace(family, parts=swapped_parts, parameters=()))
+            swapped = {translate_name(name, patterns) for name in sources}.difference(sources)
         sources = join_parts(sources, tensor_patterns(family), swapped)
         sources = cut_parts(sources, joined_tensors(family))
     for name, source in sources.items():

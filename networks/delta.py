@@ -172,6 +172,9 @@ class Delta:
         if self.normalization is not None:
             name = self.normalization.factor_name
             factors[name] = self.factors[name][rows]
+        bias = self.compute_bias_change(device)
+        if bias is not None:
+            factors["diff_b"] = bias[rows]
         return read_delta(factors)
 
     def compute_bias_change(self, device: torch.device) -> Tensor | None:

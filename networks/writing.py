@@ -13,12 +13,12 @@ from torch import Tensor
 from networks import deltas, module_names
 from networks.delta import Delta, read_delta
 from networks.deltas import LORA_FACTORS, SET_WEIGHT, add_missing_alphas
-from networks.fused_parts import cut_blocks, join_parts, resolve_rows
+from networks.fused_parts import join_parts, joined_blocks, resolve_rows
 from networks.kinds import KINDS
 from networks.kinds.composing import MAGNITUDE_KIND_NAME, MAGNITUDES, find_kinds_with_factors
 from networks.kinds.contract import TranslatedModules
 from networks.kinds.factors import DOWN, UP, Factors
-from networks.lora_products import count_fused_part_rows, diagonal_blocks
+from networks.lora_products import count_fused_part_rows
 from networks.module_names import (
     find_fused_path,
     find_parts,
@@ -399,9 +399,7 @@ def _cut_or_separate(factors: Factors, row_counts: Sequence[int]) -> Sequence[Fa
     A LoRA that was joined from LoRAs of the parts is separated into them, with their own ranks. Other parts
     share the down factor.
     """
-    is_plain = DOWN in factors and len(factors) <= 3  # down, up and perhaps alpha
-    blocks = diagonal_blocks(factors[UP], row_counts) if is_plain else None
-    return _cut_rows(factors, row_counts) if blocks is None else cut_blocks(factors, blocks)
+    return joined_blocks(factors, row_counts) or _cut_rows(factors, row_counts)
 
 
 def _size_to_cut(factors: Factors) -> tuple[int, int] | None:

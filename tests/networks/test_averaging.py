@@ -317,6 +317,18 @@ def test_a_dora_is_baked_from_a_model_in_any_layout(tmp_path: Path, dialect: str
     assert_same_effect(state, tmp_path, atol=0.05 if "fp8" in dialect else 2e-5)
 
 
+def test_a_dora_is_baked_from_a_model_that_swaps_the_halves_of_a_layer_in_each_block(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    state = {"blocks.0.mlp.fc1.weight": torch.randn(16, 8, generator=generator)}
+    write_lora(tmp_path / "saved.safetensors", "DoRA", state, "minimax_h3", "0.")
+    swapped = state["blocks.0.mlp.fc1.weight"].roll(8, 0)
+    save_file({"transformer_blocks.0.ff.net.0.proj.weight": swapped}, tmp_path / "dit.safetensors")
+
+    bake(tmp_path, 5000, "--dit", str(tmp_path / "dit.safetensors"))
+
+    assert_same_effect(state, tmp_path)
+
+
 def test_a_dora_of_text_encoders_in_one_file_with_the_model(tmp_path: Path) -> None:
     model = stable_diffusion.write_sdxl(tmp_path)
     state = {name: one.float() for name, one in load_file(model).items()}

@@ -229,6 +229,51 @@ def test_converted_it_is_the_same_change_in_form_that_tools_know(
     assert_changed(merged(tmp_path / "there.safetensors", dit), expected)
 
 
+@pytest.mark.parametrize("part", ["dora_scale", "lora_up.bias"])
+def test_parts_joined_for_comfyui_come_back_with_magnitudes_and_biases(tmp_path: Path, part: str) -> None:
+    random = torch.Generator().manual_seed(0)
+    shapes = {
+        "lora_down.weight": (2, 8),
+        "lora_up.weight": (8, 2),
+        part: (8, 1) if part == "dora_scale" else (8,),
+    }
+    tensors = {
+        f"lora_unet_layers_0_attention_to_{letter}.{name}": torch.randn(shape, generator=random)
+        for letter in "qkv"
+        for name, shape in shapes.items()
+    }
+    save_file(tensors, tmp_path / "x.safetensors")
+
+    convert_file(tmp_path / "x.safetensors", tmp_path / "joined.safetensors", "other", "fibo_2")
+    convert_file(tmp_path / "joined.safetensors", tmp_path / "back.safetensors", "default", "fibo_2")
+
+    back = load_file(tmp_path / "back.safetensors")
+    read = {"dora_scale": "dora_scale", "lora_up.bias": "diff_b"}[part]
+    for letter in "qkv":
+        name = f"lora_unet_layers_0_attention_to_{letter}"
+        assert torch.equal(back[f"{name}.{read}"], tensors[f"{name}.{part}"])
+        change = tensors[f"{name}.lora_up.weight"] @ tensors[f"{name}.lora_down.weight"]
+        torch.testing.assert_close(back[f"{name}.lora_up.weight"] @ back[f"{name}.lora_down.weight"], change)
+
+
+def test_a_lokr_of_a_joined_layer_changes_the_biases_of_a_model_that_has_the_parts(tmp_path: Path) -> None:
+    random = torch.Generator().manual_seed(0)
+    factors, change = lokr(24, 16, lambda *shape: torch.randn(shape, generator=random))
+    factors["diff_b"] = torch.randn(24, generator=random)
+    name = "lora_unet_double_blocks_0_img_attn_qkv"
+    save_file({f"{name}.{key}": factor for key, factor in factors.items()}, tmp_path / "x.safetensors")
+    lora = read_lora(tmp_path / "x.safetensors", family="flux")
+    parts = [f"transformer_blocks.0.attn.to_{letter}" for letter in "qkv"]
+    weights = {f"{part}.weight": torch.zeros(8, 16) for part in parts}
+    biases = {f"{part}.bias": torch.zeros(8) for part in parts}
+
+    patch = LoraPatch([WeightedLora(lora, 0.5)], [*weights, *biases], family="flux")
+
+    torch.testing.assert_close(torch.cat([patch(name, old) for name, old in weights.items()]), 0.5 * change)
+    bias = torch.cat([patch(name, old) for name, old in biases.items()])
+    torch.testing.assert_close(bias, 0.5 * factors["diff_b"])
+
+
 @pytest.mark.parametrize("rows", [[0, 1, 2], [-3, -1], [0, 4]])
 def test_rows_that_a_file_states_are_not_read(tmp_path: Path, rows: list[int]) -> None:
     name = "lora_unet_blocks_0_self_attn_q"
