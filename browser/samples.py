@@ -558,7 +558,7 @@ def describe_conflict(folder: Path, fields: Mapping[str, str]) -> str:
         prompts_file=PROMPTS_FILE,
         run_file=RUN_FILE,
         # no prompt line differs: only the sampling interval was changed
-        names="; ".join(user_changes) or "how often",
+        names="; ".join(user_changes) or say("how often"),
     )
 
 
