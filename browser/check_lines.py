@@ -155,8 +155,8 @@ CHECK_LINES = (
     ),
     say("it is %(file_kind)s for --task %(task)s. Its scripts are %(scripts)s; for `new` %(families)s"),
     say(
-        "It is a Git LFS pointer, a text of a few lines in place of the model. Run git lfs pull in its "
-        "folder, or download the file itself."
+        "It is a Git LFS pointer, a short text file instead of the model. Run git lfs pull in its folder, "
+        "or download the file itself."
     ),
     say(
         "It is a web page, not a model: the site may have asked for a login. Log in and download the "

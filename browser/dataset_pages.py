@@ -19,7 +19,7 @@ from starlette.routing import Route
 from browser.caption_keys import describe_formats, find_folder_caption_format
 from browser.captions import Captions, caption_values
 from browser.command_lines import format_command
-from browser.datasets import MODELS, Datasets, File, FoundDataset, Measurement
+from browser.datasets import IMAGE_MODELS, MODELS, Datasets, File, FoundDataset, Measurement
 from browser.described_folder import is_described
 from browser.offered_folders import find_open_folder, list_table_folders
 from browser.options import PROJECT_CONFIG
@@ -333,7 +333,7 @@ class DatasetPages:
             "dataset": dataset,
             "folder": dataset.path.parent,
             "only": FILTERS,
-            "models": list(MODELS),
+            "models": {**{name: name for name in MODELS}, IMAGE_MODELS: say("models of images")},
             "can_write": not self.read_only,
             "run_line": self.run_line(dataset),
             "tool_folders": self.list_tool_folders(dataset),

@@ -117,7 +117,7 @@ def _find_image_suffix(path: Path) -> str | None:
     except MediaError:
         return None
     if kind not in IMAGE_SUFFIXES:
-        raise OptionError(say("It is a %(kind)s image: pass it as PNG, JPEG or WebP", kind=kind))
+        raise OptionError(say("It is a %(kind)s image: convert it to PNG, JPEG or WebP", kind=kind))
     return IMAGE_SUFFIXES[kind]
 
 
@@ -131,4 +131,4 @@ def _find_clip_suffix(path: Path) -> str | None:
     for name, suffix in CLIP_SUFFIXES.items():
         if name in names:
             return suffix
-    raise OptionError(say("It is a clip of the kind %(names)s: pass it as MP4 or MKV", names=names[0]))
+    raise OptionError(say("It is a clip of the kind %(names)s: convert it to MP4 or MKV", names=names[0]))

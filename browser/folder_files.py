@@ -309,7 +309,8 @@ class FolderFiles:
         """Return the JSON values of a file's caption, with the reason if this page cannot edit it."""
         path = find_caption_file(folder, name)
         if path.is_symlink() and not self.runs.is_below(path):
-            return caption_values(say("It cannot be read: it is a link to a place outside the folder"))
+            reason = say("It cannot be read: it is a link to a place outside the folders that are shown")
+            return caption_values(reason)
         remedy = say("Convert to UTF-8, above, or save it as UTF-8 elsewhere.")
         return self.captions.describe(path, NO_WRITING if self.read_only else "", remedy)
 
@@ -332,7 +333,7 @@ class FolderFiles:
         path = find_caption_file(folder, name)
         if path.is_symlink():
             if not self.runs.is_below(path):
-                return 400, say("Its caption is a link to a place outside the folder.")
+                return 400, say("Its caption is a link to a place outside the folders that are shown.")
             path = real_path(path)
         return self.captions.change(path, query)
 

@@ -546,7 +546,7 @@ class GeneratePages:
             return
         path = recipe.folder / text  # an absolute path replaces the folder
         if path.suffix != ".safetensors":
-            raise OptionError(say("LoRA file %(path)s: pass a file that ends in .safetensors.", path=text))
+            raise OptionError(say("LoRA file %(path)s: choose a file that ends in .safetensors.", path=text))
         is_model = real_path(path).is_relative_to(real_path(self.site.models.absolute()))
         is_gone_here = not path.exists() and self.site.runs.is_below(path.parent)  # reported by `_check_lora`
         if not (is_model or is_gone_here or self.site.runs.is_inside(path)):

@@ -106,14 +106,14 @@ class MaskMakingPages:
             "texts": fields,
         }
         if section in ("", "form"):
-            values |= self.collect_form(described_folder, folder, fields)
+            values |= self.collect_form(folder, fields)
         if section in ("", "progress"):
             values |= self.tool.collect_progress(folder)  # also sets "job"
             values["use"] = self.find_use(folder)
             values["is_first"] = self.offers_training(values["use"], values["job"])
         return answer_template("mask_making.html", say("Masks"), values, is_rejected=error != "")
 
-    def collect_form(self, described_folder: Path, folder: Path, fields: Mapping[str, str]) -> dict[str, Any]:
+    def collect_form(self, folder: Path, fields: Mapping[str, str]) -> dict[str, Any]:
         """Return the template values of the form: the mask model, and the commands of the buttons."""
         try:
             dry_run = format_command(self.make_argv(folder, fields, is_dry_run=True), folder)

@@ -409,7 +409,7 @@ def read_size(text: str) -> float:
     if not re.fullmatch(r"\d{1,4}(\.\d{1,3})?", text) or not float(text):
         raise OptionError(
             say(
-                "%(text)s: pass the GiB of the card, such as %(usual_size)s",
+                "%(text)s: enter the GiB of the card, such as %(usual_size)s",
                 text=text or "nothing",
                 usual_size=DEFAULT_SIZE,
             )

@@ -188,7 +188,7 @@ def describe_file(text: str) -> str:
         reason = str(error)
         return f"{reason[:1].upper()}{reason[1:]}."
     if not path.is_absolute():
-        return say("Pass an absolute path, which begins at the root or at a drive.")
+        return say("Enter an absolute path, which begins at the root or at a drive.")
     try:
         description = _describe_without_header(path)
         if description:

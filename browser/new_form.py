@@ -271,7 +271,7 @@ def check_form(form: NewForm) -> None:
             say("%(problem)s: choose one of %(names)s.", problem=field_and_value, names=join(", ", tasks))
         )
     if not form.trigger and BY_NAME[form.train or LORA.name].trains_embedding:
-        raise OptionError(say("Trigger word: an embedding is a new word. Pass one, such as mrsfluff."))
+        raise OptionError(say("Trigger word: an embedding is a new word. Enter one, such as mrsfluff."))
     for check in FIELD_CHECKS.values():
         check(form)
 
@@ -301,7 +301,7 @@ def check_name_field(form: NewForm) -> None:
     if "/" in form.name or "\\" in form.name:
         raise OptionError(
             say(
-                "Name %(name)s: a name has no slash. Pass one of letters and numbers, such as my_lora.",
+                "Name %(name)s: a name has no slash. Use one of letters and numbers, such as my_lora.",
                 name=form.name,
             )
         )

@@ -818,13 +818,13 @@ class NewPages:
         if WINDOWS_PATH.match(text) and os.name != "nt":
             return say(
                 "%(text)s is a Windows path, but this page runs on another system. Drop the files "
-                "here, or pass a folder below %(roots)s.",
+                "here, or enter a folder below %(roots)s.",
                 text=text,
                 roots=roots,
             )
         file = find_file(self.site.runs, text)
         if file is not None:
-            return say("%(text)s is a file. Pass its folder: %(folder)s", text=text, folder=file.parent)
+            return say("%(text)s is a file. Enter its folder: %(folder)s", text=text, folder=file.parent)
         try:
             path = find_typed(self.site.runs, text)
         except (OSError, UnicodeError):

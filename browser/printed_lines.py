@@ -182,7 +182,7 @@ LINES = (
     say("the file of %(model)s has weights in 8 bits, in which steps would be lost"),
     say("%(model)s has no script that trains it whole"),
     say("%(model)s has two transformers, which are trained one at a time: see docs/wan22.md"),
-    say("%(model)s takes %(size)s GiB of weights and about %(more)s more, and the card has %(memory)s GiB"),
+    say("%(model)s takes %(size)s GiB of weights and about %(more)s more, but the card has %(memory)s GiB"),
     # errors that end `new`
     say(
         "%(kind)s: %(folder)s: %(model)s learns edits, and there is no image to edit from. "

@@ -549,7 +549,7 @@ class RenderRequest:
                 self._check_text(name, text.strip())
         has_one_side = bool(self._field_text("width")) != bool(self._field_text("height"))
         if "width" in self.recipe.fields and has_one_side:
-            raise OptionError(say("Width and Height: pass both, or neither for the model's usual size."))
+            raise OptionError(say("Width and Height: set both, or neither for the model's usual size."))
         for name in IMAGES:
             self._check_images(name)
 
@@ -654,7 +654,7 @@ class RenderRequest:
         """Raise OptionError if the number in a field is outside its limits, or not a multiple of its step."""
         minimum, maximum = self.recipe.find_limits(name)
         if not minimum <= value <= maximum:
-            kind = "share" if name == "share" else "number"
+            kind = say("share") if name == "share" else say("number")
             raise OptionError(
                 say(
                     "%(label)s %(text)s: use a %(what)s from %(minimum)s to %(maximum)s",

@@ -156,7 +156,7 @@ class RenderQueue:
             if num_waiting + len(new_jobs) > MAX_WAITING:
                 raise OptionError(
                     say(
-                        "%(waiting)s are waiting, the largest number accepted: %(most_waiting)s",
+                        "%(waiting)s are waiting: at most %(most_waiting)s are accepted",
                         waiting=num_waiting,
                         most_waiting=MAX_WAITING,
                     )

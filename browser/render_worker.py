@@ -387,8 +387,10 @@ class RenderWorker:
         if job is None:
             self.waits_for = ""
             return False
-        verb = "runs" if job.state == RUNNING else say("is next")
-        self.waits_for = say("job %(id)s of the queue %(verb)s", id=job.id, verb=verb)
+        if job.state == RUNNING:
+            self.waits_for = say("job %(id)s of the queue runs", id=job.id)
+        else:
+            self.waits_for = say("job %(id)s of the queue is next", id=job.id)
         return True
 
     def _free_if_unneeded(self, is_blocked: bool) -> None:

@@ -160,7 +160,7 @@ class ResultSettings:
         }
         rows = [(name, text) for name, text in main_values.items() if text]
         rows += [("LoRA", lora.description) for lora in self.loras]
-        rows += [("afterwards", text) for text in self.done]  # later processing, such as upscaling
+        rows += [(say("afterwards"), text) for text in self.done]  # later processing, such as upscaling
         rows += [(name, text) for name, text in self.values.items() if name not in MAIN_ROW_NAMES]
         return rows
 
@@ -299,7 +299,7 @@ def regenerate(
         OptionError: If the recipe is for another model, or if a file is not found.
     """
     if sum(map(len, settings.values.values())) > MAX_TYPED:
-        raise OptionError(say("Its texts are too long for the form."))
+        raise OptionError(say("Its texts are too long to generate it again."))
     fixed_options = _make_fixed_options(settings, recipe)
     line_options = _make_prompt_line_options(settings, recipe, seed, find_media)
     loras = []

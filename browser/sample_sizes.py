@@ -74,7 +74,7 @@ def _describe_fields(values: Mapping[str, int], recipe: ModelRecipe) -> Iterable
     used_size = recipe.defaults.lengths.fit(frames)
     if used_size != frames:
         yield say(
-            "%(frames)s frames: pass a length of %(lengths)s. The sample is generated with %(made)s.",
+            "%(frames)s frames: use a length of %(lengths)s. The sample is generated with %(made)s.",
             frames=frames,
             lengths=recipe.defaults.lengths,
             made=used_size,
@@ -106,7 +106,7 @@ def _describe_line(number: int, values: Mapping[str, Any], recipe: ModelRecipe) 
     used_size = recipe.defaults.lengths.fit(frames)
     if used_size != frames:
         yield say(
-            "%(file)s, line %(number)s, --f %(frames)s: pass a length of %(lengths)s. The sample is "
+            "%(file)s, line %(number)s, --f %(frames)s: use a length of %(lengths)s. The sample is "
             "generated with %(made)s.",
             file=PROMPTS_FILE,
             number=number,

@@ -402,7 +402,7 @@ class SamplePages:
         try:
             change = self._plan_or_save(folder, fields, saves=action == "save")
         except ChangedMeanwhileError:
-            change = DraftChange(section="samples", error=describe_conflict(folder, fields))
+            change = DraftChange(section="samples", error=describe_conflict(fields))
         except (OSError, ValueError, UserError) as error:
             change = DraftChange(section="samples", error=str(error))
         is_rejected = action == "save" and change.error != ""
@@ -543,7 +543,7 @@ def select_image_fields(
     return [name for name in IMAGE_FIELDS if name in fields]
 
 
-def describe_conflict(folder: Path, fields: Mapping[str, str]) -> str:
+def describe_conflict(fields: Mapping[str, str]) -> str:
     """Return the message that files have changed while the form was open, with the user's changes."""
     base_text = fields.get("base", "")  # text of the prompts that the form was built from
     try:
@@ -558,7 +558,7 @@ def describe_conflict(folder: Path, fields: Mapping[str, str]) -> str:
         prompts_file=PROMPTS_FILE,
         run_file=RUN_FILE,
         # no prompt line differs: only the sampling interval was changed
-        names="; ".join(user_changes) or "how often",
+        names="; ".join(user_changes) or say("how often"),
     )
 
 

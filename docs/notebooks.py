@@ -161,7 +161,7 @@ KEEP = """\
 
 On Colab it is `reelsmith` in your Drive, with {folders}. Put your files and their captions (`cat.txt` next to
 `cat.{ending}`) into its `{media}`, or upload them when the cell asks. On Kaggle it is `kept`: turn on
-persistence of files, and pass the folder of your input as `your_files`."""
+persistence of files, and set `your_files` to the folder of your input."""
 LINK = """\
 your_files = None  # such as "/kaggle/input/my-files"
 kept = Path("kept")

@@ -138,7 +138,9 @@ NAMES = ["a.png", "b.png", "c.mp4", "tiny.mp4"]
 
 def test_every_route_answers(kept: Page) -> None:
     assert 'href="/datasets"' in kept.served.ask("/").text
-    assert kept.ask().status == 200
+    assert '<option value="models of images">models of images</option>' in kept.ask().text
+    in_japanese = kept.ask(**{"Accept-Language": "ja"}).text
+    assert '<option value="models of images">画像のモデル</option>' in in_japanese
     news = kept.measured()
     files = {one["pictures"][0]["name"]: one for one in news["files"]}
     assert (list(files), news["items"]) == (NAMES, 3)

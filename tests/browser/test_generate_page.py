@@ -646,7 +646,7 @@ def test_a_lora_from_elsewhere_is_used_by_its_path(served: Served, root: Path) -
     save_file({"x": torch.zeros(1)}, outside)
     for wrong, words in (
         (str(outside), "is outside the folders that this page shows"),
-        (str(root / "x.ckpt"), "pass a file that ends in .safetensors"),
+        (str(root / "x.ckpt"), "choose a file that ends in .safetensors"),
         (str(root / "none.safetensors"), "no longer exists"),
     ):
         refused = post(served, "make", fields_of(served, lora_file=wrong))

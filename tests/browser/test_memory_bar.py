@@ -147,7 +147,7 @@ def test_only_what_the_model_has_is_offered() -> None:
 
 @pytest.mark.parametrize("text", ["", "0", "-3", "24x", "1e3", "nan", "24 --config_file x"])
 def test_a_size_is_a_number(text: str) -> None:
-    with pytest.raises(OptionError, match="pass the GiB of the card"):
+    with pytest.raises(OptionError, match="enter the GiB of the card"):
         read_size(text)
 
 

@@ -70,5 +70,5 @@ def test_a_file_says_what_it_is(tmp_path: Path) -> None:
         assert describe_file(str(tmp_path / "x.safetensors")).startswith(message)
     assert describe_file(str(tmp_path / "y.safetensors")) == "There is no such file."
     assert describe_file("/etc/passwd").startswith("This is not a model file")
-    assert describe_file("vae.safetensors").startswith("Pass an absolute path")
+    assert describe_file("vae.safetensors").startswith("Enter an absolute path")
     assert describe_file(" ") == ""

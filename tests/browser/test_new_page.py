@@ -622,7 +622,7 @@ def test_a_folder_that_cannot_be_is_said_at_once_with_its_reason(served: Served,
     (root / "empty" / "note.txt").write_text("x", encoding="utf-8")
     (picture, *_) = write_images(root / "set", 1)
     wrong = {
-        str(picture): f"{picture} is a file. Pass its folder: {picture.parent}",
+        str(picture): f"{picture} is a file. Enter its folder: {picture.parent}",
         str(root / "empty"): "has no clips, images or sounds. Drop some here first.",
         str(root / "none"): "no such folder below",
     }

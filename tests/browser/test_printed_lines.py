@@ -21,12 +21,15 @@ from browser.printed_lines import (
     translate_reason,
 )
 from browser.render_queue import PHASES
+from checkpoints.first_bytes import LFS_POINTER, describe_kind
 from checkpoints.kinds import SHARED_PART_MARKS, TOOL_MARKS, UNSUPPORTED_MODELS
 from modules import installation
 from modules.errors import UserError
 from modules.pages.language import Language, TranslatableText, show, speaking
 from project.files import write_project
+from project.kinds.whole_model import why_not_full
 from project.new_options import NewOptions
+from project.options import find_models
 from protocols.families import family_marks
 from tests.browser.serving import serve_runs, write_run
 from tests.browser.test_walk import save_images
@@ -186,6 +189,16 @@ def test_no_english_word_is_left_of_what_a_model_file_is(code: str) -> None:
     assert left == {}
     assert not re.search(r"[a-z]", unknown)
     assert translate_file_kind("a box of bolts") == "a box of bolts"
+
+
+@pytest.mark.parametrize("code", ["zh", "ja"])
+def test_why_a_model_is_not_read_or_not_trained_whole_is_told_in_the_language_of_the_page(code: str) -> None:
+    lines = {why_not_full(model, memory) for model in find_models() for memory in (0, 4)} - {None}
+    lines |= {f"It {describe_kind(start)}" for start in (LFS_POINTER, b"<html>")}
+    assert any("but the card has 4 GiB" in line for line in lines if line)
+    with speaking(Language(code, read_texts(code))):
+        texts = {line: show(translate_line(line or "")) for line in lines}
+    assert [line for line, text in texts.items() if max(text) < "\u3000"] == []
 
 
 @pytest.mark.parametrize("code", ["zh", "ja"])

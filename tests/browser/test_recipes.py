@@ -206,7 +206,7 @@ def ready_recipe(folder: Path, family: str = "wan", task: str = "t2v-1.3B") -> M
         (" \n", {}, [], "Prompt: describe what to generate."),
         ("a", {"steps": "ten"}, [], "Steps: 'ten' is not a whole number"),
         ("a", {"steps": "0"}, [], "Steps 0: use a number from 1"),
-        ("a", {"width": "64"}, [], "Width and Height: pass both"),
+        ("a", {"width": "64"}, [], "Width and Height: set both"),
         ("a", {"width": "1e3", "height": "64"}, [], "Width: '1e3' is not a whole number"),
         ("a", {"width": "832x480", "height": "64"}, [], "pass --w 832 --h 480"),
         ("a", {"frames": "-3"}, [], "Frames -3: use a number from 1"),

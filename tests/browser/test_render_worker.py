@@ -389,7 +389,7 @@ def test_a_damaged_render_job_is_left_out(
 
 
 def test_too_many_render_jobs_are_refused(worker: RenderWorker, tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="largest number accepted: 200"):
+    with pytest.raises(OptionError, match="at most 200 are accepted"):
         worker.add([request(tmp_path)] * 201)
     assert states(worker) == []
 

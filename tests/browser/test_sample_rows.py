@@ -136,7 +136,7 @@ def test_how_often_is_written_into_run_toml() -> None:
     ("typed", "told", "number"),
     [
         ({"width_1": "65"}, "%s 65: use a multiple of 16. The sample is generated with 64.", 1),
-        ({"frames_1": "8"}, "%s 8: pass a length of 4n + 1. The sample is generated with 5.", 1),
+        ({"frames_1": "8"}, "%s 8: use a length of 4n + 1. The sample is generated with 5.", 1),
         ({"height_2": "40"}, "%s 40: use a multiple of 16. The sample is generated with 32.", 2),
         ({"width_1": "96"}, "", 0),
     ],
