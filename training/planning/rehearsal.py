@@ -118,7 +118,7 @@ class Rehearsal:
             loss.backward()
             peaks = dict(self.ledger.peaks)
             if self.fused_backward is not None:
-                self.fused_backward.finish()
+                self.fused_backward.finish(self.parameters)
         self.register_optimizer_states()
         self.clear_gradients()
         dry.truncate_blocks(self.dit, self.blocks, self.num_blocks, self.ledger)
