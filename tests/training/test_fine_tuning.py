@@ -152,14 +152,15 @@ def test_each_gradient_is_clipped_by_itself(tmp_path: Path) -> None:
         (f"--optimizer_type {Descent.__module__}.Descent", "not known to step each weight by itself"),
     ],
 )
+@pytest.mark.parametrize("way", [(), ("--check",), ("--plan",)], ids=["train", "check", "plan"])
 def test_where_it_would_not_be_exact_it_is_refused_with_the_reason(
-    tmp_path: Path, words: str, expected: str
+    tmp_path: Path, words: str, expected: str, way: tuple[str, ...]
 ) -> None:
     require_package(words.split()[1])
     toy.write_caches(tmp_path)
 
     with pytest.raises(OptionError, match=f"{FUSED}.*{expected}|{expected}.*{FUSED}"):
-        train_dit(tmp_path, FUSED, *words.split())
+        train_dit(tmp_path, FUSED, *words.split(), *way)
 
 
 # --- weights in bf16
