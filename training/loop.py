@@ -27,7 +27,7 @@ from training.features.composing import bad_step_remedies
 from training.features.hooks import GradientStep
 from training.loss import NoisyBatch
 from training.optimizers.optimizer import evaluation
-from training.optimizers.stepping import StepAfterBackward
+from training.optimizers.stepping import FusedBackward
 from training.processes import fill_missing_gradients, reduce_max, sum_over_processes
 from training.reports.history import LOSS
 from training.reports.logs import (
@@ -157,7 +157,7 @@ def take_step(run: TrainingRun, step_batches: range, micro_batches: Iterator[Noi
     skip_check = None
     if run.features.on.before_step:
         skip_check = _make_skip_check(run, step_batches, loss=values[LOSS_COLUMN], keys=keys)
-    norms = _step_weights(run, skip_check)
+    norms = _step_weights(run, updated_parameters, skip_check)
     batches = run.feed.order.epoch(run.progress.epoch)
     # steps with equal sizes take equally long
     sizes = tuple(sorted(item.bucket for index in step_batches for item in batches[index]))
@@ -280,11 +280,14 @@ def _make_skip_check(
     return _SkipCheck(run, GradientStep(loss=loss, keys=keys, kind=" ".join(kind)))
 
 
-def _step_weights(run: TrainingRun, skip_check: _SkipCheck | None = None) -> list[Tensor]:
+def _step_weights(
+    run: TrainingRun, updated_parameters: Sequence[Parameter], skip_check: _SkipCheck | None
+) -> list[Tensor]:
     """Step the weights and the learning rate schedule, and call the features' `after_step` hooks.
 
     Args:
         run: The run.
+        updated_parameters: Parameters that the step changes.
         skip_check: Decides whether the step is taken; if not, only the learning rates advance.
 
     Returns:
@@ -292,11 +295,11 @@ def _step_weights(run: TrainingRun, skip_check: _SkipCheck | None = None) -> lis
             are limited, and the norm of the gradients before clipping.
     """
     model = run.model
-    if skip_check is None:
-        gradient_norm = model.stepping.finish().detach().float()
+    if isinstance(model.stepping, FusedBackward):  # for it, options reject features that skip steps
+        gradient_norm = model.stepping.finish(updated_parameters).detach().float()
     else:
-        assert isinstance(model.stepping, StepAfterBackward)  # options reject stepping in the backward pass
-        gradient_norm = model.stepping.finish(skip_check.allows_step).detach().float()
+        may_step = None if skip_check is None else skip_check.allows_step
+        gradient_norm = model.stepping.finish(may_step).detach().float()
     model.schedule.step()
     model.optimizer.zero_grad(set_to_none=True)
     norms: list[Tensor] = []

@@ -461,7 +461,7 @@ def join_processes(
         for line in lines:
             logger.warning(line)
     if options.is_fused or options.full_dit is not None:
-        _check_optimizer(options, accelerator)
+        check_optimizer(options, accelerator.num_processes)
     compilation = options.speed.compilation.choice
     if compilation is not None:
         from runtime.compile import check_compilation  # only with --compile
@@ -501,10 +501,10 @@ def _reserve_name_for_all(options: TrainingOptions, accelerator: Accelerator) ->
         yield
 
 
-def _check_optimizer(options: TrainingOptions, accelerator: Accelerator) -> None:
+def check_optimizer(options: TrainingOptions, num_processes: int = 1) -> None:
     """Raise UserError if the optimizer does not support --fused_backward_pass or whole-DiT training."""
     if options.is_fused:
-        check_fused_backward(options.optimizer.optimizer_type, accelerator.num_processes)
+        check_fused_backward(options.optimizer.optimizer_type, num_processes)
     if options.full_dit is not None:
         if options.full_dit.offloads_states:
             check_offload(options.optimizer.optimizer_type)

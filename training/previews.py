@@ -39,7 +39,7 @@ from training.learner import NetworkSpec, ReadCaptions
 from training.loss import NoisyBatch
 from training.options import TrainingOptions
 from training.other_models import NO_OTHERS, OtherFamilies
-from training.plan import read_config
+from training.plan import check_optimizer, read_config
 from training.planning.memory import plan_one_card, read_largest
 
 if TYPE_CHECKING:  # only with --check
@@ -107,6 +107,7 @@ def _print_check(
     reject_foreign_module(family, options)
     workers = max(1, os.cpu_count() or 1)
     # check the options and features with this dataset
+    check_optimizer(options)
     config = read_config(options, family, network_spec)
     counters = findings.load_token_counters(family.text_encoders)
     live_encoders = find_live_encoders(family, options, config)
@@ -260,11 +261,12 @@ def _print_plan(
 ) -> None:
     """Print how much memory the run would need (--plan), on one GPU or divided over several.
 
-    1. Check the network module, the model files and the features.
+    1. Check the network module, the optimizer, the model files and the features.
     2. Read the largest batch from the caches.
     3. Simulate a step with it, and print the memory.
     """
     reject_foreign_module(family, options)
+    check_optimizer(options)
     family.check_named_files()  # first: caches are made with them
     if options.full_dit is not None:
         reject_quantized_bases(family)

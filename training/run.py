@@ -30,7 +30,7 @@ from training.loop import train
 from training.next_commands import NO_COMMAND, NextSteps, TrainingCommand, plan_next_steps
 from training.options import TrainingOptions
 from training.other_models import NO_OTHERS, OtherFamilies
-from training.plan import RunPlanner, TrainingPlan, join_processes, read_config
+from training.plan import RunPlanner, TrainingPlan, check_optimizer, join_processes, read_config
 from training.reports.history import read_session
 from training.reports.logs import Logs
 from training.reports.pauses import StepClock
@@ -72,6 +72,7 @@ def train_network(
     network_spec = find_network_spec(family, options.network, options.features.lora_replacement)
     if os.environ.get(RUN_GOES_ON) == RUN_CHECKS:  # `reelsmith run` checks the training before it caches
         read_config(options, family, network_spec)
+        check_optimizer(options)
         check_before_loading(family, options, network_spec, others)
         return 0
     if options.exits_before_training:

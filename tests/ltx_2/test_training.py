@@ -438,3 +438,13 @@ def test_caches_of_other_programs_are_of_25_frames_a_second(alone: Project, tmp_
     assert (said.count(warning), told_so.count(warning)) == (1, 0)
     assert all(torch.equal(theirs[name], at_25[name]) for name in at_25)
     assert not all(torch.equal(at_24[name], at_25[name]) for name in at_25)
+
+
+@pytest.mark.slow
+def test_fused_steps_without_sound_leave_its_weights_as_they_are(alone: Project) -> None:
+    plain = [*PLAIN, "--max_grad_norm", 0]
+    for name, words in (("plain", []), ("fused", ["--fused_backward_pass"])):
+        succeed_here("ltx2_train.py", *alone.words, *run(name, 3), *plain, *words, folder=alone.folder)
+
+    plain_weights, fused = saved(alone, "plain"), saved(alone, "fused")
+    assert all(torch.equal(plain_weights[name], fused[name]) for name in fused)

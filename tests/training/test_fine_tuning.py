@@ -14,7 +14,7 @@ from modules.errors import OptionError
 from protocols.loading import Placement
 from tests.training import toy
 from tests.training.optimizers.test_lr_schedule import Descent
-from training.optimizers.stepping import PER_PARAMETER, ParameterSteps, stochastic_bfloat16
+from training.optimizers.stepping import PER_PARAMETER, FusedBackward, ParameterSteps, stochastic_bfloat16
 from training.steps import Progress
 
 FUSED = "--fused_backward_pass"
@@ -152,14 +152,15 @@ def test_each_gradient_is_clipped_by_itself(tmp_path: Path) -> None:
         (f"--optimizer_type {Descent.__module__}.Descent", "not known to step each weight by itself"),
     ],
 )
+@pytest.mark.parametrize("way", [(), ("--check",), ("--plan",)], ids=["train", "check", "plan"])
 def test_where_it_would_not_be_exact_it_is_refused_with_the_reason(
-    tmp_path: Path, words: str, expected: str
+    tmp_path: Path, words: str, expected: str, way: tuple[str, ...]
 ) -> None:
     require_package(words.split()[1])
     toy.write_caches(tmp_path)
 
     with pytest.raises(OptionError, match=f"{FUSED}.*{expected}|{expected}.*{FUSED}"):
-        train_dit(tmp_path, FUSED, *words.split())
+        train_dit(tmp_path, FUSED, *words.split(), *way)
 
 
 # --- weights in bf16
@@ -197,6 +198,28 @@ def test_steps_far_below_bf16s_precision_are_not_lost() -> None:
 
     assert weight.dtype == torch.bfloat16
     assert float((weight.detach().float() - start).mean()) == pytest.approx(-5e-4, rel=0.1)
+
+
+def test_fused_steps_leave_weights_that_the_step_does_not_reach() -> None:
+    """As those of sound in a step of silent clips: momentum and decay would move them."""
+    names = ("video", "audio", "skipped")
+    weights = {name: nn.Parameter(torch.ones(3)) for name in names}
+    video, audio, skipped = weights.values()
+    optimizer = torch.optim.AdamW(weights.values(), lr=0.1, weight_decay=0.1)
+    progress = Progress(seed=3, session_id=0, started_at=0.0)
+    steps = ParameterSteps(optimizer, {weight: name for name, weight in weights.items()}, progress)
+    fused = FusedBackward(steps, [*weights.values()], max_norm=0)
+    (video + audio + skipped).sum().backward()
+    fused.finish([*weights.values()])
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+
+    (2 * video).sum().backward()
+    norm = fused.finish([video, skipped])
+
+    moved = [name for name in names if not torch.equal(weights[name].detach(), before[name])]
+    assert moved == ["video", "skipped"]
+    assert float(norm) == pytest.approx(2 * 3**0.5)
+    assert float(fused.finish([])) == 0
 
 
 @pytest.mark.parametrize(

@@ -297,19 +297,24 @@ class FusedBackward:
             parameter.register_post_accumulate_grad_hook(self._complete)
 
     @torch.no_grad()
-    def finish(self) -> Tensor:
-        """Step weights that have no gradient with a gradient of zero, unless their training has ended.
+    def finish(self, updated_parameters: Sequence[Parameter]) -> Tensor:
+        """Step the remaining parameters of a step, which have no gradient, with a gradient of zero.
+
+        Args:
+            updated_parameters: Parameters that this step changes. Without a gradient, all others keep their
+                values: parts whose training has ended, and audio parameters in a step without audio.
 
         Returns:
             The norm of all gradients before clipping.
         """
-        learning = [parameter for parameter in self._parameters if parameter.requires_grad]
-        for parameter in learning:
+        for parameter in updated_parameters:
             if parameter not in self._norms:
                 parameter.grad = torch.zeros_like(parameter)
                 self._complete(parameter)
-        norms = [self._norms[parameter] for parameter in learning]
+        norms = [self._norms[parameter] for parameter in self._parameters if parameter in self._norms]
         self._norms = {}
+        if not norms:
+            return self._parameters[0].new_zeros(())
         return torch.linalg.vector_norm(torch.stack(norms))
 
     @torch.no_grad()

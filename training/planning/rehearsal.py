@@ -118,7 +118,7 @@ class Rehearsal:
             loss.backward()
             peaks = dict(self.ledger.peaks)
             if self.fused_backward is not None:
-                self.fused_backward.finish()
+                self.fused_backward.finish(self.parameters)
         self.register_optimizer_states()
         self.clear_gradients()
         dry.truncate_blocks(self.dit, self.blocks, self.num_blocks, self.ledger)
@@ -152,11 +152,9 @@ class Rehearsal:
             phase_peaks = {STEP: self._rehearse_optimizer_step()}
         else:
             self._allocate_estimated_states()
-        full_dit = self.options.full_dit
-        steps_in_backward = full_dit is not None and full_dit.fused_backward_pass
-        if not steps_in_backward:
+        if not self.options.is_fused:
             return phase_peaks
-        assert self.parameter_steps is not None
+        assert self.parameter_steps is not None  # `check_optimizer` rejects optimizers that step all weights
         if self.fused_backward is None:  # from now on, the backward pass steps the weights
             max_norm = self.options.optimizer.max_grad_norm
             self.fused_backward = FusedBackward(self.parameter_steps, self.parameters, max_norm)
@@ -353,8 +351,8 @@ def _make_parameter_steps(
 ) -> ParameterSteps | None:
     """Return the object that steps weights one at a time; None if all weights are stepped together."""
     full_dit = options.full_dit
-    is_stepped_alone = full_dit is not None and (
-        full_dit.full_bf16 or full_dit.fused_backward_pass or full_dit.offloads_states
+    is_stepped_alone = options.is_fused or (
+        full_dit is not None and (full_dit.full_bf16 or full_dit.offloads_states)
     )
     if not (is_stepped_alone and can_step_one_parameter(type(optimizer))):
         return None

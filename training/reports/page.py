@@ -171,7 +171,7 @@ def _draw_partial_losses(run_history: RunHistory, maximum: int) -> Chart:
     """Return the chart of the training loss by expert, or for families with audio by stream."""
     curves = {name.replace("_", " "): run_history.experts[name] for name in sorted(run_history.experts)}
     is_by_stream = curves.keys() <= {IMAGE_STREAM, AUDIO_STREAM}
-    title = say("Loss of picture and sound") if is_by_stream else say("Loss of each transformer")
+    title = say("Loss of video and audio") if is_by_stream else say("Loss of each transformer")
     return Chart(make_curves(curves, maximum, SMOOTHING), "step", "loss", title)
 
 

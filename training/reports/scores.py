@@ -24,8 +24,8 @@ MAX_SHOWN = 100  # rows of the page
 # means of two steps that differ by less are equal: repeated seeds of one LoRA differ by about as much
 TOLERANCE = 0.005
 NO_TASTE = say(
-    "Scores are no taste: they say how a model that describes images sees the samples, not which ones you "
-    "like. Look at the samples before you decide."
+    "Scores do not measure taste: they say how a model that describes images sees the samples, not which "
+    "ones you like. Look at the samples before you decide."
 )
 # notes below a table, by their names in files
 NOTES = {

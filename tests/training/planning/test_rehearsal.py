@@ -24,6 +24,7 @@ from runtime.offload import checkpointing
 from runtime.planning.dry_run import (
     ADAPTER,
     BATCH,
+    GRADIENTS,
     HOST,
     NETWORK,
     WEIGHTS,
@@ -36,7 +37,7 @@ from tests.manifests import tensor_list, write_hollow
 from tests.tiny import hunyuan_dit, krea2, wan_dit
 from tests.tiny.project import write_lora
 from training.features.composing import options_by_expert
-from training.learning_options import ExpertTrainingOptions, FullDitOptions
+from training.learning_options import ExpertTrainingOptions, FullDitOptions, PartsOptions
 from training.loss import NoisyBatch
 from training.options import TrainingOptions, read_arguments, training_parser
 from training.planning import rehearsal
@@ -212,6 +213,18 @@ def test_fine_tuning_takes_what_was_predicted(
 ) -> None:
     made = wan(tmp_path, *CHECKPOINTED, *words.split(), is_full=True)
     assert_takes_what_was_predicted(*made, wan_batch(), monkeypatch)
+
+
+def test_a_lora_that_is_stepped_in_the_backward_pass_keeps_no_gradients(tmp_path: Path) -> None:
+    family, options = wan(tmp_path, *CHECKPOINTED, "--network_dim", "32")
+    fused = replace(options, lora_parts=PartsOptions(fused_backward_pass=True))
+
+    kept, freed = (
+        max(moment.get(GRADIENTS, 0) for moment in predicted(family, way, wan_batch()).values())
+        for way in (options, fused)
+    )
+
+    assert 10 * freed < kept
 
 
 @pytest.mark.slow_cases(

@@ -100,7 +100,7 @@ def test_samples_that_show_their_prompt_score_higher(tmp_path: Path, knowing: Pa
     assert second["clip_score"] == pytest.approx(100 * second["clip"])
     assert first["clip_score"] == max(0.0, 100 * first["clip"])
     assert f"Best file: {NAME}-step00000020.safetensors" in said
-    assert "Scores are no taste" in said
+    assert "Scores do not measure taste" in said
 
 
 def test_a_copied_training_picture_is_found_and_named(tmp_path: Path, knowing: Path) -> None:
@@ -267,7 +267,7 @@ def test_the_page_of_the_run_shows_the_scores_until_other_samples_replace_them(
 
     text = page.read_text(encoding="utf-8")
     assert "Best file: my_lora-step00000010.safetensors: validation loss lowest at step 10; " in text
-    assert "Scores are no taste" in text
+    assert "Scores do not measure taste" in text
     assert text.count('src="data:image/svg') >= 3  # the curves of the loss, the prompts and the likeness
     run_history = open_run(history).run_history
     assert make_section(history.parent, NAME, run_history) is not None
