@@ -152,7 +152,7 @@ def plan(path: Path, phase: str) -> None:
     config, family = load_dataset_config(path), ToyFamily()
     if phase in {"latents", "texts"}:
         report = (cache_media if phase == "latents" else cache_texts)(family, config, options())
-        assert report.kept, report
+        assert report.reused, report
         assert (report.written, report.removed) == (0, 0), report
         return
     checks: dict[str, Callable[[], object]] = {

@@ -46,7 +46,7 @@ class Device:
         self._plain = Transfer(HOST)
         self.weights = self.maximum = 0
         self.record_event, self.copy, self.wait, self.finish = (
-            getattr(self._plain, name) for name in ("mark", "copy", "wait", "finish")
+            getattr(self._plain, name) for name in ("record_event", "copy", "wait", "finish")
         )
 
     def allocate(self, size_bytes: int) -> Tensor:

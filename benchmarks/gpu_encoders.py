@@ -62,8 +62,9 @@ def texts(row: Row, path: Path, device: torch.device) -> Bench:
 
 def _umt5(path: Path, device: torch.device, length: int) -> tuple[Any, Encode, int]:
     """Load umT5, which encodes as many texts at once as in caching."""
+    from encoders.t5_network import load_t5
     from encoders.text_encoder import TOKENS_AT_ONCE
-    from wan.t5 import UMT5, load_t5
+    from wan.t5 import UMT5
 
     t5 = load_t5(path, device, UMT5)
     ids = torch.randint(1, t5.token_embedding.num_embeddings, (TOKENS_AT_ONCE // length, length))

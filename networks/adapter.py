@@ -98,9 +98,8 @@ class ForeignNetwork:
 
     @property
     def additional_state(self) -> Mapping[str, nn.Module]:
-        """Return modules by name whose state belongs to the training state but not to the LoRA file."""
-        modules: Mapping[str, nn.Module] = getattr(self.module, "additional_state", {})
-        return modules
+        """Return {}: another package's network has no state outside its LoRA file."""
+        return {}
 
     def set_dropout_seed(self, seed: int) -> None:
         """Seed torch's global generators, which the network's dropout uses."""
