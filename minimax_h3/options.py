@@ -351,7 +351,8 @@ class H3GenerationOptions(H3ModelOptions, title=NAME):
 
 def caching_options(options: H3TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return a training run's options for latent caching and for text caching, each by option name."""
-    task = {"--task": options.task}
+    # --h3_training_mode ref2va alone selects a task too; otherwise, the scripts have the same default
+    task = {"--task": options.chosen_task if options.h3_training_mode == "ref2va" else options.task}
     latents = {
         "--video_vae": options.vae.file.vae or Placeholder("VIDEO_VAE_FILE"),
         "--audio_vae": options.vae.audio_vae or Placeholder("AUDIO_VAE_FILE"),

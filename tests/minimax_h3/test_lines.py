@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from generation.sample_lines import parse_sample_line
 from minimax_h3.family import MiniMaxH3
 from minimax_h3.files import H3Files
-from minimax_h3.options import H3TrainingOptions, generation_options
+from minimax_h3.options import H3TrainingOptions, caching_options, generation_options
 from minimax_h3.reference_options import REFERENCE_MEDIA_KEYS
 from modules.option_values import Placeholder, Repeated
 from tests.faults.messages import succeed_here
@@ -221,3 +221,11 @@ def test_the_printed_command_takes_the_lengths_of_samples() -> None:
     words = [generation_options(one, {"frames": 22}) for one in options]
 
     assert [one["--allow_experimental_duration"] for one in words] == [True, False]
+
+
+@pytest.mark.parametrize("given", [{"task": "ref2va"}, {"h3_training_mode": "ref2va"}])
+def test_the_printed_commands_cache_for_the_task_of_the_training(given: dict[str, str]) -> None:
+    """Without --task, the scripts would cache texts without references, which the training rejects again."""
+    commands = caching_options(H3TrainingOptions.from_defaults(**given))
+
+    assert [command["--task"] for command in commands] == ["ref2va", "ref2va"]
