@@ -24,7 +24,7 @@ from anima.options import TARGETS, AnimaLlliteTrainingOptions, read_targets
 from checkpoints.dialects import LoadPlan, count, load_planned, make_wrong_kind_error
 from checkpoints.model_files import require_file
 from checkpoints.opening import Checkpoint, list_tensor_sources, open_checkpoint
-from encoders.control_pictures import CONTROL_MASK, check_control
+from encoders.control_pictures import CONTROL_MASK, MASK_PATH, check_control
 from modules.control_codes import shorten
 from modules.errors import CheckpointError, OptionError, UserError
 from modules.media.random_masks import draw_mask
@@ -404,5 +404,5 @@ def _make_generation_command(
     control = sample.get("control_path") or Placeholder("CONTROL_PICTURE")
     further = {"--lllite_weights": file, "--control_image": control}
     if takes_mask:
-        further["--mask_image"] = sample.get("mask_path") or Placeholder("MASK")
+        further["--mask_image"] = (sample.get("extra") or {}).get(MASK_PATH) or Placeholder("MASK")
     return [*base_command, *option_argv(further)]

@@ -342,8 +342,13 @@ def caching_options(options: AnimaLearningOptions) -> tuple[dict[str, Any], dict
 
 def generation_options(options: AnimaLearningOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the command-line options, by flag, that generate `sample` with the models of a training run."""
+    strength: dict[str, Any] = {}  # without one in the sample, the training's own is repeated
+    multiplier = (sample.get("extra") or {}).get("control_multiplier")
+    if multiplier is not None and isinstance(options, AnimaLlliteTrainingOptions):
+        strength = {"--lllite_multiplier": f"{options.lllite_multiplier * float(multiplier):g}"}
     return {
         "--dit": options.dit or Placeholder("DIT_FILE"),
+        **strength,
         "--llm_adapter_path": options.llm_adapter_path,
         **options.vae.file.command_options(),
         "--text_encoder": options.qwen3 or Placeholder("QWEN3_FILE"),

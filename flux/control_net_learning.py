@@ -229,4 +229,6 @@ def _write_control_net(
 def _make_generation_command(file: Path, sample: Mapping[str, Any], base_command: Sequence[str]) -> list[str]:
     """Return the command that generates with a trained ControlNet, `base_command` with more options."""
     control = sample.get("control_path") or Placeholder("CONTROL_PICTURE")
-    return [*base_command, *option_argv({CONTROL_NET: file, "--control_image": control})]
+    strength = (sample.get("extra") or {}).get("control_multiplier")
+    further = {CONTROL_NET: file, "--control_image": control, "--control_multiplier": strength}
+    return [*base_command, *option_argv(further)]

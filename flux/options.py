@@ -297,6 +297,7 @@ def generation_options(options: FluxLearningOptions, sample: Mapping[str, Any]) 
         **_list_text_options(options),
         "--dit_dtype": options.dit_dtype,
         "--embedded_cfg_scale": sample.get("embedded_guidance"),
+        "--prompt_2": sample.get("second_prompt"),
     }
 
 

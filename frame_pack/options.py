@@ -245,6 +245,7 @@ def generation_options(options: FramePackTrainingOptions, sample: Mapping[str, A
         "--image_encoder": options.image_encoder or Placeholder("IMAGE_ENCODER_FILE"),
         "--image_path": inputs.image or Placeholder("IMAGE_FILE"),
         "--embedded_cfg_scale": sample.get("embedded_guidance"),
+        "--prompt_2": sample.get("second_prompt"),
         "--latent_window_size": None if window == WINDOW else window,
     }
     if inputs.is_one_frame:

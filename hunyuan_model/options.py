@@ -175,6 +175,7 @@ def generation_options(options: HunyuanTrainingOptions, sample: Mapping[str, Any
         "--image_path": sample.get("image_path") or default_image,
         "--video_length": sample.get("frames"),
         "--embedded_cfg_scale": sample.get("embedded_guidance"),
+        "--prompt_2": sample.get("second_prompt"),
     }
 
 

@@ -351,7 +351,8 @@ class H3GenerationOptions(H3ModelOptions, title=NAME):
 
 def caching_options(options: H3TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return a training run's options for latent caching and for text caching, each by option name."""
-    task = {"--task": options.task}
+    # --h3_training_mode ref2va alone selects a task too; otherwise, the scripts have the same default
+    task = {"--task": options.chosen_task if options.h3_training_mode == "ref2va" else options.task}
     latents = {
         "--video_vae": options.vae.file.vae or Placeholder("VIDEO_VAE_FILE"),
         "--audio_vae": options.vae.audio_vae or Placeholder("AUDIO_VAE_FILE"),
@@ -378,29 +379,31 @@ def generation_options(options: H3TrainingOptions, sample: Mapping[str, Any]) ->
         **_text_encoder_options(options),
         **_media_options(options.chosen_task, sample),
         "--video_length": sample.get("frames"),
+        "--allow_experimental_duration": options.h3_allow_experimental_sample_duration,
         **shifts,  # without one, the training's own is repeated
     }
 
 
 def _media_options(task: str, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the generation options for the media of a task, with a sample's files or placeholders.
+    """Return the generation options for a sample's media; without any, placeholders for those of the task.
 
     An option whose value is None is left out.
     """
     extra = sample.get("extra") or {}
-    names = {"fl2va": (KEYFRAMES, CONDITION_IMAGES), "ref2va": (REF, *BY_KIND.values())}.get(task, ())
+    one_frame = {"--one_frame_inference": extra.get(ONE_FRAME)}
+    names = (KEYFRAMES, CONDITION_IMAGES, REF, *BY_KIND.values())
     media: dict[str, Any] = {
         f"--{name}": Repeated(extra[name].split("\n")) for name in names if extra.get(name)
     }
+    frames = {"--first_frame": sample.get("image_path"), "--last_frame": sample.get("end_image_path")}
+    media |= {flag: path for flag, path in frames.items() if path}
+    if extra.get(JSONL):
+        media |= {f"--{JSONL}": extra[JSONL], f"--{INDEX}": extra.get(INDEX)}
+    if media:  # they decide the task, which need not be that of the training
+        return {f"--{TASK}": extra.get(TASK), **media, **one_frame}
     if task == "fl2va":
-        first, last = sample.get("image_path"), sample.get("end_image_path")
-        if not first and last is None and not media:  # the task needs one of them
-            first = Placeholder("IMAGE_FILE")
-        media |= {"--first_frame": first or None, "--last_frame": last}
-    elif task == "ref2va" and not media:
-        media[f"--{JSONL}"] = extra.get(JSONL) or Placeholder("REFERENCES_JSONL")
-        media[f"--{INDEX}"] = extra.get(INDEX)
-    return {**media, "--one_frame_inference": extra.get(ONE_FRAME)}
+        return {"--first_frame": Placeholder("IMAGE_FILE"), **one_frame}
+    return {f"--{JSONL}": Placeholder("REFERENCES_JSONL")} if task == "ref2va" else one_frame
 
 
 def check_guidance(scale: float | None, flag: str) -> None:

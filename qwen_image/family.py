@@ -53,6 +53,7 @@ from qwen_image.layered import QwenImageLayered
 from qwen_image.names import LORA
 from qwen_image.options import (
     LAYER_COUNT,
+    MASK,
     ORIGINAL,
     QwenImageGenerationOptions,
     QwenImageLatentCachingOptions,
@@ -76,7 +77,7 @@ logger = logging.getLogger(__name__)
 
 NEGATIVE = " "  # default, as released
 SOLVER = "euler-terminal"  # Euler's steps, at the noise levels of the release
-DEFAULTS = image_defaults(25, 4.0, 1328)
+DEFAULTS = image_defaults(25, 4.0, 1328, extras=(MASK,))
 # how far the schedule is shifted, by the number of tokens of an image: exp(mu), mu on a line through these.
 # Source: the release's scheduler
 SHIFT_AT_FEW_TOKENS, SHIFT_AT_MANY_TOKENS = (256, 0.5), (8192, 0.9)

@@ -247,6 +247,7 @@ def generation_options(options: QwenImageTrainingOptions, sample: Mapping[str, A
         "--dit_dtype": options.dit_dtype,
         "--model_version": _not_original(options.version),
         "--control_image_path": controls,
+        "--mask_path": None if options.version.name == LAYERED else (sample.get("extra") or {}).get(MASK),
         "--output_layers": _count_layers(options, sample),
         "--remove_first_image_from_target": options.remove_first_image_from_target,
         # resize references as caching did: Layered to the result's size, edit releases to the official one

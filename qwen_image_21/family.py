@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 SOLVER = "euler-terminal"  # Euler's steps, at the noise levels of the release
 TERMINAL = 0.02  # the last noise level above 0. Source: the release's scheduler
-DEFAULTS = pictures.image_defaults(STEPS, 1.0, SIDE)
+DEFAULTS = pictures.image_defaults(STEPS, 1.0, SIDE, extras=(own.MASK,))
 # how far the schedule is shifted, by the number of tokens of an image: exp(mu), mu on a line through these.
 # Source: the release's scheduler
 SHIFT_AT_FEW_TOKENS, SHIFT_AT_MANY_TOKENS = (256, 0.5), (8192, 0.9)

@@ -144,4 +144,5 @@ def generation_options(options: QwenImage21TrainingOptions, sample: Mapping[str,
         **options.text.command_options("QWEN3_VL_FILE"),
         "--dit_dtype": options.dit_dtype,
         "--control_image_path": sample.get("control_images") or (),
+        "--mask_path": (sample.get("extra") or {}).get(MASK),
     }

@@ -7,7 +7,7 @@ from typing import Any
 from modules.option_values import Placeholder, option_argv
 from modules.options import CHANGEABLE, FREE, option
 from modules.speed_options import BASE_FORMS
-from stable_diffusion.training_options import StableDiffusionTrainingOptions
+from stable_diffusion.training_options import StableDiffusionTrainingOptions, gen_img_options
 
 WEIGHTS = "--controlnet_model_name_or_path"
 _NONE = "a ControlNet is a copy of the U-Net's first half, and has no such setting. Omit it"
@@ -64,21 +64,11 @@ def list_generation_command(
         _: Ignored; other kinds of networks need it.
     """
     arguments = {
-        "--ckpt": options.ckpt or Placeholder("CHECKPOINT"),
-        "--vae": options.vae,
-        "--tokenizer_cache_dir": options.tokenizer_cache_dir,
-        "--fp16": options.mixed_precision == "fp16",
-        "--bf16": options.mixed_precision == "bf16",
+        **gen_img_options(options, sample),
         flag: file,
         "--guide_image_path": sample.get("control_path") or Placeholder("CONTROL_PICTURE"),
+        "--control_net_multipliers": (sample.get("extra") or {}).get("control_multiplier"),
         "--prompt": sample.get("prompt") or Placeholder("what it should show"),
-        "--negative_prompt": sample.get("negative_prompt") or None,
-        "--W": sample.get("width"),
-        "--H": sample.get("height"),
-        "--steps": sample.get("steps"),
-        "--scale": sample.get("guidance_scale"),
-        "--sampler": sample.get("solver") or options.sample_sampler,
-        "--seed": sample.get("seed"),
         "--outdir": file.parent / "generated",
     }
     return ["gen_img.py", *option_argv(arguments)]

@@ -29,7 +29,7 @@ from stable_diffusion.textual_inversion import (
     read_words,
 )
 from stable_diffusion.training_files import TrainingFiles
-from stable_diffusion.training_options import StableDiffusionTrainingOptions, generation_options
+from stable_diffusion.training_options import StableDiffusionTrainingOptions, gen_img_options
 
 MODULE = "textual inversion"  # recorded in files instead of a network module
 
@@ -186,17 +186,9 @@ def _list_generation_command(
         _: Ignored; other kinds of networks need it.
     """
     arguments = {
-        **generation_options(cast(StableDiffusionTrainingOptions, options), sample),
+        **gen_img_options(cast(StableDiffusionTrainingOptions, options), sample),
         option: file,
         "--prompt": _write_prompt(options, file, sample),
-        "--negative_prompt": sample.get("negative_prompt") or None,
-        "--W": sample.get("width"),
-        "--H": sample.get("height"),
-        "--steps": sample.get("steps"),
-        "--scale": sample.get("guidance_scale"),
-        "--seed": sample.get("seed"),
         "--outdir": file.parent / "generated",
     }
-    if "--i2i_path" in arguments:  # for an inpainting model
-        arguments["--image_path"] = arguments.pop("--i2i_path")
     return ["gen_img.py", *option_argv(arguments)]

@@ -223,3 +223,26 @@ def generation_options(options: StableDiffusionTrainingOptions, sample: Mapping[
         "--max_embeddings_multiples": options.num_chunks if options.num_chunks > 1 else None,
         **_inpainting_options(sample),
     }
+
+
+def gen_img_options(options: StableDiffusionTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of gen_img.py, by flag, that generate with the model of a training run.
+
+    Args:
+        options: Options of the training run.
+        sample: Values of a sample image, by the names of `Request`.
+    """
+    model = generation_options(options, sample)
+    if "--i2i_path" in model:  # for an inpainting model
+        model["--image_path"] = model.pop("--i2i_path")
+    return {
+        **model,
+        "--clip_skip": vars(options).get("clip_skip"),  # a field for 1.x and 2.x only
+        "--negative_prompt": sample.get("negative_prompt") or None,
+        "--W": sample.get("width"),
+        "--H": sample.get("height"),
+        "--steps": sample.get("steps"),
+        "--scale": sample.get("guidance_scale"),
+        "--sampler": sample.get("solver") or options.sample_sampler,
+        "--seed": sample.get("seed"),
+    }

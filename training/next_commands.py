@@ -41,7 +41,10 @@ COMFYUI_TOOL = "ComfyUI"
 STARTING = {"initial_step", "initial_epoch"}
 SCALES = ("guidance_scale", f"guidance_scale_{HIGH_NOISE}")
 # generation options that reproduce a sample, and the fields of `Request` that have other names
-SAMPLE_OPTION_NAMES = ("infer_steps", *SCALES, "flow_shift", "sample_solver", "seed", "negative_prompt")
+SAMPLE_OPTION_NAMES = (
+    *("infer_steps", *SCALES, "cfg_schedule"),
+    *("flow_shift", "sample_solver", "seed", "negative_prompt"),
+)
 FIELD_BY_OPTION = {"infer_steps": "steps", "sample_solver": "solver"}
 
 

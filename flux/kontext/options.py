@@ -99,6 +99,7 @@ def generation_options(options: KontextTrainingOptions, sample: Mapping[str, Any
         "--control_image_path": controls,
         "--no_resize_control": bool(controls) and options.no_resize_control,
         "--embedded_cfg_scale": sample.get("embedded_guidance"),
+        "--prompt_2": sample.get("second_prompt"),
     }
 
 

@@ -152,7 +152,9 @@ _RULES = {
     "train.disable_sampling": omitted("without sample_prompts below [training] there are no samples"),
     **dict.fromkeys(
         ("train.diff_output_preservation", "train.diff_output_preservation_*"),
-        omitted("--output_preservation of the training: docs/targets.md"),
+        omitted(
+            "custom_attributes.diff_output_preservation in a subset of dataset.toml: docs/image_datasets.md"
+        ),
     ),
     "save.save_every": rules.SAVE_STEPS,
     "save.max_step_saves_to_keep": rules.KEPT_FILES,

@@ -19,7 +19,7 @@ from anima.configs import DIT, AnimaConfig
 from anima.lllite import AttachedLllite, check_file, check_mask, describe_lllite, draw_masks
 from anima.lllite_modules import AnimaLllite, LlliteConfig
 from anima.model import AnimaModel
-from anima.options import AnimaLlliteTrainingOptions
+from anima.options import AnimaLlliteTrainingOptions, generation_options
 from checkpoints.filling import on_meta_device
 from encoders.control_pictures import CONTROL_MASK, draw_control_mask
 from modules.errors import CheckpointError, OptionError
@@ -327,6 +327,19 @@ def test_samples_are_the_pictures_of_a_generation(tmp_path: Path, with_mask: boo
     if with_mask:
         (other,) = (tmp_path / "inverse").glob("*.png")
         assert (picture(other) - picture(made)).abs().max() > 2
+
+
+def test_the_next_command_has_the_mask_and_the_strength_of_the_sample() -> None:
+    options = options_of(lllite_cond_in_channels=4, lllite_multiplier=0.5)
+    sample = {"extra": {"mask_path": "mask.png", "control_multiplier": "0.8"}}
+    generate = describe_lllite(options).generate
+    assert generate is not None
+
+    words = [*generate(Path("net.safetensors"), sample, [])]
+
+    assert words[words.index("--mask_image") + 1] == "mask.png"
+    assert generation_options(options, sample)["--lllite_multiplier"] == "0.4"
+    assert "--lllite_multiplier" not in generation_options(options, {})  # the training's is repeated
 
 
 @pytest.mark.parametrize("with_values", [False, True])

@@ -247,6 +247,19 @@ def test_samples_are_the_pictures_of_a_generation_and_a_resumed_run_is_the_same(
     assert (picture(sample) - picture(base)).abs().max() > 2
 
 
+@pytest.mark.parametrize("strength", ["0.8", None])
+def test_the_next_command_has_the_strength_of_the_sample(tmp_path: Path, strength: str | None) -> None:
+    sample = {"extra": {} if strength is None else {"control_multiplier": strength}}
+    network = make_family(tmp_path).custom_network
+    assert network is not None
+    assert network.generate is not None
+
+    words = [*network.generate(Path("net.safetensors"), sample, ["flux_generate_image.py"])]
+
+    found = words[words.index("--control_multiplier") + 1] if "--control_multiplier" in words else None
+    assert found == strength
+
+
 def test_mistakes_are_named_before_anything_is_loaded(folder: Path) -> None:
     def rejection(*further: str) -> str:
         code, told = run_here(SCRIPT, *words_of(*further), folder=folder)

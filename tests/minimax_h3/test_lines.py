@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from generation.sample_lines import parse_sample_line
 from minimax_h3.family import MiniMaxH3
 from minimax_h3.files import H3Files
-from minimax_h3.options import H3TrainingOptions, generation_options
+from minimax_h3.options import H3TrainingOptions, caching_options, generation_options
 from minimax_h3.reference_options import REFERENCE_MEDIA_KEYS
 from modules.option_values import Placeholder, Repeated
 from tests.faults.messages import succeed_here
@@ -153,6 +153,11 @@ def test_all_settings_of_media_are_of_samples(project: Project, files: TinyH3) -
         project.reject(*words, names=["none.png"])
 
 
+MEDIA = {"--first_frame", "--last_frame"} | {
+    f"--{name}" for name in REFERENCE_MEDIA_KEYS if name not in ("task", "one_frame", "reference_index")
+}
+
+
 @pytest.mark.parametrize(
     ("task", "sample", "expected"),
     [
@@ -186,6 +191,7 @@ def test_all_settings_of_media_are_of_samples(project: Project, files: TinyH3) -
             {"--reference_jsonl": "a.jsonl", "--reference_index": "3"},
         ),
         ("ref2va", {}, {"--reference_jsonl": Placeholder("REFERENCES_JSONL")}),
+        ("t2va", {"image_path": "a.png", "extra": {"task": "fl2va"}}, {"--first_frame": "a.png"}),
         ("t2va", {"extra": {"one_frame": "target_index=5"}}, {"--one_frame_inference": "target_index=5"}),
         ("t2va", {"extra": {"h3_shift_audio": "5.0"}}, {"--h3_shift_audio": "5.0"}),
         ("t2va", {}, {}),
@@ -197,10 +203,29 @@ def test_the_printed_command_names_the_media_that_its_task_needs(
     """Or a word in their place: without them the script refuses the task."""
     words = generation_options(H3TrainingOptions.from_defaults(task=task), sample)
 
-    of_media = {"--first_frame", "--last_frame", "--one_frame_inference", "--h3_shift_audio"}
-    of_media |= {f"--{name}" for name in REFERENCE_MEDIA_KEYS if name != "task"}
+    of_media = {*MEDIA, "--reference_index", "--one_frame_inference", "--h3_shift_audio"}
     named = {name: value for name, value in words.items() if name in of_media and value is not None}
     assert named == expected
+    has_media = any(not isinstance(value, Placeholder) for name, value in named.items() if name in MEDIA)
+    assert words["--task"] == (sample.get("extra", {}).get("task") if has_media else task)
     assert {name: type(value) for name, value in named.items()} == {
         name: type(value) for name, value in expected.items()
     }
+
+
+def test_the_printed_command_takes_the_lengths_of_samples() -> None:
+    options = [
+        H3TrainingOptions.from_defaults(h3_allow_experimental_sample_duration=on) for on in (True, False)
+    ]
+
+    words = [generation_options(one, {"frames": 22}) for one in options]
+
+    assert [one["--allow_experimental_duration"] for one in words] == [True, False]
+
+
+@pytest.mark.parametrize("given", [{"task": "ref2va"}, {"h3_training_mode": "ref2va"}])
+def test_the_printed_commands_cache_for_the_task_of_the_training(given: dict[str, str]) -> None:
+    """Without --task, the scripts would cache texts without references, which the training rejects again."""
+    commands = caching_options(H3TrainingOptions.from_defaults(**given))
+
+    assert [command["--task"] for command in commands] == ["ref2va", "ref2va"]

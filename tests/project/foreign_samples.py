@@ -231,7 +231,7 @@ SAMPLES: dict[str, Sample] = {
         "zimage_train_network.py",
         {"optimizer_type": "prodigy", "learning_rate": 1.0},
         {"trigger_word": "zorb", "batch_size": 2},
-        ("--output_preservation of the training",),
+        ("custom_attributes.diff_output_preservation in a subset",),
     ),
     "AI Toolkit, Lumina as a whole": Sample(
         {

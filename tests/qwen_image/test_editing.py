@@ -40,6 +40,7 @@ from tests.tiny.dit_files import TinyModel
 from tests.tiny.families import TinyFamily, family_called
 from tests.tiny.project import write_image
 from tests.tiny.qwen_image import write_tiny_qwen_image
+from training.samples import warn_about_unused_keys
 
 
 @pytest.fixture(scope="module")
@@ -351,3 +352,19 @@ def test_commands_of_a_training_name_its_release(version: str) -> None:
     words = generation_options(options, {"control_images": (Path("a.png"),)})
     assert words["--model_version"] == expected
     assert words["--resize_control_to_official_size"]
+
+
+@pytest.mark.parametrize(("version", "expected"), [("edit-2511", "mask.png"), (LAYERED, None)])
+def test_the_mask_of_a_sample_is_in_the_printed_command(
+    version: str, expected: str | None, files: TinyModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Layered models have none."""
+    options = QwenImageTrainingOptions.from_defaults(version=QwenImageVersionOptions(model_version=version))
+    line = {"mask_path": "mask.png"}
+
+    words = generation_options(options, {"extra": line})
+    if version != LAYERED:
+        warn_about_unused_keys([line], family_of(files, version), Path("prompts.txt"))
+
+    assert words["--mask_path"] == expected
+    assert not caplog.messages

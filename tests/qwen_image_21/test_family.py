@@ -23,6 +23,7 @@ from protocols.loading import Placement
 from protocols.requests import Prepared, Request
 from qwen_image_21.family import QwenImage21
 from qwen_image_21.files import TURBO_LEVELS, QwenImage21Files, find_turbo, load_dit
+from qwen_image_21.options import QwenImage21TrainingOptions, generation_options
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.manifests import tensor_list, write_hollow
 from tests.tiny import qwen_image
@@ -35,6 +36,7 @@ from tests.tiny.qwen_image_21 import (
     write_tiny_qwen_image_21,
     write_turbo,
 )
+from training.samples import warn_about_unused_keys
 
 CPU = Placement(torch.device("cpu"))
 FAMILY = family_called("qwen_image_21")
@@ -241,6 +243,18 @@ def test_an_edit_without_a_size_has_the_shape_of_its_last_picture(
         assert (made.width, made.height) == size
         assert made.prompts[0].negative is not None
         assert len(made.prompts[0].negative.images) == len(made.prompts[0].positive.images)
+
+
+def test_the_mask_of_a_sample_is_in_the_printed_command(
+    family: QwenImage21, caplog: pytest.LogCaptureFixture
+) -> None:
+    line = {"mask_path": "mask.png"}
+
+    words = generation_options(QwenImage21TrainingOptions.from_defaults(), {"extra": line})
+    warn_about_unused_keys([line], family, Path("prompts.txt"))
+
+    assert words["--mask_path"] == "mask.png"
+    assert not caplog.messages
 
 
 def test_other_spellings_of_the_dtype_exclude_each_other() -> None:

@@ -17,7 +17,10 @@ from protocols.data import CONTROL_PIXELS
 from protocols.loading import Placement
 from stable_diffusion.control_net_files import load_control_net
 from stable_diffusion.control_net_learning import TrainedControlNet, make_control_net
+from stable_diffusion.control_net_options import list_generation_command
 from stable_diffusion.family import StableDiffusion, with_control_net
+from stable_diffusion.options import read_gen_img
+from stable_diffusion.sd1.options import Sd1ControlNetTrainingOptions
 from tests.faults.messages import run_here, succeed_here
 from tests.stable_diffusion import test_lllite_training
 from tests.stable_diffusion.test_lllite_training import LINE, picture, with_controls, words_of
@@ -166,6 +169,29 @@ def test_samples_are_the_pictures_of_gen_img_and_a_resumed_run_is_the_same(kind:
     (sample,) = (folder / "output" / "sample").glob("net_000002_00_*.png")
     (generated,) = (folder / "with").glob("*.png")
     assert (picture(sample) - picture(generated)).abs().max() <= 1
+
+
+@pytest.mark.parametrize("strength", ["0.8", None])
+def test_the_next_command_has_the_settings_of_the_model_and_the_sample(
+    tmp_path: Path, strength: str | None
+) -> None:
+    paths = [tmp_path / name for name in ("model.safetensors", "net.safetensors", "control.png")]
+    for path in paths:
+        path.touch()
+    model, net, control = paths
+    given = {"v_parameterization": True, "zero_terminal_snr": True, "clip_skip": 2, "max_token_length": 150}
+    options = Sd1ControlNetTrainingOptions.from_defaults(ckpt=model, **given)
+    extra = {} if strength is None else {"control_multiplier": strength}
+    sample = {"prompt": "a cat", "control_path": control, "solver": "euler_a", "extra": extra}
+
+    command = list_generation_command(options, "--control_net_models", net, sample, [])
+
+    read = read_gen_img(None, command[1:])
+    assert read.model.v_parameterization
+    assert read.sampling.zero_terminal_snr
+    assert (read.text.clip_skip, read.text.max_embeddings_multiples) == (2, 2)
+    assert read.sampling.sampler == "euler_a"
+    assert read.control.control_net_multipliers == (None if strength is None else (0.8,))
 
 
 def test_mistakes_are_named_before_anything_is_loaded(folder: Path) -> None:

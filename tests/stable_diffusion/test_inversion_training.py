@@ -238,6 +238,17 @@ def test_the_next_command_has_the_word_by_the_name_of_its_file(
     assert words[words.index("--prompt") + 1] == expected
 
 
+def test_the_next_command_has_the_sampler_and_the_layer_of_texts(tmp_path: Path) -> None:
+    options = Sd1InversionTrainingOptions.from_defaults(token_string=WORD, clip_skip=2)
+    network = with_templates_and_command(make_family("sd1", tmp_path).word_network(options.word), options)
+
+    assert network.generate is not None
+    words = [*network.generate(tmp_path / "x.safetensors", {"solver": "euler_a"}, [])]
+
+    assert words[words.index("--sampler") + 1] == "euler_a"
+    assert words[words.index("--clip_skip") + 1] == "2"
+
+
 @pytest.mark.parametrize(
     ("word", "told"),
     [

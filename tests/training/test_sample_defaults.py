@@ -192,6 +192,22 @@ def test_a_line_that_says_nothing_is_made_as_the_generation_script_makes_it(
     assert (made.audio_video_shapes is not None) == (case == "ltx_2 with sound")
 
 
+def test_the_printed_command_has_the_schedule_of_guidance() -> None:
+    words = make_sample_arguments({"cfg_schedule": "1-3"})
+
+    assert words[words.index("--cfg_schedule") + 1] == "1-3"
+
+
+@pytest.mark.parametrize("name", ["flux", "flux_kontext", "framepack", "hunyuan_video"])
+def test_the_printed_command_has_the_prompt_of_the_second_encoder(name: str) -> None:
+    entry = ENTRIES[name]
+    own = entry.options_record("Training").from_defaults(embedded_guidance=3.5)
+
+    argv = entry.generation_argv(own, {"second_prompt": "a cat", "extra": {}}, {})
+
+    assert argv[argv.index("--prompt_2") + 1] == "a cat"
+
+
 @pytest.mark.slow_cases("--y1 1 --y2 2-1.625")
 @pytest.mark.parametrize(
     ("words", "mu"),
