@@ -79,7 +79,7 @@ def _measures(folder: Path, args: argparse.Namespace) -> tuple[Measure, Measure]
     write_video(clip, (large[:, 2 * at : 2 * at + width] for at in range(args.frames)), 16, preset="fast")
     config = SwinirConfig(
         dim=60, heads=(6,) * 4, depths=(args.depth,) * 4, window=8, hidden=120, convolutions=1,
-        upsampler="pixelshuffle", ups=(2,), features=64, pixel_range=1.0,
+        upsampler="pixelshuffle", upsampling_factors=(2,), features=64, pixel_range=1.0,
     )  # fmt: skip
     torch.manual_seed(0)
     save_tensors(model, SwinIR(config).state_dict())
