@@ -322,7 +322,7 @@ class LearningEncoder(TextEncoder, Protocol):
     def network(self) -> nn.Module:
         """The loaded network.
 
-        A LoRA is applied to the blocks that the network's `DitSpec` names (`runtime.run_blocks.spec_of`).
+        A LoRA is applied to the blocks that the network's `DitSpec` names (`runtime.run_blocks.get_spec`).
         """
 
 

@@ -71,7 +71,7 @@ class NetworkSpec:
     caption_checks: Sequence[ReadCaptions] = ()  # each returns a note on captions that teach nothing
     caption_choices: Sequence[str] = ()  # replace the captions; one is drawn for each sample
     start_option: str = "network_weights"  # option for the file to start from; "": the option of the model
-    # see `MadeNetwork.generate`; None: the model's own script generates with it
+    # see `CustomNetwork.generate`; None: the model's own script generates with it
     generation_command: Callable[[Path, Mapping[str, Any], Sequence[str]], Sequence[str]] | None = None
 
 
