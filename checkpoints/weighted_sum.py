@@ -15,7 +15,7 @@ from checkpoints.kinds import is_lora
 from checkpoints.opening import Checkpoint, open_checkpoint
 from checkpoints.quantizing import dequantized_on_read
 from checkpoints.writing import stream_tensors
-from modules.console import format_count, format_size, list_some, show_box
+from modules.console import format_count, format_size, list_some, pluralize, show_box
 from modules.devices import select_device
 from modules.errors import CheckpointError, OptionError
 from modules.options import Options, not_needed, option
@@ -203,7 +203,7 @@ def _check_fits(first: Checkpoint, other: Checkpoint, merged: set[str], unet_onl
     if misshapen[0] in FIRST_LAYERS and len(misshapen) == 1:
         hint = f"{other.path.name} is an inpainting model: pass it as the first of --models."
     raise CheckpointError(
-        f"{other.path} does not fit {first.path}: {format_count(len(misshapen), 'tensor')} have other sizes, "
+        f"{other.path} does not fit {first.path}: {pluralize(len(misshapen), 'tensors have other sizes')}, "
         f"such as {misshapen[0]}, {list(shapes[1])} instead of {list(shapes[0])}. {hint}",
         other.path,
     )

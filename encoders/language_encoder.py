@@ -1,8 +1,8 @@
 """Language models as text encoders: prompt templates of families, and the hidden states that they take.
 
-    USE = LanguageUse(name="vl", states_key="vl_embed", model=QWEN25_VL, source=QWEN_TOKENIZER, ...)
-    encoder = LanguageModelEncoder(USE, path, torch.bfloat16)     # a TextEncoder of protocols
-    encoder.encode(prompts)                                       # {"vl_embed": [L C]} for each
+    settings = LanguageEncoderSettings(name="vl", states_key="vl_embed", model=QWEN25_VL, ...)
+    encoder = LanguageModelEncoder(settings, path, torch.bfloat16)     # a TextEncoder of protocols
+    encoder.encode(prompts)                                            # {"vl_embed": [L C]} for each
 
 Source of the chat templates: the released tokenizers of Qwen3.
 """

@@ -52,7 +52,7 @@ BY_SCRIPT = {"by_script": True}  # set by the script, so it never counts as give
 WRITES = {"reach": "writes"}  # it writes files; `run` allows that only in its folders
 APPENDS = {"reach": "appends"}  # it appends to a file; an options file may do so only for logs
 # data leaves this machine; `run` allows it only on the command line. Fact `stays`: values that send nothing;
-# fact `intention`: the effect of all other values
+# fact `permission`: the effect of all other values
 SENDS = {"reach": "sends"}
 SHARED_WITH_RUN = {"of_run": True}  # a training option that `run` has too, and passes on
 # a settings file of another library, which may send data; `run` allows it only on the command line

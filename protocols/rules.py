@@ -170,8 +170,8 @@ class ConsistencyRules:
 class NpzFormat:
     """Names of a family's npz caches. Their arrays have the same names as the tensors in our own caches.
 
-    Latents are in `STEM_WWWWxHHHH{latents}.npz`, where W and H are the size of the image, with an array
-    `latents_{h}x{w}` for each resolution. Texts are in `STEM{texts}.npz`.
+    Latents are in `STEM_WWWWxHHHH{latent_suffix}.npz`, where W and H are the size of the image, with an array
+    `latents_{h}x{w}` for each resolution. Texts are in `STEM{text_suffix}.npz`.
     """
 
     latent_suffix: str  # "_flux"

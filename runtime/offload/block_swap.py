@@ -1,7 +1,7 @@
 """Keep blocks of a transformer in host memory and copy each to the device before it runs.
 
     host = host_weights(SwapPlan(family.dit, blocks), device)  # None if nothing is swapped
-    dit = family.load_dit(Placement(device, host=host))  # loads swapped weights from disk to host memory
+    dit = family.load_dit(Placement(device, host_weights=host))  # loads swapped weights to host memory
     ...  # LoRA, compilation, checkpointing
     swap_blocks(dit, host, device)
 

@@ -1,7 +1,7 @@
 """Split the blocks of a transformer over processes: each keeps a part and gathers a block to run it.
 
     shares = ShardedBlocks(device, option)  # in every process, after they have joined
-    dit = family.load_dit(Placement(device, blocks=shares))  # keeps only a part of each filled block
+    dit = family.load_dit(Placement(device, block_sharder=shares))  # keeps only a part of each filled block
     ...  # LoRA, compilation, checkpointing
     shares.finish(dit)
 

@@ -1,7 +1,7 @@
 """Let networks take turns on a device: keep frozen weights in host memory, and copy them to run.
 
     host_weights = make_host_weights(..., device, all_weights=True)  # to load from disk to host memory
-    dit = family.load_dit(Placement(device, host=host_weights), expert)
+    dit = family.load_dit(Placement(device, host_weights=host_weights), expert)
     ...                                                   # LoRA, compilation, checkpointing, swap
     copy = HostCopy(dit, device, host_weights)            # call last; None: it was loaded to the device
     copy.to_device()

@@ -76,6 +76,7 @@ def test_the_channels_of_an_inpainting_model_stay_while_another_is_added(tmp_pat
 
     assert merged[FIRST][0, :, 0, 0].tolist() == [12.0] * 4 + [10.0] * 5
     code, said = run_here(SCRIPT, "--output", "x.safetensors", "--models", *models[::-1], folder=tmp_path)
+    assert_one_message(code, said, "1 tensor has other sizes")
     assert_one_message(code, said, "inpainting.safetensors is an inpainting model: pass it as the first")
 
 

@@ -1,6 +1,6 @@
 """Let some tokens bypass the middle blocks of a transformer unchanged.
 
-    with routed(dit, route):
+    with bypassing_blocks(dit, route):
         velocity = dit(noisy, timesteps, text)
 
 The tokens are selected when their grid is known, after the network has embedded its inputs. The runner of the
