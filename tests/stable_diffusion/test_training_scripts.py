@@ -209,7 +209,7 @@ def test_stable_diffusion_1_and_2_train_from_caches(folder: Path, version: str) 
         (["--v_pred_like_loss", "1", "--v_parameterization"], "models that predict noise"),
         (["--blocks_to_swap", "2"], "a U-Net"),
         (["--weighted_captions"], "captions are read as they are"),
-        (["--network_args", "block_dims=4,4"], "2 numbers, this model has"),
+        (["--network_args", "block_dims=4,4"], "2 values, but this model has"),
         (["--network_args", "up_lr_weight=no"], "not a number of at least 0"),
     ],
 )
