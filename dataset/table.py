@@ -145,7 +145,7 @@ class DatasetTable:
     config_path: Path
     index: int  # index of the table in the file
     kind: Literal["image", "video"]
-    # exactly one of `directory`, `jsonl_file` and `own` is set
+    # exactly one of `directory`, `jsonl_file` and `format_keys` is set
     directory: Path | None = forms.source_field(forms.PATH)
     jsonl_file: Path | None = forms.source_field(forms.LIST_PATH)
     resolution: tuple[int, int] = key(forms.SIZE, (960, 544), in_general=True, stale=LATENTS)  # width, height

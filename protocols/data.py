@@ -121,7 +121,7 @@ class CacheOrigin:
     """The encoder that wrote a cache file, according to the file's metadata."""
 
     path: Path
-    part: str  # LATENTS_MADE, AUDIO_MADE, or the name of a text encoder
+    part: str  # LATENTS_PART, AUDIO_PART, or the name of a text encoder
     encoder: Mapping[str, str]  # `Family.media_identity`, `audio_identity` or `TextEncoder.identity`
     # written by a version that read control clips and masks by their own timestamps
     has_separate_timing: bool = False
