@@ -133,6 +133,18 @@ def test_sound_keeps_its_speed_whatever_becomes_of_the_frames(
     assert heard.tensors["audio_lengths"] == length
 
 
+def test_sound_is_cached_again_when_target_fps_changes(tmp_path: Path) -> None:
+    """The same frames by number last half as long at twice the rate."""
+    write_media(tmp_path / "clip.mp4", Track(CLICKS, seconds=4), fps=32)
+    for fps in (8.0, 16.0):
+        family = hearing()
+
+        report = cache(make_set(tmp_path, source_fps="auto", target_fps=fps), family)
+
+        assert report.written == 2
+        assert [samples.shape[2] for samples in family.heard] == [round(9 / fps * RATE)]
+
+
 def test_sound_at_another_speed_than_its_frames_is_refused(tmp_path: Path) -> None:
     """The user says that the clip is slower than its file: what is heard would not be what is seen."""
     write_media(tmp_path / "clip.mp4", Track(CLICKS), fps=24)
