@@ -413,6 +413,9 @@ def _find_source_changes(
     rate = record.options.get("source_fps")
     if table.kind == "video" and rate != table.source_fps:
         yield f"made for source_fps = {rate}, but {table.name} has {table.source_fps}"
+    fps = record.options.get("fps")  # target_fps, or the rate of the family
+    if table.target_fps is not None and fps not in (None, table.target_fps):
+        yield f"made for {fps:g} frames per second, but {table.name} has target_fps = {table.target_fps:g}"
     if table.directory is not None and (table.index, item.key) not in checks.checked:
         # records of early versions list no files: then there is nothing to compare
         file = checks.changed_file(folders[: len(record.files)], record.files)

@@ -155,6 +155,17 @@ def test_a_cache_made_with_other_keys_is_named_with_the_command(
         read_batch([item], LATENT, COMMANDS)
 
 
+def test_a_cache_made_for_another_target_fps_is_named(tmp_path: Path) -> None:
+    config = cached(tmp_path, source_fps="auto", target_fps=16.0, target_frames=(5,))
+    (item, *_) = find_items(config, "toy", LATENT).items
+    assert len(read_batch([item], LATENT)) == 1
+
+    changed = replace(item, table=replace(item.table, target_fps=24.0))
+
+    with pytest.raises(CacheError, match=r"made for 16 frames per second, but .* has target_fps = 24"):
+        read_batch([changed], LATENT)
+
+
 def test_a_changed_source_is_named_and_one_that_is_gone_is_not_needed(tmp_path: Path) -> None:
     config = cached(tmp_path)
     items = find_items(config, "toy", LATENT).items
