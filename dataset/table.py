@@ -507,6 +507,8 @@ class DatasetConfig:
 FROM_FILE, FROM_ALPHA = "file", "alpha"
 # keys in the settings of a text record: what the encoder saw in addition to the caption
 CLIP, MEDIA = "clip", "media"
+# key in the same settings, set if pixel positions in the caption were converted to the resized image
+FITTED = "fitted"
 
 
 class FurtherText(NamedTuple):

@@ -28,7 +28,7 @@ from dataset.forms.composing import get_source_format
 from dataset.sources.captions import captions_in, read_caption
 from dataset.sources.frames import find_bucket
 from dataset.sources.media_source import CLIP_REFERENCES
-from dataset.table import CLIP, FROM_ALPHA, FROM_FILE, FURTHER_TEXT, MEDIA, get_cache_key_defaults
+from dataset.table import CLIP, FITTED, FROM_ALPHA, FROM_FILE, FURTHER_TEXT, MEDIA, get_cache_key_defaults
 from modules.console import format_count
 from modules.errors import CacheError
 from modules.option_values import format_shape
@@ -143,7 +143,9 @@ def _find_text_setting_changes(
     if saw_references:
         current |= table.visible_reference_settings(item.bucket[:2])
     current |= _current_visible_media_settings(item, recorded)
-    change_text = difference({**defaults, **recorded}, current)
+    # whether positions were converted depends on the caption alone, which is compared with its file
+    previous = {key: value for key, value in recorded.items() if key != FITTED}
+    change_text = difference({**defaults, **previous}, current)
     if change_text is not None:
         yield f"{change_text} in {table.name}"
 
@@ -151,7 +153,14 @@ def _find_text_setting_changes(
 def _find_caption_change(
     table: DatasetTable, path: Path, number: int, record: TextRecord, checks: CacheChecks
 ) -> Iterator[str]:
-    """Yield a line if the caption at index `number` in a file is no longer the encoded one."""
+    """Yield a line if the caption at index `number` in a file is no longer the encoded one.
+
+    An encoded caption with converted positions differs from the file, whose content is compared instead.
+    """
+    if FITTED in record.settings and record.file is not None:
+        if checks.changed_file([path.parent], (record.file,)) is not None:
+            yield f"{path} has changed since its caption was encoded"
+        return
     text = read_caption(path)
     # a slice, because the file may have fewer captions than when it was cached
     if text is None or captions_in(text, table)[number : number + 1] == (record.caption,):
