@@ -398,11 +398,12 @@ class DatasetTable:
         """Return, by name, the table's settings that change the reference images seen by text encoders.
 
         Returns {} unless text encoders see reference images at the size that the VAE encodes. `bucket` is the
-        item's width and height.
+        item's width and height; if it is unknown, (), the keys that decide it are returned in its place.
         """
         if self.references is None or not self.references.text_sees_vae_input:
             return {}
-        return {"bucket": list(bucket), **self.non_default_values(REFERENCES)}
+        settings: dict[str, Any] = {"bucket": list(bucket), **self.non_default_values(REFERENCES)}
+        return settings if bucket else settings | self.non_default_values(LATENTS)
 
     def visible_media_settings(
         self,

@@ -141,7 +141,9 @@ def _find_text_setting_changes(
     defaults = {**get_cache_key_defaults(TEXTS), "captions": 1}
     current = {**defaults, **table.non_default_values(TEXTS), "captions": item.num_captions}
     if saw_references:
-        current |= table.visible_reference_settings(item.bucket[:2])
+        # of files that had to be downloaded or unpacked, no bucket was known
+        bucket = () if recorded.get("bucket") == [] else item.bucket[:2]
+        current |= table.visible_reference_settings(bucket)
     current |= _current_visible_media_settings(item, recorded)
     # whether positions were converted depends on the caption alone, which is compared with its file
     previous = {key: value for key, value in recorded.items() if key != FITTED}

@@ -13,13 +13,14 @@ from dataset.batches.reading import read_batch
 from dataset.cache_files import EMPTY, read_entry
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.caching.prefetch import CacheReport
-from dataset.config import DatasetConfig, with_references
+from dataset.config import DatasetConfig, load_dataset_config, with_references
 from modules.errors import CacheError, DatasetError
 from modules.media.reading import read_image
 from protocols.data import Conditions
 from protocols.requests import Prompt
 from tests.dataset.edit_sets import RULES, SIZE, EditFamily, cache, make_set, read_set
 from tests.dataset.making import make_image
+from tests.dataset.sources.test_addresses import write_tar
 from tests.dataset.toy_family import ToyText, options
 
 SEEN = dataclasses.replace(RULES, seen_by_text=True)
@@ -130,6 +131,32 @@ def test_training_refuses_a_text_of_another_reference(tmp_path: Path) -> None:
 
     with pytest.raises(CacheError, match=r"a_0\.png has changed since its encoder saw it"):
         read_batch([item], EditFamily().latent)
+
+
+def test_texts_with_references_of_a_tar_are_trained_on_until_its_buckets_change(tmp_path: Path) -> None:
+    """How large an encoder sees the references depends on buckets, which are unknown before unpacking."""
+    rules = dataclasses.replace(SEEN, text_sees_vae_input=True)
+    png = make_image(tmp_path / "a.png", SIZE).read_bytes()
+    write_tar(tmp_path / "set.tar", {"a.png": png, "a.control.png": png, "a.txt": b"make it blue"})
+
+    def read(resolution: int) -> DatasetConfig:
+        text = f"[[datasets]]\nimage_tars = '{tmp_path}/set.tar'\ncache_directory = '{tmp_path}/cache'\n"
+        text += f"caption_extension = '.txt'\nresolution = {resolution}\n"
+        (tmp_path / "data.toml").write_text(text, encoding="utf-8")
+        return with_references(load_dataset_config(tmp_path / "data.toml"), rules)
+
+    family = EditFamily(text=[SeeingText("t5", variable_length=frozenset({"t5"}))], references=rules)
+    cache_media(family, read(64), options())
+    assert cache_texts(family, read(64), options()).written == 1
+    items = find_items(read(64), "toy", family.latent).items
+
+    assert read_batch(items, family.latent).captions == ("make it blue",)
+
+    cache_media(family, read(32), options())  # latents alone are made again
+    with pytest.raises(CacheError, match="resolution was"):
+        read_batch(find_items(read(32), "toy", family.latent).items, family.latent)
+    assert cache_texts(family, read(32), options()).written == 1
+    read_batch(find_items(read(32), "toy", family.latent).items, family.latent)
 
 
 def test_a_bad_reference_costs_its_text_only(tmp_path: Path) -> None:
