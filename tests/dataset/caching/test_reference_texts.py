@@ -176,6 +176,23 @@ def test_a_bad_reference_costs_its_text_only(tmp_path: Path) -> None:
     assert (report.written, report.reused, report.failures) == (1, 2, ())
 
 
+def test_a_bad_reference_costs_no_text_of_the_same_name_in_another_table(tmp_path: Path) -> None:
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        folder.mkdir()
+        make_set(folder, {"a": (SIZE,)})
+    path = folders[0] / "refs/a_0.png"
+    path.write_bytes(path.read_bytes()[:80])
+    tables = [with_references(read_set(folder), SEEN).datasets[0] for folder in folders]
+    config = DatasetConfig(tmp_path / "data.toml", (tables[0], dataclasses.replace(tables[1], index=1)))
+    texts = [SeeingText(name, variable_length=frozenset({name})) for name in ("t5", "t6")]
+
+    report = cache_texts(EditFamily(text=list(texts), references=SEEN), config, options())
+
+    assert (report.written, len(report.failures), len(report.valid)) == (1, 1, 1)
+    assert [len(values(folder)) for folder in folders] == [0, 1]
+
+
 def test_mirroring_is_refused_if_texts_see_references(tmp_path: Path) -> None:
     config = make_set(tmp_path, {"a": (SIZE,)})
     (table,) = config.datasets
