@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dataset.batches.items import NO_COMMANDS, CachingCommands, TrainingItem, group_items
 from dataset.cache.records import (
+    FROM_OPTION,
     HAS_REFERENCE,
     CacheChecks,
     LatentRecord,
@@ -404,7 +405,8 @@ def _find_audio_source_changes(
     has_reference = HAS_REFERENCE in record.options
     num_files = len(record.files) - has_reference
     is_from_file = num_files > 1  # the clip and a separate audio file
-    if table.directory is not None and is_from_file != (table.audio_directory is not None):
+    differs = is_from_file != (table.audio_directory is not None) and FROM_OPTION not in record.options
+    if table.directory is not None and differs:
         source = "a file of audio_directory" if is_from_file else "the track of its clip"
         yield f"it was made from {source}, which {table.name} does not use now"
     folders = [table.directory, table.audio_directory][:num_files]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dataset import cache_files
 from dataset.cache import records
-from dataset.cache.records import HAS_REFERENCE
+from dataset.cache.records import FROM_OPTION, HAS_REFERENCE
 from dataset.cache.store import ExistingNames, LatentNames, Stores, remove_caches
 from dataset.caching.latents import write_entry
 from dataset.caching.prefetch import MANY, CacheReport, Failure, Write, read_ahead, write_behind
@@ -259,6 +259,8 @@ class AudioWork:
         options = {"span": [*(name.span or ())], "source_fps": table.source_fps, "fps": fps}
         if source.reference_audio is not None:  # a key of its own, so that other caches stay valid
             options[HAS_REFERENCE] = True
+        if table.audio_from_option:
+            options[FROM_OPTION] = True
         return options
 
     def _read(self, plan: AudioPlan) -> AudioPlan:
