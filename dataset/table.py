@@ -260,9 +260,8 @@ class DatasetTable:
     uses_empty_prompt: bool = False  # cache the empty prompt even if no captions are dropped
     excludes_animations: bool = False  # a video table has the same folder and uses its animations
     finds_audio_by_name: bool = False  # audio may be in files named like the clips, next to them
-    audio_from_option: bool = (
-        False  # a command-line option, which training does not have, sets audio_directory
-    )
+    # audio_directory is from an option of the caching command, which training does not have
+    audio_from_option: bool = False
     reads_row_references: bool = False  # rows of lists may have `references`
     has_guides: bool = False  # see `guides`
     has_conditioned_parts: bool = False  # has guides, spatial_crop_region or audio_cond_mask_directory
