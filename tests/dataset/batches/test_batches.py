@@ -384,6 +384,25 @@ def test_large_folders_are_not_listed(
     assert ("with no latents" in caplog.text) == told
 
 
+def test_a_clip_without_latents_is_named_even_if_another_table_lacks_a_text_of_its_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tables = []
+    for index, name in enumerate(("one", "two")):
+        (tmp_path / name).mkdir()
+        (table,) = cached(tmp_path / name).datasets
+        tables.append(replace(table, index=index))
+    (tables[0].cache_directory / "clip_1_toy_te.safetensors").unlink()
+    for part in tables[1].cache_directory.glob("clip_1_*"):
+        part.unlink()
+    found = find_items(DatasetConfig(tmp_path / "data.toml", tuple(tables)), "toy", LATENT)
+
+    compare_sources(tables, found, COMMANDS, "toy")
+
+    (said,) = [record.getMessage() for record in caplog.records if "with no latents" in record.getMessage()]
+    assert str(tmp_path / "two" / "clip_1.mp4") in said
+
+
 @pytest.mark.parametrize(("mode", "windows"), [("chunk", 2), ("uniform", 3), ("head", 1)])
 def test_a_window_without_latents_is_told(
     mode: str, windows: int, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
