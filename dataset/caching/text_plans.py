@@ -42,6 +42,14 @@ class VisibleMedia(NamedTuple):
 CAPTIONS_ONLY = VisibleMedia()
 
 
+def find_visible_media(encoders: Sequence[TextEncoder]) -> VisibleMedia:
+    """Return which media at least one of a family's text encoders sees."""
+    return VisibleMedia(
+        any(encoder.abilities.encodes_clip for encoder in encoders),
+        any(encoder.abilities.encodes_media for encoder in encoders),
+    )
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class CaptionFile:
     """A caption, the cache file of its embeddings, and the encoders that still have to run."""

@@ -40,10 +40,10 @@ from dataset.caching.prefetch import (
 )
 from dataset.caching.text_plans import (
     CaptionFile,
-    VisibleMedia,
     caption_fitter,
     distinct_texts,
     find_outputs,
+    find_visible_media,
     list_caption_files,
     plan_texts,
 )
@@ -118,12 +118,10 @@ class TextWork:
         family.check_named_files()
         stores.require_declared_formats(config.datasets, family.cache_tag)
         encoders = list(family.text_encoders())
-        self._visible_media = VisibleMedia(
-            any(encoder.abilities.encodes_clip for encoder in encoders),
-            any(encoder.abilities.encodes_media for encoder in encoders),
+        self._visible_media = find_visible_media(encoders)
+        files = list_caption_files(
+            self._sources, family.cache_tag, self._visible_media, caption_fitter(family)
         )
-        fit = caption_fitter(family) if family.abilities.adjusts_captions else None
-        files = list_caption_files(self._sources, family.cache_tag, self._visible_media, fit)
         self._files = distinct_texts(files, stores)
         self.work_items: Sequence[TextBatch] = _make_batches(self._files, options.batch_size)
         self._encoders = [(encoder, dict(encoder.identity)) for encoder in encoders]
