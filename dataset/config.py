@@ -374,7 +374,7 @@ def with_audio_files(config: DatasetConfig, option: str, folder: Path | None) ->
         if table.kind == "video" and table.audio_directory is None and table.directory is None:
             logger.warning("%s: %s is ignored: audio_path in each row names its audio", table.name, option)
         elif table.kind == "video" and table.audio_directory is None and not table.is_audio_only:
-            table = replace(table, audio_directory=folder or table.directory)
+            table = replace(table, audio_directory=folder or table.directory, audio_from_option=True)
         tables.append(table)
     return replace(config, datasets=tuple(tables))
 

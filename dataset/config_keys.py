@@ -420,7 +420,7 @@ def parse_config(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise DatasetError(
             f"{path} cannot be read: {error.strerror}{paths.describe_lookup(path)}."
-            f"{paths.explain_missing(path)} Pass --dataset_config the file's path."
+            f"{paths.explain_missing(path)} Pass the file's path to --dataset_config."
         ) from error
     try:
         content = parse_toml(text) if path.suffix.lower() == ".toml" else parse_json(text, no_repeats=True)

@@ -145,7 +145,7 @@ class DatasetTable:
     config_path: Path
     index: int  # index of the table in the file
     kind: Literal["image", "video"]
-    # exactly one of `directory`, `jsonl_file` and `own` is set
+    # exactly one of `directory`, `jsonl_file` and `format_keys` is set
     directory: Path | None = forms.source_field(forms.PATH)
     jsonl_file: Path | None = forms.source_field(forms.LIST_PATH)
     resolution: tuple[int, int] = key(forms.SIZE, (960, 544), in_general=True, stale=LATENTS)  # width, height
@@ -260,6 +260,8 @@ class DatasetTable:
     uses_empty_prompt: bool = False  # cache the empty prompt even if no captions are dropped
     excludes_animations: bool = False  # a video table has the same folder and uses its animations
     finds_audio_by_name: bool = False  # audio may be in files named like the clips, next to them
+    # audio_directory is from an option of the caching command, which training does not have
+    audio_from_option: bool = False
     reads_row_references: bool = False  # rows of lists may have `references`
     has_guides: bool = False  # see `guides`
     has_conditioned_parts: bool = False  # has guides, spatial_crop_region or audio_cond_mask_directory
@@ -398,11 +400,12 @@ class DatasetTable:
         """Return, by name, the table's settings that change the reference images seen by text encoders.
 
         Returns {} unless text encoders see reference images at the size that the VAE encodes. `bucket` is the
-        item's width and height.
+        item's width and height; if it is unknown, (), the keys that decide it are returned in its place.
         """
         if self.references is None or not self.references.text_sees_vae_input:
             return {}
-        return {"bucket": list(bucket), **self.non_default_values(REFERENCES)}
+        settings: dict[str, Any] = {"bucket": list(bucket), **self.non_default_values(REFERENCES)}
+        return settings if bucket else settings | self.non_default_values(LATENTS)
 
     def visible_media_settings(
         self,
@@ -507,6 +510,8 @@ class DatasetConfig:
 FROM_FILE, FROM_ALPHA = "file", "alpha"
 # keys in the settings of a text record: what the encoder saw in addition to the caption
 CLIP, MEDIA = "clip", "media"
+# key in the same settings, set if pixel positions in the caption were converted to the resized image
+FITTED = "fitted"
 
 
 class FurtherText(NamedTuple):

@@ -84,8 +84,8 @@ RESULTS = (  # seed, prompt
 )
 TALL = {"compare": 1500, "new": 1300}  # heights of wide windows
 SAID = {
-    2: "DatasetError: stars.toml cannot be read: No such file or directory. Pass --dataset_config the file's "
-    "path.",
+    2: "DatasetError: stars.toml cannot be read: No such file or directory. Pass the file's path to "
+    "--dataset_config.",
     3: "steps:  62%|######2   | 1240/2000 [1:04:26<39:30,  3.12s/it, avr_loss=0.0957]",
 }
 CAPTIONS = (  # and frames, of the clips of the dataset

@@ -19,9 +19,10 @@ from dataset.cache.records import LatentRecord, TextRecord, latent_record, text_
 from dataset.cache.store import LatentNames, Stores
 from dataset.cache_files import CacheStore, LatentName, latent_names, tensor_key, text_file_name
 from dataset.caching.planning import LatentCacheSettings, SourcePlan, plan_all
-from dataset.caching.text_plans import FITTED, CaptionFile, list_caption_files, plan_texts, why_outdated
+from dataset.caching.text_plans import CaptionFile, list_caption_files, plan_texts, why_outdated
 from dataset.sources.captions import read_caption
 from dataset.sources.media_source import MediaSource, Remote
+from dataset.table import FITTED
 from modules.errors import CacheError, DatasetError
 from modules.paths import hide_secrets
 from protocols.data import LatentSpec

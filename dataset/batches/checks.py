@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dataset.batches.items import NO_COMMANDS, CachingCommands, TrainingItem, group_items
 from dataset.cache.records import (
+    FROM_OPTION,
     HAS_REFERENCE,
     CacheChecks,
     LatentRecord,
@@ -28,7 +29,7 @@ from dataset.forms.composing import get_source_format
 from dataset.sources.captions import captions_in, read_caption
 from dataset.sources.frames import find_bucket
 from dataset.sources.media_source import CLIP_REFERENCES
-from dataset.table import CLIP, FROM_ALPHA, FROM_FILE, FURTHER_TEXT, MEDIA, get_cache_key_defaults
+from dataset.table import CLIP, FITTED, FROM_ALPHA, FROM_FILE, FURTHER_TEXT, MEDIA, get_cache_key_defaults
 from modules.console import format_count
 from modules.errors import CacheError
 from modules.option_values import format_shape
@@ -141,9 +142,13 @@ def _find_text_setting_changes(
     defaults = {**get_cache_key_defaults(TEXTS), "captions": 1}
     current = {**defaults, **table.non_default_values(TEXTS), "captions": item.num_captions}
     if saw_references:
-        current |= table.visible_reference_settings(item.bucket[:2])
+        # of files that had to be downloaded or unpacked, no bucket was known
+        bucket = () if recorded.get("bucket") == [] else item.bucket[:2]
+        current |= table.visible_reference_settings(bucket)
     current |= _current_visible_media_settings(item, recorded)
-    change_text = difference({**defaults, **recorded}, current)
+    # whether positions were converted depends on the caption alone, which is compared with its file
+    previous = {key: value for key, value in recorded.items() if key != FITTED}
+    change_text = difference({**defaults, **previous}, current)
     if change_text is not None:
         yield f"{change_text} in {table.name}"
 
@@ -151,7 +156,14 @@ def _find_text_setting_changes(
 def _find_caption_change(
     table: DatasetTable, path: Path, number: int, record: TextRecord, checks: CacheChecks
 ) -> Iterator[str]:
-    """Yield a line if the caption at index `number` in a file is no longer the encoded one."""
+    """Yield a line if the caption at index `number` in a file is no longer the encoded one.
+
+    An encoded caption with converted positions differs from the file, whose content is compared instead.
+    """
+    if FITTED in record.settings and record.file is not None:
+        if checks.changed_file([path.parent], (record.file,)) is not None:
+            yield f"{path} has changed since its caption was encoded"
+        return
     text = read_caption(path)
     # a slice, because the file may have fewer captions than when it was cached
     if text is None or captions_in(text, table)[number : number + 1] == (record.caption,):
@@ -393,7 +405,8 @@ def _find_audio_source_changes(
     has_reference = HAS_REFERENCE in record.options
     num_files = len(record.files) - has_reference
     is_from_file = num_files > 1  # the clip and a separate audio file
-    if table.directory is not None and is_from_file != (table.audio_directory is not None):
+    differs = is_from_file != (table.audio_directory is not None) and FROM_OPTION not in record.options
+    if table.directory is not None and differs:
         source = "a file of audio_directory" if is_from_file else "the track of its clip"
         yield f"it was made from {source}, which {table.name} does not use now"
     folders = [table.directory, table.audio_directory][:num_files]
@@ -413,6 +426,9 @@ def _find_source_changes(
     rate = record.options.get("source_fps")
     if table.kind == "video" and rate != table.source_fps:
         yield f"made for source_fps = {rate}, but {table.name} has {table.source_fps}"
+    fps = record.options.get("fps")  # target_fps, or the rate of the family
+    if table.target_fps is not None and fps not in (None, table.target_fps):
+        yield f"made for {fps:g} frames per second, but {table.name} has target_fps = {table.target_fps:g}"
     if table.directory is not None and (table.index, item.key) not in checks.checked:
         # records of early versions list no files: then there is nothing to compare
         file = checks.changed_file(folders[: len(record.files)], record.files)

@@ -525,7 +525,7 @@ def require_items(found: FoundItems, commands: CachingCommands = NO_COMMANDS) ->
     errors = _explain_missing_caches(found)
     if errors:
         needed_commands = _list_needed_commands(found, commands)
-        raise CacheError("\n  ".join([*errors, "Cache them first:", *needed_commands]))
+        raise CacheError("\n  ".join([*errors, "Make the caches first:", *needed_commands]))
     if found.missing_text or found.unlisted_caches:
         _warn_left_out(found, commands)
     num_items = format_count(len(found.items), "item")

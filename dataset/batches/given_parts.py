@@ -105,7 +105,7 @@ def _read_spans(path: Path) -> Spans:
             raise ValueError  # reported below, like text that is not a number
     except (OSError, ValueError, TypeError, StopIteration):
         raise DatasetError(
-            f"{path}: not a list of pairs of seconds. Pass lines such as 0.5 1.25 in a .txt file, or "
+            f"{path}: not a list of pairs of seconds. Write lines such as 0.5 1.25 in a .txt file, or "
             f'{{"intervals": [[0.5, 1.25]]}} in a .json file'
         ) from None
     return spans

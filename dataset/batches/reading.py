@@ -166,8 +166,8 @@ def _check_rejected(media: Sequence["_ItemTensors"], commands: CachingCommands) 
 def explain_no_rejected(path: Path, commands: CachingCommands) -> str:
     """Return the error message for a cache without rejected latents, which --preference needs."""
     return (
-        f"{path}: it has no latents of a worse one, which --preference needs. Pass the table "
-        f"worse_directory, or worse_path in a list, and cache again with:\n  {commands.latents}"
+        f"{path}: it has no latents of a worse one, which --preference needs. Set "
+        f"worse_directory in the table, or worse_path in a list, and cache again with:\n  {commands.latents}"
     )
 
 

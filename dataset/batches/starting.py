@@ -274,8 +274,6 @@ def compare_sources(
         tag: The family's cache_tag.
         trains_audio: Whether the run trains audio.
     """
-    # `require_items` has warned about media without texts
-    missing_text_caches = {path.name for path in found.missing_text}
     for table in tables:
         items = [item for item in found.items if item.table.index == table.index]
         _compare_lengths(table, items, commands)
@@ -288,7 +286,8 @@ def compare_sources(
             if sources is None:
                 continue
             checks_audio = trains_audio and table.kind == "video" and table.audio != IGNORE
-            differences = _find_differences(sources, items, missing_text_caches, tag, checks_audio)
+            # `require_items` has warned about media without texts
+            differences = _find_differences(sources, items, found.missing_text, tag, checks_audio)
         if any(differences):
             _warn_of_cache_differences(table, differences, commands)
 
@@ -322,19 +321,20 @@ def _warn_of_cache_differences(
 def _find_differences(
     sources: Mapping[str, MediaSource],
     items: Sequence[TrainingItem],
-    missing_text_caches: Collection[str],
+    missing_text: Collection[Path],
     tag: str,
     checks_audio: bool,
 ) -> _SourceDifferences:
     """Compare a folder's media files, by stem, with the training items found in the cache.
 
-    `missing_text_caches` are text cache names of media with latents but without an item. `checks_audio` says
-    whether clips with audio must have cached audio.
+    `missing_text` are text caches, of all tables, of media with latents but without an item. `checks_audio`
+    says whether clips with audio must have cached audio.
     """
+    folder = items[0].table.cache_directory
     cached = {item.source_stem for item in items}
     without_latents = []
     for stem, source in sources.items():
-        if stem not in cached and text_file_name(stem, tag) not in missing_text_caches:
+        if stem not in cached and folder / text_file_name(stem, tag) not in missing_text:
             without_latents.append(str(source.path))
     uncached_audio: list[str] = []
     if checks_audio:

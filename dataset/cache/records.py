@@ -58,6 +58,8 @@ MAX_CHECKED = 1 << 16  # items to remember as unchanged: a few megabytes
 CLOCK = "one_clock"
 # key in the options of a record of audio: the last of its files is the reference of that audio
 HAS_REFERENCE = "reference_audio"
+# true if an option of the caching command, not the table, says that the audio is in a separate file
+FROM_OPTION = "audio_from_option"
 
 
 @dataclass(frozen=True)

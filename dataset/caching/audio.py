@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dataset import cache_files
 from dataset.cache import records
-from dataset.cache.records import HAS_REFERENCE
+from dataset.cache.records import FROM_OPTION, HAS_REFERENCE
 from dataset.cache.store import ExistingNames, LatentNames, Stores, remove_caches
 from dataset.caching.latents import write_entry
 from dataset.caching.prefetch import MANY, CacheReport, Failure, Write, read_ahead, write_behind
@@ -252,12 +252,15 @@ class AudioWork:
 
     def _options(self, source: MediaSource, name: cache_files.LatentName) -> dict[str, Any]:
         """Return the settings that an item's cached audio depends on; its record stores them."""
-        source_fps = source.table.source_fps
+        table = source.table
         # if source_fps is not set, no frames are dropped to reach the family's rate
-        fps = None if source_fps is None else self._family.defaults.fps
-        options = {"span": [*(name.span or ())], "source_fps": source_fps, "fps": fps}
+        family_fps = None if table.source_fps is None else self._family.defaults.fps
+        fps = table.target_fps or family_fps
+        options = {"span": [*(name.span or ())], "source_fps": table.source_fps, "fps": fps}
         if source.reference_audio is not None:  # a key of its own, so that other caches stay valid
             options[HAS_REFERENCE] = True
+        if table.audio_from_option:
+            options[FROM_OPTION] = True
         return options
 
     def _read(self, plan: AudioPlan) -> AudioPlan:

@@ -20,6 +20,7 @@ from dataset.config_keys import TEXTS
 from dataset.sources.colors import find_changed_reading
 from dataset.sources.decoding import find_bucket_fit
 from dataset.sources.media_source import MediaSource, Origin, pause_garbage_collection
+from dataset.table import FITTED
 from modules.bars import Bar
 from modules.errors import CacheError, DatasetError, MediaError
 from modules.media.reading import image_size
@@ -39,6 +40,14 @@ class VisibleMedia(NamedTuple):
 
 
 CAPTIONS_ONLY = VisibleMedia()
+
+
+def find_visible_media(encoders: Sequence[TextEncoder]) -> VisibleMedia:
+    """Return which media at least one of a family's text encoders sees."""
+    return VisibleMedia(
+        any(encoder.abilities.encodes_clip for encoder in encoders),
+        any(encoder.abilities.encodes_media for encoder in encoders),
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,7 +74,6 @@ class CaptionFile:
 
 # (source, caption) -> caption whose positions in the image are converted to positions in the bucket
 FitText = Callable[[MediaSource, str], str]
-FITTED = "fitted"  # key in a record's settings, set if positions in the caption were converted
 
 
 def caption_fitter(family: Caches) -> FitText | None:

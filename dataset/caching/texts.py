@@ -40,10 +40,10 @@ from dataset.caching.prefetch import (
 )
 from dataset.caching.text_plans import (
     CaptionFile,
-    VisibleMedia,
     caption_fitter,
     distinct_texts,
     find_outputs,
+    find_visible_media,
     list_caption_files,
     plan_texts,
 )
@@ -118,19 +118,17 @@ class TextWork:
         family.check_named_files()
         stores.require_declared_formats(config.datasets, family.cache_tag)
         encoders = list(family.text_encoders())
-        self._visible_media = VisibleMedia(
-            any(encoder.abilities.encodes_clip for encoder in encoders),
-            any(encoder.abilities.encodes_media for encoder in encoders),
+        self._visible_media = find_visible_media(encoders)
+        files = list_caption_files(
+            self._sources, family.cache_tag, self._visible_media, caption_fitter(family)
         )
-        fit = caption_fitter(family) if family.abilities.adjusts_captions else None
-        files = list_caption_files(self._sources, family.cache_tag, self._visible_media, fit)
         self._files = distinct_texts(files, stores)
         self.work_items: Sequence[TextBatch] = _make_batches(self._files, options.batch_size)
         self._encoders = [(encoder, dict(encoder.identity)) for encoder in encoders]
         self._find_outputs = partial(find_outputs, encoders=self._encoders, stores=stores)
         self._loaded_encoder: TextEncoder | None = None
-        # texts that cannot be encoded, or whose reference images are unusable, by name of the cache file
-        self._failures_by_file: dict[str, Failure] = {}
+        # texts that cannot be encoded, or whose reference images are unusable
+        self._failures_by_file: dict[CaptionFile, Failure] = {}
 
     def encode(self, batches: Sequence[TextBatch], label: str | None) -> CacheReport:
         """Encode the captions in these batches that have no valid cache, one encoder after the other.
@@ -156,7 +154,7 @@ class TextWork:
                 self._complete_from_part(file)
         for encoder, identity in self._encoders:
             to_do = [file for file in files if encoder.name in file.encoders_to_run]
-            to_do = [file for file in to_do if file.file_name not in self._failures_by_file]
+            to_do = [file for file in to_do if file not in self._failures_by_file]
             logger.info("%s: %d captions, %d of them to encode", encoder.name, len(files), len(to_do))
             if to_do:
                 self._run_encoder(
@@ -170,7 +168,7 @@ class TextWork:
         # a text was planned if an encoder had to run, or if its outputs were only in a `.part`
         num_planned = sum(bool(file.encoders_to_run or file.has_partial_outputs) for file in files)
         num_written = num_planned - num_failed
-        valid = [file for file in files if file.file_name not in self._failures_by_file]
+        valid = [file for file in files if file not in self._failures_by_file]
         failures = dict.fromkeys(self._failures_by_file.values())  # captions of one file share a failure
         return CacheReport(
             written=num_written,
@@ -295,7 +293,7 @@ class TextWork:
             failure = _describe_failure(file, error)
             if failure is None:  # not an error of the dataset
                 raise
-            self._failures_by_file[file.file_name] = failure
+            self._failures_by_file[file] = failure
             return []
 
     def _add_seen_media(self, prompt: Prompt, source: MediaSource, stack: contextlib.ExitStack) -> Prompt:

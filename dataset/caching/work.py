@@ -119,11 +119,11 @@ def _check_audio(table: DatasetTable, trains_audio_only: bool) -> None:
     """Raise DatasetError if a table has no audio in an audio-only run, or only audio in another run."""
     if trains_audio_only and (table.kind == "image" or table.audio == IGNORE):
         why = "it has images" if table.kind == "image" else 'audio = "ignore" leaves none'
-        raise DatasetError(f"{table.name}: this run trains audio only, and {why}. Omit it")
+        raise DatasetError(f"{table.name}: this run trains audio only, and {why}. Omit the table")
     if table.is_audio_only and not trains_audio_only:
         raise DatasetError(
-            f"{table.name}: it has audio files, but this run trains on images. Pass the mode that trains "
-            "audio only, audio"
+            f"{table.name}: it has audio files, but this run trains on images. Use the mode audio, "
+            "which trains audio only"
         )
 
 
@@ -551,8 +551,8 @@ def _log_outdated(plans: Sequence[SourcePlan]) -> None:
 def _warn_of_replaced_caches(plans: Sequence[SourcePlan]) -> None:
     """Warn that caches made for other settings will be replaced, because another model may need them."""
     logger.warning(
-        "%s, which this command replaces. If they are to stay, press Ctrl-C, and pass another "
-        "cache_directory or the options that made them. The first: %s",
+        "%s, which this command replaces. If they are to stay, press Ctrl-C, and set another "
+        "cache_directory or use the options that made them. The first: %s",
         pluralize(len(plans), "sources have cache files of another kind"),
         plans[0].outdated_reason,
     )

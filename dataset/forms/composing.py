@@ -35,8 +35,8 @@ def _list_declared_sources() -> dict[str, tuple[TableKey, SourceFormat]]:
                 common_keys[field.name] = field.metadata["key"], source_format
     by_key = {}
     for kind in config_keys.BOTH:
-        for name, make_value_type, source_format in kind_keys:
-            by_key[f"{kind}_{name}"] = TableKey(make_value_type, None, (kind,)), source_format
+        for name, value_type, source_format in kind_keys:
+            by_key[f"{kind}_{name}"] = TableKey(value_type, None, (kind,)), source_format
     return by_key | common_keys
 
 
@@ -152,7 +152,7 @@ def read_columns(path: Path, names: Collection[str] | None = None) -> Iterator[T
 
 
 def find_cells(path: Path, name: str, finds_nulls: bool) -> FindCell | None:
-    """Return a function that maps a row number to the file in column `name`.
+    """Return a function that finds the file of a row in column `name`.
 
     Returns None if the column contains no files. With `finds_nulls`, the function returns None for a null
     cell.

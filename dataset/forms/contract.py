@@ -103,7 +103,7 @@ class RowFormat:
     has_header: ClassVar[bool] = False  # whether the first line names the columns
 
     def reads(self, path: Path) -> bool:
-        """Return whether a path is in this format, judged by its suffix; always False for folders."""
+        """Return whether a path is in this format, judged by its suffix; by default, folders are not."""
         return path.suffix.lower() in self.suffixes and not path.is_dir()
 
     def list_names(self) -> list[str]:
@@ -123,7 +123,7 @@ class RowFormat:
         raise NotImplementedError
 
     def find_cells(self, path: Path, name: str, finds_nulls: bool) -> FindCell | None:
-        """Return a function that maps a row number to the file in this column; None if it contains no files.
+        """Return a function that finds the file of a row in this column; None if it contains no files.
 
         With `finds_nulls`, the function returns None for a null cell.
         """

@@ -288,7 +288,7 @@ class ParquetCell:
 
 
 def make_cell_finder(path: Path, name: str, finds_nulls: bool) -> FindCell | None:
-    """Return a function that maps a row number to the file in column `name`.
+    """Return a function that finds the file of a row in column `name`.
 
     Returns None if the column contains no files. With `finds_nulls`, the function returns None for a null
     cell.

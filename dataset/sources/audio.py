@@ -90,7 +90,7 @@ def read_span_audios(local: MediaSource, spans: Sequence[Span], fps: float, spec
             if local.table.audio == REQUIRED:
                 raise MediaError(f'{reason}; audio = "required" needs it') from None
             if local.audio is not None:
-                raise MediaError(f"{reason}. Pass another file, or remove it") from None
+                raise MediaError(f"{reason}. Use another file, or remove it") from None
             silence_reason = str(reason)
     counts = [round(frames / rate * spec.rate) for _, frames in spans]
     return SpanAudios(tuple(torch.zeros(spec.channels, count) for count in counts), silence_reason)

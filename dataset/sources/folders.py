@@ -217,7 +217,7 @@ def _find_companions(
                 raise DatasetError(f"{table.name}: {files[0]} and {files[1].name} are {kinds}. Keep one.")
         if not files_by_medium:
             raise DatasetError(
-                f"{table.name}: {folder} has no {what} for any {table.kind}. Name each file like its "
+                f"{table.name}: {folder} has no {what} for any {table.kind}. Give each file the name of its "
                 f"{table.kind}, except for the suffix: {_make_example(table, what)}."
             )
     except DatasetError as error:

@@ -113,7 +113,7 @@ class MediaSource:
     more_captions: tuple[str, ...] = ()  # captions after the first one
     mask: Path | None = None  # an image, clip or folder of images: white is learned
     precomputed: PrecomputedTensors | None = None  # precomputed; then the file at `path` may be missing
-    remote_or_packed: tuple[Origin | None, ...] = ()  # origin of each of `parts`; (): all of them are on disk
+    remote_or_packed: tuple[Origin | None, ...] = ()  # origin of each of `latent_inputs`; (): all are on disk
     # separate audio file of a clip, and its origin if it is not on disk; None: the audio of the clip itself
     audio: tuple[Path, Remote | None] | None = None
     reference_audio: Path | None = None  # reference audio of a clip

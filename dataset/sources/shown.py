@@ -44,7 +44,7 @@ def _read_medium(entry: Mapping[str, Any], file: Path, position: str) -> Referen
     """Read an entry of a row's `references`. Raises DatasetError for an unknown key, type or file."""
     kind = entry.get("type")
     if kind not in KINDS:
-        raise DatasetError(f"{position}: type = {_show(kind)}: pass one of {', '.join(KINDS)}")
+        raise DatasetError(f"{position}: type = {_show(kind)}: use one of {', '.join(KINDS)}")
     unknown = sorted(entry.keys() - KEYS)
     if unknown:
         raise DatasetError(f"{position}: unknown key {unknown[0]}; known keys: {', '.join(sorted(KEYS))}")
@@ -67,7 +67,7 @@ def _locate(text: Any, file: Path, position: str) -> Path:
     if not isinstance(text, str) or not text.strip():
         raise DatasetError(f"{position} = {_show(text)} is not a path in quotes")
     if is_address(text):
-        raise DatasetError(f"{position}: references must be local files. Download it and pass its path")
+        raise DatasetError(f"{position}: references must be local files. Download it, and write its path")
     try:
         in_working_folder = expand_path(text, None)
         in_list_folder = expand_path(text, file.parent)

@@ -237,7 +237,7 @@ def test_a_plan_of_the_pocket_model_becomes_a_bar(tmp_path: Path) -> None:
         unfold(page, "memory")
         page.get_by_role("button", name="Plan", exact=True).click()
         message = wait_for_plan(page)
-        assert "Cache them first" in message
+        assert "Make the caches first" in message
         caching = f"cd {shlex.quote(str(folder))} && python"
         assert message.count(caching) == 3  # two commands for caches, and that of the plan
         make_caches(folder, files)

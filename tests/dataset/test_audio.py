@@ -20,7 +20,7 @@ from dataset.cache_files import read_entry, write_tensors
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.caching.on_ray import CachingActor
 from dataset.caching.prefetch import CacheReport, estimate_decoded_bytes
-from dataset.config import DatasetConfig, load_dataset_config
+from dataset.config import DatasetConfig, load_dataset_config, with_audio_files
 from dataset.listing import find_sources
 from dataset.sources import audio
 from dataset.sources.decoding import decode_source
@@ -133,6 +133,18 @@ def test_sound_keeps_its_speed_whatever_becomes_of_the_frames(
     assert heard.tensors["audio_lengths"] == length
 
 
+def test_sound_is_cached_again_when_target_fps_changes(tmp_path: Path) -> None:
+    """The same frames by number last half as long at twice the rate."""
+    write_media(tmp_path / "clip.mp4", Track(CLICKS, seconds=4), fps=32)
+    for fps in (8.0, 16.0):
+        family = hearing()
+
+        report = cache(make_set(tmp_path, source_fps="auto", target_fps=fps), family)
+
+        assert report.written == 2
+        assert [samples.shape[2] for samples in family.heard] == [round(9 / fps * RATE)]
+
+
 def test_sound_at_another_speed_than_its_frames_is_refused(tmp_path: Path) -> None:
     """The user says that the clip is slower than its file: what is heard would not be what is seen."""
     write_media(tmp_path / "clip.mp4", Track(CLICKS), fps=24)
@@ -168,6 +180,27 @@ def test_sound_of_files_in_a_folder_takes_the_place_of_the_clips_own(tmp_path: P
     shutil.copy(tmp_path / "ton ä/a.wav", tmp_path / "ton ä/a.flac")
     with pytest.raises(DatasetError, match="sound of the same clip. Keep one"):
         cache(config)
+
+
+@pytest.mark.parametrize("folder", ["sounds", None], ids=["folder", "next to the clips"])
+def test_sound_of_files_that_the_caching_command_names_is_trained_on(
+    tmp_path: Path, folder: str | None
+) -> None:
+    """The training command has no such option."""
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "sounds").mkdir()
+    write_media(tmp_path / "clips/a.mp4", Track((0.04,)))
+    sounds = None if folder is None else tmp_path / folder
+    write_media((sounds or tmp_path / "clips") / "a.wav", Track((0.12,), codec="pcm_s16le"), frames=0)
+    config = make_set(tmp_path / "clips")
+
+    report = cache(with_audio_files(config, "--audio_source", sounds))
+
+    assert report.written == 2
+    batch = read_batch(find(config).items, PLAIN)
+    assert AUDIO_LATENTS in batch.tensors
+    assert cache(with_audio_files(config, "--audio_source", sounds)).written == 0
+    assert cache(config).written == 1  # of the clip's own track
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv"])

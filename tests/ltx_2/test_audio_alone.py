@@ -87,7 +87,10 @@ def test_sound_alone_is_learned_from_files_as_with_diffusers(tmp_path: Path) -> 
     for mode in ("av", "v"):
         code, said = run_here(*refused, "--ltx2_mode", mode, folder=folder)
         assert_one_message(
-            code, said, "it has audio files, but this run trains on images", "the mode that trains audio only"
+            code,
+            said,
+            "it has audio files, but this run trains on images",
+            "the mode audio, which trains audio only",
         )
     next((folder / "cache of bells").glob("*_audio.safetensors")).unlink()
     said = project.train(*run("quiet", 1), *words[-4:], code=1)

@@ -500,8 +500,8 @@ def test_sides_that_references_cannot_have_are_told_with_the_clip(project: tuple
     assert_one_message(
         code,
         said,
-        "a.mp4: it has 64x64 pixels",
-        "4 times smaller (--reference_downscale) sides are multiples",
+        "a.mp4: its bucket is 64x64 pixels",
+        "4 times smaller (--reference_downscale) sides must be multiples",
     )
 
 

@@ -393,7 +393,7 @@ def test_references_are_those_of_diffusers(project: Path, files: TinyH3) -> None
         ([{"type": "audio", "path": "a.wav"}], "references are audio"),
         ([{"type": "image", "path": "none.png"}], "no such file"),
         ([{"type": "image", "path": "a.png", "audio_path": "a.wav"}], "of type video"),
-        ([{"type": "picture", "path": "a.png"}], "pass one of image, video, audio"),
+        ([{"type": "picture", "path": "a.png"}], "use one of image, video, audio"),
         ([], "has no references"),
     ],
 )

@@ -18,6 +18,7 @@ from dataset.config import DatasetConfig
 from dataset.options import GUESS, DebugOptions
 from modules.errors import CheckpointError, OptionError
 from modules.media.reading import read_image, video_frames
+from protocols.family import EncoderAbilities
 from protocols.rules import CountTokens
 from tests.dataset.caching.test_loop import change, make_config
 from tests.dataset.making import frame_numbers, make_clip, make_image, make_table
@@ -69,6 +70,16 @@ def test_text_caches_are_counted(tmp_path: Path) -> None:
     assert "  caches of t5: 1 are valid, 1 caption needs encoding" in result.lines
     (tmp_path / "clip_1.txt").unlink()
     assert check_caching(ToyFamily(), config, 1, False, parts=["texts"]).exit_code == 1
+
+
+def test_text_caches_of_an_encoder_that_sees_the_clip_are_valid(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    family = ToyFamily(text=(ToyText(abilities=EncoderAbilities(encodes_clip=True)),))
+    assert cache_texts(family, config, options()).written == 2
+
+    result = check_caching(family, config, 1, False, parts=["texts"])
+
+    assert "  caches of t5: 2 are valid, 0 captions need encoding" in result.lines
 
 
 class NoTokenizer(ToyText):

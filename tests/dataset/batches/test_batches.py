@@ -19,8 +19,9 @@ from dataset.cache_files import write_tensors
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.config import DatasetConfig, DatasetTable
 from modules.errors import CacheError
+from protocols.family import Abilities
 from tests.dataset.caching.test_loop import change, make_config
-from tests.dataset.making import make_clip, make_table, subset_table
+from tests.dataset.making import make_clip, make_image, make_table, subset_table
 from tests.dataset.toy_family import LATENT, ToyFamily, options
 from training.planning.memory import largest_batch
 
@@ -153,6 +154,47 @@ def test_a_cache_made_with_other_keys_is_named_with_the_command(
     said = rf"(?s)clip_0_00000-005_0032x0032_toy\.safetensors: .*{reason}.*python cache_latents\.py"
     with pytest.raises(CacheError, match=said):
         read_batch([item], LATENT, COMMANDS)
+
+
+def test_a_cache_made_for_another_target_fps_is_named(tmp_path: Path) -> None:
+    config = cached(tmp_path, source_fps="auto", target_fps=16.0, target_frames=(5,))
+    (item, *_) = find_items(config, "toy", LATENT).items
+    assert len(read_batch([item], LATENT)) == 1
+
+    changed = replace(item, table=replace(item.table, target_fps=24.0))
+
+    with pytest.raises(CacheError, match=r"made for 16 frames per second, but .* has target_fps = 24"):
+        read_batch([changed], LATENT)
+
+
+class FittingToy(ToyFamily):
+    """Its captions are JSON with positions, which are converted to those in the resized image."""
+
+    def has_coordinates(self, caption: str) -> bool:
+        return caption.startswith("{")
+
+    def find_caption_errors(self, caption: str, size: Any) -> tuple[str, ...]:
+        return ()
+
+    def fit_caption(self, caption: str, size: Any, fit: Any) -> str:
+        return caption.replace(str(size[0]), str(fit.bucket[0]))
+
+
+def test_captions_with_converted_positions_are_trained_on_until_their_file_changes(tmp_path: Path) -> None:
+    make_image(tmp_path / "a.png", (64, 64))
+    (tmp_path / "a.txt").write_text('{"right": 64}', encoding="utf-8")
+    table = make_table(tmp_path, "image_directory", resolution=(32, 32), caption_extension=".txt")
+    config = DatasetConfig(tmp_path / "data.toml", (table,))
+    family = FittingToy(abilities=Abilities(adjusts_captions=True))
+    cache_media(family, config, options())
+    cache_texts(family, config, options())
+    items = find_items(config, "toy", LATENT).items
+
+    assert read_batch(items, LATENT).captions == ('{"right": 32}',)
+
+    (tmp_path / "a.txt").write_text('{"right": 60}', encoding="utf-8")
+    with pytest.raises(CacheError, match=r"a\.txt has changed since its caption was encoded"):
+        read_batch(items, LATENT)
 
 
 def test_a_changed_source_is_named_and_one_that_is_gone_is_not_needed(tmp_path: Path) -> None:
@@ -340,6 +382,25 @@ def test_large_folders_are_not_listed(
     monkeypatch.setattr(starting, "find_sources", starting.find_sources if told else None)
     compare_sources(config.datasets, find_items(config, "toy", LATENT), COMMANDS, "toy")
     assert ("with no latents" in caplog.text) == told
+
+
+def test_a_clip_without_latents_is_named_even_if_another_table_lacks_a_text_of_its_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tables = []
+    for index, name in enumerate(("one", "two")):
+        (tmp_path / name).mkdir()
+        (table,) = cached(tmp_path / name).datasets
+        tables.append(replace(table, index=index))
+    (tables[0].cache_directory / "clip_1_toy_te.safetensors").unlink()
+    for part in tables[1].cache_directory.glob("clip_1_*"):
+        part.unlink()
+    found = find_items(DatasetConfig(tmp_path / "data.toml", tuple(tables)), "toy", LATENT)
+
+    compare_sources(tables, found, COMMANDS, "toy")
+
+    (said,) = [record.getMessage() for record in caplog.records if "with no latents" in record.getMessage()]
+    assert str(tmp_path / "two" / "clip_1.mp4") in said
 
 
 @pytest.mark.parametrize(("mode", "windows"), [("chunk", 2), ("uniform", 3), ("head", 1)])

@@ -13,13 +13,14 @@ from dataset.batches.reading import read_batch
 from dataset.cache_files import EMPTY, read_entry
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.caching.prefetch import CacheReport
-from dataset.config import DatasetConfig, with_references
+from dataset.config import DatasetConfig, load_dataset_config, with_references
 from modules.errors import CacheError, DatasetError
 from modules.media.reading import read_image
 from protocols.data import Conditions
 from protocols.requests import Prompt
 from tests.dataset.edit_sets import RULES, SIZE, EditFamily, cache, make_set, read_set
 from tests.dataset.making import make_image
+from tests.dataset.sources.test_addresses import write_tar
 from tests.dataset.toy_family import ToyText, options
 
 SEEN = dataclasses.replace(RULES, seen_by_text=True)
@@ -132,6 +133,32 @@ def test_training_refuses_a_text_of_another_reference(tmp_path: Path) -> None:
         read_batch([item], EditFamily().latent)
 
 
+def test_texts_with_references_of_a_tar_are_trained_on_until_its_buckets_change(tmp_path: Path) -> None:
+    """How large an encoder sees the references depends on buckets, which are unknown before unpacking."""
+    rules = dataclasses.replace(SEEN, text_sees_vae_input=True)
+    png = make_image(tmp_path / "a.png", SIZE).read_bytes()
+    write_tar(tmp_path / "set.tar", {"a.png": png, "a.control.png": png, "a.txt": b"make it blue"})
+
+    def read(resolution: int) -> DatasetConfig:
+        text = f"[[datasets]]\nimage_tars = '{tmp_path}/set.tar'\ncache_directory = '{tmp_path}/cache'\n"
+        text += f"caption_extension = '.txt'\nresolution = {resolution}\n"
+        (tmp_path / "data.toml").write_text(text, encoding="utf-8")
+        return with_references(load_dataset_config(tmp_path / "data.toml"), rules)
+
+    family = EditFamily(text=[SeeingText("t5", variable_length=frozenset({"t5"}))], references=rules)
+    cache_media(family, read(64), options())
+    assert cache_texts(family, read(64), options()).written == 1
+    items = find_items(read(64), "toy", family.latent).items
+
+    assert read_batch(items, family.latent).captions == ("make it blue",)
+
+    cache_media(family, read(32), options())  # latents alone are made again
+    with pytest.raises(CacheError, match="resolution was"):
+        read_batch(find_items(read(32), "toy", family.latent).items, family.latent)
+    assert cache_texts(family, read(32), options()).written == 1
+    read_batch(find_items(read(32), "toy", family.latent).items, family.latent)
+
+
 def test_a_bad_reference_costs_its_text_only(tmp_path: Path) -> None:
     make_set(tmp_path, {"a": (SIZE,), "b": (), "c": (SIZE,)})
     path = make_image(tmp_path / "refs/b_0.png", SIZE, (1, 2, 3))
@@ -147,6 +174,23 @@ def test_a_bad_reference_costs_its_text_only(tmp_path: Path) -> None:
     make_image(path, SIZE)
     report, _, _ = cache_seen(tmp_path, encoders=("t5", "t6"), batch_size=3)
     assert (report.written, report.reused, report.failures) == (1, 2, ())
+
+
+def test_a_bad_reference_costs_no_text_of_the_same_name_in_another_table(tmp_path: Path) -> None:
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        folder.mkdir()
+        make_set(folder, {"a": (SIZE,)})
+    path = folders[0] / "refs/a_0.png"
+    path.write_bytes(path.read_bytes()[:80])
+    tables = [with_references(read_set(folder), SEEN).datasets[0] for folder in folders]
+    config = DatasetConfig(tmp_path / "data.toml", (tables[0], dataclasses.replace(tables[1], index=1)))
+    texts = [SeeingText(name, variable_length=frozenset({name})) for name in ("t5", "t6")]
+
+    report = cache_texts(EditFamily(text=list(texts), references=SEEN), config, options())
+
+    assert (report.written, len(report.failures), len(report.valid)) == (1, 1, 1)
+    assert [len(values(folder)) for folder in folders] == [0, 1]
 
 
 def test_mirroring_is_refused_if_texts_see_references(tmp_path: Path) -> None:
