@@ -98,8 +98,12 @@ class ForeignNetwork:
 
     @property
     def additional_state(self) -> Mapping[str, nn.Module]:
-        """Return {}: another package's network has no state outside its LoRA file."""
-        return {}
+        """Return modules by name whose state belongs to the training state but not to the LoRA file.
+
+        A module of another package may return a network of ours, which may have some.
+        """
+        modules: Mapping[str, nn.Module] = getattr(self.module, "additional_state", {})
+        return modules
 
     def set_dropout_seed(self, seed: int) -> None:
         """Seed torch's global generators, which the network's dropout uses."""

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -182,6 +182,14 @@ def test_foreign_modules_may_yield_their_parameter_groups(tmp_path: Path) -> Non
 
     assert names == ["group 0", "group 1"]
     assert [(len(group["params"]), group["lr"]) for group in groups] == [(1, 0.5), (1, 1.0)]
+
+
+def test_a_foreign_module_may_have_state_that_its_file_lacks() -> None:
+    class Noisy(nn.Module):
+        additional_state: ClassVar = {"ggpo": nn.Linear(2, 2)}
+
+    assert ForeignNetwork(Noisy(), nn.Module()).additional_state is Noisy.additional_state
+    assert ForeignNetwork(nn.Linear(2, 2), nn.Module()).additional_state == {}
 
 
 @pytest.mark.parametrize(
