@@ -201,8 +201,8 @@ def check_kind(loras: Sequence[LoraFile], kind: ModelKind) -> None:
             )
         if family is not None and family.name != kind.name:
             logger.warning(
-                f"{lora.path} was trained for {kinds[family.name].title}, as {lora.evidence} say, and is "
-                f"used with {kind.title}: the results may be poor"
+                f"{lora.path} was trained for {kinds[family.name].title} according to {lora.evidence}, and "
+                f"is used with {kind.title}: the results may be poor"
             )
 
 

@@ -283,7 +283,7 @@ def test_what_a_file_says_of_itself_is_shown(
     check_kind(read_networks(loaded.options("--network_weights", path, "--network_show_meta").networks), SD1)
 
     assert '"10_cat": {' in caplog.text
-    assert "was trained for Stable Diffusion 2.x, as its metadata say, and is used with" in caplog.text
+    assert "was trained for Stable Diffusion 2.x according to its metadata, and is used with" in caplog.text
 
 
 @pytest.mark.parametrize("layers", [None, [{}, {}]], ids=["before", "added"])
