@@ -98,7 +98,7 @@ class ForeignNetwork:
     @property
     def additional_state(self) -> Mapping[str, nn.Module]:
         """Return modules by name whose state belongs to the training state but not to the LoRA file."""
-        modules: Mapping[str, nn.Module] = getattr(self.module, "state_beside_file", {})
+        modules: Mapping[str, nn.Module] = getattr(self.module, "additional_state", {})
         return modules
 
     def set_dropout_seed(self, seed: int) -> None:
