@@ -368,3 +368,12 @@ def test_a_converted_lora_encodes_texts_in_diffusers_as_here(tmp_path: Path) -> 
     found, expected = theirs(ids).last_hidden_state, merged(ids).last_hidden_state
     assert float((found - plain).abs().max()) > 0.05
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_package_can_keep_more_in_states_than_in_files() -> None:
+    module, more = nn.Module(), {"noise": nn.Linear(1, 1)}
+    assert not ForeignNetwork(module, nn.Module()).additional_state
+
+    vars(module)["additional_state"] = more  # under the name that our own networks have
+
+    assert ForeignNetwork(module, nn.Module()).additional_state is more
