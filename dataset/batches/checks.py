@@ -146,9 +146,9 @@ def _find_text_setting_changes(
         bucket = () if recorded.get("bucket") == [] else item.bucket[:2]
         current |= table.visible_reference_settings(bucket)
     current |= _current_visible_media_settings(item, recorded)
-    # whether positions were converted depends on the caption alone, which is compared with its file
-    previous = {key: value for key, value in recorded.items() if key != FITTED}
-    change_text = difference({**defaults, **previous}, current)
+    if FITTED in recorded:  # the caption is compared with its file
+        current |= table.fitted_caption_settings()
+    change_text = difference({**defaults, **recorded}, current)
     if change_text is not None:
         yield f"{change_text} in {table.name}"
 
