@@ -186,6 +186,7 @@ def test_latents_with_sound_are_not_trained_on_if_a_table_now_ignores_it(tmp_pat
     """And the reverse; for models whose latent caches contain the sound."""
     write_media(tmp_path / "clip.mp4", Track((0.04,)))
     family = hearing(latent=replace(PLAIN, caches_audio=True))
+    assert family.audio is not None
     family.audio = replace(family.audio, is_in_latent_cache=True)
     heard, ignored = make_set(tmp_path), make_set(tmp_path, audio="ignore")
     cache_texts(family, heard, options())
