@@ -407,6 +407,10 @@ class DatasetTable:
         settings: dict[str, Any] = {"bucket": list(bucket), **self.non_default_values(REFERENCES)}
         return settings if bucket else settings | self.non_default_values(LATENTS)
 
+    def fitted_caption_settings(self) -> dict[str, Any]:
+        """Return, by name, the settings of a caption whose positions were converted to the resized image."""
+        return {FITTED: True, **self.non_default_values(LATENTS)}
+
     def visible_media_settings(
         self,
         sees_frames: bool,

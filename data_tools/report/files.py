@@ -257,7 +257,8 @@ def _with_recorded_text(file: CaptionFile, store: CacheStore) -> CaptionFile:
     record = next(iter(_first_text_records(store, [file.file_name]).values()), None)
     if record is None or not record.settings.get(FITTED):
         return file
-    return replace(file, caption=record.caption, settings={**file.settings, FITTED: True})
+    settings = {**file.settings, **file.table.fitted_caption_settings()}
+    return replace(file, caption=record.caption, settings=settings)
 
 
 def _compare_texts(

@@ -24,11 +24,11 @@ from dataset.cache.records import (
 from dataset.cache.store import Stores
 from dataset.cache_files import FLIPPED, tensor_key
 from dataset.config import DatasetTable
-from dataset.config_keys import REFERENCES, SECTIONS, TEXTS, Stale
+from dataset.config_keys import IGNORE, REFERENCES, SECTIONS, TEXTS, Stale
 from dataset.forms.composing import get_source_format
 from dataset.sources.captions import captions_in, read_caption
 from dataset.sources.frames import find_bucket
-from dataset.sources.media_source import CLIP_REFERENCES
+from dataset.sources.media_source import AUDIO_FILE, CLIP_REFERENCES
 from dataset.table import CLIP, FITTED, FROM_ALPHA, FROM_FILE, FURTHER_TEXT, MEDIA, get_cache_key_defaults
 from modules.console import format_count
 from modules.errors import CacheError
@@ -146,9 +146,9 @@ def _find_text_setting_changes(
         bucket = () if recorded.get("bucket") == [] else item.bucket[:2]
         current |= table.visible_reference_settings(bucket)
     current |= _current_visible_media_settings(item, recorded)
-    # whether positions were converted depends on the caption alone, which is compared with its file
-    previous = {key: value for key, value in recorded.items() if key != FITTED}
-    change_text = difference({**defaults, **previous}, current)
+    if FITTED in recorded:  # the caption is compared with its file
+        current |= table.fitted_caption_settings()
+    change_text = difference({**defaults, **recorded}, current)
     if change_text is not None:
         yield f"{change_text} in {table.name}"
 
@@ -313,11 +313,14 @@ def _find_companion_errors(
 def _find_changed_keys(
     table: DatasetTable, tensors: Iterable[str], options: Mapping[str, Any], latent: data.LatentSpec
 ) -> Iterator[str]:
-    """Yield the table keys about sections and references that have changed since caching.
+    """Yield the table keys about sections, references and audio in latents that have changed since caching.
 
     SECTIONS and REFERENCES are groups of table keys. The record (`options`) has those that differed from
     their defaults.
     """
+    if AUDIO_FILE in options and (options.get("audio") == IGNORE) != (table.audio == IGNORE):
+        made = "without" if table.audio != IGNORE else "with"
+        yield f'it was made {made} the audio of its clip, but {table.name} has audio = "{table.audio}"'
     recorded_sections = _select_recorded_keys(options, SECTIONS)
     change_text = options_difference(recorded_sections, table.non_default_values(SECTIONS), latent)
     if change_text is not None:

@@ -20,7 +20,6 @@ from dataset.config_keys import TEXTS
 from dataset.sources.colors import find_changed_reading
 from dataset.sources.decoding import find_bucket_fit
 from dataset.sources.media_source import MediaSource, Origin, pause_garbage_collection
-from dataset.table import FITTED
 from modules.bars import Bar
 from modules.errors import CacheError, DatasetError, MediaError
 from modules.media.reading import image_size
@@ -233,7 +232,7 @@ def _list_captions(
         if fit is not None and caption is not None:
             fitted = fit(source, caption)
             if fitted != caption:
-                caption_settings = {**settings, FITTED: True}
+                caption_settings = settings | source.table.fitted_caption_settings()
         yield CaptionFile(
             table=source.table,
             file_name=text_file_name(source.stem, tag, number),

@@ -182,6 +182,22 @@ def test_sound_of_files_in_a_folder_takes_the_place_of_the_clips_own(tmp_path: P
         cache(config)
 
 
+def test_latents_with_sound_are_not_trained_on_if_a_table_now_ignores_it(tmp_path: Path) -> None:
+    """And the reverse; for models whose latent caches contain the sound."""
+    write_media(tmp_path / "clip.mp4", Track((0.04,)))
+    family = hearing(latent=replace(PLAIN, caches_audio=True))
+    assert family.audio is not None
+    family.audio = replace(family.audio, is_in_latent_cache=True)
+    heard, ignored = make_set(tmp_path), make_set(tmp_path, audio="ignore")
+    cache_texts(family, heard, options())
+    for made, changed, how in ((heard, ignored, "with"), (ignored, heard, "without")):
+        assert cache(made, family).written == 1
+        assert len(read_batch(find_items(made, "toy", PLAIN).items, PLAIN)) == 1
+
+        with pytest.raises(CacheError, match=f"it was made {how} the audio of its clip"):
+            read_batch(find_items(changed, "toy", PLAIN).items, PLAIN)
+
+
 @pytest.mark.parametrize("folder", ["sounds", None], ids=["folder", "next to the clips"])
 def test_sound_of_files_that_the_caching_command_names_is_trained_on(
     tmp_path: Path, folder: str | None

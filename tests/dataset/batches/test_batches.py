@@ -196,6 +196,12 @@ def test_captions_with_converted_positions_are_trained_on_until_their_file_chang
     with pytest.raises(CacheError, match=r"a\.txt has changed since its caption was encoded"):
         read_batch(items, LATENT)
 
+    (tmp_path / "a.txt").write_text('{"right": 64}', encoding="utf-8")
+    smaller = change(config, resolution=(16, 16))
+    cache_media(family, smaller, options())  # latents alone are made again
+    with pytest.raises(CacheError, match=r"resolution was \[32, 32\], is now \[16, 16\]"):
+        read_batch(find_items(smaller, "toy", LATENT).items, LATENT)
+
 
 def test_a_changed_source_is_named_and_one_that_is_gone_is_not_needed(tmp_path: Path) -> None:
     config = cached(tmp_path)
