@@ -42,7 +42,6 @@ from dataset.caching.planning import LatentCacheSettings, SourcePlan, SourcePlan
 from dataset.caching.precomputed import use_moments
 from dataset.caching.prefetch import SIZE_CHANGES, Failure, count_workers, map_ahead, read_ahead
 from dataset.caching.text_plans import (
-    caption_fitter,
     find_visible_media,
     list_caption_files,
     plan_texts,
@@ -272,9 +271,7 @@ class _CachingChecker:
     def _check_text_caches(self, findings: TableFindings) -> None:
         """Report valid and missing text caches by encoder; add an error if a needed tokenizer is missing."""
         visible_media = find_visible_media([encoder for encoder, _ in self.identities.text_encoders])
-        captions = list_caption_files(
-            findings.sources, self.family.cache_tag, visible_media, caption_fitter(self.family)
-        )
+        captions = list_caption_files(findings.sources, self.family.cache_tag, visible_media, self.family)
         plans = plan_texts(captions, self.identities.text_encoders, self.cache_settings.stores)
         num_missing = Counter(name for plan in plans for name in plan.encoders_to_run)
         for encoder, _ in self.identities.text_encoders:

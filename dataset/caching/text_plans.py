@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from dataset.cache.records import TextRecord, difference, is_unchanged, text_records, verify_tensors
 from dataset.cache.store import Stores
@@ -23,7 +23,7 @@ from dataset.sources.media_source import MediaSource, Origin, pause_garbage_coll
 from modules.bars import Bar
 from modules.errors import CacheError, DatasetError, MediaError
 from modules.media.reading import image_size
-from protocols.family import Caches, FitsCaptions, TextEncoder, fits_captions, has_cache_metadata
+from protocols.family import Caches, FitsCaptions, TextEncoder, has_cache_metadata
 
 logger = logging.getLogger(__name__)
 
@@ -75,15 +75,6 @@ class CaptionFile:
 FitText = Callable[[MediaSource, str], str]
 
 
-def caption_fitter(family: Caches) -> FitText | None:
-    """Return a function that converts pixel positions in a caption to those in the resized image.
-
-    Returns None if the family's captions contain no positions.
-    """
-    step = family.latent.pixel_step
-    return partial(_fit_caption, family, step) if fits_captions(family) else None
-
-
 def _fit_caption(family: FitsCaptions, step: int, source: MediaSource, caption: str) -> str:
     """Return a caption whose pixel positions, if any, are converted to those in the resized image."""
     if not family.has_coordinates(caption):
@@ -101,7 +92,7 @@ def list_caption_files(
     sources: Sequence[MediaSource],
     tag: str,
     visible_media: VisibleMedia = CAPTIONS_ONLY,
-    fit: FitText | None = None,
+    family: Caches | None = None,
 ) -> list[CaptionFile]:
     """Return the captions of all tables, in order: first captions, further ones, then the empty prompt.
 
@@ -111,8 +102,12 @@ def list_caption_files(
         sources: Media files with their captions.
         tag: The family's cache_tag.
         visible_media: Which media text encoders see.
-        fit: Result of `caption_fitter`.
+        family: Family whose captions may contain positions in the image, which are converted to positions in
+            the bucket; None leaves captions as they are.
     """
+    fit: FitText | None = None
+    if family is not None and family.abilities.adjusts_captions:
+        fit = partial(_fit_caption, cast("FitsCaptions", family), family.latent.pixel_step)
     by_table: dict[int, list[MediaSource]] = {}
     for source in sources:
         by_table.setdefault(source.table.index, []).append(source)

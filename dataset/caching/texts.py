@@ -40,7 +40,6 @@ from dataset.caching.prefetch import (
 )
 from dataset.caching.text_plans import (
     CaptionFile,
-    caption_fitter,
     distinct_texts,
     find_outputs,
     find_visible_media,
@@ -119,9 +118,7 @@ class TextWork:
         stores.require_declared_formats(config.datasets, family.cache_tag)
         encoders = list(family.text_encoders())
         self._visible_media = find_visible_media(encoders)
-        files = list_caption_files(
-            self._sources, family.cache_tag, self._visible_media, caption_fitter(family)
-        )
+        files = list_caption_files(self._sources, family.cache_tag, self._visible_media, family)
         self._files = distinct_texts(files, stores)
         self.work_items: Sequence[TextBatch] = _make_batches(self._files, options.batch_size)
         self._encoders = [(encoder, dict(encoder.identity)) for encoder in encoders]

@@ -12,7 +12,6 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
-from dataset.caching.text_plans import caption_fitter
 from modules.media.buckets import fit_cover
 from modules.text_files import looks_like_object
 from moss_image.family import MossImage
@@ -122,12 +121,12 @@ def test_caching_encodes_the_boxes_of_the_bucket_and_checks_them(project: Path) 
     assert "ends before it begins" in " ".join(printed.getvalue().split())
 
 
-def test_families_whose_captions_name_no_places_fit_none(tmp_path: Path) -> None:
+def test_families_whose_captions_name_no_places_fit_none() -> None:
     from flux_3.family import Flux3
     from flux_3.files import Flux3Files
 
-    assert caption_fitter(Flux3(Flux3Files())) is None
-    assert caption_fitter(MossImage(MossImageFiles())) is not None
+    assert not Flux3(Flux3Files()).abilities.adjusts_captions
+    assert MossImage(MossImageFiles()).abilities.adjusts_captions
 
 
 def test_a_wrong_layout_of_a_request_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
