@@ -372,7 +372,7 @@ def _make_quantized_error(path: Path, flag: str, is_packed: bool) -> CheckpointE
     if not is_packed:
         state = "in fp8"
         instead = (
-            "--fp8_base (training) and --fp8 (generation) keep the file as it is. Or give the bf16 file."
+            "--fp8_base (training) and --fp8 (generation) keep the file as it is. Or pass the bf16 file."
         )
     return CheckpointError(
         f"{flag}: {path} is already {state}; rounding it again would only lose more.\n"

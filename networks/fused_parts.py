@@ -500,8 +500,8 @@ def _include_all_slices(pieces: Sequence[FusedPiece]) -> bool:
 
 def _is_low_rank_matrix(factors: Factors) -> bool:
     """Return whether these are a linear layer's LoRA or DoRA factors, without a core matrix between them."""
-    further_factors = set(factors) - {"alpha", *LORA_FACTORS, MAGNITUDES, _BIAS}
-    return not further_factors and factors[UP].ndim == 2
+    further_factors = factors.keys() - deltas.PLAIN_LORA_FACTORS - {MAGNITUDES}
+    return not further_factors and UP in factors and factors[UP].ndim == 2
 
 
 def _sort_by_rows(pieces: Sequence[FusedPiece], slices: Sequence[slice]) -> list[RowFactors]:
@@ -535,6 +535,8 @@ def _join_low_rank(parts: Sequence[RowFactors], num_rows: int) -> Factors:
         parts: Factors of each part, ordered by rows; ranks are joined in the same order.
         num_rows: Number of rows of the weight.
     """
+    if any("diff_b" in part.factors for part in parts):
+        parts = [RowFactors(part.row_slice, _with_bias_difference(part.factors)) for part in parts]
     scale = compute_scaling(parts[0].factors)  # alpha / rank
     if any(compute_scaling(part.factors) != scale for part in parts):
         parts = [RowFactors(part.row_slice, _fold_into_up(part.factors)) for part in parts]
@@ -548,7 +550,7 @@ def _join_low_rank(parts: Sequence[RowFactors], num_rows: int) -> Factors:
         DOWN: down,
         UP: _join_up_factors(parts, num_rows, rank=len(down), shares_down=is_shared),
     }
-    for name in (MAGNITUDES, _BIAS):
+    for name in (MAGNITUDES, *deltas.BIAS_FACTORS):
         if any(name in part.factors for part in parts):
             joined[name] = _stack_factor(parts, name, num_rows)
     return joined
@@ -571,6 +573,15 @@ def _join_up_factors(parts: Sequence[RowFactors], num_rows: int, rank: int, shar
         if not shares_down:
             first_column += up.shape[1]
     return joined
+
+
+def _with_bias_difference(factors: Factors) -> Factors:
+    """Return LoRA factors with the change of the bias, if any, as `diff_b`, which alpha does not scale."""
+    bias = read_delta(factors).bias_in_file_dtype()
+    if bias is None:
+        return factors
+    others = {name: tensor for name, tensor in factors.items() if name not in deltas.BIAS_FACTORS}
+    return {**others, "diff_b": bias}
 
 
 def _fold_into_up(factors: Factors) -> Factors:

@@ -229,7 +229,7 @@ def test_converted_it_is_the_same_change_in_form_that_tools_know(
     assert_changed(merged(tmp_path / "there.safetensors", dit), expected)
 
 
-@pytest.mark.parametrize("part", ["dora_scale", "lora_up.bias"])
+@pytest.mark.parametrize("part", ["dora_scale", "lora_up.bias", "diff_b"])
 def test_parts_joined_for_comfyui_come_back_with_magnitudes_and_biases(tmp_path: Path, part: str) -> None:
     random = torch.Generator().manual_seed(0)
     shapes = {
@@ -248,7 +248,7 @@ def test_parts_joined_for_comfyui_come_back_with_magnitudes_and_biases(tmp_path:
     convert_file(tmp_path / "joined.safetensors", tmp_path / "back.safetensors", "default", "fibo_2")
 
     back = load_file(tmp_path / "back.safetensors")
-    read = {"dora_scale": "dora_scale", "lora_up.bias": "diff_b"}[part]
+    read = "diff_b" if part == "lora_up.bias" else part
     for letter in "qkv":
         name = f"lora_unet_layers_0_attention_to_{letter}"
         assert torch.equal(back[f"{name}.{read}"], tensors[f"{name}.{part}"])
