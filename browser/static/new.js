@@ -129,8 +129,10 @@
   }
 
   const hasDrafts = () => typeof drafts !== "undefined" && drafts.size > 0;
+  let isReloading = false; // what is begun on the old page would be lost
   function reload() {
     if (!hasDrafts()) {
+      isReloading = true;
       keepPlace(find("written")?.textContent ?? "");
       location.reload();
     }
@@ -145,11 +147,11 @@
   }, true);
   function goOn() {
     const { step, folder } = find("leads").dataset, isGoing = sessionStorage.getItem(GOING) === folder;
-    if (step === "busy" || step === "describe") return; // it works, or has not begun
+    if (isReloading || step === "busy" || step === "describe") return; // it works, or has not begun
     if (isGoing && step === "check" && !find("next").querySelector(".warn")) find("step")?.click();
     sessionStorage.removeItem(GOING); // a check is begun once
   }
-  addEventListener("load", goOn);
+  addEventListener("load", () => setTimeout(goOn)); // after the timer with which htmx begins: the form would be sent without it
 
   // When the folder has been looked at, from this page or another one, there is more on the page; when a run has ended, a name is taken and speeds are known.
   const isBusy = () => find("progress").dataset.busy === "yes";

@@ -196,6 +196,23 @@ def test_the_model_is_loaded_after_its_licences_and_only_what_is_missing(
     assert press_button(served, "load", folder=str(root / "set"), accept="yes").status == 422
 
 
+def test_the_check_begins_by_itself_on_a_slow_machine(
+    served: Served, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page is complete before htmx, which begins by a timer, knows the forms."""
+    started: list[list[str]] = []
+    monkeypatch.setattr(
+        "browser.background_jobs.BackgroundJobs.start", lambda _, name, words, folder: started.append(words)
+    )
+    folder = str(root / "set")
+    with open_page(served.url) as page:
+        page.evaluate("folder => sessionStorage.setItem('going on in', folder)", folder)
+        page.add_init_script("{ const start = setTimeout; setTimeout = (f, ms = 0) => start(f, ms + 400); }")
+        with page.expect_response("**/new/check", timeout=20 * SECONDS):
+            page.goto(f"{served.url}/new?{urlencode({'folder': folder})}")
+    assert [words[:2] for words in started] == [["reelsmith", "run"]]
+
+
 def press(step: Any, by_keys: bool, word: str) -> None:
     """Press the button of the page: by Enter where the focus is, which is on it, or by a click."""
     assert step.inner_text() == word
