@@ -43,9 +43,9 @@ class ReportOptions(Options, title="report"):
     )
     frame_step: int = option(
         "clips have a multiple of this number of frames, and one more: 4, or 8 for LTX-2; 17 for MiniMax-H3, "
-        "five more",
+        "five more; 1 for models of images",
         default=4,
-        choices=(4, 8, 17),
+        choices=(1, 4, 8, 17),
     )
     references: int = option(
         "most reference images of an image that the model takes, for models that edit images; 0: it "

@@ -20,7 +20,7 @@ from PIL import Image
 
 from browser.captions import CaptionText
 from browser.dataset_pages import passes_filters
-from browser.datasets import Datasets
+from browser.datasets import MODELS, Datasets, FoundDataset, Measurement, _report_options
 from browser.folders import read_media_folder
 from browser.runs import Runs
 from data_tools.report.check import check_caching
@@ -37,6 +37,7 @@ from tests.data_tools.report.making import save_clip, save_image, write_config
 from tests.dataset.toy_family import ToyFamily
 from tests.waiting import wait_for
 from tests.warm_processes import CAN_BE_WARM, WarmProcess
+from tools import dataset_report
 
 
 def save_set(folder: Path) -> Path:
@@ -203,6 +204,18 @@ def test_counts_follow_a_caption_that_was_saved() -> None:
         file["edited"] = text
         found.append([passes_filters(file, (), only) for only in ("outdated", "uncaptioned")])
     assert found == [[False, False], [True, False], [True, True]]
+
+
+@pytest.mark.parametrize("model", [*MODELS])
+def test_a_dataset_is_measured_for_each_model_of_the_list(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The report refused the frame step of models of images."""
+    dataset = FoundDataset(save_set(tmp_path), tmp_path)
+
+    dataset_report.main(_report_options(dataset, Measurement(model=model)))
+
+    assert len(json.loads(capsys.readouterr().out)["tables"]) == 2
 
 
 def test_the_list_has_a_picture_the_number_of_files_and_the_state(kept: Page) -> None:
