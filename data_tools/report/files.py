@@ -7,7 +7,7 @@ selected now is unknown here; --check of the caching scripts compares that.
 import contextlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import cast
@@ -19,18 +19,24 @@ from dataset.cache.records import LatentRecord, TextRecord, latent_record, text_
 from dataset.cache.store import LatentNames, Stores
 from dataset.cache_files import CacheStore, LatentName, latent_names, tensor_key, text_file_name
 from dataset.caching.planning import LatentCacheSettings, SourcePlan, plan_all
-from dataset.caching.text_plans import CaptionFile, list_caption_files, plan_texts, why_outdated
+from dataset.caching.text_plans import CaptionFile, VisibleMedia, list_caption_files, plan_texts, why_outdated
+from dataset.config_keys import AUTO
+from dataset.listing import find_sources
 from dataset.sources.captions import read_caption
 from dataset.sources.media_source import MediaSource, Remote
-from dataset.table import FITTED
+from dataset.table import CLIP, FITTED, DatasetTable
+from dataset.table import MEDIA as SEEN_MEDIA
+from modules.console import quiet
 from modules.errors import CacheError, DatasetError
 from modules.paths import hide_secrets
 from protocols.data import LatentSpec
 from protocols.family import TextEncoder
+from protocols.rules import ReferenceRules
 
 VALID, STALE, MISSING, UNKNOWN = "valid", "stale", "missing", "unknown"
 MEDIA, TEXT = "media", "text"
 MAX_SEARCHED_CACHES = 64  # maximum number of caches searched for a record
+MAX_REFERENCES = 1000  # without --references: how many images the model takes is unknown
 _TAG_PATTERN = re.compile(r"_(?:\d+x\d+_([a-z0-9]+)|([a-z0-9]+)_te(?:\.caption\d+)?)\.safetensors$")
 State = tuple[str, str]  # (one of the words above, reason)
 States = dict[str, dict[str, State]]  # by the tag of a model, then MEDIA and TEXT
@@ -129,7 +135,7 @@ def _compare_caches(
     # a tag is the name of a model in its cache files
     for tag in _find_model_tags(names):
         media = _compare_media(findings, tag, names, stores=stores, fps=fps, latent=latent, workers=workers)
-        texts = _compare_texts(findings.sources, tag, store, stores=stores, workers=workers)
+        texts = _compare_texts(findings, tag, store, stores=stores, latent=latent, workers=workers)
         for stem, states_of_stem in states.items():
             states_of_stem[tag] = {
                 MEDIA: media.get(stem, (MISSING, "")),
@@ -243,18 +249,12 @@ def _find_media_state(plan: SourcePlan, has_files: bool) -> State:
     return VALID, plan.why_no_items or ""
 
 
-def _with_recorded_references(file: CaptionFile, source: MediaSource | None) -> CaptionFile:
-    """Return a caption file with the reference images that its cache record names."""
-    if source is None or not source.control:
-        return file
-    return replace(file, source=source, references=source.latent_inputs[1 : 1 + len(source.control)])
-
-
 def _with_recorded_text(file: CaptionFile, store: CacheStore) -> CaptionFile:
     """Return a caption file; if caching converted positions in its JSON caption, with the cached text."""
     if not (file.caption or "").lstrip().startswith("{"):
         return file
-    record = next(iter(_first_text_records(store, [file.file_name]).values()), None)
+    records: Mapping[str, TextRecord] = next(_read_text_records(store, [file.file_name]), {})
+    record = next(iter(records.values()), None)
     if record is None or not record.settings.get(FITTED):
         return file
     settings = {**file.settings, **file.table.fitted_caption_settings()}
@@ -262,19 +262,61 @@ def _with_recorded_text(file: CaptionFile, store: CacheStore) -> CaptionFile:
 
 
 def _compare_texts(
-    sources: Sequence[MediaSource], tag: str, store: CacheStore, stores: Stores, workers: int
+    findings: TableFindings,
+    tag: str,
+    store: CacheStore,
+    stores: Stores,
+    latent: LatentSpec,
+    workers: int,
 ) -> dict[str, State]:
-    """Return the state of a model's text caches, by the stem of their media file."""
-    files = list_caption_files(sources, tag)
-    records = _first_text_records(store, [file.file_name for file in files[:MAX_SEARCHED_CACHES]])
-    # embeddings depend on reference images if the encoder sees them
-    if any(record.references for record in records.values()):
-        by_stem = {source.stem: source for source in sources}
-        files = [_with_recorded_references(file, by_stem.get(file.name)) for file in files]
-    files = [_with_recorded_text(file, store) for file in files]
+    """Return the state of a model's text caches, by the stem of their media file.
+
+    Which media the text encoders see is unknown without the model: the records of the first caches say it.
+    """
+    names = [text_file_name(source.stem, tag, 0) for source in findings.sources[:MAX_SEARCHED_CACHES]]
+    samples = list(_read_text_records(store, names))
+    records = samples[0] if samples else {}
+    settings = [record.settings for record in records.values()]
+    visible_media = VisibleMedia(
+        frames=any(CLIP in recorded for recorded in settings),
+        reference_media=any(SEEN_MEDIA in recorded for recorded in settings),
+    )
+    table = _add_seen_media(findings.table, samples, latent.pixel_step)
+    sources = findings.sources
+    states: dict[str, State] = {}
+    if table != findings.table:
+        # an item is left out of the new list if its row has unusable references
+        states = {source.stem: (UNKNOWN, "its references cannot be listed") for source in sources}
+        with quiet():  # all other warnings about the table were logged before
+            sources = find_sources(table, faults=[])
+    files = [_with_recorded_text(file, store) for file in list_caption_files(sources, tag, visible_media)]
     plans = plan_texts(files, _list_recorded_encoders(records), stores, workers)
     state_by_file = {plan.file_name: _find_text_state(plan, store, records) for plan in plans}
-    return {source.stem: _join_text_states(source, tag, state_by_file) for source in sources}
+    return states | {source.stem: _join_text_states(source, tag, state_by_file) for source in sources}
+
+
+def _add_seen_media(
+    table: DatasetTable, samples: Sequence[Mapping[str, TextRecord]], pixel_step: int
+) -> DatasetTable:
+    """Return a table with the fields that a family sets if its text encoders see media.
+
+    `samples` has the records of several text caches, by encoder, because items may have no references.
+    """
+    records = [record for by_encoder in samples for record in by_encoder.values()]
+    clips = [record.settings[CLIP] for record in records if CLIP in record.settings]
+    if any(SEEN_MEDIA in record.settings for record in records):
+        table = replace(table, reads_row_references=True)
+    if table.source_fps is None and any(clip.get("source_fps") == AUTO for clip in clips):
+        table = replace(table, source_fps=AUTO)  # families with audio use the timestamps in each file
+    # a clip or image that is itself seen is among the references of its record
+    if not clips and not table.reads_row_references and any(record.references for record in records):
+        rules = replace(
+            table.references or ReferenceRules(MAX_REFERENCES, pixel_step),
+            seen_by_text=True,
+            text_sees_vae_input=any("bucket" in record.settings for record in records),
+        )
+        table = replace(table, references=rules)
+    return table
 
 
 def _join_text_states(source: MediaSource, tag: str, state_by_file: Mapping[str, State]) -> State:
@@ -301,14 +343,13 @@ def _list_recorded_encoders(
     return cast("Sequence[tuple[TextEncoder, Mapping[str, str]]]", encoders)
 
 
-def _first_text_records(store: CacheStore, names: Sequence[str]) -> Mapping[str, TextRecord]:
-    """Return the text encoders' records in the first readable text cache, by encoder; {} if there is none."""
+def _read_text_records(store: CacheStore, names: Iterable[str]) -> Iterator[Mapping[str, TextRecord]]:
+    """Yield the text encoders' records, by encoder, of each readable text cache that has any."""
     for name in names:
         with contextlib.suppress(CacheError):
             records = text_records(store.read(name, is_full=False))
             if records:
-                return records
-    return {}
+                yield records
 
 
 def _find_text_state(plan: CaptionFile, store: CacheStore, sample_records: Mapping[str, TextRecord]) -> State:
@@ -334,5 +375,9 @@ def _find_text_state(plan: CaptionFile, store: CacheStore, sample_records: Mappi
         return STALE, str(error)
     if record is None:
         return STALE, f"it has no record of {encoder}"
-    # its record fits, so the tensors themselves must be unusable
+    num_seen, num_now = len(record.references), len(plan.references)
+    # named before the settings that only captions with references have
+    if plan.table.texts_see_references and num_seen != num_now:
+        return STALE, f"it was made with {num_seen} reference images, but now there are {num_now}"
+    # if its record fits, the tensors themselves must be unusable
     return STALE, why_outdated(record, sample_records[encoder].encoder, plan) or "damaged"

@@ -143,7 +143,7 @@ def test_states_that_wait_in_host_memory_change_no_bit_of_a_whole_checkpoint(
     ).read_bytes()[-4096:]
     if not words:  # hooks of the fused backward pass run in a thread of their own
         places = done.places("take_step")
-        assert any("_return_state" in place for place in places), places
+        assert any("_move_state_to_device" in place for place in places), places
 
 
 @pytest.mark.parametrize("kind", ["sdxl", "sd1"])

@@ -320,5 +320,5 @@ def test_what_changes_connectors_or_a_stream_is_named_where_there_is_none(
         assert way == "network" or "a stream that this run is without" in told
     assert "damaged" not in caplog.text
     save_file({name: one for name, one in load_file(path).items() if "connector" in name}, path)
-    with pytest.raises(CheckpointError, match="changes the text connectors alone"):
+    with pytest.raises(CheckpointError, match="changes only the text connectors"):
         put(path)

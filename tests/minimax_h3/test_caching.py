@@ -298,7 +298,7 @@ def test_pictures_with_control_images_at_places_of_theirs(tmp_path: Path, files:
     controls = [name for name in tensors if name.startswith("latents_control_")]
     assert controls == ["latents_control_000_1x4x4_float32", "latents_control_001_1x4x4_float32"]
     assert "--one_frame" in reject(tmp_path, files, "--task", "fl2va")
-    assert "made from control images" in reject(tmp_path, files, "--task", "t2va", "--one_frame")
+    assert "generated from control images" in reject(tmp_path, files, "--task", "t2va", "--one_frame")
 
 
 @pytest.mark.parametrize(

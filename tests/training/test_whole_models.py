@@ -253,7 +253,7 @@ def test_states_of_optimizers_wait_in_host_memory_on_request(tmp_path: Path) -> 
     assert (tmp_path / "output" / "lora.safetensors").read_bytes()[-4096:] == default
     assert "all states of the optimizer" in printed.getvalue()
     for more, reasons in (
-        (("--optimizer_type", "prodigy"), ("it finds one learning rate", "leave --offload_optimizer_device")),
+        (("--optimizer_type", "prodigy"), ("it finds one learning rate", "omit --offload_optimizer_device")),
         (("--optimizer_type", "PagedAdamW8bit"), ("in host memory already", "Leave")),
         (("--mixed_precision", "fp16"), ("overflowed", "Use bf16 or no")),
         (("--offload_optimizer_device", "nvme"), ("not kept on disk", "Use cpu")),
