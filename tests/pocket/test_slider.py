@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
 
 from pocket import slide
 
 
 @pytest.mark.slow
 def test_strength_moves_the_colour_of_eight_prompts_and_keeps_the_rest(tmp_path: Path) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)  # of tests before it in this process
     seen = slide.slide(tmp_path)
 
     count = len(slide.PROMPTS)
