@@ -298,14 +298,19 @@ class NextSteps:
         assert self.command.family_entry is not None
         spellings = self.command.family_entry.spellings
         folder_flag = spellings.get("save_path", "--save_path")
+        sample = self.sample
+        write_prompt = self.plan.network_spec.write_prompt
+        if write_prompt is not None:  # an embedding file, whose word in prompts is its file name
+            prompt = write_prompt(file, sample, self.plan.network_spec.caption_choices)
+            sample = {**sample, "prompt": prompt}
         sample_arguments = [
-            *make_sample_arguments(self.sample, spellings),
+            *make_sample_arguments(sample, spellings),
             *(folder_flag, str(file.parent / "generated")),
         ]
         # None: the model's own script generates with the file, and takes it as a LoRA or instead of --dit
         generate = self.plan.network_spec.generation_command
         if generate is not None:
-            arguments = [*generate(file, self.sample, [*arguments, *sample_arguments])]
+            arguments = [*generate(file, sample, [*arguments, *sample_arguments])]
             return _command("Generate with it", [*launcher, *arguments], note)
         high_files, other_files = self._trained_files(file)
         arguments = self._add_trained_files(arguments, "", other_files)
