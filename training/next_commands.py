@@ -309,14 +309,14 @@ class NextSteps:
         ]
         # None: the model's own script generates with the file, and takes it as a LoRA or instead of --dit
         generate = self.plan.network_spec.generation_command
-        if generate is not None:
-            arguments = [*generate(file, sample, [*arguments, *sample_arguments])]
-            return _command("Generate with it", [*launcher, *arguments], note)
-        high_files, other_files = self._trained_files(file)
+        high_files, other_files = self._trained_files(file) if generate is None else ([], [])
         arguments = self._add_trained_files(arguments, "", other_files)
         if f"--dit_{HIGH_NOISE}" in arguments:  # the command generates with both experts
             arguments = self._add_trained_files(arguments, f"_{HIGH_NOISE}", high_files)
-        return _command("Generate with it", [*launcher, *arguments, *sample_arguments], note)
+        arguments = [*arguments, *sample_arguments]
+        if generate is not None:
+            arguments = [*generate(file, sample, arguments)]
+        return _command("Generate with it", [*launcher, *arguments], note)
 
     @cached_property
     def _generation_arguments(self) -> list[str]:

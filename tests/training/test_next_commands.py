@@ -231,6 +231,28 @@ def test_a_word_alone_is_prompted_by_the_name_of_its_file(
     assert words[words.index("--textual_inversion_embeddings") + 1] == str(saved)
 
 
+@pytest.mark.parametrize("further", [[], ["--dit_high_noise", "high"]], ids=["one", "two transformers"])
+def test_a_file_with_its_own_option_is_generated_with_next_to_the_loras_of_samples(
+    tmp_path: Path, further: list[str]
+) -> None:
+    generation = ["wan_generate_video.py", "--dit", "low", *further]
+    entry: Any = SimpleNamespace(generation_argv=lambda *_: generation, spellings={})
+    steps = next_steps(tmp_path, WORD_ALONE)
+    loras = [(Path("distilled.safetensors"), 0.8), (Path("style.safetensors"), 1.0)]
+    steps = replace(steps, command=replace(steps.command, family_entry=entry), sample_loras=loras)
+    saved = tmp_path / "x.safetensors"
+
+    _, generate, *_ = steps.commands(saved, is_finished=True)
+
+    words = words_of(generate)
+    for end in ("", "_high_noise") if further else ("",):
+        files = [str(path) for path, _ in loras]
+        assert words[words.index(f"--lora_weight{end}") + 1 :][:3] == [*files, f"--lora_multiplier{end}"]
+        assert words[words.index(f"--lora_multiplier{end}") + 1 :][:2] == ["0.8", "1"]
+    assert ("--lora_weight_high_noise" in words) == bool(further)
+    assert words[-2:] == ["--textual_inversion_embeddings", str(saved)]
+
+
 def test_a_file_that_tools_read_as_it_is_saved_is_not_converted(tmp_path: Path) -> None:
     steps = next_steps(tmp_path, [], family="wan")
 
