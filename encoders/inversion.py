@@ -181,7 +181,29 @@ class Inversion:
             },
             in_text_encoders=True,
             check_captions=self.check_captions,
+            write_prompt=self.write_prompt,
         )
+
+    def write_prompt(self, file: Path, sample: Mapping[str, Any], sentences: Sequence[str]) -> str:
+        """Return a prompt for an embedding file, whose word in prompts is its file name.
+
+        Args:
+            file: The trained file.
+            sample: Values of a sample, by the field names of `Request`.
+            sentences: Sentences with the word, the first of which is used if the sample has no prompt.
+        """
+        word = self.word
+        # longest first: the word is a prefix of the names of its single vectors
+        names = sorted(word.list_ids(0), key=len, reverse=True)
+        stem_names = [f"{file.stem}{name.removeprefix(word.text)}" for name in names]
+        pattern = compile_words(names)
+        prompt = sample.get("prompt") or ""
+        # a caption of a training item need not have the word; a user's prompt is kept without it
+        is_caption = "example" in sample
+        if not prompt or (is_caption and not pattern.search(prompt)):
+            prompt = sentences[0] if sentences else f"a photo of {word.text}"
+        # the pattern has a group for each name
+        return pattern.sub(lambda found: stem_names[(found.lastindex or 1) - 1], prompt)
 
     def make(self, networks: nn.Module, with_values: bool) -> LearnedWordVectors:
         """Create the word's vectors and connect them to the text encoders.

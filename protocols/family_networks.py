@@ -59,6 +59,9 @@ class CustomNetwork:
     # raises DatasetError if these are all captions
     check_captions: Callable[[Sequence[str]], str] = lambda captions: ""
     sentences: Sequence[str] = ()  # instead of captions: one is drawn for each image of a batch
+    # returns the prompt that generates with a saved file, given the file, the values of a sample, and
+    # `sentences`; None: the prompt of the sample
+    write_prompt: Callable[[Path, Mapping[str, Any], Sequence[str]], str] | None = None
 
 
 def describe_start(called: str, sizes: str, path: Path | None) -> str:

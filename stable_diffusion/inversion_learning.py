@@ -14,7 +14,6 @@ from torch import Tensor
 
 from encoders.clip_l import PooledClip
 from encoders.inversion import Inversion, InvertedEncoder, find_in_lora
-from encoders.new_words import NewWord, compile_words
 from modules.console import quiet
 from modules.option_values import option_argv
 from protocols.family_networks import CustomNetwork
@@ -157,22 +156,6 @@ def _choose_sentences(options: InversionOptions) -> tuple[str, ...]:
     return STYLE_SENTENCES if options.use_style_template else ()
 
 
-def _write_prompt(options: InversionOptions, file: Path, sample: Mapping[str, Any]) -> str:
-    """Return a prompt for a trained embedding, whose word in prompts is its file name."""
-    word = options.word
-    # longest first: the word is a prefix of the names of its single vectors
-    names = sorted(NewWord(word.text, word.count).list_ids(0), key=len, reverse=True)
-    stem_names = [f"{file.stem}{name.removeprefix(word.text)}" for name in names]
-    pattern = compile_words(names)
-    prompt = sample.get("prompt") or ""
-    is_caption = "example" in sample  # of a training item, which need not have the word; else a user's prompt
-    if not prompt or (is_caption and not pattern.search(prompt)):
-        sentences = _choose_sentences(options) or ("a photo of {}",)
-        return sentences[0].format(file.stem)
-    # the pattern has a group for each name
-    return pattern.sub(lambda found: stem_names[(found.lastindex or 1) - 1], prompt)
-
-
 def _list_generation_command(
     options: InversionOptions, option: str, file: Path, sample: Mapping[str, Any], _: Sequence[str]
 ) -> list[str]:
@@ -188,7 +171,7 @@ def _list_generation_command(
     arguments = {
         **gen_img_options(cast(StableDiffusionTrainingOptions, options), sample),
         option: file,
-        "--prompt": _write_prompt(options, file, sample),
+        "--prompt": sample.get("prompt"),
         "--outdir": file.parent / "generated",
     }
     return ["gen_img.py", *option_argv(arguments)]

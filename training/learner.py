@@ -72,6 +72,8 @@ class NetworkSpec:
     start_option: str = "network_weights"  # option for the file to start from; "": the option of the model
     # see `CustomNetwork.generate`; None: the model's own script generates with it
     generation_command: Callable[[Path, Mapping[str, Any], Sequence[str]], Sequence[str]] | None = None
+    # see `CustomNetwork.write_prompt`, given `caption_choices`
+    write_prompt: Callable[[Path, Mapping[str, Any], Sequence[str]], str] | None = None
 
 
 FULL_MODEL = NetworkSpec(
@@ -126,6 +128,7 @@ def _describe_custom_network(custom: CustomNetwork) -> NetworkSpec:
         caption_choices=custom.sentences,
         start_option=custom.start_option,
         generation_command=custom.generate,
+        write_prompt=custom.write_prompt,
     )
 
 

@@ -298,20 +298,25 @@ class NextSteps:
         assert self.command.family_entry is not None
         spellings = self.command.family_entry.spellings
         folder_flag = spellings.get("save_path", "--save_path")
+        sample = self.sample
+        write_prompt = self.plan.network_spec.write_prompt
+        if write_prompt is not None:  # an embedding file, whose word in prompts is its file name
+            prompt = write_prompt(file, sample, self.plan.network_spec.caption_choices)
+            sample = {**sample, "prompt": prompt}
         sample_arguments = [
-            *make_sample_arguments(self.sample, spellings),
+            *make_sample_arguments(sample, spellings),
             *(folder_flag, str(file.parent / "generated")),
         ]
         # None: the model's own script generates with the file, and takes it as a LoRA or instead of --dit
         generate = self.plan.network_spec.generation_command
-        if generate is not None:
-            arguments = [*generate(file, self.sample, [*arguments, *sample_arguments])]
-            return _command("Generate with it", [*launcher, *arguments], note)
-        high_files, other_files = self._trained_files(file)
+        high_files, other_files = self._trained_files(file) if generate is None else ([], [])
         arguments = self._add_trained_files(arguments, "", other_files)
         if f"--dit_{HIGH_NOISE}" in arguments:  # the command generates with both experts
             arguments = self._add_trained_files(arguments, f"_{HIGH_NOISE}", high_files)
-        return _command("Generate with it", [*launcher, *arguments, *sample_arguments], note)
+        arguments = [*arguments, *sample_arguments]
+        if generate is not None:
+            arguments = [*generate(file, sample, arguments)]
+        return _command("Generate with it", [*launcher, *arguments], note)
 
     @cached_property
     def _generation_arguments(self) -> list[str]:

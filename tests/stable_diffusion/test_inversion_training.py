@@ -232,10 +232,12 @@ def test_the_next_command_has_the_word_by_the_name_of_its_file(
     model = make_family("sd1", tmp_path)
     network = with_templates_and_command(model.word_network(options.word), options)
 
-    assert network.generate is not None
-    words = [*network.generate(tmp_path / f"{STEP}.safetensors", sample, [])]
+    file = tmp_path / f"{STEP}.safetensors"
+    assert network.write_prompt is not None
+    prompt = network.write_prompt(file, sample, network.sentences)
+    words = [*network.generate(file, {**sample, "prompt": prompt}, [])]
 
-    assert words[words.index("--prompt") + 1] == expected
+    assert words[words.index("--prompt") + 1] == prompt == expected
 
 
 def test_the_next_command_has_the_sampler_and_the_layer_of_texts(tmp_path: Path) -> None:

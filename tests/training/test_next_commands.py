@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from dataset.batches.example import ExampleItem
+from encoders.inversion import Inversion, InvertedEncoder
 from hunyuan_model.options import HunyuanTrainingOptions
 from ltx_2.names import LTX_2
 from modules.command import quote_for_powershell
@@ -50,15 +51,24 @@ def read(words: list[str]) -> tuple[TrainingOptions, WanTrainingOptions, list[Sc
     return read_training(None, WanTrainingOptions, words)
 
 
+def no_vectors(path: Path, option: str) -> None:
+    """A LoRA without the word."""
+
+
 def plan_of(options: TrainingOptions, folder: Path, family: str = "hunyuan_video", processes: int = 1) -> Any:
     """The facts of a plan that stand in commands."""
     model: Any = SimpleNamespace(
-        name=family, experts=ONE_EXPERT, dit_files=(), abilities=Abilities(), lora_module="networks.lora"
+        name=family,
+        experts=ONE_EXPERT,
+        dit_files=(),
+        abilities=Abilities(),
+        lora_module="networks.lora",
+        word_network=lambda word: Inversion(word, [InvertedEncoder("t5", "", list)], no_vectors).describe(),
     )
     return SimpleNamespace(
         options=options,
         features=options.features,
-        network_spec=find_network_spec(model, options.network),
+        network_spec=find_network_spec(model, options.network, options.features.lora_replacement),
         names=Names(folder, "x"),
         steps=SimpleNamespace(total_steps=40),
         accelerator=SimpleNamespace(num_processes=processes),
@@ -192,6 +202,55 @@ def test_two_transformers_are_generated_with_by_the_files_for_each(
     assert words[words.index("--guidance_scale_high_noise") + 1] == "4.0"
     converted = [words_of(each)[3] for each in converting]
     assert converted == [str(tmp_path / f"x-step00000010{mark}.safetensors") for mark in dict.fromkeys(marks)]
+
+
+WORD_ALONE = ["--train_embedding", "zorb", "--embedding_vectors", "3", "--embedding_only"]
+
+
+@pytest.mark.parametrize(
+    ("sample", "expected"),
+    [
+        ({"prompt": "a zorb, red"}, "a STEM, red"),
+        ({"prompt": "zorb2 and zorbs"}, "STEM2 and zorbs"),
+        ({"prompt": "a user's"}, "a user's"),
+        ({"prompt": "-zorb"}, "-STEM"),
+        ({"prompt": "a caption without the word", "example": None}, "a photo of STEM"),
+        ({}, "a photo of STEM"),
+    ],
+)
+def test_a_word_alone_is_prompted_by_the_name_of_its_file(
+    tmp_path: Path, sample: dict[str, Any], expected: str
+) -> None:
+    saved = tmp_path / "x-step00000010.safetensors"
+
+    _, generate, *_ = next_steps(tmp_path, WORD_ALONE, **sample).commands(saved, is_finished=True)
+
+    words = words_of(generate)
+    prompt = expected.replace("STEM", saved.stem)
+    assert f"--prompt={prompt}" in words or words[words.index("--prompt") + 1] == prompt
+    assert words[words.index("--textual_inversion_embeddings") + 1] == str(saved)
+
+
+@pytest.mark.parametrize("further", [[], ["--dit_high_noise", "high"]], ids=["one", "two transformers"])
+def test_a_file_with_its_own_option_is_generated_with_next_to_the_loras_of_samples(
+    tmp_path: Path, further: list[str]
+) -> None:
+    generation = ["wan_generate_video.py", "--dit", "low", *further]
+    entry: Any = SimpleNamespace(generation_argv=lambda *_: generation, spellings={})
+    steps = next_steps(tmp_path, WORD_ALONE)
+    loras = [(Path("distilled.safetensors"), 0.8), (Path("style.safetensors"), 1.0)]
+    steps = replace(steps, command=replace(steps.command, family_entry=entry), sample_loras=loras)
+    saved = tmp_path / "x.safetensors"
+
+    _, generate, *_ = steps.commands(saved, is_finished=True)
+
+    words = words_of(generate)
+    for end in ("", "_high_noise") if further else ("",):
+        files = [str(path) for path, _ in loras]
+        assert words[words.index(f"--lora_weight{end}") + 1 :][:3] == [*files, f"--lora_multiplier{end}"]
+        assert words[words.index(f"--lora_multiplier{end}") + 1 :][:2] == ["0.8", "1"]
+    assert ("--lora_weight_high_noise" in words) == bool(further)
+    assert words[-2:] == ["--textual_inversion_embeddings", str(saved)]
 
 
 def test_a_file_that_tools_read_as_it_is_saved_is_not_converted(tmp_path: Path) -> None:
