@@ -604,7 +604,8 @@ def generation_options(options: Ltx2TrainingOptions, sample: Mapping[str, Any]) 
     latents, texts = caching_options(options)
     extra = sample.get("extra") or {}
     example = sample.get("example")  # the dataset item that the sample repeats
-    reference = extra.get("reference_video") if example is None else next(iter(example.references), None)
+    paths = extra.get("reference_video", "").split("\n")
+    references = [path for path in paths if path] if example is None else example.references
     guidance = {f"--{name}": value for name, value in option_values(options.guidance).items()}
     given = {  # each keyframe and latent frame has its own option
         f"--{name}": Repeated(value) if isinstance(value, tuple) else value
@@ -618,7 +619,8 @@ def generation_options(options: Ltx2TrainingOptions, sample: Mapping[str, Any]) 
     return {
         **latents,
         **dict.fromkeys(left_out),
-        "--reference_video": reference,
+        "--reference_video": references[:1],
+        "--reference_videos": references[1:],
         "--reference_audio": extra.get("reference_audio"),
         **given,
         f"--{IDENTITY_SCALE}": options.audio_references.identity_scale or None,

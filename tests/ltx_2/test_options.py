@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from dataset.batches.example import ExampleItem
 from generation.options import read_generation
 from generation.outputs import name_job
 from generation.sample_lines import parse_sample_line
@@ -282,6 +283,19 @@ def test_the_printed_command_gives_the_parts_that_a_sample_gives(tmp_path: Path)
         inpaint_threshold=0.25,
     )
     assert made_as_sample("a cat")[1].given == Ltx2GivenMedia()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_printed_command_has_all_references_of_the_sample(tmp_path: Path, count: int) -> None:
+    references = tuple(tmp_path / f"{index}.mp4" for index in range(count))
+    for path in references:
+        path.touch()
+    line = " --rv ".join(["a cat", *map(str, references)])
+
+    assert made_as_sample(line)[1].references.paths == references
+    example = ExampleItem(references=references)
+    words = generation_options(read_own("ltx2_train_network"), {"example": example})
+    assert read_own("ltx2_generate_video", *option_argv(words)).references.paths == references
 
 
 def test_options_of_a_stream_that_is_not_made_are_told(caplog: pytest.LogCaptureFixture) -> None:
