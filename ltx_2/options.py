@@ -606,6 +606,7 @@ def generation_options(options: Ltx2TrainingOptions, sample: Mapping[str, Any]) 
     example = sample.get("example")  # the dataset item that the sample repeats
     paths = extra.get("reference_video", "").split("\n")
     references = [path for path in paths if path] if example is None else example.references
+    rate = sample.get("fps")  # an input of the model
     guidance = {f"--{name}": value for name, value in option_values(options.guidance).items()}
     given = {  # each keyframe and latent frame has its own option
         f"--{name}": Repeated(value) if isinstance(value, tuple) else value
@@ -629,6 +630,7 @@ def generation_options(options: Ltx2TrainingOptions, sample: Mapping[str, Any]) 
         "--dit_dtype": options.dit_dtype,
         "--image_path": sample.get("image_path"),
         "--video_length": sample.get("frames"),
+        "--fps": None if rate is None else f"{rate:g}",  # without a decimal point, as --fps reads it
         "--sample_disable_audio": options.silent,
         **guidance,
     }

@@ -285,6 +285,12 @@ def test_the_printed_command_gives_the_parts_that_a_sample_gives(tmp_path: Path)
     assert made_as_sample("a cat")[1].given == Ltx2GivenMedia()
 
 
+@pytest.mark.parametrize(("line", "fps"), [("a cat --fps 25", 25.0), ("a cat", 24.0)])
+def test_the_printed_command_has_the_frame_rate_of_the_sample(line: str, fps: float) -> None:
+    """It decides the positions of frames in time, and how long the audio is."""
+    assert made_as_sample(line)[0].request.fps == fps
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_the_printed_command_has_all_references_of_the_sample(tmp_path: Path, count: int) -> None:
     references = tuple(tmp_path / f"{index}.mp4" for index in range(count))
