@@ -7,7 +7,7 @@ pipelines, and the fork of musubi-tuner whose options these are.
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from fractions import Fraction
 from itertools import islice
@@ -20,7 +20,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from ltx_2.given import audio_latent_times, make_region_mask, video_latent_times
-from ltx_2.given_media_options import Ltx2GivenMedia, PlacedImage, Rectangle
+from ltx_2.given_media_options import MASK, Ltx2GivenMedia, PlacedImage, Rectangle, read_request_values
 from ltx_2.keyframes import check_keyframes
 from ltx_2.references import read_pixels
 from modules.errors import MediaError, OptionError
@@ -39,7 +39,6 @@ logger = logging.getLogger(__name__)
 # names of conditions: clean latents, and how clean each latent is, as in `CleanTokens`
 IMAGE, IMAGE_WEIGHTS = "given_image", "given_image_shares"
 AUDIO, AUDIO_WEIGHTS = "given_audio", "given_audio_shares"
-MASK = "inpaint_mask"
 MAX_SECONDS = 3600  # maximum number of seconds that are read from an audio file
 Encode = Callable[[Tensor], Tensor]  # pixels 1 3 F H W -> latents 1 C f h w on the CPU
 
@@ -52,7 +51,7 @@ def with_request_values(media: Ltx2GivenMedia, request: Request) -> Ltx2GivenMed
     Raises:
         OptionError: If a value cannot be parsed, or there is a mask without a clip, or a clip without a mask.
     """
-    media = override_options(media, _read_request_values(request.extra))
+    media = override_options(media, read_request_values(request.extra))
     if media.inpaint_mask is not None and media.inpaint_source is None:
         source = _only_reference(request, media.inpaint_mask)
         media = override_options(media, {"inpaint_source": source})
@@ -81,21 +80,6 @@ def _check_pairs(media: Ltx2GivenMedia) -> None:
             f"--paste_source {media.paste_source}: there is no clip to paste. Pass --{MASK} or "
             "--outpaint_source, or omit it"
         )
-
-
-def _read_request_values(extra: Mapping[str, str]) -> dict[str, Any]:
-    """Return the media options that a prompt line (`extra`) sets, as values by option name; None if unset."""
-    values: dict[str, Any] = dict.fromkeys(("keyframe", "latent_frame", MASK))
-    for name in ("keyframe", "latent_frame"):
-        if name in extra:
-            values[name] = tuple(extra[name].split("\n"))
-    if MASK in extra:
-        values[MASK] = to_path(f"--{MASK}", extra[MASK])
-    if "inpaint_invert" in extra:
-        values["inpaint_invert"] = extra["inpaint_invert"] in ("1", "True")
-    if "inpaint_threshold" in extra:
-        values["inpaint_threshold"] = float(extra["inpaint_threshold"])
-    return values
 
 
 def check_media(media: Ltx2GivenMedia, prepared: Prepared, latent: LatentSpec) -> None:

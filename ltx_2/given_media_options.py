@@ -1,13 +1,16 @@
 """Options of parts of a generation's result that come from other media. Standard library only."""
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from modules.errors import OptionError
+from modules.option_values import to_path
 from modules.options import REQUEST_SETTING, Options, make_request_facts, option
 
+MASK = "inpaint_mask"  # option of a generation, and key of a prompt line
 FEATHER = 16  # pixels, half of a latent: content generated next to a latent hardly changes more of it
 
 
@@ -247,6 +250,24 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
         audio = self.audio_files
         if self.drive_audio is not None and len(audio) > 1:
             raise OptionError(f"{' and '.join(f'--{name}' for name in audio)}: the first is the whole audio")
+
+
+def read_request_values(extra: Mapping[str, str]) -> dict[str, Any]:
+    """Return the media options that a prompt line sets, by option name; None for a file that is not set.
+
+    `extra` are the line's values as in `Request.extra`.
+    """
+    values: dict[str, Any] = dict.fromkeys(("keyframe", "latent_frame", MASK))
+    for name in ("keyframe", "latent_frame"):
+        if name in extra:
+            values[name] = tuple(extra[name].split("\n"))
+    if MASK in extra:
+        values[MASK] = to_path(f"--{MASK}", extra[MASK])
+    if "inpaint_invert" in extra:
+        values["inpaint_invert"] = extra["inpaint_invert"] in ("1", "True")
+    if "inpaint_threshold" in extra:
+        values["inpaint_threshold"] = float(extra["inpaint_threshold"])
+    return values
 
 
 def read_placed_image(name: str, text: str) -> PlacedImage:

@@ -17,7 +17,7 @@ from ltx_2.audio_reference_options import (
     ReferenceStrategy,
     find_strategy,
 )
-from ltx_2.given_media_options import Ltx2GivenMedia
+from ltx_2.given_media_options import Ltx2GivenMedia, read_request_values
 from ltx_2.given_options import Ltx2GivenParts, check_value, read_conditioning_config
 from ltx_2.model_options import (
     AUDIO,
@@ -32,7 +32,7 @@ from ltx_2.reference_options import Ltx2GivenReferences, Ltx2ReferenceOptions
 from ltx_2.refused_options import ALWAYS_GIVEN, GENERATION, LATENTS, TEXTS, TRAINING, declare_all
 from ltx_2.stage_options import Ltx2OfficialStages, Ltx2StageOptions
 from modules.errors import OptionError
-from modules.option_values import Placeholder
+from modules.option_values import Placeholder, Repeated
 from modules.options import (
     FREE,
     HABIT,
@@ -604,8 +604,14 @@ def generation_options(options: Ltx2TrainingOptions, sample: Mapping[str, Any]) 
     latents, texts = caching_options(options)
     extra = sample.get("extra") or {}
     example = sample.get("example")  # the dataset item that the sample repeats
-    reference = extra.get("reference_video") if example is None else next(iter(example.references), None)
+    paths = extra.get("reference_video", "").split("\n")
+    references = [path for path in paths if path] if example is None else example.references
+    rate = sample.get("fps")  # an input of the model
     guidance = {f"--{name}": value for name, value in option_values(options.guidance).items()}
+    given = {  # each keyframe and latent frame has its own option
+        f"--{name}": Repeated(value) if isinstance(value, tuple) else value
+        for name, value in read_request_values(extra).items()
+    }
     # a value of None leaves the option out of the command
     left_out = [
         *options.references.command_options(),  # these factors are in the LoRA's metadata
@@ -614,14 +620,17 @@ def generation_options(options: Ltx2TrainingOptions, sample: Mapping[str, Any]) 
     return {
         **latents,
         **dict.fromkeys(left_out),
-        "--reference_video": reference,
+        "--reference_video": references[:1],
+        "--reference_videos": references[1:],
         "--reference_audio": extra.get("reference_audio"),
+        **given,
         f"--{IDENTITY_SCALE}": options.audio_references.identity_scale or None,
         **texts,
         "--dit": options.dit,
         "--dit_dtype": options.dit_dtype,
         "--image_path": sample.get("image_path"),
         "--video_length": sample.get("frames"),
+        "--fps": None if rate is None else f"{rate:g}",  # without a decimal point, as --fps reads it
         "--sample_disable_audio": options.silent,
         **guidance,
     }

@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 
+from dataset.batches.example import ExampleItem
 from generation.options import read_generation
 from generation.outputs import name_job
+from generation.sample_lines import parse_sample_line
 from ltx2_generate_video import DEFAULTS, settle
+from ltx_2.given_media_options import Ltx2GivenMedia
 from ltx_2.model_options import CHECKPOINT, GEMMA, Ltx2GuidanceOptions
 from ltx_2.options import (
     Ltx2GenerationOptions,
@@ -29,6 +32,8 @@ from modules.option_values import option_argv
 from modules.options import Options, read_options
 from modules.parser import Parser, add_options, reject_unsupported
 from modules.speed_options import GENERATION_VALUES
+from tests.training.toy import ToyFamily
+from training.samples import sample_request
 
 DATA = Path(__file__).parent.parent / "data" / "cli"
 OWN: dict[str, type[Options]] = {
@@ -255,6 +260,48 @@ def test_commands_that_follow_from_a_training_are_read_again() -> None:
     assert (made.dit_file, made.guidance, made.text) == (Path("dit.safetensors"), own.guidance, own.text)
     assert read_own("ltx2_generate_video").dit_file == CHECKPOINT
     assert made.guidance.rescaling("audio") is None
+
+
+def made_as_sample(line: str) -> tuple[Any, Ltx2GenerationOptions]:
+    """The shared and the own record of the command that makes the sample of a line again."""
+    sample = vars(sample_request(parse_sample_line(line), ToyFamily()))
+    words = option_argv(generation_options(read_own("ltx2_train_network"), sample))
+    argv = ["--save_path", "out", "--prompt", "a cat", *words]
+    return resolve_generation(*read_generation(None, DEFAULTS, Ltx2GenerationOptions, argv))
+
+
+def test_the_printed_command_gives_the_parts_that_a_sample_gives(tmp_path: Path) -> None:
+    mask = tmp_path / "m.png"
+    mask.touch()
+    line = f"a cat --gk 0:a.png --gk 48:b.png:0.5 --gl 2:c.png --im {mask} --ii 1 --it 0.25"
+
+    assert made_as_sample(line)[1].given == Ltx2GivenMedia(
+        keyframe=("0:a.png", "48:b.png:0.5"),
+        latent_frame=("2:c.png",),
+        inpaint_mask=mask,
+        inpaint_invert=True,
+        inpaint_threshold=0.25,
+    )
+    assert made_as_sample("a cat")[1].given == Ltx2GivenMedia()
+
+
+@pytest.mark.parametrize(("line", "fps"), [("a cat --fps 25", 25.0), ("a cat", 24.0)])
+def test_the_printed_command_has_the_frame_rate_of_the_sample(line: str, fps: float) -> None:
+    """It decides the positions of frames in time, and how long the audio is."""
+    assert made_as_sample(line)[0].request.fps == fps
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_printed_command_has_all_references_of_the_sample(tmp_path: Path, count: int) -> None:
+    references = tuple(tmp_path / f"{index}.mp4" for index in range(count))
+    for path in references:
+        path.touch()
+    line = " --rv ".join(["a cat", *map(str, references)])
+
+    assert made_as_sample(line)[1].references.paths == references
+    example = ExampleItem(references=references)
+    words = generation_options(read_own("ltx2_train_network"), {"example": example})
+    assert read_own("ltx2_generate_video", *option_argv(words)).references.paths == references
 
 
 def test_options_of_a_stream_that_is_not_made_are_told(caplog: pytest.LogCaptureFixture) -> None:
