@@ -263,7 +263,7 @@ INTERACTIVE_OPTION = "--interactive"
 # options that name input files, in addition to model files; `--lora_weight a b` names two files
 INPUT_FILE_OPTIONS = {
     *("--lora_weight", "--lora_weight_high_noise", "--network_weights", "--network_weights_high_noise"),
-    *("--network_mul_weights", "--ckpt", "--from_file", "--image_path", "--end_image_path", "--video_path"),
+    *("--ckpt", "--from_file", "--image_path", "--end_image_path", "--video_path"),
     *("--control_image_path", "--sample_prompts", "--dataset_config", "--config_file", "--lora", "--input"),
 }
 POSITIONAL = ""  # key for positional arguments

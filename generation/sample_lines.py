@@ -170,18 +170,6 @@ def parse_sample_line(line: str, where: str = "the sample prompt") -> dict[str, 
         raise OptionError(f"{where} {line.strip()!r}: {error}. Fix the line") from None
 
 
-def read_sample_prompts(path: Path) -> list[dict[str, Any]]:
-    """Read a training prompt file (.txt, .toml or .json); return one dictionary per sample.
-
-    The keys are `prompt` and the keys of `SAMPLE_OPTIONS`. In TOML, `[prompt]` contains values that all
-    `[[prompt.subset]]` tables share; a subset takes precedence. JSON is a list of prompt lines and objects.
-
-    Raises:
-        OptionError: If an entry cannot be parsed; the message names the file, the entry and the key.
-    """
-    return parse_sample_prompts(read_sample_file(path), path)
-
-
 def read_sample_file(path: Path) -> str:
     """Read the text of a training prompt file.
 
@@ -194,14 +182,15 @@ def read_sample_file(path: Path) -> str:
 def parse_sample_prompts(text: str, path: Path) -> list[dict[str, Any]]:
     """Parse the text of a training prompt file (.txt, .toml or .json); return one dictionary per sample.
 
-    The keys are `prompt` and the keys of `SAMPLE_OPTIONS`.
+    The keys are `prompt` and the keys of `SAMPLE_OPTIONS`. In TOML, `[prompt]` contains values that all
+    `[[prompt.subset]]` tables share; a subset takes precedence. JSON is a list of prompt lines and objects.
 
     Args:
         text: The text of the file.
         path: Path of the file; its suffix determines the format.
 
     Raises:
-        OptionError: If an entry cannot be parsed.
+        OptionError: If an entry cannot be parsed; the message names the file, the entry and the key.
     """
     option = f"--sample_prompts {path}"
     suffix = path.suffix.lower()

@@ -19,7 +19,9 @@ from modules.console import format_count
 from modules.devices import select_device
 from modules.errors import DatasetError, OptionError
 from protocols.family import Family, get_audio_spec
+from runtime.offload.joining import launched_processes
 from runtime.planning.device_memory import device_memory_to_plan
+from runtime.ways.composing import count_groups
 from training.caching_inside import (
     TablePlan,
     TensorLocation,
@@ -168,13 +170,15 @@ def _check_dataset(
         seed = options.loop.seed or 0
     validation = options.validation.validation_split, seed
     if all(plan.reads_cache_files for plan in plans):  # the caches were made before the training
+        num_processes = launched_processes()
         return check.check_training(
             config,
             family.cache_tag,
             family.latent,
             commands,
             accumulation=options.loop.gradient_accumulation_steps,
-            processes=int(os.environ.get("WORLD_SIZE", "1")),
+            # one process alone checks a run of one group, which is launched later
+            data_parallel_size=count_groups(options.speed, num_processes) if num_processes > 1 else 1,
             checkpoint_lines=[
                 f"{name}: {value}" for name, value in family.metadata.items() if name != "resolution"
             ],

@@ -566,7 +566,7 @@ def check_training(
     latent: LatentSpec,
     commands: CachingCommands = NO_COMMANDS,
     accumulation: int = 1,
-    processes: int = 1,
+    data_parallel_size: int = 1,
     checkpoint_lines: Iterable[str] = (),
     text_keys: frozenset[str] = frozenset(),
     counters: TokenCounters = NO_TOKEN_COUNTERS,
@@ -581,7 +581,7 @@ def check_training(
         latent: Latent format of the model.
         commands: Commands that make the caches, for messages.
         accumulation: Gradient accumulation steps.
-        processes: Number of training processes.
+        data_parallel_size: Number of training processes, or of groups of processes that share batches.
         checkpoint_lines: Lines about the checkpoints, for the head of the report.
         text_keys: Keys of a complete text cache.
         counters: Token counters of the text encoders.
@@ -605,7 +605,7 @@ def check_training(
         if lack_edit_references(found_items.items, stores):
             tables[0].warnings.append(Fault(GETS_NO_REFERENCES, NO_REFERENCE))
     count_validation_items(tables, *validation)
-    closing_lines = _describe_items(found_items.items, validation, accumulation * processes)
+    closing_lines = _describe_items(found_items.items, validation, accumulation * data_parallel_size)
     if any(findings.errors for findings in tables):
         closing_lines += ["Caches are made by:", *indent([commands.latents, commands.text])]
     opening_lines = (RECOGNIZED, *indent([*checkpoint_lines, *counters.missing_lines]))

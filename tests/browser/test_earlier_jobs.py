@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from browser.earlier_jobs import EarlierJob, may_be_created
-from browser.launch import check_options, find_earlier_job, split_arguments
+from browser.launch import INPUT_FILE_OPTIONS, check_options, find_earlier_job, split_arguments
 from browser.queue_pages import read_jobs
 from modules.errors import OptionError
+from modules.option_tables import list_option_names
 
 RUN = "reelsmith run clips"
 
@@ -53,6 +54,10 @@ def test_what_no_job_makes_has_to_be_there(line: str, earlier: str, folder: Path
     jobs = filter(None, [find_earlier_job(split_arguments(earlier), folder)])
     with pytest.raises(OptionError, match=r"nowhere.*no such (file|folder)"):
         check_options(split_arguments(line), folder, [*jobs])
+
+
+def test_each_option_whose_file_has_to_be_there_is_one_of_a_script() -> None:
+    assert {*INPUT_FILE_OPTIONS} <= {f"--{name}" for name in list_option_names()}
 
 
 def test_a_record_that_stands_beside_code_with_torch_is_asked_too(folder: Path) -> None:

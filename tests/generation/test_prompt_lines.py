@@ -17,7 +17,7 @@ from generation.prompt_lines import (
     read_generation_lines,
     split_line,
 )
-from generation.sample_lines import parse_sample_line, read_sample_prompts
+from generation.sample_lines import parse_sample_line, parse_sample_prompts, read_sample_file
 from modules.errors import OptionError
 from modules.option_values import text_to_seed
 from stable_diffusion.lines import read_line
@@ -190,7 +190,7 @@ def test_long_names_stand_in_entries_too(tmp_path: Path) -> None:
     entry = {"prompt": "a", "steps": 3, "cfg": 2, "video_length": 5, "guidance_scale": 7}
     path.write_text(json.dumps([entry]), "utf-8")
 
-    (found,) = read_sample_prompts(path)
+    (found,) = parse_sample_prompts(read_sample_file(path), path)
 
     # `guidance_scale` is the embedded one in files of entries, as other trainers have it
     assert found == {
@@ -252,7 +252,7 @@ def test_a_toml_subset_wins_over_what_all_share(tmp_path: Path) -> None:
         '[prompt]\nwidth = 64\nseed = 1\n[[prompt.subset]]\nprompt = "a"\nwidth = '
         '32\n[[prompt.subset]]\nprompt = "b"\n'
     )
-    assert read_sample_prompts(path) == [
+    assert parse_sample_prompts(read_sample_file(path), path) == [
         {"prompt": "a", "width": 32, "seed": 1},
         {"prompt": "b", "width": 64, "seed": 1},
     ]
@@ -262,7 +262,7 @@ def test_the_control_picture_has_the_name_that_other_image_trainers_give_it(tmp_
     path = tmp_path / "prompts.json"
     path.write_text(json.dumps([{"prompt": "a", "controlnet_image": "edges/a.png"}]), encoding="utf-8")
 
-    (entry,) = read_sample_prompts(path)
+    (entry,) = parse_sample_prompts(read_sample_file(path), path)
 
     assert entry == {"prompt": "a", "control_video_path": "edges/a.png"}
 
@@ -270,7 +270,7 @@ def test_the_control_picture_has_the_name_that_other_image_trainers_give_it(tmp_
 def test_json_holds_lines_and_objects(tmp_path: Path) -> None:
     path = tmp_path / "prompts.json"
     path.write_text(json.dumps(["a --w 32", {"prompt": "b", "sample_steps": 5000, "cfg_scale": 2}]))
-    assert read_sample_prompts(path) == [
+    assert parse_sample_prompts(read_sample_file(path), path) == [
         {"prompt": "a", "width": 32},
         {"prompt": "b", "sample_steps": 5000, "cfg_scale": 2.0},
     ]
@@ -281,18 +281,20 @@ def test_a_size_is_a_key_of_prompt_files_too(size: object, tmp_path: Path) -> No
     path = tmp_path / "prompts.json"
     path.write_text(json.dumps([{"prompt": "a", "size": size, "steps": 4}]))
 
-    assert read_sample_prompts(path) == [{"prompt": "a", "height": 48, "width": 32, "sample_steps": 4}]
+    assert parse_sample_prompts(read_sample_file(path), path) == [
+        {"prompt": "a", "height": 48, "width": 32, "sample_steps": 4}
+    ]
 
     path.write_text(json.dumps([{"prompt": "a", "size": "large"}]))
     with pytest.raises(OptionError, match="entry 1: size: 'large' is not a height and a width"):
-        read_sample_prompts(path)
+        parse_sample_prompts(read_sample_file(path), path)
 
 
 def test_a_wrong_type_names_file_entry_and_key(tmp_path: Path) -> None:
     path = tmp_path / "prompts.json"
     path.write_text(json.dumps([{"prompt": "b", "width": "wide"}]))
     with pytest.raises(OptionError, match=r"prompts\.json, entry 1: width = 'wide' must be of type int"):
-        read_sample_prompts(path)
+        parse_sample_prompts(read_sample_file(path), path)
 
 
 @pytest.mark.parametrize(
@@ -302,7 +304,7 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path, name: str, text: 
     path = tmp_path / name
     path.write_text(text)
     with pytest.raises(OptionError, match="--sample_prompts"):
-        read_sample_prompts(path)
+        parse_sample_prompts(read_sample_file(path), path)
 
 
 @pytest.mark.parametrize(
@@ -325,7 +327,7 @@ def test_a_sample_of_a_training_may_have_a_text_as_seed_which_is_told(
         assert parse_generation_line(f"a cat --d {text}")["seed"] == seed
     path = tmp_path / "samples.json"
     path.write_text(json.dumps([{"prompt": "a cat", "seed": text}]), encoding="utf-8")
-    assert read_sample_prompts(path)[0]["seed"] == seed
+    assert parse_sample_prompts(read_sample_file(path), path)[0]["seed"] == seed
 
 
 def test_what_stands_behind_a_number_of_a_sample_is_told(caplog: pytest.LogCaptureFixture) -> None:
@@ -350,13 +352,13 @@ def test_a_seed_that_is_none_is_told(tmp_path: Path, text: str) -> None:
     path = tmp_path / "samples.json"
     path.write_text(json.dumps([{"prompt": "a cat", "seed": text}]), encoding="utf-8")
     with pytest.raises(OptionError, match="entry 1: seed: "):
-        read_sample_prompts(path)
+        parse_sample_prompts(read_sample_file(path), path)
 
 
 def test_the_guides_name_of_the_guidance_scale_is_read_from_prompt_files(tmp_path: Path) -> None:
     path = tmp_path / "prompts.json"
     path.write_text('[{"prompt": "a", "scale": 4}, {"prompt": "b", "scale": 4, "cfg_scale": 2}]')
-    assert [entry["cfg_scale"] for entry in read_sample_prompts(path)] == [4.0, 2.0]
+    assert [entry["cfg_scale"] for entry in parse_sample_prompts(read_sample_file(path), path)] == [4.0, 2.0]
 
 
 @pytest.mark.parametrize("dash", ["-", "\u2013", "\u2014", "-\u2014"])

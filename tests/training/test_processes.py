@@ -19,8 +19,9 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 
 from modules.errors import OptionError
 from tests.commands import QUIET, ROOT, run_python
-from tests.training.toy import write_caches
+from tests.training.toy import ToyFamily, toy_options, write_caches
 from training.processes import make_accelerator
+from training.run import train_network
 from training.run_options import AcceleratorOptions
 
 SHARE = """
@@ -82,6 +83,33 @@ def test_deepspeed_is_refused_unless_it_is_off(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", value)
         with pytest.raises(OptionError, match=r"DeepSpeed .*--shard_base") if is_asked else nullcontext():
             make_accelerator(PLAIN)
+
+
+@pytest.mark.parametrize(
+    ("processes", "group_size", "steps"),
+    [
+        (1, 1, "5 steps"),
+        (4, 1, "2 steps of 4 batches"),
+        (4, 2, "3 steps of 2 batches"),
+        (4, 4, "5 steps"),
+        (1, 2, "5 steps"),  # checked without a launcher: as one group
+    ],
+)
+def test_check_counts_processes_that_share_tokens_as_the_run_does(
+    processes: int,
+    group_size: int,
+    steps: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_caches(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    options = toy_options(tmp_path, "--check", "--context_parallel", group_size)
+
+    assert train_network(ToyFamily(), options) == 0
+
+    assert f"An epoch: 5 items with repeats, 5 batches, {steps}\n" in capsys.readouterr().out
 
 
 @pytest.fixture

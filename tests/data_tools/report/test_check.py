@@ -108,7 +108,13 @@ def test_training_is_told_its_batches_and_steps(tmp_path: Path) -> None:
     cache_media(ToyFamily(), config, options())
     cache_texts(ToyFamily(), config, options())
     result = check_training(
-        config, "toy", LATENT, COMMANDS, accumulation=2, processes=2, checkpoint_lines=["--dit: a tiny model"]
+        config,
+        "toy",
+        LATENT,
+        COMMANDS,
+        accumulation=2,
+        data_parallel_size=2,
+        checkpoint_lines=["--dit: a tiny model"],
     )
     text = "\n".join(result.lines)
     assert result.exit_code == 0
