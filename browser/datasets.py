@@ -47,6 +47,8 @@ MODELS = {
     "LTX-2": ("24", "32", "8"),
     "MiniMax-H3": ("24", "32", "17"),
     "models of images": ("24", "16", "1"),
+    "SDXL, HunyuanImage-2.1, Qwen-Image-2.1": ("24", "32", "1"),
+    "Stable Diffusion 1.5, 2.1": ("24", "8", "1"),
 }
 IMAGE_MODELS = "models of images"
 # keyed by the model's name in the history of a run
@@ -55,6 +57,8 @@ MODEL_BY_FAMILY = {
     "framepack": "FramePack",
     "ltx2_v1": "LTX-2",
     "minimax_h3": "MiniMax-H3",
+    **dict.fromkeys(("sdxl", "hunyuan_image", "qwen_image_21"), "SDXL, HunyuanImage-2.1, Qwen-Image-2.1"),
+    **dict.fromkeys(("sd1", "sd2"), "Stable Diffusion 1.5, 2.1"),
 }
 
 

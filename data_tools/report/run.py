@@ -41,9 +41,11 @@ logger = logging.getLogger(__name__)
 
 MAX_NAMED = 10  # errors of one kind that are logged
 # latent channels and strides of models of images, Wan2.2 TI2V-5B and LTX-2, by (--pixel_step, --frame_step);
-# all other models have DEFAULT
+# all other models have DEFAULT. Of models of images with sides in steps of 32 it is Qwen-Image-2.1
 LATENTS: Mapping[tuple[int, int], tuple[int, tuple[int, int, int]]] = {
     (16, 1): (16, (1, 8, 8)),
+    (32, 1): (64, (1, 16, 16)),
+    (8, 1): (4, (1, 8, 8)),
     (32, 4): (48, (4, 16, 16)),
     (32, 8): (128, (8, 32, 32)),
 }

@@ -18,9 +18,26 @@ from urllib.parse import urlencode
 import pytest
 from PIL import Image
 
+import anima.configs
+import flux.spec
+import flux_2.configs
+import hunyuan_image.configs
+import lumina.configs
+import qwen_image.configs
+import qwen_image_21.configs
+import z_image.configs
 from browser.captions import CaptionText
 from browser.dataset_pages import passes_filters
-from browser.datasets import MODELS, Datasets, FoundDataset, Measurement, _report_options
+from browser.datasets import (
+    IMAGE_MODELS,
+    MODEL_BY_FAMILY,
+    MODELS,
+    Datasets,
+    FoundDataset,
+    Measurement,
+    _report_options,
+    image_families,
+)
 from browser.folders import read_media_folder
 from browser.runs import Runs
 from data_tools.report.check import check_caching
@@ -28,6 +45,8 @@ from dataset.config import load_dataset_config
 from pocket.clips import write_clips
 from pocket.concepts import CONCEPTS
 from pocket.measure import POCKET
+from stable_diffusion.contract import SD1, SDXL
+from stable_diffusion.family import latent_spec
 from tests.browser.serving import Answer, Served, serve_runs, write_run
 from tests.browser.test_accessible import assert_fits
 from tests.browser.test_server import SECRET, ways_out
@@ -216,6 +235,23 @@ def test_a_dataset_is_measured_for_each_model_of_the_list(
     dataset_report.main(_report_options(dataset, Measurement(model=model)))
 
     assert len(json.loads(capsys.readouterr().out)["tables"]) == 2
+
+
+def test_a_dataset_is_measured_with_the_sides_of_the_model_that_was_trained() -> None:
+    latents = {kind.name: latent_spec(kind) for kind in (SD1, SDXL)} | {
+        "flux": flux.spec.LATENT,
+        "flux_2": flux_2.configs.LATENT,
+        "z_image": z_image.configs.LATENT,
+        "lumina": lumina.configs.LATENT,
+        "qwen_image": qwen_image.configs.LATENT,
+        "anima": anima.configs.LATENT,
+        "hunyuan_image": hunyuan_image.configs.LATENT,
+        "qwen_image_21": qwen_image_21.configs.LATENT,
+    }
+    assert latents.keys() <= image_families()
+    for name, latent in latents.items():
+        _, pixel_step, frame_step = MODELS[MODEL_BY_FAMILY.get(name, IMAGE_MODELS)]
+        assert (int(pixel_step), int(frame_step)) == (latent.pixel_step, latent.frame_step), name
 
 
 def test_the_list_has_a_picture_the_number_of_files_and_the_state(kept: Page) -> None:
