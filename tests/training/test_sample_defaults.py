@@ -102,7 +102,12 @@ CASES |= {
         *("z_image", [], {"model/dit.safetensors": TURBO}),
         {"steps": 8, "guidance_scale": (0.0,)},
     ),
-    "ltx_2": ("ltx_2", SMALL, {}, {"width": 64, "height": 96, "frames": 9, "steps": 30, "joint": None}),
+    "ltx_2": (
+        "ltx_2",
+        SMALL,
+        {},
+        {"width": 64, "height": 96, "frames": 9, "steps": 30, "audio_video_shapes": None},
+    ),
     "ltx_2 with sound": ("ltx_2 with sound", SMALL, {}, {"width": 64, "height": 96, "frames": 9}),
 }
 GENERATION = {"ltx_2": ["--video_size", "96", "64", "--video_length", "9"]}  # what a training has options for
