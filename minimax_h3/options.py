@@ -24,11 +24,13 @@ from minimax_h3.reference_options import (
     warn_about_unused_edges,
 )
 from minimax_h3.training_options import (
+    CONDITION_SET_BY_TASK,
     CONDITION_SETS,
     H3LossOptions,
     H3RejectedOptions,
     H3TargetOptions,
     granularity_option,
+    name_teacher_conditions,
 )
 from modules.errors import OptionError
 from modules.option_values import Placeholder, Repeated
@@ -358,6 +360,13 @@ def caching_options(options: H3TrainingOptions) -> tuple[dict[str, Any], dict[st
         "--audio_vae": options.vae.audio_vae or Placeholder("AUDIO_VAE_FILE"),
     }
     return {**latents, **task}, {**_text_encoder_options(options), **task}
+
+
+def teacher_caching_options(condition_set: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the options that a teacher's conditions need in latent caching and in text caching, by name."""
+    tasks = {conditions: task for task, conditions in CONDITION_SET_BY_TASK.items()}
+    latents = {"--task": tasks[condition_set]} if condition_set in tasks else {}
+    return latents, {"--teacher_conditions": name_teacher_conditions(condition_set)}
 
 
 def _text_encoder_options(options: H3ModelOptions) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from minimax_h3.conditions import (
 from minimax_h3.configs import PATCH
 from minimax_h3.model import IMAGE_CLEAN_FRACTION
 from minimax_h3.presentation import AUDIO, IMAGE, VIDEO
-from minimax_h3.training_options import CONDITION_SETS
+from minimax_h3.training_options import CONDITION_SET_BY_TASK, name_teacher_conditions
 from modules.errors import CacheError
 from protocols.data import AUDIO_LATENTS, HAS_AUDIO, Batch, Conditions
 from protocols.inputs import CLIP, FIRST_LAST, SUBJECT
@@ -32,8 +32,6 @@ from protocols.inputs import CLIP, FIRST_LAST, SUBJECT
 LATENTS_AGAIN = "minimax_h3_cache_latents.py"
 # keys of the clip itself, as the reference of its teacher
 CLIP_AS_REFERENCE, AUDIO_AS_REFERENCE = "taught_latents", "taught_sound"
-# task -> conditions of the model that is trained; a text-to-video model has none
-CONDITION_SET_BY_TASK = {"fl2va": FIRST_LAST, "ref2va": SUBJECT}
 
 CLEAN_FRACTIONS = "clean_shares"  # in conditions of a training run: `CleanFractions`, 2 float32 on the host
 
@@ -90,17 +88,12 @@ def _read_tensor(tensors: Conditions, key: str) -> Tensor:
 
 def teacher_rows(batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
     """Return states and token tags of the teacher's text; raise CacheError if they are missing."""
-    return read_teacher_texts(batch, _name_option_value(batch.condition_set))
+    return read_teacher_texts(batch, name_teacher_conditions(batch.condition_set))
 
 
 def teacher_key(condition_set: str) -> str:
     """Return the cache key for the text states of a teacher that gets the conditions `condition_set`."""
-    return TEACHER_KEYS[_name_option_value(condition_set)].states
-
-
-def _name_option_value(condition_set: str) -> str:
-    """Return the value of --h3_teacher_conditions that selects these conditions for the teacher."""
-    return next(value for value, known_set in CONDITION_SETS.items() if known_set == condition_set)
+    return TEACHER_KEYS[name_teacher_conditions(condition_set)].states
 
 
 def media_conditions(batch: Batch, task: str, latents: Tensor) -> dict[str, Tensor]:
@@ -145,7 +138,7 @@ def _require_conditions(batch: Batch, task: str, keys: list[str], names: tuple[s
     if not has_enough and missing and (batch.condition_set or not keys):
         taker = f"--task {task}"
         if batch.condition_set:
-            taker = f"teacher matching with {_name_option_value(batch.condition_set)}"
+            taker = f"teacher matching with {name_teacher_conditions(batch.condition_set)}"
         caching_task = "fl2va" if names == (FIRST, LAST) else "ref2va"
         raise CacheError(
             f"{batch.keys[0]}: its cache has no {' and no '.join(missing)}, which {taker} needs. Cache again "

@@ -21,6 +21,8 @@ UNIFORM, NONE = "uniform", "none"  # the only sampler and weighting
 RANK = 16  # default rank and alpha of a LoRA
 # --h3_teacher_conditions -> --teacher_sees
 CONDITION_SETS = {"first,last": FIRST_LAST, "ref": CLIP, "subject_ref": SUBJECT}
+# task -> conditions of the model that is trained; a text-to-video model has none
+CONDITION_SET_BY_TASK = {"fl2va": FIRST_LAST, "ref2va": SUBJECT}
 WHY_UNIFORM = (
     "the noise of images and audio follows one even base time, as in a generation. "
     "--timestep_focus draws more from a range of it. Omit it"
@@ -327,6 +329,11 @@ def translate(args: argparse.Namespace) -> None:
     _select_rank(args)
     _check_view(args)
     warn_about_unused_clean_shares(args)
+
+
+def name_teacher_conditions(condition_set: str) -> str:
+    """Return the value of --h3_teacher_conditions that selects these conditions for the teacher."""
+    return next(value for value, known_set in CONDITION_SETS.items() if known_set == condition_set)
 
 
 def trainer_changes(samplers: Collection[str], weightings: Collection[str]) -> dict[str, Any]:

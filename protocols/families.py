@@ -129,6 +129,7 @@ class FamilyEntry:
         dataset_config: Path | None,
         switches: Sequence[str],
         typed: Mapping[str, str] | None = None,
+        condition_set: str = "",
     ) -> tuple[str, str]:
         """Return the commands that cache the missing latents and text encoder outputs of a training run.
 
@@ -137,12 +138,18 @@ class FamilyEntry:
             dataset_config: Dataset file of the training run.
             switches: Additional options for the command that caches latents.
             typed: Public name of an option -> the user's spelling of it.
+            condition_set: Conditions that only a teacher gets (`Batch.condition_set`); "" for none.
         """
         from modules.repeated_options import join_options, repeat_given  # not for --help
 
         # options that the training and a caching command have in common keep the user's values
         repeated = repeat_given(family_options, typed)
         latent_options, text_options = self.options.caching_options(family_options)
+        for_teacher = vars(self.options).get("teacher_caching_options")
+        if condition_set and for_teacher is not None:
+            teacher_latents, teacher_texts = for_teacher(condition_set)
+            latent_options = {**latent_options, **teacher_latents}
+            text_options = {**text_options, **teacher_texts}
 
         def build_command(script: str, record: str, needed: Mapping[str, Any]) -> list[str]:
             options = join_options(self.options_record(record), needed, repeated)

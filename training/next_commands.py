@@ -25,7 +25,7 @@ from protocols.families import HIGH_NOISE, FamilyEntry
 from protocols.family import Family
 from protocols.full_model import trains_checkpoint
 from runtime.options import say_for_generation
-from training.options import ScriptOption
+from training.options import ScriptOption, TrainingOptions
 from training.plan import TrainingPlan
 from training.reports.history import AVERAGE, PageCommand
 from training.saving.files import state_pattern
@@ -69,7 +69,7 @@ class TrainingCommand:
                 )
         return flags
 
-    def caching_commands(self, dataset_config: Path | None, family: Family) -> CachingCommands:
+    def caching_commands(self, options: TrainingOptions, family: Family) -> CachingCommands:
         """Return the commands that make missing caches.
 
         They contain the options that follow from the checkpoint, but not the files of existing caches, which
@@ -81,9 +81,10 @@ class TrainingCommand:
             partial(
                 self.family_entry.caching_commands,
                 self.family_options,
-                dataset_config,
+                options.loop.dataset_config,
                 family.caching_switches,
                 self.typed_flags,
+                options.features.condition_set,
             )
         )
 

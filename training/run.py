@@ -78,7 +78,7 @@ def train_network(
     if options.exits_before_training:
         from training.previews import show_preview  # trains nothing
 
-        commands = command.caching_commands(options.loop.dataset_config, family)
+        commands = command.caching_commands(options, family)
         return show_preview(family, options, network_spec, commands, others)
     dynamo()  # the first optimizer step would import it; import it earlier, so that it is frozen too
     freeze_libraries()
@@ -135,7 +135,7 @@ def prepare_run(
         plan = RunPlanner(
             family=family,
             options=options,
-            commands=command.caching_commands(options.loop.dataset_config, family),
+            commands=command.caching_commands(options, family),
             network_spec=network_spec,
             config=config,
             accelerator=accelerator,

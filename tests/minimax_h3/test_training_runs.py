@@ -79,6 +79,37 @@ def test_missing_rows_of_a_teacher_are_said_in_one_line(
     assert message.count("\n") == 0
 
 
+@pytest.mark.parametrize(
+    ("words", "task", "conditions"),
+    [
+        (["--h3_teacher_matching"], "--task fl2va", "--teacher_conditions first,last"),
+        (["--h3_teacher_matching", "--task", "t2va"], "--task fl2va", "--teacher_conditions first,last"),
+        (["--h3_teacher_matching", "--h3_teacher_conditions", "ref"], "", "--teacher_conditions ref"),
+        (["--teacher", "base", "--teacher_sees", "clip"], "", "--teacher_conditions ref"),
+        (
+            ["--h3_teacher_matching", "--h3_teacher_conditions", "subject_ref"],
+            "--task ref2va",
+            "--teacher_conditions subject_ref",
+        ),
+        ([], "", ""),
+    ],
+)
+def test_without_caches_the_caching_commands_have_the_options_of_the_teacher(
+    project: Project, words: list[object], task: str, conditions: str
+) -> None:
+    project.cache([])
+
+    message = project.reject(*words, names=["minimax_h3_cache_latents.py", "minimax_h3_cache_text"])
+
+    (latents,) = [line for line in message.splitlines() if "cache_latents.py" in line]
+    (texts,) = [line for line in message.splitlines() if "cache_text_encoder_outputs.py" in line]
+    assert ("--task" in latents) == bool(task)
+    assert task in latents
+    assert ("--teacher_conditions" in texts) == bool(conditions)
+    assert conditions in texts
+    assert "2va" not in texts or "--task t2va" in texts
+
+
 def test_missing_keyframes_of_a_teacher_are_said(project: Project) -> None:
     clips, _, _ = with_frames(CLIPS)
     project.cache([replace(clip, media={FRAMES_AT[0]: clip.media[FRAMES_AT[0]]}) for clip in clips])
