@@ -18,15 +18,14 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
-from tests.faults.messages import run_here  # noqa: E402
-from tests.tiny.families import DATASET, OUTPUT, TinyFamily, family_called  # noqa: E402
-from tests.tiny.project import write_plain_images  # noqa: E402
-from tests.tiny.stable_diffusion import tokenizer_folder, write_sdxl  # noqa: E402
+# the tiny models are imported in functions: they load what --help does not need, and torch makes a folder
+if TYPE_CHECKING:
+    from tests.tiny.families import TinyFamily
 
 STEPS = 60
 COPIES = 40  # of each item of a tiny data set
@@ -102,13 +101,18 @@ def measure(loop: Loop, command: Callable[[], None]) -> str:
 
 def run(command: Sequence[str], folder: Path) -> None:
     """Run a command of a checkout in a folder. Raises SystemExit with its last lines if it fails."""
+    from tests.faults.messages import run_here
+
     code, said = run_here(*command, folder=folder)
     if code:
         raise SystemExit(f"{' '.join(command)}\n{said[-2000:]}")
 
 
-def make_sdxl() -> TinyFamily:
+def make_sdxl() -> "TinyFamily":
     """Return the commands of a tiny Stable Diffusion XL."""
+    from tests.tiny.families import DATASET, TinyFamily
+    from tests.tiny.project import write_plain_images
+    from tests.tiny.stable_diffusion import tokenizer_folder, write_sdxl
 
     def prepare(folder: Path, *_: Any) -> None:
         write_plain_images(folder, side=64)
@@ -139,8 +143,10 @@ def multiply_items(folder: Path) -> None:
             shutil.copy(path, path.with_name(f"{path.stem} copy {number}{path.suffix}"))
 
 
-def measure_family(family: TinyFamily) -> None:
+def measure_family(family: "TinyFamily") -> None:
     """Print the lines of a family."""
+    from tests.tiny.families import OUTPUT
+
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         family.prepare(folder)
@@ -164,7 +170,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--families", nargs="+", default=DEFAULT, help="tiny models, by name, or sdxl")
-    for name in parser.parse_args().families:
+    names = parser.parse_args().families
+
+    from tests.tiny.families import family_called
+
+    for name in names:
         measure_family(make_sdxl() if name == "sdxl" else family_called(name))
 
 

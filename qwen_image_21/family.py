@@ -28,6 +28,7 @@ from protocols.family import Abilities, DitSpec, Family, NoiseSource, NoiseSpec
 from protocols.requests import Prepared, Request
 from protocols.rules import ModelRelease, ReferenceRules
 from protocols.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
+from qwen_image.options import MASK
 from qwen_image.references import fill_size
 from qwen_image_21 import options as own
 from qwen_image_21.caches import (
@@ -48,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 SOLVER = "euler-terminal"  # Euler's steps, at the noise levels of the release
 TERMINAL = 0.02  # the last noise level above 0. Source: the release's scheduler
-DEFAULTS = pictures.image_defaults(STEPS, 1.0, SIDE, extras=(own.MASK,))
+DEFAULTS = pictures.image_defaults(STEPS, 1.0, SIDE, extras=(MASK,))
 # how far the schedule is shifted, by the number of tokens of an image: exp(mu), mu on a line through these.
 # Source: the release's scheduler
 SHIFT_AT_FEW_TOKENS, SHIFT_AT_MANY_TOKENS = (256, 0.5), (8192, 0.9)
