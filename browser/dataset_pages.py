@@ -333,7 +333,7 @@ class DatasetPages:
             "dataset": dataset,
             "folder": dataset.path.parent,
             "only": FILTERS,
-            "models": {**{name: name for name in MODELS}, IMAGE_MODELS: say("models of images")},
+            "models": {name: name.replace(IMAGE_MODELS, say("models of images")) for name in MODELS},
             "can_write": not self.read_only,
             "run_line": self.run_line(dataset),
             "tool_folders": self.list_tool_folders(dataset),

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,32 +47,34 @@ MODELS = {
     "LTX-2": ("24", "32", "8"),
     "MiniMax-H3": ("24", "32", "17"),
     "models of images": ("24", "16", "1"),
-    "SDXL, HunyuanImage-2.1, Qwen-Image-2.1": ("24", "32", "1"),
-    "Stable Diffusion 1.5, 2.1": ("24", "8", "1"),
+    "models of images (8 px)": ("24", "8", "1"),
+    "models of images (32 px)": ("24", "32", "1"),
 }
 IMAGE_MODELS = "models of images"
+# by what their sides are multiples of, in pixels
+IMAGE_MODELS_BY_STEP = {16: IMAGE_MODELS, 8: "models of images (8 px)", 32: "models of images (32 px)"}
 # keyed by the model's name in the history of a run
 MODEL_BY_FAMILY = {
     "hunyuan_video": "HunyuanVideo",
     "framepack": "FramePack",
     "ltx2_v1": "LTX-2",
     "minimax_h3": "MiniMax-H3",
-    **dict.fromkeys(("sdxl", "hunyuan_image", "qwen_image_21"), "SDXL, HunyuanImage-2.1, Qwen-Image-2.1"),
-    **dict.fromkeys(("sd1", "sd2"), "Stable Diffusion 1.5, 2.1"),
 }
 
 
 @functools.cache
-def image_families() -> frozenset[str]:
-    """Return the families that generate only images, by the names in run histories."""
+def image_families() -> Mapping[str, int]:
+    """Return the step of image sides of the families that generate only images, by the names in histories."""
     families = {f"{entry.training_script}.py": name for name, entry in with_scripts().items()}
-    frames: dict[str, int] = {}
+    steps: dict[str, int] = {}
+    with_clips: set[str] = set()
     for model in find_models():
         for word in shlex.split(model.commands["train"]):
             if word in families:
-                name = families[word]
-                frames[name] = max(frames.get(name, 1), model.properties["frames"])
-    return frozenset(name for name, maximum in frames.items() if maximum == 1)
+                steps[families[word]] = model.properties.get("side_step", 16)
+                if model.properties["frames"] > 1:
+                    with_clips.add(families[word])
+    return {name: step for name, step in steps.items() if name not in with_clips}
 
 
 File = dict[str, Any]  # as `data_tools/report/files.py` lists it
@@ -265,7 +267,8 @@ def _make_run_dataset(config: Path, located_runs: Sequence[_LocatedRun], is_proj
     folder = list(dict.fromkeys(located.folder for located in located_runs))[-1]
     runs = [located.run for located in located_runs if located.folder == folder]
     newest_family = runs[0].model
-    default_model = IMAGE_MODELS if newest_family in image_families() else next(iter(MODELS))
+    side_step = image_families().get(newest_family)
+    default_model = next(iter(MODELS)) if side_step is None else IMAGE_MODELS_BY_STEP[side_step]
     caption_families = [run.model for run in runs if run.model in caption_formats()]
     return FoundDataset(
         config,
