@@ -38,6 +38,9 @@ MAX_ENTRIES = 100_000  # maximum number of counted entries of a folder
 COMPANION_KEY = re.compile(r"(?!image_|video_|audio_)\w+_(directory|dir)")
 MAX_ERROR = 4000  # characters
 DATASET_TABLE = re.compile(r"(?m)^[ \t]*(\[\[\s*datasets\s*\]\]|datasets\s*=)")
+IMAGE_MODELS = "models of images"
+# by what their sides are multiples of, in pixels
+IMAGE_MODELS_BY_STEP = {16: IMAGE_MODELS, 8: f"{IMAGE_MODELS} (8 px)", 32: f"{IMAGE_MODELS} (32 px)"}
 # frame rate, and step of sides and frame counts, by model; used if no run names the dataset's model
 MODELS = {
     "Wan": ("16", "16", "4"),
@@ -46,13 +49,8 @@ MODELS = {
     "FramePack": ("30", "16", "4"),
     "LTX-2": ("24", "32", "8"),
     "MiniMax-H3": ("24", "32", "17"),
-    "models of images": ("24", "16", "1"),
-    "models of images (8 px)": ("24", "8", "1"),
-    "models of images (32 px)": ("24", "32", "1"),
+    **{name: ("24", str(step), "1") for step, name in IMAGE_MODELS_BY_STEP.items()},
 }
-IMAGE_MODELS = "models of images"
-# by what their sides are multiples of, in pixels
-IMAGE_MODELS_BY_STEP = {16: IMAGE_MODELS, 8: "models of images (8 px)", 32: "models of images (32 px)"}
 # keyed by the model's name in the history of a run
 MODEL_BY_FAMILY = {
     "hunyuan_video": "HunyuanVideo",

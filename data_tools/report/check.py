@@ -41,11 +41,7 @@ from dataset.caching.audio import AudioCachingFamily, AudioWork
 from dataset.caching.planning import LatentCacheSettings, SourcePlan, SourcePlanner, plan_all
 from dataset.caching.precomputed import use_moments
 from dataset.caching.prefetch import SIZE_CHANGES, Failure, count_workers, map_ahead, read_ahead
-from dataset.caching.text_plans import (
-    find_visible_media,
-    list_caption_files,
-    plan_texts,
-)
+from dataset.caching.text_plans import find_visible_media, list_caption_files, plan_texts
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.forms.composing import get_source_format
 from dataset.options import CachingOptions, CheckPageOptions
