@@ -104,15 +104,7 @@ def main() -> None:
 def _list_checks(
     python: Path, typed: list[str], tier: list[str], rooms: Sequence[str], is_fast: bool
 ) -> list[Check]:
-    """Return the checks to run, in order.
-
-    Args:
-        python: Interpreter of the test environment.
-        typed: Arguments for pytest. If there are any, only pytest runs.
-        tier: Arguments for pytest that select the tier.
-        rooms: Rooms whose recorded numbers are compared again.
-        is_fast: Whether only fast tests run.
-    """
+    """Return the checks to run, in order."""
     workers = []
     if not any(argument.startswith("-n") for argument in typed):
         # neighbors mostly share what their file sets up
@@ -162,10 +154,7 @@ def _processors(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[dict[str, str]]:
 
 
 def _second_python() -> list[Path]:
-    """Return the Python of the environment with another torch, if there is one.
-
-    Raises UserError if the variable names none.
-    """
+    """Return the Python of the environment with another torch, if there is one."""
     named = os.environ.get(SECOND)
     inside = "Scripts/python.exe" if os.name == "nt" else "bin/python"
     python = Path(named) if named else ROOT / ".venv-second" / inside

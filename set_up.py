@@ -112,10 +112,8 @@ def _select_build(typed_build: str | None, earlier_build: str | None) -> tuple[s
 
 
 def _read_note() -> list[str]:
-    """Return the words of the note in the environment: its build, and whether that is being replaced.
-
-    [] if there is no note: the environment does not exist, or the user made it.
-    """
+    """Return the words of the note in the environment: its build, and whether that is being replaced."""
+    # [] if there is no note: the environment does not exist, or the user made it.
     if not NOTE.is_file():
         return []
     return NOTE.read_bytes().decode("utf-8", "replace").split() or ["damaged"]

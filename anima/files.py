@@ -78,10 +78,7 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[AnimaConfig]:
 
 
 def _read_config(shapes: DitShapes) -> AnimaConfig:
-    """Return the dimensions of an Anima transformer, read from its tensor shapes.
-
-    Raises CheckpointError for another model, such as Cosmos-Predict2, which has the same tensor names.
-    """
+    """Return the dimensions of an Anima transformer, read from its tensor shapes."""
     dim, input_width = shapes.get_shape("x_embedder.proj.1.weight")
     output_width, _ = shapes.get_shape("final_layer.linear.weight")
     _reject_cosmos(shapes.path, dim, input_width, output_width)
@@ -111,10 +108,8 @@ def _read_config(shapes: DitShapes) -> AnimaConfig:
 
 
 def _reject_cosmos(path: Path, dim: int, input_width: int, output_width: int) -> None:
-    """Raise CheckpointError for Cosmos-Predict2, whose tensors have the same names.
-
-    `input_width` and `output_width` are the numbers of values in a patch of the input and of the output.
-    """
+    """Raise CheckpointError for Cosmos-Predict2, whose tensors have the same names."""
+    # `input_width` and `output_width` are the numbers of values in a patch of the input and of the output.
     if input_width == output_width + 2 * PATCH**2:
         raise CheckpointError(
             f"{path} takes two channels more than latents have: it is Cosmos-Predict2 for videos, "
@@ -130,10 +125,7 @@ def _reject_cosmos(path: Path, dim: int, input_width: int, output_width: int) ->
 
 
 def _read_adapter(shapes: DitShapes) -> AdapterConfig | None:
-    """Return the dimensions of the adapter between language model and transformer; None without one.
-
-    Raises CheckpointError if they do not fit the transformer.
-    """
+    """Return the dimensions of the adapter between language model and transformer; None without one."""
     if f"{ADAPTER_PREFIX}{ADAPTER_NORM}" not in shapes.shapes:
         return None
     first_block = f"{ADAPTER_PREFIX}blocks.0."

@@ -316,11 +316,9 @@ class AnimaModel(BlockNetwork):
     def _embed_prompt(
         self, dtype: torch.dtype, states: Tensor, states_mask: Tensor, ids: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Embed prompts with the LLM adapter, padded to TEXT_ROWS tokens; arguments as in `embed`.
-
-        Returns the embeddings, B T context_dim, and the number of tokens that each of the T stands for, T;
-        None if each stands for itself. On a CPU all padding may be stored as one token (`pad_texts`).
-        """
+        """Embed prompts with the LLM adapter, padded to TEXT_ROWS tokens; arguments as in `embed`."""
+        # Returns the embeddings, B T context_dim, and the number of tokens that each of the T stands for, T;
+        # None if each stands for itself. On a CPU all padding may be stored as one token (`pad_texts`).
         embeddings = embed_prompts(
             self.llm_adapter,
             states,

@@ -248,12 +248,7 @@ class _StepPlanner:
         return tuple(stages)
 
     def _select_negative_pass(self, index: int, skips_layers: bool) -> Pass:
-        """Return the negative pass of a step, with blocks skipped if the options or the model request it.
-
-        Args:
-            index: Index of the step.
-            skips_layers: Whether the options skip layers in this step.
-        """
+        """Return the negative pass of a step, with blocks skipped if the options or the model request it."""
         if skips_layers:  # the user's layers replace the blocks that the model skips by default
             return self._pass_without_layers if self._options.slg_mode == "uncond" else NEGATIVE
         skips = self._rules.negative_skips
@@ -360,14 +355,7 @@ def guidance_scales(prepared: Prepared, options: GuidanceOptions) -> list[tuple[
 def _schedule_scales(
     schedule: str, num_steps: int, scale: float, offset_to_standard: float
 ) -> tuple[float | None, ...]:
-    """Return the guidance scale of each step, as --cfg_schedule sets it; None without guidance.
-
-    Args:
-        schedule: Value of --cfg_schedule.
-        num_steps: Number of steps.
-        scale: Scale of entries of the schedule without one.
-        offset_to_standard: Added to a scale, so that 1 turns guidance off.
-    """
+    """Return the guidance scale of each step, as --cfg_schedule sets it; None without guidance."""
     scale_by_step = parse_cfg_schedule(schedule, num_steps, scale)
     # schedules count steps from 1
     return tuple(
@@ -585,13 +573,7 @@ def warn_about_low_scales(prepared: Prepared, options: GuidanceOptions = PLAIN_G
 
 
 def _name_scales(prepared: Prepared, scheduled: Iterable[float | None]) -> dict[float, str]:
-    """Return, for messages, which option sets each guidance scale of a request (the first, if several do).
-
-    Args:
-        prepared: The request with all values resolved.
-        scheduled: Scales of --cfg_schedule in the standard formula, where 1 turns guidance off; None in steps
-            without guidance.
-    """
+    """Return, for messages, which option sets each guidance scale of a request (the first, if several do)."""
     request = prepared.request
     options_by_scale: dict[float, str] = {}
     if request.guidance_scale is not None:

@@ -308,11 +308,9 @@ def project_momentum(rule: Projection, momentum: Momentum, negative: Pass) -> Gu
 
 
 def _project(vector: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
-    """Split each sample of a tensor into its components parallel and orthogonal to a direction.
-
-    As in the released code, this is computed in float64 (except on MPS, which has none), because the
-    orthogonal component is a small difference of large numbers.
-    """
+    """Split each sample of a tensor into its components parallel and orthogonal to a direction."""
+    # As in the released code, this is computed in float64 (except on MPS, which has none), because the
+    # orthogonal component is a small difference of large numbers.
     exact_dtype = vector.dtype if vector.device.type == "mps" else torch.float64
     exact = vector.to(exact_dtype)
     exact_direction = direction.to(exact_dtype)

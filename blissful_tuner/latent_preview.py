@@ -150,12 +150,7 @@ class LatentPreviews:
         return PendingPreview(lambda: enlarge(colors(), rows, columns), fps / step, is_image)
 
     def _check_room(self, height: int, width: int) -> None:
-        """Stop using the decoder if the device may not have enough free memory for it.
-
-        Args:
-            height: Height of the latents.
-            width: Width of the latents.
-        """
+        """Stop using the decoder if the device may not have enough free memory for it."""
         if self.vae is None or self.device.type == "cpu":
             return
         needed = decoding_bytes(self.vae.config, select_dtype(self.device), height, width)

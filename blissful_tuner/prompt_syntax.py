@@ -94,13 +94,7 @@ class Drawing:
         return unescape(text) if self.options.prompt_alternatives else text
 
     def _draw(self, key: str, prompt_name: str, enclosing_wildcards: tuple[str, ...]) -> str:
-        """Return a random line of a wildcard, in which nested wildcards are drawn, too.
-
-        Args:
-            key: Name of the wildcard.
-            prompt_name: Name of the prompt in errors.
-            enclosing_wildcards: Wildcards that led to this one.
-        """
+        """Return a random line of a wildcard, in which nested wildcards are drawn, too."""
         # reject wildcards that include themselves, and too many draws
         self._check_draws(key, prompt_name, enclosing_wildcards)
         lines = self._read_lines(key, prompt_name)
@@ -139,11 +133,7 @@ class Drawing:
         return self.files[key]
 
     def _choose(self, cumulative_weights: Sequence[float]) -> int:
-        """Draw an index with the given weights.
-
-        Args:
-            cumulative_weights: Cumulative sums of the weights.
-        """
+        """Draw an index with the given weights."""
         total = cumulative_weights[-1]
         index = bisect.bisect_right(cumulative_weights, self.random.random() * total)
         # the product may be rounded up to the total, which lies beyond the last index
@@ -327,11 +317,9 @@ def select_alternatives(text: str, choose: Choose) -> str:
 
 
 def _expand_groups(text: str, groups: Sequence[_Group], choose: Choose, start: int, end: int) -> str:
-    """Return the text from `start` to `end` with one alternative chosen in each group.
-
-    Groups inside the chosen alternatives are expanded, too. `groups` contains all groups of the whole text,
-    sorted by start.
-    """
+    """Return the text from `start` to `end` with one alternative chosen in each group."""
+    # Groups inside the chosen alternatives are expanded, too. `groups` contains all groups of the whole text,
+    # sorted by start.
     pieces: list[str] = []
     position = start
     while True:
@@ -378,11 +366,7 @@ def _find_groups(text: str) -> list[_Group]:
 
 
 def _check_nesting(groups: Sequence[_Group]) -> None:
-    """Raise OptionError if groups {a|b} are nested too deeply.
-
-    Args:
-        groups: Groups sorted by their start.
-    """
+    """Raise OptionError if groups {a|b} are nested too deeply."""
     enclosing: list[int] = []  # ends of the groups that contain the current one, itself included
     for group in groups:
         while enclosing and enclosing[-1] < group.start:

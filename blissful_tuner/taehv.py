@@ -229,12 +229,10 @@ def _make_kind_error(checkpoint: Checkpoint) -> CheckpointError:
 
 
 def _read_config(read_channels: Callable[[str], tuple[int, int]]) -> TaehvConfig:
-    """Return the dimensions of a TAEHV decoder, inferred from the channels of its convolutions.
-
-    `read_channels` returns a convolution's output and input channels. Its argument is the index in the
-    released nn.Sequential: a stage that starts at layer n expands time at n + 4, and projects to the next
-    stage's width at n + 5.
-    """
+    """Return the dimensions of a TAEHV decoder, inferred from the channels of its convolutions."""
+    # `read_channels` returns a convolution's output and input channels. Its argument is the index in the
+    # released nn.Sequential: a stage that starts at layer n expands time at n + 4, and projects to the next
+    # stage's width at n + 5.
     first_width, latent_channels = read_channels("1")
     next_widths = [read_channels(str(first + 5))[0] for first in STAGES]
     widths = (first_width, next_widths[0], next_widths[1], next_widths[2])

@@ -218,14 +218,9 @@ def _resize_latents(latents: Tensor, height: int, width: int) -> Tensor:
 
 
 def _read_frames(source: Source, prepared: Prepared, stretches: bool, alpha: bool) -> Tensor:
-    """Read the frames of a source, F H W 3 uint8, at the request's size; at most as many as the request has.
-
-    Args:
-        source: The source of the request.
-        prepared: The request with all values resolved.
-        stretches: Whether frames are stretched to the size instead of cropped.
-        alpha: Whether the alpha channel of an image is read too: 1 H W 4.
-    """
+    """Read the frames of a source, F H W 3 uint8, at the request's size."""
+    # At most as many as the request has.
+    # alpha: Whether the alpha channel of an image is read too: 1 H W 4.
     from modules.media import reading  # only with a source file
 
     size = prepared.width, prepared.height
@@ -290,17 +285,7 @@ def check_latent_space(saved: SavedLatents, rules: SourceRules, path: Path, star
 def _load_saved_latents(
     source: Source, rules: SourceRules, latent: LatentSpec, only_shape: bool = False
 ) -> Tensor:
-    """Return saved latents, 1 C F h w, after checks that they fit the model.
-
-    Args:
-        source: The source of the request.
-        rules: The family's rules for sources.
-        latent: Latent space of the family.
-        only_shape: Read only the header, and return a tensor without values.
-
-    Raises:
-        CheckpointError: If the latents belong to a different model.
-    """
+    """Return saved latents, 1 C F h w, after checks that they fit the model."""
     saved = load_latents(source.path, f"--{source.option}", only_shape)
     remedy = "Decode them with that model's script, and pass the video to --video_path"
     check_latent_space(saved, rules, source.path, _name_source(source), remedy)

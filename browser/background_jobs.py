@@ -114,10 +114,8 @@ class BackgroundJobs:
     def _start_waiting_process(
         self, name: str, within: Path | None, typed: Sequence[str]
     ) -> "subprocess.Popen[bytes]":
-        """Remove the output of the earlier job, and start a process that waits for its command.
-
-        Environment variables limit the process to writing below the folder `within`.
-        """
+        """Remove the output of the earlier job, and start a process that waits for its command."""
+        # Environment variables limit the process to writing below the folder `within`.
         log = self._log(name)
         progress = log.with_suffix(".progress")  # progress of loops, which pages show
         for path in (log, log.with_suffix(".code"), progress):

@@ -80,10 +80,8 @@ class BinFolder:
         )
 
     def _move_to_own_disk(self, path: Path, relative_target: Path) -> Path:
-        """Move a file or folder into the bin's folder on the same disk, and return this folder.
-
-        `relative_target` is the new path below the bin's folder.
-        """
+        """Move a file or folder into the bin's folder on the same disk, and return this folder."""
+        # `relative_target` is the new path below the bin's folder.
         for bin_folder in self.folders:
             target = _free_name(bin_folder / relative_target)
             with explain_errors(target):

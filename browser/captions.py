@@ -285,10 +285,7 @@ def compute_checksum(content: bytes | None) -> str:
 
 
 def _encode(text: str, old_content: bytes) -> bytes:
-    """Return the new bytes of a caption file with the caption in `old_content` replaced by `text`.
-
-    Raises ValueError if the text cannot be stored.
-    """
+    """Return the new bytes of a caption file with the caption in `old_content` replaced by `text`."""
     reason = bad_character(text)
     if reason is not None:
         raise ValueError(say("a caption cannot contain %(reason)s", reason=reason))

@@ -149,10 +149,8 @@ def _group_details(lines: Iterable[OutputLine]) -> list[_PrintedGroup]:
 def _make_row(
     group: _PrintedGroup, unreadable: Sequence[str], applied_remedies: Collection[str]
 ) -> CheckRow | None:
-    """Return the row of a printed line and its details; None if it needs no attention any more.
-
-    `unreadable` are names of files that another row lists.
-    """
+    """Return the row of a printed line and its details; None if it needs no attention any more."""
+    # `unreadable` are names of files that another row lists.
     head = group.head
     is_repaired = head.remedy == REPAIR_CAPTIONS and REPAIR_CAPTIONS in applied_remedies
     is_in_other_row = head.remedy == LEAVE_OUT_FILES and set(head.files_to_leave_out) <= set(unreadable)

@@ -147,10 +147,8 @@ def _parse_line(line: str, names: Collection[str]) -> OutputLine:
 
 
 def _may_leave_out(text: str, found_names: Sequence[str], names: Collection[str]) -> bool:
-    """Return whether a line names one unreadable file, or several equal files, which can be excluded.
-
-    `found_names` are the files that the line names, `names` are all files in the folder.
-    """
+    """Return whether a line names one unreadable file, or several equal files, which can be excluded."""
+    # `found_names` are the files that the line names, `names` are all files in the folder.
     # a line that is only a name is an item of a list of unreadable files
     is_unreadable = any(phrase in text for phrase in UNREADABLE_PHRASES) or text in names
     lists_copies = EQUAL_COPIES in text and len(found_names) > 1

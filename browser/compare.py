@@ -120,13 +120,7 @@ class ComparableRun:
     def _find_file(
         self, step: int, equal_names: Sequence[str], best_name: str | None
     ) -> "ComparedFile | None":
-        """Return a saved file; None if it is not a LoRA to list, or does not exist any more.
-
-        Args:
-            step: Step of the training run.
-            equal_names: Names of files with equal weights; the first one is listed.
-            best_name: Name of the run's best file.
-        """
+        """Return a saved file; None if it is not a LoRA to list, or does not exist any more."""
         name = equal_names[0]
         is_high_noise = f"_{HIGH_NOISE}." in name  # listed together with the file of the low-noise expert
         # the embedding of a trigger word is used together with a LoRA
@@ -349,10 +343,7 @@ def find_runs_without_files(runs: Sequence[RunSummary]) -> set[str]:
 
 
 def _read_sources(runs: Runs, form: Mapping[str, Sequence[str]]) -> list[ComparableRun]:
-    """Return the runs that a form names directly or by a file.
-
-    Raises OptionError if a run has no generation command, or if they are of different model families.
-    """
+    """Return the runs that a form names directly or by a file."""
     # the key of a file is RUN_ID/NAME
     ids = [*form.get("run", ()), *(key.partition("/")[0] for key in form.get("file", ()))]
     found_runs = [runs.find(id) for id in dict.fromkeys(ids)]
@@ -530,10 +521,8 @@ def find_row_clips(comparison: Comparison, notes: FileNotes, queued_clips: Queue
 
 
 def _find_generated_clips(comparison: Comparison) -> dict[ClipKey, str]:
-    """Return the URLs of the clips that tools/compare.py generated without a LoRA or at strength 1.
-
-    A clip's metadata, in keys that begin with `bt_`, contains its prompt, seed, LoRAs and their SHA-256.
-    """
+    """Return the URLs of the clips that tools/compare.py generated without a LoRA or at strength 1."""
+    # A clip's metadata, in keys that begin with `bt_`, contains its prompt, seed, LoRAs and their SHA-256.
     addresses: dict[ClipKey, str] = {}
     for source in comparison.sources:
         if not source.folder.is_dir() or source.is_link:
@@ -555,10 +544,8 @@ def _read_clip_key(tags: Mapping[str, str]) -> ClipKey:
 
 
 def _fill_cell(file: ComparedFile, row: ComparedPrompt, address: str, queued_clips: QueuedClips) -> ShownClip:
-    """Return the generated clip of a file and a prompt, or a sample, or the state of the queued job.
-
-    `address` is the URL of the generated clip; "" if there is none.
-    """
+    """Return the generated clip of a file and a prompt, or a sample, or the state of the queued job."""
+    # `address` is the URL of the generated clip; "" if there is none.
     if not address:
         sample = _find_sample(file, row)
         if sample is not None:

@@ -164,11 +164,9 @@ class Thumbnails:
         return jpeg.getvalue()
 
     def _read_frame(self, part: Mapping[str, Any]) -> Any:
-        """Return the first frame of a file in the dataset report, which may be a member of a tar.
-
-        `part` contains the file's `path`. For a file in an archive, it also contains the archive `in`, and in
-        a tar the file's position and size, `offset` and `bytes`.
-        """
+        """Return the first frame of a file in the dataset report, which may be a member of a tar."""
+        # `part` contains the file's `path`. For a file in an archive, it also contains the archive `in`, and
+        # in a tar the file's position and size, `offset` and `bytes`.
         path = Path(part["path"])
         is_archived = "in" in part
         if not is_archived:

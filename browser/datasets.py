@@ -257,10 +257,8 @@ class _LocatedRun(NamedTuple):
 
 
 def _make_run_dataset(config: Path, located_runs: Sequence[_LocatedRun], is_project: bool) -> FoundDataset:
-    """Return the dataset of a TOML file that runs have trained on.
-
-    If the runs were started in several folders, only the runs from the folder of the oldest run count.
-    """
+    """Return the dataset of a TOML file that runs have trained on."""
+    # If the runs were started in several folders, only the runs from the folder of the oldest run count.
     # `located_runs` begins with the newest run
     folder = list(dict.fromkeys(located.folder for located in located_runs))[-1]
     runs = [located.run for located in located_runs if located.folder == folder]
@@ -307,10 +305,8 @@ class Datasets:
         return sorted(datasets.values(), key=lambda dataset: str(dataset.path))
 
     def _find_run_datasets(self, projects: Collection[Path]) -> dict[Path, FoundDataset]:
-        """Return the datasets that runs trained on, by the path of their TOML file.
-
-        `projects` are the dataset.toml files that `new` wrote next to a run.toml.
-        """
+        """Return the datasets that runs trained on, by the path of their TOML file."""
+        # `projects` are the dataset.toml files that `new` wrote next to a run.toml.
         runs_by_config: dict[Path, list[_LocatedRun]] = {}
         for run in self.runs.list_all():
             changed_options = dict(run.start.changed) if run.start else {}
@@ -324,10 +320,8 @@ class Datasets:
         }
 
     def _find_projects(self) -> set[Path]:
-        """Return the dataset.toml files next to the root folders.
-
-        `new` writes FOLDER/dataset.toml, and a training run of that folder saves into FOLDER/output.
-        """
+        """Return the dataset.toml files next to the root folders."""
+        # `new` writes FOLDER/dataset.toml, and a training run of that folder saves into FOLDER/output.
         configs: set[Path] = set()
         for folder in self.runs.root_folders:
             config = folder.parent / PROJECT_CONFIG
@@ -500,10 +494,7 @@ class Datasets:
         return self.may_show(dataset, path) or not (path.exists() or path.is_symlink())
 
     def _run_report(self, options: Sequence[str], folder: Path) -> dict[str, Any]:
-        """Run tools/dataset_report.py in `folder`, and return its JSON report.
-
-        Raises ValueError, with the tool's error message, if the tool fails.
-        """
+        """Run tools/dataset_report.py in `folder`, and return its JSON report."""
         process = subprocess.Popen(
             [sys.executable, *program_words(Path("tools/dataset_report.py")), *options],
             stdin=subprocess.DEVNULL,
@@ -594,12 +585,10 @@ def _join_paths(file: File, folder: Path) -> None:
 
 
 def _locate_config(typed: str, run: RunSummary) -> tuple[Path, Path]:
-    """Return the working folder of a run, and the path of its --dataset_config.
-
-    The history of an older version does not contain the working folder. Then the run folder's parents are
-    tried, the nearest first. The browser's own working folder is not tried, because a dataset there would be
-    attributed to every run.
-    """
+    """Return the working folder of a run, and the path of its --dataset_config."""
+    # The history of an older version does not contain the working folder. Then the run folder's parents are
+    # tried, the nearest first. The browser's own working folder is not tried, because a dataset there would
+    # be attributed to every run.
     bases = list(run.history.parent.parents)
     if run.working_folder is not None:
         bases.insert(0, run.working_folder)

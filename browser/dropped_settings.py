@@ -105,10 +105,8 @@ _COMFYUI_SIZES = {"width": "video_size_width", "height": "video_size_height"}
 
 
 def _read_comfyui(graph: Mapping[str, Any]) -> DroppedSettings:
-    """Return the prompts, numbers and size of the first sampler in a ComfyUI graph.
-
-    `graph` contains the nodes by id. Raises OptionError if no sampler has a prompt.
-    """
+    """Return the prompts, numbers and size of the first sampler in a ComfyUI graph."""
+    # `graph` contains the nodes by id.
     for node in graph.values():
         inputs = node.get("inputs")
         if not isinstance(inputs, dict):

@@ -106,10 +106,8 @@ def _find_comparable_run(runs: Runs, described: DescribedFolder, cards: Collecti
 
 
 def _has_equal_work_per_step(values: Mapping[str, Any], run_options: Mapping[str, str]) -> bool:
-    """Return whether a run.toml and an earlier run have equal tasks and gradient accumulation steps.
-
-    The task counts as equal if only one of them names it.
-    """
+    """Return whether a run.toml and an earlier run have equal tasks and gradient accumulation steps."""
+    # The task counts as equal if only one of them names it.
     task, run_task = values.get(TASK), run_options.get(TASK)
     is_same_task = task is None or run_task is None or str(task) == run_task
     return is_same_task and str(values.get(ACCUMULATION, 1)) == run_options.get(ACCUMULATION, "1")

@@ -58,10 +58,8 @@ def _list_paths(job: EarlierJob) -> Iterator[Path]:
 
 
 def _list_named_paths(path: Path, folder: Path) -> Iterator[Path]:
-    """Yield the paths quoted in the settings file `path` or, if `path` is a folder, in its TOML files.
-
-    Relative paths are resolved against that folder, and paths in a file also against `folder`.
-    """
+    """Yield the paths quoted in the settings file `path` or, if `path` is a folder, in its TOML files."""
+    # Relative paths are resolved against that folder, and paths in a file also against `folder`.
     if path.is_dir():
         texts = [text for file in path.glob("*.toml") for text in _list_quoted(file)]
         yield from (path / text for text in texts)

@@ -143,11 +143,7 @@ class LeftOut:
             left_out_folder.rmdir()
 
     def _move(self, source: Path, target: Path, name: str) -> None:
-        """Move a media file and its caption files to another folder.
-
-        Raises OptionError if the file does not exist, or if a name is taken in the other folder; OutputError
-        if that folder is on another disk.
-        """
+        """Move a media file and its caption files to another folder."""
         path = source / name
         if Path(name).name != name or not path.is_file():
             raise OptionError(say("%(name)s: the file does not exist", name=name))

@@ -211,10 +211,8 @@ def _list_unset_rows(
     proposed_values: Mapping[str, Any] | None,
     dataset: DatasetKeys | None,
 ) -> list[SettingRow]:
-    """Return the rows of options that run.toml does not set; options that `new` proposes come first.
-
-    `set_values` are the values that run.toml sets, by option name.
-    """
+    """Return the rows of options that run.toml does not set; options that `new` proposes come first."""
+    # `set_values` are the values that run.toml sets, by option name.
     unset_settings = [setting for setting in settings if setting.name not in set_values]
     unset_settings.sort(key=lambda setting: setting.name not in (proposed_values or {}))
     idle_reasons = _explain_idle(settings, set_values)

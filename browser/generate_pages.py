@@ -636,11 +636,9 @@ class GeneratePages:
     def _select_source(
         self, settings: DroppedSettings, sources: Mapping[str, Sequence[tuple[str, str]]]
     ) -> str:
-        """Return the run or released model that fits a dropped file's settings best; "" if none fits.
-
-        `sources` are lists of (field value, title). A run or model with the file's LoRAs is preferred, then
-        other runs and models on disk.
-        """
+        """Return the run or released model that fits a dropped file's settings best; "" if none fits."""
+        # `sources` are lists of (field value, title). A run or model with the file's LoRAs is preferred, then
+        # other runs and models on disk.
         best_source = ""
         best_score = -1
         for group in sources.values():
@@ -652,10 +650,8 @@ class GeneratePages:
         return best_source
 
     def _score_source(self, settings: DroppedSettings, source: str) -> int:
-        """Return a score of how well a model or run fits the settings of a dropped file; -1 if not at all.
-
-        `source` is "model FAMILY TASK" or "run ID".
-        """
+        """Return a score of how well a model or run fits the settings of a dropped file; -1 if not at all."""
+        # `source` is "model FAMILY TASK" or "run ID".
         recipe = self._find_fitting_recipe(settings, source)
         if recipe is None:
             return -1

@@ -518,15 +518,10 @@ class JobQueue:
                 self._store_known_jobs(content.count_waiting(), waiting_before)
 
     def _store_known_jobs(self, waiting: "Counter[str]", waiting_before: "Counter[str]") -> None:
-        """Store which waiting jobs the user knows about, outside the queue's own folder.
-
-        The user knows about jobs that were added with a button, and about lines that were added to the text
-        file while the queue ran on the user's request. Other lines must be confirmed before the queue starts.
-
-        Args:
-            waiting: Number of waiting jobs with each command line after a change.
-            waiting_before: The same counts before the change.
-        """
+        """Store which waiting jobs the user knows about, outside the queue's own folder."""
+        # The user knows about jobs that were added with a button, and about lines that were added to the text
+        # file while the queue ran on the user's request. Other lines must be confirmed before the queue
+        # starts.
         known_queue = recall_queue(self.folder) or KnownQueue(is_open=False, jobs=Counter())
         is_started_here = self._continues_in_next_server
         if is_started_here:  # then the user knows all waiting jobs
@@ -589,13 +584,12 @@ class JobQueue:
         return entries
 
     def _match_jobs(self, content: _QueueContent, jobs: Sequence[Job]) -> list[Job]:
-        """Match the jobs in the queue's state file with the lines in its text file; return the sorted jobs.
-
-        1. For each command line, match the newest jobs with its occurrences in the text file.
-        2. Create a new job for each line without a job.
-        3. Sort: running jobs without a line, ended jobs without a line, jobs in the order of their lines.
-           Drop waiting jobs without a line, because the user has removed the line.
-        """
+        """Match the jobs in the queue's state file with the lines in its text file."""
+        # Return the sorted jobs.
+        # 1. For each command line, match the newest jobs with its occurrences in the text file.
+        # 2. Create a new job for each line without a job.
+        # 3. Sort: running jobs without a line, ended jobs without a line, jobs in the order of their lines.
+        #    Drop waiting jobs without a line, because the user has removed the line.
         lines = _list_lines(content.entries)
         num_lines = Counter(lines.values())
         ended_without_line: list[Job] = []

@@ -194,10 +194,7 @@ def find_job_program(argv: Sequence[str], folder: Path) -> list[str]:
 
 
 def _count_launcher_arguments(argv: Sequence[str]) -> int:
-    """Return how many arguments at the start of `argv` belong to `accelerate launch` and its options.
-
-    Raises OptionError for unknown options, and for options and values that involve other machines.
-    """
+    """Return how many arguments at the start of `argv` belong to `accelerate launch` and its options."""
     position = 2  # after `accelerate launch`
     while position < len(argv) and argv[position].startswith("-") and argv[position] != "-m":
         name, equals_sign, value = argv[position].partition("=")
@@ -314,14 +311,8 @@ def check_options(
 def _run_until_options_are_read(
     command: ScriptCommand, program: Sequence[str], folder: Path, seconds: float
 ) -> "subprocess.CompletedProcess[str] | None":
-    """Run a script only until it has read and checked its options; return None if it would not end there.
-
-    Args:
-        command: The command to which the script belongs.
-        program: The Python program, an optional launcher, the script and its options (`find_program`).
-        folder: Working folder of the script.
-        seconds: Time limit.
-    """
+    """Run a script only until it has read and checked its options; return None if it would not end there."""
+    # seconds: Time limit.
     environment = {FROM_QUEUE: "1", TELLS_UNUSED: "1"}  # TELLS_UNUSED: report options without effect
     name = command.words[0]
     if name not in COMMANDS_WITH_TORCH and not name.endswith(ENDINGS_WITH_TORCH):
@@ -438,10 +429,8 @@ def _check_files(argv: Sequence[str], folder: Path, earlier: Sequence[EarlierJob
 
 
 def _check_run_folder(program: Sequence[str], folder: Path, earlier: Sequence[EarlierJob]) -> None:
-    """Raise OptionError if the folder of `run` neither exists nor may be created by an earlier job.
-
-    The job itself checks for a run.toml when it starts, because an earlier job may still write it.
-    """
+    """Raise OptionError if the folder of `run` neither exists nor may be created by an earlier job."""
+    # The job itself checks for a run.toml when it starts, because an earlier job may still write it.
     is_script = [word.endswith(("run_project.py", "run_project")) for word in program]
     run_folder = "".join(program[is_script.index(True) + 1 :][:1])  # the word after the script
     is_typed = run_folder != "" and not run_folder.startswith("-")

@@ -201,10 +201,8 @@ def _make_row(source: ComparableRun, file: ComparedFile, label: str) -> LoraRow:
 
 
 def _find_other_networks(source: ComparableRun) -> set[str] | None:
-    """Return the names of a run's files that its generation command does not load as LoRAs.
-
-    Returns None if it loads none as a LoRA, because the run trained a ControlNet, an embedding or a model.
-    """
+    """Return the names of a run's files that its generation command does not load as LoRAs."""
+    # Returns None if it loads none as a LoRA, because the run trained a ControlNet, an embedding or a model.
     loras: set[str] = set()
     others: set[str] = set()
     for option, words in source.options.items():

@@ -163,15 +163,8 @@ class MaskPages:
     def _answer_change(
         self, query: Mapping[str, str], change_mask: Callable[[Path, MaskEntry], None]
     ) -> Response:
-        """Change the mask of the image or clip that `query` names, and respond with its new JSON values.
-
-        If nothing could be changed, the JSON also contains the reason as `error`.
-
-        Args:
-            query: `folder` and `id` name the image or clip.
-            change_mask: Called with the folder and the image or clip. It raises MaskConflictError if the
-                mask has changed since the page showed it.
-        """
+        """Change the mask of the image or clip that `query` names, and respond with its new JSON values."""
+        # If nothing could be changed, the JSON also contains the reason as `error`.
         folder = self.find_folder(query)
         id = query.get("id", "")
         media_file = None

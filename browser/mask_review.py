@@ -370,11 +370,9 @@ def _describe_mask(media_file: MaskEntry, state: str, fault: str) -> dict[str, A
 
 
 def _describe_frame(query: Mapping[str, Any], media_version: int, mask_version: str) -> dict[str, Any]:
-    """Return the JSON values of a frame: its number, and the URLs of its image and its mask.
-
-    `query` selects the frame. The versions make browsers load an image again after its file has changed;
-    `mask_version` is "" without a mask.
-    """
+    """Return the JSON values of a frame: its number, and the URLs of its image and its mask."""
+    # `query` selects the frame. The versions make browsers load an image again after its file has changed;
+    # `mask_version` is "" without a mask.
     picture_query = encode_address({**query, "stamp": media_version})
     mask_query = encode_address({**query, "stamp": mask_version})
     return {

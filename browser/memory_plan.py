@@ -227,13 +227,10 @@ def edit_switches(
 def _select_choice(
     keys_by_choice: Mapping[str, Sequence[str]], choice: str, option_names: Sequence[str]
 ) -> dict[str, Any]:
-    """Return the changes to run.toml for a selected memory option, such as fp8 weights.
-
-    They set the keys of this choice, and remove (None) the keys of all other choices.
-
-    Only keys in `option_names`, the training script's options, are set. The choice "" removes all keys, and
-    an unknown choice changes nothing.
-    """
+    """Return the changes to run.toml for a selected memory option, such as fp8 weights."""
+    # They set the keys of this choice, and remove (None) the keys of all other choices.
+    # Only keys in `option_names`, the training script's options, are set. The choice "" removes all keys, and
+    # an unknown choice changes nothing.
     if choice not in ("", *keys_by_choice):
         return {}
     changes: dict[str, Any] = {key: None for keys in keys_by_choice.values() for key in keys}

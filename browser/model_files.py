@@ -135,10 +135,8 @@ def name_task(model: ModelSet) -> str:
 
 @functools.cache
 def _list_uses() -> dict[tuple[ReleasedFile, ...], tuple[ModelSet, ...]]:
-    """Return the models that use each network or tokenizer, by the component's files.
-
-    Variants with 8-bit text encoders are included.
-    """
+    """Return the models that use each network or tokenizer, by the component's files."""
+    # Variants with 8-bit text encoders are included.
     uses: dict[tuple[ReleasedFile, ...], dict[str, ModelSet]] = {}
     for in_fp8 in (False, True):
         for model in model_sets(in_fp8):

@@ -138,10 +138,8 @@ class _RankedRow(NamedTuple):
 
 
 def _rank_row(row: ModelRow, memory: float, content: MediaFolder | None) -> _RankedRow:
-    """Return a row of the model table with its sort keys.
-
-    `memory` is the GPU's memory in GiB, 0 without a GPU; `content` counts the selected folder's media.
-    """
+    """Return a row of the model table with its sort keys."""
+    # `memory` is the GPU's memory in GiB, 0 without a GPU; `content` counts the selected folder's media.
     model = row.model
     suits_media = True
     if content is not None:
@@ -268,11 +266,9 @@ def find_misfit(family: str, task: str, option: str, text: str) -> str:
 
 @functools.lru_cache(maxsize=256)
 def _check_file_in_process(family: str, task: str, option: str, path: str, changed: int, size: int) -> str:
-    """Return why a model file does not fit an option of a task; "" if it fits or cannot be checked.
-
-    It is checked in another process, because the families' code loads torch. `changed` (modification time)
-    and `size` are only part of the cache key, so that a changed file is checked again.
-    """
+    """Return why a model file does not fit an option of a task; "" if it fits or cannot be checked."""
+    # It is checked in another process, because the families' code loads torch. `changed` (modification time)
+    # and `size` are only part of the cache key, so that a changed file is checked again.
     process = subprocess.run(
         [sys.executable, "-m", f"{PREFIX}project.file_check", family, task, option, path],
         cwd=ROOT,
@@ -290,10 +286,7 @@ def _check_file_in_process(family: str, task: str, option: str, path: str, chang
 
 
 def _find_data_end(entries: Mapping[str, Any]) -> int:
-    """Return where the last tensor in a safetensors header ends, as an offset from the first data byte.
-
-    Raises ValueError if an entry does not describe a tensor.
-    """
+    """Return where the last tensor in a safetensors header ends, as an offset from the first data byte."""
     try:
         return max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
     except (TypeError, LookupError, ValueError, OverflowError):

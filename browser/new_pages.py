@@ -260,10 +260,8 @@ class NewPages:
         return self.answer(form, message=message, is_part=is_part)
 
     def _has_changed_since_displayed(self, folder_text: str, query: Form) -> bool:
-        """Return whether a folder's files have changed since the browser loaded the page of the form.
-
-        In the query, `mark` is the checksum that the files had then, `shown` the URL with their values.
-        """
+        """Return whether a folder's files have changed since the browser loaded the page of the form."""
+        # In the query, `mark` is the checksum that the files had then, `shown` the URL with their values.
         folder = find_folder(self.site.runs, folder_text) if "mark" in query else None
         if folder is None:
             return False
@@ -496,10 +494,8 @@ class NewPages:
     def _list_missing_components(
         self, form: NewForm, described: DescribedFolder | None
     ) -> list[Component] | None:
-        """Return the missing files of the model in the form; None for an unknown model.
-
-        If the folder's run.toml names this model, the files that it names are the ones to look for.
-        """
+        """Return the missing files of the model in the form; None for an unknown model."""
+        # If the folder's run.toml names this model, the files that it names are the ones to look for.
         if described is not None and (described.family, described.task) == (form.family, form.task):
             return self.list_missing_parts(described)
         missing: list[Component] | None = None

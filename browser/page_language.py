@@ -70,10 +70,8 @@ def _read_cookie(request: Request) -> str | None:
 
 
 def _name_cookie(request: Request) -> str:
-    """Return the name of this server's cookie.
-
-    It contains the port, so that no other server overwrites it.
-    """
+    """Return the name of this server's cookie."""
+    # It contains the port, so that no other server overwrites it.
     return f"{COOKIE}_{find_port(request.scope)}"
 
 

@@ -424,10 +424,8 @@ def _translate_by_pattern(text: str, patterns: Sequence[TranslatableText]) -> Tr
 
 
 def _find_fault(line: str) -> TranslatableText | None:
-    """Return a line such as `2 have no caption:` as translatable text; None for any other line.
-
-    The patterns in FAULTS are plural, such as `%(n)s have no caption`.
-    """
+    """Return a line such as `2 have no caption:` as translatable text; None for any other line."""
+    # The patterns in FAULTS are plural, such as `%(n)s have no caption`.
     text = line.removesuffix(":")
     number, _, _ = text.partition(" ")
     if not line.endswith(":") or not number.isdigit():

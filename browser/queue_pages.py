@@ -137,10 +137,8 @@ def _read_job_lines(text: str) -> list[str]:
 
 
 def _parse_job(line: str, run: RunSummary | None) -> tuple[list[str], Path]:
-    """Return a command's arguments, and its folder: from a `cd` in the line, or where it was typed.
-
-    `run` is the run from which the command comes; None if it was typed into the page.
-    """
+    """Return a command's arguments, and its folder: from a `cd` in the line, or where it was typed."""
+    # `run` is the run from which the command comes; None if it was typed into the page.
     argv = split_arguments(command_part(line))
     typed_in = Path.cwd()
     if run is not None:

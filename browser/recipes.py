@@ -431,21 +431,10 @@ def _make_command_recipe(
     is_placeholder: Callable[[str], bool],
     file_defaults: Mapping[str, Any],
 ) -> ModelRecipe:
-    """Return the recipe of a command, in which each option is fixed or the initial value of a form field.
-
-    1. Find the form field that sets each option; options without a field are fixed.
-    2. Words that are placeholders give no value. The user has to fill their fields.
-    3. Take the LoRAs, and the initial values of the fields, from the command.
-
-    Args:
-        title: Name of the model or run.
-        family: Family of the script.
-        options: Arguments that follow each option of the command.
-        folder: Working folder of the command.
-        missing_files: Files of the model that do not exist.
-        is_placeholder: Returns whether an argument is a placeholder for a file that the user has to name.
-        file_defaults: Option values to use with the model's files instead of the script's defaults.
-    """
+    """Return the recipe of a command, in which each option is fixed or the initial value of a form field."""
+    # 1. Find the form field that sets each option; options without a field are fixed.
+    # 2. Words that are placeholders give no value. The user has to fill their fields.
+    # 3. Take the LoRAs, and the initial values of the fields, from the command.
     defaults: ScriptDefaults = import_own(with_scripts()[family].generation_script).DEFAULTS
     command_options = _list_command_options(family, defaults, options, is_placeholder)
     fixed_options = [option for option in command_options if option.is_fixed]
@@ -476,14 +465,7 @@ def _list_command_options(
     options: Mapping[str, Sequence[str]],
     is_placeholder: Callable[[str], bool],
 ) -> list[_CommandOption]:
-    """Return the options of a generation command, each with its form field and without placeholders.
-
-    Args:
-        family: Family of the script.
-        defaults: Its default options.
-        options: Arguments that follow each option of the command.
-        is_placeholder: Returns whether an argument is a placeholder for a file that the user has to name.
-    """
+    """Return the options of a generation command, each with its form field and without placeholders."""
     field_keys = find_field_keys(defaults, list_extras(family))
     field_by_key: dict[str, str | None] = {key: name for name, key in field_keys.items()}
     # the field for an image to redraw also accepts a clip
@@ -498,10 +480,8 @@ def _list_command_options(
 
 
 def _list_initial_texts(options: Sequence[_CommandOption], defaults: ScriptDefaults) -> dict[str, str]:
-    """Return the initial values of the Generate form's fields, by name.
-
-    They come from the options of a command; width and height default to the script's size.
-    """
+    """Return the initial values of the Generate form's fields, by name."""
+    # They come from the options of a command; width and height default to the script's size.
     height, width = (str(side) for side in defaults.size)
     texts = {"height": height, "width": width}
     for option in options:
@@ -691,10 +671,8 @@ class RenderRequest:
         return [lora.strength.strip() for lora in self.loras if lora.expert == expert]
 
     def _line_values(self, seed: str) -> dict[str, str]:
-        """Return the prompt-line options, by key, from the form's filled fields and a seed.
-
-        The callers add the reference images, because they are a list.
-        """
+        """Return the prompt-line options, by key, from the form's filled fields and a seed."""
+        # The callers add the reference images, because they are a list.
         values: dict[str, str] = {}
         for name, key in self.recipe.option_keys.items():
             if name in ("references", "share"):  # `share` is set together with `redraw`
@@ -709,10 +687,8 @@ class RenderRequest:
         return values
 
     def _make_redraw_options(self, path: str, image_key: str) -> dict[str, str]:
-        """Return the options to redraw an image or clip, with the denoising strength if it is filled in.
-
-        `path` is the input image or clip, `image_key` the key of the option for images.
-        """
+        """Return the options to redraw an image or clip, with the denoising strength if it is filled in."""
+        # `path` is the input image or clip, `image_key` the key of the option for images.
         denoising_strength = self._field_text("share")
         options = {"denoise": denoising_strength} if denoising_strength else {}
         is_clip = Path(path).suffix.lower() in VIDEO_SUFFIXES

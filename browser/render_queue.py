@@ -236,10 +236,8 @@ class RenderQueue:
         write_text(self._path(job.id), text)
 
     def _read_job(self, number: int, path: Path) -> RenderJob | None:
-        """Return the render job in a file; None if the file is damaged or missing.
-
-        Each call returns a new object, so that the caller's changes do not affect the cache.
-        """
+        """Return the render job in a file; None if the file is damaged or missing."""
+        # Each call returns a new object, so that the caller's changes do not affect the cache.
         try:
             status = path.stat()
             version = (status.st_mtime_ns, status.st_size, status.st_ino)

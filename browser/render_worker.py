@@ -271,10 +271,8 @@ class RenderWorker:
         return ""
 
     def _is_loaded_elsewhere(self) -> bool:
-        """Return whether another running server's process holds a loaded model in GPU memory.
-
-        That server frees it once it sees the waiting job.
-        """
+        """Return whether another running server's process holds a loaded model in GPU memory."""
+        # That server frees it once it sees the waiting job.
         owner = self._read_session()
         return (
             bool(owner)
@@ -306,11 +304,9 @@ class RenderWorker:
             self._changed.notify_all()
 
     def _work(self) -> None:
-        """Run the waiting render jobs one after another, until none is left and no model is loaded.
-
-        Only the server that holds a lock file in the folder runs jobs. After an error, or while another
-        server holds the lock, this thread tries again after some seconds.
-        """
+        """Run the waiting render jobs one after another, until none is left and no model is loaded."""
+        # Only the server that holds a lock file in the folder runs jobs. After an error, or while another
+        # server holds the lock, this thread tries again after some seconds.
         with contextlib.ExitStack() as lock_of_server:
             has_lock = False
             while not self._is_ended:
@@ -341,10 +337,8 @@ class RenderWorker:
                         self._changed.wait(wait_seconds)
 
     def _end_thread_if_idle(self) -> bool:
-        """Return whether the worker thread has to end because nothing is left to do.
-
-        In that case, `_thread` is cleared, so that the next render job starts a new thread.
-        """
+        """Return whether the worker thread has to end because nothing is left to do."""
+        # In that case, `_thread` is cleared, so that the next render job starts a new thread.
         with self._changed:
             if self.session is not None or self._unsaved or self._has_waiting():
                 return False
@@ -442,10 +436,8 @@ class RenderWorker:
             self._end_render_job(render_job, DIED, self.read_last_error())
 
     def _record_events(self, session: ModelSession, render_job: RenderJob) -> bool:
-        """Record the messages of the model's process in a render job until it is ready for the next job.
-
-        The progress is stored about once a second. Returns False if the process ends before it is ready.
-        """
+        """Record the messages of the model's process in a render job until it is ready for the next job."""
+        # The progress is stored about once a second. Returns False if the process ends before it is ready.
         last_write = time.monotonic()
         while True:
             answer = self._wait_for_answer(session, render_job)
@@ -530,10 +522,8 @@ class RenderWorker:
                 del self._unsaved[number]
 
     def _open_session(self, render_job: RenderJob) -> ModelSession | None:
-        """Return a ready process with a render job's model, loading the model if necessary.
-
-        Returns None if loading fails or the job was canceled; the render job then records this.
-        """
+        """Return a ready process with a render job's model, loading the model if necessary."""
+        # Returns None if loading fails or the job was canceled; the render job then records this.
         with self._lock:
             session = self.session
             has_same_model = session is not None and session.argv == render_job.session
@@ -557,10 +547,7 @@ class RenderWorker:
         return session
 
     def _start_session(self, render_job: RenderJob) -> ModelSession:
-        """Start a generation process that loads a render job's model and then reads jobs from its stdin.
-
-        Raises OptionError if the command's folder no longer exists.
-        """
+        """Start a generation process that loads a render job's model and then reads jobs from its stdin."""
         folder = Path(render_job.folder)
         if not folder.is_dir():
             raise OptionError(f"{folder}: the folder of this command is gone")
@@ -606,11 +593,10 @@ class RenderWorker:
             return session
 
     def _end_process(self, session: ModelSession | None, patience: float = SHUTDOWN_SECONDS) -> None:
-        """End a model's process by closing its input; kill it if it is alive after `patience` seconds.
-
-        It also waits for processes that other threads are ending, because two models may not fit on the GPU.
-        If `session` is None, it only waits. Call it without holding the lock, which these threads need.
-        """
+        """End a model's process by closing its input; kill it if it is alive after `patience` seconds."""
+        # It also waits for processes that other threads are ending, because two models may not fit on the
+        # GPU. If `session` is None, it only waits. Call it without holding the lock, which these threads
+        # need.
         with self._process_end_lock:
             if session is None:
                 return

@@ -328,10 +328,8 @@ def regenerate(
 
 
 def _make_command(render_request: RenderRequest, line_options: Mapping[str, str | list[str]]) -> list[str]:
-    """Return the command line of a request, with its prompt-line options as command-line options.
-
-    It generates one result, even if the recipe's command generates several.
-    """
+    """Return the command line of a request, with its prompt-line options as command-line options."""
+    # It generates one result, even if the recipe's command generates several.
     recipe = render_request.recipe
     options = {**recipe.fixed_options, **to_command_options(line_options, recipe.defaults)}
     for flag in ("--num_videos", "--num_images"):
@@ -340,10 +338,7 @@ def _make_command(render_request: RenderRequest, line_options: Mapping[str, str 
 
 
 def _make_fixed_options(settings: ResultSettings, recipe: ModelRecipe) -> dict[str, Any]:
-    """Return the fixed options of a recipe, changed to the values in a result's metadata.
-
-    Raises OptionError if a setting does not fit the model.
-    """
+    """Return the fixed options of a recipe, changed to the values in a result's metadata."""
     options = read_script_options(recipe.family)
     _check_task(settings, recipe, options)
     fixed_options = _select_recipe_options(settings, recipe, options)
@@ -377,11 +372,9 @@ def _is_separate_metadata(name: str) -> bool:
 def _select_recipe_options(
     settings: ResultSettings, recipe: ModelRecipe, options: Mapping[str, KnownOption]
 ) -> dict[str, Any]:
-    """Return the fixed options of a recipe that a result may also have been generated with.
-
-    These are the options that its metadata has, and those that metadata never has. LoRAs of experts are taken
-    from the metadata instead.
-    """
+    """Return the fixed options of a recipe that a result may also have been generated with."""
+    # These are the options that its metadata has, and those that metadata never has. LoRAs of experts are
+    # taken from the metadata instead.
     option_names = {flag: name for name, option in options.items() for flag in option.flags}
     selected_options: dict[str, Any] = {}
     for flag, words in recipe.fixed_options.items():
@@ -400,11 +393,7 @@ def _is_never_recorded(name: str, recipe: ModelRecipe, options: Mapping[str, Kno
 
 
 def _set_recorded_option(fixed: dict[str, Any], flag: str, option: KnownOption, text: str) -> None:
-    """Set an option in `fixed` to its value in a result's metadata, or remove a switch that was not used.
-
-    Raises OptionError if the recipe or the metadata has a file for this option: metadata contains only the
-    name of a file, so the file that was used cannot be found.
-    """
+    """Set an option in `fixed` to its value in a result's metadata, or remove a switch that was not used."""
     recipe_words = fixed.pop(flag, None)  # the recorded value replaces the recipe's
     recipe_names_file = isinstance(recipe_words, list) and _has_folder(recipe_words)
     if recipe_names_file or FILE_NAME.fullmatch(text) or _has_folder([text]):
@@ -488,10 +477,7 @@ def _has_folder(words: Sequence[str]) -> bool:
 def _make_prompt_line_options(
     settings: ResultSettings, recipe: ModelRecipe, seed: str, find_media: FindFile
 ) -> dict[str, str | list[str]]:
-    """Return the prompt-line options that generate a result again with `seed`.
-
-    Raises OptionError if a value is not valid.
-    """
+    """Return the prompt-line options that generate a result again with `seed`."""
     line_options: dict[str, str | list[str]] = {}
     for name, text in settings.values.items():
         key = PROMPT_LINE_KEYS.get(name, name)

@@ -135,10 +135,8 @@ class _ListedFile(NamedTuple):
 
 
 def _list_folder(folder: Path, changed: int, previous: Mapping[str, _ListedFile]) -> _ListedFolder:
-    """Return the subfolders and generated files of a folder. Raises OSError if it cannot be listed.
-
-    `changed` is its modification time (ns) before the listing; `previous` are the last listing's files.
-    """
+    """Return the subfolders and generated files of a folder. Raises OSError if it cannot be listed."""
+    # `changed` is its modification time (ns) before the listing; `previous` are the last listing's files.
     subfolders = []
     files: dict[str, _ListedFile] = {}
     is_results_folder = folder.name == RESULTS  # files in other folders are not results
@@ -174,11 +172,9 @@ def _read_entry(entry: "os.DirEntry[str]", previous: _ListedFile | None) -> _Lis
 
 
 def _make_results(folder: Path, files: Sequence[_ListedFile]) -> list[Result]:
-    """Return the generated files in a folder.
-
-    A file derived from another one gets the time of its source, to be listed next to it.
-    The last frame written next to a clip is omitted, and so are layers next to the image that shows them all.
-    """
+    """Return the generated files in a folder."""
+    # A file derived from another one gets the time of its source, to be listed next to it. The last frame
+    # written next to a clip is omitted, and so are layers next to the image that shows them all.
     times_by_stem = {_split_name(file)[0]: file.changed for file in files}
     layers_by_stem = _group_layers(folder, times_by_stem)
     layer_stems = {layer.stem for layers in layers_by_stem.values() for layer in layers}
@@ -213,10 +209,8 @@ def _name_last_frames(files: Sequence[_ListedFile]) -> set[str]:
 
 
 def _find_source_time(stem: str, times: Mapping[str, float]) -> float | None:
-    """Return the time of the file from which an upscaled image or a last frame was made; None without one.
-
-    `times` are the modification times of the folder's files, by name without suffix.
-    """
+    """Return the time of the file from which an upscaled image or a last frame was made; None without one."""
+    # `times` are the modification times of the folder's files, by name without suffix.
     if UPSCALED_SUFFIX not in stem and LAST_FRAME_SUFFIX not in stem:
         return None  # the pattern is slow, and folders may contain many files
     match = DERIVED_NAME.fullmatch(stem)

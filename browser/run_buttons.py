@@ -352,10 +352,7 @@ class RunButtons:
     def _parse_generation_command(
         self, run: RunSummary, index: int, command: PageCommand
     ) -> GenerationCommand:
-        """Split a command in a run's history into arguments, and list the control images that it can use.
-
-        Raises OptionError if the command starts another program.
-        """
+        """Split a command in a run's history into arguments, and list the control images that it can use."""
         argv = split_arguments(command_part(command.bash))
         find_program(argv, Path.cwd())  # only for its error
         placeholders = split_arguments(command.missing)
@@ -703,11 +700,7 @@ class RunButtons:
         )
 
     def _extend_by_run_config(self, run_config: RunConfig, steps: int, checksum: str) -> str:
-        """Write a number of steps into run.toml, queue its run, and return a message.
-
-        Raises OptionError if run.toml is not trusted or sets epochs instead of steps, and
-        ChangedMeanwhileError if its content has another checksum.
-        """
+        """Write a number of steps into run.toml, queue its run, and return a message."""
         path = run_config.folder / RUN_FILE
         if not self.tracked_runs.is_trusted(run_config):
             raise OptionError(

@@ -220,12 +220,10 @@ def _find_value(argv: Sequence[str], option: str) -> str:
 
 
 def _find_command_family(commands: Sequence[Sequence[str]]) -> str:
-    """Return the model family of a run's commands, as lists of runs show it; "" if there is none.
-
-    The catalogue's families are divided differently (`wan22`, `stable_diffusion`). For a ControlNet, an
-    embedding or a full model, the family is taken from the caching commands, which are the same for all kinds
-    of runs.
-    """
+    """Return the model family of a run's commands, as lists of runs show it; "" if there is none."""
+    # The catalogue's families are divided differently (`wan22`, `stable_diffusion`). For a ControlNet, an
+    # embedding or a full model, the family is taken from the caching commands, which are the same for all
+    # kinds of runs.
     family_by_script = {f"{entry.cache}_latents.py": name for name, entry in with_scripts().items()}
     family_by_script |= {f"{entry.training_script}.py": name for name, entry in with_scripts().items()}
     for argv in reversed(commands):
@@ -371,16 +369,7 @@ class TrackedRuns:
         folder_jobs: Sequence[Job],
         waiting: WaitingJobs,
     ) -> TrackedRun:
-        """Return the training run of a folder's run.toml, with its state.
-
-        Args:
-            run_config: Content of the folder's run.toml.
-            run: Summary of the run's history; None if it does not exist.
-            preparation: Summary of the history in which `run` records downloads and caching; None if it does
-                not exist.
-            folder_jobs: Jobs that run `reelsmith run` on the folder.
-            waiting: Waiting jobs of all folders.
-        """
+        """Return the training run of a folder's run.toml, with its state."""
         job = _select_job(folder_jobs, run)
         state = self._find_state(run_config, run, preparation, job)
         if state.name == WAITING and job is not None:
@@ -392,10 +381,8 @@ class TrackedRuns:
         return TrackedRun(replace(summary, changed=max(change_times)), state, run_config)
 
     def _list_queue_times(self, state: RunState, job: Job | None) -> list[float]:
-        """Return when the job that determines a run's state began, and when the queue was last changed.
-
-        Each time is omitted if it has no effect on the run.
-        """
+        """Return when the job that determines a run's state began, and when the queue was last changed."""
+        # Each time is omitted if it has no effect on the run.
         times = []
         if job is not None and (job.state == RUNNING or state.job is job):  # the job determines the state
             times.append(job.born)
@@ -422,10 +409,8 @@ class TrackedRuns:
     def _find_state(
         self, run_config: RunConfig, run: RunSummary | None, preparation: RunSummary | None, job: Job | None
     ) -> RunState:
-        """Return the state of a folder's run: what its process does now, or else how it last ended.
-
-        `preparation` is the history of the downloads and caching before the training run.
-        """
+        """Return the state of a folder's run: what its process does now, or else how it last ended."""
+        # `preparation` is the history of the downloads and caching before the training run.
         active_state = _find_active_state(run, preparation, job)
         if active_state is not None:
             return active_state
@@ -606,10 +591,8 @@ def is_folder_run(job: Job, folder: Path) -> bool:
 def _find_active_state(
     run: RunSummary | None, preparation: RunSummary | None, job: Job | None
 ) -> RunState | None:
-    """Return what the process of a run does now, or that its job waits; None if neither is active.
-
-    `preparation` is the history of the downloads and caching before the training run.
-    """
+    """Return what the process of a run does now, or that its job waits; None if neither is active."""
+    # `preparation` is the history of the downloads and caching before the training run.
     # a stop through the queue; `read_run_state` finds the other stops
     is_stop_requested = job is not None and job.state == RUNNING and job.stops > 0
     if run is not None and run.state == RUNNING:
@@ -634,10 +617,8 @@ def newest_job(jobs: Sequence[Job]) -> Job | None:
 
 
 def _select_job(folder_jobs: Sequence[Job], run: RunSummary | None) -> Job | None:
-    """Return the job to show for a folder: the newest one, or a waiting one if the newest has just ended.
-
-    `run` is the folder's training run; None if it has no history.
-    """
+    """Return the job to show for a folder: the newest one, or a waiting one if the newest has just ended."""
+    # `run` is the folder's training run; None if it has no history.
     job = newest_job(folder_jobs)
     if job is None or job.state != RUNNING or run is None or run.state == RUNNING:
         return job
@@ -705,10 +686,8 @@ def _find_latest_ended_state(
     job: Job | None,
     check: Job | None,
 ) -> RunState:
-    """Return the state of an inactive run from its job, histories or check, whichever ended last.
-
-    `preparation` is the history of the downloads and caching before the training run.
-    """
+    """Return the state of an inactive run from its job, histories or check, whichever ended last."""
+    # `preparation` is the history of the downloads and caching before the training run.
     # pairs (time of its end, state); time 0 makes "draft" the state if nothing has ended
     candidates: list[tuple[float, RunState]] = [(0.0, RunState(DRAFT, reason=run_config.problem))]
     histories = [history for history in (run, preparation) if history is not None]

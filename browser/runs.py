@@ -210,11 +210,9 @@ class RunSummary:
 
 
 def _is_same_folder(folder: Path, recorded: str) -> bool:
-    """Return whether `folder` is, or may be, the folder that a history records.
-
-    Histories of older versions record a relative path and no working folder: then only the last parts of the
-    paths are compared.
-    """
+    """Return whether `folder` is, or may be, the folder that a history records."""
+    # Histories of older versions record a relative path and no working folder: then only the last parts of
+    # the paths are compared.
     actual = os.path.normcase(real_path(folder))
     if Path(recorded).is_absolute():
         return actual == os.path.normcase(real_path(Path(recorded)))
@@ -320,11 +318,9 @@ def _read_run_history(content: bytes | mmap.mmap, tail: bytes) -> RunHistory:
 
 
 def _sample_losses(content: bytes | mmap.mmap) -> list[float]:
-    """Return fewer than 2 * NUM_LOSS_SAMPLES losses for a sparkline, evenly spread over a history.
-
-    A short history is read in full, and neighboring losses are averaged. A long history is read only at
-    about NUM_LOSS_SAMPLES positions, one loss at each.
-    """
+    """Return fewer than 2 * NUM_LOSS_SAMPLES losses for a sparkline, evenly spread over a history."""
+    # A short history is read in full, and neighboring losses are averaged. A long history is read only at
+    # about NUM_LOSS_SAMPLES positions, one loss at each.
     size = len(content)
     if size <= FULL_READ_BYTES:
         losses = [float(loss) for _, loss in LOSS.findall(content)]

@@ -52,10 +52,8 @@ def is_number(text: str) -> bool:
 
 
 def _describe_fields(values: Mapping[str, int], recipe: ModelRecipe) -> Iterable[str]:
-    """Yield a sentence for each size in a row of the samples form that the model cannot generate.
-
-    `values` are the row's sizes by field name.
-    """
+    """Yield a sentence for each size in a row of the samples form that the model cannot generate."""
+    # `values` are the row's sizes by field name.
     for name in SIDES:
         pixels = values.get(name)
         used_size = None if pixels is None else fit_side(pixels, recipe.side_step)
@@ -82,10 +80,8 @@ def _describe_fields(values: Mapping[str, int], recipe: ModelRecipe) -> Iterable
 
 
 def _describe_line(number: int, values: Mapping[str, Any], recipe: ModelRecipe) -> Iterable[str]:
-    """Yield a sentence for each size in a prompts.txt line that the model cannot generate.
-
-    `values` are the line's options by name, `number` is the line number.
-    """
+    """Yield a sentence for each size in a prompts.txt line that the model cannot generate."""
+    # `values` are the line's options by name, `number` is the line number.
     for name in SIDES:
         pixels = values.get(name)
         used_size = None if pixels is None else fit_side(pixels, recipe.side_step)

@@ -244,10 +244,8 @@ def _read_changes(number: int, row: PromptRow, fields: Mapping[str, str]) -> dic
 
 
 def _check_edit(edit: _RowEdit, check_image: Callable[[str], None]) -> None:
-    """Raise OptionError if an edited row cannot be written as a valid prompt line.
-
-    `check_image` raises OptionError for a path that is not an image.
-    """
+    """Raise OptionError if an edited row cannot be written as a valid prompt line."""
+    # `check_image` raises OptionError for a path that is not an image.
     title = say("Sample %(number)s", number=edit.number)
     if edit.prompt.startswith("#") and edit.prompt != edit.row.prompt:
         raise OptionError(
@@ -413,10 +411,7 @@ class SamplePages:
         return self.answer(folder, change, num_rows, is_rejected, fields)
 
     def _plan_or_save(self, folder: Path, fields: Mapping[str, str], saves: bool) -> DraftChange:
-        """Return the change to prompts.txt and run.toml that a form makes; with `saves`, write it.
-
-        Raises ChangedMeanwhileError if the files have changed since the browser loaded the form.
-        """
+        """Return the change to prompts.txt and run.toml that a form makes; with `saves`, write it."""
         require_full(fields)
         prompts, run = self.read_drafts(folder)
         # the form sends the checksums that both files had when the browser loaded it

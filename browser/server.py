@@ -220,13 +220,7 @@ class Gate:
     def _find_rejection(
         self, request: Request, access: PageAccess | None, is_below_root: bool
     ) -> Response | None:
-        """Return the response that rejects a request; None if the request may pass.
-
-        Args:
-            request: The request.
-            access: Cookie and root path of admitted browsers; None without a token.
-            is_below_root: Whether the URL's path is below the secret root path.
-        """
+        """Return the response that rejects a request; None if the request may pass."""
         hosts = request.headers.getlist("host")
         # pages of other sites may reach this server under their own host names (DNS rebinding)
         if len(hosts) != 1 or not self._is_own_host(hosts[0]):
@@ -255,10 +249,8 @@ class Gate:
         return is_opened or headers.get("sec-fetch-site", "none") in ("none", "same-origin")
 
     def _check_browser(self, request: Request, access: PageAccess, is_below_root: bool) -> Response | None:
-        """Return None if a request has the cookie or the token; otherwise the response that rejects it.
-
-        Opening the URL with `?token=` sets the cookie, which admits the browser from then on.
-        """
+        """Return None if a request has the cookie or the token; otherwise the response that rejects it."""
+        # Opening the URL with `?token=` sets the cookie, which admits the browser from then on.
         typed_token = request.query_params.get("token")
         opens_first_page = request.url.path == "/" and typed_token is not None
         if opens_first_page and self._is_token_or_ticket(request, typed_token or ""):
@@ -276,10 +268,8 @@ class Gate:
         return HTMLResponse(page, 401)
 
     def _admit_browser(self, request: Request, access: PageAccess) -> Response:
-        """Return the page that sets the cookie and then opens the list of runs.
-
-        It does not redirect, because after a link from another site, browsers would not send the cookie.
-        """
+        """Return the page that sets the cookie and then opens the list of runs."""
+        # It does not redirect, because after a link from another site, browsers would not send the cookie.
         page = HTMLResponse(REDIRECT_TO_RUN_LIST.format(root=access.root))
         page.set_cookie(
             COOKIE,
@@ -307,10 +297,8 @@ class Gate:
         return hmac.compare_digest(word.encode(), (self.token or "").encode())
 
     def _is_own_host(self, host: str) -> bool:
-        """Return whether a Host header is one of this server's names, or an IP address.
-
-        Other names may be an attack by DNS rebinding.
-        """
+        """Return whether a Host header is one of this server's names, or an IP address."""
+        # Other names may be an attack by DNS rebinding.
         match = HOST.fullmatch(host)
         if match is None:
             return False

@@ -144,10 +144,8 @@ class SettingsPages:
     def _make_argv(
         self, host: str, port: int | None, token: str | None, worker: str, extra_folders: Sequence[Path] = ()
     ) -> list[str]:
-        """Return the command that starts a server like this one, with the given address and token.
-
-        Options whose value is None are omitted. With `worker` "here", the server runs the queue's jobs.
-        """
+        """Return the command that starts a server like this one, with the given address and token."""
+        # Options whose value is None are omitted. With `worker` "here", the server runs the queue's jobs.
         options: dict[str, Any] = {
             "--models": None if self.site.models == MODELS else str(self.site.models.absolute()),
             "--host": None if host == "127.0.0.1" else host,

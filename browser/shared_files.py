@@ -137,10 +137,8 @@ def _may_be_sent(name: str, text: str) -> bool:
 
 
 def _find_in_png(file: BinaryIO, size: int) -> Iterator[Replacement]:
-    """Yield the changes that turn text chunks of a PNG file into chunks of zeros that no program reads.
-
-    A chunk consists of length (4 bytes), type (4 bytes), content and checksum (4 bytes).
-    """
+    """Yield the changes that turn text chunks of a PNG file into chunks of zeros that no program reads."""
+    # A chunk consists of length (4 bytes), type (4 bytes), content and checksum (4 bytes).
     if file.read(8) != PNG_START:
         return
     start = len(PNG_START)
@@ -162,10 +160,8 @@ def _find_in_png(file: BinaryIO, size: int) -> Iterator[Replacement]:
 
 
 def _find_in_mp4(file: BinaryIO, size: int) -> Iterator[Replacement]:
-    """Yield the changes that turn text boxes of an MP4 file into `free` boxes of zeros.
-
-    Boxes may contain boxes (ISO 14496-12).
-    """
+    """Yield the changes that turn text boxes of an MP4 file into `free` boxes of zeros."""
+    # Boxes may contain boxes (ISO 14496-12).
     unread = [(0, size)]  # start and end of sequences of boxes
     for _ in range(MAX_CHUNKS):
         if not unread:
@@ -191,10 +187,8 @@ class _Box(NamedTuple):
 
 
 def _read_box(file: BinaryIO, start: int, end: int) -> _Box | None:
-    """Read the header of a box: length (4 bytes), type (4 bytes), and maybe a longer length (8 bytes).
-
-    Returns None if no whole box is left before `end`.
-    """
+    """Read the header of a box: length (4 bytes), type (4 bytes), and maybe a longer length (8 bytes)."""
+    # Returns None if no whole box is left before `end`.
     file.seek(start)
     header_bytes = file.read(16)
     if len(header_bytes) < 8 or start + 8 > end:
@@ -212,10 +206,8 @@ def _read_box(file: BinaryIO, start: int, end: int) -> _Box | None:
 
 
 def _find_in_wav(file: BinaryIO, size: int) -> Iterator[Replacement]:
-    """Yield the changes that turn text chunks of a WAV file into `JUNK` chunks of zeros.
-
-    A chunk consists of type (4 bytes), length (4 bytes) and content.
-    """
+    """Yield the changes that turn text chunks of a WAV file into `JUNK` chunks of zeros."""
+    # A chunk consists of type (4 bytes), length (4 bytes) and content.
     if file.read(4) not in (b"RIFF", b"RF64"):
         return
     start = 12  # after RIFF, the length and WAVE

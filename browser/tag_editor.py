@@ -161,11 +161,9 @@ class TagEditor:
         return join(" ", [about, *_explain_unchanged(num_emptied=0, num_conflicts=num_conflicts)])
 
     def _read_captions(self, folder: Path) -> Iterator[CaptionEdit]:
-        """Yield each caption file of a folder that is below the roots, with its text and checksum.
-
-        Skips files that are not UTF-8 or cannot be read, which the page reports one by one, and captions that
-        are JSON objects, which have no tags. Raises OSError if a folder cannot be listed.
-        """
+        """Yield each caption file of a folder that is below the roots, with its text and checksum."""
+        # Skips files that are not UTF-8 or cannot be read, which the page reports one by one, and captions
+        # that are JSON objects, which have no tags.
         for media_folder in list_dataset_media_folders(self.runs, folder):
             paths = dict.fromkeys(find_caption_file(media_folder, name) for name in list_names(media_folder))
             for path in paths:

@@ -209,10 +209,7 @@ class TagPages:
 
 
 def _has_only(folder: Path, suffix: str) -> bool:
-    """Return whether a folder has files with a suffix, and none with .txt.
-
-    Raises OSError if the folder cannot be listed.
-    """
+    """Return whether a folder has files with a suffix, and none with .txt."""
     suffixes = {path.suffix for path in folder.iterdir()}
     return suffix in suffixes and ".txt" not in suffixes
 

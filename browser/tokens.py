@@ -152,11 +152,9 @@ def _look_up_owner(connection: Connection) -> int | None:
 
 
 def _list_endpoints(connection: Connection) -> list[tuple[str, str]]:
-    """Return how Linux may list a TCP connection in /proc/net, as pairs of client and server.
-
-    Both are written as hexadecimal `ADDRESS:PORT`. An IPv4 connection gives two pairs, because the kernel
-    lists it as IPv4 or as an IPv6 address that contains the IPv4 address.
-    """
+    """Return how Linux may list a TCP connection in /proc/net, as pairs of client and server."""
+    # Both are written as hexadecimal `ADDRESS:PORT`. An IPv4 connection gives two pairs, because the kernel
+    # lists it as IPv4 or as an IPv6 address that contains the IPv4 address.
     try:
         hosts = [ipaddress.ip_address(host) for host in (connection.client, connection.server)]
     except ValueError:  # not an IP address, for example the path of a Unix socket

@@ -113,10 +113,8 @@ def format_option(option: str, text: str) -> list[str]:
 
 
 def _check_number(field: ToolField, text: str, limits: Mapping[str, Any], is_integer: bool) -> None:
-    """Raise OptionError if a text is not a number within an option's limits.
-
-    `limits` is the option's metadata: "minimum" or "above", and "maximum" or "below".
-    """
+    """Raise OptionError if a text is not a number within an option's limits."""
+    # `limits` is the option's metadata: "minimum" or "above", and "maximum" or "below".
     # `above` and `below` exclude their value: the command itself rejects that one
     minimum = limits.get("minimum", limits.get("above", -math.inf))
     maximum = limits.get("maximum", limits.get("below", math.inf))

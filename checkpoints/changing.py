@@ -145,10 +145,8 @@ def plan_change(
 def _find_cast_fp8_weights(
     checkpoint: Checkpoint, change: CheckpointChange, names: Sequence[str], scaled_weights: Collection[str]
 ) -> set[str]:
-    """Return the fp8 weights that are cast: they are multiplied by their scales, which are then dropped.
-
-    Integer weights keep their dtype and their scales.
-    """
+    """Return the fp8 weights that are cast: they are multiplied by their scales, which are then dropped."""
+    # Integer weights keep their dtype and their scales.
     cast_weights: set[str] = set()
     for name in names:
         is_cast = name in scaled_weights and change.cast.selects(name)
@@ -212,11 +210,7 @@ def _check_scale_pairs(
 
 
 def _map_new_to_old_names(names: Sequence[str], change: CheckpointChange) -> dict[str, str]:
-    """Map each new tensor name to the old name.
-
-    Raises:
-        OptionError: If two tensors would have the same name.
-    """
+    """Map each new tensor name to the old name."""
     old_names: dict[str, str] = {}
     for name in names:
         new_name = rename(name, change)

@@ -149,11 +149,7 @@ class SafetensorsFile(HeaderFile):
             raise ValueError(f"the file has {size} bytes, but its header describes {described_size}")
 
     def _read_entry(self, name: str, entry: Any) -> TensorInfo:
-        """Return the dtype and shape of a tensor from its JSON object in the header.
-
-        Raises:
-            ValueError: If dtype, shape and offsets are inconsistent.
-        """
+        """Return the dtype and shape of a tensor from its JSON object in the header."""
         if len(name) > MAX_TENSOR_NAME:
             raise ValueError(f"a tensor has a name of {len(name)} characters, {shorten(name, 60)}")
         shape = entry["shape"]
@@ -182,14 +178,7 @@ class SafetensorsFile(HeaderFile):
 
 
 def _check_contiguous(spans: Iterable[tuple[int, int, str]]) -> int:
-    """Check that there are no gaps or overlaps between tensors; return the end of the data.
-
-    Args:
-        spans: First byte, end and name of each tensor.
-
-    Raises:
-        ValueError: If a tensor does not begin where the previous tensor ends.
-    """
+    """Check that there are no gaps or overlaps between tensors; return the end of the data."""
     previous_end = 0
     for begin, end, name in sorted(spans):
         if begin != previous_end:
@@ -326,10 +315,8 @@ _TOO_LONG = "its list of tensors and values is longer than in any model"
 
 
 def _check_program(path: Path, limit_factor: int) -> None:
-    """Raise ValueError if the pickle program in a zip file would take too much time or memory.
-
-    `limit_factor` multiplies the limits.
-    """
+    """Raise ValueError if the pickle program in a zip file would take too much time or memory."""
+    # `limit_factor` multiplies the limits.
     max_steps = limit_factor * MAX_PICKLE_STEPS
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
@@ -388,15 +375,9 @@ def _make_damage_error(path: Path, reason: str) -> CheckpointError:
 
 
 def _find_tensors(content: Any, visited: set[int]) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the tensors in a file's content, and the names of everything else.
-
-    If the content has a wrapper dictionary such as `state_dict`, only the tensors in it are returned, because
-    tensors next to it may be step counts.
-
-    Args:
-        content: Unpickled content, or a part of it.
-        visited: Ids of the dictionaries seen so far, as a malicious file may nest a dictionary in itself.
-    """
+    """Return the tensors in a file's content, and the names of everything else."""
+    # If the content has a wrapper dictionary such as `state_dict`, only the tensors in it are returned,
+    # because tensors next to it may be step counts.
     if not isinstance(content, dict) or id(content) in visited or len(visited) == MAX_WRAPPERS:
         return {}, []
     visited.add(id(content))

@@ -97,11 +97,9 @@ def load_planned(
 def _select_quantized_layers(
     plan: LoadPlan[Any], network: nn.Module, form: str | None, device: torch.device
 ) -> QuantizedLoading | None:
-    """Select the linear layers that will be quantized in the loaded network; None if there are none.
-
-    Layers that are quantized in the file stay quantized. The others are quantized to `form` unless it is
-    None.
-    """
+    """Select the linear layers that will be quantized in the loaded network; None if there are none."""
+    # Layers that are quantized in the file stay quantized. The others are quantized to `form` unless it is
+    # None.
     file_is_quantized = any(source.build_quantized is not None for source in plan.sources.values())
     if form is None and not file_is_quantized:
         return None
@@ -447,10 +445,8 @@ def _list_parts(name: str, cuts: Cuts) -> tuple[str, ...]:
 
 
 def _cut(source: TensorSource, index: int, count: int) -> TensorSource:
-    """Return the source of one of `count` equal row ranges of a tensor.
-
-    If the rows cannot be divided, the source reads all of them; the shape check then reports the mismatch.
-    """
+    """Return the source of one of `count` equal row ranges of a tensor."""
+    # If the rows cannot be divided, the source reads all of them; the shape check then reports the mismatch.
 
     def build(*file_tensors: Tensor) -> Tensor:
         fused_weight = source.build_tensor(file_tensors)

@@ -242,12 +242,10 @@ def _select_saved_dtypes(
     weight_dtype: torch.dtype,
     block_dtype: torch.dtype,
 ) -> dict[str, torch.dtype]:
-    """Return the dtypes in which a trained 16-bit transformer is saved, by published name.
-
-    Tensors that are float32 in the file stay float32; all others are saved in `weight_dtype`, even if they
-    are float32 in memory. Returns {} if the file or the transformer is not in 16 bits: weights are then saved
-    in their dtypes in memory.
-    """
+    """Return the dtypes in which a trained 16-bit transformer is saved, by published name."""
+    # Tensors that are float32 in the file stay float32; all others are saved in `weight_dtype`, even if they
+    # are float32 in memory. Returns {} if the file or the transformer is not in 16 bits: weights are then
+    # saved in their dtypes in memory.
     if weight_dtype.itemsize != 2 or block_dtype.itemsize != 2:
         return {}
     saved_dtypes = {}

@@ -216,14 +216,7 @@ def load_module(
 def _iterate_with_progress(
     sizes: Mapping[str, int], path: Path, device: torch.device, shows_progress: bool
 ) -> Iterator[str]:
-    """Yield the names of the tensors to load with a progress bar, and release the heap now and then.
-
-    Args:
-        sizes: Bytes of each tensor in the file, by name.
-        path: The file, for the progress bar.
-        device: Device of the network; only loading to the CPU fragments the heap.
-        shows_progress: Whether to show the progress bar.
-    """
+    """Yield the names of the tensors to load with a progress bar, and release the heap now and then."""
     total = sum(sizes.values())
     names = track(
         sizes,
@@ -244,10 +237,8 @@ def _iterate_with_progress(
 
 
 def _reject_non_finite_weights(path: Path, finite_checks: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError if a check on the GPU found NaN or infinite values.
-
-    The results are read only after loading, because reading one waits for all copies to the GPU.
-    """
+    """Raise CheckpointError if a check on the GPU found NaN or infinite values."""
+    # The results are read only after loading, because reading one waits for all copies to the GPU.
     if not all(torch.stack([*finite_checks.values()]).tolist()):
         bad_names = [name for name, is_good in finite_checks.items() if not is_good]
         raise make_non_finite_error(path, bad_names)
@@ -375,11 +366,9 @@ class _TensorLoader:
             layer._buffers[parameter_name] = tensor
 
     def _load_quantized(self, name: str, layer: nn.Linear, plan: QuantizedLoading) -> QuantizedWeight:
-        """Return a quantized weight: as in the file, or quantized after LoRAs were added.
-
-        If processes on one machine share weights in host memory, one of them writes the packed weight. Each
-        process has its own scales, which are small.
-        """
+        """Return a quantized weight: as in the file, or quantized after LoRAs were added."""
+        # If processes on one machine share weights in host memory, one of them writes the packed weight. Each
+        # process has its own scales, which are small.
         if self._device.type == "meta":
             loaded = self._empty_quantized(name, plan)
         elif name in plan.quantized_in_file:
@@ -476,11 +465,9 @@ class _TensorLoader:
         return parts
 
     def _check_finite(self, part: str, tensor: Tensor) -> None:
-        """Check a tensor of the file for NaN and infinite values.
-
-        On the CPU, an error is raised immediately. Copies to other devices are asynchronous, and reading the
-        result of a check would wait for them, so these results are collected and read after loading.
-        """
+        """Check a tensor of the file for NaN and infinite values."""
+        # On the CPU, an error is raised immediately. Copies to other devices are asynchronous, and reading
+        # the result of a check would wait for them, so these results are collected and read after loading.
         has_finite_values = is_finite(tensor)
         if tensor.device.type != "cpu":
             self.finite_checks[part] = has_finite_values

@@ -89,11 +89,9 @@ class GgufFile(HeaderFile):
         self._rename_like_transformers()
 
     def _read_tensor(self, reader: "_HeaderReader", model_shapes: Mapping[str, tuple[int, ...]]) -> str:
-        """Read the name, shape and type of the next tensor from the header; return its name.
-
-        The caller reads the offset that follows. `model_shapes` has the original shapes of tensors that were
-        reshaped for quantization, by name.
-        """
+        """Read the name, shape and type of the next tensor from the header; return its name."""
+        # The caller reads the offset that follows. `model_shapes` has the original shapes of tensors that
+        # were reshaped for quantization, by name.
         if len(self.tensors) > MAX_TENSORS:
             raise make_count_error(self.path, len(self.tensors))
         name = reader.read_string(MAX_TENSOR_NAME)
@@ -115,13 +113,8 @@ class GgufFile(HeaderFile):
     def _compute_offsets(
         self, relative_offsets: Mapping[str, int], data_start: int, size: int
     ) -> dict[str, int]:
-        """Return the offset of each tensor in the file; raise ValueError for overlaps or data beyond the end.
-
-        Args:
-            relative_offsets: Offsets from the end of the header, by name.
-            data_start: Offset of the end of the header.
-            size: Size of the file.
-        """
+        """Return the offset of each tensor in the file."""
+        # Raise ValueError for overlaps or data beyond the end.
         offsets = {name: data_start + relative for name, relative in relative_offsets.items()}
         spans = [(offset, offset + self.tensors[name].size_bytes, name) for name, offset in offsets.items()]
         previous_end = data_start
@@ -150,14 +143,7 @@ class GgufFile(HeaderFile):
     def _make_info(
         self, name: str, type_number: int, file_shape: tuple[int, ...], shape: tuple[int, ...]
     ) -> TensorInfo:
-        """Return the dtype, shape and packing of a tensor.
-
-        Args:
-            name: Name of the tensor.
-            type_number: Its GGUF type.
-            file_shape: Its shape in the file.
-            shape: Its shape from the metadata if it was reshaped for quantization; otherwise `file_shape`.
-        """
+        """Return the dtype, shape and packing of a tensor."""
         is_reshaped = shape != file_shape
         value_shape = shape if is_reshaped else _restore_shape(name, file_shape)
         if type_number in _PLAIN:
@@ -184,11 +170,7 @@ class GgufFile(HeaderFile):
         return TensorInfo(torch.uint8, value_shape, _make_packing(kind, file_shape, shape))
 
     def _rename_like_transformers(self) -> None:
-        """Rename tensors from llama.cpp's names to transformers'; note which have permuted q and k rows.
-
-        Raises:
-            CheckpointError: If llama.cpp has changed the weights of this model irreversibly.
-        """
+        """Rename tensors from llama.cpp's names to transformers'; note which have permuted q and k rows."""
         has_llama_cpp_names = "token_embd.weight" in self.tensors
         if not has_llama_cpp_names:
             return
@@ -333,10 +315,8 @@ def _make_quantized(kind: Kind, shape: tuple[int, int], packed: Tensor) -> Quant
 
 
 def _restore_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the five axes of a patch embedding, which GGUF flattens because it allows only four axes.
-
-    Patches are assumed to be 1 x 2 x 2, as in all released models with such an embedding.
-    """
+    """Return the five axes of a patch embedding, which GGUF flattens because it allows only four axes."""
+    # Patches are assumed to be 1 x 2 x 2, as in all released models with such an embedding.
     num_axes = len(shape)
     is_wan_weight = name.endswith("patch_embedding.weight") and num_axes in (2, 4)
     is_hunyuan_weight = name.endswith("img_in.proj.weight") and num_axes == 4 and shape[-2:] == (2, 2)

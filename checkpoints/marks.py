@@ -137,10 +137,8 @@ def _require_table(value: Any) -> dict[str, Any]:
 
 
 def _read_settings(entry: Any) -> dict[str, Any]:
-    """Return a layer's quantization settings from ComfyUI's value for it: a format name or a dictionary.
-
-    The items of the inner dictionary `params` are moved to the top level.
-    """
+    """Return a layer's quantization settings from ComfyUI's value for it: a format name or a dictionary."""
+    # The items of the inner dictionary `params` are moved to the top level.
     settings = {"format": entry} if isinstance(entry, str) else dict(_require_table(entry))
     parameters = _require_table(settings.pop("params", None) or {})
     return settings | parameters
@@ -267,11 +265,7 @@ _E8M0 = torch.float8_e8m0fnu
 
 
 def _expand_scale(scale: Tensor, rows: int) -> Tensor:
-    """Expand a per-layer or per-row scale to float32, N x 1.
-
-    Raises:
-        ValueError: If a scale is not positive and finite.
-    """
+    """Expand a per-layer or per-row scale to float32, N x 1."""
     if scale.device.type != "meta" and not (scale.float().isfinite() & (scale > 0)).all():
         raise ValueError("has scales that are zero, negative, NaN or infinite")
     return scale.float().reshape(-1, 1).expand(rows, 1).contiguous()
@@ -327,10 +321,7 @@ def _make_mxfp8(weight: Tensor, scales: Tensor) -> QuantizedWeight:
 
 
 def _describe_nvfp4(layer: _QuantizedLayer) -> dict[str, TensorInfo]:
-    """Return dtypes and shapes of an NVFP4 layer: 4-bit values, scales per 16 columns, and a layer scale.
-
-    Raises ValueError if the tensors of the layer do not have this format.
-    """
+    """Return dtypes and shapes of an NVFP4 layer: 4-bit values, scales per 16 columns, and a layer scale."""
     rows, num_bytes = layer.check_matrix(torch.uint8)
     columns = 2 * num_bytes  # two values per byte
     if rows % 16 or columns % 16:
@@ -452,11 +443,9 @@ LAYOUTS: Mapping[str, Callable[[_QuantizedLayer], dict[str, TensorInfo]]] = {
 
 
 def _describe_bitsandbytes(layer: _QuantizedLayer, read: Callable[[str], Tensor]) -> dict[str, TensorInfo]:
-    """Return dtypes and shapes of a bitsandbytes 4-bit layer; `layer.settings` is its `QuantState`.
-
-    The scale of a block of weights is its largest absolute value (absmax). With double quantization, these
-    scales are quantized to 8 bits, with one scale per group of blocks.
-    """
+    """Return dtypes and shapes of a bitsandbytes 4-bit layer; `layer.settings` is its `QuantState`."""
+    # The scale of a block of weights is its largest absolute value (absmax). With double quantization, these
+    # scales are quantized to 8 bits, with one scale per group of blocks.
     quant_state = layer.settings
     block_size = layer.get_number("blocksize", default=64)
     rows, columns = quant_state["shape"]

@@ -86,10 +86,8 @@ def _read_once(
     read: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> Any:
-    """Read the file at `path`, which error messages name, and cache the result.
-
-    `absolute_path` and `stamp` only identify the file and its version in the cache.
-    """
+    """Read the file at `path`, which error messages name, and cache the result."""
+    # `absolute_path` and `stamp` only identify the file and its version in the cache.
     with open_checkpoint(path) as checkpoint:
         return read(checkpoint, *arguments)
 

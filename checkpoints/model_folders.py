@@ -154,10 +154,8 @@ def build_on_meta(build: Callable[[Any], Any], config: Any) -> Any:
 
 
 def _check_numbers(path: Path, content: Any, maximum: int, maximum_description: str) -> None:
-    """Raise CheckpointError if a size in a settings file exceeds `maximum`.
-
-    The message ends with `maximum_description` and the maximum.
-    """
+    """Raise CheckpointError if a size in a settings file exceeds `maximum`."""
+    # The message ends with `maximum_description` and the maximum.
     for name, number in _list_numbers(content):
         is_size = not any(word in name for word in NOT_SIZES)
         if is_size and not abs(number) <= maximum:  # written with `not`, so that NaN is rejected too
@@ -167,11 +165,9 @@ def _check_numbers(path: Path, content: Any, maximum: int, maximum_description: 
 
 
 def _check_sides(path: Path, content: Any) -> None:
-    """Raise CheckpointError if a processor's settings allow longer image sides than any network accepts.
-
-    If an object has both `shortest_edge` and `longest_edge`, they are pixel counts, as in Qwen's processors.
-    If it has only one of them, that is the length of a side.
-    """
+    """Raise CheckpointError if a processor's settings allow longer image sides than any network accepts."""
+    # If an object has both `shortest_edge` and `longest_edge`, they are pixel counts, as in Qwen's
+    # processors. If it has only one of them, that is the length of a side.
     unvisited = [content]
     while unvisited:
         value = unvisited.pop()

@@ -252,11 +252,7 @@ def checkpoint_paths(path: Path) -> list[Path]:
 
 
 def _list_folder_files(folder: Path) -> list[Path]:
-    """Return the files of the only model in a folder: files in an index, all shards, or a single file.
-
-    Raises:
-        CheckpointError: If the folder has no model or several models, or if a file is missing.
-    """
+    """Return the files of the only model in a folder: files in an index, all shards, or a single file."""
     indexes = sorted(folder.glob("*.index.json"))
     if len(indexes) == 1:
         return _read_index(indexes[0])
@@ -534,10 +530,8 @@ def list_tensor_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:
 
 
 def _make_scaled_source(name: str, scale: str | None, in_fp8: bool) -> TensorSource:
-    """Return the source of a weight in fp8, or of any weight that has a scale.
-
-    A layer may keep fp8 weights as they are; other scaled weights are always dequantized.
-    """
+    """Return the source of a weight in fp8, or of any weight that has a scale."""
+    # A layer may keep fp8 weights as they are; other scaled weights are always dequantized.
     from checkpoints.stored import fp8  # only for fp8 or scaled weights
 
     build_quantized = fp8.make_fp8_weight if in_fp8 else None

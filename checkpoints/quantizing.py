@@ -192,11 +192,7 @@ def _is_quantized(info: TensorInfo) -> bool:
 
 
 def _recognize(checkpoint: Checkpoint, form: str = "") -> RecognizedModel:
-    """Recognize the network in a file, and find the layers that --form `form` quantizes.
-
-    Raises:
-        CheckpointError: If the file has neither a known transformer nor a known text encoder.
-    """
+    """Recognize the network in a file, and find the layers that --form `form` quantizes."""
     text_encoder = _recognize_text_encoder(checkpoint)
     if text_encoder is not None:
         return text_encoder
@@ -242,13 +238,8 @@ def _recognize_text_encoder(checkpoint: Checkpoint) -> RecognizedModel | None:
 def _recognize_transformer(
     checkpoint: Checkpoint, bare: Checkpoint, family: str, dit_format: DitFormat[Any, Any], form: str
 ) -> RecognizedModel:
-    """Recognize the transformer of a family, and find the layers that `form` quantizes.
-
-    `bare` is the checkpoint with prefixes removed from the tensor names.
-
-    Raises:
-        CheckpointError: If the file is not a transformer of this family.
-    """
+    """Recognize the transformer of a family, and find the layers that `form` quantizes."""
+    # `bare` is the checkpoint with prefixes removed from the tensor names.
     header = dit_format.read_header(bare)
     with on_meta_device():
         dit: Any = dit_format.network(header.config, SDPA)
@@ -311,11 +302,9 @@ def _write_comfyui(
     metadata: Mapping[str, str],
     device: torch.device,
 ) -> int:
-    """Write the model in ComfyUI's quantized layout; return the number of quantized layers.
-
-    A layer is read and rounded twice, for its codes and for its scale, because these are far apart in the
-    file and only one tensor is kept in memory.
-    """
+    """Write the model in ComfyUI's quantized layout; return the number of quantized layers."""
+    # A layer is read and rounded twice, for its codes and for its scale, because these are far apart in the
+    # file and only one tensor is kept in memory.
     planned: dict[str, _PlannedTensor] = {}  # tensors of the new file, by name
 
     def copy(name: str) -> Tensor:
@@ -352,11 +341,9 @@ class _PlannedTensor:
 def _plan_layer(
     weight_name: str, quantizer: "_LayerQuantizer", quantize: Callable[[], tuple[Tensor, Tensor]]
 ) -> dict[str, _PlannedTensor]:
-    """Return the three tensors that store a quantized layer (codes, scale, settings), by their new names.
-
-    `quantize` reads the layer's weight, and returns its codes and scale. It is called once for each of the
-    two, because they are far apart in the file.
-    """
+    """Return the three tensors that store a quantized layer (codes, scale, settings), by their new names."""
+    # `quantize` reads the layer's weight, and returns its codes and scale. It is called once for each of the
+    # two, because they are far apart in the file.
     layer_name = weight_name.removesuffix(".weight")
     codes = TensorInfo(quantizer.dtype, quantizer.shape)
     scale = TensorInfo(torch.float32, quantizer.scale_shape)
@@ -411,10 +398,8 @@ def _write_gguf(
     metadata: Mapping[str, str],
     device: torch.device,
 ) -> int:
-    """Write layers as Q8_0, small tensors in float32, others unchanged; return the number of layers.
-
-    `device` is not used: the package gguf rounds on the CPU.
-    """
+    """Write layers as Q8_0, small tensors in float32, others unchanged; return the number of layers."""
+    # `device` is not used: the package gguf rounds on the CPU.
     if model.family is None:
         raise OptionError(
             "--form q8_0 is for transformers: text encoders in GGUF have llama.cpp's names and a tokenizer, "
@@ -604,11 +589,7 @@ class _DequantizedFile:
     def _unpad_shape(
         self, name: str, info: TensorInfo, unpadded_shapes: Mapping[str, tuple[int, ...]]
     ) -> tuple[int, ...]:
-        """Return the shape of a tensor without its padding.
-
-        Raises:
-            CheckpointError: If the unpadded shape is unknown.
-        """
+        """Return the shape of a tensor without its padding."""
         packing = info.packing
         is_marked_as_padded = packing is not None and packing.pad > 1
         if packing is not None and is_marked_as_padded:

@@ -276,23 +276,16 @@ def _measure_growth(normalizer: Mapping[str, Any]) -> float:
 
 
 def _measure_charsmap(charsmap: bytes) -> float:
-    """Return the length in bytes of the longest replacement in SentencePiece's charsmap.
-
-    A charsmap is the size of an index (4 bytes), the index, and strings that end in NUL.
-    """
+    """Return the length in bytes of the longest replacement in SentencePiece's charsmap."""
+    # A charsmap is the size of an index (4 bytes), the index, and strings that end in NUL.
     index_bytes = int.from_bytes(charsmap[:4], "little")
     texts = charsmap[4 + index_bytes :].split(b"\0")
     return float(max(map(len, texts)))
 
 
 def _read_field(message: bytes, number: int) -> Iterator[bytes]:
-    """Yield the values (strings or nested messages) of one field of a serialized protobuf message.
-
-    Source: protobuf.dev, "Encoding".
-
-    Raises:
-        ValueError: If the message is damaged.
-    """
+    """Yield the values (strings or nested messages) of one field of a serialized protobuf message."""
+    # Source: protobuf.dev, "Encoding".
     offset = 0
     last = len(message) - 1
     try:

@@ -167,10 +167,8 @@ class _Term:
 
 
 def _add_up(name: str, first_tensor: Tensor, terms: Sequence[_Term]) -> Tensor:
-    """Return the weighted sum of one tensor of all models, in float32.
-
-    If a model lacks the tensor, or some of its input channels, the first model's values are used instead.
-    """
+    """Return the weighted sum of one tensor of all models, in float32."""
+    # If a model lacks the tensor, or some of its input channels, the first model's values are used instead.
     first = first_tensor.float()
     total = first * terms[0].share
     for term in terms[1:]:

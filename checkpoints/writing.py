@@ -103,20 +103,9 @@ def _make_header(
     file_label: Path | str,
     spare_bytes: int = 0,
 ) -> tuple[list[str], bytes]:
-    """Return the tensor names in file order, and the header.
-
-    The header is 8 bytes of length, then JSON padded with spaces to a multiple of 8. Source:
-    huggingface.co/docs/safetensors.
-
-    Args:
-        tensors: Dtype and shape of each tensor.
-        metadata: Metadata of the file.
-        file_label: The file, for messages.
-        spare_bytes: Spaces to add, which later metadata replaces.
-
-    Raises:
-        OutputError: If the header is too large.
-    """
+    """Return the tensor names in file order, and the header."""
+    # The header is 8 bytes of length, then JSON padded with spaces to a multiple of 8. Source:
+    # huggingface.co/docs/safetensors.
     order = sort_tensor_names(tensors)
     entries: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     end = 0
@@ -141,11 +130,7 @@ def _make_header(
 
 
 def _add_metadata(header: bytes, metadata: Mapping[str, str]) -> bytes:
-    """Add metadata to a safetensors header without changing its length.
-
-    Raises:
-        ValueError: If the metadata does not fit into the spaces at the end of the header.
-    """
+    """Add metadata to a safetensors header without changing its length."""
     entries = json.loads(header[8:])
     metadata = {**entries.pop("__metadata__", {}), **metadata}
     new_entries = {"__metadata__": metadata, **entries}

@@ -97,10 +97,8 @@ def prepare_bucket_latents(options: BucketLatentOptions) -> None:
 
 
 def _select_buckets(keys: Iterable[str], folder: Path, table: DatasetTable, step: int) -> dict[str, Size]:
-    """Return the bucket (width, height) of each readable image, by its key in the metadata file.
-
-    The sides of buckets are multiples of `step`. Unreadable images are reported by caching.
-    """
+    """Return the bucket (width, height) of each readable image, by its key in the metadata file."""
+    # The sides of buckets are multiples of `step`. Unreadable images are reported by caching.
     paths_by_folder: dict[Path, dict[str, Path]] = {}  # filled by `find_image`, which lists each folder once
     buckets = {}
     for key in keys:

@@ -184,11 +184,7 @@ def crop_faces(options: CropFacesOptions) -> None:
 
 
 def _crop_image(path: Path, target: Path, detector: Detector, options: CropFacesOptions) -> int:
-    """Crop the faces in one image; return how many there are.
-
-    Raises:
-        MediaError: If the image cannot be read, or a face in it cannot be scaled.
-    """
+    """Crop the faces in one image; return how many there are."""
     image = read_image(path)
     faces = _select_faces(detector.find(image, options.least_score), options)
     _write_faces(path, target, image, faces, options)
@@ -210,11 +206,7 @@ def _show_results(num_faces: Mapping[str, int], folder: Path) -> None:
 
 
 def _load_detector(options: CropFacesOptions) -> Detector:
-    """Load the face detector.
-
-    Raises:
-        CheckpointError: If the file is missing or is not a detector.
-    """
+    """Load the face detector."""
     if not options.model.is_file():
         raise CheckpointError(
             f"--model {options.model}: no such file. Pass YuNet or RetinaFace; python tools/download.py "

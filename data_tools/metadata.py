@@ -66,11 +66,7 @@ def merge_tags(options: TagsToMetadataOptions) -> None:
 
 
 def _merge_texts(options: TextsToMetadataOptions, extension: str, name: str) -> None:
-    """Write the texts next to a folder's images into a metadata file under the key `name`.
-
-    Raises:
-        DatasetError: If a file cannot be read, or if no image has a text.
-    """
+    """Write the texts next to a folder's images into a metadata file under the key `name`."""
     source = options.in_json
     if source is None and options.out_json.is_file():
         source = options.out_json  # texts are added to the output of an earlier run

@@ -170,11 +170,8 @@ def _write_copies(path: Path, folder: Path, options: ResizeImagesOptions, counts
 
 
 def _shrink(path: Path, image: Frame, size: Size, options: ResizeImagesOptions) -> Frame:
-    """Reduce an image to the area of `size` if it is larger; crop its sides to multiples of --divisible_by.
-
-    Raises:
-        MediaError: If a side of the image is shorter than --divisible_by.
-    """
+    """Reduce an image to the area of `size` if it is larger."""
+    # Crop its sides to multiples of --divisible_by.
     step = options.divisible_by
     height, width = image.shape[:2]
     if min(height, width) < step:

@@ -194,10 +194,8 @@ def _may_share_caches(first: DatasetTable, second: DatasetTable) -> bool:
 
 
 def _find_forbidden_folders(table: DatasetTable) -> list[str]:
-    """Return an error line if the table's folder for caches or downloads must not be written to.
-
-    A dataset file from somebody else must not make the program write files outside the cache folders.
-    """
+    """Return an error line if the table's folder for caches or downloads must not be written to."""
+    # A dataset file from somebody else must not make the program write files outside the cache folders.
     cache, downloads = table.cache_directory, table.download_directory
     error = describe_outside(cache)
     if error is not None:
@@ -238,10 +236,8 @@ def _assign_animations(tables: tuple[DatasetTable, ...]) -> tuple[DatasetTable, 
 
 
 def _move_keys_to_general(path: Path, content: Table, errors: list[str]) -> Table:
-    """Return the content of a dataset file with the keys above all tables moved into [general].
-
-    Some guides omit the heading [general]. Keys that only [[datasets]] may have become errors in `errors`.
-    """
+    """Return the content of a dataset file with the keys above all tables moved into [general]."""
+    # Some guides omit the heading [general]. Keys that only [[datasets]] may have become errors in `errors`.
     only_in_datasets = {name for name, key in KEYS.items() if not key.in_general}
     movable = _list_general_keys() - only_in_datasets
     errors += [
@@ -327,11 +323,7 @@ def _with_family_fields(table: DatasetTable, family: "Caches") -> DatasetTable:
 
 
 def _with_audio_references(config: DatasetConfig, family: "Caches") -> DatasetConfig:
-    """Return the configuration with the family's dropout rate for tables with reference audio.
-
-    Raises:
-        DatasetError: If the run takes no audio as reference.
-    """
+    """Return the configuration with the family's dropout rate for tables with reference audio."""
     from protocols.family import get_audio_spec  # loads torch, which the family has loaded
 
     audio = get_audio_spec(family)
@@ -475,11 +467,9 @@ def _find_image_reference_errors(table: DatasetTable) -> list[str]:
 
 
 def _explain_missing_tables(entry: Any, errors: list[str]) -> list[Any]:
-    """Add an error, because there is no list of [[datasets]] tables; return the tables to read anyway.
-
-    `entry` is the value of `datasets`. A single table is returned, so that errors in its keys are reported,
-    too.
-    """
+    """Add an error, because there is no list of [[datasets]] tables; return the tables to read anyway."""
+    # `entry` is the value of `datasets`. A single table is returned, so that errors in its keys are reported,
+    # too.
     if isinstance(entry, dict):
         errors.append("[datasets] needs double brackets: write [[datasets]], once for each folder or list")
         return [entry]
@@ -493,15 +483,12 @@ def _explain_missing_tables(entry: Any, errors: list[str]) -> list[Any]:
 def _read_table(
     path: Path, index: int, entry: Any, general: dict[str, Any], errors: list[str]
 ) -> DatasetTable | None:
-    """Read a table of a dataset file. If it is invalid, return None and add errors to `errors`.
-
-    1. Find the key that names the source; a table of audio is read as a table of clips.
-    2. Read and check the keys.
-    3. Set the fields that depend on others.
-
-    The value of a key comes from the table itself, otherwise from [general] (`general`), otherwise it is the
-    default.
-    """
+    """Read a table of a dataset file. If it is invalid, return None and add errors to `errors`."""
+    # 1. Find the key that names the source; a table of audio is read as a table of clips.
+    # 2. Read and check the keys.
+    # 3. Set the fields that depend on others.
+    # The value of a key comes from the table itself, otherwise from [general] (`general`), otherwise it is
+    # the default.
     table_label = f"[[datasets]] {index + 1}"
     num_errors_before = len(errors)
     entry = forms.without_nulls(entry, table_label, errors)
@@ -539,13 +526,7 @@ def _read_table(
 
 
 def _make_fields(values: dict[str, Any], source_key: str, media_key: str) -> dict[str, Any]:
-    """Return the fields of a `DatasetTable` by name, from the values of all keys.
-
-    Args:
-        values: Values of all keys, by name.
-        source_key: Key that names the source in the table.
-        media_key: The same key, or for a table of audio files, the corresponding key for clips.
-    """
+    """Return the fields of a `DatasetTable` by name, from the values of all keys."""
     source_format = FORMAT_BY_SOURCE[media_key]
     fields = {name: value for name, value in values.items() if name not in {*SOURCES, *FORMAT_KEYS}}
     fields |= {"directory": None, "is_audio_only": source_key != media_key, "format_keys": None}
@@ -560,10 +541,8 @@ def _make_fields(values: dict[str, Any], source_key: str, media_key: str) -> dic
 
 
 def _find_source(entry: dict[str, Any], table_label: str, errors: list[str]) -> str | None:
-    """Return the key that names where a table's items come from, such as `image_directory`.
-
-    If there is not exactly one, returns None and adds an error to `errors`.
-    """
+    """Return the key that names where a table's items come from, such as `image_directory`."""
+    # If there is not exactly one, returns None and adds an error to `errors`.
     sources = [name for name in SOURCES if name in entry]
     if not sources:
         sources = [name for name in VIDEO_KEY_BY_AUDIO_KEY if name in entry]
@@ -586,10 +565,8 @@ def _find_source(entry: dict[str, Any], table_label: str, errors: list[str]) -> 
 
 
 def _find_misplaced_keys(source_key: str, kind: str) -> dict[str, str]:
-    """Return the keys that are not allowed in a table with this source key, each with the reason.
-
-    `kind` is "image" or "video".
-    """
+    """Return the keys that are not allowed in a table with this source key, each with the reason."""
+    # `kind` is "image" or "video".
     misplaced_reasons = {}
     for name in KEYS.keys() - KEYS_BY_SOURCE[source_key]:
         if name in SOURCES and kind in KEYS[name].kinds:
@@ -623,13 +600,7 @@ def _audio_to_clips(entry: dict[str, Any], source_key: str, general: dict[str, A
 
 
 def _complete_fields(fields: dict[str, Any], source_format: SourceFormat, table_label: str) -> None:
-    """Set the fields of a table that depend on others.
-
-    Args:
-        fields: Fields of a `DatasetTable` by name, which are changed.
-        source_format: Where the items come from, such as a folder, a list or tars. It may set fields, too.
-        table_label: Path of the file, and name of the table after a comma.
-    """
+    """Set the fields of a table that depend on others."""
     if source_format.has_dependent_keys:
         source_format.complete(fields, table_label)
     if fields["target_fps"] is not None and fields["source_fps"] is None:
@@ -649,10 +620,8 @@ def _complete_fields(fields: dict[str, Any], source_format: SourceFormat, table_
 
 
 def _find_conflict(fields: Mapping[str, Any], source_key: str, source_format: SourceFormat) -> str | None:
-    """Return the first conflict between the keys of a table, as text; None if there is none.
-
-    `source_key` names the table's source, whose format may have conflicts of its own.
-    """
+    """Return the first conflict between the keys of a table, as text; None if there is none."""
+    # `source_key` names the table's source, whose format may have conflicts of its own.
     if not fields["cache_directory"]:
         return f"cache_directory is required with {source_key}"
     conflict = source_format.find_conflict(fields) if source_format.has_dependent_keys else None
@@ -688,10 +657,8 @@ def _find_audio_conflict(fields: Mapping[str, Any]) -> str | None:
 
 
 def _find_guide_conflict(fields: Mapping[str, Any], changed_keys: Sequence[str]) -> str | None:
-    """Return a conflict between a table's keys for guides, as text; None if there is none.
-
-    `changed_keys` are the keys for guides that are not at their defaults.
-    """
+    """Return a conflict between a table's keys for guides, as text; None if there is none."""
+    # `changed_keys` are the keys for guides that are not at their defaults.
     for prefix in GUIDE_PREFIXES:
         folder_key = f"{prefix}_directory"
         prefixed_keys = [key for key in changed_keys if key.startswith(prefix)]

@@ -98,10 +98,8 @@ def one_of(values: tuple[str, ...]) -> ValueType:
 
 
 def _list_of(item_type: ValueType, allowed: str, or_one: bool = False) -> ValueType:
-    """Return the value type of lists with at least one item.
-
-    `or_one` also allows a single value without a list.
-    """
+    """Return the value type of lists with at least one item."""
+    # `or_one` also allows a single value without a list.
 
     def read(value: Any) -> tuple[Any, ...]:
         """Return the list's values as a tuple. Raises InvalidValue."""

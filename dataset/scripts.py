@@ -100,11 +100,9 @@ def cache_family_latents(
 def _load_dataset(
     options: CachingOptions, audio_files: tuple[str, Path | None] | None = None
 ) -> "DatasetConfig":
-    """Load the dataset file, with the folders for downloads and audio that are set on the command line.
-
-    `audio_files` is the option about audio files, and their folder; None as the folder means that they are
-    next to the clips.
-    """
+    """Load the dataset file, with the folders for downloads and audio that are set on the command line."""
+    # `audio_files` is the option about audio files, and their folder; None as the folder means that they are
+    # next to the clips.
     # not needed for --help
     from dataset.config import load_dataset_config, with_audio_files, with_downloads
 
@@ -180,16 +178,8 @@ def cache_family_texts(
 def _text_caching_command(
     config: "DatasetConfig", family: str, family_options: Any, typed: Mapping[str, str]
 ) -> list[str]:
-    """Return the command that caches captions, without the options that all families share.
-
-    Options are taken from an earlier command of that kind in the cache folders, and from this command.
-
-    Args:
-        config: The dataset file.
-        family: Name of the family.
-        family_options: The family's options of the command that caches latents.
-        typed: Spelling of each of these options on the command line.
-    """
+    """Return the command that caches captions, without the options that all families share."""
+    # Options are taken from an earlier command of that kind in the cache folders, and from this command.
     from modules.repeated_options import join_options, repeat_given
 
     entry = FAMILIES[family]

@@ -224,14 +224,7 @@ def _table_fields(values: Table, table_label: str, is_masked: bool) -> dict[str,
 
 
 def _find_folders(metadata_file: Path | None, values: Table, is_masked: bool) -> dict[str, Any]:
-    """Return the `DatasetTable` fields with the folders of a subset's images, control images and masks.
-
-    Args:
-        metadata_file: File that names the images; None if all images of the folder are used.
-        values: Values of the subset's keys.
-        is_masked: Whether --masked_loss is set. Then conditioning_data_dir has masks instead of control
-            images.
-    """
+    """Return the `DatasetTable` fields with the folders of a subset's images, control images and masks."""
     images = values["image_dir"]
     conditioning = values["conditioning_data_dir"]
     fields: dict[str, Any] = {
@@ -249,10 +242,8 @@ def _find_folders(metadata_file: Path | None, values: Table, is_masked: bool) ->
 
 
 def _fields_by_record(values: Table) -> dict[str, dict[str, Any]]:
-    """Return a table's values, grouped by the dataclass that has the field.
-
-    These are the table's `caption_changes`, `augmentation` and `buckets`, and _TABLE_ITSELF.
-    """
+    """Return a table's values, grouped by the dataclass that has the field."""
+    # These are the table's `caption_changes`, `augmentation` and `buckets`, and _TABLE_ITSELF.
     by_record: dict[str, dict[str, Any]] = {
         "caption_changes": {},
         "augmentation": {},
@@ -351,11 +342,9 @@ def reject_changing(table: DatasetTable, keys: Sequence[str], what: str) -> None
 
 
 def _with_cache_directories(tables: list[DatasetTable]) -> tuple[DatasetTable, ...]:
-    """Set cache_directory, where it is missing, to the subfolder `1024x768` of the table's image folder.
-
-    If several tables have the same image folder and resolution, the second gets `1024x768_2`. Caches shared
-    with other trainers, which have several resolutions, are in the image folder itself.
-    """
+    """Set cache_directory, where it is missing, to the subfolder `1024x768` of the table's image folder."""
+    # If several tables have the same image folder and resolution, the second gets `1024x768_2`. Caches shared
+    # with other trainers, which have several resolutions, are in the image folder itself.
     num_tables: Counter[tuple[str, str]] = Counter()  # number of tables by image folder and resolution
     completed_tables = []
     for table in tables:
@@ -405,17 +394,9 @@ def folders_config(typed: SubsetOptions) -> DatasetConfig:
 
 
 def _list_subsets(folder: Path, option: str, is_reg: bool, known: Path | None = None) -> list[dict[str, Any]]:
-    """Return a subset, as a table of a dataset file, for each subfolder with a name such as `10_cat`.
-
-    A warning names other subfolders with images. If no subfolder has such a name, the error suggests the
-    folder to give instead.
-
-    Args:
-        folder: Value of the option.
-        option: Option that names the folder, for messages.
-        is_reg: Whether the images are regularization images.
-        known: Subfolder that another option reads, which is not reported.
-    """
+    """Return a subset, as a table of a dataset file, for each subfolder with a name such as `10_cat`."""
+    # A warning names other subfolders with images. If no subfolder has such a name, the error suggests the
+    # folder to give instead.
     try:
         with os.scandir(folder) as entries:
             names = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
@@ -440,10 +421,8 @@ def _list_subsets(folder: Path, option: str, is_reg: bool, known: Path | None = 
 
 
 def _explain_no_subset(folder: Path, names: Sequence[str]) -> str:
-    """Return the end of the error for a folder without image folders: which folder to give instead.
-
-    `names` are the names of its subfolders.
-    """
+    """Return the end of the error for a folder without image folders: which folder to give instead."""
+    # `names` are the names of its subfolders.
     if read_folder_name(real_path(folder).name) is not None:
         return (
             f": pass its parent folder, {folder.parent}. Folders whose names begin with a "

@@ -182,10 +182,8 @@ def _with_adapter(model: ModelSet, adapter: Component) -> ModelSet:
 
 
 def _read_set(entry: Mapping[str, Any], family: Mapping[str, Any], components: list[Component]) -> ModelSet:
-    """Return the model set that a `[[set]]` entry of the catalogue describes, with its family's defaults.
-
-    `family` is the catalogue's table of that family. Keys of the entry take precedence over keys in it.
-    """
+    """Return the model set that a `[[set]]` entry of the catalogue describes, with its family's defaults."""
+    # `family` is the catalogue's table of that family. Keys of the entry take precedence over keys in it.
     # {option of a component: name of that option in this family}
     option_names = family.get("options", {})
     renamed = [replace(part, option=option_names.get(part.option, part.option)) for part in components]

@@ -62,12 +62,7 @@ def run_download(options: DownloadOptions) -> None:
 
 
 def _download_files(planned: Sequence["PlannedDownload"]) -> None:
-    """Download files one after another, and record the progress of all of them.
-
-    Raises:
-        DownloadError: If a file cannot be downloaded.
-        OutputError: If a file cannot be written.
-    """
+    """Download files one after another, and record the progress of all of them."""
     progress = DownloadProgress(total=sum(remote.size_bytes for remote, _ in planned))
     for remote, target in planned:
         logger.info("%s (%s) from %s", target, gigabytes(remote.size_bytes), remote.page)
@@ -118,12 +113,7 @@ def _require_space(planned: Sequence[PlannedDownload], folder: Path) -> None:
 
 
 def _plan_download(file: ReleasedFile, options: DownloadOptions) -> PlannedDownload | None:
-    """Return the download of a file; None if the file exists and is complete.
-
-    Raises:
-        DownloadError: If the site lacks the file or has a different one than the catalogue.
-        OutputError: If something else is at the file's path.
-    """
+    """Return the download of a file; None if the file exists and is complete."""
     target = options.to / file.name
     if not real_path(target.parent).is_relative_to(real_path(options.to)):
         raise OutputError(
@@ -154,11 +144,7 @@ def _plan_download(file: ReleasedFile, options: DownloadOptions) -> PlannedDownl
 
 
 def _add_known_checksums(file: ReleasedFile, remote: RemoteFile) -> RemoteFile:
-    """Return `remote` with the size and checksums that the catalogue records for `file`.
-
-    Raises:
-        DownloadError: If the site's file differs from the recorded one.
-    """
+    """Return `remote` with the size and checksums that the catalogue records for `file`."""
     has_other_size = file.size_bytes not in (None, remote.size_bytes)
     has_other_content = file.sha256 is not None and remote.sha256 not in (None, file.sha256)
     if has_other_size or has_other_content:
@@ -223,12 +209,7 @@ def download_file(
 def _receive_undamaged(
     remote: RemoteFile, partial: Path, wait: Callable[[float], None], note: Callable[[int, int], None]
 ) -> None:
-    """Download the missing part of a file; if its checksum is wrong, download all of it once more.
-
-    Raises:
-        DownloadError: If the checksum is wrong twice, if the site refuses, or if the connection stays broken.
-        OutputError: If the disk is full.
-    """
+    """Download the missing part of a file; if its checksum is wrong, download all of it once more."""
     name = _display_name(partial)
     for is_last in (False, True):
         _receive_remaining(remote, partial, wait, note)
@@ -325,14 +306,8 @@ def _check_content(path: Path, kind: str) -> str | None:
 def _receive_remaining(
     remote: RemoteFile, partial: Path, wait: Callable[[float], None], note: Callable[[int, int], None]
 ) -> None:
-    """Download the bytes that `partial` still lacks, in several tries if the connection breaks.
-
-    `wait` and `note` are the arguments of `download_file`.
-
-    Raises:
-        DownloadError: If the site refuses, or if the connection stays broken.
-        OutputError: If the disk is full.
-    """
+    """Download the bytes that `partial` still lacks, in several tries if the connection breaks."""
+    # `wait` and `note` are the arguments of `download_file`.
     name = _display_name(partial)
     num_bytes = partial.stat().st_size if partial.exists() else 0
     if num_bytes:

@@ -189,13 +189,8 @@ def find_on_modelscope(file: ReleasedFile, endpoint: str | None = None) -> Remot
 
 
 def _find_modelscope_entry(file: ReleasedFile, address: str, page: str) -> Mapping[str, str | int] | None:
-    """Return the entry of a file in ModelScope's list of a repository; None if the site does not have it.
-
-    `address` is the address of the repository. `page` is named in messages.
-
-    Raises:
-        DownloadError: If the site does not return the list.
-    """
+    """Return the entry of a file in ModelScope's list of a repository; None if the site does not have it."""
+    # `address` is the address of the repository. `page` is named in messages.
     query = {"Revision": "master", "Recursive": "true"}
     answer = requests.get(f"{address}/files", query, timeout=TIMEOUTS)
     if answer.status_code == 404:

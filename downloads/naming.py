@@ -190,11 +190,7 @@ def _begins_a_word(plain: str, name: str) -> bool:
 
 
 def _resolve_fine_tune(text: str, models: Sequence[ModelSet]) -> NamedModel | None:
-    """Return the released model from which a known fine-tune was made; None if the name is unknown.
-
-    Raises:
-        OptionError: If the model is known but not supported.
-    """
+    """Return the released model from which a known fine-tune was made; None if the name is unknown."""
     # "FAMILY TASK" of a fine-tune's base, or the title of a model that is not supported
     base_or_title = _look_up_prefix(text, _FINE_TUNED + _UNSUPPORTED)
     if base_or_title is None:

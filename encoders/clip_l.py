@@ -65,11 +65,7 @@ def load_clip_words(files: TokenizerFiles, file: Path) -> ClipWords:
 
 
 def _find_start_and_end(tokenizer: Tokenizer, files: TokenizerFiles, file: Path) -> tuple[int, int]:
-    """Return the ids of the start and end tokens.
-
-    Raises:
-        CheckpointError: If the tokenizer lacks one of them.
-    """
+    """Return the ids of the start and end tokens."""
     start = tokenizer.token_to_id(CLIP_START)
     end = tokenizer.token_to_id(CLIP_END)
     if start is None or end is None:

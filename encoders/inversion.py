@@ -251,13 +251,8 @@ class Inversion:
         return zeros
 
     def _make_initial(self, known_embeddings: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the initial vectors, each V C, by their keys in embedding files.
-
-        They come from a file, or else from the initial word, or else are random.
-
-        Args:
-            known_embeddings: Token embeddings of each text encoder, by its key in embedding files.
-        """
+        """Return the initial vectors, each V C, by their keys in embedding files."""
+        # They come from a file, or else from the initial word, or else are random.
         from_file = self._read_weights()
         if from_file is not None:
             self._check_widths(from_file, known_embeddings)
@@ -282,10 +277,8 @@ class Inversion:
         return initial
 
     def _read_init_word(self, encoder: InvertedEncoder, encoder_number: int) -> list[int]:
-        """Return one token id of the initial word per vector; warn if their numbers differ.
-
-        `encoder_number` counts the text encoders from 1, for the warning.
-        """
+        """Return one token id of the initial word per vector; warn if their numbers differ."""
+        # `encoder_number` counts the text encoders from 1, for the warning.
         ids = self._tokenize_init_word(encoder)
         count = self.word.count
         if len(ids) != count:
@@ -314,11 +307,7 @@ class Inversion:
         return ids
 
     def _read_weights(self) -> Mapping[str, Tensor] | None:
-        """Read the initial vectors from an embedding file or a LoRA; None if no option gives such a file.
-
-        Raises:
-            CheckpointError: If the vectors of the file do not fit the text encoders or the options.
-        """
+        """Read the initial vectors from an embedding file or a LoRA; None if no option gives such a file."""
         option_names = self.word_options.option_names
         path = self.word_options.weights or self.word_options.lora
         option = "--network_weights" if self.word_options.weights is None else option_names.weights
@@ -331,13 +320,7 @@ class Inversion:
         return vectors
 
     def _check_stored_vectors(self, vectors: Mapping[str, Tensor], path: Path, option: str) -> None:
-        """Raise CheckpointError if a file lacks vectors for an encoder, or has another number of vectors.
-
-        Args:
-            vectors: Vectors by their keys in embedding files.
-            path: The file.
-            option: Option that names the file, for messages.
-        """
+        """Raise CheckpointError if a file lacks vectors for an encoder, or has another number of vectors."""
         needed_keys = [key for encoder in self.encoders for key in encoder.vector_keys]
         missing = [key for key in needed_keys if key not in vectors]
         if missing:
@@ -428,14 +411,7 @@ def invert_encoders(word: WordToLearn, encoders: Sequence[TextEncoder]) -> Custo
 def _read_start_vectors(
     word: WordToLearn, encoders: Sequence[WordEncoder], path: Path, option: str
 ) -> Mapping[str, Tensor] | None:
-    """Return a word's initial vectors by encoder key; None if a LoRA does not contain the word.
-
-    Args:
-        word: The word.
-        encoders: The text encoders.
-        path: An embedding file, or a LoRA file with embeddings of words.
-        option: Option that names the path, for messages.
-    """
+    """Return a word's initial vectors by encoder key; None if a LoRA does not contain the word."""
     content = find_in_lora(path, word.text)
     if content is None and word.weights is None:  # `path` is a LoRA to continue training
         return None

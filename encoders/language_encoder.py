@@ -439,10 +439,8 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         pad: int,
         num_template_tokens: int,
     ) -> list[Conditions]:
-        """Return the conditions of a batch of prompts, without the batch's padding.
-
-        `pad` is the id of the padding token; the other arguments are those of `compute`.
-        """
+        """Return the conditions of a batch of prompts, without the batch's padding."""
+        # `pad` is the id of the padding token; the other arguments are those of `compute`.
         padded_length = self._select_length(batch, num_template_tokens)
         padded_ids, mask = fill_rows(batch, padded_length, pad, self.settings.pads_left)
         states = self._run_network(network, tokenizer, padded_ids, mask=mask, images=images)
@@ -494,14 +492,8 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         ids: Sequence[int],
         token_grids: Sequence[tuple[int, int]],
     ) -> dict[str, Tensor | list[Tensor]]:
-        """Return the states of the text tokens, and the positions and sizes of the images, by key.
-
-        Args:
-            tokenizer: The tokenizer.
-            states: Hidden states of a prompt, L C, possibly followed by padding states.
-            ids: Token ids, L.
-            token_grids: For each image, its rows and columns of tokens.
-        """
+        """Return the states of the text tokens, and the positions and sizes of the images, by key."""
+        # states: Hidden states of a prompt, L C, possibly followed by padding states.
         settings = self.settings
         assert settings.image_format is not None
         placeholder = self.find_token(tokenizer, settings.image_format.token) if token_grids else None
@@ -545,10 +537,8 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         images: Sequence[PatchedImages],
         mask: Tensor,
     ) -> PromptEmbeddings:
-        """Return the embeddings of tokens, with image features in place of placeholder tokens.
-
-        `ids` and `mask`, each B L, are on the CPU; the mask is 1 for real tokens.
-        """
+        """Return the embeddings of tokens, with image features in place of placeholder tokens."""
+        # `ids` and `mask`, each B L, are on the CPU; the mask is 1 for real tokens.
         settings = self.settings
         embedding = network.get_submodule(self.embedding.removesuffix(".weight"))
         device = network.get_parameter(self.embedding).device
@@ -574,11 +564,9 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         return None
 
     def _make_conditions(self, states: Tensor, mask: Tensor, length: int) -> dict[str, Tensor | list[Tensor]]:
-        """Return a prompt's states and mask, by condition key.
-
-        If prompts are padded to `max_length`, the tensors contain all tokens. Otherwise they contain the
-        first `length` tokens (including the padding of `pad_to_multiple_of`), each tensor in a list.
-        """
+        """Return a prompt's states and mask, by condition key."""
+        # If prompts are padded to `max_length`, the tensors contain all tokens. Otherwise they contain the
+        # first `length` tokens (including the padding of `pad_to_multiple_of`), each tensor in a list.
         settings = self.settings
         if settings.pad_token is not None and not settings.pad_to_multiple_of:
             return {settings.states_key: states.clone(), **self._mask(mask)}

@@ -176,11 +176,7 @@ QWEN3_VL = LanguageModel(
 def _read_delta_layers(
     config_json: Mapping[str, Any], num_layers: int, _width: int, shapes: Mapping[str, tuple[int, ...]]
 ) -> Mapping[str, Any]:
-    """Return the Gated DeltaNet settings and the kinds of all layers, under transformers' names.
-
-    Raises:
-        ValueError: If a setting is missing or invalid.
-    """
+    """Return the Gated DeltaNet settings and the kinds of all layers, under transformers' names."""
     delta = "layers.0.linear_attn."  # layer 0 of Qwen3.5 is a DeltaNet layer
     value_heads = shapes[f"{delta}A_log"][0]
     value_width = shapes[f"{delta}norm.weight"][0]
@@ -349,10 +345,9 @@ def _read_config_json(path: Path, network: Checkpoint, model: LanguageModel, dim
 
 
 def _find_language_model(checkpoint: Checkpoint, model: LanguageModel, layer: str) -> Checkpoint:
-    """Return a file's language model tensors without their prefix; raise CheckpointError for another model.
-
-    `layer` is the prefix of a layer with attention.
-    """
+    """Return a file's language model tensors without their prefix."""
+    # Raise CheckpointError for another model.
+    # `layer` is the prefix of a layer with attention.
     network = find_network(checkpoint, "embed_tokens.weight", f"{layer}{Q_PROJ}", OTHER_TENSORS)
     # tensors that only some models have, such as biases and norms, tell the models apart
     if (
@@ -418,11 +413,7 @@ def _check_heads(
 
 
 def _count_layers_before(state: int, all_layers: int, path: Path, model: LanguageModel) -> int:
-    """Return the number of layers before a state, which may be counted from the end (negative).
-
-    Raises:
-        CheckpointError: If the file has fewer layers.
-    """
+    """Return the number of layers before a state, which may be counted from the end (negative)."""
     # -1 is the state after all layers
     num_layers = state if state >= 0 else all_layers + 1 + state
     if 0 <= num_layers <= all_layers:
@@ -441,10 +432,8 @@ def _count_layers_before(state: int, all_layers: int, path: Path, model: Languag
 
 
 def _list_distinguishing_tensors(network: Checkpoint, file: Checkpoint, layer: str) -> tuple[str, ...]:
-    """Return which of the tensors that distinguish the supported language models a file contains.
-
-    `layer` is the prefix of the first layer with full attention; models with LINEAR have none in layer 0.
-    """
+    """Return which of the tensors that distinguish the supported language models a file contains."""
+    # `layer` is the prefix of the first layer with full attention; models with LINEAR have none in layer 0.
     found = [tensor for tensor in _DISTINGUISHING_TENSORS if f"{layer}{tensor}" in network.tensors]
     if f"layers.0.{LINEAR}" in network.tensors:
         return (*found, LINEAR)  # only one model has it, so the vision tower need not be looked up
@@ -461,13 +450,8 @@ def _read_config_constants(
     width: int,
     shapes: Mapping[str, tuple[int, ...]],
 ) -> ConfigConstants:
-    """Read settings that tensors do not show from config.json; the released model's are the defaults.
-
-    `width` is the number of channels of an attention head.
-
-    Raises:
-        CheckpointError: If config.json is invalid or has scaled frequencies, as in Llama 3.1 and later.
-    """
+    """Read settings that tensors do not show from config.json; the released model's are the defaults."""
+    # `width` is the number of channels of an attention head.
     try:
         # transformers 5 renamed rope_scaling to rope_parameters
         rope = config_json.get("rope_parameters") or config_json.get("rope_scaling") or {}

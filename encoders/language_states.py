@@ -15,14 +15,7 @@ from encoders.language_models import FULL_ATTENTION, LINEAR_ATTENTION, SLIDING_A
 def _collect_states(
     hooks: contextlib.ExitStack, layers: Any, states: Sequence[int], embeddings: Tensor
 ) -> list[Tensor]:
-    """Return a list to which hooks add these states in the next forward pass; state 0 is in it already.
-
-    Args:
-        hooks: Removes the hooks.
-        layers: Layers of the language model.
-        states: Indices of the states, ascending: state n is the output of n layers.
-        embeddings: State 0.
-    """
+    """Return a list to which hooks add these states in the next forward pass; state 0 is in it already."""
     collected: list[Tensor] = []
     for state in states:
         if state == 0:
@@ -79,11 +72,9 @@ def language_states(
 
 
 def _make_attention_masks(config: Any, embeddings: Tensor, mask: Tensor) -> dict[str, Tensor | None]:
-    """Return the attention masks by kind of layer.
-
-    Full and sliding attention take a mask of queries by keys, B 1 L L. Linear attention takes the padding
-    mask B L, or None if all tokens are real. `embeddings` is B L C, `mask` is B L.
-    """
+    """Return the attention masks by kind of layer."""
+    # Full and sliding attention take a mask of queries by keys, B 1 L L. Linear attention takes the padding
+    # mask B L, or None if all tokens are real. `embeddings` is B L C, `mask` is B L.
     length = embeddings.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
     masks = {FULL_ATTENTION: causal & mask.bool()[:, None, None, :]}

@@ -147,10 +147,7 @@ def read_vision_tower(checkpoint: Checkpoint, model: LanguageModel) -> LoadPlan[
 def _read_sizes(
     tower: VisionTower, network: Checkpoint, sources: Mapping[str, TensorSource], error: CheckpointError
 ) -> dict[str, int]:
-    """Return the tower's settings that its tensor shapes determine, under transformers' names.
-
-    Raises `error` if the shapes do not fit.
-    """
+    """Return the tower's settings that its tensor shapes determine, under transformers' names."""
     shape = make_shape_reader(network, sources, error)
     dim, _, frames, patch_height, patch_width = shape(PATCHES, 5)
     # the merger joins the channels of merge x merge patches, and projects them to one token

@@ -233,10 +233,8 @@ class TokenizerSource:
         return TextTokenizer(read, tokenizer.token_to_id, file)
 
     def _from_sentencepiece(self, model: bytes, origin: Path) -> TextTokenizer:
-        """Build a tokenizer from a SentencePiece model, with begin and end tokens as configured.
-
-        `origin` is the model's file, for messages.
-        """
+        """Build a tokenizer from a SentencePiece model, with begin and end tokens as configured."""
+        # `origin` is the model's file, for messages.
         try:
             processor = sentencepiece.SentencePieceProcessor(model_proto=model)
             check_sentencepiece(model)
@@ -266,12 +264,7 @@ class TokenizerSource:
 
 
 def _find_piece_spans(text: str, surfaces: Sequence[str]) -> Iterator[CharSpan]:
-    """Yield the characters of a text that each SentencePiece piece stands for.
-
-    Args:
-        text: The text.
-        surfaces: The parts of the text that the pieces stand for.
-    """
+    """Yield the characters of a text that each SentencePiece piece stands for."""
     # the pieces cover the text without gaps; only white space at its start may be dropped
     lengths = [len(surface) for surface in surfaces]
     # where each piece of the text begins, and where the last one ends
@@ -449,14 +442,8 @@ class FileTextEncoder(ABC, Generic[Network]):
     def _count_tokens(
         self, tokenizer: TextTokenizer, num_template_tokens: int, token_bytes: int, text: str
     ) -> TokenCount:
-        """Count a text's tokens, and how many of its characters the encoder reads.
-
-        Args:
-            tokenizer: The tokenizer.
-            num_template_tokens: Number of tokens of the template before the text.
-            token_bytes: Size in bytes of one token's hidden states; 0 if unknown.
-            text: The text.
-        """
+        """Count a text's tokens, and how many of its characters the encoder reads."""
+        # token_bytes: Size in bytes of one token's hidden states; 0 if unknown.
         try:
             templated = self.apply_template(Prompt(text))
         except CaptionError:  # reported when the text is encoded, and by --check
@@ -581,14 +568,7 @@ class FileTextEncoder(ABC, Generic[Network]):
         cut_tokens: Sequence[Tokens],
         num_template_tokens: int,
     ) -> list[Conditions]:
-        """Multiply the states of each prompt by the prompt weights of its tokens.
-
-        Args:
-            results: Conditions of each prompt.
-            templated_prompts: The prompts.
-            cut_tokens: Tokens of each prompt, with the template's tokens in front.
-            num_template_tokens: Number of template tokens, which have no states.
-        """
+        """Multiply the states of each prompt by the prompt weights of its tokens."""
         weighted = []
         for conditions, prompt, tokens in zip(results, templated_prompts, cut_tokens, strict=True):
             if prompt.spans:  # parts of the prompt that have a weight

@@ -69,10 +69,8 @@ def _read_windows(sizes: Sizes, config_json: ConfigJson, shapes: Shapes) -> Mapp
 
 
 def _read_deepstack(sizes: Sizes, config_json: ConfigJson, shapes: Shapes) -> Mapping[str, Any] | None:
-    """Return Qwen3-VL's settings that tensors do not show; None if config.json contradicts the tensors.
-
-    With DeepStack, features of some inner layers are merged, too, and added to language model layers.
-    """
+    """Return Qwen3-VL's settings that tensors do not show; None if config.json contradicts the tensors."""
+    # With DeepStack, features of some inner layers are merged, too, and added to language model layers.
     num_layers = sizes["depth"]
     num_positions = _count_positions(shapes)
     num_mergers = count(shapes, r"deepstack_merger_list\.\d+")

@@ -244,10 +244,8 @@ class Fibo2Block(JointTransformerBlock):
 
 
 def _add_text_bundles(block: nn.Module, inputs: tuple[Tensor, Fibo2Tokens]) -> tuple[Tensor, Fibo2Tokens]:
-    """Add the text states that a block reads, one bundle of layers of each text, to its inputs.
-
-    It is a forward pre-hook: what it returns replaces the block's inputs.
-    """
+    """Add the text states that a block reads, one bundle of layers of each text, to its inputs."""
+    # It is a forward pre-hook: what it returns replaces the block's inputs.
     assert isinstance(block, Fibo2Block)
     assert block.bundle is not None
     x, tokens = inputs
@@ -361,10 +359,8 @@ class Fibo2Model(BlockNetwork):
         grids: tuple[Grid, ...],
         combine_attention: CombineAttention,
     ) -> Fibo2Tokens:
-        """Return the blocks' inputs with the gist of a second text, whose tokens come last.
-
-        `grids` are those of the image and its references.
-        """
+        """Return the blocks' inputs with the gist of a second text, whose tokens come last."""
+        # `grids` are those of the image and its references.
         num_images = sum(map(math.prod, grids))
         num_gist = gist.tokens.shape[1]
         return replace(
@@ -417,12 +413,10 @@ class Fibo2Model(BlockNetwork):
         return rearrange(patches, "b (h w) z -> b z 1 h w", h=rows, w=columns)
 
     def _make_table(self, layout: Fibo2Layout, /, *, device: torch.device) -> Tensor:
-        """Return the rotary table, (cosine, sine) pairs L+R+G 1 D/2 2 float32.
-
-        Positions are (i, 0, 0) for gist token i (from 1), (maximum of gist tokens + 1, row, column) for the
-        image, and k planes after it for reference k (from 1). Angles are float64, rounded to float32, as
-        trained.
-        """
+        """Return the rotary table, (cosine, sine) pairs L+R+G 1 D/2 2 float32."""
+        # Positions are (i, 0, 0) for gist token i (from 1), (maximum of gist tokens + 1, row, column) for the
+        # image, and k planes after it for reference k (from 1). Angles are float64, rounded to float32, as
+        # trained.
         tables = []
         for plane, (rows, columns) in enumerate(layout.grids, self.config.max_gist + 1):
             tables.append(self._grid_rotations(range(plane, plane + 1), range(rows), range(columns), device))

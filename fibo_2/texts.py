@@ -144,10 +144,7 @@ class Fibo2TextEncoder(LanguageModelEncoder):
 
 
 def _list_oddities(text: str, is_edit: bool) -> list[str]:
-    """Return a JSON prompt's unusual keys, and its parts that have no effect.
-
-    Raises CaptionError if the text is broken JSON.
-    """
+    """Return a JSON prompt's unusual keys, and its parts that have no effect."""
     content = read_caption(text) or {}
     errors = find_caption_errors(text)
     if content.get(INSTRUCTION) and not is_edit:
@@ -162,10 +159,8 @@ def scale_states(states: Tensor) -> Tensor:
 
 
 def _move_spans(prompt: Prompt, caption: WrittenCaption) -> Spans:
-    """Return a prompt's weighted spans at their positions in the caption that the encoder gets.
-
-    If a JSON prompt was rewritten, they are dropped with a warning.
-    """
+    """Return a prompt's weighted spans at their positions in the caption that the encoder gets."""
+    # If a JSON prompt was rewritten, they are dropped with a warning.
     if not prompt.weighted_spans or caption.text == prompt.text:
         return prompt.weighted_spans
     if not caption.is_plain:

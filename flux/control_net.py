@@ -265,10 +265,8 @@ def _open(path: Path) -> Checkpoint:
 
 
 def _read_config(path: Path, checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """Return the arguments of FluxControlNetModel from a ControlNet's config.json.
-
-    None if the file is missing or describes another model.
-    """
+    """Return the arguments of FluxControlNetModel from a ControlNet's config.json."""
+    # None if the file is missing or describes another model.
     weights = checkpoint.path
     config_path = weights / "config.json" if weights.is_dir() else weights.with_name("config.json")
     if not config_path.is_file():

@@ -160,11 +160,7 @@ def _group_by_our_weight(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _check_can_train(options: FluxControlNetTrainingOptions, files: FluxFiles) -> None:
-    """Check that a ControlNet can be trained with the transformer; only headers of files are read.
-
-    Raises OptionError for options that do not fit the files, and CheckpointError for a file that training
-    cannot start from.
-    """
+    """Check that a ControlNet can be trained with the transformer; only headers of files are read."""
     config = files.dit_header().config
     if config.kind == CHROMA:
         raise OptionError(
@@ -200,10 +196,8 @@ def _check_can_copy_blocks(options: FluxControlNetTrainingOptions, files: FluxFi
 def _check_options_fit_file(
     options: FluxControlNetTrainingOptions, controlnet: Path, config: FluxConfig
 ) -> None:
-    """Raise OptionError if a typed number of blocks differs from that of the ControlNet to start from.
-
-    `config` has the transformer's dimensions. Raises CheckpointError if the ControlNet does not fit them.
-    """
+    """Raise OptionError if a typed number of blocks differs from that of the ControlNet to start from."""
+    # `config` has the transformer's dimensions.
     settings = read_settings(controlnet, config)
     typed = {
         "num_double_layers": (options.num_double_layers, settings["num_layers"]),

@@ -259,10 +259,7 @@ class Flux(ImageModelFamily):
         return {**conditions, **control, GUIDANCE: torch.full((len(latents),), guidance)}
 
     def _read_control(self, latents: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Return a batch's control latents; {} without a ControlNet.
-
-        Raises CacheError if they are missing or differ in size from the images.
-        """
+        """Return a batch's control latents; {} without a ControlNet."""
         # for messages: which network reads the control latents, and how to cache them
         if self.custom_network is not None:
             consumer, remedy = self.custom_network.label, "flux_cache_latents.py --control_pictures"

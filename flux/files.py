@@ -71,10 +71,7 @@ HEAD_MULTIPLE = 16  # a head's width divides into whole pairs for frames, rows a
 
 
 def _read_header(checkpoint: Checkpoint) -> DitHeader[FluxConfig]:
-    """Return dimensions, dialect (its tensor names) and dtype of a FLUX.1 or Chroma file.
-
-    Raises CheckpointError for another model.
-    """
+    """Return dimensions, dialect (its tensor names) and dtype of a FLUX.1 or Chroma file."""
     tensors = checkpoint.tensors
     dialect = find_dialect(DIALECTS, tensors)
     if dialect is None:

@@ -46,10 +46,7 @@ QUERY_NORM = "double_blocks.0.img_attn.norm.query_norm.scale"
 
 
 def _read_header(checkpoint: Checkpoint) -> DitHeader[Flux2Config]:
-    """Return dimensions, dialect (its tensor names) and dtype of a FLUX.2 file.
-
-    Raises CheckpointError for another model.
-    """
+    """Return dimensions, dialect (its tensor names) and dtype of a FLUX.2 file."""
     names = checkpoint.tensors
     dialect = find_dialect(DIALECTS, names)
     if dialect is None:

@@ -274,11 +274,9 @@ class Flux2Model(BlockNetwork):
         return run_in_weight_dtype(self.img_in, pixels)
 
     def _embed_vector(self, timesteps: Tensor, guidance: Tensor | None) -> Tensor:
-        """Return the modulation that all blocks share and the time embedding, B 1 16 C float32.
-
-        The rows are 6 for images and 6 for text in double blocks, 3 in single blocks, and the embedding.
-        `guidance` is B; None leaves it out.
-        """
+        """Return the modulation that all blocks share and the time embedding, B 1 16 C float32."""
+        # The rows are 6 for images and 6 for text in double blocks, 3 in single blocks, and the embedding.
+        # `guidance` is B; None leaves it out.
         # angles in float32, as in training, although they are rounded for a large guidance
         embedding = self.time_in(sinusoid(timesteps, self.config.freq_dim, torch.float32))
         if self.config.has_guidance and guidance is not None:

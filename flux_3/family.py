@@ -182,10 +182,7 @@ class Flux3(pictures.ImageModelFamily):
         return replace(self.resolve_image(sized, SHIFT, ""), visible_region=region)
 
     def _drop_guidance_scale(self, request: Request) -> Request:
-        """Drop the guidance scale, which a distilled model does not use, from the request.
-
-        Raises OptionError for a solver other than Euler's method.
-        """
+        """Drop the guidance scale, which a distilled model does not use, from the request."""
         if request.solver not in (None, "euler"):
             raise OptionError(
                 f"--sample_solver {request.solver} with {self.files.dit_path}: the distilled model predicts "

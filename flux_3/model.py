@@ -223,10 +223,8 @@ def _attend(heads: Sequence[Tensor], tokens: Flux3Tokens, lengths: SampleLengths
 
 
 def _attend_jointly(heads: Sequence[Tensor], tokens: Flux3Tokens) -> Tensor:
-    """Return the attention of all tokens to each other, B L+R+T N D, from query, key and value.
-
-    With several processes (`tokens.shards`), each computes some heads for all tokens.
-    """
+    """Return the attention of all tokens to each other, B L+R+T N D, from query, key and value."""
+    # With several processes (`tokens.shards`), each computes some heads for all tokens.
     parts = tokens.shards
     if parts:
         heads = _gather_tokens(heads, tokens)
@@ -237,12 +235,10 @@ def _attend_jointly(heads: Sequence[Tensor], tokens: Flux3Tokens) -> Tensor:
 
 
 def _attend_with_two_texts(heads: Sequence[Tensor], tokens: Flux3Tokens, second: SecondText) -> Tensor:
-    """Return the attention of images to each of two texts, combined for the images, as with NAG.
-
-    1. Images and the first text attend to each other, then images and the second text.
-    2. `second.combine_attention` makes one result of the images' two.
-    3. The texts keep their results.
-    """
+    """Return the attention of images to each of two texts, combined for the images, as with NAG."""
+    # 1. Images and the first text attend to each other, then images and the second text.
+    # 2. `second.combine_attention` makes one result of the images' two.
+    # 3. The texts keep their results.
     with_first = _attend([second.drop_second_text(tensor) for tensor in heads], tokens, tokens.lengths)
     with_second = _attend([second.drop_first_text(tensor) for tensor in heads], tokens, second.lengths)
     if not tokens.shards:
@@ -268,10 +264,8 @@ def _gather_tokens(heads: Sequence[Tensor], tokens: Flux3Tokens) -> list[Tensor]
 
 
 def _return_tokens(attended: Tensor, parts: Sequence["TokenShard"]) -> Tensor:
-    """Exchange all tokens of this process's heads for all heads of its tokens, modality by modality.
-
-    Undoes `_gather_tokens` after attention, in sequence parallelism.
-    """
+    """Exchange all tokens of this process's heads for all heads of its tokens, modality by modality."""
+    # Undoes `_gather_tokens` after attention, in sequence parallelism.
     by_modality = attended.split([part.length for part in parts], dim=1)
     pairs = zip(parts, by_modality, strict=True)
     return torch.cat([part.gather_heads(all_tokens) for part, all_tokens in pairs], dim=1)
@@ -471,11 +465,9 @@ class Flux3Model(BlockNetwork):
         return pixels.transpose(1, 2).unflatten(2, (1, *tokens.grid))
 
     def _make_table(self, layout: Flux3Layout, /, *, device: torch.device) -> Tensor:
-        """Return the rotary table, (cosine, sine) pairs L+R+T 1 D/2 2 float32, from float64 angles.
-
-        Positions are (0, row / 2, column / 2, 0) for image tokens, (0, row / 2, column / 2, -k) for tokens of
-        reference k (from 1), and (0, 0, 0, index) for the text.
-        """
+        """Return the rotary table, (cosine, sine) pairs L+R+T 1 D/2 2 float32, from float64 angles."""
+        # Positions are (0, row / 2, column / 2, 0) for image tokens, (0, row / 2, column / 2, -k) for tokens
+        # of reference k (from 1), and (0, 0, 0, index) for the text.
         zero = torch.zeros(1, dtype=torch.float64)
         tables = []
         for number, (rows, columns) in enumerate((layout.grid, *layout.references)):  # 0: the image

@@ -73,10 +73,8 @@ def read_conditions(batch: Batch, config: FramePackConfig, dit: Path) -> Conditi
 
 
 def _check_indices(batch: Batch, tensors: Mapping[str, Tensor], latents: str, indices: str) -> None:
-    """Raise CacheError if frame indices of cached latents are missing, or do not fit them or the target.
-
-    `latents` and `indices` are the names of the two tensors in caches.
-    """
+    """Raise CacheError if frame indices of cached latents are missing, or do not fit them or the target."""
+    # `latents` and `indices` are the names of the two tensors in caches.
     if indices not in tensors:
         raise CacheError(
             f"{batch.keys[0]}: the cache has {latents} without {indices}. Cache again with {LATENTS_AGAIN}."

@@ -337,10 +337,8 @@ class FramePack(OneTransformer):
 
 
 def _history_arguments(cond: data.Conditions, noisy: Tensor) -> dict[str, Tensor]:
-    """Return the latents of earlier frames and their indices, keyed by the network's argument names.
-
-    Frames that have indices but no latents in the conditions are black.
-    """
+    """Return the latents of earlier frames and their indices, keyed by the network's argument names."""
+    # Frames that have indices but no latents in the conditions are black.
     arguments: dict[str, Tensor] = {}
     for name, history in HISTORY.items():
         if history.indices not in cond:

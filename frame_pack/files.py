@@ -94,10 +94,7 @@ FRAMEPACK_TENSORS = (
 
 
 def _read_header(checkpoint: Checkpoint) -> DitHeader[FramePackConfig]:
-    """Return dimensions, tensor naming and dtype of a FramePack file.
-
-    Raises CheckpointError for another model.
-    """
+    """Return dimensions, tensor naming and dtype of a FramePack file."""
     path, names = checkpoint.path, checkpoint.tensors
     if not any(name in names for name in FRAMEPACK_TENSORS):
         files = (

@@ -81,10 +81,8 @@ def video_sections(
 def _images_at_both_ends(
     inputs: Mapping[int, Conditions], first_generated: int
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the latents of the start image and of the end image; None if no end image is given.
-
-    The start image is that of the section that is generated first.
-    """
+    """Return the latents of the start image and of the end image; None if no end image is given."""
+    # The start image is that of the section that is generated first.
     end = inputs[0].get("end_latents")
     assert end is None or isinstance(end, Tensor)
     return _get_tensor(inputs[first_generated], "start_latents"), end
@@ -108,11 +106,9 @@ def _target_shape(history: Tensor, window: int) -> tuple[int, ...]:
 
 
 def _make_preview_piece(order: GenerationOrder, history: Tensor, window: int, number: int) -> PreviewPiece:
-    """Return the newest section and its neighbor in time, so that a preview shows the final transition.
-
-    `history` is all that has been generated, in playing order; the newest section is at its front if
-    `order.prepends_sections`, else at its end. `number` counts sections from 0 in the order of generation.
-    """
+    """Return the newest section and its neighbor in time, so that a preview shows the final transition."""
+    # `history` is all that has been generated, in playing order; the newest section is at its front if
+    # `order.prepends_sections`, else at its end. `number` counts sections from 0 in the order of generation.
     is_first_section = number == 0
     num_generated = (number + 1) * window
     num_newest = window if is_first_section else 2 * window  # the newest section and its neighbor

@@ -94,10 +94,8 @@ def read_siglip(checkpoint: Checkpoint) -> LoadPlan[SiglipConfig]:
 
 
 def _check_patch_shape(path: Path, shape: Sequence[int]) -> None:
-    """Raise CheckpointError if a patch embedding is not for images of one size.
-
-    A SigLIP for images of several sizes (NaFlex) has a linear patch embedding.
-    """
+    """Raise CheckpointError if a patch embedding is not for images of one size."""
+    # A SigLIP for images of several sizes (NaFlex) has a linear patch embedding.
     if len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3]:
         raise CheckpointError(
             f"{path}: the patch embedding has shape {list(shape)}, but a SigLIP for images of "

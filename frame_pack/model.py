@@ -109,10 +109,8 @@ def _make_sample_table(
     theta: float,
     device: torch.device,
 ) -> Tensor:
-    """Return one sample's rotary table, L 1 D/2 2, for all latents of its window.
-
-    `indices` are the frame indices of each group of latents with one resolution.
-    """
+    """Return one sample's rotary table, L 1 D/2 2, for all latents of its window."""
+    # `indices` are the frame indices of each group of latents with one resolution.
     rows = torch.arange(layout.rows) * layout.scale
     columns = torch.arange(layout.columns) * layout.scale
     tables = []
@@ -125,12 +123,10 @@ def _make_sample_table(
 
 
 def _average_rotations(positions: Tensor, width: int, theta: float, downsampling: int) -> Tensor:
-    """Average the rotations along one axis over cells: ceil(n / downsampling) x width/2 x 2 float32.
-
-    Cosines and sines are averaged, not positions, as in training, so coarse rotations also shrink vectors.
-    The mean over a cell of the grid equals the mean along this axis, because an axis's rotations do not
-    depend on the other axes.
-    """
+    """Average the rotations along one axis over cells: ceil(n / downsampling) x width/2 x 2 float32."""
+    # Cosines and sines are averaged, not positions, as in training, so coarse rotations also shrink vectors.
+    # The mean over a cell of the grid equals the mean along this axis, because an axis's rotations do not
+    # depend on the other axes.
     pairs = cos_and_sin(rotation_angles(positions.double(), width, theta))
     missing = -len(pairs) % downsampling
     pairs = torch.cat([pairs, pairs[-1:].expand(missing, -1, -1)])
@@ -398,10 +394,8 @@ class FramePackModel(BlockNetwork):
         )
 
     def _check(self, groups: Sequence[IndexedLatents], llama: Tensor, llama_mask: Tensor) -> None:
-        """Raise ValueError for shapes that do not fit the model or each other.
-
-        `groups` are the latents with their frame indices: history, and last the noisy ones.
-        """
+        """Raise ValueError for shapes that do not fit the model or each other."""
+        # `groups` are the latents with their frame indices: history, and last the noisy ones.
         noisy = groups[-1].latents
         check_sizes(noisy, self.config.patch_size, llama, llama_mask)
         for group in groups:

@@ -137,10 +137,8 @@ def _read_one_frame(request: requests.Request, is_f1: bool) -> OneFrame | None:
 
 
 def _match_control_shape(settings: FramePackRequest, width: int, height: int, step: int) -> tuple[int, int]:
-    """Return a single image's width and height, as a dataset of this resolution has for its first input.
-
-    That input is the first control image, else the start image. A video keeps its size, with a warning.
-    """
+    """Return a single image's width and height, as a dataset of this resolution has for its first input."""
+    # That input is the first control image, else the start image. A video keeps its size, with a warning.
     if settings.one_frame is None:
         logger.warning("--one_frame_auto_resize is ignored because a video is generated")
         return width, height
@@ -177,10 +175,7 @@ def _read_prompts(request: requests.Request, sections: int, is_one_frame: bool) 
 
 
 def _drop_unusable_media(request: requests.Request, is_f1: bool, is_one_frame: bool) -> requests.Request:
-    """Return the request without media that FramePack cannot use; warn about each of them.
-
-    Raises OptionError if a file cannot be opened.
-    """
+    """Return the request without media that FramePack cannot use; warn about each of them."""
     reason = "--f1 generates a video from its start" if is_f1 else "a single image has no end"
     request = requests.keep_usable_media(request, {"end_image_path": not is_f1 and not is_one_frame}, reason)
     if request.end_image_path is not None:
@@ -218,10 +213,7 @@ def _count_sections(
 
 
 def _count_whole_sections(frames: int, window: int) -> int:
-    """Return the number of whole sections in --video_length; warn if frames are left over.
-
-    Raises OptionError if the frames do not fill one section.
-    """
+    """Return the number of whole sections in --video_length; warn if frames are left over."""
     sections = count_window_sections((frames - 1) // LATENT_STRIDE + 1, window)
     full_frames = video_frames(max(sections, 1), window)
     if sections == 0:
@@ -239,10 +231,7 @@ def _count_whole_sections(frames: int, window: int) -> int:
 
 
 def _keep_used_controls(request: requests.Request) -> requests.Request:
-    """Return the request without control images and masks if it is not for one-frame inference.
-
-    Raises OptionError if a used file is missing.
-    """
+    """Return the request without control images and masks if it is not for one-frame inference."""
     images = request.control_images
     extra = dict(request.extra)
     masks = _read_paths(extra, "control_image_mask_path")

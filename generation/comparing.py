@@ -368,11 +368,8 @@ def denoise_cells(run: GenerationRun, columns: Sequence[Column]) -> None:
 def _encode_texts(
     run: GenerationRun, jobs: Mapping[str, GenerationJob], variants: Sequence[Variant]
 ) -> dict[str, dict[str, Mapping[int, EncodedPrompts]]]:
-    """Encode the prompts for each column; columns whose LoRAs do not change text encoders share the results.
-
-    Returns:
-        Label of the column -> label of the job -> encoded prompts by section.
-    """
+    """Encode the prompts for each column."""
+    # Columns whose LoRAs do not change text encoders share the results.
     prompts = [select_prompts(job.prepared, run.options.guidance) for job in jobs.values()]
     texts_without_loras = dict(zip(jobs, run.session.encode_texts(prompts), strict=True))
     encoded_by_label: dict[str, dict[str, Mapping[int, EncodedPrompts]]] = {}
@@ -491,10 +488,8 @@ def write_grid(
 
 
 def _make_title(jobs: Sequence[GenerationJob], names: Sequence[str]) -> str:
-    """Return the prompt of a single job, or the names of the compared training runs.
-
-    Numbers of epochs or steps are removed: file x-000010 belongs to run x.
-    """
+    """Return the prompt of a single job, or the names of the compared training runs."""
+    # Numbers of epochs or steps are removed: file x-000010 belongs to run x.
     if len(jobs) == 1:
         return shorten_prompt(jobs[0].prepared.request.prompt)
     trainings = [re.sub(r"-(step)?\d+$", "", name) for name in names]
@@ -508,15 +503,7 @@ def _make_row(
     variants: Sequence[Variant],
     paths: Mapping[str, Path],
 ) -> Row:
-    """Return the row of one prompt at one strength in a comparison.
-
-    Args:
-        experts: Networks of the model, with their noise levels.
-        job: The video or image to generate.
-        strength: Strength of the LoRAs in the row.
-        variants: One variant for each column.
-        paths: Paths of the clips, by label.
-    """
+    """Return the row of one prompt at one strength in a comparison."""
     steps = format_count(job.prepared.num_steps, "step")
     return Row(
         prompt=job.prepared.request.prompt,

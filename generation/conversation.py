@@ -85,11 +85,7 @@ def converse(run: GenerationRun, change_strengths: ChangeStrengths) -> None:
 
 
 def _read_strengths(run: GenerationRun, text: str) -> tuple[float, ...]:
-    """Parse LoRA strengths typed by the user: numbers separated by commas, one for each LoRA.
-
-    Raises:
-        OptionError: If the text cannot be parsed.
-    """
+    """Parse LoRA strengths typed by the user: numbers separated by commas, one for each LoRA."""
     try:
         strengths = tuple(float(number) for number in text.split(","))
     except ValueError:

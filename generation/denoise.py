@@ -94,14 +94,7 @@ def denoise(
 
 
 def _make_step(schedule: Schedule, index: int, first_step: int, latents: Tensor) -> steps.Step:
-    """Return a step with its noise levels.
-
-    Args:
-        schedule: Schedule of noise levels.
-        index: Index of the step in the schedule.
-        first_step: Index of the first step that runs; the step's own index counts from it.
-        latents: Noisy latents before the step.
-    """
+    """Return a step with its noise levels."""
     is_last = index + 1 == schedule.num_steps
     audio_sigmas = schedule.audio_sigmas
     return steps.Step(

@@ -202,10 +202,8 @@ class ExpertOffloader:
         self._on_device = set()
 
     def _activate(self, expert: int) -> nn.Module:
-        """Return an expert, moved to the device if necessary, and start reading the next one.
-
-        Experts on the device are moved away first, unless all of them fit.
-        """
+        """Return an expert, moved to the device if necessary, and start reading the next one."""
+        # Experts on the device are moved away first, unless all of them fit.
         # advance to this expert in the order; skipped entries belong to requests that failed or ended early
         remaining_indices = range(self._order_index, len(self._expert_order))
         self._order_index = next(
@@ -240,10 +238,8 @@ class ExpertOffloader:
             raise
 
     def _may_stay(self, expert: int, next_expert: int) -> bool:
-        """Return whether an expert may stay on the device together with the next one.
-
-        The next expert is assumed to have the same size.
-        """
+        """Return whether an expert may stay on the device together with the next one."""
+        # The next expert is assumed to have the same size.
         if self.all_stay_on_device:
             return True
         if self.lazy:
@@ -338,10 +334,8 @@ class ExpertOffloader:
         return ""
 
     def _take_prefetched(self, expert: int, prefetch: ExpertPrefetch) -> None:
-        """Take an expert from the thread that read it, or raise the thread's error.
-
-        If the thread only ran out of memory, return without the expert, which is then loaded as usual.
-        """
+        """Take an expert from the thread that read it, or raise the thread's error."""
+        # If the thread only ran out of memory, return without the expert, which is then loaded as usual.
         if prefetch.expert != expert:  # its request ended before this expert was needed: drop it
             self._cancel_prefetch(prefetch)
             return

@@ -132,10 +132,8 @@ def _prepare_output(run: GenerationRun, jobs: Sequence[GenerationJob]) -> None:
 def _encode_and_denoise(
     run: GenerationRun, jobs: Sequence[GenerationJob], failures: Failures, has_media: bool
 ) -> list[GenerationJob]:
-    """Encode all prompts and input media, then denoise; return the jobs with latents, without failed jobs.
-
-    The encoded inputs are freed on return, to make room for decoding.
-    """
+    """Encode all prompts and input media, then denoise; return the jobs with latents, without failed jobs."""
+    # The encoded inputs are freed on return, to make room for decoding.
     run.on_phase("reading the prompt")
     encoded_texts = run.session.encode_texts(
         [select_prompts(job.prepared, run.options.guidance) for job in jobs]

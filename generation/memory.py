@@ -374,10 +374,8 @@ def _cached_dit(family: Family, prepared: Prepared, dit: nn.Module) -> AbstractC
 def _list_work_between_steps(
     family: Family, options: GenerationOptions, prepared: Prepared
 ) -> list[tuple[int, str]]:
-    """Return (peak memory in bytes, name) of each network that runs between steps, from a dry run of each.
-
-    Such networks decode previews, or make the input of the request's next stage.
-    """
+    """Return (peak memory in bytes, name) of each network that runs between steps, from a dry run of each."""
+    # Such networks decode previews, or make the input of the request's next stage.
     work_between_steps: list[tuple[int, str]] = []
     preview_vae = options.preview.preview_vae
     if preview_vae is not None:

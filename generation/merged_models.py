@@ -55,19 +55,7 @@ def save_merged_model(
 def _check_merge(
     family: Family, dit_file: Path, loras: Sequence[WeightedLora], path: Path, target: Path
 ) -> None:
-    """Raise an error if the LoRAs of an expert cannot be merged into its file, without writing anything.
-
-    Args:
-        family: The model family.
-        dit_file: File of the expert.
-        loras: LoRAs of the expert.
-        path: Value of --save_merged_model, for the message.
-        target: Path of the merged file.
-
-    Raises:
-        OptionError: If the target would replace an input, or if the model is in two files.
-        CheckpointError: If a LoRA does not fit the model.
-    """
+    """Raise an error if the LoRAs of an expert cannot be merged into its file, without writing anything."""
     reject_replacing(
         "--save_merged_model", target, [*family.dit_files, *(lora_use.lora.path for lora_use in loras)]
     )

@@ -291,12 +291,7 @@ def _select_loras(
 
 
 def _check_experts(loras_by_key: "Mapping[str, Sequence[WeightedLora]]", expert_keys: Sequence[str]) -> None:
-    """Raise OptionError if LoRAs are given for an expert that the run does not have.
-
-    Args:
-        loras_by_key: LoRA files by the key of the expert whose option names them.
-        expert_keys: Keys of the run's experts.
-    """
+    """Raise OptionError if LoRAs are given for an expert that the run does not have."""
     for key, loras in loras_by_key.items():
         if key in expert_keys:
             continue

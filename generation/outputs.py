@@ -297,14 +297,7 @@ def _save_layers(
 
 
 def _save_frames(options: OutputOptions, stem: str, clip: _Clip, side_suffixes: Sequence[str]) -> Path:
-    """Write the frames as a folder of PNG files; return its path.
-
-    Args:
-        options: Options of the run.
-        stem: Name of the output without its suffix.
-        clip: The clip.
-        side_suffixes: Suffixes of files that are written next to the folder.
-    """
+    """Write the frames as a folder of PNG files; return its path."""
     path = options.save_path / free_stem(options.save_path, stem, ["", *side_suffixes])
     with atomic_folder(path) as folder:
         name = f"{path.name}_{{:03d}}.png"
@@ -328,14 +321,7 @@ def _save_audio(
 
 
 def _save_video(options: OutputOptions, stem: str, clip: _Clip, side_suffixes: Sequence[str]) -> Path:
-    """Write a video, with --keep_pngs also its frames as PNG files; return the video's path.
-
-    Args:
-        options: Options of the run.
-        stem: Name of the output without its suffix.
-        clip: The clip.
-        side_suffixes: Suffixes of files that are written next to the video.
-    """
+    """Write a video, with --keep_pngs also its frames as PNG files; return the video's path."""
     suffix = options.format.suffix
     if suffix != f".{options.format.container}":
         logger.warning(

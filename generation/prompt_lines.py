@@ -320,10 +320,8 @@ def _find_value_end(line: str, start: int) -> int | None:
 
 
 def _find_object_end(line: str, start: int) -> int | None:
-    """Return the end index of the JSON object that starts at `start`; None if there is none.
-
-    Dashes inside its strings do not begin options.
-    """
+    """Return the end index of the JSON object that starts at `start`; None if there is none."""
+    # Dashes inside its strings do not begin options.
     object_start = len(line) - len(line[start:].lstrip())
     if not line.startswith("{", object_start):
         return None

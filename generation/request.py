@@ -148,11 +148,7 @@ def _check_line(options: RequestOptions, line: Mapping[str, Any]) -> None:
 
 
 def _expand(texts: Mapping[str, str | None], prompts: PromptOptions, seed: int) -> Mapping[str, str | None]:
-    """Return the texts with wildcards drawn, and `@file` replaced by that file's JSON; None stays None.
-
-    Raises:
-        OptionError: If a wildcard cannot be drawn or a file cannot be read.
-    """
+    """Return the texts with wildcards drawn, and `@file` replaced by that file's JSON; None stays None."""
     if any(text is not None and text.lstrip().startswith("@") for text in texts.values()):
         from generation.named_prompts import read_named_object  # only with such a text
 
@@ -166,11 +162,9 @@ def _expand(texts: Mapping[str, str | None], prompts: PromptOptions, seed: int) 
 
 
 def _read_media_paths(options: RequestOptions, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the paths of images and of the control video, by the fields of a request.
-
-    A path is None if it is empty, or if the family reads the option itself. Reference images with an empty
-    path are left out.
-    """
+    """Return the paths of images and of the control video, by the fields of a request."""
+    # A path is None if it is empty, or if the family reads the option itself. Reference images with an empty
+    # path are left out.
     paths: dict[str, Any] = {}
     for name in ("image_path", "end_image_path", "control_path"):
         text = "" if name in options.extras or values[name] is None else str(values[name])
@@ -192,13 +186,8 @@ def _collect_extras(options: RequestOptions, line: Mapping[str, Any]) -> dict[st
 
 
 def _select_source(options: SourceOptions, line: Mapping[str, Any]) -> Source | None:
-    """Return the video or image to start from instead of noise; None if neither line nor options name one.
-
-    A prompt line takes precedence over the command line.
-
-    Raises:
-        OptionError: If several are named.
-    """
+    """Return the video or image to start from instead of noise; None if neither line nor options name one."""
+    # A prompt line takes precedence over the command line.
     paths = {name: line[name] for name in SOURCES if name in line}
     if not paths:
         paths = {name: getattr(options, name) for name in SOURCES}

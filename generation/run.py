@@ -303,12 +303,7 @@ def make_session(family: Family, options: GenerationOptions, loader: DitLoader, 
 
 
 def _make_text_loras(loras_by_expert: LorasByExpert, rounding: str) -> "TextLoras | None":
-    """Return the LoRAs of text encoders and of networks that are loaded with them; None if there are none.
-
-    Args:
-        loras_by_expert: LoRA files by expert; the text encoders use those of the first expert.
-        rounding: Value of --lora_rounding.
-    """
+    """Return the LoRAs of text encoders and of networks that are loaded with them; None if there are none."""
     if not loras_by_expert or not loras_by_expert[0]:
         return None
     from networks.loading import select_network_part  # only with LoRAs

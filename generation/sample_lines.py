@@ -119,10 +119,7 @@ _CHARACTERS = {
 
 
 def _read_size(text: str) -> Mapping[str, int]:
-    """Parse `480 832` (height, width, as in --video_size) into `height` and `width`.
-
-    Raises ValueError for any other text.
-    """
+    """Parse `480 832` (height, width, as in --video_size) into `height` and `width`."""
     sides = prompt_lines.read_size(text)
     return {"height": sides["video_size_height"], "width": sides["video_size_width"]}
 
@@ -212,10 +209,7 @@ def parse_sample_prompts(text: str, path: Path) -> list[dict[str, Any]]:
 
 
 def _split_entries(text: str, suffix: str) -> list[tuple[int, Any]]:
-    """Split a prompt file into its entries, numbered from 1.
-
-    Raises ValueError if the file is malformed.
-    """
+    """Split a prompt file into its entries, numbered from 1."""
     if suffix == ".txt":
         return [*prompt_lines.numbered_lines(text)]
     if suffix == ".toml":
@@ -229,10 +223,7 @@ def _split_entries(text: str, suffix: str) -> list[tuple[int, Any]]:
 
 
 def _read_toml_entries(text: str) -> list[dict[str, Any]]:
-    """Return the `[[prompt.subset]]` tables of a TOML prompt file, each with the shared values filled in.
-
-    Raises ValueError if the file is malformed.
-    """
+    """Return the `[[prompt.subset]]` tables of a TOML prompt file, each with the shared values filled in."""
     table = parse_toml(text).get("prompt")
     subsets = table.get("subset", []) if isinstance(table, dict) else None
     if not isinstance(subsets, list) or not all(isinstance(subset, dict) for subset in subsets):
@@ -287,10 +278,7 @@ def _list_types() -> dict[str, type]:
 
 
 def _convert(key: str, value: Any, kind: type, where: str) -> Any:
-    """Convert a value of a prompt's table to the type of its key.
-
-    Raises OptionError if it has a different type.
-    """
+    """Convert a value of a prompt's table to the type of its key."""
     if kind is list and isinstance(value, str):
         value = [value]
     if key == "seed" and isinstance(value, str):

@@ -96,11 +96,7 @@ def _decode_file(
 
 
 def _read_visible_region(family: Family, path: Path, saved: SavedLatents) -> Box | None:
-    """Return the region to crop decoded pixels to, if the file's metadata names one; None for all pixels.
-
-    Raises:
-        CheckpointError: If the region exceeds the decoded pixels.
-    """
+    """Return the region to crop decoded pixels to, if the file's metadata names one; None for all pixels."""
     box = read_visible_region(saved.metadata)
     if box is None:
         return None
@@ -153,17 +149,8 @@ def check_latents(family: Family, path: Path) -> SavedLatents:
 
 
 def _check_audio(family: Family, path: Path, audio: Tensor, latent_frames: int) -> None:
-    """Check the audio in a latent file; warn if the family generates no audio.
-
-    Args:
-        family: The model family.
-        path: Path of the file.
-        audio: Audio latents, 1 C T M.
-        latent_frames: Number of latent frames of the video.
-
-    Raises:
-        CheckpointError: If the audio latents are not from this family's latent space.
-    """
+    """Check the audio in a latent file; warn if the family generates no audio."""
+    # audio: Audio latents, 1 C T M.
     fps = family.defaults.fps
     spec = family.audio if trains_audio(family) else None
     if spec is None:

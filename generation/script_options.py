@@ -360,11 +360,7 @@ class ScriptDefaults:
         }
 
     def _settings(self, source_settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """Return the family's changes to shared options, by name: choices, help texts and flags.
-
-        Args:
-            source_settings: Settings of the options of video-to-video.
-        """
+        """Return the family's changes to shared options, by name: choices, help texts and flags."""
         settings = self._list_choices_and_helps()
         if self.pictures:
             settings["output_type"]["refused"] = dict.fromkeys(("video", "both"), NO_VIDEOS)

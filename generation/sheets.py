@@ -112,10 +112,8 @@ def _write_page(path: Path, grid: ClipGrid, title: str) -> None:
 
 
 def _embed_cells(columns: Sequence[str], row: Row, is_lower: bool) -> Iterator[Mapping[str, str]]:
-    """Yield the template values of a row's cells: clip, file name and command.
-
-    With `is_lower`, the first cell is omitted, because the cell of the row above spans both rows.
-    """
+    """Yield the template values of a row's cells: clip, file name and command."""
+    # With `is_lower`, the first cell is omitted, because the cell of the row above spans both rows.
     cells = list(zip(columns, row.paths, row.commands, strict=True))
     for column, path, command in cells[1:] if is_lower else cells:
         assert path is not None  # a page shows finished comparisons only

@@ -146,12 +146,10 @@ class HunyuanImageModel(BlockNetwork):
     def _embed_prompt(
         self, prompt: Mapping[str, Tensor], timesteps: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, list[int]]:
-        """Return the tokens of glyphs and text, B J C, and how many are real in each sample.
-
-        In each sample the glyphs come first, then the text, then padding. `prompt` has text (states of the
-        language model), glyphs (states of byT5, which reads quoted text), and text_mask and glyph_mask, true
-        for real tokens.
-        """
+        """Return the tokens of glyphs and text, B J C, and how many are real in each sample."""
+        # In each sample the glyphs come first, then the text, then padding. `prompt` has text (states of the
+        # language model), glyphs (states of byT5, which reads quoted text), and text_mask and glyph_mask,
+        # true for real tokens.
         text, glyphs = prompt["text"], prompt["glyphs"]
         _check_mask(text, prompt["text_mask"])
         _check_mask(glyphs, prompt["glyph_mask"])

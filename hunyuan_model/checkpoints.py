@@ -240,10 +240,8 @@ def _make_sources(checkpoint: Checkpoint, header: DitHeader[HunyuanVideoConfig])
 
 
 def _scaled_sources(checkpoint: Checkpoint, header: DitHeader[HunyuanVideoConfig]) -> dict[str, TensorSource]:
-    """Return the source of each tensor by its name in the file; fp8 weights are multiplied by their scales.
-
-    Raises CheckpointError if the map of scales is missing or invalid.
-    """
+    """Return the source of each tensor by its name in the file."""
+    # Fp8 weights are multiplied by their scales.
     sources = list_tensor_sources(checkpoint)
     # only the released .pt file has its scales in a second file; safetensors without scales are plain casts
     if checkpoint.path.suffix != ".pt" or header.dialect != "official":
@@ -266,10 +264,7 @@ def _scaled_sources(checkpoint: Checkpoint, header: DitHeader[HunyuanVideoConfig
 
 
 def _read_fp8_scales(path: Path) -> tuple[Path, dict[str, float]]:
-    """Return the file with the scales of a released fp8 file, and its scales by module path.
-
-    Raises CheckpointError if it is missing or invalid.
-    """
+    """Return the file with the scales of a released fp8 file, and its scales by module path."""
     scales_path = path.with_name(f"{path.stem}_map.pt")
     if not scales_path.is_file():
         raise CheckpointError(

@@ -160,10 +160,8 @@ class HunyuanVideoModel(BlockNetwork):
         guidance: Tensor | None,
         num_video_tokens: int,
     ) -> EmbeddedText:
-        """Embed a text as tokens, B T C, with the vector from which modulations are computed, B 1 C.
-
-        `guidance` is B; None leaves it out. Other arguments are those of `embed`.
-        """
+        """Embed a text as tokens, B T C, with the vector from which modulations are computed, B 1 C."""
+        # `guidance` is B; None leaves it out. Other arguments are those of `embed`.
         dtype = activation_dtype(timesteps.device, self.compute_dtype)
         # longest text of the batch, real tokens of each text, and of video and text together
         longest, counts, lengths = count_real_tokens(llama_mask, num_video_tokens, timesteps.device)

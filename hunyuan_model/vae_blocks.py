@@ -78,10 +78,8 @@ class ClipNorm(nn.GroupNorm):
         return factor.flatten(1)[..., None, None, None], offset.flatten(1)[..., None, None, None]
 
     def _statistics(self, x: Tensor, chunk: int | None) -> tuple[Tensor, Tensor]:
-        """Return the mean and variance of each channel group, B groups 1, computed in pieces of the clip.
-
-        The variance is the mean of the variances plus the variance of the means, over pieces and channels.
-        """
+        """Return the mean and variance of each channel group, B groups 1, computed in pieces of the clip."""
+        # The variance is the mean of the variances plus the variance of the means, over pieces and channels.
         piece_means, piece_variances, shares = [], [], []
         # pieces of frames, because a copy of the whole clip in float32 would be large
         for start, stop in frame_ranges(x.shape[2], x[:, :, 0].numel(), chunk):

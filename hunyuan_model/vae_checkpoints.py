@@ -85,10 +85,7 @@ def _translate_comfy_name(name: str, levels: int) -> str:
 def _read_widths(
     checkpoint: Checkpoint, sources: Mapping[str, TensorSource], start: str, levels: int
 ) -> tuple[int, ...]:
-    """Return the channels of each level.
-
-    Raises CheckpointError if the file has more or fewer levels than the model.
-    """
+    """Return the channels of each level."""
     num_levels = dialects.count(sources, re.escape(start) + r"\.\d+")
     if num_levels != levels:
         raise CheckpointError(

@@ -55,10 +55,7 @@ FEW_TOKENS, MANY_TOKENS = 256, 6400  # numbers of image tokens for which mu is d
 
 
 def _read_mu_values(request: Request) -> dict[str, float]:
-    """Return the request's values of --mu, --y1 and --y2, which determine the flow shift, by name.
-
-    Raises OptionError if a number cannot be used.
-    """
+    """Return the request's values of --mu, --y1 and --y2, which determine the flow shift, by name."""
     mu_values = {name: float(text) for name, text in request.extra.items() if name in EXTRAS}
     for name, mu in mu_values.items():
         check_mu(mu, f"--{name}")
@@ -339,10 +336,8 @@ def family_for_generation(options: own.Krea2GenerationOptions) -> Krea2:
 
 
 def _make_rules(options: Any, is_edit: bool | None) -> ReferenceRules | None:
-    """Return the rules for reference images; None if the model takes none.
-
-    `is_edit` is None for a generation, which may be an edit.
-    """
+    """Return the rules for reference images; None if the model takes none."""
+    # `is_edit` is None for a generation, which may be an edit.
     if is_edit is False:
         return None
     area = None if getattr(options, "match_target_res", False) else MEGAPIXEL

@@ -96,10 +96,7 @@ def _count_blocks(shapes: DitShapes, name: str, released: Iterable[tuple[str, in
 
 
 def _read_header(checkpoint: Checkpoint) -> DitHeader[Krea2Config]:
-    """Return dimensions, dialect (its tensor names) and dtype of a Krea 2 file.
-
-    Raises CheckpointError for another model.
-    """
+    """Return dimensions, dialect (its tensor names) and dtype of a Krea 2 file."""
     names = checkpoint.tensors
     dialect = next((name for name, tensor in DIALECTS.items() if tensor in names), None)
     if dialect is None:
@@ -186,10 +183,7 @@ def find_release(dit: Path | None) -> Krea2Release | None:
 
 
 def _read_is_distilled(index: Path) -> Any:
-    """Return the value `is_distilled` of a model_index.json; None without one.
-
-    Raises CheckpointError if the file cannot be read.
-    """
+    """Return the value `is_distilled` of a model_index.json; None without one."""
     try:
         return parse_json(read_text(index)).get("is_distilled")
     except (OSError, ValueError, AttributeError) as error:

@@ -450,10 +450,8 @@ class Krea2Model(BlockNetwork):
         rotary: Tensor,
         combine_attention: CombineAttention,
     ) -> Krea2Tokens:
-        """Return the blocks' inputs with a second text, whose tokens come last.
-
-        `num_images` counts the tokens of references and image; `rotary` is long enough for either text.
-        """
+        """Return the blocks' inputs with a second text, whose tokens come last."""
+        # `num_images` counts the tokens of references and image; `rotary` is long enough for either text.
         num_tokens = text.states.shape[1]
         second_text = SecondText(num_images, num_tokens, text.lengths, combine_attention)
         return replace(tokens, second_text=second_text, second_rotary=rotary[: num_images + num_tokens])
@@ -461,10 +459,8 @@ class Krea2Model(BlockNetwork):
     def _embed_prompt(
         self, arguments: Mapping[str, Any], num_image_tokens: int, dtype: torch.dtype
     ) -> Krea2Text:
-        """Embed a text; `arguments` are its states `text`, and `text_mask`, true for real tokens.
-
-        `num_image_tokens` counts the tokens before the text that attend to all.
-        """
+        """Embed a text; `arguments` are its states `text`, and `text_mask`, true for real tokens."""
+        # `num_image_tokens` counts the tokens before the text that attend to all.
         longest, counts = count_real_tokens(arguments["text_mask"])
         states = arguments["text"][:, :longest]
         text_lengths = lengths = None
@@ -518,11 +514,9 @@ class Krea2Model(BlockNetwork):
         )
 
     def _make_table(self, layout: Krea2Layout, /, *, device: torch.device) -> Tensor:
-        """Return the rotary table, (cosine, sine) pairs R+L+T 1 D/2 2 float32, from float64 angles.
-
-        Positions are (0, row, column) for image tokens, (k, row, column) for tokens of reference k (from 1),
-        and (0, 0, 0) for texts.
-        """
+        """Return the rotary table, (cosine, sine) pairs R+L+T 1 D/2 2 float32, from float64 angles."""
+        # Positions are (0, row, column) for image tokens, (k, row, column) for tokens of reference k (from
+        # 1), and (0, 0, 0) for texts.
         widths, theta = self.config.rotary_widths, self.config.rope_theta
         grids = [
             TokenGrid((1, *grid), first_position=number)

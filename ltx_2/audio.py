@@ -228,10 +228,8 @@ def _translate_vocoder_name(name: str) -> str:
 def _read_generator(
     shape: Shape, names: Collection[str], start: str, rejection: CheckpointError
 ) -> dict[str, Any]:
-    """Return the settings of one waveform generator, a vocoder or its bandwidth extension.
-
-    `start` is the beginning of its tensor names.
-    """
+    """Return the settings of one waveform generator, a vocoder or its bandwidth extension."""
+    # `start` is the beginning of its tensor names.
     escaped = re.escape(start)
     num_upsamplings = count(names, rf"{escaped}upsamplers\.\d+")
     kernels = []

@@ -85,10 +85,7 @@ def _read_config(shapes: DitShapes, settings: Mapping[str, Any]) -> LtxConfig:
 
 
 def _config(shapes: DitShapes, settings: Mapping[str, Any]) -> LtxConfig:
-    """Read a transformer's dimensions from its tensors and settings.
-
-    Raises CheckpointError for missing tensors, ValueError for unusable settings.
-    """
+    """Read a transformer's dimensions from its tensors and settings."""
     names = shapes.shapes
     gates = f"{BLOCK}.attn1.to_gate_logits.weight"
     has_head_gates = gates in names
@@ -117,10 +114,7 @@ def _config(shapes: DitShapes, settings: Mapping[str, Any]) -> LtxConfig:
 
 
 def _read_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the dimensions that no tensor shows, from settings in the official or diffusers' layout.
-
-    Raises ValueError, TypeError or OverflowError for invalid values.
-    """
+    """Return the dimensions that no tensor shows, from settings in the official or diffusers' layout."""
     # of two names for a setting, the first is diffusers'; the release's one takes precedence
     frames = settings.get("pos_embed_max_pos", 20)
     rows = settings.get("base_height", 2048)
@@ -157,11 +151,8 @@ def _read_gate_timestep_scale(settings: Mapping[str, Any]) -> float:
 
 
 def _read_switch(settings: Mapping[str, Any], key: str, default: bool) -> bool:
-    """Return a boolean setting, or if it is missing `default`, which the tensors imply.
-
-    Raises ValueError if it is neither true nor false. A setting that contradicts the tensors fails later,
-    when they are loaded.
-    """
+    """Return a boolean setting, or if it is missing `default`, which the tensors imply."""
+    # A setting that contradicts the tensors fails later, when they are loaded.
     value = settings.get(key, default)
     if type(value) is not bool:
         raise ValueError(f"{key} {value!r}")

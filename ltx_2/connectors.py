@@ -193,10 +193,7 @@ def _read_connector(
 
 
 def _read_max_position(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> int:
-    """Return the number of tokens by which the connectors divide text positions.
-
-    Raises CheckpointError if the rotary positions are of another kind.
-    """
+    """Return the number of tokens by which the connectors divide text positions."""
     try:
         default = settings.get("connector_rope_base_seq_len", MAX_POSITION)
         (max_position,) = settings.get("connector_positional_embedding_max_pos", [default])

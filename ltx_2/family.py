@@ -371,10 +371,8 @@ class Ltx2(Ltx2Media):
     def _append_training_keyframes(
         self, image: Tensor, timesteps: Tensor, overrides: Overrides
     ) -> tuple[Tensor, Overrides]:
-        """Append a training batch's keyframes, if any, to its noisy video and to the clean latents.
-
-        In a generation, keyframes already are part of the noisy video.
-        """
+        """Append a training batch's keyframes, if any, to its noisy video and to the clean latents."""
+        # In a generation, keyframes already are part of the noisy video.
         clean_tokens = overrides.clean_tokens
         if clean_tokens is None or clean_tokens.keyframes is None:
             return image, overrides
@@ -398,14 +396,7 @@ class Ltx2(Ltx2Media):
         strengths: Tensor | None,
         device: torch.device,
     ) -> LtxReferences:
-        """Return the video's references with noise, strengths and time factor, as an input of the network.
-
-        Args:
-            references: Clean latents.
-            noisy_references: The references with the noise of the step; None if they stay clean.
-            strengths: Strength of the video's attention to each reference token, 1 M; None for full strength.
-            device: Device of the result.
-        """
+        """Return the video's references with noise, strengths and time factor, as an input of the network."""
         return LtxReferences(
             references if noisy_references is None else noisy_references.unflatten_like(references),
             frame_stride=1 if self.references is None else self.references.time_factor,
@@ -495,10 +486,8 @@ class Ltx2(Ltx2Media):
     def _check_audio(
         self, reference: Path | None, joint: AudioVideoShapes | None, media: Ltx2GivenMedia
     ) -> None:
-        """Raise OptionError if a driving video or an audio reference would have no effect.
-
-        `joint` is None if no audio is generated.
-        """
+        """Raise OptionError if a driving video or an audio reference would have no effect."""
+        # `joint` is None if no audio is generated.
         if self.drive_video is not None and joint is None:
             raise OptionError(
                 f"--drive_video {self.drive_video}: a single image has no audio. Use a longer --video_length"
@@ -728,10 +717,8 @@ class Ltx2(Ltx2Media):
         return {FIRST_LATENTS: vae.encode(pixels.to(vae.device)).float().cpu(), **conditions}
 
     def _encode_given(self, vae: Any, prepared: Prepared) -> dict[str, Tensor]:
-        """Return the latents of the given images, keyframes and audio, and how clean each of them stays.
-
-        The audio VAE is loaded only for an audio file or --retake.
-        """
+        """Return the latents of the given images, keyframes and audio, and how clean each of them stays."""
+        # The audio VAE is loaded only for an audio file or --retake.
         media = with_request_values(self.input_media, prepared.request)
 
         def encode_pixels(pixels: Tensor) -> Tensor:
@@ -862,16 +849,7 @@ class Ltx2(Ltx2Media):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Section:
-        """Return the denoising section of a stage, with its clean latents and keyframes.
-
-        Args:
-            stage: The request of the stage.
-            index: Index of the stage.
-            start: Noise, or the noisy latents that the stage starts from.
-            prompts: Embeddings of the texts.
-            inputs: Media conditions by stage, from `request_conditions`.
-            noise: Source of the noise of keyframes.
-        """
+        """Return the denoising section of a stage, with its clean latents and keyframes."""
         # the frame rate is stored as an integer, in thousandths
         conditions = {**inputs.get(index, {}), FPS: torch.tensor([round(1000 * stage.fps)])}
         first_frames = conditions.pop(FIRST_LATENTS, None)

@@ -242,11 +242,9 @@ class Ltx2Files(TransformerFiles):
         )
 
     def _find_text_files(self) -> tuple[Path, Path | None]:
-        """Return the path of Gemma and, if an option names it, the path of the connectors (else None).
-
-        --ltx2_text_encoder_checkpoint (`self.connectors`) names either the connectors, which need Gemma 3
-        from another option, or LTX-2.5's text encoder, Gemma 4 in a single file.
-        """
+        """Return the path of Gemma and, if an option names it, the path of the connectors (else None)."""
+        # --ltx2_text_encoder_checkpoint (`self.connectors`) names either the connectors, which need Gemma 3
+        # from another option, or LTX-2.5's text encoder, Gemma 4 in a single file.
         path = self.connectors
         if path is None or not read_once(require_file(path, gemma_4.OPTION, ""), gemma_4.is_gemma_4):
             return self._find_gemma_3(), path

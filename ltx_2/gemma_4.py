@@ -62,10 +62,7 @@ def read_settings(
 
 
 def _read_rotary_settings(rope: Mapping[str, Any], window: int) -> dict[str, dict[str, Any]]:
-    """Return the rotary settings of both kinds of layers, with the released values for those left out.
-
-    Raises ValueError if a kind of rotation is unknown, or a frequency or the window is not positive.
-    """
+    """Return the rotary settings of both kinds of layers, with the released values for those left out."""
     sliding = {"rope_type": "default", "rope_theta": NEAR_THETA, **(rope.get(SLIDING_ATTENTION) or {})}
     full = {
         "rope_type": "proportional",

@@ -265,10 +265,8 @@ class CleanLatentRules:
         return clean_tokens if has_clean_latents else None
 
     def _draw_keyframes(self, latents: Tensor, generator: torch.Generator) -> list["GuideImages"]:
-        """Draw latent frames of the clips as keyframes, and omit frames that no clip gets.
-
-        `latents` are B C F H W.
-        """
+        """Draw latent frames of the clips as keyframes, and omit frames that no clip gets."""
+        # `latents` are B C F H W.
         batch_size, _, num_frames = latents.shape[:3]
         if self.keyframes is None or num_frames == 1:
             return []
@@ -309,10 +307,8 @@ class CleanLatentRules:
         return is_clean
 
     def _draw_audio_weights(self, batch: Batch, draws: RandomDraws) -> Tensor | None:
-        """Return how clean each audio latent is, 0 or FULLY_CLEAN, as B 1 T 1 int16.
-
-        Returns None if the clips have no audio, or if there are no rules for audio.
-        """
+        """Return how clean each audio latent is, 0 or FULLY_CLEAN, as B 1 T 1 int16."""
+        # Returns None if the clips have no audio, or if there are no rules for audio.
         audio_latents = batch.tensors.get(AUDIO_LATENTS)
         if not isinstance(audio_latents, Tensor) or not (self.audio_ends or self.audio_intervals):
             return None
@@ -448,10 +444,7 @@ def insert_guides(tensors: Conditions, _: str, __: torch.Generator) -> Condition
 
 
 def _read_masks(rule: MaskRule, batch: Batch) -> Tensor:
-    """Return which latents a batch's masks select to stay clean, B F H W bool.
-
-    Raises DatasetError if there are no masks, or if one marks every latent as clean.
-    """
+    """Return which latents a batch's masks select to stay clean, B F H W bool."""
     masks = batch.tensors.get(MASK)
     if not isinstance(masks, Tensor):
         raise DatasetError(

@@ -381,14 +381,9 @@ class _GivenAudio(NamedTuple):
 def _read_audio_parts(
     media: Ltx2GivenMedia, num_latents: int, seconds: float, spec: AudioSpec
 ) -> Iterator[_GivenAudio]:
-    """Yield the given audio, each part with the latents it covers; where parts overlap, the later one counts.
-
-    Args:
-        media: Options that give audio.
-        num_latents: Number of audio latents of the result.
-        seconds: Length of the result.
-        spec: Format of the audio latents.
-    """
+    """Yield the given audio, each part with the latents it covers."""
+    # Where parts overlap, the later one counts.
+    # seconds: Length of the result.
     starts, ends = audio_latent_times(num_latents)
     retake = media.retake_interval
     # a folder of frames has no audio
@@ -411,10 +406,8 @@ def _read_audio_parts(
 def _read_audio_prefix(
     path: Path, requested_seconds: float | None, latent_ends: Tensor, seconds: float, spec: AudioSpec
 ) -> _GivenAudio:
-    """Read the end of --audio_prefix, which becomes the start of a result of `seconds` seconds.
-
-    `requested_seconds` is --audio_prefix_seconds; `latent_ends` are the end times of the result's latents.
-    """
+    """Read the end of --audio_prefix, which becomes the start of a result of `seconds` seconds."""
+    # `requested_seconds` is --audio_prefix_seconds; `latent_ends` are the end times of the result's latents.
     file_seconds = _measure_audio(path)
     prefix_seconds = min(requested_seconds or file_seconds, file_seconds)
     if prefix_seconds >= seconds:

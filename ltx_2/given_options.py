@@ -255,10 +255,8 @@ def _find_direction(is_generated: Mapping[Any, Any], source: str) -> str:
 
 
 def _read_condition(condition: Any, stream: str, source: str) -> dict[str, Any]:
-    """Return the option values of one condition in a --ltx2_conditioning_config file.
-
-    `stream` is video or audio; `source` describes the condition's position in the file, for messages.
-    """
+    """Return the option values of one condition in a --ltx2_conditioning_config file."""
+    # `stream` is video or audio; `source` describes the condition's position in the file, for messages.
     kind = condition.get("type") if isinstance(condition, dict) else None
     option_names = CONDITION_OPTIONS.get((stream, str(kind)))
     if option_names is None:

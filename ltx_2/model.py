@@ -347,10 +347,8 @@ class LtxModel(nn.Module):
         return [layer(text) for text in texts]
 
     def _embed_text_modulation(self, inputs: StreamInputs, modulation: Tensor) -> Tensor | None:
-        """Return shift and scale of a stream's text, B 1 2 C; zeros if they do not depend on the timestep.
-
-        Returns None if texts are not modulated. `modulation` is the stream's, for its dtype and device.
-        """
+        """Return shift and scale of a stream's text, B 1 2 C; zeros if they do not depend on the timestep."""
+        # Returns None if texts are not modulated. `modulation` is the stream's, for its dtype and device.
         if not self.config.modulates_text:
             return None
         if not self.config.modulates_text_by_timestep:
@@ -365,11 +363,9 @@ class LtxModel(nn.Module):
         has_audio: Tensor | None,
         fps: Fps,
     ) -> CrossInputs:
-        """Return the inputs for a stream's attention to the other stream (video to audio, or back).
-
-        Shifts and scales depend on the stream's own timesteps, the gate on the other stream's. `has_audio`, B
-        bool, states which samples have audio; None means all.
-        """
+        """Return the inputs for a stream's attention to the other stream (video to audio, or back)."""
+        # Shifts and scales depend on the stream's own timesteps, the gate on the other stream's. `has_audio`,
+        # B bool, states which samples have audio; None means all.
         is_video = inputs.modality is VIDEO
         # shifts and scales
         modulation, _ = self._embed_timesteps(getattr(self, inputs.modality.cross_modulation), inputs)
@@ -411,10 +407,8 @@ class LtxModel(nn.Module):
         return velocities
 
     def _add_single_frame_embedding(self, x: Tensor, inputs: StreamInputs) -> Tensor:
-        """Add the learned embedding to tokens of x, B L C, whose latent frame covers a single pixel frame.
-
-        These are the first latent frame and generated keyframes; references and given images do not get it.
-        """
+        """Add the learned embedding to tokens of x, B L C, whose latent frame covers a single pixel frame."""
+        # These are the first latent frame and generated keyframes; references and given images do not get it.
         num_references = inputs.references.num_tokens
         tokens_per_frame = inputs.latents.shape[-1] * inputs.latents.shape[-2]
         is_single_frame = x.new_zeros(x.shape[1], 1)
@@ -428,11 +422,9 @@ class LtxModel(nn.Module):
         return getattr(self, modality.prefix + name)
 
     def _embed_timesteps(self, layer: nn.Module, inputs: StreamInputs) -> tuple[Tensor, Tensor]:
-        """Return modulation, B S R C, and embedded timesteps, B S C, for the S timesteps of a stream.
-
-        S is the number of fractions in `inputs.token_timesteps`. Without these it is 1, or 2 with
-        conditioning tokens: first their timestep (0 if they are clean), then the other tokens' timestep.
-        """
+        """Return modulation, B S R C, and embedded timesteps, B S C, for the S timesteps of a stream."""
+        # S is the number of fractions in `inputs.token_timesteps`. Without these it is 1, or 2 with
+        # conditioning tokens: first their timestep (0 if they are clean), then the other tokens' timestep.
         timesteps = inputs.timesteps
         if inputs.token_timesteps is not None:
             all_timesteps = timesteps[:, None] * inputs.token_timesteps.fractions  # B S
@@ -449,11 +441,9 @@ class LtxModel(nn.Module):
         return _pair_by_sample(modulation, batch_size), _pair_by_sample(embedded, batch_size)
 
     def _make_rotary_emb(self, inputs: StreamInputs, fps: Fps, time_only: bool) -> Tensor:
-        """Return the rotary embedding of a stream's tokens, L N D/2 2.
-
-        It is B L N D/2 2 if samples differ in fps. With `time_only`, it is for the attention between the
-        streams, which has no rows and columns.
-        """
+        """Return the rotary embedding of a stream's tokens, L N D/2 2."""
+        # It is B L N D/2 2 if samples differ in fps. With `time_only`, it is for the attention between the
+        # streams, which has no rows and columns.
         dim = self.config.cross_dim if time_only else self.config.streams[inputs.modality].dim
         if inputs.modality is AUDIO:
             positions = _list_audio_positions(inputs, dim, time_only)
@@ -540,11 +530,9 @@ def _flatten(modality: Modality, latents: Tensor) -> Tensor:
 
 
 def _shape_velocity(out: Tensor, modality: Modality, tokens: LtxTokens) -> Tensor:
-    """Return the velocity of a stream in the shape of its latents, from tokens B L Z.
-
-    Clean tokens get velocity 0, and partly clean tokens a fraction of it. Reference tokens are removed,
-    unless `returns_reference_velocity` is set; then the result stays flat, B Z L.
-    """
+    """Return the velocity of a stream in the shape of its latents, from tokens B L Z."""
+    # Clean tokens get velocity 0, and partly clean tokens a fraction of it. Reference tokens are removed,
+    # unless `returns_reference_velocity` is set; then the result stays flat, B Z L.
     # references that are denoised too need their velocities
     if modality is VIDEO and tokens.returns_reference_velocity:
         return out.mT
@@ -564,11 +552,9 @@ def _shape_velocity(out: Tensor, modality: Modality, tokens: LtxTokens) -> Tenso
 
 
 def _pair_by_sample(embedded: Tensor, batch_size: int) -> Tensor:
-    """Return for each sample the embeddings of its conditioning tokens and of its other tokens, B 2 ...
-
-    `embedded` has the embeddings of the B samples' timesteps, then of the conditioning tokens' timesteps:
-    B, or one for all samples.
-    """
+    """Return for each sample the embeddings of its conditioning tokens and of its other tokens, B 2 ..."""
+    # `embedded` has the embeddings of the B samples' timesteps, then of the conditioning tokens' timesteps:
+    # B, or one for all samples.
     of_samples, of_conditioning = embedded[:batch_size], embedded[batch_size:]
     return torch.stack([of_conditioning.expand_as(of_samples), of_samples], dim=1)
 

@@ -534,10 +534,8 @@ def _copy_official_values(values: Mapping[str, Any], own_options: Ltx2Generation
 
 
 def _list_typed_names(own_options: Ltx2GenerationOptions, kernels: Mapping[str, str]) -> dict[str, str]:
-    """Return the names to show in messages: shared option (with its value) -> the option that was typed.
-
-    `kernels` are the selected attention modes by option name.
-    """
+    """Return the names to show in messages: shared option (with its value) -> the option that was typed."""
+    # `kernels` are the selected attention modes by option name.
     typed_names = {}
     for official_name, name in _OFFICIAL_NAMES.items():
         if getattr(own_options, official_name) is not None:
@@ -550,10 +548,8 @@ def _list_typed_names(own_options: Ltx2GenerationOptions, kernels: Mapping[str, 
 
 
 def _list_chosen_kernels(values: Mapping[str, Any], own_options: Ltx2GenerationOptions) -> dict[str, str]:
-    """Return the selected attention modes by option name; raise OptionError if they conflict.
-
-    `values` are the shared options. An option of the official script overrides a preset's mode.
-    """
+    """Return the selected attention modes by option name; raise OptionError if they conflict."""
+    # `values` are the shared options. An option of the official script overrides a preset's mode.
     kernels = {f"--{flag}": mode for flag, mode in _KERNELS.items() if getattr(own_options, flag)}
     mode = values["attn_mode"]
     is_overridden = bool(kernels) and "attn_mode" in values["by_preset"]
@@ -565,10 +561,7 @@ def _list_chosen_kernels(values: Mapping[str, Any], own_options: Ltx2GenerationO
 
 
 def _select_value(name: str, ours: Any, theirs: Any, other_name: str = "mixed_precision") -> Any:
-    """Return an option's value given under either of two names; None if neither is given.
-
-    Raises OptionError if both are given and differ.
-    """
+    """Return an option's value given under either of two names; None if neither is given."""
     if None not in (ours, theirs) and ours != theirs:
         raise OptionError(f"--{name} {ours} and --{other_name} {theirs} mean the same: pass one of them")
     return theirs if ours is None else ours

@@ -291,10 +291,9 @@ def read_strengths(
 
 
 def _average_in_latents(white: Tensor, latent: LatentSpec) -> Tensor:
-    """Return the mean brightness of the pixels of each latent, from 1 1 f h w.
-
-    The first latent frame has one pixel frame, the others `frame_step`: the first is repeated to pool evenly.
-    """
+    """Return the mean brightness of the pixels of each latent, from 1 1 f h w."""
+    # The first latent frame has one pixel frame, the others `frame_step`: the first is repeated to pool
+    # evenly.
     first = white[:, :, :1].expand((-1, -1, latent.frame_step - 1, -1, -1))
     repeated = torch.cat([first, white], dim=2)
     return functional.avg_pool3d(repeated, (latent.frame_step, latent.pixel_step, latent.pixel_step))

@@ -317,12 +317,10 @@ def declare_all(record: R, table: Table) -> R:
 
 
 def _read_word(word: str) -> tuple[list[str], dict[str, Any]]:
-    """Parse a compact option declaration into its names and its settings for `add_argument`.
-
-    A word is `name,alias:type=default`, in which only the name is required. `?` after the names means --name
-    and --no-name (which is accepted), `*` and `+` mean several values. An option without type and default is
-    a switch, which is False if it is not given; declared as `:switch`, it is None.
-    """
+    """Parse a compact option declaration into its names and its settings for `add_argument`."""
+    # A word is `name,alias:type=default`, in which only the name is required. `?` after the names means
+    # --name and --no-name (which is accepted), `*` and `+` mean several values. An option without type and
+    # default is a switch, which is False if it is not given; declared as `:switch`, it is None.
     word, has_default, default_text = word.partition("=")
     word, _, type_name = word.partition(":")
     suffix = word[-1] if word[-1] in "?*+" else ""

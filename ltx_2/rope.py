@@ -102,11 +102,9 @@ def _make_rotations(
 
 
 def _expand_to_tokens(axes: list[Tensor], positions: TokenPositions, num_heads: int) -> Tensor:
-    """Expand the rotations of each axis, n K 2, to all tokens of the grid, divided by heads: L N D/2 2.
-
-    For each frequency, the pairs of all axes are neighbors. The width may exceed the pairs: the remaining
-    channels come first and are not rotated.
-    """
+    """Expand the rotations of each axis, n K 2, to all tokens of the grid, divided by heads: L N D/2 2."""
+    # For each frequency, the pairs of all axes are neighbors. The width may exceed the pairs: the remaining
+    # channels come first and are not rotated.
     grid = positions.grid
     expanded = []
     for axis, rotations in enumerate(axes):  # n K 2

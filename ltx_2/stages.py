@@ -155,10 +155,8 @@ class TwoStages:
     def _plan_upscaling(
         self, shape: tuple[int, int, int, int, int], dtype: torch.dtype
     ) -> tuple[tuple[Callable[[Any], Any], tuple[int, ...]], ...]:
-        """Return for each upscaler, in order, a function that loads it and the shape of its input latents.
-
-        `shape`, B C F H W, is the shape of the first stage's latents.
-        """
+        """Return for each upscaler, in order, a function that loads it and the shape of its input latents."""
+        # `shape`, B C F H W, is the shape of the first stage's latents.
         loaders = []
         for option, path in self.upscalers.items():
             batch, channels, length, rows, columns = shape

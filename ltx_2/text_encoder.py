@@ -90,10 +90,8 @@ class _RotarySettings(NamedTuple):
 
 
 def _read_rotary_settings(settings: Mapping[str, Any]) -> _RotarySettings:
-    """Read the rotary settings, with the released values for those left out.
-
-    transformers 5 groups them by attention kind in rope_parameters; 4 has a separate name for each.
-    """
+    """Read the rotary settings, with the released values for those left out."""
+    # transformers 5 groups them by attention kind in rope_parameters; 4 has a separate name for each.
     rope = settings.get("rope_parameters") or {}
     full = rope.get(FULL_ATTENTION) or {}
     sliding = rope.get(SLIDING_ATTENTION) or {}

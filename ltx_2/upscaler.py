@@ -79,10 +79,8 @@ def read_upscaler(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
 
 
 def _shuffle_factor(width_out: int, width: int, is_timed: bool) -> int | None:
-    """Return a pixel shuffle's factor on height and width from its channels; None if it is not known.
-
-    Each input pixel becomes a block of pixels, of two frames if the shuffle is over time too.
-    """
+    """Return a pixel shuffle's factor on height and width from its channels; None if it is not known."""
+    # Each input pixel becomes a block of pixels, of two frames if the shuffle is over time too.
     block, remainder = divmod(width_out, width)
     factors_by_block = {2: 1, 8: 2} if is_timed else {4: 2, 9: 3, 16: 4}
     return None if remainder else factors_by_block.get(block)

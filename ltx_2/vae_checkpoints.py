@@ -119,11 +119,9 @@ def _read_level(match: re.Match[str]) -> _NestedLevel:
 
 
 def _translate_flat_names(names: Iterable[str]) -> Callable[[str], str]:
-    """Return a function that translates diffusers' nested layer names to the official flat ones.
-
-    The official names count residual blocks and resamplings of all levels in one list. A level's resampling
-    comes first in the decoder, last in the encoder.
-    """
+    """Return a function that translates diffusers' nested layer names to the official flat ones."""
+    # The official names count residual blocks and resamplings of all levels in one list. A level's resampling
+    # comes first in the decoder, last in the encoder.
     matches = [_LEVEL.fullmatch(name) for name in names]
     levels = sorted({_read_level(match) for match in matches if match})
     levels_by_coder = {
@@ -145,10 +143,8 @@ def _translate_flat_names(names: Iterable[str]) -> Callable[[str], str]:
 
 
 def _read_coder(shape: Shape, names: Iterable[str], coder: str, rejection: CheckpointError) -> CoderConfig:
-    """Return the layers of the encoder or the decoder; settings that no tensor shows are those of LTX-2.3.
-
-    The factor of a resampling layer follows from its channels and those after it.
-    """
+    """Return the layers of the encoder or the decoder; settings that no tensor shows are those of LTX-2.3."""
+    # The factor of a resampling layer follows from its channels and those after it.
     names = frozenset(names)
     is_down = coder == "encoder"
     prefix = f"{coder}.{'down' if is_down else 'up'}_blocks"
@@ -221,10 +217,7 @@ def _with_info(checkpoint: Checkpoint, encoder: CoderConfig, decoder: CoderConfi
 def _apply_settings(
     settings: Mapping[str, Any], encoder: CoderConfig, decoder: CoderConfig
 ) -> tuple[CoderConfig, CoderConfig]:
-    """Return encoder and decoder dimensions with paddings, shortcuts and causality from the settings.
-
-    Raises ValueError for invalid settings; values of a wrong type may raise TypeError.
-    """
+    """Return encoder and decoder dimensions with paddings, shortcuts and causality from the settings."""
     # the oldest release has three equal upsamplings
     is_ltx_2_0 = [part.factors for part in decoder.resamplings] == 3 * [FACTORS[8]]
     shortcuts = _read_shortcuts(settings, len(decoder.resamplings), is_ltx_2_0)
@@ -251,10 +244,8 @@ def _apply_settings(
 def _set_shortcuts(
     parts: Sequence[BlockGroup | Resampling], shortcuts: Sequence[Any]
 ) -> tuple[BlockGroup | Resampling, ...]:
-    """Return the decoder's parts, each resampling with or without its shortcut.
-
-    The settings list shortcuts starting at the pixels, so the last one is that of the first part.
-    """
+    """Return the decoder's parts, each resampling with or without its shortcut."""
+    # The settings list shortcuts starting at the pixels, so the last one is that of the first part.
     remaining = list(shortcuts)
     result: list[BlockGroup | Resampling] = []
     for part in parts:
@@ -265,10 +256,8 @@ def _set_shortcuts(
 
 
 def _read_shortcuts(settings: Mapping[str, Any], num_resamplings: int, is_ltx_2_0: bool) -> Sequence[Any]:
-    """Return whether each resampling of the decoder has a shortcut, in the order of the settings.
-
-    `is_ltx_2_0` is true for the decoder of LTX-2, which has shortcuts by default.
-    """
+    """Return whether each resampling of the decoder has a shortcut, in the order of the settings."""
+    # `is_ltx_2_0` is true for the decoder of LTX-2, which has shortcuts by default.
     if "decoder_blocks" in settings:
         # [["res_x", {...}], ["compress_all", {"residual": true, ...}], ...]
         blocks = [dict(info) for kind, info in settings["decoder_blocks"] if kind.startswith("compress")]

@@ -216,11 +216,9 @@ class LuminaModel(BlockNetwork):
         return text, joint_inputs
 
     def _make_table(self, layout: TokenLayout, /, *, device: torch.device) -> Tensor:
-        """Return the rotary table of image and caption, (cosine, sine) pairs L+T 1 D/2 2 or B L+T 1 D/2 2.
-
-        Angles are float64, as trained. With s = first_text_position, a caption's token j is at (s + j, 0, 0),
-        an image's token at (s + number of the caption's tokens, row, column), an image's padding at 0.
-        """
+        """Return the rotary table of image and caption, (cosine, sine) pairs L+T 1 D/2 2 or B L+T 1 D/2 2."""
+        # Angles are float64, as trained. With s = first_text_position, a caption's token j is at (s + j, 0,
+        # 0), an image's token at (s + number of the caption's tokens, row, column), an image's padding at 0.
         position_width, row_width, column_width = self.config.rotary_widths
         text_start = self.config.first_text_position
         num_rows, num_columns = layout.grid

@@ -169,10 +169,8 @@ def _read_encoder_rates(shape: Shape, stages: int) -> tuple[int, ...]:
 
 
 def _read_decoder_settings(shape: Shape, stages: int, blocks: int) -> dict[str, Any]:
-    """Return the audio decoder's settings from its tensor shapes.
-
-    An upsampling rate follows from its kernel, whose size is 2 * rate or 2 * rate - 1.
-    """
+    """Return the audio decoder's settings from its tensor shapes."""
+    # An upsampling rate follows from its kernel, whose size is 2 * rate or 2 * rate - 1.
     kernels = tuple(shape(f"decoder.ups.{stage}.0.weight_v", 3)[2] for stage in range(stages))
     block_kernels = []
     for block in range(blocks // stages):

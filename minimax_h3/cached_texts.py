@@ -151,10 +151,7 @@ class H3CachingEncoder(H3TextEncoder):
         return rows if dtype is None or not rows.is_floating_point() else rows.to(dtype)
 
     def _present(self, prompt: Prompt) -> tuple[PresentedMedium, ...]:
-        """Return the images, clips and audio that are presented to the text encoder before a caption.
-
-        Raises MediaError if the task is ref2va and the row has no references.
-        """
+        """Return the images, clips and audio that are presented to the text encoder before a caption."""
         if prompt.clip is None:
             return ()  # not a caption of a dataset
         if self.task == KEYFRAMES:
@@ -202,10 +199,7 @@ class H3CachingEncoder(H3TextEncoder):
 
 
 def _list_keyframes(prompt: Prompt) -> list[Tensor]:
-    """Return the first and the last frame of a clip; for an image, its control images.
-
-    Raises MediaError for an image that has none.
-    """
+    """Return the first and the last frame of a clip; for an image, its control images."""
     clip = prompt.clip
     assert clip is not None, "the empty prompt shows nothing"
     if len(clip) > 1:

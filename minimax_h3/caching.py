@@ -167,10 +167,8 @@ class H3Caching:
     def _make_tensors(
         self, vae: H3VideoVae, audio_vae: H3AudioVae, media: MediaBatch, step: int
     ) -> dict[str, Tensor]:
-        """Encode the only dataset item in `media`; return the tensors to cache by name.
-
-        `step` is the multiple to which sides of references are rounded.
-        """
+        """Encode the only dataset item in `media`; return the tensors to cache by name."""
+        # `step` is the multiple to which sides of references are rounded.
         (key,) = media.keys
         num_frames = media.frames.shape[1]
         latents = encode_target(vae, byte_clips(media.frames), f"{self.seed} {key}")

@@ -157,10 +157,8 @@ def position_conditions(
 def _position_keyframes(
     latents_by_key: Mapping[str, Tensor], start_time: float, frames: int, control_times: Iterable[float]
 ) -> list[H3Condition]:
-    """Return the keyframes and control images with their times; references are left out.
-
-    The clip has `frames` latent frames, and its first keyframe is at `start_time`.
-    """
+    """Return the keyframes and control images with their times; references are left out."""
+    # The clip has `frames` latent frames, and its first keyframe is at `start_time`.
     remaining_control_times = iter(control_times)
     positioned = []
     for key, latents in latents_by_key.items():
@@ -176,10 +174,9 @@ def _position_keyframes(
 def _position_references(
     references: Mapping[str, Tensor], start_time: float, target: ImageGrid
 ) -> tuple[list[H3Condition], float]:
-    """Place references one after another, starting at `start_time`; return them and the end of the last one.
-
-    A clip and its audio start together; the audio comes first in `references`.
-    """
+    """Place references one after another, starting at `start_time`."""
+    # Return them and the end of the last one.
+    # A clip and its audio start together; the audio comes first in `references`.
     time = start_time
     positioned: list[H3Condition] = []
     num_audio_latents = 0  # length of the audio that belongs to the next clip

@@ -120,10 +120,7 @@ def read_header(checkpoint: Checkpoint, layout: str | None) -> DitHeader[H3Confi
 
 
 def _find_dialect(checkpoint: Checkpoint, layout: str | None) -> str:
-    """Return DIFFUSERS, or the row order of the fused matrix in a file with released names.
-
-    Raises CheckpointError for another model's file.
-    """
+    """Return DIFFUSERS, or the row order of the fused matrix in a file with released names."""
     names = checkpoint.tensors
     has_released_names = "adaln_t_table" in names or "video_patch_proj.weight" in names
     if IDENTIFYING_TENSOR in names and has_released_names:
@@ -146,11 +143,8 @@ def _reject_other_model(path: Path) -> None:
 
 
 def _read_frequencies(checkpoint: Checkpoint) -> int | None:
-    """Return the recorded number of rotary frequencies per axis; None if none is recorded.
-
-    A trained file has them in its metadata; otherwise they are read from the config.json next to the file.
-    Raises CheckpointError if the value is not a whole number.
-    """
+    """Return the recorded number of rotary frequencies per axis; None if none is recorded."""
+    # A trained file has them in its metadata; otherwise they are read from the config.json next to the file.
     recorded = checkpoint.metadata.get(FREQUENCIES_KEY)
     if recorded is not None:
         if not re.fullmatch(r"[0-9]{1,4}", recorded):

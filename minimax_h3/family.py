@@ -537,10 +537,7 @@ class MiniMaxH3(OneTransformer):
 
 
 def _without_guidance(request: Request) -> Request:
-    """Return a request without negative prompt, because the model has guidance built in.
-
-    Raises OptionError for a guidance scale.
-    """
+    """Return a request without negative prompt, because the model has guidance built in."""
     check_guidance(request.guidance_scale, "--guidance_scale (in a prompt line --l)")
     if not request.negative_prompt:
         return request

@@ -488,11 +488,9 @@ class H3Model(nn.Module):
 def _index_timesteps(
     times: tuple[float, float], conditions: Sequence[H3Condition]
 ) -> tuple[list[float], list[int]]:
-    """Return the timesteps of a pass, and which of them (by index) frames, audio and each condition have.
-
-    Conditions share a timestep if the same rule sets it, even if two rules give equal values: compiled blocks
-    depend on which tokens share one, and both schedules of `times` begin at the same value.
-    """
+    """Return the timesteps of a pass, and which of them (by index) frames, audio and each condition have."""
+    # Conditions share a timestep if the same rule sets it, even if two rules give equal values: compiled
+    # blocks depend on which tokens share one, and both schedules of `times` begin at the same value.
     image_timestep, audio_timestep = times
     timesteps = [image_timestep, audio_timestep]
     indices = [FRAME_TIMESTEP, FRAME_TIMESTEP + 1]
@@ -507,12 +505,7 @@ def _index_timesteps(
 
 
 def _split_text(is_image_token: Sequence[bool], num_text: int) -> list[TokenSegment]:
-    """Split a text's tokens into segments of consecutive text or image tokens.
-
-    Args:
-        is_image_token: Whether each token is the placeholder of an image part; () without images.
-        num_text: Number of tokens.
-    """
+    """Split a text's tokens into segments of consecutive text or image tokens."""
     if not is_image_token:
         return [TokenSegment(num_text, FRAME_TIMESTEP, TEXT)]
     segments: list[TokenSegment] = []

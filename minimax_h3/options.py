@@ -394,10 +394,8 @@ def generation_options(options: H3TrainingOptions, sample: Mapping[str, Any]) ->
 
 
 def _media_options(task: str, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the generation options for a sample's media; without any, placeholders for those of the task.
-
-    An option whose value is None is left out.
-    """
+    """Return the generation options for a sample's media; without any, placeholders for those of the task."""
+    # An option whose value is None is left out.
     extra = sample.get("extra") or {}
     one_frame = {"--one_frame_inference": extra.get(ONE_FRAME)}
     names = (KEYFRAMES, CONDITION_IMAGES, REF, *BY_KIND.values())
@@ -458,10 +456,7 @@ def resolve_generation(shared: T, own_options: H3GenerationOptions) -> tuple[T, 
 
 
 def _resolve_size(size: Sequence[int] | None, own_options: H3GenerationOptions) -> tuple[int, int] | None:
-    """Return height and width from the options; None if each prompt line's first keyframe sets the size.
-
-    Raises OptionError if two options give different sizes.
-    """
+    """Return height and width from the options; None if each prompt line's first keyframe sets the size."""
     ratio = own_options.ratio
     if ratio == ADAPTIVE:
         if size is not None:

@@ -55,10 +55,8 @@ def resample(samples: Tensor, rate: int, new_rate: int) -> Tensor:
 
 
 def _make_low_pass_filters(step: int, count: int) -> Tensor:
-    """Return the filters that resample audio, one for each of `count` new samples.
-
-    `step` old samples last as long as `count` new ones. The result is count x (2 reach + step) float32.
-    """
+    """Return the filters that resample audio, one for each of `count` new samples."""
+    # `step` old samples last as long as `count` new ones. The result is count x (2 reach + step) float32.
     band = min(step, count) * ROLLOFF
     reach = math.ceil(CROSSINGS * step / band)  # old samples on each side of a new one
     old = torch.arange(-reach, reach + step, dtype=torch.float64) / step

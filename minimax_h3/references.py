@@ -134,10 +134,7 @@ def _split_lines(request: Request, name: str) -> list[str]:
 
 
 def _select_keyframes(request: Request) -> tuple[Path | None, Path | None]:
-    """Return the first and last keyframe of a request, None where it has none.
-
-    Raises OptionError if one is given twice.
-    """
+    """Return the first and last keyframe of a request, None where it has none."""
     frames = [to_path("--keyframe", text) for text in _split_lines(request, KEYFRAMES)]
     if not frames:
         return request.image_path, request.end_image_path
@@ -188,10 +185,8 @@ def _read_references(request: Request) -> Iterator[H3Reference]:
 
 
 def _check_known_order(extra: Mapping[str, str]) -> None:
-    """Raise OptionError if options name references whose order among each other is unknown.
-
-    Options for one kind of reference may be combined: they are read in a fixed order.
-    """
+    """Raise OptionError if options name references whose order among each other is unknown."""
+    # Options for one kind of reference may be combined: they are read in a fixed order.
     by_kind = [name for name in BY_KIND.values() if extra.get(name)]
     used = [*(name for name in (REF, JSONL) if extra.get(name)), *by_kind[:1]]
     if len(used) > 1:
@@ -234,10 +229,8 @@ def _parse_references(line: str, origin: str) -> list[Any]:
 
 
 def _read_reference(origin: str, folder: Path, entry: Any) -> H3Reference:
-    """Return one reference from a JSON line of a dataset; a null audio_path mutes the reference video.
-
-    `origin` names the line in messages; `folder` is the folder of the list.
-    """
+    """Return one reference from a JSON line of a dataset; a null audio_path mutes the reference video."""
+    # `origin` names the line in messages; `folder` is the folder of the list.
     if not isinstance(entry, dict) or not isinstance(entry.get("path"), str) or not entry["path"]:
         raise OptionError(f'{origin}: each of "references" needs a file. Pass it as "path"')
     audio = entry.get("audio_path", "")
@@ -268,10 +261,8 @@ def _find_listed(text: str, folder: Path) -> str:
 
 
 def _make_reference(origin: str, text: str, fields: Mapping[str, str]) -> H3Reference:
-    """Return a reference from a path and the fields of --ref; raise OptionError for unusable files.
-
-    `origin` names the option or line in messages.
-    """
+    """Return a reference from a path and the fields of --ref; raise OptionError for unusable files."""
+    # `origin` names the option or line in messages.
     path = to_path(origin, text)
     # fields: the kind, by default from the suffix, and a video's audio file
     kind = fields.get("type") or _find_kind(path)

@@ -371,10 +371,7 @@ DEFAULT: dict[str, Any] = {
 
 
 def _set_shared_option(args: argparse.Namespace, name: str, other_name: str, value: Any) -> None:
-    """Set a shared option to the value of another trainer's option, `other_name`.
-
-    Raises OptionError if the shared option is also given, with a different value.
-    """
+    """Set a shared option to the value of another trainer's option, `other_name`."""
     given = getattr(args, name)
     given = tuple(given) if isinstance(given, list) else given
     # a default value may be replaced if the user did not type the option
@@ -389,10 +386,8 @@ Shared = dict[str, tuple[str, Any]]
 
 
 def _translate_guidance(args: argparse.Namespace) -> Shared:
-    """Translate MiniMax-H3's options for the guidance loss to the shared options of --guided_target.
-
-    Returns a dict from each shared option to the user's option and the value.
-    """
+    """Translate MiniMax-H3's options for the guidance loss to the shared options of --guided_target."""
+    # Returns a dict from each shared option to the user's option and the value.
     shared: Shared = {}
     scale = args.h3_guidance_loss_scale
     if scale:
@@ -414,10 +409,8 @@ def _translate_guidance(args: argparse.Namespace) -> Shared:
 
 
 def _translate_teacher(args: argparse.Namespace) -> Shared:
-    """Translate MiniMax-H3's options for teacher matching to the shared options of --teacher.
-
-    Returns a dict from each shared option to the user's option and the value; {} without teacher matching.
-    """
+    """Translate MiniMax-H3's options for teacher matching to the shared options of --teacher."""
+    # Returns a dict from each shared option to the user's option and the value; {} without teacher matching.
     if not args.h3_teacher_matching:
         return {}
     defaults = H3TargetOptions.from_defaults()
@@ -499,10 +492,8 @@ def warn_about_unused_clean_shares(args: argparse.Namespace) -> None:
 
 
 def _check_view(args: argparse.Namespace) -> None:
-    """Raise OptionError if a teacher gets additional conditions in a task other than t2va.
-
-    The other tasks have their own keyframes or references.
-    """
+    """Raise OptionError if a teacher gets additional conditions in a task other than t2va."""
+    # The other tasks have their own keyframes or references.
     if args.teacher is not None and args.teacher_sees != INPUTS and args.task not in (None, "t2va"):
         raise OptionError(
             f"--teacher_sees {args.teacher_sees} with --task {args.task}: the teacher knows more than a "

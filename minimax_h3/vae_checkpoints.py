@@ -144,10 +144,8 @@ def _is_number(value: Any, kind: type) -> bool:
 def _read_config(
     checkpoint: Checkpoint, stored_shapes: Mapping[str, tuple[int, ...]], declared: _DeclaredInfo
 ) -> H3VideoVaeConfig:
-    """Return the VAE's dimensions; raise CheckpointError if they do not match each other.
-
-    `declared` are the settings that no tensor shows, from config.json.
-    """
+    """Return the VAE's dimensions; raise CheckpointError if they do not match each other."""
+    # `declared` are the settings that no tensor shows, from config.json.
     shapes = DitShapes(checkpoint.path, stored_shapes, "video VAE of MiniMax-H3")
     latent_channels = shapes.get_shape("post_quant_conv.weight", axes=5)[0]
     dim, channels = shapes.get_shape("decoder.x_embedder.weight")
@@ -174,11 +172,9 @@ def _read_config(
 
 
 def _read_levels(shapes: DitShapes, declared: _DeclaredInfo) -> tuple[H3VaeLevel, ...]:
-    """Return the levels of the encoder, with strides from config.json or else from the tensor shapes.
-
-    Without config.json each resampling halves height and width. All but the first one also halve time, until
-    the patches of the decoder have as many frames.
-    """
+    """Return the levels of the encoder, with strides from config.json or else from the tensor shapes."""
+    # Without config.json each resampling halves height and width. All but the first one also halve time,
+    # until the patches of the decoder have as many frames.
     prefixes = [f"encoder.down.{index}" for index in range(shapes.count_blocks("encoder.down"))]
     has_downsample = [f"{prefix}.downsample.conv.weight" in shapes.shapes for prefix in prefixes]
     space_strides = declared.space_strides or tuple(2 if has else 1 for has in has_downsample)
@@ -199,10 +195,8 @@ def _read_levels(shapes: DitShapes, declared: _DeclaredInfo) -> tuple[H3VaeLevel
 def _infer_time_strides(
     shapes: DitShapes, has_downsample: Sequence[bool], space_strides: Sequence[int]
 ) -> tuple[int, ...]:
-    """Return each level's stride in time, whose product is the number of frames in a patch of the decoder.
-
-    It is 2 at each downsampling except the first one, until the product is reached.
-    """
+    """Return each level's stride in time, whose product is the number of frames in a patch of the decoder."""
+    # It is 2 at each downsampling except the first one, until the product is reached.
     # decoder.proj_out makes the colors of a patch: 3 x frames x side x side
     patch_side = math.prod(space_strides)
     patch_frames = shapes.get_shape("decoder.proj_out.weight")[0] // (3 * patch_side**2)
@@ -216,10 +210,8 @@ def _infer_time_strides(
 
 
 def _check(checkpoint: Checkpoint, config: H3VideoVaeConfig, channels: int, patch: int) -> None:
-    """Raise CheckpointError if the VAE's encoder, decoder and latent statistics do not fit each other.
-
-    `channels` is the number of inputs of the decoder, `patch` the number of outputs of its last layer.
-    """
+    """Raise CheckpointError if the VAE's encoder, decoder and latent statistics do not fit each other."""
+    # `channels` is the number of inputs of the decoder, `patch` the number of outputs of its last layer.
     patch_width = 3 * config.time_stride * config.space_stride**2
     if config.head_width < 1 or config.dim % config.head_width:
         error = f"a decoder of width {config.dim} has no heads of {config.head_width}"

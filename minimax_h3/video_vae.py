@@ -162,10 +162,8 @@ class H3VideoVae(nn.Module):
             yield from self._decode_joined_clips(latents)
 
     def _decode_joined_clips(self, latents: Tensor) -> Iterator[Tensor]:
-        """Decode a video's latents in chunks, called clips; cross-fade the frames that two clips share.
-
-        A clip is decoded with the first latents of the next one, if the VAE's clips overlap.
-        """
+        """Decode a video's latents in chunks, called clips; cross-fade the frames that two clips share."""
+        # A clip is decoded with the first latents of the next one, if the VAE's clips overlap.
         config = self.config
         has_overlap = config.num_dropped_latents > 0
         frames_left = self._count_frames(latents.shape[2])
@@ -185,10 +183,8 @@ class H3VideoVae(nn.Module):
             yield previous[:, :, :frames_left]
 
     def _split_into_clips(self, latents: Tensor) -> Iterator[Tensor]:
-        """Yield the latents of each clip, with the first ones of the next clip if the VAE's clips overlap.
-
-        The last latent is repeated until the last clip is full.
-        """
+        """Yield the latents of each clip, with the first ones of the next clip if the VAE's clips overlap."""
+        # The last latent is repeated until the last clip is full.
         length = self.config.clip_latents
         num_dropped = self.config.num_dropped_latents
         num_repeats = -(latents.shape[2] + num_dropped) % length
@@ -214,14 +210,10 @@ class H3VideoVae(nn.Module):
     def _in_tiles(
         self, compute: Callable[[Tensor], Tensor], x: Tensor, pixels_in: int, pixels_out: int
     ) -> Tensor:
-        """Apply `compute` to x, B C F H W, in tiles of height and width that are cross-faded.
-
-        Args:
-            compute: Encodes pixels into latents, or decodes latents into pixels.
-            x: Pixels or latents.
-            pixels_in: Side of an element of x in pixels of the video: 1 if x are pixels.
-            pixels_out: Side of an element of the result in pixels of the video.
-        """
+        """Apply `compute` to x, B C F H W, in tiles of height and width that are cross-faded."""
+        # compute: Encodes pixels into latents, or decodes latents into pixels.
+        # pixels_in: Side of an element of x in pixels of the video: 1 if x are pixels.
+        # pixels_out: Side of an element of the result in pixels of the video.
         if self.tile is None:
             return compute(x)
         # tiles are cut in pixels of the video, and these numbers divided by `pixels_in` or `pixels_out`
@@ -247,10 +239,8 @@ class H3VideoVae(nn.Module):
 def _join_tiles(
     tile_rows: list[list[Tensor]], row_overlaps: Sequence[int], column_overlaps: Sequence[int]
 ) -> Tensor:
-    """Join overlapping decoded tiles, each cross-faded with the original tiles above it and to its left.
-
-    The overlaps are the pixels that each row or column of tiles shares with the next one.
-    """
+    """Join overlapping decoded tiles, each cross-faded with the original tiles above it and to its left."""
+    # The overlaps are the pixels that each row or column of tiles shares with the next one.
     joined_rows = []
     for row_index, tiles in enumerate(tile_rows):
         cut_tiles = []

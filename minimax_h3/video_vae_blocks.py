@@ -292,11 +292,9 @@ class H3VideoDecoder(nn.Module):
         return pixels.flatten(6).flatten(4, 5).flatten(2, 3)
 
     def _make_rotation(self, grid: tuple[int, ...], num_extra_tokens: int, device: torch.device) -> Tensor:
-        """Return (cosine, sine) pairs of all tokens, L 1 K 2.
-
-        The centers of a clip's tokens are spread over -1..1 along each axis. `num_extra_tokens` counts
-        further tokens, at 0.
-        """
+        """Return (cosine, sine) pairs of all tokens, L 1 K 2."""
+        # The centers of a clip's tokens are spread over -1..1 along each axis. `num_extra_tokens` counts
+        # further tokens, at 0.
         rotated_width = int(self.config.head_width * self.config.rotary_fraction)
         exponents = torch.arange(0, 1, 6 / rotated_width, device=device)
         frequencies = 1 / THETA**exponents

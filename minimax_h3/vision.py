@@ -63,10 +63,8 @@ def read_preprocessing(folders: Iterable[Path]) -> Preprocessing:
 
 
 def _read_settings(folders: Sequence[Path], name: str) -> tuple[Path, Mapping[str, Any]]:
-    """Return the first preprocessor file for images or clips, and its settings; {} without any file.
-
-    In each folder, the file `name` is tried first, then the section for it in a file for both.
-    """
+    """Return the first preprocessor file for images or clips, and its settings; {} without any file."""
+    # In each folder, the file `name` is tried first, then the section for it in a file for both.
     for folder in folders:
         file = folder / name
         if file.is_file():
@@ -94,10 +92,8 @@ def _require_object(file: Path, content: Any) -> Mapping[str, Any]:
 
 
 def _read_limits(source: tuple[Path, Mapping[str, Any]], released: Limits) -> Limits:
-    """Return the size limits and color statistics of a preprocessor; missing ones are as released.
-
-    `source` is the path of the settings file, and its content. Raises an error for unusable values.
-    """
+    """Return the size limits and color statistics of a preprocessor; missing ones are as released."""
+    # `source` is the path of the settings file, and its content.
     file, settings = source
     sizes = settings.get("size") or {}
     if not isinstance(sizes, dict):

@@ -369,11 +369,9 @@ def _make_writer_id() -> str:
 
 
 def _find_min_age(owner: re.Match[str], older_seconds: float) -> float:
-    """Return how many seconds a leftover must be unchanged before it may be removed.
-
-    `owner` is the match of the writing process in the file's name. The result is -inf if that process has
-    ended, and `older_seconds` if it ran on another or an unknown machine.
-    """
+    """Return how many seconds a leftover must be unchanged before it may be removed."""
+    # `owner` is the match of the writing process in the file's name. The result is -inf if that process has
+    # ended, and `older_seconds` if it ran on another or an unknown machine.
     is_from_this_machine = owner["machine"] is not None and int(owner["machine"], 16) == identify_machine()
     if not is_from_this_machine or os.name == "nt":  # on Windows, os.kill would end the process
         return older_seconds

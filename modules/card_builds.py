@@ -78,10 +78,7 @@ def select_for(system: str, machine: str, nvidia: Sequence[NvidiaCard], amd: Seq
 
 
 def _select_for_nvidia(cards: Sequence[NvidiaCard]) -> BuildChoice:
-    """Return the build that supports the machine's newest GPU and runs with the installed driver.
-
-    Raises InstallationError if the driver is too old for every such build.
-    """
+    """Return the build that supports the machine's newest GPU and runs with the installed driver."""
     first = cards[0]  # all cards share one driver
     card_text = f"{first.name}, driver {first.driver}"
     known_capabilities = [card.capability for card in cards if card.capability != (0, 0)]

@@ -59,10 +59,8 @@ def render_chat(
 
 @functools.lru_cache(maxsize=1024)  # most items of a dataset have the same prompt
 def _render(template: str, variables_json: str, seconds: float) -> str:
-    """Return a rendered template; a separate process with bounds on memory, time and length renders it.
-
-    The variables are JSON, because the arguments of a cached function have to be hashable.
-    """
+    """Return a rendered template; a separate process with bounds on memory, time and length renders it."""
+    # The variables are JSON, because the arguments of a cached function have to be hashable.
     spec = importlib.util.find_spec("jinja2")
     if spec is None or spec.origin is None:
         raise InstallationError("chat templates need the package jinja2. Run: pip install jinja2")

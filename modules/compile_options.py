@@ -128,10 +128,8 @@ class CompileOptions(Options):
         )
 
     def _read_separate_options(self, default: tuple[str, ...]) -> dict[str, str]:
-        """Return the values of --compile_backend, --compile_mode, ..., by their names in `COMPILE_ARGS`.
-
-        `default` is the value of --compile_args if it is not typed. Raises OptionError if both are typed.
-        """
+        """Return the values of --compile_backend, --compile_mode, ..., by their names in `COMPILE_ARGS`."""
+        # `default` is the value of --compile_args if it is not typed.
         settings: dict[str, str] = {}
         if self.compile_backend != INDUCTOR:
             settings["BACKEND"] = self.compile_backend

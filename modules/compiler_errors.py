@@ -33,10 +33,9 @@ def explain_compilation(error: Exception) -> str | None:
 
 
 def _find_folder_with_space(command: str) -> str | None:
-    """Return a folder of torch or compiled code in a failed command whose path has a space; None otherwise.
-
-    torch does not quote paths in compiler commands, so the compiler reads the path as two.
-    """
+    """Return a folder of torch or compiled code in a failed command whose path has a space."""
+    # None otherwise.
+    # torch does not quote paths in compiler commands, so the compiler reads the path as two.
     torch_file = getattr(sys.modules.get("torch"), "__file__", None)
     folders = [os.environ.get("TORCHINDUCTOR_CACHE_DIR"), tempfile.gettempdir()]
     if torch_file is not None:

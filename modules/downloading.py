@@ -147,11 +147,8 @@ class _Retries:
 
 
 def _write_answer(path: Path, answer: Answer, max_bytes: int, progress: Callable[[int], object]) -> int:
-    """Write a server's response to the file, from the response's start position on; return the end position.
-
-    Raises:
-        RetryableError: If the data arrive too slowly.
-    """
+    """Write a server's response to the file, from the response's start position on."""
+    # Return the end position.
     with path.open("r+b") as file:
         file.truncate(answer.start)
         file.seek(answer.start)
@@ -218,12 +215,7 @@ def ask_http(
 
 
 def _read_answer(response: "requests.Response", have: int, version: str | None) -> Answer:
-    """Read the headers of a response to the request for a file from byte `have` on.
-
-    Raises:
-        RetryableError: If the file's version is not `version`, which the bytes downloaded before have.
-        DownloadRejected: If the data begin elsewhere.
-    """
+    """Read the headers of a response to the request for a file from byte `have` on."""
     start = _find_first_byte(response, have)
     size_bytes = _read_size(response, start)
     new_version = _read_version(response)
@@ -251,10 +243,8 @@ def _read_size(response: "requests.Response", start: int) -> int | None:
 
 
 def _read_pieces(answer: "requests.Response") -> Iterator[bytes]:
-    """Yield the data of an HTTP response as soon as they arrive.
-
-    `iter_content` waits for a full chunk, which takes hours if a byte arrives every five seconds.
-    """
+    """Yield the data of an HTTP response as soon as they arrive."""
+    # `iter_content` waits for a full chunk, which takes hours if a byte arrives every five seconds.
     read = getattr(answer.raw, "read1", None)  # urllib3 has it since 2.1
     if read is None:
         yield from answer.iter_content(PIECE)

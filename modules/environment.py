@@ -211,14 +211,9 @@ def _group_requirements(requirements: Iterable[str]) -> dict[str, list[str]]:
 def _install_lines(
     python: Path, lines: list[str], flags: list[str], uv: str | None, is_shown: bool = False
 ) -> None:
-    """Install packages with uv, or with pip if uv is missing or fails.
-
-    uv may fail if pip's settings name an index that uv does not know. With `is_shown`, uv's progress is
-    shown; if it fails, it runs a second time, so that the cause can be read from its output.
-
-    Raises:
-        UserError: If pip fails too.
-    """
+    """Install packages with uv, or with pip if uv is missing or fails."""
+    # uv may fail if pip's settings name an index that uv does not know. With `is_shown`, uv's progress is
+    # shown; if it fails, it runs a second time, so that the cause can be read from its output.
     listed = ", ".join(lines if len(lines) <= 3 else [*lines[:2], f"{len(lines) - 2} more"])
     if uv is not None:
         command = [uv, "pip", "install", "--python", str(python), *flags, *lines]

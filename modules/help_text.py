@@ -149,10 +149,8 @@ def short_help(parser: argparse.ArgumentParser) -> str:
 def _format_short_lines(
     formatter: argparse.HelpFormatter, action: argparse.Action, width: int, shortest_flag: str
 ) -> list[str]:
-    """Return the lines of an option in the short help: flags and value, then the text in a second column.
-
-    `shortest_flag` is the flag to show if not all spellings fit.
-    """
+    """Return the lines of an option in the short help: flags and value, then the text in a second column."""
+    # `shortest_flag` is the flag to show if not all spellings fit.
     choices = [*map(str, action.choices or ())]
     has_long_choices = len(" ".join(choices)) > LONGEST_CHOICES
     value = ""

@@ -141,10 +141,8 @@ def command_words(argv: Sequence[str]) -> list[str]:
 
 
 def _locate_script(argv: list[str]) -> list[str]:
-    """Return a checkout's command with a path of the script that works in the user's working folder.
-
-    The checkout's folder is spelled as in the command that runs now: `python ../x/a.py` gives `../x/b.py`.
-    """
+    """Return a checkout's command with a path of the script that works in the user's working folder."""
+    # The checkout's folder is spelled as in the command that runs now: `python ../x/a.py` gives `../x/b.py`.
     if argv[:1] not in (["python"], ["accelerate"]):
         return argv
     running = Path(sys.argv[0])

@@ -250,10 +250,8 @@ _GAP_BETWEEN_PAIRS = (
 
 
 def _check_single_pair(option: str, item: str, value: str) -> None:
-    """Raise OptionError for two settings in one word, and for a separator after the value.
-
-    `item` is the full word. `value` is the part after its first `=`.
-    """
+    """Raise OptionError for two settings in one word, and for a separator after the value."""
+    # `item` is the full word. `value` is the part after its first `=`.
     if '"' in value or "'" in value:  # quoted values may contain separators
         return
     for pattern in _GAP_BETWEEN_PAIRS:
@@ -301,10 +299,8 @@ def text_to_seed(text: str, bits: int = SEED_BITS) -> int:
 
 
 def _mix_characters(text: str) -> int:
-    """Return the integer seed that other programs derive from a text seed, with their constants.
-
-    By its position, a character adds, subtracts or divides by its code, or multiplies by the code's digits.
-    """
+    """Return the integer seed that other programs derive from a text seed, with their constants."""
+    # By its position, a character adds, subtracts or divides by its code, or multiplies by the code's digits.
     total: float = 0
     try:
         for position, code in enumerate(map(ord, text)):

@@ -403,11 +403,9 @@ def _warn_of_ignored_option(record: Any, field: "dataclasses.Field[Any]") -> Non
 
 
 def _warn_of_useless_default(record: Any, field: "dataclasses.Field[Any]") -> None:
-    """Warn if an option typed with its default value has no effect, because another option is missing.
-
-    Values other than the default are rejected or reported by `_check_field`. Default values are accepted,
-    because commands written for other programs contain them.
-    """
+    """Warn if an option typed with its default value has no effect, because another option is missing."""
+    # Values other than the default are rejected or reported by `_check_field`. Default values are accepted,
+    # because commands written for other programs contain them.
     flags = find_needed(field.metadata, partial(_list_set, record))
     if flags:
         logger.warning("--%s has no effect without %s", option_name(field), flags)

@@ -153,11 +153,7 @@ class Parser(argparse.ArgumentParser):
             )
 
     def _record_typed_flags(self, argv: Sequence[str]) -> dict[str, str]:
-        """Record the flag with which each option is typed; abbreviations are completed.
-
-        Returns:
-            Flag -> flag to show in messages instead, because the user typed that one.
-        """
+        """Record the flag with which each option is typed; abbreviations are completed."""
         flags = self._option_string_actions
         self._typed_spellings.clear()
         for word in argv[: argv.index("--") if "--" in argv else None]:
@@ -204,11 +200,9 @@ class Parser(argparse.ArgumentParser):
     def _insert_omitted_flags(
         self, argv: Sequence[str], without_flag: Sequence[argparse.Action]
     ) -> list[str]:
-        """Insert omitted flags before words that belong to options whose flag may be omitted.
-
-        `without_flag` are these options (`by_place`). The first word without an option becomes the value of
-        the first of them that has none, and so on; an option with several values gets all these words.
-        """
+        """Insert omitted flags before words that belong to options whose flag may be omitted."""
+        # `without_flag` are these options (`by_place`). The first word without an option becomes the value of
+        # the first of them that has none, and so on; an option with several values gets all these words.
         words = [_Word(word) for word in argv]  # argparse keeps these objects: equal words differ
         parsed, unused = self._parse_without_required(words)
         unset = [action for action in without_flag if getattr(parsed, action.dest) is action.default]
@@ -317,10 +311,9 @@ class Parser(argparse.ArgumentParser):
         return f"{name} begins with a typographic dash, not with --. Write {plain}"
 
     def _explain_unknown(self, before: str, word: str) -> str:
-        """Return an error message for a word that looks like an option but is not one; "" for any other word.
-
-        `before` is the preceding word.
-        """
+        """Return an error message for a word that looks like an option but is not one."""
+        # "" for any other word.
+        # `before` is the preceding word.
         flags = self._option_string_actions
         name = word.partition("=")[0]
         if not self._looks_like_unknown_option(before, word):
@@ -519,11 +512,9 @@ def _leave_out(parser: argparse.ArgumentParser, argument: str, default: Any) -> 
 
 
 def _collect_checked_facts(cls: type[Options], field: Field[Any], default: Any) -> dict[str, Any]:
-    """Return the declared facts that are needed to check the value of a field.
-
-    `default` is the script's value if the option is not typed. A default that differs from the record's is
-    added as the fact `usual`.
-    """
+    """Return the declared facts that are needed to check the value of a field."""
+    # `default` is the script's value if the option is not typed. A default that differs from the record's is
+    # added as the fact `usual`.
     facts = {name: field.metadata[name] for name in CHECKED_INFO if name in field.metadata}
     hint = resolve_type_hints(cls)[field.name]
     kinds = typing.get_args(hint) or (hint,)
@@ -567,10 +558,8 @@ def get_or_add_group(parser: argparse.ArgumentParser, title: str) -> argparse._A
 def _add_option(
     group: _Group, name: str, hint: Any, *, default: Any, declared: Declared, settings: dict[str, Any]
 ) -> Any:
-    """Add an option to an argument group, and return its argparse action.
-
-    `settings` are the arguments of `add_argument`, including those that the script changes.
-    """
+    """Add an option to an argument group, and return its argparse action."""
+    # `settings` are the arguments of `add_argument`, including those that the script changes.
     default_text = "default: the task's" if default is None else f"default {default}"
     refused = settings.pop("refused", declared.refused)
     arguments = {

@@ -111,11 +111,7 @@ def _raise(error: UserError) -> None:
 
 
 def _find_running_script(typed: str) -> Path | None:
-    """Return the running script's path relative to ROOT; None if it is not one of our scripts.
-
-    Args:
-        typed: The first word of the command line: a file, or in the package also a console command.
-    """
+    """Return the running script's path relative to ROOT; None if it is not one of our scripts."""
     path = Path(typed)
     try:
         return find_script(real_path(path).relative_to(ROOT).as_posix())

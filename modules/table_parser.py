@@ -104,12 +104,10 @@ def build_parser(table: Mapping[str, Any], prog: str | None = None, kind: type[P
 
 
 def _build_action(row: Mapping[str, Any]) -> Any:
-    """Build the argparse action that a row of a table describes, without calling the constructor.
-
-    1. Attributes that the row lacks get the defaults of `_DEFAULTS`.
-    2. Lists, which JSON has instead of tuples, become tuples, and names of types become the types.
-    3. An option of another program gets its `Rejection`, from which its help may follow.
-    """
+    """Build the argparse action that a row of a table describes, without calling the constructor."""
+    # 1. Attributes that the row lacks get the defaults of `_DEFAULTS`.
+    # 2. Lists, which JSON has instead of tuples, become tuples, and names of types become the types.
+    # 3. An option of another program gets its `Rejection`, from which its help may follow.
     flags = row["flags"]
     dest = row.get("dest") or _default_dest(flags)
     action_name = row.get("action", "store")

@@ -36,10 +36,7 @@ def _limit_memory(size_bytes: int) -> None:
 
 
 def _generate(job: dict[str, Any]) -> str:
-    """Render the template of a job in a sandbox and return the text.
-
-    Raises ValueError once the text exceeds the job's limit of characters.
-    """
+    """Render the template of a job in a sandbox and return the text."""
     sys.path.append(job["packages"])
     environment = _make_environment()
     pieces = []

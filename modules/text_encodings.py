@@ -127,10 +127,8 @@ def _count_beyond_ascii(text: str) -> int:
 
 
 def _guess_utf16_or_32(content: bytes, marked: str | None) -> EncodingGuess | None:
-    """Decode the bytes as UTF-16 or UTF-32; return the guess, or None if the text is implausible.
-
-    `marked` is the encoding that the byte order mark indicates; None without a mark.
-    """
+    """Decode the bytes as UTF-16 or UTF-32; return the guess, or None if the text is implausible."""
+    # `marked` is the encoding that the byte order mark indicates; None without a mark.
     half = len(content) // 2
     zeros = content[::2].count(0), content[1::2].count(0)
     # without a mark only ASCII is recognized, half of whose bytes are 0
@@ -203,10 +201,8 @@ def _score_text(text: str, encoding: str) -> float:
 
 @functools.lru_cache(1 << 16)
 def _score_character(before: str, char: str, after: str, encoding: str) -> float:
-    """Score how plausible a decoded character is between its neighbors; above 0 means plausible.
-
-    Only the order of the scores counts: punctuation, letters and kana are likely, control codes never are.
-    """
+    """Score how plausible a decoded character is between its neighbors; above 0 means plausible."""
+    # Only the order of the scores counts: punctuation, letters and kana are likely, control codes never are.
     if char in _PUNCTUATION:
         return 0.8
     category = unicodedata.category(char)
@@ -238,11 +234,9 @@ def _score_letter(before: str, char: str, after: str, encoding: str, is_frequent
 
 
 def _score_east_asian(char: str, encoding: str) -> float:
-    """Rate an East Asian character: above 0 if it is a common one, else below 0.
-
-    The national standards list common characters first: level 1 of GB 2312, Big5 and JIS X 0208, and the
-    Hangul of KS X 1001. The first bytes of their codes are in the ranges below.
-    """
+    """Rate an East Asian character: above 0 if it is a common one, else below 0."""
+    # The national standards list common characters first: level 1 of GB 2312, Big5 and JIS X 0208, and the
+    # Hangul of KS X 1001. The first bytes of their codes are in the ranges below.
     lead_byte = char.encode(encoding)[0]
     match encoding:
         case "gb18030":  # contains GB 2312

@@ -265,10 +265,8 @@ def parse_toml(text: str) -> dict[str, Any]:
 
 
 def _explain_toml(text: str, error: str) -> str:
-    """Return a hint for common mistakes in TOML, beginning with a newline, or "".
-
-    `error` is the parser's message, which names a line.
-    """
+    """Return a hint for common mistakes in TOML, beginning with a newline, or ""."""
+    # `error` is the parser's message, which names a line.
     table = re.fullmatch(r"Cannot declare \('([^']*)',\) twice.*", error)
     if table:
         name = table[1]
@@ -294,12 +292,7 @@ def _explain_toml(text: str, error: str) -> str:
 
 
 def _explain_json(following: str, before: str) -> str:
-    """Return a hint about a common mistake in JSON, beginning with a full stop; "" if none is recognized.
-
-    Args:
-        following: The part that the parser cannot read.
-        before: The text before it.
-    """
+    """Return a hint about a common mistake in JSON, beginning with a full stop; "" if none is recognized."""
     hints = (
         (r"None", "For nothing write null, or omit the key"),
         (r"True|False", "Write true or false, in lower case"),

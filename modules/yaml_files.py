@@ -67,10 +67,8 @@ def parse_yaml(text: str) -> Any:
 
 
 def _check_nodes(root: yaml.Node) -> None:
-    """Raise ValueError if a node contains itself, or if expanding the aliases gives too many nodes.
-
-    The nodes are walked depth first, without recursion; a node that has several aliases is walked once.
-    """
+    """Raise ValueError if a node contains itself, or if expanding the aliases gives too many nodes."""
+    # The nodes are walked depth first, without recursion; a node that has several aliases is walked once.
     sizes: dict[int, int] = {}  # id of a finished node -> number of nodes including nested ones
     open_ids: set[int] = set()  # nodes of `path`
     path = [(root, _list_children(root))]  # from the root to the current node, each with its open children

@@ -187,10 +187,7 @@ class MossImage(pictures.ImageModelFamily):
         return replace(prepared, steps=num_steps, sigmas=levels)
 
     def _select_skips(self, request: Request) -> NegativeSkips:
-        """Return which blocks the pass with the negative prompt skips, and in which part of the steps.
-
-        Raises OptionError for blocks that the network does not have.
-        """
+        """Return which blocks the pass with the negative prompt skips, and in which part of the steps."""
         blocks = own.read_blocks(request.extra.get("negative_skip_blocks", self.skips.blocks))
         missing: list[int] = []
         is_default = blocks == own.read_blocks(own.SKIPPED)
@@ -264,10 +261,8 @@ def family_for_generation(options: own.MossImageGenerationOptions) -> MossImage:
 def _describe(
     options: own.MossImageTrainingOptions | own.MossImageGenerationOptions, training: Any
 ) -> MossImage:
-    """Build the model description; `training` are a training run's options, NO_OPTIONS for generation.
-
-    Options that are not given get their defaults here.
-    """
+    """Build the model description; `training` are a training run's options, NO_OPTIONS for generation."""
+    # Options that are not given get their defaults here.
     files = MossImageFiles().add_dit(options.dit, options.dit_dtype).add_vae(options.vae.file)
     return MossImage(
         files.add_text(options.text),

@@ -66,10 +66,7 @@ ENCODER_SETTINGS = LanguageEncoderSettings(
 
 
 def _read_header(checkpoint: Checkpoint) -> DitHeader[MossImageConfig]:
-    """Return the dimensions, tensor naming and dtype of a MOSS-Image file.
-
-    Raises CheckpointError for another model, and for weights that were rescaled for float16.
-    """
+    """Return the dimensions, tensor naming and dtype of a MOSS-Image file."""
     names = checkpoint.tensors
     if IDENTIFYING_TENSOR not in names:
         raise make_wrong_kind_error(checkpoint, MODEL_KIND, DIT_OPTION, FILES)

@@ -63,10 +63,8 @@ def _is_box(box: Any) -> bool:
 
 
 def _find_box_errors(box: Any, size: Size) -> list[str]:
-    """Return the errors in a box [top, left, bottom, right]: reversed edges, or edges outside the image.
-
-    The origin is the image's center.
-    """
+    """Return the errors in a box [top, left, bottom, right]: reversed edges, or edges outside the image."""
+    # The origin is the image's center.
     if not _is_box(box):
         return ["its bbox is not four numbers"]
     top, left, bottom, right = box

@@ -441,12 +441,10 @@ class MossImageModel(BlockNetwork):
         return rearrange(pixels, "b (h w) z -> b z 1 h w", h=rows, w=columns)
 
     def _make_table(self, layout: MossImageLayout, /, *, device: torch.device) -> Tensor:
-        """Return the rotary table, (cosine, sine) pairs R+L+T 1 D/2 2 float32, or B R+L+T 1 D/2 2.
-
-        Positions are (0, text length, row, column) for image tokens, (k, text length, row, column) for tokens
-        of reference k (from 1), and (0, index, 0, 0) for the text. Rows and columns are counted from the
-        middle of their image.
-        """
+        """Return the rotary table, (cosine, sine) pairs R+L+T 1 D/2 2 float32, or B R+L+T 1 D/2 2."""
+        # Positions are (0, text length, row, column) for image tokens, (k, text length, row, column) for
+        # tokens of reference k (from 1), and (0, index, 0, 0) for the text. Rows and columns are counted from
+        # the middle of their image.
         tables = {
             text_length: self._make_sample_table(layout, text_length, device)
             for text_length in set(layout.text_lengths)

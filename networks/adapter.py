@@ -202,14 +202,8 @@ def _reject_other_sizes(path: Path, state: Mapping[str, Tensor], shapes: Mapping
 
 
 def _reject_other_alphas(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError if the alphas in a file's header or PEFT settings differ from the network's.
-
-    Loading a state dict sets only tensors, but each layer computed its scale from alpha when it was built.
-
-    Args:
-        path: Path of the file.
-        state: State dict of the network.
-    """
+    """Raise CheckpointError if the alphas in a file's header or PEFT settings differ from the network's."""
+    # Loading a state dict sets only tensors, but each layer computed its scale from alpha when it was built.
     from networks.alphas import PEFT_FILE  # only for --network_weights
     from networks.key_formats import to_native
     from networks.loading import read_lora
@@ -378,13 +372,7 @@ def _read_arguments(options: NetworkOptions) -> NetworkArguments:
 def _read_network_weights(
     options: NetworkOptions, dit: nn.Module, encoders: Mapping[str, nn.Module]
 ) -> dict[str, Tensor]:
-    """Return the tensors of `--network_weights` under our names, mapped to the transformer's blocks.
-
-    Args:
-        options: Options of the network.
-        dit: The transformer.
-        encoders: Trained text encoders, by the prefix of their modules in LoRA files.
-    """
+    """Return the tensors of `--network_weights` under our names, mapped to the transformer's blocks."""
     from networks.depth_variants import fit_depths  # only for --network_weights
     from networks.loading import WeightedLora, read_lora
 
@@ -458,15 +446,7 @@ def _build_foreign(
     encoders: Mapping[str, nn.Module],
     trains_dit: bool,
 ) -> Any:
-    """Build another package's network as other LoRA trainers do, and attach it to the models.
-
-    Args:
-        package: The package's module.
-        options: Options of the network.
-        dit: The transformer.
-        encoders: Trained text encoders, by the prefix of their modules in LoRA files.
-        trains_dit: Whether the DiT is trained, not only text encoders.
-    """
+    """Build another package's network as other LoRA trainers do, and attach it to the models."""
     text_encoders = list(encoders.values()) or None
     if options.dim_from_weights:
         module = _create_from_file(package, options, dit, encoders)
@@ -492,14 +472,7 @@ def _create_from_settings(
     dit: nn.Module | None,
     text_encoders: list[nn.Module] | None,
 ) -> Any:
-    """Build another package's network from its settings.
-
-    Args:
-        package: The package's module.
-        options: Options of the network.
-        dit: The transformer; None if only text encoders are trained.
-        text_encoders: Trained text encoders; None if there are none.
-    """
+    """Build another package's network from its settings."""
     rank = options.network_dim or DEFAULT_RANK
     dropouts: dict[str, float | None] = {}
     # packages have one of two functions, and only the first one takes a dropout

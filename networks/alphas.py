@@ -349,11 +349,9 @@ def _find_in_metadata_json(metadata: Mapping[str, str], network_prefix: str) -> 
 
 
 def _find_in_settings_file(path: Path, network_prefix: str) -> _FoundSources:
-    """Return the alphas in PEFT's `adapter_config.json` in the folder of a LoRA.
-
-    The folder may contain several LoRA files. PEFT writes these settings for `adapter_model`; for a file with
-    another name, unreadable settings only cause a warning.
-    """
+    """Return the alphas in PEFT's `adapter_config.json` in the folder of a LoRA."""
+    # The folder may contain several LoRA files. PEFT writes these settings for `adapter_model`; for a file
+    # with another name, unreadable settings only cause a warning.
     folder = path if path.is_dir() else path.parent
     settings_path = folder / PEFT_FILE
     if not settings_path.is_file():
@@ -372,20 +370,9 @@ def _find_in_settings_file(path: Path, network_prefix: str) -> _FoundSources:
 def _parse_settings(
     location: str, settings: Mapping[str, Any], network_prefix: str, network: str = ""
 ) -> list[_AlphaSource]:
-    """Return the alpha sources for one network in JSON settings, with keys in any spelling.
-
-    If the settings have no alpha, nested objects are searched, because PEFT nests the settings of multiple
-    adapters.
-
-    Args:
-        location: Where the settings were found, for messages.
-        settings: The settings.
-        network_prefix: Prefix of the network in diffusers' pipelines.
-        network: Network that keys without a network name belong to.
-
-    Raises:
-        AttributeError: If `settings` is not a JSON object.
-    """
+    """Return the alpha sources for one network in JSON settings, with keys in any spelling."""
+    # If the settings have no alpha, nested objects are searched, because PEFT nests the settings of multiple
+    # adapters.
     entries = [(_parse_key(full_key), value) for full_key, value in settings.items()]
     names = {key.name for key, _ in entries}  # in lower case, without underscores
     has_alphas = not names.isdisjoint({*_RANK_NAMES_BY_ALPHA, "alphapattern"})
@@ -399,11 +386,7 @@ def _parse_settings(
 
 
 def _to_peft_settings(values: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return settings by PEFT's names, once for each alpha in them, or once if there are only patterns.
-
-    Args:
-        values: Settings by normalized name; several spellings of alpha may be set.
-    """
+    """Return settings by PEFT's names, once for each alpha in them, or once if there are only patterns."""
     common = {peft_name: values[name] for name, peft_name in _PEFT_KEYS.items() if name in values}
     if "use_rslora" in common:
         common["use_rslora"] = str(common["use_rslora"]).lower() == "true"
@@ -639,12 +622,7 @@ def _to_finite(value: Any) -> float:
 
 
 def _compile_expression(key: str) -> Callable[[str], bool]:
-    """Compile a key of PEFT's `alpha_pattern` to a function that tests whether a module path matches.
-
-    Raises:
-        ValueError: If the key is not a regular expression. The returned function raises ValueError if
-            matching takes too long.
-    """
+    """Compile a key of PEFT's `alpha_pattern` to a function that tests whether a module path matches."""
     import regex  # rarely needed
 
     try:

@@ -166,12 +166,7 @@ class Change:
         return self if rows == slice(0, len(weight)) else replace(self, row_slice=rows)
 
     def _describe_mismatch(self, shape: list[int], expected: list[int]) -> str:
-        """Return why shape or DoRA magnitudes do not fit, as the end of "it has ..."; "" if they fit.
-
-        Args:
-            shape: Shape of the change.
-            expected: Shape of the parameter's rows that the LoRA changes.
-        """
+        """Return why shape or DoRA magnitudes do not fit, as the end of "it has ..."; "" if they fit."""
         can_be_reshaped = math.prod(shape) == math.prod(expected) and shape[:1] == expected[:1]
         if not can_be_reshaped:
             families = " or ".join(family.name for family in self.weighted_lora.lora.families())
@@ -187,17 +182,9 @@ class Change:
         return f"{magnitudes.numel()} {MAGNITUDE_KIND_NAME} magnitudes, the model {expected}."
 
     def _expand_to_whole_layer(self, related: RelatedModule | None, weight: Tensor) -> "Change":
-        """Return the change of the whole fused LoRA layer; this change covers only some of its rows.
-
-        Per-input DoRA magnitudes need the norms of the whole layer, which the weight must therefore contain.
-
-        Args:
-            related: The part's module if the weight contains it; None or a larger module raise an error.
-            weight: The weight.
-
-        Raises:
-            MismatchError: If the weight contains only a part of the layer.
-        """
+        """Return the change of the whole fused LoRA layer; this change covers only some of its rows."""
+        # Per-input DoRA magnitudes need the norms of the whole layer, which the weight must therefore
+        # contain.
         layer_size = self.delta.matrix_size()
         first_row, end_row = deltas.read_row_range(self.delta.factors)  # this change's rows in the layer
         weight_contains_part = related is not None and related.is_part and is_row_slice(related.part)
@@ -212,14 +199,9 @@ class Change:
         return replace(self, delta=replace(self.delta, factors=layer_factors), row_slice=layer_rows)
 
     def _fit_to_related_module(self, related: RelatedModule, weight: Tensor) -> "Change":
-        """Return the change for a weight that contains the LoRA's module, or that is a part of it.
-
-        A LoRA for q gets the rows of q in a qkv weight. A LoRA for qkv is cut to the rows of a q weight. If
-        the row counts do not match, the change is returned unchanged, and `fit` reports its shape.
-
-        Raises:
-            MismatchError: If the part has as many rows as the whole, or if magnitudes need the whole weight.
-        """
+        """Return the change for a weight that contains the LoRA's module, or that is a part of it."""
+        # A LoRA for q gets the rows of q in a qkv weight. A LoRA for qkv is cut to the rows of a q weight. If
+        # the row counts do not match, the change is returned unchanged, and `fit` reports its shape.
         rows = self._find_part_rows(related, weight)
         if rows is None:
             return self
@@ -238,11 +220,8 @@ class Change:
         return replace(self, delta=sliced_delta)
 
     def _find_part_rows(self, related: RelatedModule, weight: Tensor) -> slice | Tensor | None:
-        """Return which rows of the larger of LoRA and weight are the smaller one; None if they do not match.
-
-        Raises:
-            MismatchError: If the part has as many rows as the whole.
-        """
+        """Return which rows of the larger of LoRA and weight are the smaller one."""
+        # None if they do not match.
         lora_rows = self.change_shape()[0]
         weight_rows = len(weight)
         if related.is_part:
@@ -354,13 +333,7 @@ class _Overlap(NamedTuple):
 
 
 def _find_overlap(changed_rows: slice, block_rows: slice | None, block_length: int) -> _Overlap | None:
-    """Return the rows that both a block of a parameter and a LoRA's change cover; None if there are none.
-
-    Args:
-        changed_rows: Rows of the parameter that the LoRA changes.
-        block_rows: Rows of the parameter in the block, possibly with a step; None for all rows.
-        block_length: Number of rows in the block.
-    """
+    """Return the rows that both a block of a parameter and a LoRA's change cover; None if there are none."""
     block_start = 0 if block_rows is None else block_rows.start
     step = 1 if block_rows is None else block_rows.step or 1
     # row i of the block is row block_start + i * step of the parameter; find the i whose row is changed
@@ -374,10 +347,8 @@ def _find_overlap(changed_rows: slice, block_rows: slice | None, block_length: i
 
 
 def _join_equal_rotations(found_changes: Sequence[FoundChange]) -> list[FoundChange]:
-    """Replace one LoRA's equal rotations of q, k and v with a single rotation of the fused qkv weight.
-
-    Parts with different rotations stay separate; `Change.fit` then finds the rows of each.
-    """
+    """Replace one LoRA's equal rotations of q, k and v with a single rotation of the fused qkv weight."""
+    # Parts with different rotations stay separate; `Change.fit` then finds the rows of each.
     rotated_parts: dict[int, list[FusedPiece]] = {}  # by id of the `WeightedLora`
     for key, change, related in found_changes:
         if change.delta.rotation is not None and related is not None and related.is_part:
@@ -403,13 +374,8 @@ def _join_equal_rotations(found_changes: Sequence[FoundChange]) -> list[FoundCha
 
 
 def _split_rows(weight: Tensor, changes: Sequence[Change]) -> list[slice] | list[None]:
-    """Split the rows of a weight into blocks, which are changed one at a time to save memory.
-
-    Small weights are not split, nor are weights that are replaced or whose change cannot be cut (LoKr).
-
-    Returns:
-        The blocks; [None] for all rows together; [] if there is nothing to change.
-    """
+    """Split the rows of a weight into blocks, which are changed one at a time to save memory."""
+    # Small weights are not split, nor are weights that are replaced or whose change cannot be cut (LoKr).
     if not changes or not weight.numel():
         return []
     if weight.ndim == 0 or any(change.replaces_weight for change in changes):
@@ -426,15 +392,7 @@ def _split_rows(weight: Tensor, changes: Sequence[Change]) -> list[slice] | list
 def _sum_changes(
     changes: Sequence[Change], rows: slice | None, weight: Tensor, sample: SampledRows | None = None
 ) -> Tensor:
-    """Return the float32 sum of all changes to some rows of a parameter.
-
-    Args:
-        changes: Changes of the parameter.
-        rows: Rows of the parameter to compute; None for all rows.
-        weight: Original values of these rows. A change that replaces the weight overwrites them.
-        sample: Records the sum of the sampled rows after each file; None to record nothing. If `rows` is also
-            given, it must be the sampled rows.
-    """
+    """Return the float32 sum of all changes to some rows of a parameter."""
     total = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
     for change in changes:
         change.add_to(total, rows, weight)
@@ -447,15 +405,7 @@ def _sum_changes(
 def _round_into(
     weight: Tensor, original: Tensor, total: Tensor, random_rounding: RandomRounding | None, start: int = 0
 ) -> None:
-    """Write original values plus changes into a weight, or into some of its rows, rounded to its dtype.
-
-    Args:
-        weight: The weight or some of its rows, changed in place.
-        original: Values of the same elements before the changes.
-        total: Sum of the changes; it is overwritten.
-        random_rounding: Stochastic rounding; None rounds to the nearest value.
-        start: Number of elements of the parameter that precede these.
-    """
+    """Write original values plus changes into a weight, or into some of its rows, rounded to its dtype."""
     is_small_weight = start == 0 and weight.numel() <= SMALL_WEIGHT
     exact_change = total.clone() if random_rounding is not None and is_small_weight else None
     total.add_(original)
@@ -621,14 +571,7 @@ class LoraPatch:
     def _select_rounding(
         self, name: str, device: torch.device, dtype: torch.dtype | None, sample: SampledRows | None
     ) -> RandomRounding | None:
-        """Return the stochastic rounding of a parameter; None if it is rounded to the nearest.
-
-        Args:
-            name: Name of the parameter.
-            device: Device of the parameter.
-            dtype: 16-bit dtype to which the weight is rounded; None if it stays in float32.
-            sample: Rows that show how much rounding to the nearest would lose; None if no sample is needed.
-        """
+        """Return the stochastic rounding of a parameter; None if it is rounded to the nearest."""
         if self._rounding is None or not self._rounding.decide_and_count(dtype, sample):
             return None
         assert dtype is not None
@@ -667,12 +610,7 @@ class LoraPatch:
         return True
 
     def _fit_changes(self, name: str, weight: Tensor) -> list[Change]:
-        """Return the changes of a parameter, fitted to it; raise CheckpointError if a size differs.
-
-        Args:
-            name: Name of the parameter.
-            weight: The parameter, or a placeholder of its shape.
-        """
+        """Return the changes of a parameter, fitted to it; raise CheckpointError if a size differs."""
         found_changes = self._find_changes(name)
         if found_changes and name.endswith(FIRST_LAYERS):
             found_changes = self._drop_other_channels(found_changes, weight)
@@ -690,10 +628,8 @@ class LoraPatch:
         return fitted_changes
 
     def _drop_other_channels(self, found_changes: Sequence[FoundChange], weight: Tensor) -> list[FoundChange]:
-        """Drop changes of a first layer with another number of input channels, which `check` reports.
-
-        A text-to-video LoRA for an image-to-video model has such a layer: the rest of the LoRA is used.
-        """
+        """Drop changes of a first layer with another number of input channels, which `check` reports."""
+        # A text-to-video LoRA for an image-to-video model has such a layer: the rest of the LoRA is used.
         remaining: list[FoundChange] = []
         for found in found_changes:
             channel_error = found.change.delta.describe_channel_mismatch(weight)
@@ -738,13 +674,7 @@ class LoraPatch:
     def _report_use(
         self, weighted_lora: WeightedLora, selected_keys: Sequence[str], family: FamilyNames | None
     ) -> None:
-        """Log how many weights a LoRA changed; warn of modules that the model lacks and of other families.
-
-        Args:
-            weighted_lora: The LoRA.
-            selected_keys: Keys of its changes that its patterns select.
-            family: Family of the model; None if unknown.
-        """
+        """Log how many weights a LoRA changed; warn of modules that the model lacks and of other families."""
         lora = weighted_lora.lora
         absent_keys = [key for key in selected_keys if key not in self._keys_in_model]
         if id(weighted_lora) in self._channel_errors:
@@ -787,12 +717,7 @@ class LoraPatch:
                 raise self._make_misfit_error(weighted_lora.lora, keys)
 
     def _make_misfit_error(self, lora: LoraFile, keys: list[str]) -> CheckpointError:
-        """Return the error for a LoRA whose modules the model lacks.
-
-        Args:
-            lora: The LoRA file.
-            keys: Names of the parameters that the LoRA changes.
-        """
+        """Return the error for a LoRA whose modules the model lacks."""
         family = select_family(self._modules, self._family or LIKELY_MODEL)
         if self._path is not None and family is None and not lora.encoder:
             return CheckpointError(
@@ -818,10 +743,9 @@ class LoraPatch:
         )
 
     def _find_changes(self, name: str) -> list[FoundChange]:
-        """Return the changes of a model parameter (cached), and record its keys and module as present.
-
-        A LoRA may name the parameter's module itself, a part of it (q for qkv), or a module that contains it.
-        """
+        """Return the changes of a model parameter (cached), and record its keys and module as present."""
+        # A LoRA may name the parameter's module itself, a part of it (q for qkv), or a module that contains
+        # it.
         if name in self._changes_by_parameter:
             return self._changes_by_parameter[name]
         module, parameter_name = split_tensor_name(name)

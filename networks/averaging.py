@@ -190,12 +190,7 @@ def find_gamma(sigma_rel: float) -> float:
 
 
 def _select_files(files: Sequence[Checkpoint]) -> list[Checkpoint]:
-    """Return the files without duplicates, and without averages (EMA) if there are other files.
-
-    Raises:
-        CheckpointError: If fewer than two are left, if names or shapes differ, or if the files are for
-            different experts.
-    """
+    """Return the files without duplicates, and without averages (EMA) if there are other files."""
     selected = _without_copies(files)
     if len(selected) < 2:
         raise CheckpointError(f"{selected[0].path} is the only file left: use at least two of the same run")
@@ -301,13 +296,7 @@ def _make_averaging(files: Sequence[Checkpoint], weights: Sequence[float]) -> Ca
 
 
 def _reject_unequal(name: str, last: Tensor, files: Sequence[Checkpoint]) -> None:
-    """Raise CheckpointError if a tensor differs between files.
-
-    Args:
-        name: Name of the tensor.
-        last: The tensor in the last file.
-        files: All files.
-    """
+    """Raise CheckpointError if a tensor differs between files."""
     for file in files[:-1]:
         # in float64, so that files of different dtypes can be compared
         if not torch.equal(file.read(name).double(), last.double()):

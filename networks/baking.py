@@ -137,16 +137,7 @@ def _group_as_in_model(lora: LoraFile, family: FamilyNames | None) -> dict[str, 
 
 
 def _require_models(path: Path, modules: Mapping[str, Factors], baking: Baking) -> Sequence[Path]:
-    """Return the model files that are needed to approximate these modules; () if only their factors are.
-
-    Args:
-        path: Path of the LoRA file, for messages.
-        modules: Factors of the modules that are not plain LoRAs.
-        baking: Settings of the conversion.
-
-    Raises:
-        OptionError: If there are no such modules, or if a model is needed but not given.
-    """
+    """Return the model files that are needed to approximate these modules; () if only their factors are."""
     if not modules:
         raise OptionError(f"--bake: {path} has only plain LoRAs, whose rank is not changed. Omit --bake")
     needs_model = any(factors.keys() & {*FACTORS_NEEDING_WEIGHT} for factors in modules.values())
@@ -193,14 +184,7 @@ def replace_factors(lora: LoraFile, modules: Mapping[str, Factors], metadata: Ma
 
 
 def _approximate(name: str, factors: Factors, change: Tensor, rank: int) -> tuple[dict[str, Tensor], Loss]:
-    """Return the best LoRA of a rank for a weight change, and how much of the change it loses.
-
-    Args:
-        name: Name of the module, which seeds the decomposition.
-        factors: The module's factors, whose bias the LoRA keeps.
-        change: What the factors add to the weight, out x in (x kernel); overwritten.
-        rank: Rank of the LoRA.
-    """
+    """Return the best LoRA of a rank for a weight change, and how much of the change it loses."""
     dtype = next(tensor.dtype for factor_name, tensor in factors.items() if factor_name != "alpha")
     matrix = change.flatten(1)
     down, up = decompose_change(matrix, rank, quantile=1.0, name=name)
@@ -222,15 +206,7 @@ def _approximate(name: str, factors: Factors, change: Tensor, rank: int) -> tupl
 def _compute_change(
     name: str, factors: Factors, lora: LoraFile, weights: Weights, device: torch.device
 ) -> Tensor:
-    """Return what the factors add to their weight at multiplier 1, float32.
-
-    Args:
-        name: Name of the module.
-        factors: The module's factors.
-        lora: The LoRA file.
-        weights: Weights of the model, for changes that depend on them.
-        device: Device to compute on.
-    """
+    """Return what the factors add to their weight at multiplier 1, float32."""
     delta = read_delta(factors)
     if not delta.depends_on_weight:
         factor_change = delta.compute_change(device)
@@ -338,13 +314,7 @@ def _iterate_dit_weights(
 
 
 def _describe_losses(losses: Mapping[str, Loss], num_modules: int, rank: int) -> str:
-    """Describe the relative error (Frobenius norm) of all modules together, and of the worst module.
-
-    Args:
-        losses: Loss of each converted module.
-        num_modules: Number of all modules.
-        rank: Rank of the plain LoRAs.
-    """
+    """Describe the relative error (Frobenius norm) of all modules together, and of the worst module."""
     relative_errors: dict[str, float] = {}
     for name, loss in losses.items():
         relative_errors[name] = loss.lost / loss.change if loss.change else 0.0

@@ -181,13 +181,7 @@ def _compute_curve(curve: str, count: int) -> list[float]:
 
 
 def _read_numbers(name: str, arguments: Sequence[str], is_integer: bool = False) -> tuple[float, ...]:
-    """Parse numbers that are at least 0. Raises OptionError for other values.
-
-    Args:
-        name: Name of the argument, for messages.
-        arguments: The numbers as strings.
-        is_integer: Whether the numbers must be integers.
-    """
+    """Parse numbers that are at least 0. Raises OptionError for other values."""
     numbers = []
     for text in arguments:
         try:

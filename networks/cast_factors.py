@@ -112,12 +112,7 @@ def cast_factors(groups: Sequence[Sequence[LoraLayer]]) -> None:
 def _stack_factors(
     groups: Sequence[Sequence[LoraLayer]], dtype: torch.dtype
 ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """Return one matrix per group of its down factors, and one of its up factors times their scales.
-
-    Args:
-        groups: Groups of layers; the factors of a group are stacked along rows.
-        dtype: Dtype of the matrices.
-    """
+    """Return one matrix per group of its down factors, and one of its up factors times their scales."""
     layers = [layer for group in groups for layer in group]
     downs = [layer.lora_down.weight for layer in layers]
     ups = [layer.lora_up.weight for layer in layers]
@@ -129,13 +124,7 @@ def _stack_factors(
 
 
 def _share_input(group: Sequence[LoraLayer], down: Tensor, up: Tensor) -> None:
-    """Give the layers of a group their factors, and an object that multiplies their common input.
-
-    Args:
-        group: Layers that get the same tensor.
-        down: Their down factors stacked along rows, in autocast's dtype.
-        up: Their up factors stacked along rows, times their scales.
-    """
+    """Give the layers of a group their factors, and an object that multiplies their common input."""
     ranks = [layer.rank for layer in group]
     ups = up.split([len(layer.lora_up.weight) for layer in group])
     shared = SharedInput(group, ranks, down, ups, up)

@@ -232,10 +232,7 @@ def _convert_experts(options: ConvertOptions, conversion: Conversion) -> None:
 
 
 def _read_experts(options: ConvertOptions) -> dict[str, LoraFile]:
-    """Return the LoRAs of both experts, from one or two files.
-
-    Raises OptionError if only one file is given and it contains a single LoRA.
-    """
+    """Return the LoRAs of both experts, from one or two files."""
     low = read_lora(options.input, by_expert=True, family=options.family)
     high = low  # one file contains both, unless a second file is given
     if options.input_high_noise is not None:
@@ -304,10 +301,7 @@ def convert_hunyuan_image(options: ComfyConvertOptions) -> None:
 
 
 def _rename_hunyuan_image(source: Path, stored: Mapping[str, Tensor], to_ours: bool) -> dict[str, Tensor]:
-    """Rename tensors of a HunyuanImage-2.1 LoRA from ComfyUI's names to ours, or from ours to ComfyUI's.
-
-    Raises CheckpointError if no tensor in the file `source` has a name to change.
-    """
+    """Rename tensors of a HunyuanImage-2.1 LoRA from ComfyUI's names to ours, or from ours to ComfyUI's."""
     rename = module_names.from_alias if to_ours else module_names.to_alias
     renamed = rename_to_aliases(stored, HUNYUAN_IMAGE, rename)
     if renamed.keys() != stored.keys():
@@ -329,16 +323,7 @@ class _JoinableTensors(NamedTuple):
 
 
 def _replace_unjoinable(lora: LoraFile, tensors: Mapping[str, Tensor], rank: int | None) -> _JoinableTensors:
-    """Replace modules that cannot be joined, such as LoKrs, with plain LoRAs of a rank.
-
-    Args:
-        lora: The LoRA file.
-        tensors: Its tensors, in our layout.
-        rank: Rank of the plain LoRAs; None if the user gave none.
-
-    Raises:
-        OptionError: If there are such modules but no rank.
-    """
+    """Replace modules that cannot be joined, such as LoKrs, with plain LoRAs of a rank."""
     unjoinable = _find_modules_to_bake(tensors)
     if not unjoinable:
         return _JoinableTensors(tensors, "")
@@ -388,12 +373,7 @@ def convert_z_image(options: ZImageConvertOptions) -> None:
 
 
 def _reject_for_comfyui(source: Path, names: Iterable[str]) -> None:
-    """Raise CheckpointError if ComfyUI cannot read this kind of adapter.
-
-    Args:
-        source: The source file.
-        names: Names of its tensors.
-    """
+    """Raise CheckpointError if ComfyUI cannot read this kind of adapter."""
     kind = find_network_kind(names, [kind for kind in KINDS if kind.rejection_by_comfyui])
     if kind is not None:
         raise CheckpointError(f"{source} {kind.rejection_by_comfyui}", source)
@@ -461,13 +441,7 @@ def _convert_one(lora: LoraFile, output: Path, conversion: Conversion) -> None:
 def _convert_both_experts(
     lora_by_expert: Mapping[str, LoraFile], output: Path, conversion: Conversion
 ) -> None:
-    """Write one file in diffusers' format with a LoRA for each expert.
-
-    Args:
-        lora_by_expert: LoRA of each expert.
-        output: File to write.
-        conversion: How to convert.
-    """
+    """Write one file in diffusers' format with a LoRA for each expert."""
     if conversion.baking is None:
         _reject_for_two_experts(lora_by_expert.values())
     families = {expert: _find_family(lora, conversion.family) for expert, lora in lora_by_expert.items()}
@@ -584,12 +558,7 @@ def convert_lora(
 
 
 def _advise_on_left_out(native: Mapping[str, Tensor], left_out: Collection[str]) -> str:
-    """Return how to convert modules that the other format cannot express; "" if they cannot be converted.
-
-    Args:
-        native: Tensors under our names.
-        left_out: Our names of the modules that are left out.
-    """
+    """Return how to convert modules that the other format cannot express; "" if they cannot be converted."""
     modules = group_by_module(native)
     if any(read_delta(modules[name]).rotation is not None for name in left_out):
         return "\n  --bake RANK --dit MODEL makes plain LoRAs of them, with some loss."
@@ -620,15 +589,7 @@ def _warn_of_left_out_modules(path: Path, left_out: Mapping[str, str], advice: s
 
 
 def _find_family(lora: LoraFile, name: str | None) -> FamilyNames | None:
-    """Return the family of a LoRA by its module names; None if no family has them.
-
-    Args:
-        lora: The LoRA file.
-        name: Family named by the user or by a family's own script; None if none is named.
-
-    Raises:
-        CheckpointError: If the file is for a different family, or if several are possible and none is named.
-    """
+    """Return the family of a LoRA by its module names; None if no family has them."""
     likely_families = lora.families()  # by the names and sizes of modules
     likely_names = " or ".join(family.name for family in likely_families) or "no known model"
     if name is None:
@@ -656,14 +617,7 @@ def _find_family(lora: LoraFile, name: str | None) -> FamilyNames | None:
 def _find_evidence_against(
     name: str, lora: LoraFile, named_families: Sequence[FamilyNames], likely: Sequence[FamilyNames]
 ) -> str:
-    """Return what shows that a file is not for the named family: "names", "metadata" or "sizes"; else "".
-
-    Args:
-        name: Name of the family.
-        lora: The LoRA file.
-        named_families: Possible families of the file, with `name` preferred if several are possible.
-        likely: Possible families of the file without a hint.
-    """
+    """Return what shows that a file is not for the named family: "names", "metadata" or "sizes"; else ""."""
     if [family.name for family in named_families] != [name]:
         return "names"
     trained_family = module_names.read_family(lora.metadata)
@@ -683,15 +637,7 @@ def _save(
     family: FamilyNames | None,
     loss_note: str = "",
 ) -> None:
-    """Write a converted LoRA, and show a summary.
-
-    Args:
-        output: File to write.
-        result: The converted LoRA.
-        sources: Source files, for the summary.
-        family: Family of the LoRA; None if unknown.
-        loss_note: What the conversion to plain factors lost; "" if there was no such conversion.
-    """
+    """Write a converted LoRA, and show a summary."""
     save_tensors(output, result.tensors, add_hashes(result.tensors, result.metadata))
     rows = [
         ("from", "\n".join(f"{lora.path}, {dialect_in_words(lora.dialect)}" for lora in sources)),

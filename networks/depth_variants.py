@@ -63,12 +63,7 @@ def fit_to_file(weighted_loras: Sequence[WeightedLora], model: Path) -> list[Wei
 
 
 def _count_blocks(names: Iterable[str], depth_variants: DepthVariants) -> int:
-    """Return the number of blocks of a model, judging by its tensor names.
-
-    Args:
-        names: Names of the model's tensors, in any layout.
-        depth_variants: How the family's deeper variants repeat blocks.
-    """
+    """Return the number of blocks of a model, judging by its tensor names."""
     modules = dict.fromkeys(split_tensor_name(name)[0] for name in names)
     family = select_family(modules)
     list_names = [depth_variants.blocks]
@@ -79,12 +74,7 @@ def _count_blocks(names: Iterable[str], depth_variants: DepthVariants) -> int:
 
 
 def _find_indices(modules: Iterable[str], list_names: Iterable[str]) -> set[int]:
-    """Return the block indices in underscored module names, with or without our prefix.
-
-    Args:
-        modules: Module names.
-        list_names: Underscored names of block lists, such as `blocks`.
-    """
+    """Return the block indices in underscored module names, with or without our prefix."""
     pattern = re.compile(rf"(?:{OURS})?(?:{'|'.join(map(re.escape, list_names))})_(\d+)_")
     return {int(match[1]) for match in map(pattern.match, modules) if match}
 
@@ -100,14 +90,7 @@ def read_depth(lora: LoraFile, depth_variants: DepthVariants) -> int | None:
 
 
 def _fit_blocks(lora: LoraFile, variants: DepthVariants, model_depth: int, model: Path | str) -> LoraFile:
-    """Map a LoRA's blocks to a model with a different depth; raise CheckpointError if that is impossible.
-
-    Args:
-        lora: The LoRA file.
-        variants: How the family's deeper variants repeat blocks.
-        model_depth: Number of blocks of the model; 0 if its tensor names reveal none.
-        model: File of the model, for messages.
-    """
+    """Map a LoRA's blocks to a model with a different depth; raise CheckpointError if that is impossible."""
     indices = _find_indices(lora.modules(), [variants.blocks])
     lora_depth = read_depth(lora, variants)
     changes_no_block = not indices
@@ -143,13 +126,7 @@ def _fit_blocks(lora: LoraFile, variants: DepthVariants, model_depth: int, model
 def _copy_blocks(
     tensors: Mapping[str, Tensor], list_name: str, indices_in_model: Sequence[Sequence[int]]
 ) -> dict[str, Tensor]:
-    """Return a LoRA's tensors, with each block's tensors repeated for its copies in a deeper model.
-
-    Args:
-        tensors: Tensors under our names.
-        list_name: Underscored name of the block list.
-        indices_in_model: For each block of the LoRA, its indices in the model.
-    """
+    """Return a LoRA's tensors, with each block's tensors repeated for its copies in a deeper model."""
     pattern = re.compile(rf"({OURS}{re.escape(list_name)}_)(\d+)(_.*)")
     copied: dict[str, Tensor] = {}
     for name, tensor in tensors.items():

@@ -152,10 +152,7 @@ def extract_model(options: ExtractOptions) -> None:
 
 
 def _find_published_weights(path: Path, matrices: Iterable[str]) -> tuple[FamilyNames, list[str]]:
-    """Return the family of a model file, and those of its matrices that belong to the family's modules.
-
-    Raises CheckpointError if there are none.
-    """
+    """Return the family of a model file, and those of its matrices that belong to the family's modules."""
     modules = {split_tensor_name(name)[0]: name for name in matrices}
     family = select_family(modules)
     if family is not None:
@@ -170,12 +167,7 @@ def _find_published_weights(path: Path, matrices: Iterable[str]) -> tuple[Family
 
 
 def _drop_networks_missing_in(model_tuned: Path, weights: Sequence[str]) -> list[str]:
-    """Drop weights of networks that the fine-tuned file lacks, such as LTX-2's connectors (never trained).
-
-    Args:
-        model_tuned: File of the fine-tuned model.
-        weights: Weight names, which begin with the name of their network.
-    """
+    """Drop weights of networks that the fine-tuned file lacks, such as LTX-2's connectors (never trained)."""
     with open_checkpoint(model_tuned) as tuned:
         networks = {name.partition(".")[0] for name in bare_names(tuned).tensors}
     remaining = [name for name in weights if name.partition(".")[0] in networks]
@@ -192,20 +184,10 @@ def _extract_blocks(
     weights: BlockWeights,
     get_base_model_entries: Callable[[Checkpoint], BaseModelEntries],
 ) -> None:
-    """Write the difference between the blocks of two transformers as a LoRA.
-
-    1. Check that both files have the same tensors in their blocks.
-    2. Plan one LoRA module for each of these weights.
-    3. Decompose the differences, and write the factors.
-
-    Args:
-        options: Options of the run.
-        weights: Selects the weights.
-        get_base_model_entries: Returns the LoRA metadata that describes the original model.
-
-    Raises:
-        CheckpointError: If these tensors are missing or differ in shape.
-    """
+    """Write the difference between the blocks of two transformers as a LoRA."""
+    # 1. Check that both files have the same tensors in their blocks.
+    # 2. Plan one LoRA module for each of these weights.
+    # 3. Decompose the differences, and write the factors.
     with open_checkpoint(options.model_org) as original, open_checkpoint(options.model_tuned) as tuned:
         pair = _dequantize_both(bare_names(original), bare_names(tuned))
         for checkpoint in pair:
@@ -337,18 +319,9 @@ def _write_difference_lora(
     metadata: Mapping[str, str],
     family: FamilyNames | None,
 ) -> None:
-    """Write a LoRA that approximates the difference between two models, tensor by tensor.
-
-    The factors are U * S and V^T, clamped to a quantile of their values; alpha is the rank. Peak memory: one
-    weight of each model, and the LoRA.
-
-    Args:
-        options: Options of the run.
-        pair: Files of both models.
-        plan: Modules to extract, by tensor.
-        metadata: Metadata of the LoRA.
-        family: Family whose aliases name the modules; None keeps their names.
-    """
+    """Write a LoRA that approximates the difference between two models, tensor by tensor."""
+    # The factors are U * S and V^T, clamped to a quantile of their values; alpha is the rank. Peak memory:
+    # one weight of each model, and the LoRA.
     start_time = time.monotonic()
     output = options.save_to
     accuracy = ExtractionAccuracy()
@@ -391,17 +364,7 @@ class ExtractionAccuracy:
 def _extract_factors(
     options: ExtractOptions, pair: Pair, plan: Plan, accuracy: ExtractionAccuracy
 ) -> dict[str, Tensor]:
-    """Return the LoRA tensors that approximate the difference between two models.
-
-    Args:
-        options: Options of the run.
-        pair: Files of both models.
-        plan: Modules to extract, by tensor.
-        accuracy: Accumulates how much of the change the LoRA reproduces.
-
-    Raises:
-        CheckpointError: If the models are equal.
-    """
+    """Return the LoRA tensors that approximate the difference between two models."""
     device = select_device(options.device)
     dtype = DTYPES[options.save_precision or "float"]
     lora: dict[str, Tensor] = {}
@@ -433,15 +396,7 @@ def _extract_module(
     dtype: torch.dtype,
     accuracy: ExtractionAccuracy,
 ) -> dict[str, Tensor]:
-    """Return the LoRA factors of a module, on the CPU.
-
-    Args:
-        module: The module, its rank, and the piece of the tensor that is its weight.
-        difference: Change of the tensor.
-        quantile: Quantile of the factors' values at which they are clamped.
-        dtype: Dtype of the factors.
-        accuracy: Accumulates how much of the change the LoRA reproduces.
-    """
+    """Return the LoRA factors of a module, on the CPU."""
     # the part of the tensor that is this module's weight
     change = module.piece.take_rows(difference)
     down, up = decompose_change(change.flatten(1), module.rank, quantile, module.seed_name)
@@ -492,13 +447,7 @@ def decompose_change(change: Tensor, rank: int, quantile: float, name: str) -> t
 
 
 def _compute_randomized_svd(change: Tensor, rank: int, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return U, S and V^T of a matrix, accurate for the first `rank` singular values.
-
-    Args:
-        change: The matrix.
-        rank: Number of accurate singular values.
-        name: Name of the module, which seeds the random numbers.
-    """
+    """Return U, S and V^T of a matrix, accurate for the first `rank` singular values."""
     # a few more columns than the rank make the first singular values accurate
     width = min(rank + OVERSAMPLING, *change.shape)
     generator = torch.Generator().manual_seed(derive_seed(0, name))
@@ -529,13 +478,7 @@ def _limit_values(down: Tensor, up: Tensor, quantile: float) -> tuple[Tensor, Te
 
 
 def _check_same_shapes(pair: Pair, original_names: Sequence[str], tuned_names: Sequence[str]) -> None:
-    """Raise CheckpointError unless both models have the same tensors with the same shapes.
-
-    Args:
-        pair: Files of both models.
-        original_names: Names of the compared tensors in the original model.
-        tuned_names: Names of the compared tensors in the fine-tuned model.
-    """
+    """Raise CheckpointError unless both models have the same tensors with the same shapes."""
     original_shapes = {name: pair.original.tensors[name].shape for name in original_names}
     tuned_shapes = {name: pair.tuned.tensors[name].shape for name in tuned_names}
     names = sorted(original_shapes.keys() | tuned_shapes.keys())
@@ -604,14 +547,7 @@ def _make_metadata(
     is_v2: bool = False,
     arguments: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """Return the metadata of an extracted LoRA; --no_metadata keeps only what is needed for loading.
-
-    Args:
-        options: Options of the run.
-        names: Metadata values for the base model.
-        is_v2: Whether the base model is Stable Diffusion 2.
-        arguments: --network_args for training a LoRA with the same modules; None if there are none.
-    """
+    """Return the metadata of an extracted LoRA; --no_metadata keeps only what is needed for loading."""
     metadata = {
         "ss_v2": str(is_v2),
         "ss_network_module": names.module,

@@ -252,12 +252,7 @@ def find_error(
 
 
 def _find_text_encoder_error(family: FamilyNames, texts: Mapping[str, str]) -> str | None:
-    """Return why diffusers cannot load the LoRAs of the trained text encoders; None if it can.
-
-    Args:
-        family: Names of the model's modules.
-        texts: Names of the text encoders, by the prefix of their module names.
-    """
+    """Return why diffusers cannot load the LoRAs of the trained text encoders; None if it can."""
     for prefix, encoder in texts.items():
         if prefix not in family.texts_in_diffusers:
             return (

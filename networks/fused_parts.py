@@ -156,15 +156,8 @@ def split_fused(
 def _count_part_rows(
     name: str, modules_in_file: Collection[str], rows_in_model: Callable[[str], int | None]
 ) -> dict[RelatedModule, int | None]:
-    """Return the row counts of a module's parts, without parts that have their own LoRA.
-
-    The row count is None for a part that the model lacks.
-
-    Args:
-        name: Name of the module.
-        modules_in_file: Modules with LoRAs.
-        rows_in_model: Returns the number of rows of a module's weight; None if the model lacks the module.
-    """
+    """Return the row counts of a module's parts, without parts that have their own LoRA."""
+    # The row count is None for a part that the model lacks.
     rows_by_part: dict[RelatedModule, int | None] = {}
     for related in related_modules(name.removeprefix(OURS)):
         related_name = OURS + related.name
@@ -179,15 +172,7 @@ def _count_part_rows(
 
 
 def _split_factors(factors: Factors, rows_by_part: Mapping[RelatedModule, int | None]) -> dict[str, Factors]:
-    """Split the factors of a fused module; return {module name of each part: factors}.
-
-    Args:
-        factors: Factors of the fused module.
-        rows_by_part: Number of rows of each part; None for a part that the model lacks.
-
-    Raises:
-        FusionError: If the factors cannot be split.
-    """
+    """Split the factors of a fused module; return {module name of each part: factors}."""
     known_rows = {part: rows for part, rows in rows_by_part.items() if rows is not None}
     delta = read_delta(factors)
     if delta.rotation is not None:  # it rotates the input, which all parts share
@@ -219,13 +204,7 @@ def _cut_rows(delta: Delta, rows: slice | Tensor) -> Delta:
 def _find_part_slices(
     delta: Delta, known_rows: Mapping[RelatedModule, int], model_has_all: bool
 ) -> dict[RelatedModule, slice | Tensor]:
-    """Return the rows of each part in a fused weight; raise FusionError if the row counts do not match.
-
-    Args:
-        delta: Change of the fused weight.
-        known_rows: Number of rows of each part that the model has.
-        model_has_all: Whether the model has all parts, which then must cover the weight.
-    """
+    """Return the rows of each part in a fused weight; raise FusionError if the row counts do not match."""
     num_rows = _count_fused_rows(delta)
     slices: dict[RelatedModule, slice | Tensor] = {}
     for related, part_rows in known_rows.items():
@@ -331,10 +310,8 @@ def _find_pieces(
     rows_in_model: Callable[[str], int | None] | None,
     family: FamilyNames | None,
 ) -> dict[str, list[FusedPiece]]:
-    """Return the modules that are parts of a fused module, by the name of the fused module.
-
-    Parts of a fused module that has its own factors are left out. The arguments are those of `join_parts`.
-    """
+    """Return the modules that are parts of a fused module, by the name of the fused module."""
+    # Parts of a fused module that has its own factors are left out. The arguments are those of `join_parts`.
     pieces_by_module: dict[str, list[FusedPiece]] = {}
     for name, factors in modules.items():
         fused_module = _find_fused_module(name, rows_in_model, family)
@@ -374,10 +351,8 @@ def _estimate_fused_rows(pieces_by_weight: Iterable[Sequence[FusedPiece]]) -> di
 
 
 def _list_fused_parts(fused_path: str, paths: Collection[str]) -> list[WeightPart]:
-    """Return the parts of a fused weight, for the families in which one of the given paths is a part.
-
-    Other families may fuse different parts under the same name.
-    """
+    """Return the parts of a fused weight, for the families in which one of the given paths is a part."""
+    # Other families may fuse different parts under the same name.
     siblings: dict[str, WeightPart] = {}
     for family in FAMILIES:
         parts = (*family.parts, *family.joined)
@@ -390,15 +365,9 @@ def _list_fused_parts(fused_path: str, paths: Collection[str]) -> list[WeightPar
 
 
 def _estimate_rows(parts: Sequence[WeightPart], known_rows: Mapping[int | None, int]) -> int:
-    """Estimate the number of rows of a fused weight from its parts in a file; 0 if the file has none.
-
-    The rows of a part that is not in the file are estimated from those of a part that is, because published
-    models have a fixed ratio between them (`WeightPart.relative_rows`).
-
-    Args:
-        parts: All parts of the weight.
-        known_rows: Number of rows of each part in the file, by index of the part.
-    """
+    """Estimate the number of rows of a fused weight from its parts in a file; 0 if the file has none."""
+    # The rows of a part that is not in the file are estimated from those of a part that is, because published
+    # models have a fixed ratio between them (`WeightPart.relative_rows`).
     reference = next((part for part in parts if known_rows.get(part.index)), None)
     if reference is None:
         return 0
@@ -422,17 +391,7 @@ def _estimate_rows(parts: Sequence[WeightPart], known_rows: Mapping[int | None, 
 
 
 def _join_pieces(pieces: Sequence[FusedPiece], num_rows: int, allows_full_matrix: bool) -> Factors:
-    """Return factors for a fused weight, given the factors of its parts.
-
-    Args:
-        pieces: Factors of the parts.
-        num_rows: Number of rows of the weight.
-        allows_full_matrix: Whether parts whose factors cannot be joined get the full matrix of the change,
-            which is too large for a file.
-
-    Raises:
-        FusionError: If the parts cannot be joined.
-    """
+    """Return factors for a fused weight, given the factors of its parts."""
     first = pieces[0]
     is_renamed_weight = len(pieces) == 1 and first.part.index is None
     if is_renamed_weight:
@@ -526,15 +485,9 @@ def _check_magnitudes(part_factors: Sequence[Factors], num_rows: int) -> None:
 
 
 def _join_low_rank(parts: Sequence[RowFactors], num_rows: int) -> Factors:
-    """Return a single LoRA for all parts of a weight.
-
-    Its up factor is block-diagonal (each part's up factor in the part's rows), unless all parts share one
-    down factor.
-
-    Args:
-        parts: Factors of each part, ordered by rows; ranks are joined in the same order.
-        num_rows: Number of rows of the weight.
-    """
+    """Return a single LoRA for all parts of a weight."""
+    # Its up factor is block-diagonal (each part's up factor in the part's rows), unless all parts share one
+    # down factor.
     if any("diff_b" in part.factors for part in parts):
         parts = [RowFactors(part.row_slice, _with_bias_difference(part.factors)) for part in parts]
     scale = compute_scaling(parts[0].factors)  # alpha / rank
@@ -557,14 +510,7 @@ def _join_low_rank(parts: Sequence[RowFactors], num_rows: int) -> Factors:
 
 
 def _join_up_factors(parts: Sequence[RowFactors], num_rows: int, rank: int, shares_down: bool) -> Tensor:
-    """Return the joined up factor, num_rows x rank.
-
-    Args:
-        parts: Factors of each part, with their rows.
-        num_rows: Number of rows of the weight.
-        rank: Rank of the joined LoRA.
-        shares_down: Whether the parts share one down factor, so that all use the same columns.
-    """
+    """Return the joined up factor, num_rows x rank."""
     joined = parts[0].factors[UP].new_zeros(num_rows, rank)
     first_column = 0
     for part in parts:
@@ -595,13 +541,7 @@ def _fold_into_up(factors: Factors) -> Factors:
 
 
 def _stack_factor(parts: Sequence[RowFactors], name: str, num_rows: int) -> Tensor:
-    """Stack one factor of each part of a fused weight along rows, with zeros for parts that lack it.
-
-    Args:
-        parts: Factors of each part, with the part's rows in the fused weight.
-        name: Name of the factor, such as the up factor.
-        num_rows: Number of rows of the fused weight.
-    """
+    """Stack one factor of each part of a fused weight along rows, with zeros for parts that lack it."""
     parts_with_tensor = [part for part in parts if name in part.factors]
     first = parts_with_tensor[0].factors[name]
     stacked = first.new_zeros(num_rows, *first.shape[1:])
@@ -611,11 +551,9 @@ def _stack_factor(parts: Sequence[RowFactors], name: str, num_rows: int) -> Tens
 
 
 def _join_any_kind(pieces: Sequence[FusedPiece], num_rows: int, allows_full_matrix: bool) -> Factors:
-    """Return the factors of a weight whose parts are not all plain LoRAs, or raise FusionError.
-
-    Parts that were cut from one layer get that layer's factors back. Otherwise, a model gets the full matrix
-    of the change, which is too large for a file.
-    """
+    """Return the factors of a weight whose parts are not all plain LoRAs, or raise FusionError."""
+    # Parts that were cut from one layer get that layer's factors back. Otherwise, a model gets the full
+    # matrix of the change, which is too large for a file.
     slices = _find_slices(pieces, num_rows)
     if slices is None:
         raise FusionError("its parts are not matrices, or do not fit the rows of the weight")
@@ -650,15 +588,7 @@ def _cover_all_rows(ranges: Sequence[tuple[int, int]], num_rows: int) -> bool:
 
 
 def _join_full_matrices(parts: Sequence[RowFactors], num_rows: int) -> Factors:
-    """Return the full float32 change of a weight with `num_rows` rows from the changes of its parts.
-
-    Args:
-        parts: Factors of each part, ordered by rows.
-        num_rows: Number of rows of the weight.
-
-    Raises:
-        FusionError: If the changes cannot be joined.
-    """
+    """Return the full float32 change of a weight with `num_rows` rows from the changes of its parts."""
     part_deltas = [read_delta(part.factors) for part in parts]
     _check_full_matrices(part_deltas, parts, num_rows)
     joined = {"diff": _stack_changes(part_deltas, parts, num_rows)}
@@ -849,12 +779,8 @@ def correct_split_alphas(
 
 
 def _count_parts_with_own_factors(name: str, factors: Factors) -> int:
-    """Return how many parts of a fused module have their own factors in a plain LoRA's; 0 if they share them.
-
-    Args:
-        name: Name of the module.
-        factors: Factors of the LoRA.
-    """
+    """Return how many parts of a fused module have their own factors in a plain LoRA's."""
+    # 0 if they share them.
     part_indices: set[int | None] = set()
     for related in related_modules(name.removeprefix(OURS)):
         if related.is_part and is_row_slice(related.part):

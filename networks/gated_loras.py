@@ -264,10 +264,8 @@ class LoraBranch:
         return functional.conv2d(hidden, up.reshape(*up.shape[:2], 1, 1))
 
     def _apply_down(self, x: Tensor, down: Tensor) -> Tensor:
-        """Multiply x by the down factor (of a matrix or a 1x1 convolution) and by the LoRA's multiplier.
-
-        Ranks that are inactive at the current noise level become 0.
-        """
+        """Multiply x by the down factor (of a matrix or a 1x1 convolution) and by the LoRA's multiplier."""
+        # Ranks that are inactive at the current noise level become 0.
         # one 2-D product even if x is strided: torch computes the trained factors this way, and both results
         # are then equal to the bit
         rows = x.to(down.dtype).reshape(-1, x.shape[-1])
@@ -275,12 +273,7 @@ class LoraBranch:
         return self._mask_ranks(hidden * self.multiplier)
 
     def _mask_ranks(self, hidden: Tensor, axis: int = -1) -> Tensor:
-        """Set inactive ranks of the down factor's output to 0.
-
-        Args:
-            hidden: Output of the down factor.
-            axis: Axis of the ranks.
-        """
+        """Set inactive ranks of the down factor's output to 0."""
         return hidden if self.rank_mask is None else self.rank_mask.apply(hidden, axis)
 
     def mask_ranks(self, network: nn.Module, metadata: Mapping[str, str]) -> None:
@@ -427,10 +420,8 @@ class LoraWrapper(nn.Module):
 
 
 def _make_changed(parameter: nn.Parameter | None, change: Tensor, is_replacement: bool) -> nn.Parameter:
-    """Return a new parameter with a change added, or with the change as its value (`is_replacement`).
-
-    It is a new parameter, not new data, because the backward pass needs the changed values.
-    """
+    """Return a new parameter with a change added, or with the change as its value (`is_replacement`)."""
+    # It is a new parameter, not new data, because the backward pass needs the changed values.
     assert parameter is not None
     weight = parameter.data
     changed = change.reshape(weight.shape)
@@ -666,14 +657,7 @@ def fit_lora(lora: LoraFile, parameters: Mapping[str, ChangedParameter], option:
 
 
 def _reject_misfit(lora: LoraFile, absent: Sequence[str], family: FamilyNames | None, option: str) -> None:
-    """Raise CheckpointError for a LoRA file whose modules the model all lacks, unless it may lack them.
-
-    Args:
-        lora: The LoRA file.
-        absent: Modules of the file.
-        family: Family of the model.
-        option: Option that sets the path, for messages.
-    """
+    """Raise CheckpointError for a LoRA file whose modules the model all lacks, unless it may lack them."""
     if lora.may_lack(absent):
         return
     if not lora.encoder:
@@ -684,14 +668,7 @@ def _reject_misfit(lora: LoraFile, absent: Sequence[str], family: FamilyNames | 
 def _make_misfit_error(
     lora: LoraFile, absent: Sequence[str], family: FamilyNames | None, option: str
 ) -> CheckpointError:
-    """Return the error for a LoRA file if the model lacks all its modules.
-
-    Args:
-        lora: The LoRA file.
-        absent: Modules of the file.
-        family: Family of the model.
-        option: Option that sets the path, for messages.
-    """
+    """Return the error for a LoRA file if the model lacks all its modules."""
     lora_family = lora.family()
     advice = ""
     if lora_family is not None and lora_family is not family:
@@ -710,18 +687,7 @@ def _make_misfit_error(
 
 
 def _fit_delta(lora: LoraFile, name: str, delta: Delta, parameter: ChangedParameter, option: str) -> Delta:
-    """Return the change of a module; factors for a first layer with other input channels are dropped.
-
-    Args:
-        lora: The LoRA file.
-        name: Our name of the module.
-        delta: The change in the file.
-        parameter: Parameter of the model that is changed.
-        option: Option that sets the file, for messages.
-
-    Raises:
-        CheckpointError: If the factors do not fit the module.
-    """
+    """Return the change of a module; factors for a first layer with other input channels are dropped."""
     weight = parameter.unpacked
     is_quantized = parameter.parameter_name == "weight" and get_quantized_weight(parameter.module) is not None
     if delta.replaces_weight and is_quantized:

@@ -172,12 +172,7 @@ def _find_first_keys(names: Mapping[str, str]) -> dict[str, str]:
 
 
 def _find_duplicate_keys(names: Mapping[str, str], key_by_name: Mapping[str, str]) -> dict[str, str]:
-    """Return each key whose name an earlier key has too, and that earlier key.
-
-    Args:
-        names: Key -> our name.
-        key_by_name: Our name -> the first key that has it.
-    """
+    """Return each key whose name an earlier key has too, and that earlier key."""
     duplicate_keys: dict[str, str] = {}
     for key, name in names.items():
         if key_by_name[name] != key:
@@ -186,12 +181,7 @@ def _find_duplicate_keys(names: Mapping[str, str], key_by_name: Mapping[str, str
 
 
 def _count_joined_loras(joined_lora_counts: Mapping[str, int], names: Mapping[str, str]) -> dict[str, int]:
-    """Return how many LoRAs were joined into each module's factors, by our module name.
-
-    Args:
-        joined_lora_counts: Key of a joined factor -> number of LoRAs in it.
-        names: Key -> our name of the tensor.
-    """
+    """Return how many LoRAs were joined into each module's factors, by our module name."""
     counts: dict[str, int] = {}
     for key, count in joined_lora_counts.items():
         if key in names:
@@ -252,13 +242,7 @@ def _parse_keys(names: Iterable[str]) -> _ParsedKeys:
 def _find_possible_families(
     keys: _ParsedKeys, rewritten: Rewritten, family_hint: str | None
 ) -> _PossibleFamilies:
-    """Find the families that a file may be for, by its names and sizes and by the hint.
-
-    Args:
-        keys: Parsed keys of the file.
-        rewritten: Tensors of the file.
-        family_hint: Family named by the user or the metadata.
-    """
+    """Find the families that a file may be for, by its names and sizes and by the hint."""
     name_by_keys = rewritten.family_name or _find_family_by_dialects(keys.list_dialects())
     hint = family_hint or name_by_keys
     families = _families_with_modules(keys.dit_keys, rewritten.tensors, hint)
@@ -287,10 +271,8 @@ def _families_with_modules(
 
 
 def _narrow_families(families: Sequence[FamilyNames], keys: _ParsedKeys) -> list[FamilyNames]:
-    """Narrow down the possible families by the text encoders, then by the spelling of module names.
-
-    A step that would leave no family is skipped.
-    """
+    """Narrow down the possible families by the text encoders, then by the spelling of module names."""
+    # A step that would leave no family is skipped.
     last_encoder = max((parsed.number for parsed in keys.text_encoder_keys.values()), default=1)
     remaining = [family for family in families if _has_text_encoder(family, last_encoder)] or [*families]
     underscored = {parsed.path for parsed in keys.dit_keys.values() if "." not in parsed.path}
@@ -305,20 +287,16 @@ def _has_text_encoder(family: FamilyNames, number: int) -> bool:
 
 
 def _may_be_underscored(family: FamilyNames, paths: Collection[str]) -> bool:
-    """Return whether LoRA files of a family may contain these paths with underscores instead of dots.
-
-    For paths of another layout (`input_blocks_1_1_proj_in`), only families whose LoRAs all tools write in
-    this way (SDXL) have such files.
-    """
+    """Return whether LoRA files of a family may contain these paths with underscores instead of dots."""
+    # For paths of another layout (`input_blocks_1_1_proj_in`), only families whose LoRAs all tools write in
+    # this way (SDXL) have such files.
     has_aliases = any(from_alias(path, family) != path for path in paths)
     return not has_aliases or family.underscored_names == "aliases"
 
 
 def _map_paths_to_our_names(keys: Mapping[str, ParsedKey], families: Sequence[FamilyNames]) -> dict[str, str]:
-    """Map module paths in the file, such as `blocks.0.attn1.to_q`, to our names with our prefix.
-
-    A path of another layout is translated only if all possible families translate it in the same way.
-    """
+    """Map module paths in the file, such as `blocks.0.attn1.to_q`, to our names with our prefix."""
+    # A path of another layout is translated only if all possible families translate it in the same way.
     modules: dict[str, str] = {}
     for path in dict.fromkeys(parsed.path for parsed in keys.values()):
         module = path.replace(".", "_")
@@ -332,16 +310,9 @@ def _map_paths_to_our_names(keys: Mapping[str, ParsedKey], families: Sequence[Fa
 def _find_family_for_texts(
     keys: Mapping[str, ParsedTextKey], families: Sequence[FamilyNames], hint: str | None
 ) -> FamilyNames | None:
-    """Return the family whose text encoders a file changes.
-
-    Returns None if the possible families have different text encoders; the file's names for them are kept
-    then.
-
-    Args:
-        keys: Parsed keys of text encoders.
-        families: Possible families by the names of the DiT's modules; none if the file has no such modules.
-        hint: Family named by the user or the metadata, for a file that has only text encoders.
-    """
+    """Return the family whose text encoders a file changes."""
+    # Returns None if the possible families have different text encoders; the file's names for them are kept
+    # then.
     num_encoders = max((parsed.number for parsed in keys.values()), default=1)  # encoders are numbered from 1
     candidates = [family for family in families if len(family.encoders) >= num_encoders] or families[:1]
     if candidates:
@@ -366,15 +337,8 @@ def _map_text_keys_to_our_names(
 def _rename(
     names: Iterable[str], key_by_name: Mapping[str, str], tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return tensors under our names; modules without an alpha get the file's global alpha, if it has one.
-
-    Magnitudes that a file stores as vectors become columns.
-
-    Args:
-        names: Our names of the tensors to return.
-        key_by_name: Our name -> key in the file; the first key if several keys mean the same tensor.
-        tensors: All tensors of the file, by key.
-    """
+    """Return tensors under our names; modules without an alpha get the file's global alpha, if it has one."""
+    # Magnitudes that a file stores as vectors become columns.
     modules = dict.fromkeys(name.partition(".")[0] for name in names)
     renamed: dict[str, Tensor] = {}
     for key in GLOBAL_ALPHA_KEYS:
@@ -393,12 +357,7 @@ def _rename(
 def _find_conflicting_keys(
     repeated: Mapping[str, str], tensors: Mapping[str, Tensor]
 ) -> tuple[str, str] | None:
-    """Return two keys with the same meaning but different values; None if there are none.
-
-    Args:
-        repeated: Each repeated key, and the first key with the same meaning.
-        tensors: Tensors of the file.
-    """
+    """Return two keys with the same meaning but different values; None if there are none."""
     for key, first_key in repeated.items():
         first = tensors[first_key]
         second = tensors[key]

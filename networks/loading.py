@@ -322,17 +322,7 @@ def _make_unsupported_error(path: Path, kind: str, key: str) -> CheckpointError:
 def _recognize_lora(
     stored: _StoredLora, expert: str | None, with_texts: bool, family: str | None
 ) -> LoraFile:
-    """Rename the tensors of a file, or of one expert in it, from any program's names to ours.
-
-    Args:
-        stored: The file, with the tensors of the expert.
-        expert: Expert of the LoRA; None if names in the file do not reveal it.
-        with_texts: Whether to read changes of text encoders.
-        family: Family named by the user; None if none was named.
-
-    Raises:
-        CheckpointError: If the tensors are not a LoRA, or if a layer is changed under two names.
-    """
+    """Rename the tensors of a file, or of one expert in it, from any program's names to ours."""
     if expert is not None:
         stored = stored._replace(metadata=_read_expert_metadata(stored.path, stored.metadata, expert))
     trained_family = read_family(stored.metadata)
@@ -354,16 +344,9 @@ def _recognize_lora(
 def _add_recognized_facts(
     stored: _StoredLora, native: NativeTensors, trained_family: FamilyNames | None
 ) -> Mapping[str, str]:
-    """Return the metadata plus what the tensors reveal: the family, and the form of DoRA magnitudes.
-
-    The family is stored under `TRAINED_ON`; that magnitudes refer to frozen norms, as in ComfyUI, is stored
-    under `NORMS_FORM`.
-
-    Args:
-        stored: The file.
-        native: Its tensors under our names.
-        trained_family: Family named in the metadata; None if there is none.
-    """
+    """Return the metadata plus what the tensors reveal: the family, and the form of DoRA magnitudes."""
+    # The family is stored under `TRAINED_ON`; that magnitudes refer to frozen norms, as in ComfyUI, is stored
+    # under `NORMS_FORM`.
     metadata = stored.metadata
     if trained_family is None and native.family_name is not None:
         metadata = {**metadata, TRAINED_ON: native.family_name}
@@ -387,13 +370,8 @@ def _reject_unusable_names(stored: _StoredLora, native: NativeTensors) -> None:
 
 
 def _build_lora(stored: _StoredLora, native: NativeTensors, expert: str | None) -> LoraFile:
-    """Build a `LoraFile` from a file or one expert's part of it; add missing alphas, reject invalid factors.
-
-    Args:
-        stored: The file, whose metadata is that of the expert's LoRA.
-        native: Tensors under our names.
-        expert: Expert of the LoRA; None if names in the file do not reveal it.
-    """
+    """Build a `LoraFile` from a file or one expert's part of it."""
+    # Add missing alphas, reject invalid factors.
     path = stored.path
     metadata = {key: value for key, value in stored.metadata.items() if key != FOLDED}
     if not stored.is_written_here:  # other programs also write tensors without effect
@@ -482,13 +460,7 @@ def _reject_clash(path: Path, native: NativeTensors) -> None:
 
 
 def _reject_unknown_modules(path: Path, stored: Iterable[str], family: FamilyNames) -> None:
-    """Raise CheckpointError if a file has our names for modules that the family does not have.
-
-    Args:
-        path: Path of the file.
-        stored: All tensor names in the file.
-        family: The model family.
-    """
+    """Raise CheckpointError if a file has our names for modules that the family does not have."""
     modules = dict.fromkeys(name.partition(".")[0] for name in stored if name.startswith(OURS))
     unknown = [module for module in modules if module_path(module.removeprefix(OURS), family) is None]
     if unknown:
@@ -503,14 +475,7 @@ def _reject_unknown_modules(path: Path, stored: Iterable[str], family: FamilyNam
 def _describe_lora(
     native: NativeTensors, metadata: Mapping[str, str], alphas: str, expert: str | None
 ) -> str:
-    """Describe a LoRA that was read from a file, for the log.
-
-    Args:
-        native: Tensors under our names.
-        metadata: Metadata of the file, or of the expert's LoRA.
-        alphas: Clause about added alphas; "" if none were added.
-        expert: Expert of the LoRA; None if names in the file do not reveal it.
-    """
+    """Describe a LoRA that was read from a file, for the log."""
     modules = format_count(len(group_by_module(native.tensors)), "module")
     num_text_modules = len(group_by_module(native.text_tensors))
     if num_text_modules:
@@ -526,13 +491,7 @@ def _describe_lora(
 
 
 def _reject_faulty(path: Path, modules: Mapping[str, Factors], unknown: Sequence[str]) -> None:
-    """Raise CheckpointError for factors that define no change, or that belong to an unsupported kind.
-
-    Args:
-        path: Path of the file.
-        modules: Factors of each module, by name.
-        unknown: Keys that are not used.
-    """
+    """Raise CheckpointError for factors that define no change, or that belong to an unsupported kind."""
     for module, delta in read_deltas(modules).items():
         reason = delta.find_error()
         if reason is not None:
@@ -562,11 +521,7 @@ def _make_faulty_error(
 
 
 def _named_twice(native: key_formats.NativeTensors) -> tuple[str, str] | None:
-    """Return two paths in a file that clash because one is a fused weight and the other a part of it.
-
-    Returns:
-        The paths; None if no paths clash, or if they are separate modules in one of the possible families.
-    """
+    """Return two paths in a file that clash because one is a fused weight and the other a part of it."""
     pairs: list[tuple[str, str]] = []
     for family in native.families:
         pair = next(_find_pairs(family, native.paths_in_file), None)
@@ -577,12 +532,7 @@ def _named_twice(native: key_formats.NativeTensors) -> tuple[str, str] | None:
 
 
 def _find_pairs(family: FamilyNames, paths: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Yield pairs of paths in a file: a fused weight of the family, and a part of the same weight.
-
-    Args:
-        family: The model family.
-        paths: Our module name -> its path as written in the file.
-    """
+    """Yield pairs of paths in a file: a fused weight of the family, and a part of the same weight."""
     for name, path in paths.items():
         for relative in related_modules(name.removeprefix(OURS), family):
             part_path = paths.get(OURS + relative.name) if relative.is_part else None
@@ -591,14 +541,7 @@ def _find_pairs(family: FamilyNames, paths: Mapping[str, str]) -> Iterator[tuple
 
 
 def _warn_of_unused_keys(path: Path, native: NativeTensors, family: FamilyNames | None, total: int) -> None:
-    """Warn of keys in a file that are not used.
-
-    Args:
-        path: Path of the file.
-        native: Tensors under our names.
-        family: The model family.
-        total: Number of all keys in the file.
-    """
+    """Warn of keys in a file that are not used."""
     ignored = (
         (native.unnamed_text_keys, "tensors of a text encoder are ignored"),
         (list(native.duplicate_keys), "tensors of parts that occur under two names are ignored"),
@@ -932,13 +875,7 @@ def warn_about_other_family(lora: LoraFile, model: FamilyNames | None, modules: 
 
 
 def _log_older_release(path: Path, model: FamilyNames, origin: str) -> None:
-    """Log that a LoRA is for an older release, named in its metadata, and is used on the newest one.
-
-    Args:
-        path: Path of the LoRA.
-        model: Family of the model, whose `release_pattern` finds the release in the metadata.
-        origin: Metadata that may name the release.
-    """
+    """Log that a LoRA is for an older release, named in its metadata, and is used on the newest one."""
     newest_release, _ = model.newest_release
     match = re.search(model.release_pattern, origin, re.IGNORECASE)
     if match is not None and match[1] != newest_release:

@@ -174,10 +174,8 @@ class LoraLayer(nn.Module):
         return self._select_output(out, total) if selects_output else total
 
     def _cast_input(self, x: Tensor, shared: SharedInput | None) -> tuple[Tensor, torch.dtype]:
-        """Return the input of the frozen module and the LoRA, and the dtype of the LoRA's products.
-
-        Under autocast, a float32 input is cast once for both, or once for all layers that share it.
-        """
+        """Return the input of the frozen module and the LoRA, and the dtype of the LoRA's products."""
+        # Under autocast, a float32 input is cast once for both, or once for all layers that share it.
         if not torch.is_autocast_enabled(x.device.type):
             return x, self.lora_down.weight.dtype
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -200,14 +198,8 @@ class LoraLayer(nn.Module):
         return torch.where(is_dropped, out, total)
 
     def _compute_addition(self, x: Tensor, dropouts: Dropouts | None, shared: SharedInput | None) -> Tensor:
-        """Return the LoRA's output, which is added to the frozen module's output.
-
-        Args:
-            x: Input, ... x in, or B x in x H x W, in the dtype of the products.
-            dropouts: Dropout probabilities; None outside training.
-            shared: Multiplies the input by the down factors of several layers; None if no other layer has
-                this input.
-        """
+        """Return the LoRA's output, which is added to the frozen module's output."""
+        # x: Input, ... x in, or B x in x H x W, in the dtype of the products.
         factors = self.cast_factors
         if factors is None or factors[0].dtype != x.dtype:  # not cast before the pass: autocast casts them
             return self.lora_up(self._scaled(self.lora_down(x), dropouts))
@@ -308,15 +300,9 @@ class LoraLayer(nn.Module):
         self.lora_up.weight.mul_(ratio.sqrt())
 
     def _adds_in_place(self, x: Tensor, dtype: torch.dtype) -> bool:
-        """Return whether the LoRA's product may be added in place to the output of the frozen module.
-
-        False in compiled code, which fuses the operations anyway, with `combine_outputs`, which needs
-        both outputs, and for small tensors.
-
-        Args:
-            x: Input of the layer.
-            dtype: Dtype of the products.
-        """
+        """Return whether the LoRA's product may be added in place to the output of the frozen module."""
+        # False in compiled code, which fuses the operations anyway, with `combine_outputs`, which needs both
+        # outputs, and for small tensors.
         original = self._original[0]
         if torch.compiler.is_compiling() or not isinstance(original, nn.Linear) or x.dtype != dtype:
             return False

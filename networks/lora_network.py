@@ -149,16 +149,7 @@ class OwnNetwork(nn.Module):
     def _load_common_modules(
         self, lora: "LoraFile", file_modules: Mapping[str, Factors], network_modules: Mapping[str, Factors]
     ) -> int:
-        """Load the factors of those modules that both the file and the network have; return their number.
-
-        Args:
-            lora: The LoRA file.
-            file_modules: Its factors, by module of the network.
-            network_modules: Factors of the network, by module.
-
-        Raises:
-            CheckpointError: If the factors differ in name or size, or if there are no common modules.
-        """
+        """Load the factors of those modules that both the file and the network have; return their number."""
         from networks import loading  # only for --network_weights
 
         _reject_other_sizes(lora.path, file_modules, network_modules)
@@ -175,16 +166,7 @@ class OwnNetwork(nn.Module):
     def _read_initial_lora(
         self, path: Path, network_modules: Mapping[str, Factors], modules: Collection[str]
     ) -> "LoraFile":
-        """Read the file of --network_weights, with its blocks mapped to the model's blocks.
-
-        Args:
-            path: Path of the file.
-            network_modules: Factors of the network, by module.
-            modules: Names of the model's modules, which show how many blocks it has.
-
-        Raises:
-            CheckpointError: If the file is not a LoRA, or is a DoRA whose magnitudes refer to frozen norms.
-        """
+        """Read the file of --network_weights, with its blocks mapped to the model's blocks."""
         from networks import loading  # only for --network_weights
         from networks.depth_variants import fit_depths
 
@@ -283,14 +265,7 @@ class OwnNetwork(nn.Module):
     def _select_rate(
         self, layer: Any, prefix: str, network_rate: float, matching_patterns: Sequence[int]
     ) -> "_LayerRate":
-        """Select the learning rate of a layer; see `parameter_groups`.
-
-        Args:
-            layer: The layer.
-            prefix: Prefix of its network.
-            network_rate: Learning rate of its network.
-            matching_patterns: Indices of the patterns in network_reg_lrs that match the layer's name.
-        """
+        """Select the learning rate of a layer; see `parameter_groups`."""
         rate = network_rate
         label = prefix
         plus_ratio = self.settings.loraplus_encoder_ratio
@@ -354,12 +329,7 @@ def _sort_labels(labels: Collection[str]) -> list[str]:
 def _factors_for_network(
     lora: "LoraFile", network_modules: Mapping[str, Factors]
 ) -> dict[str, dict[str, Tensor]]:
-    """Convert a LoRA file's tensors to the network's modules; return {module name: factors}.
-
-    Args:
-        lora: The LoRA file.
-        network_modules: Factors of the network's modules, by name.
-    """
+    """Convert a LoRA file's tensors to the network's modules; return {module name: factors}."""
     from networks.fused_parts import convert_fused_layers  # only for --network_weights
 
     num_rows = {name: len(factors[UP]) for name, factors in network_modules.items() if UP in factors}
@@ -374,12 +344,7 @@ def _factors_for_network(
 
 
 def _make_misfit_error(lora: "LoraFile", file_modules: Mapping[str, Factors]) -> CheckpointError:
-    """Return the error for a LoRA file if the network has none of its modules.
-
-    Args:
-        lora: The LoRA file.
-        file_modules: Factors in the file, by module.
-    """
+    """Return the error for a LoRA file if the network has none of its modules."""
     from networks import unused_tensors  # only for --network_weights
 
     text_parts = unused_tensors.describe_text_side(file_modules)
@@ -398,15 +363,7 @@ def _warn_of_unusable_modules(
     modules: Collection[str],
     family: FamilyNames | None,
 ) -> list[str]:
-    """Warn of a LoRA file's modules for which this model cannot have a LoRA, and return them.
-
-    Args:
-        path: Path of the file.
-        file_modules: Factors in the file, by module.
-        absent: Modules of the file that the network lacks.
-        modules: Modules of the model.
-        family: The model family.
-    """
+    """Warn of a LoRA file's modules for which this model cannot have a LoRA, and return them."""
     from networks import loading, unused_tensors  # only for --network_weights
 
     unusable = [name for name in file_modules if describe_text_module(name.removeprefix(OURS))]
@@ -421,13 +378,7 @@ def _warn_of_unusable_modules(
 def _reject_other_sizes(
     path: Path, file_modules: Mapping[str, Factors], network_modules: Mapping[str, Factors]
 ) -> None:
-    """Raise CheckpointError if factor names or shapes of modules differ between file and network.
-
-    Args:
-        path: Path of the file.
-        file_modules: Factors in the file, by module.
-        network_modules: Factors of the network, by module.
-    """
+    """Raise CheckpointError if factor names or shapes of modules differ between file and network."""
     misfits = []
     for name, factors in file_modules.items():
         if name in network_modules and _list_shapes(factors) != _list_shapes(network_modules[name]):
@@ -448,13 +399,7 @@ def _reject_other_sizes(
 
 
 def _advise(file_modules: Mapping[str, Factors], factors: Factors, name: str) -> str:
-    """Return advice for the error that a file's module does not fit the network.
-
-    Args:
-        file_modules: Factors in the file, by module.
-        factors: Factors of the module in the network.
-        name: Name of the module.
-    """
+    """Return advice for the error that a file's module does not fit the network."""
     if DOWN not in factors:  # the network is not a LoRA
         return "Pass its --network_module, --network_dim and --network_args, or --dim_from_weights."
     # the file is not a plain LoRA

@@ -268,12 +268,7 @@ def _select_arguments(names: Iterable[str], values: Mapping[str, Any]) -> dict[s
 
 
 def _read_values(arguments: Mapping[str, Any], rules: LoraRules | None) -> dict[str, Any]:
-    """Parse the `--network_args` that are not None. Raises OptionError if one is invalid.
-
-    Args:
-        arguments: Values of the arguments by name: strings, None, numbers or lists.
-        rules: Rules of the family's network module; None without such rules.
-    """
+    """Parse the `--network_args` that are not None. Raises OptionError if one is invalid."""
     readers = dict(_READERS)
     if rules is not None:
         readers |= family_readers(rules)
@@ -324,15 +319,7 @@ def _reject_conflicts(values: Mapping[str, Any]) -> None:
 
 
 def _read_rank_rule(values: Mapping[str, Any], rank: int) -> RankRule | None:
-    """Return the rule that selects active ranks by noise level (T-LoRA); None if all ranks are active.
-
-    Args:
-        values: Values of --network_args.
-        rank: Rank of the network.
-
-    Raises:
-        OptionError: If a value is invalid.
-    """
+    """Return the rule that selects active ranks by noise level (T-LoRA); None if all ranks are active."""
     for kind in VARIANTS:
         kind_arguments = (kind.switch, *kind.numbers)
         if values.keys().isdisjoint(kind_arguments):
@@ -393,15 +380,8 @@ def _fit_name_patterns(argument: str, patterns: PatternValues, names: _ModuleNam
 
 
 def _fit_pattern(argument: str, pattern: Pattern, names: _ModuleNames) -> Pattern:
-    """Return a pattern that matches the modules that `pattern` would match if dots equaled underscores.
-
-    If there are no such modules, `pattern` itself is returned, with a warning unless there are no modules.
-
-    Args:
-        argument: Name of the argument, for the warning.
-        pattern: Pattern that matches no module as written.
-        names: Names of all modules.
-    """
+    """Return a pattern that matches the modules that `pattern` would match if dots equaled underscores."""
+    # If there are no such modules, `pattern` itself is returned, with a warning unless there are no modules.
     if not names.paths:
         return pattern
     any_spelling = re.compile(in_any_spelling(pattern.pattern))
@@ -446,18 +426,7 @@ def _read_number(
     minimum: float = 0,
     below: float = math.inf,
 ) -> float | None:
-    """Parse a number from --network_args; return None for the string "None".
-
-    Args:
-        number_type: Type of the number.
-        argument: Name of the argument, for messages.
-        text: Value of the argument, usually a string.
-        minimum: Smallest valid number.
-        below: Exclusive upper limit.
-
-    Raises:
-        OptionError: If the value is not a number or is out of range.
-    """
+    """Parse a number from --network_args; return None for the string "None"."""
     if text == "None":
         return None
     value = _parse_number(number_type, text)
@@ -478,13 +447,7 @@ def _parse_number(number_type: type[int] | type[float], text: Any) -> float | No
 
 
 def _read_pairs(number_type: type[int] | type[float], argument: str, text: Any) -> PatternValues:
-    """Parse pairs `pattern=number,pattern=number`. Raises OptionError if a pair is malformed.
-
-    Args:
-        number_type: Type of the numbers.
-        argument: Name of the argument, for messages.
-        text: Value of the argument.
-    """
+    """Parse pairs `pattern=number,pattern=number`. Raises OptionError if a pair is malformed."""
     pairs = []
     for pair in str(text).split(","):
         pattern, equals, number_text = pair.strip().partition("=")

@@ -213,14 +213,7 @@ def _make_sum_metadata(
     family: FamilyNames | None,
     no_metadata: bool,
 ) -> dict[str, str]:
-    """Return the metadata for a sum of LoRAs.
-
-    Args:
-        loras: The LoRAs in the sum.
-        tensors: Tensors of the sum, by name.
-        family: Family of the LoRAs; None if unknown.
-        no_metadata: Whether to keep only what is needed for loading.
-    """
+    """Return the metadata for a sum of LoRAs."""
     # a down factor has as many rows as its rank
     ranks = {len(tensor) for name, tensor in tensors.items() if name.endswith(DOWN)}
     rank = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
@@ -258,11 +251,7 @@ def _get_first_metadata(loras: Sequence[LoraFile], key: str) -> str | None:
 def _find_merged_family(
     loras: Sequence[LoraFile], tensors: Mapping[str, Tensor], options: FluxMergeOptions | FullMergeOptions
 ) -> FamilyNames | None:
-    """Return the family of a sum of LoRAs; None if it is unknown because only text encoders change.
-
-    Raises:
-        CheckpointError: If several families are possible.
-    """
+    """Return the family of a sum of LoRAs; None if it is unknown because only text encoders change."""
     if isinstance(options, FullMergeOptions) and options.family is not None:
         return family_named(options.family)
     by_metadata = _find_first_family_in_metadata(loras)
@@ -416,10 +405,8 @@ def _show_merge(
     dequantized_dtype: torch.dtype,
     size_bytes: int,
 ) -> None:
-    """Print the files of a merge, the new dtype of quantized weights, and the size of the result.
-
-    Warn if there are no LoRAs.
-    """
+    """Print the files of a merge, the new dtype of quantized weights, and the size of the result."""
+    # Warn if there are no LoRAs.
     rows = [("model", str(model)), ("LoRAs", _list_files(weighted_loras)), ("result", str(output))]
     if num_quantized:
         change = f"{num_quantized} quantized weights become {dtype_name(dequantized_dtype)}"
@@ -435,14 +422,7 @@ def _show_merge(
 def _make_patch(
     weighted_loras: Sequence[WeightedLora], checkpoint: Checkpoint, model: Path, rounding: LoraRounding
 ) -> LoraPatch | FullPatch:
-    """Return the weight patch for a file with a single network, or for a full checkpoint.
-
-    Args:
-        weighted_loras: LoRA files with their strengths.
-        checkpoint: The opened model file.
-        model: Path of the file, for messages.
-        rounding: How changed 16-bit weights are rounded.
-    """
+    """Return the weight patch for a file with a single network, or for a full checkpoint."""
     if is_full(checkpoint.tensors):
         return FullPatch(weighted_loras, checkpoint.tensors, model, rounding)
     for weighted_lora in weighted_loras:
@@ -467,13 +447,7 @@ def _make_merged_metadata(
 def _list_written_tensors(
     checkpoint: Checkpoint, quantized: Collection[str], dtype: torch.dtype | None
 ) -> dict[str, TensorInfo]:
-    """Return the shapes and dtypes of a merged model's tensors, by name.
-
-    Args:
-        checkpoint: The opened checkpoint.
-        quantized: Names of weights that are quantized in the model file.
-        dtype: Dtype of the result's weights; None keeps the model's, or bfloat16 for quantized weights.
-    """
+    """Return the shapes and dtypes of a merged model's tensors, by name."""
     written: dict[str, TensorInfo] = {}
     for name, info in checkpoint.tensors.items():
         if info.dtype in _FLOAT_DTYPES:  # integers keep their dtype
@@ -518,18 +492,7 @@ class _Summand(NamedTuple):
 def _sum_loras(
     weighted_loras: Sequence[WeightedLora], concat: bool, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Tensor]:
-    """Return sum(multiplier * alpha / rank * up @ down) over all files as the tensors of one LoRA.
-
-    Args:
-        weighted_loras: LoRA files with their strengths.
-        concat: Whether to concatenate all ranks, which is exact. Otherwise each module's sum is truncated to
-            the module's rank in the first file that has it.
-        dtype: Dtype of the result.
-        device: Device of the run.
-
-    Raises:
-        CheckpointError: If a file is not a plain LoRA, or if sizes or models differ.
-    """
+    """Return sum(multiplier * alpha / rank * up @ down) over all files as the tensors of one LoRA."""
     _reject_other_families([weighted_lora.lora for weighted_lora in weighted_loras])
     for weighted_lora in weighted_loras:
         rule = read_rank_rule(weighted_lora.lora.metadata)
@@ -608,16 +571,7 @@ class _LowRank(NamedTuple):
 
 
 def _sum_factors(name: str, summands: Sequence[_Summand], device: torch.device) -> _LowRank:
-    """Return the factors of a weighted sum, with the ranks of all LoRAs concatenated; alpha is the rank.
-
-    Args:
-        name: Name of the module, for messages.
-        summands: The factors of each LoRA for the module.
-        device: Device to compute on.
-
-    Raises:
-        CheckpointError: If the sizes of the summands differ.
-    """
+    """Return the factors of a weighted sum, with the ranks of all LoRAs concatenated; alpha is the rank."""
     scaled: list[_LowRank] = []
     for summand in summands:
         change = _LowRank(

@@ -165,13 +165,7 @@ def lora_hashes(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _describe_lora(checkpoint: Checkpoint, names: list[str], expert: str | None) -> str | None:
-    """Describe one expert's LoRA, or the only LoRA of a file; None if the tensors are not a LoRA.
-
-    Args:
-        checkpoint: The opened checkpoint.
-        names: Names of the LoRA's tensors.
-        expert: The expert if the file has a LoRA for each expert; otherwise None.
-    """
+    """Describe one expert's LoRA, or the only LoRA of a file; None if the tensors are not a LoRA."""
     from networks import key_formats  # only for LoRAs
     from networks.tensor_names import dialect_in_words
 
@@ -250,13 +244,8 @@ def _read_stored_alphas(checkpoint: Checkpoint, names: Iterable[str]) -> set[flo
 
 
 def _read_other_alphas(checkpoint: Checkpoint, native: "NativeTensors", expert: str | None) -> set[float]:
-    """Return alphas that are not tensors, from metadata or PEFT's settings; an empty set if they are invalid.
-
-    Args:
-        checkpoint: The opened checkpoint.
-        native: Tensors under our names.
-        expert: The expert if the file has a LoRA for each expert; otherwise None.
-    """
+    """Return alphas that are not tensors, from metadata or PEFT's settings."""
+    # An empty set if they are invalid.
     from networks.alphas import read_alphas, read_folded  # only for LoRAs
 
     # the hash in the metadata shows that the file still has the layout that we wrote

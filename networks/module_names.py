@@ -50,10 +50,8 @@ def select_family(names: Iterable[str], hint: str | None = None) -> FamilyNames 
 
 
 def _families_knowing(names: Sequence[str], hint: str | None) -> list[FamilyNames]:
-    """Return the families that have the most of these module names.
-
-    If the family named `hint` is one of them, only this family is returned.
-    """
+    """Return the families that have the most of these module names."""
+    # If the family named `hint` is one of them, only this family is returned.
     if not names:
         return []
     hinted = next((family for family in FAMILIES if family.name == hint), None) if hint else None
@@ -240,10 +238,8 @@ def read_family(metadata: Mapping[str, str]) -> FamilyNames | None:
 
 
 def _find_family_by_prefix(version: str, architecture: str) -> FamilyNames | None:
-    """Return the family with the longest prefix of the version or architecture; None if there is none.
-
-    The longest prefix wins because "flux_2_dev" also begins with FLUX.1's "flux".
-    """
+    """Return the family with the longest prefix of the version or architecture; None if there is none."""
+    # The longest prefix wins because "flux_2_dev" also begins with FLUX.1's "flux".
     longest = 0
     best_family: FamilyNames | None = None
     for family in FAMILIES:
@@ -383,10 +379,8 @@ def related_modules(name: str, family: FamilyNames | None = None) -> tuple[Relat
 
 
 def _list_parts_and_renamed(family: FamilyNames) -> list[WeightPart]:
-    """Return the parts of fused weights in a family's layouts, and modules that are only renamed.
-
-    A renamed module is included if a module of another family has its other name.
-    """
+    """Return the parts of fused weights in a family's layouts, and modules that are only renamed."""
+    # A renamed module is included if a module of another family has its other name.
     parts = [*family.parts, *family.joined]
     if not parts:  # the family's layouts do not differ in how weights are fused
         return []
@@ -402,10 +396,8 @@ def _list_parts_and_renamed(family: FamilyNames) -> list[WeightPart]:
 
 @cache
 def _find_relations(family: FamilyNames | None) -> "_Table[RelatedModule]":
-    """Return a table from module names in all layouts of a family (or of all) to parts and fused modules.
-
-    Names have `{n}` for the block index.
-    """
+    """Return a table from module names in all layouts of a family (or of all) to parts and fused modules."""
+    # Names have `{n}` for the block index.
     pairs: list[tuple[str, RelatedModule]] = []
     for each_family in FAMILIES if family is None else (family,):
         for part in _list_parts_and_renamed(each_family):
@@ -489,10 +481,8 @@ def _find(table: _Table[str], name: str) -> str | None:
 
 @lru_cache(1 << 14)
 def _templates(name: str) -> Mapping[str, str]:
-    """Return the templates that match a name: the name itself, and versions with one number as `{n}`.
-
-    Each template is mapped to the number that it replaces; "" for the name itself.
-    """
+    """Return the templates that match a name: the name itself, and versions with one number as `{n}`."""
+    # Each template is mapped to the number that it replaces; "" for the name itself.
     templates = {name: ""}
     for match in _DIGITS.finditer(name):
         templates[f"{name[: match.start()]}{{n}}{name[match.end() :]}"] = match[0]
@@ -576,10 +566,8 @@ def diffusers_path(name: str, family: FamilyNames) -> str | None:
 
 @cache
 def _numbering(family: FamilyNames | None) -> _Table[tuple[int, int]]:
-    """Return a table from module names to positions: (index of the block list, index in a block).
-
-    Names of a transformer's modules begin with `lora_unet_`.
-    """
+    """Return a table from module names to positions: (index of the block list, index in a block)."""
+    # Names of a transformer's modules begin with `lora_unet_`.
     numbered = list(TEXTS_NUMBERED)
     if family is not None:
         numbered += [(f"lora_unet_{start}", endings) for start, endings in family.optimizer_numbering]

@@ -94,13 +94,7 @@ def _list_candidates(unet: nn.Module, settings: LoraSettings) -> Iterator[Module
 def _apply_rules_to_prefixes(
     prefix_groups: list[tuple[str, ...]], rules: LoraRules, settings: LoraSettings
 ) -> list[tuple[str, ...]]:
-    """Return the path prefixes of the blocks that train_blocks selects, then modules outside the blocks.
-
-    Args:
-        prefix_groups: Path prefixes of all blocks.
-        rules: Rules of the family.
-        settings: Settings of the network.
-    """
+    """Return the path prefixes of the blocks that train_blocks selects, then modules outside the blocks."""
     if settings.train_blocks is not None:
         prefix_groups = [rules.train_blocks_choices[settings.train_blocks]]
     # not strict: `outside_ranks` is () if no ranks are given for modules outside the blocks
@@ -116,15 +110,7 @@ def _select_targets(
     prefix: str,
     optional_parts: tuple[str, ...] = (),
 ) -> dict[str, Target]:
-    """Select the modules that get a LoRA, with rank and alpha; return them by our names.
-
-    Args:
-        candidates: Modules with their paths.
-        settings: Settings of the network.
-        prefix: Prefix of our names.
-        optional_parts: Parts of module paths that get no LoRA unless a pattern, or a rank for their type,
-            selects them.
-    """
+    """Select the modules that get a LoRA, with rank and alpha; return them by our names."""
     targets: dict[str, Target] = {}
     matches: list[tuple[int, ...]] = []
     for path, module in candidates:
@@ -161,17 +147,7 @@ def _select_size(
     matching_patterns: tuple[int, ...],
     optional_parts: tuple[str, ...],
 ) -> LoraSize | None:
-    """Return the rank and alpha of a module's LoRA; None if the module gets no LoRA.
-
-    Args:
-        path: Path of the module.
-        module: The module.
-        settings: Settings of the network.
-        matching_patterns: Indices of the patterns in `settings.pattern_ranks` that match the module; the
-            last one sets the rank.
-        optional_parts: Parts of module paths that get no LoRA unless a pattern, or a rank for their type,
-            selects them.
-    """
+    """Return the rank and alpha of a module's LoRA; None if the module gets no LoRA."""
     is_optional = any(part in f".{path}" for part in optional_parts)
     # a rank for its type selects an optional module
     if is_optional and settings.family_rules is not None:
@@ -190,13 +166,7 @@ def _select_size(
 
 
 def _is_excluded(path: str, settings: LoraSettings, is_optional: bool = False) -> bool:
-    """Return whether a module is optional or excluded by a pattern, and matches no include pattern.
-
-    Args:
-        path: Path of the module.
-        settings: Settings of the network.
-        is_optional: Whether the module is excluded unless an include pattern matches.
-    """
+    """Return whether a module is optional or excluded by a pattern, and matches no include pattern."""
     is_excluded = is_optional or any(pattern.match(path) for pattern in settings.exclude)
     return is_excluded and not any(pattern.match(path) for pattern in settings.include)
 
@@ -232,10 +202,8 @@ def check_blocks(settings: LoraSettings, depths: Mapping[str, int]) -> None:
 
 
 def _size_by_block_and_type(path: str, module: LoraModule, settings: LoraSettings) -> LoraSize | None:
-    """Return a module's rank and alpha by its block and type; None if it gets no LoRA.
-
-    A rank for the block takes precedence over conv_dim, and both take precedence over the family's rules.
-    """
+    """Return a module's rank and alpha by its block and type; None if it gets no LoRA."""
+    # A rank for the block takes precedence over conv_dim, and both take precedence over the family's rules.
     # 1x1 convolutions are treated like linear layers
     is_convolution = not isinstance(module, nn.Linear) and module.kernel_size != (1, 1)
     if settings.block_settings is not None:
@@ -324,13 +292,7 @@ def build_network(
 def _fit_typed_patterns(
     settings: LoraSettings, dit: nn.Module | None, encoders: Mapping[str, nn.Module]
 ) -> LoraSettings:
-    """Fit patterns that were typed with other separators to the names of all modules that may get a layer.
-
-    Args:
-        settings: Settings of the network.
-        dit: The transformer; None if only text encoders are trained.
-        encoders: Trained text encoders, by their `lora_prefix`.
-    """
+    """Fit patterns that were typed with other separators to the names of all modules that may get a layer."""
     modules = [] if dit is None else [(OURS, path) for path, _ in _list_candidates(dit, settings)]
     for prefix, encoder in encoders.items():
         modules += [(f"{prefix}_", path) for path, _ in _list_encoder_modules(encoder)]
@@ -348,11 +310,7 @@ def _select_in_encoders(encoders: Mapping[str, nn.Module], settings: LoraSetting
 
 
 def _mask_ranks(layers: Mapping[str, nn.Module], rule: RankRule, dit: nn.Module | None) -> None:
-    """Add T-LoRA's rank masks to a transformer's LoRAs; text encoders have no noise level and get none.
-
-    Raises:
-        OptionError: If only text encoders are trained.
-    """
+    """Add T-LoRA's rank masks to a transformer's LoRAs; text encoders have no noise level and get none."""
     if dit is None:
         raise OptionError(
             f"--network_args {rule.kind.switch}=True: the active ranks depend on the noise level, but only "
@@ -370,15 +328,7 @@ def _add_layers_from_tensors(
     tensors: Mapping[str, Tensor],
     modules_by_name: Mapping[str, ModuleWithPath],
 ) -> dict[str, nn.Module]:
-    """Return the layers plus layers for other modules with factors in a file or state, in model order.
-
-    Args:
-        layers: Layers that the settings select, by our names.
-        kind: Kind of the network.
-        settings: Settings of the network.
-        tensors: Tensors under our names.
-        modules_by_name: All modules that can have a layer, by our names, in the model's order.
-    """
+    """Return the layers plus layers for other modules with factors in a file or state, in model order."""
     added: dict[str, nn.Module] = {}
     for name, factors in _factors_for(modules_by_name, tensors).items():
         has_kind_factors = any(factor_name in factors for factor_name in kind.marks)
@@ -398,13 +348,7 @@ def _add_layers_from_tensors(
 
 
 def _is_excluded_by_arguments(module_with_path: ModuleWithPath, name: str, settings: LoraSettings) -> bool:
-    """Return whether --network_args exclude a module for which a file has a LoRA.
-
-    Args:
-        module_with_path: The module and its path.
-        name: Our name of the module.
-        settings: Settings of the network.
-    """
+    """Return whether --network_args exclude a module for which a file has a LoRA."""
     if not name.startswith(OURS):
         settings = replace(settings, family_rules=None)  # a text encoder: the rules are for the transformer
     rules = settings.family_rules
@@ -512,11 +456,7 @@ def _make_file_layers(
     modules_by_name: Mapping[str, ModuleWithPath],
     settings: LoraSettings,
 ) -> dict[str, nn.Module]:
-    """Return a trainable layer for each module in a file that the model has, with the same factor shapes.
-
-    Raises:
-        CheckpointError: If a module has factors of a different network kind.
-    """
+    """Return a trainable layer for each module in a file that the model has, with the same factor shapes."""
     layers: dict[str, nn.Module] = {}
     for name, factors in factors_by_module.items():
         has_kind_factors = any(factor_name in factors for factor_name in kind.marks)

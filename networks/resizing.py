@@ -170,11 +170,7 @@ def resize_file(options: ResizeOptions) -> None:
 
 
 def _read_plain_lora(path: Path) -> tuple[dict[str, Tensor], dict[str, str], list[FactorNames]]:
-    """Return the tensors of a LoRA file, its metadata without stale keys, and its modules.
-
-    Raises:
-        CheckpointError: For the reasons that `resize_file` lists.
-    """
+    """Return the tensors of a LoRA file, its metadata without stale keys, and its modules."""
     with open_checkpoint(path) as checkpoint:
         shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
         _reject_other_kinds(path, shapes, checkpoint.metadata)
@@ -294,18 +290,8 @@ class FactorProduct:
 
 
 def _read_product(names: FactorNames, tensors: Mapping[str, Tensor], source: Path) -> FactorProduct:
-    """Return a module's two factors as float64 matrices; a core is multiplied into the down factor.
-
-    The core is the third factor of a convolution, `lora_mid`.
-
-    Args:
-        names: Names of the module's tensors.
-        tensors: All tensors of the file.
-        source: Path of the file, for messages.
-
-    Raises:
-        CheckpointError: If the sizes of the factors contradict each other.
-    """
+    """Return a module's two factors as float64 matrices; a core is multiplied into the down factor."""
+    # The core is the third factor of a convolution, `lora_mid`.
     down = tensors[names.down].double()  # rank x in (x kernel), or in_rank x in with a core
     up = tensors[names.up].double()  # out x rank (x 1 ...)
     core = None if names.core is None else tensors[names.core].double()  # out_rank x in_rank (x kernel)
@@ -337,14 +323,7 @@ def _have_matching_sizes(down: Tensor, up: Tensor, core: Tensor | None) -> bool:
 def _resize_module(
     names: FactorNames, tensors: Mapping[str, Tensor], options: ResizeOptions, source: Path
 ) -> ResizedModule:
-    """Return a module with factors of its new rank; raise CheckpointError if its factors do not match.
-
-    Args:
-        names: Names of the module's tensors.
-        tensors: All tensors of the file.
-        options: Options of the run.
-        source: Path of the file, for messages.
-    """
+    """Return a module with factors of its new rank; raise CheckpointError if its factors do not match."""
     product = _read_product(names, tensors, source)
     decomposed = decompose_product(product.up, product.down)
     singular_values = decomposed.singular_values.numpy()
@@ -376,13 +355,7 @@ def _resize_module(
 def _make_truncated_factors(
     decomposed: DecomposedProduct, rank: int, product: FactorProduct
 ) -> tuple[Tensor, Tensor]:
-    """Return the down and the up factor of a rank, in the module's shape.
-
-    Args:
-        decomposed: Decomposition of the module's change.
-        rank: The new rank.
-        product: The change, whose kernel and input channels the factors get.
-    """
+    """Return the down and the up factor of a rank, in the module's shape."""
     # the product's singular vectors are left @ u and right @ vh^T; its singular values go into the up factor
     down = decomposed.vh[:rank] @ decomposed.right.T
     up = decomposed.left @ (decomposed.u[:, :rank] * decomposed.singular_values[:rank])
@@ -431,13 +404,7 @@ def _divide(dividend: Any, divisor: Any) -> float:
 def _change_metadata(
     metadata: Mapping[str, str], modules: Sequence[ResizedModule], options: ResizeOptions
 ) -> dict[str, str]:
-    """Return the metadata to update: ranks, alphas, and a comment that describes the resizing.
-
-    Args:
-        metadata: Metadata of the old file.
-        modules: The resized modules.
-        options: Options of the run.
-    """
+    """Return the metadata to update: ranks, alphas, and a comment that describes the resizing."""
     convolutions = [module for module in modules if module.is_convolution]
     linear = [module for module in modules if not module.is_convolution]
     # ss_network_dim describes the linear layers, or the convolutions if there are no linear layers

@@ -78,10 +78,8 @@ def rewrite(tensors: Mapping[str, Tensor]) -> Rewritten:
 
 
 def _translate_xlabs_tensor(key: str, tensor: Tensor) -> dict[str, Tensor]:
-    """Rename XLabs' tensor of a FLUX LoRA to our layout or diffusers'; return {} for other keys.
-
-    q, k and v become three LoRAs: each has its rows of the up factor, and the full down factor.
-    """
+    """Rename XLabs' tensor of a FLUX LoRA to our layout or diffusers'; return {} for other keys."""
+    # q, k and v become three LoRAs: each has its rows of the up factor, and the full down factor.
     match = _XLABS.fullmatch(key)
     names = [] if match is None else _translate_xlabs(match)
     if match is None or not names:
@@ -94,11 +92,9 @@ def _translate_xlabs_tensor(key: str, tensor: Tensor) -> dict[str, Tensor]:
 
 
 def _translate_xlabs(match: re.Match[str]) -> list[str]:
-    """Return our LoRA tensor names for an XLabs tensor of FLUX; [] for an impossible name.
-
-    In single blocks, XLabs' qkv covers only some rows of our weight linear1, which our names cannot
-    express. So the tensor is named like diffusers' three layers q, k and v, whose rows are known.
-    """
+    """Return our LoRA tensor names for an XLabs tensor of FLUX; [] for an impossible name."""
+    # In single blocks, XLabs' qkv covers only some rows of our weight linear1, which our names cannot
+    # express. So the tensor is named like diffusers' three layers q, k and v, whose rows are known.
     prefix = match["start"]
     number = match["n"]
     layer = match["layer"]
@@ -114,11 +110,10 @@ def _translate_xlabs(match: re.Match[str]) -> list[str]:
 
 
 def _split_fused_layers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Split fused queries, keys and values in a LoRA file into separate LoRAs.
-
-    A fused LoRA with a block-diagonal up factor was joined from separate LoRAs: it is split into these again,
-    with their rank. Layers whose change is not a matrix, or whose factors do not fit it, are not split.
-    """
+    """Split fused queries, keys and values in a LoRA file into separate LoRAs."""
+    # A fused LoRA with a block-diagonal up factor was joined from separate LoRAs: it is split into these
+    # again, with their rank. Layers whose change is not a matrix, or whose factors do not fit it, are not
+    # split.
     new_tensors = dict(tensors)
     for layer, keys in _find_fused_layers(tensors).items():
         part_tensors = _split_fused_layer(layer, keys, tensors)
@@ -132,13 +127,7 @@ def _split_fused_layers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _split_fused_layer(
     layer: "_FusedLayer", keys: Mapping[str, str], tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return the tensors of a fused layer's parts; {} if the layer cannot be split.
-
-    Args:
-        layer: The fused layer.
-        keys: Its keys in the file, by name of the factor.
-        tensors: Tensors of the file.
-    """
+    """Return the tensors of a fused layer's parts; {} if the layer cannot be split."""
     factors = {factor: tensors[key] for factor, key in keys.items()}
     if MAGNITUDES in factors and factors[MAGNITUDES].ndim == 1:  # as in PEFT
         factors[MAGNITUDES] = factors[MAGNITUDES].view(-1, 1)
@@ -189,11 +178,9 @@ def _find_fused_layers(keys: Iterable[str]) -> dict[_FusedLayer, dict[str, str]]
 
 
 def _count_part_rows(layer: str, factors: Factors) -> tuple[int, ...]:
-    """Return the row count of each part of a fused layer; () if its factors cannot be split.
-
-    Queries have as many rows as the layer has inputs. Keys and values, which may have fewer heads, share the
-    remaining rows equally.
-    """
+    """Return the row count of each part of a fused layer; () if its factors cannot be split."""
+    # Queries have as many rows as the layer has inputs. Keys and values, which may have fewer heads, share
+    # the remaining rows equally.
     size = read_delta(factors).matrix_size()
     if size is None:
         return ()
@@ -222,10 +209,8 @@ def _fit_rows(factors: Factors, height: int) -> bool:
 
 
 def _join_numbered(tensors: Mapping[str, Tensor]) -> Rewritten:
-    """Join the numbered LoRAs of each module into one LoRA with a block-diagonal up factor.
-
-    Modules without their own alpha get the file's global alpha, if it has one.
-    """
+    """Join the numbered LoRAs of each module into one LoRA with a block-diagonal up factor."""
+    # Modules without their own alpha get the file's global alpha, if it has one.
     joined = dict(tensors)
     joined_lora_counts: dict[str, int] = {}  # name of a joined down factor -> number of LoRAs in it
     global_alphas = (tensors[key] for key in GLOBAL_ALPHA_KEYS if key in tensors)
@@ -248,10 +233,8 @@ def _join_numbered(tensors: Mapping[str, Tensor]) -> Rewritten:
 
 
 def _can_be_joined(module: str, numbers: Sequence[int], loras: Sequence[Factors]) -> bool:
-    """Return whether numbered factors are LoRAs for the parts of a layer that some model fuses.
-
-    Otherwise, the numbers are names of PEFT adapters.
-    """
+    """Return whether numbered factors are LoRAs for the parts of a layer that some model fuses."""
+    # Otherwise, the numbers are names of PEFT adapters.
     if len(numbers) < 2 or sorted(numbers) != list(range(len(numbers))):
         return False
     if len(numbers) not in count_parts(module):  # no model fuses so many parts into this module
@@ -262,13 +245,7 @@ def _can_be_joined(module: str, numbers: Sequence[int], loras: Sequence[Factors]
 def _order_loras(
     keys: Mapping[int, Mapping[str, str]], tensors: Mapping[str, Tensor], alpha: Tensor | None
 ) -> list[Factors]:
-    """Return a module's numbered LoRAs, sorted by number.
-
-    Args:
-        keys: {number: {our factor name: key}}.
-        tensors: Tensors by key.
-        alpha: Alpha for LoRAs without their own; None if the file has none.
-    """
+    """Return a module's numbered LoRAs, sorted by number."""
     default_factors = {} if alpha is None else {"alpha": alpha}
     loras: list[Factors] = []
     for number in sorted(keys):

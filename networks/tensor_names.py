@@ -307,10 +307,8 @@ def name_text(key: ParsedTextKey, family: FamilyNames | None) -> str | None:
 
 
 def _text_layer(path: str) -> tuple[str, str]:
-    """Return the kind of encoder ("" if unknown) and the underscored name of the layer.
-
-    Prefixes are removed one by one until the layer is known. An unknown layer keeps all its prefixes.
-    """
+    """Return the kind of encoder ("" if unknown) and the underscored name of the layer."""
+    # Prefixes are removed one by one until the layer is known. An unknown layer keeps all its prefixes.
     full_name = ""  # the name with all prefixes
     while True:
         name = path.replace(".", "_")
@@ -329,18 +327,8 @@ def _text_layer(path: str) -> tuple[str, str]:
 
 
 def _text_prefix(key: ParsedTextKey, kind: str, family: FamilyNames | None) -> str | None:
-    """Return our prefix for a text encoder, such as `lora_te1`.
-
-    The kind of its layers identifies the encoder; the number in the file counts encoders of this kind.
-
-    Args:
-        key: Parsed name of one of its tensors.
-        kind: Kind of its layers, such as CLIP_LAYER_PREFIX; "" if unknown.
-        family: The family; None if unknown.
-
-    Returns:
-        The prefix; None if the family uses the file's prefix for a different kind of encoder.
-    """
+    """Return our prefix for a text encoder, such as `lora_te1`."""
+    # The kind of its layers identifies the encoder; the number in the file counts encoders of this kind.
     kind_by_prefix = dict(_FALLBACK_ENCODERS if family is None else family.encoders)
     encoder_prefixes = [prefix for prefix, encoder_kind in kind_by_prefix.items() if encoder_kind == kind]
     file_prefix = key.start.rstrip("_.-").replace("lycoris_", "lora_")

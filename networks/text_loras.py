@@ -141,13 +141,7 @@ class TextLoras:
             self._merge(self._connector_loras, encoder.text_layers, encoder.name)
 
     def _merge(self, weighted_loras: Sequence[WeightedLora], network: nn.Module, label: str) -> None:
-        """Merge LoRAs into a text encoder, once. Raises CheckpointError if 8-bit weights would change.
-
-        Args:
-            weighted_loras: LoRA files with their strengths.
-            network: The text encoder.
-            label: Name of the text encoder, for messages.
-        """
+        """Merge LoRAs into a text encoder, once. Raises CheckpointError if 8-bit weights would change."""
         # already merged
         if not weighted_loras or network in self._merged:
             return

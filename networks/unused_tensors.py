@@ -88,12 +88,7 @@ def _advise_on_word(key: str) -> str:
 
 
 def _explain_whole_weight(name: str, leaf: str) -> UnusedReason:
-    """Return why a complete weight of the model, instead of a change, is ignored.
-
-    Args:
-        name: Our name of the module.
-        leaf: `.weight` or `.bias`.
-    """
+    """Return why a complete weight of the model, instead of a change, is ignored."""
     kind = "weights"
     if leaf == ".bias":
         kind = "biases"

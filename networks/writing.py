@@ -85,10 +85,8 @@ def in_dialect(
 
 
 def _to_comfyui(modules: Mapping[str, Factors], family: FamilyNames) -> TranslatedModules:
-    """Return modules under ComfyUI's names.
-
-    Plain LoRAs of weights that diffusers splits are written as for diffusers, all others under our modules.
-    """
+    """Return modules under ComfyUI's names."""
+    # Plain LoRAs of weights that diffusers splits are written as for diffusers, all others under our modules.
     is_split_in_diffusers = family.parts and family.path_prefix == IN_DIFFUSERS
     plain_loras: dict[str, Factors] = {}
     other_modules: dict[str, Factors] = {}
@@ -264,12 +262,7 @@ def _in_diffusers(factors: Factors) -> ConvertedFactors:
 
 
 def _find_peft_error(factors: Factors, delta: Delta) -> str | None:
-    """Return why PEFT has no form for a module's factors; None if it has.
-
-    Args:
-        factors: Factors that would be written.
-        delta: The module's change.
-    """
+    """Return why PEFT has no form for a module's factors; None if it has."""
     if factors.keys() - deltas.PLAIN_LORA_FACTORS - {MAGNITUDES} or DOWN not in factors:
         factor_names = sorted(factors.keys() - {"alpha"})
         return f"{', '.join(factor_names)} cannot be expressed in this dialect"
@@ -358,12 +351,7 @@ def _swap_halves(factors: Factors) -> Factors | None:
 
 
 def _cut(factors: Factors, paths: list[str]) -> Pieces | str:
-    """Return {path: factors} for the parts of a fused weight, or the reason why it cannot be split.
-
-    Args:
-        factors: Factors of the module, by factor name.
-        paths: Paths of the parts.
-    """
+    """Return {path: factors} for the parts of a fused weight, or the reason why it cannot be split."""
     # an input rotation is the same for all rows, so each part gets a copy
     rotation = read_delta(factors).rotation
     if rotation is not None:
@@ -394,11 +382,9 @@ def _count_part_rows(num_parts: int, rows: int, columns: int) -> tuple[int, ...]
 
 
 def _cut_or_separate(factors: Factors, row_counts: Sequence[int]) -> Sequence[Factors | None]:
-    """Return the factors of each part of a fused weight; None for a part that cannot be cut out.
-
-    A LoRA that was joined from LoRAs of the parts is separated into them, with their own ranks. Other parts
-    share the down factor.
-    """
+    """Return the factors of each part of a fused weight; None for a part that cannot be cut out."""
+    # A LoRA that was joined from LoRAs of the parts is separated into them, with their own ranks. Other parts
+    # share the down factor.
     return joined_blocks(factors, row_counts) or _cut_rows(factors, row_counts)
 
 
@@ -485,10 +471,8 @@ def _find_unreadable_in_comfyui(native: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def _write_fused(native: Mapping[str, Tensor], family: FamilyNames) -> TranslatedModules:
-    """Return a LoRA under the names of ComfyUI's layout, which fuses some of the family's modules.
-
-    A part that cannot be fused with others, because its factors are not a plain LoRA, is left out.
-    """
+    """Return a LoRA under the names of ComfyUI's layout, which fuses some of the family's modules."""
+    # A part that cannot be fused with others, because its factors are not a plain LoRA, is left out.
     fused: dict[str, Factors] = {}
     unfused: list[str] = []  # modules that could not be joined and therefore still have a part's name
     for name, factors in deltas.group_by_module(join_parts(native, family=family)).items():

@@ -73,11 +73,9 @@ class OwnImport(NamedTuple):
 
 
 def _find_imports(tree: ast.AST, lines: list[bytes], own_names: Collection[str]) -> Iterator[OwnImport]:
-    """Yield the position and name of each import of this project's modules in a source file.
-
-    `tree` and `lines` are the parsed source and its lines, `own_names` are the project's top-level modules.
-    Relative imports are skipped, because they work in the package without a change.
-    """
+    """Yield the position and name of each import of this project's modules in a source file."""
+    # `tree` and `lines` are the parsed source and its lines, `own_names` are the project's top-level modules.
+    # Relative imports are skipped, because they work in the package without a change.
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -113,12 +111,10 @@ def rename_scripts(source: str, scripts: Collection[str]) -> str:
 
 
 def _rename_command(match: re.Match[str]) -> str:
-    """Return the console command that replaces a script's path in a string literal.
-
-    A literal that is only a script's path stays: code finds the script by this path, and `command_words`
-    translates it when the command is shown. A script with a console command of its own loses its suffix even
-    there, because either form names that script.
-    """
+    """Return the console command that replaces a script's path in a string literal."""
+    # A literal that is only a script's path stays: code finds the script by this path, and `command_words`
+    # translates it when the command is shown. A script with a console command of its own loses its suffix
+    # even there, because either form names that script.
     opening, closing = match["opening"] or "", match["closing"] or ""
     script = match["script"]
     is_literal = opening and opening == closing and not match["python"]
@@ -187,10 +183,7 @@ def lay_out_package(root: Path, folder: Path) -> None:
 
 
 def _rewrite_modules(root: Path, package: Path) -> None:
-    """Rewrite the imports and strings of all modules in the package.
-
-    Raises ValueError, which names the module that could not be rewritten.
-    """
+    """Rewrite the imports and strings of all modules in the package."""
     commands = find_commands(root)
     own_names = find_own_names(root)
     scripts = {command.script for command in commands}

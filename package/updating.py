@@ -176,11 +176,7 @@ def note_version(root: Path) -> None:
 
 @contextmanager
 def _exclusive_access(root: Path) -> Iterator[None]:
-    """Let only one process at a time change the folder.
-
-    Raises:
-        UserError: If another process is changing it.
-    """
+    """Let only one process at a time change the folder."""
     try:
         (root / STATE_FOLDER).mkdir(exist_ok=True)
         with only_one(root / STATE_FOLDER / LOCK, waits=False):
@@ -241,13 +237,8 @@ def _update_clone(root: Path) -> None:
 
 
 def _move_clone(root: Path, move: CloneMove) -> None:
-    """Let git move a clone to another commit, for an update or for `back`.
-
-    If the process is killed meanwhile, the next start reads both commits from UNFINISHED and completes it.
-
-    Raises:
-        UserError: If git fails.
-    """
+    """Let git move a clone to another commit, for an update or for `back`."""
+    # If the process is killed meanwhile, the next start reads both commits from UNFINISHED and completes it.
     backup = root / STATE_FOLDER / BACKUP
     _save_updater(root)
     shutil.rmtree(backup, ignore_errors=True)
@@ -279,13 +270,8 @@ def _complete_move(root: Path, move: CloneMove) -> None:
 
 
 def _resume_clone_move(root: Path, lines: Sequence[str]) -> None:
-    """Complete an update or a `back` of a git clone that was killed while git changed files.
-
-    `lines` are the lines of UNFINISHED: the commits before and after, then "back" if it was a `back`.
-
-    Raises:
-        UserError: If git may still be running, or fails.
-    """
+    """Complete an update or a `back` of a git clone that was killed while git changed files."""
+    # `lines` are the lines of UNFINISHED: the commits before and after, then "back" if it was a `back`.
     if len(lines) < 2 or not all(map(OBJECT.fullmatch, lines[:2])):  # killed before it began
         shutil.rmtree(root / STATE_FOLDER / BACKUP)
         return
@@ -311,11 +297,7 @@ def _list_differing(root: Path, commit: str) -> set[str]:
 
 
 def _read_commits(root: Path) -> UpdateRecord:
-    """Return the commits that the last update recorded.
-
-    Raises:
-        UserError: If there is no readable record.
-    """
+    """Return the commits that the last update recorded."""
     path = root / STATE_FOLDER / COMMITS_FILE
     if not path.is_file():
         raise UserError("There is no version to go back to: nothing was updated here")
@@ -376,11 +358,7 @@ def _reject_changes(root: Path, command: str) -> None:
 
 
 def _git(root: Path, *arguments: str) -> str:
-    """Run git in `root`, and return its output without trailing white space.
-
-    Raises:
-        UserError: If git is missing, or fails; the message then contains git's error output.
-    """
+    """Run git in `root`, and return its output without trailing white space."""
     program = shutil.which("git")
     if program is None:
         raise UserError(
@@ -487,12 +465,10 @@ def _report_saved_copies(edited_copies: Mapping[str, str]) -> None:
 
 
 def _list_obsolete(root: Path, gone: Iterable[str], files: Iterable[str]) -> Iterator[str]:
-    """Yield the files that the new version does not contain, not even in another spelling.
-
-    On Windows and macOS, `Docs/a.md` and `docs/a.md` are one file, and so are names with either Unicode form
-    of an accent: removing the old name would remove the new file. If the disk distinguishes such names, the
-    old one is yielded.
-    """
+    """Yield the files that the new version does not contain, not even in another spelling."""
+    # On Windows and macOS, `Docs/a.md` and `docs/a.md` are one file, and so are names with either Unicode
+    # form of an accent: removing the old name would remove the new file. If the disk distinguishes such
+    # names, the old one is yielded.
     new_names = {fold_name(name): name for name in files}
     for name in gone:
         new_name = new_names.get(fold_name(name))
@@ -526,11 +502,7 @@ DAMAGE_ERRORS = (
 
 
 def _unpack(file: Path, folder: Path) -> list[str]:
-    """Unpack a zip file with a version of the program into a folder, and return its files' relative paths.
-
-    Raises:
-        UserError: If the file is not a version of Reelsmith, or is damaged.
-    """
+    """Unpack a zip file with a version of the program into a folder, and return its files' relative paths."""
     try:
         with BoundedFile(file, "rb") as content, zipfile.ZipFile(content) as archive:
             all_entries = [entry for entry in archive.infolist() if not entry.is_dir()]
@@ -577,10 +549,8 @@ def _find_program_folder(path: Path, archive: zipfile.ZipFile, members: Iterable
 
 
 def _reject_names(file: Path, entries: Mapping[str, zipfile.ZipInfo]) -> None:
-    """Raise UserError for a zip file that is too large, or contains paths that no version can have.
-
-    `entries` are keyed by their paths below the program's folder.
-    """
+    """Raise UserError for a zip file that is too large, or contains paths that no version can have."""
+    # `entries` are keyed by their paths below the program's folder.
     if len(entries) > MAX_FILES or sum(entry.file_size for entry in entries.values()) > MAX_BYTES:
         raise UserError(f"{file.name} is larger than any version of Reelsmith. Nothing was changed")
     seen_names: set[str] = set()
@@ -628,13 +598,8 @@ def _find_name_error(name: str) -> str:
 
 
 def _plan_update(root: Path, unpacked: Path, files: list[str]) -> FileChange:
-    """Return the changes that the new version in `unpacked` would make to the files of `root`.
-
-    `files` are the paths of the new version's files, relative to its folder.
-
-    Raises:
-        UserError: If a folder has the path of a new file, or a file has the path of a new folder.
-    """
+    """Return the changes that the new version in `unpacked` would make to the files of `root`."""
+    # `files` are the paths of the new version's files, relative to its folder.
     blocked = next((name for name in files if _is_blocked(root, name)), None)
     if blocked is not None:
         raise UserError(
@@ -707,10 +672,8 @@ def _digest(path: Path) -> str:
 
 
 def _make_backup(root: Path, change: FileChange) -> None:
-    """Copy the files that an update will replace into a backup, with a list of the update's changes.
-
-    The new backup is complete before it replaces the old one.
-    """
+    """Copy the files that an update will replace into a backup, with a list of the update's changes."""
+    # The new backup is complete before it replaces the old one.
     state_folder = root / STATE_FOLDER
     backup = state_folder / BACKUP
     partial_backup = state_folder / f"{BACKUP}.part"
@@ -735,11 +698,9 @@ def _make_backup(root: Path, change: FileChange) -> None:
 
 
 def _restore_backup(root: Path, is_repair: bool = False) -> None:
-    """Undo the last update from a zip file, even an incomplete one. If interrupted, it can be repeated.
-
-    With `is_repair`, files that the user has edited since are kept under another name. Otherwise, such files
-    are an error.
-    """
+    """Undo the last update from a zip file, even an incomplete one. If interrupted, it can be repeated."""
+    # With `is_repair`, files that the user has edited since are kept under another name. Otherwise, such
+    # files are an error.
     backup = root / STATE_FOLDER / BACKUP
     if not (backup / PLAN_FILE).is_file():
         raise UserError("There is no version to go back to: nothing was updated here")
@@ -788,11 +749,7 @@ def _restore_files(root: Path, backup: Path, change: FileChange) -> None:
 
 
 def _read_plan(path: Path) -> FileChange:
-    """Return the recorded changes of the last update.
-
-    Raises:
-        UserError: If its record is damaged.
-    """
+    """Return the recorded changes of the last update."""
     try:
         plan = parse_json(read_text(path, MAX_NOTE_BYTES))
         edited_copies = plan.pop("beside", {})  # `_make_backup` omits the key if there are none
@@ -815,11 +772,9 @@ def _read_plan(path: Path) -> FileChange:
 
 
 def _list_user_edits(root: Path, backup: Path, change: FileChange) -> list[str]:
-    """Return the files that the user has edited since the update wrote them.
-
-    A file that equals its backup copy is not listed: it is restored already, or the update was stopped
-    before it. Without digests (earlier versions did not record them), the result is empty.
-    """
+    """Return the files that the user has edited since the update wrote them."""
+    # A file that equals its backup copy is not listed: it is restored already, or the update was stopped
+    # before it. Without digests (earlier versions did not record them), the result is empty.
     digests = {fold_name(name): digest for name, digest in change.digests.items()}
     if not digests:
         return []

@@ -209,10 +209,7 @@ def _add_dashes(argument: str, flags: Mapping[str, argparse.Action]) -> str:
 
 
 def _parse_with_default_model(parser: Parser, tool: Tool, argv: Sequence[str]) -> argparse.Namespace:
-    """Parse the options of one postprocessing tool; --model defaults to the downloaded model.
-
-    Raises OptionError if the model is neither given nor downloaded.
-    """
+    """Parse the options of one postprocessing tool; --model defaults to the downloaded model."""
     _list_flags(parser)["--model"].required = False
     args = parser.parse_args(argv)
     if args.model is None:

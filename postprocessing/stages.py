@@ -136,11 +136,7 @@ class _ErrorPrefixer:
 
 @contextlib.contextmanager
 def _explain_memory(what: str) -> Iterator[None]:
-    """Turn an out-of-memory error in the `with` block into a MemoryPlanError that names a remedy.
-
-    Args:
-        what: What needs too much memory, for the message.
-    """
+    """Turn an out-of-memory error in the `with` block into a MemoryPlanError that names a remedy."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

@@ -211,10 +211,8 @@ class MemoryFittedRunner:
             free_memory(self.device)
 
     def _reduce_size(self, images: Tensor, reason: str) -> None:
-        """After an out-of-memory error, halve the batch, or else the tiles, or raise MemoryPlanError.
-
-        `images` is the batch that failed, `reason` the message of its error.
-        """
+        """After an out-of-memory error, halve the batch, or else the tiles, or raise MemoryPlanError."""
+        # `images` is the batch that failed, `reason` the message of its error.
         batch_size = min(self.batch, len(images))
         longest = max(images.shape[-2:])
         side = longest if self.tile == WHOLE_IMAGE else min(self.tile, longest)

@@ -294,10 +294,8 @@ def _trains_on(setup: RunSetup, kind: str) -> bool:
 
 
 def _describe_subsets(setup: RunSetup) -> list[str]:
-    """Return the tables of dataset.toml with [[datasets.subsets]].
-
-    Only this layout has regularization images and shuffled tags.
-    """
+    """Return the tables of dataset.toml with [[datasets.subsets]]."""
+    # Only this layout has regularization images and shuffled tags.
     bucket_sides = _select_bucket_sides(setup.target_size)
     # the [general] table already has the keys of another trainer's project
     dataset_keys = {name: side for name, side in bucket_sides.items() if name not in setup.general_keys}
@@ -524,10 +522,8 @@ def _select_situations(captions: Sequence[str]) -> list[str]:
 
 
 def _sample_size(setup: RunSetup) -> str:
-    """Return the size flags of a sample prompt: --w, --h and --f (frames).
-
-    Audio models have only --f, image models have no --f.
-    """
+    """Return the size flags of a sample prompt: --w, --h and --f (frames)."""
+    # Audio models have only --f, image models have no --f.
     if setup.has_only_audio:
         return f"--f {AUDIO_FRAMES}"
     width, height = setup.target_size
@@ -538,10 +534,8 @@ def _sample_size(setup: RunSetup) -> str:
 
 
 def _find_subject(captions: Sequence[str]) -> str:
-    """Return the words that all captions start with, without what follows a comma.
-
-    If these are only articles, or none, the shortest caption is used; without captions, "a person".
-    """
+    """Return the words that all captions start with, without what follows a comma."""
+    # If these are only articles, or none, the shortest caption is used; without captions, "a person".
     words = [text.split() for text in captions if text]
     common = os.path.commonprefix(words) if len(words) > 1 else []
     subject = " ".join(common)
@@ -568,10 +562,8 @@ def plain(text: str) -> str:
 
 
 def _released_values(model: ModelSet) -> str:
-    """Return steps, guidance and flow shift of the model's generation command as prompt line options.
-
-    All other values default to the family's, for samples as for generation.
-    """
+    """Return steps, guidance and flow shift of the model's generation command as prompt line options."""
+    # All other values default to the family's, for samples as for generation.
     letter_by_option = {"--negative_prompt": "n"}
     for name in ("steps", "guidance_scale", "embedded_guidance", "flow_shift"):
         option, letter, _ = {**COUNTS, **VALUES}[name]
@@ -600,10 +592,8 @@ def _list_edits(setup: RunSetup) -> list[Edit]:
 
 
 def _write_start_frames(setup: RunSetup) -> str:
-    """Write the first frame of a clip, and the last if the model takes one; return their prompt options.
-
-    The options are --i for the first frame and --ei for the last. With --dry_run nothing is written.
-    """
+    """Write the first frame of a clip, and the last if the model takes one; return their prompt options."""
+    # The options are --i for the first frame and --ei for the last. With --dry_run nothing is written.
     clip = next(item.path for item in setup.media if item.is_clip)
     folder = setup.folder / "output"
     start, end = folder / "start.png", folder / "end.png"
@@ -644,11 +634,9 @@ def _make_latent_caching_command(setup: RunSetup) -> list[str]:
 
 
 def _make_text_caching_command(setup: RunSetup) -> list[str]:
-    """Return the command that caches text embeddings, and what the recommended targets need of them.
-
-    The targets keep a distilled model's ability to sample in few steps. The user may choose one afterwards
-    in run.toml, without caching again.
-    """
+    """Return the command that caches text embeddings, and what the recommended targets need of them."""
+    # The targets keep a distilled model's ability to sample in few steps. The user may choose one afterwards
+    # in run.toml, without caching again.
     command = _fill_placeholders(setup, _list_arguments(setup, "texts"))
     if setup.needs_float32:
         command += _list_float32_options(setup, "TextCaching")
@@ -690,10 +678,8 @@ def _make_download_command(setup: RunSetup) -> list[str]:
 
 
 def _list_arguments(setup: RunSetup, step: str) -> list[str]:
-    """Return the arguments of a model's script for a step, such as "latents" or "train".
-
-    For a folder with only audio files, this includes the option that trains the model on audio alone.
-    """
+    """Return the arguments of a model's script for a step, such as "latents" or "train"."""
+    # For a folder with only audio files, this includes the option that trains the model on audio alone.
     argv = shlex.split(setup.model.commands[step])
     if setup.has_only_audio:
         option, value = setup.model.properties["sound_alone"].split()
@@ -786,10 +772,8 @@ def _list_training_arguments(setup: RunSetup) -> list[str]:
 
 
 def _read_options(words: Sequence[str], files: Mapping[str, str]) -> dict[str, Any]:
-    """Return the values in a command, by option name.
-
-    `files` maps placeholders such as {vae} to paths. A flag without a value is True.
-    """
+    """Return the values in a command, by option name."""
+    # `files` maps placeholders such as {vae} to paths. A flag without a value is True.
     values: dict[str, Any] = {}
     name = ""
     for word in words:

@@ -184,10 +184,8 @@ def _select_model(options: NewOptions, memory: float, template: _Template) -> Mo
 
 
 def _write_files(setup: describing.RunSetup) -> dict[Path, str]:
-    """Write run.toml, dataset.toml and prompts.txt, unless --dry_run is set; return their texts by path.
-
-    Captions from lists and first frames of clips are written first.
-    """
+    """Write run.toml, dataset.toml and prompts.txt, unless --dry_run is set; return their texts by path."""
+    # Captions from lists and first frames of clips are written first.
     options = setup.options
     text_by_name = _make_project_texts(setup, describing.list_commands(setup))
     if setup.kind.makes_training_adapter and find_origin(setup.content) == REAL_MEDIA:
@@ -205,14 +203,7 @@ def _write_files(setup: describing.RunSetup) -> dict[Path, str]:
 def _print_report(
     setup: describing.RunSetup, remarks: list[str], texts: Mapping[Path, str], adopted_lines: Sequence[str]
 ) -> None:
-    """Print what was found and chosen, and the next commands.
-
-    Args:
-        setup: The chosen model, its media and all derived values.
-        remarks: Lines about how the model was chosen.
-        texts: Contents of the written files, by path.
-        adopted_lines: Lines about values of another trainer's project, or of a recipe.
-    """
+    """Print what was found and chosen, and the next commands."""
     options = setup.options
     problems = _check_dataset(setup, texts[options.folder / DATASET_FILE])
     lines = describe_licenses(setup.model) if excludes_many(setup.model) else []
@@ -294,15 +285,12 @@ def _make_setup(
     memory: float,
     foreign: ForeignProject | None,
 ) -> describing.RunSetup:
-    """Read the folder, and return everything that determines run.toml, dataset.toml and prompts.txt.
-
-    1. Find the model's files, and check those that were typed.
-    2. Collect the media of the folder, and their tags.
-    3. Choose size and length, and apply another trainer's project.
-
-    `kind` is what the run trains, `memory` the GPU memory in GiB. `foreign` is another trainer's project,
-    which --from names.
-    """
+    """Read the folder, and return everything that determines run.toml, dataset.toml and prompts.txt."""
+    # 1. Find the model's files, and check those that were typed.
+    # 2. Collect the media of the folder, and their tags.
+    # 3. Choose size and length, and apply another trainer's project.
+    # `kind` is what the run trains, `memory` the GPU memory in GiB. `foreign` is another trainer's project,
+    # which --from names.
     model = model_choice.model
     if 0 < memory < describing.SMALL_CARD_GIB:
         model = _find_with_8bit_text_encoders(model)
@@ -393,15 +381,9 @@ def _remove_rejected_options(setup: describing.RunSetup, foreign: ForeignProject
 
 
 def _select_kind(options: NewOptions, chosen: ModelChoice, memory: float, kind_setting: str) -> RunKind:
-    """Return what a run trains: as typed, else a control network if there are control images, else a LoRA.
-
-    `chosen` contains the model and the trigger word. `kind_setting` is the setting of another trainer's
-    project that requests this kind; "" if the user typed the kind.
-
-    Raises:
-        OptionError: If the model does not support this kind, or if the trigger word does not suit an
-            embedding.
-    """
+    """Return what a run trains: as typed, else a control network if there are control images, else a LoRA."""
+    # `chosen` contains the model and the trigger word. `kind_setting` is the setting of another trainer's
+    # project that requests this kind; "" if the user typed the kind.
     model = chosen.model
     if options.trains is None:
         return _find_folder_kind(options.folder, model, has_word=chosen.trigger is not None)
@@ -466,10 +448,8 @@ def _list_suggested_models(model: ModelSet, model_info: ModelInfo) -> SuggestedM
 
 
 def _write_captions_and_first_frames(content: FolderContent) -> None:
-    """Write first frames of clips, and caption files for captions from lists.
-
-    Existing caption files are not changed.
-    """
+    """Write first frames of clips, and caption files for captions from lists."""
+    # Existing caption files are not changed.
     for image, clip in content.first_frames.items():
         image.parent.mkdir(parents=True, exist_ok=True)
         write_png(image, first_frame(clip))
@@ -486,15 +466,9 @@ class DatasetProblems(NamedTuple):
 
 
 def _check_dataset(setup: describing.RunSetup, dataset_toml: str) -> DatasetProblems:
-    """Check the media, captions and control images of a dataset as a training run would.
-
-    Images that --dry_run does not write are not checked. Missing captions are omitted, because other lines
-    report them, except for files that cannot be read.
-
-    Args:
-        setup: The chosen model and the folder's content.
-        dataset_toml: Text of dataset.toml.
-    """
+    """Check the media, captions and control images of a dataset as a training run would."""
+    # Images that --dry_run does not write are not checked. Missing captions are omitted, because other lines
+    # report them, except for files that cannot be read.
     if setup.options.dry_run and setup.content.first_frames:
         return DatasetProblems([], [])
     errors: list[Fault] = []
@@ -561,10 +535,8 @@ def _describe_next(setup: describing.RunSetup, has_errors: bool) -> str:
 
 
 def _describe_choice(setup: describing.RunSetup, remarks: list[str]) -> list[str]:
-    """Return lines about the folder, the model, and how well they fit.
-
-    `remarks` are lines about how the model was chosen.
-    """
+    """Return lines about the folder, the model, and how well they fit."""
+    # `remarks` are lines about how the model was chosen.
     return [
         _summarize(setup),
         *setup.content.report_lines,
@@ -854,10 +826,8 @@ def _describe_tag_keys(setup: describing.RunSetup, tags: TagLists) -> str:
 
 
 def _find_replaced_by_trigger(setup: describing.RunSetup, uncaptioned: Sequence[Path]) -> list[Path]:
-    """Return the media for which the trigger word serves as the missing caption.
-
-    `uncaptioned` are the media that have neither a caption nor a replacement.
-    """
+    """Return the media for which the trigger word serves as the missing caption."""
+    # `uncaptioned` are the media that have neither a caption nor a replacement.
     content = setup.content
     lacking = [item.path for item in setup.media if item.caption is None]
     replaced = [path for path in lacking if path not in {*uncaptioned, *content.undecodable_captions}]

@@ -105,10 +105,9 @@ def _add_list_captions(
     rows: Sequence[tuple[str, Any]],
     media_by_name: Mapping[Path, Sequence[Path]],
 ) -> None:
-    """Add a list's captions to `caption_lists`, with lines about rows that cannot be used.
-
-    `rows` are pairs (file name, caption). `media_by_name` maps paths with and without suffix to media files.
-    """
+    """Add a list's captions to `caption_lists`, with lines about rows that cannot be used."""
+    # `rows` are pairs (file name, caption). `media_by_name` maps paths with and without suffix to media
+    # files.
     missing_names: list[str] = []
     files_without_text: list[str] = []
     num_captions = 0
@@ -169,19 +168,7 @@ def _find_media(folder: Path, name: str, media_by_name: Mapping[Path, Sequence[P
 def _read_rows(
     path: Path, described_media: Path | None, names: Collection[str], remarks: list[str]
 ) -> Iterator[tuple[str, Any]]:
-    """Yield (file name, caption) for each row of a list of captions.
-
-    Args:
-        path: The list.
-        described_media: For a JSON file with the name of a media file: that media file.
-        names: Names of the media in the list's folder.
-        remarks: Lines about rows that are skipped or read differently are appended to this list.
-
-    Raises:
-        DatasetError: If a table has no file name column or caption column.
-        OSError: If the file cannot be read.
-        ValueError: If its content cannot be parsed.
-    """
+    """Yield (file name, caption) for each row of a list of captions."""
     if path.suffix.lower() == JSON:
         content = parse_json(read_text(path, MAX_METADATA_BYTES))
         yield from _read_json_rows(content, described_media)
@@ -191,11 +178,9 @@ def _read_rows(
 
 
 def _read_json_rows(content: Any, described_media: Path | None) -> Iterator[tuple[str, Any]]:
-    """Yield (file name, caption) for each entry in a JSON file.
-
-    The file is about one image or clip, or a table of captions by file name, or a list of rows.
-    `described_media` is the media file with the name of the JSON file, None if there is none.
-    """
+    """Yield (file name, caption) for each entry in a JSON file."""
+    # The file is about one image or clip, or a table of captions by file name, or a list of rows.
+    # `described_media` is the media file with the name of the JSON file, None if there is none.
     if isinstance(content, list):
         yield from _read_json_list(content)
     elif isinstance(content, dict) and described_media is not None:
@@ -219,11 +204,7 @@ def _first_text(row: Mapping[str, Any]) -> Any:
 
 
 def _read_table_rows(path: Path, table: Path, remarks: list[str]) -> Iterator[tuple[str, Any]]:
-    """Yield (file name, caption) for each row of a caption table. `path` is for messages only.
-
-    Raises:
-        DatasetError: If the table has no file name column or no caption column.
-    """
+    """Yield (file name, caption) for each row of a caption table. `path` is for messages only."""
     columns = column_names(table)
     name_column = _find_column(columns, ALL_PATH_COLUMNS)
     caption_column = _find_column(columns, ALL_CAPTION_COLUMNS)
@@ -248,11 +229,9 @@ def _find_column(columns: Sequence[str], known_names: Iterable[str]) -> str | No
 
 @contextlib.contextmanager
 def _open_as_table(path: Path, names: Collection[str], remarks: list[str]) -> Iterator[Path]:
-    """Yield the path of a table that `read_columns` can read: UTF-8 text with column names in line 1.
-
-    A converted copy is made if needed: spreadsheets write other encodings, and lists written by hand have no
-    header line.
-    """
+    """Yield the path of a table that `read_columns` can read: UTF-8 text with column names in line 1."""
+    # A converted copy is made if needed: spreadsheets write other encodings, and lists written by hand have
+    # no header line.
     if not FORMAT_BY_SUFFIX[path.suffix.lower()].is_text:
         yield path
         return
@@ -268,11 +247,7 @@ def _open_as_table(path: Path, names: Collection[str], remarks: list[str]) -> It
 
 
 def _decode_table(path: Path, remarks: list[str]) -> str:
-    """Decode the text of a table file, guessing its encoding if it is not UTF-8.
-
-    Raises:
-        DatasetError: If its encoding cannot be guessed.
-    """
+    """Decode the text of a table file, guessing its encoding if it is not UTF-8."""
     content = read_content(path, MAX_METADATA_BYTES)
     try:
         return content.decode("utf-8-sig")
@@ -285,10 +260,8 @@ def _decode_table(path: Path, remarks: list[str]) -> str:
 
 
 def _add_column_names(path: Path, text: str, names: Collection[str]) -> str:
-    """Add a header line with column names to the text of a table that has none.
-
-    `names` are the media files in the table's folder.
-    """
+    """Add a header line with column names to the text of a table that has none."""
+    # `names` are the media files in the table's folder.
     if not FORMAT_BY_SUFFIX[path.suffix.lower()].has_header:
         return text
     first_line = text.split("\n", 1)[0]

@@ -260,10 +260,8 @@ def _indent_lines(lines: Iterable[str]) -> str:
 def _collect_media(
     folder: Path, folders_by_use: SortedFolders, content: FolderContent, model_info: "ModelInfo"
 ) -> list[Path]:
-    """Add the captioned media of the training folders to `content`; return the audio files.
-
-    The report gets lines about lists of captions, and then lines about files that are not used.
-    """
+    """Add the captioned media of the training folders to `content`; return the audio files."""
+    # The report gets lines about lists of captions, and then lines about files that are not used.
     suffixes = _media_suffixes() | AUDIO_SUFFIXES
     training_folders = folders_by_use.training_folders
     files_by_folder = {subfolder: _list_files(subfolder, suffixes) for subfolder in training_folders}
@@ -296,19 +294,9 @@ def _describe_control_pairs(
     kind: RunKind,
     control_kind: RunKind | None,
 ) -> dict[Path, str]:
-    """Return a line for each folder of control images that belongs to the media folder.
-
-    Folders of control images are inside the media folder, inside a training folder, or next to the media
-    folder.
-
-    Args:
-        folder: The media folder.
-        folders_by_use: Its subfolders, grouped by use.
-        media: Its media.
-        kind: The kind of this run.
-        control_kind: The kind of run that trains on control images; None if the model has none. Then no line
-            is returned.
-    """
+    """Return a line for each folder of control images that belongs to the media folder."""
+    # Folders of control images are inside the media folder, inside a training folder, or next to the media
+    # folder.
     if control_kind is None:
         return {}
     images = [item.path for item in media if item.kind == "image"]
@@ -364,10 +352,8 @@ def _describe_images_named_as_references(media: Sequence[Media]) -> list[str]:
 
 
 def _sort_folders(folder: Path, content: FolderContent) -> SortedFolders:
-    """Sort the subfolders by their use: for training, as references, or for regularization.
-
-    The names of the folders in use, and lines about those that are left out, are added to `content`.
-    """
+    """Sort the subfolders by their use: for training, as references, or for regularization."""
+    # The names of the folders in use, and lines about those that are left out, are added to `content`.
     candidates = [folder]  # for training or regularization
     folders_by_use = SortedFolders(training_folders=[], reference_folders=[], regularization_reasons={})
     for subfolder in _list_subfolders(folder):
@@ -440,10 +426,8 @@ def _find_neighboring_regularization(folder: Path, content: FolderContent) -> di
 def _add_regularization(
     subfolder: Path, reason: str, content: FolderContent, model_info: "ModelInfo", kind: RunKind
 ) -> None:
-    """Add a folder of regularization images to `content`, or report why it cannot be used.
-
-    `reason` is why its images seem to be for regularization. `kind` is the kind of run.
-    """
+    """Add a folder of regularization images to `content`, or report why it cannot be used."""
+    # `reason` is why its images seem to be for regularization. `kind` is the kind of run.
     images = _list_files(subfolder, image_suffixes())
     if not images:
         return
@@ -493,10 +477,8 @@ def _parse_folder_name(folder: Path) -> FolderName | None:
 def _find_regularization_reason(
     subfolder: Path, folder: Path, names: Mapping[Path, FolderName]
 ) -> str | None:
-    """Return why a folder's images count as regularization images; None if they do not.
-
-    `names` are the class or subject words in the names of folders, such as `ohwx man` of 10_ohwx man.
-    """
+    """Return why a folder's images count as regularization images; None if they do not."""
+    # `names` are the class or subject words in the names of folders, such as `ohwx man` of 10_ohwx man.
     if subfolder == folder:
         return None
     for path in (subfolder, subfolder.parent):
@@ -574,10 +556,8 @@ def _describe_names(folders_by_use: Sequence[Path], names: Mapping[Path, FolderN
 
 
 def _describe_lists(content: FolderContent) -> list[str]:
-    """Return lines that say which lists provide captions, and for how many files.
-
-    Call this after captions have been assigned to the media.
-    """
+    """Return lines that say which lists provide captions, and for how many files."""
+    # Call this after captions have been assigned to the media.
     lines = []
     single_files = []  # JSON files about one file each share a line
     for path, count in content.listed_captions.num_captions_by_list.items():
@@ -622,14 +602,11 @@ def _describe_too_deep_media(folders: Sequence[Path]) -> list[str]:
 def _add_folder_media(
     folder: Path, subfolder: Path, content: FolderContent, model_info: "ModelInfo"
 ) -> list[Path]:
-    """Add the clips and images of a subfolder to `content`, with messages about other files.
-
-    1. Separate media, media with a label (such as masks), and other files.
-    2. Add the media; if the model learns layers, only images with their layers.
-    3. Report labeled files, captions without media, and files that are not used.
-
-    `folder` is the dataset folder. Returns the audio files of the subfolder.
-    """
+    """Add the clips and images of a subfolder to `content`, with messages about other files."""
+    # 1. Separate media, media with a label (such as masks), and other files.
+    # 2. Add the media; if the model learns layers, only images with their layers.
+    # 3. Report labeled files, captions without media, and files that are not used.
+    # `folder` is the dataset folder. Returns the audio files of the subfolder.
     try:
         paths = sorted(subfolder.iterdir())
     except OSError as error:
@@ -715,10 +692,8 @@ def _has_made_masks(folder: Path) -> bool:
 
 
 def _explain_masks(folder: Path, subfolder: Path) -> str:
-    """Return the line for dataset.toml that makes training use the masks in a folder.
-
-    `folder` contains dataset.toml.
-    """
+    """Return the line for dataset.toml that makes training use the masks in a folder."""
+    # `folder` contains dataset.toml.
     inside = Path(parse_path(real_path(folder), real_path(subfolder))).as_posix()
     return f'masks are left out. mask_directory = "{inside}" in dataset.toml, with their images, takes them'
 
@@ -787,10 +762,8 @@ def _record_unreadable(path: Path, error: MediaError, content: FolderContent) ->
 def _describe_other_files(
     other_files: Mapping[str, Sequence[Path]], media: Sequence[Path], content: FolderContent
 ) -> list[str]:
-    """Return lines about caption files without media, and about files of other kinds that are not used.
-
-    `other_files` are all files except media, by suffix. `media` are the files that captions may belong to.
-    """
+    """Return lines about caption files without media, and about files of other kinds that are not used."""
+    # `other_files` are all files except media, by suffix. `media` are the files that captions may belong to.
     media_caption_paths = {caption_path(path, content.caption_suffix) for path in media}
     stems = {path.stem for path in media}
     used_files = {*content.listed_captions.list_paths, *media}  # lists of captions are read, too
@@ -834,10 +807,9 @@ def _explain_unread_files(paths: Sequence[Path], stems: set[str], captions: str)
 
 
 def _add_audio_files(content: FolderContent, audio_files: Sequence[Path], model_info: "ModelInfo") -> None:
-    """Add audio files as media if there are no clips and images, and the model allows it; else report them.
-
-    Audio files named like a clip are used with the clip, if the model reads such files.
-    """
+    """Add audio files as media if there are no clips and images, and the model allows it."""
+    # Else report them.
+    # Audio files named like a clip are used with the clip, if the model reads such files.
     remaining = list(audio_files)
     if model_info.reads_separate_audio:
         clip_names = {item.path.with_suffix("") for item in content.media if item.is_clip}
@@ -858,22 +830,14 @@ def _add_audio_files(content: FolderContent, audio_files: Sequence[Path], model_
 
 
 def _read_audio(path: Path, content: FolderContent, encodings: list[str]) -> Media:
-    """Return the caption of an audio file, which has no width and height.
-
-    Raises:
-        MediaError: If the file cannot be read, or has no audio.
-    """
+    """Return the caption of an audio file, which has no width and height."""
     if track_info(path) is None:
         raise MediaError(f"{path} has no sound")
     return Media(path, "audio", (0, 0), seconds=None, caption=_find_caption(path, content, encodings))
 
 
 def _read_media(path: Path, content: FolderContent, model_info: "ModelInfo", encodings: list[str]) -> Media:
-    """Return the size, duration and caption of a clip or an image.
-
-    Raises:
-        MediaError: If the file cannot be read.
-    """
+    """Return the size, duration and caption of a clip or an image."""
     caption = _find_caption(path, content, encodings)
     is_moving = path.suffix.lower() in VIDEO_SUFFIXES or (model_info.trains_on_clips and is_animation(path))
     if not is_moving:
@@ -884,12 +848,10 @@ def _read_media(path: Path, content: FolderContent, model_info: "ModelInfo", enc
 
 
 def _find_caption(path: Path, content: FolderContent, encodings: list[str]) -> str | None:
-    """Return a file's caption on one line; None if it has none.
-
-    The caption file has precedence over a list of captions. `content` records which captions `new` has to
-    copy from a list into a caption file, and which files have two different captions. If the caption file
-    is not UTF-8, a line about it is appended to `encodings`.
-    """
+    """Return a file's caption on one line; None if it has none."""
+    # The caption file has precedence over a list of captions. `content` records which captions `new` has to
+    # copy from a list into a caption file, and which files have two different captions. If the caption file
+    # is not UTF-8, a line about it is appended to `encodings`.
     caption_file = caption_path(path, content.caption_suffix)
     try:
         caption = read_caption_file(caption_file)
@@ -1021,10 +983,8 @@ def _list_other_media(folder: Path, reference_folder: Path) -> list[Path]:
 def _select_control_folders(
     folder: Path, folders_by_use: SortedFolders, content: FolderContent, kind: RunKind
 ) -> None:
-    """Select each training folder's control image folder: the first that has any for its images.
-
-    Inpainting uses the images themselves as control images. Unused folders are reported.
-    """
+    """Select each training folder's control image folder: the first that has any for its images."""
+    # Inpainting uses the images themselves as control images. Unused folders are reported.
     unused_reason = "No file there has the name of an image next to it"
     if kind.inpaints_images:
         unused_reason = f"{kind.title} learns from the images themselves"
@@ -1052,10 +1012,8 @@ def _leave_out_clips(content: FolderContent, kind: RunKind) -> None:
 
 
 def _select_folder_references(image_folder: Path, candidates: Sequence[Path], content: FolderContent) -> None:
-    """Select the first candidate folder with references for any image in `image_folder`.
-
-    References have the file names of their images. Missing ones are reported.
-    """
+    """Select the first candidate folder with references for any image in `image_folder`."""
+    # References have the file names of their images. Missing ones are reported.
     media = [item for item in content.media if item.path.parent == image_folder]
     image_stems = [item.path.stem for item in media if item.kind == "image"]
     if not image_stems:

@@ -213,10 +213,8 @@ def _option_names(parser: argparse.ArgumentParser) -> set[str]:
 
 
 def _select_options(words: Sequence[str], names: Collection[str], files: Mapping[str, str]) -> list[str]:
-    """Return those options of a command whose names are in `names`, with their values.
-
-    `files` maps placeholders such as {vae} to paths. Options with an unknown placeholder are omitted.
-    """
+    """Return those options of a command whose names are in `names`, with their values."""
+    # `files` maps placeholders such as {vae} to paths. Options with an unknown placeholder are omitted.
     selected: list[str] = []
     starts = [index for index, word in enumerate(words) if word.startswith("--")]
     for start, end in itertools.pairwise([*starts, len(words)]):
@@ -260,10 +258,8 @@ def _seems_distilled(family: Any, dit: Path) -> bool:
 
 
 def _find_task_contradiction(family: Any, model: ModelSet, dits: Sequence[Path]) -> str | None:
-    """Return a message if only one of a file and its task's released file is distilled to few steps.
-
-    None if no file contradicts the task, or if none reveals whether it is distilled.
-    """
+    """Return a message if only one of a file and its task's released file is distilled to few steps."""
+    # None if no file contradicts the task, or if none reveals whether it is distilled.
     if not knows_few_steps(family):
         return None
     for dit, released in zip(dits, _list_released_dits(model), strict=False):
@@ -373,11 +369,7 @@ def _describe_smaller_models(model: ModelSet, models: Sequence[ModelSet], memory
 
 
 def _ask_for_family(options: NewOptions, models: Sequence[ModelSet], memory: float) -> NamedModel:
-    """Ask for the family on a terminal.
-
-    Raises:
-        OptionError: If there is no terminal.
-    """
+    """Ask for the family on a terminal."""
     families = list_model_families(models)
     if not has_terminal():
         raise OptionError(f"--family is missing: pass one of {', '.join(families)}")
@@ -390,10 +382,8 @@ def _ask_for_family(options: NewOptions, models: Sequence[ModelSet], memory: flo
 
 
 def _ask_for_task(options: NewOptions, models: Sequence[ModelSet], memory: float) -> ModelSet:
-    """Ask the user in a terminal for the task, and return its model.
-
-    `memory` is the GPU memory in GiB, for the table of tasks.
-    """
+    """Ask the user in a terminal for the task, and return its model."""
+    # `memory` is the GPU memory in GiB, for the table of tasks.
     tasks = [model.task for model in models]
 
     def read(text: str) -> str:
@@ -421,11 +411,7 @@ def _list_candidates(named: NamedModel, typed_task: str | None, models: Sequence
 
 
 def _select_without_asking(typed_task: str | None, candidates: Sequence[ModelSet]) -> ModelSet:
-    """Return the first model of the typed task; without a task, the family's only base model.
-
-    Raises:
-        OptionError: If no task is typed, and there are several base models or none.
-    """
+    """Return the first model of the typed task; without a task, the family's only base model."""
     if typed_task is not None or len(candidates) == 1:
         return candidates[0]
     base_models = [model for model in candidates if _is_base_model(model)]
@@ -472,14 +458,9 @@ def _read_trigger(text: str) -> str:
 
 
 def _read_tasks(text: str, tasks: Sequence[ModelSet]) -> list[ModelSet]:
-    """Return the models of a family whose tasks a typed name may mean.
-
-    The name may be a task's name here, its name in the training script, which may stand for several tasks, or
-    a part of the name of only one task.
-
-    Raises:
-        OptionError: If no task has this name, or if it is ambiguous.
-    """
+    """Return the models of a family whose tasks a typed name may mean."""
+    # The name may be a task's name here, its name in the training script, which may stand for several tasks,
+    # or a part of the name of only one task.
     matches = [model for model in tasks if is_task_spelling(text, model.task)]
     if not matches and plain_name(text):
         matches = [model for model in tasks if is_task_spelling(text, _training_task(model))]
@@ -547,10 +528,8 @@ def _make_unsupported_task_hint(plain: str, family: str) -> str:
 
 
 def _make_family_table(models: Sequence[ModelSet], memory: float, is_typed: bool) -> str:
-    """Return a text table of model families: output, download size, and whether they fit the GPU.
-
-    `is_typed` says that `memory`, the GPU memory in GiB, comes from the command line.
-    """
+    """Return a text table of model families: output, download size, and whether they fit the GPU."""
+    # `is_typed` says that `memory`, the GPU memory in GiB, comes from the command line.
     rows = []
     for family in list_model_families(models):
         tasks = [model for model in models if model.family == family]
@@ -563,10 +542,8 @@ def _make_family_table(models: Sequence[ModelSet], memory: float, is_typed: bool
 
 
 def _make_task_table(tasks: Sequence[ModelSet], memory: float, is_typed: bool) -> str:
-    """Return a text table of tasks: description, download size, and whether they fit the GPU.
-
-    `is_typed` says that `memory`, the GPU memory in GiB, comes from the command line.
-    """
+    """Return a text table of tasks: description, download size, and whether they fit the GPU."""
+    # `is_typed` says that `memory`, the GPU memory in GiB, comes from the command line.
     rows = []
     for model in tasks:
         size = gigabytes(total_bytes(model.components))
@@ -577,10 +554,8 @@ def _make_task_table(tasks: Sequence[ModelSet], memory: float, is_typed: bool) -
 def _format_fit_table(
     head: Sequence[str], rows: Sequence[Sequence[str]], memory: float, is_typed: bool
 ) -> str:
-    """Return a numbered text table of models; its last column says whether they fit the GPU.
-
-    `is_typed` says that `memory`, the GPU memory in GiB, comes from the command line.
-    """
+    """Return a numbered text table of models; its last column says whether they fit the GPU."""
+    # `is_typed` says that `memory`, the GPU memory in GiB, comes from the command line.
     if memory:
         where = f"on {memory:.0f} GiB" if is_typed else f"on this machine ({memory:.0f} GiB)"
         return _format_numbered_table((*head, where), rows)

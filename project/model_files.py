@@ -48,11 +48,7 @@ def name_files(options: NewOptions, model: ModelSet) -> dict[str, str]:
 
 
 def _require_typed_file(name: str, text: str, part: Component) -> Path:
-    """Return the path that --model_file gives for an option.
-
-    Raises:
-        OptionError: If the file does not exist.
-    """
+    """Return the path that --model_file gives for an option."""
     path = to_path(f"--model_file {name}", text)
     if not path.exists():
         raise OptionError(

@@ -99,12 +99,7 @@ def pack_folder(options: PackOptions) -> None:
 
 
 def _select_output(options: PackOptions) -> Path:
-    """Return the path of the archive: --output, or FOLDER-pack.zip next to the folder.
-
-    Raises:
-        OptionError: If it is in the folder to pack.
-        OutputError: If it exists, and --overwrite is not set.
-    """
+    """Return the path of the archive: --output, or FOLDER-pack.zip next to the folder."""
     folder = real_path(options.folder)
     output = options.output or folder.with_name(f"{folder.name}-pack.zip")
     if real_path(output).is_relative_to(folder):
@@ -167,11 +162,7 @@ class RunFileContent(NamedTuple):
 
 
 def _read_run_file(folder: Path) -> RunFileContent:
-    """Read a folder's run.toml.
-
-    Raises:
-        OptionError: If the file is missing, or does not have the layout that `new` writes.
-    """
+    """Read a folder's run.toml."""
     path = folder / RUN_FILE
     try:
         tables = parse_toml(read_text(path))
@@ -215,10 +206,8 @@ def _list_model_paths(training: Mapping[str, Any]) -> list[str]:
 def _map_model_paths(
     folder: Path, files: Sequence[str], download_folder: str | None
 ) -> tuple[dict[str, str], list[str]]:
-    """Map paths of model files to paths in the archive; list those that cannot be downloaded again.
-
-    These are the files outside of `download_folder`, which is spelled as in run.toml.
-    """
+    """Map paths of model files to paths in the archive; list those that cannot be downloaded again."""
+    # These are the files outside of `download_folder`, which is spelled as in run.toml.
     archive_paths: dict[str, str] = {}
     not_downloaded: list[str] = []
     download_root = None
@@ -248,11 +237,7 @@ class FolderMembers(NamedTuple):
 
 
 def _list_folder_members(pack_source: PackSource) -> FolderMembers:
-    """Return the files of a folder that go into its archive; links are followed.
-
-    Raises:
-        OptionError: If a file's name is not allowed on every system.
-    """
+    """Return the files of a folder that go into its archive; links are followed."""
     members: list[PackMember] = []
     skipped_paths: list[str] = []
     visited: set[Path] = set()
@@ -311,11 +296,7 @@ def _list_state_members(pack_source: PackSource) -> list[PackMember]:
 def _relocate_texts(
     pack_source: PackSource, members: Sequence[PackMember]
 ) -> tuple[list[PackMember], list[str]]:
-    """Make the paths in the packed text files relative; also return the secret options that were removed.
-
-    Raises:
-        OptionError: If a text contains other paths of this machine.
-    """
+    """Make the paths in the packed text files relative; also return the secret options that were removed."""
     secret_options = {name for name, info in get_option_info(TrainingOptions).items() if info.get("secret")}
     relocated: list[PackMember] = []
     removed_options: list[str] = []
@@ -343,10 +324,8 @@ class _RelocatedMember(NamedTuple):
 
 
 def _relocate_member(pack_source: PackSource, path: Path, secret_options: set[str]) -> _RelocatedMember:
-    """Make the paths in a TOML file, the prompts or the history relative.
-
-    Lists of captions are not rewritten, but the result contains the paths of this machine in them.
-    """
+    """Make the paths in a TOML file, the prompts or the history relative."""
+    # Lists of captions are not rewritten, but the result contains the paths of this machine in them.
     machine_paths = pack_source.machine_paths
     if path.suffix.lower() == ".toml":
         return _RelocatedMember(*_relocate_file(relocate_toml, machine_paths, path, secret_options))
@@ -363,11 +342,7 @@ def _relocate_member(pack_source: PackSource, path: Path, secret_options: set[st
 def _relocate_file(
     relocate: Callable[..., RelocatedText], machine_paths: MachinePaths, path: Path, *without: set[str]
 ) -> RelocatedText:
-    """Read a text file and return its text with relocated paths.
-
-    Raises:
-        OptionError: If the file cannot be read.
-    """
+    """Read a text file and return its text with relocated paths."""
     try:
         return relocate(read_text(path), machine_paths, *without)
     except (OSError, ValueError) as error:

@@ -154,10 +154,8 @@ def _run_or_check(options: RunOptions, project: Project, trace: RunTrace, end: E
 def _run_commands(
     commands: Sequence[list[str]], options: RunOptions, project: Project, trace: RunTrace, end: EndCommand
 ) -> None:
-    """Run commands until one fails, with a record of their progress, and print where the result is.
-
-    `end` runs the user's command at the end of the run.
-    """
+    """Run commands until one fails, with a record of their progress, and print where the result is."""
+    # `end` runs the user's command at the end of the run.
     # the command to repeat this run; the first two words are `run` and the folder as typed
     repeat_argv = ["run", str(project.folder), *options.as_arguments[2:]]
     end.arm(
@@ -192,10 +190,8 @@ def _print_result(project: Project, unreadable_files: Sequence[str]) -> None:
 
 
 def _explain_missing(project: Project, models: Path) -> str:
-    """Return the error message about missing model files, with the options that download them.
-
-    `models` is the default download folder.
-    """
+    """Return the error message about missing model files, with the options that download them."""
+    # `models` is the default download folder.
     size = _download_size(project.download_command)
     options = _describe_download_options(project, models)
     return (
@@ -211,13 +207,8 @@ def _print_command(argv: Sequence[str], folder: Path) -> None:
 
 
 def _run_until_one_fails(commands: Sequence[list[str]], project: Project, trace: RunTrace) -> list[str]:
-    """Run the commands in order, without checks that passed before; return lines about skipped media.
-
-    Exits with the return code of the first command that fails.
-
-    Raises:
-        OptionError: If model files are still missing after their download.
-    """
+    """Run the commands in order, without checks that passed before; return lines about skipped media."""
+    # Exits with the return code of the first command that fails.
     unreadable_files: list[str] = []
     is_checked = was_checked(project.folder, project.commands, project.model_files)
     if is_checked:
@@ -288,10 +279,8 @@ def _run_check(argv: Sequence[str], project: Project) -> CheckOutcome:
 
 
 def _check_before_caching(argv: Sequence[str], project: Project) -> list[str]:
-    """Check the training options and media files; return lines about files that the run leaves out.
-
-    Exits with code 1 if an error would stop the run. `argv` is the command that checks media.
-    """
+    """Check the training options and media files; return lines about files that the run leaves out."""
+    # Exits with code 1 if an error would stop the run. `argv` is the command that checks media.
     _check_training(project)
     outcome = _check_media(argv, project.folder, project.validation_split)
     if outcome.fatal_error_kinds:
@@ -305,11 +294,9 @@ def _check_before_caching(argv: Sequence[str], project: Project) -> list[str]:
 def _run_or_exit(
     argv: Sequence[str], folder: Path, may_skip_files: bool, progress: Path | None = None
 ) -> None:
-    """Run a command of the project; exit with its return code if it fails.
-
-    With `may_skip_files`, a command that skips unreadable files has not failed, because the check has already
-    reported these files. `progress` is the file into which the command writes its progress.
-    """
+    """Run a command of the project; exit with its return code if it fails."""
+    # With `may_skip_files`, a command that skips unreadable files has not failed, because the check has
+    # already reported these files. `progress` is the file into which the command writes its progress.
     code = run_command(argv, folder, progress)
     has_skipped_files = code == installation.SOURCES_LEFT_OUT
     if code == 0 or (has_skipped_files and may_skip_files):
@@ -321,16 +308,7 @@ def _run_or_exit(
 
 
 def _read_project(path_or_folder: Path, typed_options: Mapping[str, Any]) -> Project:
-    """Return the project in a folder's run.toml, after checking its paths.
-
-    Args:
-        path_or_folder: The folder, or its run.toml.
-        typed_options: Training options on the command line, which override those in the file.
-
-    Raises:
-        OptionError: If the file does not have the layout that `new` writes, or if results would be written
-            outside of the allowed folders.
-    """
+    """Return the project in a folder's run.toml, after checking its paths."""
     folder = _find_described_folder(path_or_folder)
     path = folder / RUN_FILE
     try:
@@ -353,10 +331,8 @@ def _read_project(path_or_folder: Path, typed_options: Mapping[str, Any]) -> Pro
 
 
 def _check_paths_and_scripts(project: Project, name_option: str) -> None:
-    """Raise OptionError if a run would write outside of its folders or start a script of another program.
-
-    `name_option` is the option that sets the output name, for messages.
-    """
+    """Raise OptionError if a run would write outside of its folders or start a script of another program."""
+    # `name_option` is the option that sets the output name, for messages.
     # before history_path, which makes a path of the name; checked again below if the run is new
     check_output_name(name_option, project.output_name, is_new=False)
     reject_outside("output_dir", project.output_folder)
@@ -375,11 +351,7 @@ def _extend_training(project: Project, argv: Sequence[str]) -> Project:
 
 
 def _find_described_folder(path_or_folder: Path) -> Path:
-    """Return the folder of a path, which may also be the folder's run.toml.
-
-    Raises:
-        OptionError: If the path is another file.
-    """
+    """Return the folder of a path, which may also be the folder's run.toml."""
     if path_or_folder.name == RUN_FILE and not path_or_folder.is_dir():
         return path_or_folder.parent
     if path_or_folder.is_file():
@@ -390,10 +362,8 @@ def _find_described_folder(path_or_folder: Path) -> Path:
 
 
 def _parse_project(folder: Path, tables: Mapping[str, Any], typed_options: Mapping[str, Any]) -> Project:
-    """Return the project that the tables of run.toml describe; `typed_options` override its training options.
-
-    Raises KeyError, TypeError, ValueError or OverflowError if a table is malformed.
-    """
+    """Return the project that the tables of run.toml describe."""
+    # `typed_options` override its training options.
     project_table = tables[PROJECT_TABLE]  # commands and model files
     training_options = {**tables["training"], **typed_options}
     # the first command is always the download
@@ -439,11 +409,7 @@ def _make_model_metadata(values: Mapping[str, Any], commands: Sequence[Sequence[
 
 
 def _describe_finished_training(project: Project, options: RunOptions) -> list[str]:
-    """Return lines about a training run that has already finished; [] if it has not, or in a dry run.
-
-    Raises:
-        OptionError: If the trained file belongs to another model.
-    """
+    """Return lines about a training run that has already finished; [] if it has not, or in a dry run."""
     file = project.output_folder / f"{project.output_name}.safetensors"
     if not file.exists():  # in diffusers' layout, the U-Net's file has the metadata
         file = project.output_folder / project.output_name / "unet" / "diffusion_pytorch_model.safetensors"
@@ -487,10 +453,8 @@ def _find_model_difference(project: Project, metadata: Mapping[str, str]) -> str
 
 
 def _describe_download_options(project: Project, models: Path) -> str:
-    """Return the options that let `run` download missing files.
-
-    `models` is the default folder of --download; any other folder has to be named.
-    """
+    """Return the options that let `run` download missing files."""
+    # `models` is the default folder of --download; any other folder has to be named.
     target = project.folder / _list_typed_values(project.download_command).get("--to", "models")
     is_allowed = real_path(target).is_relative_to(real_path(models)) or describe_outside(target) is None
     return "--download" if is_allowed else quote_command(["--download", "--models", str(target)])
@@ -524,10 +488,7 @@ def _is_media_check(argv: Sequence[str]) -> bool:
 
 
 def _check_training(project: Project) -> None:
-    """Let the training script check its options and files, before hours of caching.
-
-    Raises OptionError if the script rejects them.
-    """
+    """Let the training script check its options and files, before hours of caching."""
     argv = project.commands[-1]  # the last command trains
     process = subprocess.run(
         [sys.executable, *installation.program_words(_require_script(argv)), *argv[2:]],
@@ -543,10 +504,8 @@ def _check_training(project: Project) -> None:
 
 
 def _check_media(argv: Sequence[str], folder: Path, validation: tuple[float, int] = (0.0, 0)) -> MediaCheck:
-    """Check the media files with the script that caches latents; return errors or unreadable files.
-
-    `validation` is the training run's fraction of validation files and the seed that selects them.
-    """
+    """Check the media files with the script that caches latents; return errors or unreadable files."""
+    # `validation` is the training run's fraction of validation files and the seed that selects them.
     media_faults: list[Fault] = []
 
     # the caching script loads the family and the dataset, and then calls this function instead of encoding
@@ -587,10 +546,8 @@ def _report_media_errors(
 
 
 def _print_remedies(argv: Sequence[str], folder: Path, kinds: Sequence[str] = ()) -> None:
-    """Print how to correct the errors that a failed check has found.
-
-    `kinds` are the kinds of errors.
-    """
+    """Print how to correct the errors that a failed check has found."""
+    # `kinds` are the kinds of errors.
     if "--check" not in argv:
         return
     print_lines(["", f"Fix the problems listed above in the folder {folder}, then run this again."])
@@ -613,11 +570,7 @@ def _print_remedies(argv: Sequence[str], folder: Path, kinds: Sequence[str] = ()
 
 
 def _require_script(argv: Sequence[str]) -> Path:
-    """Return the path of the script that a command starts.
-
-    Raises:
-        OptionError: If no run uses this script; run.toml may come from a stranger.
-    """
+    """Return the path of the script that a command starts."""
     script = find_own_script(argv)
     if script is None or script not in _list_run_scripts():
         raise OptionError(

@@ -71,10 +71,7 @@ def unpack_folder(options: UnpackOptions) -> None:
 
 
 def _read_manifest(archive: zipfile.ZipFile) -> dict[str, Any]:
-    """Return the manifest of a packed file after checking that all members are safe to write.
-
-    Raises ValueError, KeyError or TypeError for a file that `pack` would not write.
-    """
+    """Return the manifest of a packed file after checking that all members are safe to write."""
     # checked before anything is read from the archive
     archive_bytes = os.fstat(archive.fp.fileno()).st_size  # type: ignore[union-attr]
     _check_entries(archive.infolist(), archive_bytes)
@@ -99,10 +96,7 @@ def _read_manifest(archive: zipfile.ZipFile) -> dict[str, Any]:
 
 
 def _read_models(archive: zipfile.ZipFile, models: Path) -> list[str]:
-    """Return the model files listed in an archive's run.toml, as paths in this machine's model folder.
-
-    Raises ValueError or TypeError for a file that `pack` would not write; OSError if run.toml is too large.
-    """
+    """Return the model files listed in an archive's run.toml, as paths in this machine's model folder."""
     if archive.getinfo(RUN_FILE).file_size > MAX_RUN_FILE_BYTES:
         raise ValueError(f"{RUN_FILE} is too long")
     with archive.open(RUN_FILE) as file:
@@ -117,10 +111,8 @@ def _read_models(archive: zipfile.ZipFile, models: Path) -> list[str]:
 
 
 def _check_entries(entries: Sequence[zipfile.ZipInfo], size_bytes: int) -> None:
-    """Raise ValueError for archive members with unsafe names, sizes or types.
-
-    `size_bytes` is the size of the archive.
-    """
+    """Raise ValueError for archive members with unsafe names, sizes or types."""
+    # `size_bytes` is the size of the archive.
     names: set[str] = set()  # without case, which Windows and macOS ignore
     for entry in entries:
         name = entry.orig_filename
@@ -171,14 +163,11 @@ def _write_folder(
     folder: Path,
     options: UnpackOptions,
 ) -> None:
-    """Write all members into a folder that appears only when it is complete.
-
-    1. Write the members into a temporary folder.
-    2. Replace the model paths in run.toml by those of this machine.
-    3. Set the modification times, except that of run.toml.
-
-    `modification_times` are in nanoseconds, by the name of the member.
-    """
+    """Write all members into a folder that appears only when it is complete."""
+    # 1. Write the members into a temporary folder.
+    # 2. Replace the model paths in run.toml by those of this machine.
+    # 3. Set the modification times, except that of run.toml.
+    # `modification_times` are in nanoseconds, by the name of the member.
     if folder.exists() or folder.is_symlink():
         raise OutputError(f"{folder} already exists. Name another folder: unpack {options.file} FOLDER")
     total = sum(entry.file_size for entry in members)
@@ -228,11 +217,7 @@ def _without_new_parents(folder: Path) -> Iterator[None]:
 
 
 def _replace_model_folder(text: str, models: Path) -> str:
-    """Replace the archive's model folder in the text of a run.toml by this machine's model folder.
-
-    Raises:
-        ValueError: If the text is not TOML.
-    """
+    """Replace the archive's model folder in the text of a run.toml by this machine's model folder."""
     parse_toml(text)  # this parser limits size and nesting, which tomlkit does not
     try:
         document = tomlkit.parse(text)
@@ -251,10 +236,8 @@ def _replace_model_folder(text: str, models: Path) -> str:
 
 
 def _describe_unpacked(folder: Path, models: Sequence[str], options: UnpackOptions) -> list[str]:
-    """Return lines about an unpacked folder: its size, missing models, and the next command.
-
-    `models` are the paths that run.toml lists.
-    """
+    """Return lines about an unpacked folder: its size, missing models, and the next command."""
+    # `models` are the paths that run.toml lists.
     paths = [path for path in folder.rglob("*") if path.is_file()]
     size = format_size(sum(path.stat().st_size for path in paths))
     lines = [f"{folder}: {format_count(len(paths), 'file')}, {size}"]

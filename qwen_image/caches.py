@@ -21,10 +21,8 @@ def check_batch(batch: Batch, version: Version, files: QwenImageFiles) -> None:
 
 
 def _check_cache(cache: CacheOrigin, version: Version) -> None:
-    """Raise CacheError if the cache was made for another release, or from pixels in the wrong range.
-
-    Caches of other programs do not record the release, and are accepted.
-    """
+    """Raise CacheError if the cache was made for another release, or from pixels in the wrong range."""
+    # Caches of other programs do not record the release, and are accepted.
     has_pixel_range = PIXELS.items() <= cache.encoder.items()
     if cache.part == LATENTS_PART and not has_pixel_range:
         raise CacheError(

@@ -270,10 +270,8 @@ class QwenImageModel(BlockNetwork):
         return run_in_weight_dtype(self.txt_in, states).to(dtype), lengths
 
     def _make_image_grids(self, noisy: Tensor, references: Sequence[Tensor]) -> list[tuple[int, int, int]]:
-        """Return (index, rows, columns) of each image's tokens: the generated images, then references.
-
-        The input image of a model of layers has the index -1.
-        """
+        """Return (index, rows, columns) of each image's tokens: the generated images, then references."""
+        # The input image of a model of layers has the index -1.
         grids: list[tuple[int, int, int]] = []
         for latents in (noisy, *references):
             rows, columns = latents.shape[-2] // PATCH, latents.shape[-1] // PATCH
@@ -288,12 +286,10 @@ class QwenImageModel(BlockNetwork):
         return from_patches(patches, tokens.grid, (1, PATCH, PATCH))
 
     def _make_table(self, layout: QwenLayout, /, *, device: torch.device) -> Tensor:
-        """Return (cosine, sine) pairs of all tokens, L+T 1 D/2 2 float32, from float64 angles.
-
-        An image's token is at (index of the image, row, column), with rows and columns counted from the
-        middle. A text's token j is at j + start on all three axes, where start is half the longest edge of
-        all images, or with layers at least their number.
-        """
+        """Return (cosine, sine) pairs of all tokens, L+T 1 D/2 2 float32, from float64 angles."""
+        # An image's token is at (index of the image, row, column), with rows and columns counted from the
+        # middle. A text's token j is at j + start on all three axes, where start is half the longest edge of
+        # all images, or with layers at least their number.
         widths = rotary_widths(self.config.dim // self.config.num_heads)
         index_width, row_width, column_width = widths  # channels of each axis
         rotations = partial(consecutive_rotations, theta=self.config.rope_theta, device=device)

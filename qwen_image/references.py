@@ -98,10 +98,8 @@ def fill_size(request: Request) -> Request:
 
 
 def _find_preserving_option(mask: str | None, options: QwenImageReferenceOptions) -> str | None:
-    """Return the option that preserves parts of the first image: a mask or --rcm_threshold; None for neither.
-
-    Raises OptionError if both are given.
-    """
+    """Return the option that preserves parts of the first image: a mask or --rcm_threshold."""
+    # None for neither.
     if mask is None:
         return None if options.rcm_threshold is None else "--rcm_threshold"
     if options.rcm_threshold is not None:

@@ -94,12 +94,8 @@ MAX_LEVELS = 1000
 
 
 def _read_header(checkpoint: Checkpoint, config_json: Path | None) -> DitHeader[QwenImage21Config]:
-    """Return dimensions, tensor naming and dtype of a transformer file.
-
-    Settings are read from --dit_config or the config.json next to it.
-
-    Raises CheckpointError for another model.
-    """
+    """Return dimensions, tensor naming and dtype of a transformer file."""
+    # Settings are read from --dit_config or the config.json next to it.
     names = checkpoint.tensors
     # Qwen-Image-2.1 shares one modulation among all blocks; Qwen-Image has one in each block
     has_modulation = "modulation.1.weight" in names and "transformer_blocks.0.img_mod.1.weight" not in names
@@ -140,11 +136,8 @@ def _read_config_json(path: Path) -> Mapping[str, Any]:
 
 
 def _read_config(shapes: DitShapes, source: Path, settings: Mapping[str, Any]) -> QwenImage21Config:
-    """Return the dimensions of a transformer.
-
-    `settings` is the content of `source`, a config.json; {} without one. Raises CheckpointError if
-    dimensions do not match each other, or the network is another model's.
-    """
+    """Return the dimensions of a transformer."""
+    # `settings` is the content of `source`, a config.json; {} without one.
     dim, channels = shapes.get_shape("img_in.weight")
     (head_dim,) = shapes.get_shape("transformer_blocks.0.attn.norm_q.weight", axes=1)
     rows, columns = shapes.get_shape(QUERY_WEIGHT)
@@ -194,10 +187,8 @@ def _require_released_blocks(path: Path, dim: int, num_layers: int) -> None:
 def _check_settings(
     settings: Mapping[str, Any], source: Path, dimensions: Mapping[str, int], path: Path
 ) -> None:
-    """Raise CheckpointError if a config.json, `source`, is for another network or another file.
-
-    `dimensions` follow from the tensors of the file `path`, by setting name.
-    """
+    """Raise CheckpointError if a config.json, `source`, is for another network or another file."""
+    # `dimensions` follow from the tensors of the file `path`, by setting name.
     # settings that the tensors do not show; the network supports only the released values
     for name, value in (("patch_size", 1), ("causal_condition", True)):
         if settings.get(name, value) != value:
@@ -280,10 +271,7 @@ def find_turbo(dit: Path | None) -> Turbo | None:
 
 
 def _read_levels(index: Path) -> tuple[float, ...] | None:
-    """Return the noise levels `sample_sigmas` of a model_index.json; None if it has none.
-
-    Raises CheckpointError if they are not noise levels.
-    """
+    """Return the noise levels `sample_sigmas` of a model_index.json; None if it has none."""
     try:
         content = parse_json(read_text(index))
         levels = content.get("sample_sigmas")

@@ -507,10 +507,8 @@ class QwenImage21Model(BlockNetwork):
         layout: QwenImage21Layout,
         combine_attention: CombineAttention,
     ) -> QwenImage21Tokens:
-        """Return the blocks' inputs with the prefix of a second text, whose tokens come last.
-
-        `layout` is that of the image and the first prefix.
-        """
+        """Return the blocks' inputs with the prefix of a second text, whose tokens come last."""
+        # `layout` is that of the image and the first prefix.
         second_layout = layout._replace(prefixes=second.prefixes)
         num_tokens = second.x.shape[1]
         return replace(
@@ -593,12 +591,10 @@ class QwenImage21Model(BlockNetwork):
         return rearrange(patches, "b (h w) z -> b z 1 h w", h=rows, w=columns)
 
     def _make_table(self, layout: QwenImage21Layout, /, *, device: torch.device) -> Tensor:
-        """Return the rotary table, (cosine, sine) pairs L+P 1 D/2 2 float32, or B L+P 1 D/2 2.
-
-        It is computed from float64 angles. Each token of the text advances all three positions by one. An
-        image's token is at (time, row, column), with the time that the text has reached, and rows and columns
-        counted from the middle; the text continues after its longer edge.
-        """
+        """Return the rotary table, (cosine, sine) pairs L+P 1 D/2 2 float32, or B L+P 1 D/2 2."""
+        # It is computed from float64 angles. Each token of the text advances all three positions by one. An
+        # image's token is at (time, row, column), with the time that the text has reached, and rows and
+        # columns counted from the middle; the text continues after its longer edge.
         tables = {prefix: self._make_sample_table(layout, prefix, device) for prefix in set(layout.prefixes)}
         if len(tables) == 1:
             return tables[layout.prefixes[0]]

@@ -363,10 +363,8 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[QwenImage21VaeConfig]:
 def _read_levels(
     shape: Callable[..., tuple[int, ...]], sources: Mapping[str, TensorSource], start: str, resampler: str
 ) -> tuple[VaeLevel, ...]:
-    """Return widths, blocks and resampling factors of the encoder's or the decoder's levels.
-
-    `start` names the list of levels, `resampler` the resampling layer at the end of a level.
-    """
+    """Return widths, blocks and resampling factors of the encoder's or the decoder's levels."""
+    # `start` names the list of levels, `resampler` the resampling layer at the end of a level.
     levels = []
     for index in range(count(sources, rf"{re.escape(start)}\.\d+")):
         name = f"{start}.{index}"
@@ -381,10 +379,8 @@ def _read_levels(
 
 
 def _check_levels(checkpoint: Checkpoint, half: str, levels: Sequence[VaeLevel], is_down: bool) -> None:
-    """Raise CheckpointError if levels do not fit each other, or do not scale the sides by STRIDE in total.
-
-    `half` is encoder or decoder, and `is_down` true for the encoder.
-    """
+    """Raise CheckpointError if levels do not fit each other, or do not scale the sides by STRIDE in total."""
+    # `half` is encoder or decoder, and `is_down` true for the encoder.
     scale = math.prod(level.factors[1] for level in levels)
     error = None
     if scale != STRIDE:
@@ -406,11 +402,8 @@ def _check_levels(checkpoint: Checkpoint, half: str, levels: Sequence[VaeLevel],
 
 
 def _read_statistics(checkpoint: Checkpoint, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return the latents' mean and deviation from config.json next to the file, or else the released ones.
-
-    Raises CheckpointError unless there is a value for each channel. Without config.json, only the released
-    number of channels is accepted.
-    """
+    """Return the latents' mean and deviation from config.json next to the file, or else the released ones."""
+    # Without config.json, only the released number of channels is accepted.
     path, settings = declared_settings(checkpoint, CLASSES)
     means = settings.get("latents_mean", MEAN)
     deviations = settings.get("latents_std", DEVIATION)

@@ -142,12 +142,7 @@ def _examine_attention(package_by_backend: Mapping[str, str]) -> Finding:
 
 
 def _without_cuda(kind: str, reason: str | None) -> Finding:
-    """Return the finding for a torch that does not see a CUDA device.
-
-    Args:
-        kind: Type of the device that torch uses instead.
-        reason: Why torch does not see the machine's GPU, if it has one.
-    """
+    """Return the finding for a torch that does not see a CUDA device."""
     if reason is not None:
         return Finding("GPU", reason, is_fit=False)
     if shutil.which("nvidia-smi") is None:

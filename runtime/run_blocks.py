@@ -88,10 +88,8 @@ def run_in_order(dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
 
 
 def _run_main_block(block: nn.Module, index: int, hidden: Hidden, overrides: Overrides) -> None:
-    """Run a block of the main stream unless it is skipped, and add its residual to `hidden.x`.
-
-    Blocks of `overrides.skip_self_attention` get a record of tokens without self-attention.
-    """
+    """Run a block of the main stream unless it is skipped, and add its residual to `hidden.x`."""
+    # Blocks of `overrides.skip_self_attention` get a record of tokens without self-attention.
     if hidden.before_block is not None:
         hidden.before_block(index, hidden)
     if index not in overrides.skip_blocks:

@@ -144,14 +144,7 @@ class RequestBuilder:
         return [(seed, expand(line.text, Random(seed))[0]) for seed in image_seeds]
 
     def _build_request(self, line: Line, text: str, seed: int, number: int) -> RequestedImage:
-        """Return the request for one image of a prompt line: its prompts, input files and settings.
-
-        Args:
-            line: The line, for its label and its original text.
-            text: Text of the line, in which one variant of each `{...}` group is chosen.
-            seed: Seed of the image.
-            number: Number of the image in this round, which selects its input image, mask and guides.
-        """
+        """Return the request for one image of a prompt line: its prompts, input files and settings."""
         values: dict[str, Any] = {"prompt": text, "negative_prompt": line.negative_prompt}
         if not line.is_from_metadata:
             values = read_line(text, line.label)  # the prompt and its options such as --n and --s
@@ -279,14 +272,7 @@ def resolve_settings(
 def _warn_of_ignored_options(
     options: GenImgOptions, values: Mapping[str, Any], kind: ModelKind, has_image: bool
 ) -> None:
-    """Warn about options without effect: SDXL's sizes, the strength, and options of disabled features.
-
-    Args:
-        options: Options of the image.
-        values: Options of its prompt line, by key.
-        kind: Kind of the checkpoint.
-        has_image: Whether there is an input image.
-    """
+    """Warn about options without effect: SDXL's sizes, the strength, and options of disabled features."""
     sampling = options.sampling
     if kind is not SDXL and any(size is not None for size in option_values(sampling.sizes).values()):
         logger.warning(
@@ -338,14 +324,7 @@ def _warn_of_low_scale(scale: float, negative_scale: float | None) -> None:
 def _warn_if_inactive(
     values: Mapping[str, Any], switch: str, feature: DeepShrinkOptions | GradualLatentOptions
 ) -> None:
-    """Warn about options that have no effect because their feature is not enabled.
-
-    Args:
-        values: Options of the prompt line, by key.
-        switch: Short name, in prompt lines, of the option that enables the feature, such as dsd1; the
-            feature's other options start with the same two letters, such as dst1.
-        feature: Options of the feature on the command line.
-    """
+    """Warn about options that have no effect because their feature is not enabled."""
     defaults = option_values(type(feature)())
     on_command_line = [
         f"--{key}"

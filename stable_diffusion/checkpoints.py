@@ -171,10 +171,8 @@ def _has_linear_projection(tensors: Mapping[str, TensorInfo], weight: TensorSour
 
 
 def _has_all_layers(names: Iterable[str], layers_by_level: Sequence[int]) -> bool:
-    """Return whether each level of the encoder has tensors of all its residual blocks.
-
-    Names may contain arbitrary numbers, so the counts are checked before looping over them.
-    """
+    """Return whether each level of the encoder has tensors of all its residual blocks."""
+    # Names may contain arbitrary numbers, so the counts are checked before looping over them.
     for level, num_layers in enumerate(layers_by_level):
         if num_layers < 1 or num_layers != dialects.count(names, rf"down_blocks\.{level}\.resnets\.\d+"):
             return False
@@ -208,22 +206,15 @@ def _list_heads(kind: ModelKind, widths: Sequence[int]) -> tuple[int, ...]:
 
 
 def _find_last_attention(sources: Mapping[str, TensorSource], depths: UnetDepths) -> str | None:
-    """Return the path of the first attention in the deepest down level with attention.
-
-    Returns None if no level has attention, or if the middle block has none.
-    """
+    """Return the path of the first attention in the deepest down level with attention."""
+    # Returns None if no level has attention, or if the middle block has none.
     has_middle = any(name.startswith("mid_block.attentions.0.") for name in sources)
     levels = [level for level, level_depths in enumerate(depths.down) if any(level_depths)]
     return f"down_blocks.{levels[-1]}.attentions.0" if levels and has_middle else None
 
 
 def _read_depths(sources: Mapping[str, TensorSource], layers: Sequence[int]) -> UnetDepths:
-    """Count the transformer blocks that follow each residual block of a U-Net.
-
-    Args:
-        sources: Tensors by diffusers' name.
-        layers: Number of residual blocks of each level.
-    """
+    """Count the transformer blocks that follow each residual block of a U-Net."""
 
     def count_transformer_blocks(path: str, level: int, num_layers: int) -> tuple[int, ...]:
         return tuple(

@@ -91,14 +91,8 @@ class ControlNets:
         yield add_residuals
 
     def _compute_residuals(self, index: int, call: UnetCall, guides: Tensor, num_parts: int) -> Residuals:
-        """Return the residuals of one ControlNet for the U-Net's skip connections and middle block.
-
-        Args:
-            index: Index of the ControlNet.
-            call: The U-Net call; its rows are the passes of guidance, each with all B images.
-            guides: Guide images of this ControlNet, B 3 H W.
-            num_parts: Number of parts of the prompt (texts between AND), whose text states are concatenated.
-        """
+        """Return the residuals of one ControlNet for the U-Net's skip connections and middle block."""
+        # guides: Guide images of this ControlNet, B 3 H W.
         network = self._networks[index]
         dtype = self._model.dtype
         num_rows = len(call.sample)

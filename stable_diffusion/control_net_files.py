@@ -126,14 +126,7 @@ def _add_base(base: nn.Module | None, name: str, weight: Tensor, _: torch.dtype)
 def _read_control_net(
     path: Path, checkpoint: Checkpoint, unet_config: Mapping[str, Any], model_title: str
 ) -> LoadPlan[dict[str, Any]]:
-    """Infer the config of diffusers' ControlNetModel from a file, and plan how to load its tensors.
-
-    Args:
-        path: Path of the file or folder, as in the option.
-        checkpoint: The opened checkpoint.
-        unet_config: Configuration of the U-Net.
-        model_title: Name of the U-Net's model.
-    """
+    """Infer the config of diffusers' ControlNetModel from a file, and plan how to load its tensors."""
     # the file may contain a whole model too
     control_net = checkpoint.without_prefix(PREFIX, ignored_prefixes=("",))
     _reject_similar(control_net)
@@ -160,11 +153,9 @@ def _read_control_net(
 
 
 def _read_settings_without_tensors(path: Path) -> dict[str, Any]:
-    """Read settings that tensors do not show: the color order, and whether control residuals are averaged.
-
-    A diffusers folder stores both in config.json. For a single file, residuals are averaged if the file name
-    contains "shuffle", like the name of the released model.
-    """
+    """Read settings that tensors do not show: the color order, and whether control residuals are averaged."""
+    # A diffusers folder stores both in config.json. For a single file, residuals are averaged if the file
+    # name contains "shuffle", like the name of the released model.
     file = path / "config.json"
     if not file.is_file():
         return {"global_pool_conditions": "shuffle" in path.name.lower()}
@@ -224,10 +215,8 @@ class _LevelAttentions:
 def _read_config(
     checkpoint: Checkpoint, sources: Mapping[str, TensorSource], unet_config: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the configuration of diffusers' ControlNetModel.
-
-    Sizes are inferred from the file's tensor shapes; what shapes do not show is copied from the U-Net.
-    """
+    """Return the configuration of diffusers' ControlNetModel."""
+    # Sizes are inferred from the file's tensor shapes; what shapes do not show is copied from the U-Net.
     unknown_sizes = CheckpointError(
         f"{checkpoint.path} is not a ControlNet of a supported kind: its tensors have unexpected sizes. "
         f"Pass {EXPECTED_FILE} to {OPTION}.",
@@ -306,12 +295,7 @@ def _read_pooled_settings(
 
 
 def _read_levels(sources: Mapping[str, TensorSource], blocks: list[str]) -> _LevelAttentions:
-    """Determine from tensor names which levels of a ControlNet have attention, and how deep it is.
-
-    Args:
-        sources: Tensors by diffusers name.
-        blocks: Module paths of the levels, the middle one last.
-    """
+    """Determine from tensor names which levels of a ControlNet have attention, and how deep it is."""
     has_attention = [f"{block}.attentions.0.norm.weight" in sources for block in blocks]
     # reduced SDXL ControlNets have attentions without transformer blocks, or no attention at all
     depths = [
@@ -333,14 +317,7 @@ _SETTINGS_ONLY_IN_FOLDERS = ("controlnet_conditioning_channel_order", "global_po
 def _check_fits_unet(
     checkpoint: Checkpoint, config: Mapping[str, Any], unet_config: Mapping[str, Any], model_title: str
 ) -> None:
-    """Raise CheckpointError if a ControlNet does not fit a U-Net.
-
-    Args:
-        checkpoint: The opened checkpoint.
-        config: Dimensions of the ControlNet.
-        unet_config: Configuration of the U-Net.
-        model_title: Name of the U-Net's model.
-    """
+    """Raise CheckpointError if a ControlNet does not fit a U-Net."""
     if config["in_channels"] != 4 or config["conditioning_channels"] != 3:
         raise CheckpointError(
             f"{checkpoint.path} takes latents of {config['in_channels']} and guide images of "

@@ -218,12 +218,7 @@ def ldm_control_net_names(layers: list[int], names: Sequence[str]) -> dict[str, 
 
 
 def _get_ldm_control_name(name: str, names: Collection[str]) -> str:
-    """Return the published name of a ControlNet weight without a counterpart in the U-Net.
-
-    Args:
-        name: Diffusers' name of the weight.
-        names: Names of all weights.
-    """
+    """Return the published name of a ControlNet weight without a counterpart in the U-Net."""
     hint_block = _HINT_BLOCK.fullmatch(name)
     if hint_block is not None:  # even numbers: an activation comes after each convolution
         return f"input_hint_block.{2 * int(hint_block[1]) + 2}.{hint_block[2]}"

@@ -664,14 +664,8 @@ class StableDiffusion(ImageModelFamily):
         )
 
     def _set_num_chunks(self, prompts: Prompts, uses_negative: bool) -> Prompts:
-        """Pad both prompts to the longer one's number of 75-token chunks.
-
-        `Prompt.max_chunks` also makes the text encoders parse `(weight:1.2)` as gen_img.py does.
-
-        Args:
-            prompts: The prompt and the negative prompt.
-            uses_negative: Whether guidance uses the negative prompt; otherwise its length is ignored.
-        """
+        """Pad both prompts to the longer one's number of 75-token chunks."""
+        # `Prompt.max_chunks` also makes the text encoders parse `(weight:1.2)` as gen_img.py does.
         counted_texts = [prompts.positive.text]
         if uses_negative and prompts.negative is not None:
             counted_texts.append(prompts.negative.text)
@@ -730,12 +724,10 @@ class StableDiffusion(ImageModelFamily):
         return denoised_latents
 
     def _begin_sampling(self, prepared: Prepared) -> ScaledSolver:
-        """Return the solver for an image, with start noise drawn from the image's seed.
-
-        One generator draws in the order of gen_img.py: posterior of the source image, start noise, posterior
-        of the masked image, noise of the steps. The posteriors are sampled elsewhere with generators of the
-        same seed, so their random numbers are only skipped here.
-        """
+        """Return the solver for an image, with start noise drawn from the image's seed."""
+        # One generator draws in the order of gen_img.py: posterior of the source image, start noise,
+        # posterior of the masked image, noise of the steps. The posteriors are sampled elsewhere with
+        # generators of the same seed, so their random numbers are only skipped here.
         generator = torch.Generator().manual_seed(prepared.seed)
         _, channels, _, height, width = self.latent.shape(1, prepared.height, prepared.width)
 

@@ -104,11 +104,7 @@ def read_model_type(path: Path, names: Collection[str], metadata: Mapping[str, s
 
 
 def _require_kind(path: Path, names: Collection[str]) -> ModelKind:
-    """Return the model kind of a checkpoint with these tensor names.
-
-    Raises:
-        CheckpointError: If the file is something else; the message says what it is or lacks.
-    """
+    """Return the model kind of a checkpoint with these tensor names."""
     kind = _find_kind(names)
     other_model = _describe_other(names, kind)
     if other_model is not None:

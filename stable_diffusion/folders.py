@@ -242,10 +242,7 @@ def _quote_pipeline_class(folder: Path) -> str:
 
 
 def _read_config(folder: Path, network: Any) -> dict[str, Any]:
-    """Return the arguments of a network's diffusers class, from its config.json and the class defaults.
-
-    Raises CheckpointError if the file cannot be read.
-    """
+    """Return the arguments of a network's diffusers class, from its config.json and the class defaults."""
     file = folder / "config.json"
     config = read_settings(file)
     _check_settings(config, file, network.__name__)

@@ -97,10 +97,8 @@ def load_vgg16(path: Path, last_layer: int, device: torch.device, dtype: torch.d
 
 
 def _plan_layers(checkpoint: Checkpoint, last_layer: int) -> list[_Layer]:
-    """Return the layers of VGG16 up to index `last_layer`, inferred from the convolutions in the file.
-
-    Indices without a tensor are ReLU after a convolution, and pooling after ReLU.
-    """
+    """Return the layers of VGG16 up to index `last_layer`, inferred from the convolutions in the file."""
+    # Indices without a tensor are ReLU after a convolution, and pooling after ReLU.
     channels = 3
     layers: list[_Layer] = []
     for index in range(last_layer + 1):
@@ -253,10 +251,8 @@ def _decode(model: Model, latents: Tensor) -> Tensor:
 
 
 def _make_clip_loss(clip: FullClip, vector: Tensor, scale: float) -> Loss:
-    """Return a loss of pixels: half the squared angle of their CLIP embedding to `vector`, times `scale`.
-
-    `vector` is a CLIP image embedding, 1 x its width.
-    """
+    """Return a loss of pixels: half the squared angle of their CLIP embedding to `vector`, times `scale`."""
+    # `vector` is a CLIP image embedding, 1 x its width.
     target = normalize(vector.float(), dim=-1)
     weight = clip.vision.visual_projection.weight
 
@@ -335,11 +331,7 @@ def load_guides(options: GuideOptions, model: Model) -> Guides | None:
 
 
 def _load_clip(path: Path, model: Model) -> FullClip:
-    """Load the text and the image encoder of a CLIP.
-
-    Raises CheckpointError if its vocabulary lacks tokens of the model's first text encoder, whose tokenizer
-    is used.
-    """
+    """Load the text and the image encoder of a CLIP."""
     device = model.device
     dtype = model.dtype
     vision = load_clip_vision(path, device, dtype=dtype, option=CLIP.option, release=CLIP.release)

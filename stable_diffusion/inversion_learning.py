@@ -77,14 +77,7 @@ def _tensor_names(files: TrainingFiles) -> tuple[str, ...]:
 def _read_start_vectors(
     word: WordToLearn, files: TrainingFiles, path: Path, option: str
 ) -> Mapping[str, Tensor] | None:
-    """Return a word's initial vectors by tensor name; None if a LoRA does not contain the word.
-
-    Args:
-        word: The word.
-        files: The checkpoint.
-        path: An embedding file, or a LoRA file with embeddings of words.
-        option: Option that names the path, for messages.
-    """
+    """Return a word's initial vectors by tensor name; None if a LoRA does not contain the word."""
     word_in_lora = find_in_lora(path, word.text)
     if word_in_lora is not None:
         with quiet():  # the log line is about words for prompts
@@ -159,15 +152,7 @@ def _choose_sentences(options: InversionOptions) -> tuple[str, ...]:
 def _list_generation_command(
     options: InversionOptions, option: str, file: Path, sample: Mapping[str, Any], _: Sequence[str]
 ) -> list[str]:
-    """Return the arguments of gen_img.py, including its name, to generate an image with a trained word.
-
-    Args:
-        options: Options of the run.
-        option: Option of gen_img.py that reads the file.
-        file: The trained file.
-        sample: Settings of the image, such as prompt and seed; missing ones are omitted or placeholders.
-        _: Ignored; other kinds of networks need it.
-    """
+    """Return the arguments of gen_img.py, including its name, to generate an image with a trained word."""
     arguments = {
         **gen_img_options(cast(StableDiffusionTrainingOptions, options), sample),
         option: file,

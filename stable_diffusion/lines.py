@@ -213,12 +213,10 @@ class _ChoiceGroup(NamedTuple):
 
 
 def _expand_groups(text: str, random: Random) -> Iterator[str]:
-    """Yield a prompt with choices in place of its `{a|b}` groups.
-
-    1. Replace the first innermost group by choices drawn from `random`, and repeat until no group is left.
-    2. At an `{e$$...}` group, continue separately with every combination of its choices.
-    3. Later groups draw the same choices in each of these prompts.
-    """
+    """Yield a prompt with choices in place of its `{a|b}` groups."""
+    # 1. Replace the first innermost group by choices drawn from `random`, and repeat until no group is left.
+    # 2. At an `{e$$...}` group, continue separately with every combination of its choices.
+    # 3. Later groups draw the same choices in each of these prompts.
     while (match := _GROUP.search(text)) is not None:
         before = text[: match.start()]
         after = text[match.end() :]
@@ -449,12 +447,7 @@ def module_lines(
 
 
 def _yield_prompts(call_prompter: Callable[[int], Any], name: str) -> Iterator[Line]:
-    """Yield the prompts that a user's prompter returns, call by call, until it returns None.
-
-    Args:
-        call_prompter: Calls the prompter with the index of the call; it should return a list of prompts.
-        name: Name of the module in messages.
-    """
+    """Yield the prompts that a user's prompter returns, call by call, until it returns None."""
     number = 0
     for index in count():
         try:

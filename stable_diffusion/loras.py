@@ -167,14 +167,7 @@ def check_networks(loras: Sequence[LoraFile], checkpoint_plan: CheckpointPlan) -
 def _check_fit(
     prefix: str, plan: LoadPlan[Any], weighted_loras: Sequence[WeightedLora], checkpoint: Path
 ) -> None:
-    """Raise CheckpointError if LoRAs do not fit a network's weights; compares shapes on the meta device.
-
-    Args:
-        prefix: Prefix of the network's modules in LoRA files; "" for the U-Net.
-        plan: Load plan of the network.
-        weighted_loras: The LoRAs with their strengths.
-        checkpoint: Path of the checkpoint, for messages.
-    """
+    """Raise CheckpointError if LoRAs do not fit a network's weights; compares shapes on the meta device."""
     patch = LoraPatch(select_for_network(weighted_loras, prefix), model=checkpoint)
     published_name = published_parameter if prefix else str  # only text encoders have other names here
     for name, source in plan.sources.items():
@@ -295,10 +288,8 @@ def _log_added(weighted: WeightedLora, layers: Sequence[LoraBranch]) -> None:
 def _make_folding(
     targets: Sequence[_LoraTarget], weighted_loras: Sequence[WeightedLora], rounding: str
 ) -> Callable[[Multipliers], None]:
-    """Return a function that merges LoRAs with given strengths into the networks' original weights.
-
-    `rounding` is the value of --lora_rounding.
-    """
+    """Return a function that merges LoRAs with given strengths into the networks' original weights."""
+    # `rounding` is the value of --lora_rounding.
     # keep a copy of the weights that LoRAs change, and check that the LoRAs fit
     originals = []
     for target in targets:

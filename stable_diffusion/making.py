@@ -120,10 +120,8 @@ class ImageGenerator:
     def _generate_latents(
         self, requests: Sequence[contract.RequestedImage], start: contract.SecondStageInput | None
     ) -> Tensor:
-        """Generate the latents, B 4 h w, of images with equal settings and prompts of equal length.
-
-        Encode the prompts, make the start latents, set up the U-Net (ControlNets, regions), denoise.
-        """
+        """Generate the latents, B 4 h w, of images with equal settings and prompts of equal length."""
+        # Encode the prompts, make the start latents, set up the U-Net (ControlNets, regions), denoise.
         settings = requests[0].settings
         options = self.sampling
         gradual = settings.gradual_latent
@@ -155,10 +153,8 @@ class ImageGenerator:
 
     @contextmanager
     def _modify_unet(self, requests: Sequence[contract.RequestedImage]) -> Iterator[list[contract.UnetHook]]:
-        """Apply ControlNets, Deep Shrink, regions and so on to the U-Net for a batch, then restore it.
-
-        Yields the functions to call before each U-Net call.
-        """
+        """Apply ControlNets, Deep Shrink, regions and so on to the U-Net for a batch, then restore it."""
+        # Yields the functions to call before each U-Net call.
         settings = requests[0].settings
         batch_hooks = [*self.batch_hooks]
         if self.regions is not None:
@@ -179,14 +175,7 @@ class ImageGenerator:
         text_states: _TextStates,
         request: contract.RequestedImage,
     ) -> Tensor:
-        """Denoise a batch and return its latents, B 4 h w.
-
-        Args:
-            passes: Calls the U-Net, with the hooks of the batch.
-            beginning: Start latents and sampler.
-            text_states: Encoded prompts.
-            request: Any image of the batch, because all have the same settings.
-        """
+        """Denoise a batch and return its latents, B 4 h w."""
         sampler = beginning.sampler
         settings = request.settings
         guidance = samplers.make_guidance(settings.scale, settings.negative_scale)
@@ -274,10 +263,8 @@ class ImageGenerator:
         states: Mapping[tuple[str, int | None], contract.TextState],
         is_regional: bool,
     ) -> list[contract.TextState]:
-        """Return one text state per image, joined from the states of its prompt parts.
-
-        `states` and `is_regional` are the result and an argument of `_encode_parts`.
-        """
+        """Return one text state per image, joined from the states of its prompt parts."""
+        # `states` and `is_regional` are the result and an argument of `_encode_parts`.
         joined = []
         for request, texts in zip(requests, texts_by_image, strict=True):
             part_states = [states[text, part if is_regional else None] for part, text in enumerate(texts)]
@@ -301,14 +288,7 @@ class ImageGenerator:
         negative_texts: Sequence[Sequence[str]],
         is_regional: bool,
     ) -> dict[tuple[str, int | None], contract.TextState]:
-        """Return the states of a batch's texts, keyed by text and, if LoRAs are regional, part index.
-
-        Args:
-            request: Any image of the batch, because all have the same settings.
-            prompt_parts: Parts of each image's prompt.
-            negative_texts: Negative and empty prompt of each image, as needed.
-            is_regional: Whether each LoRA only affects the region of one part.
-        """
+        """Return the states of a batch's texts, keyed by text and, if LoRAs are regional, part index."""
         settings = request.settings
         num_chunks = self._count_chunks(request)
         states: dict[tuple[str, int | None], contract.TextState] = {}

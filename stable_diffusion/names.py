@@ -113,13 +113,7 @@ def unet_samplers(layers: Sequence[int]) -> Iterator[SamplerPaths]:
 
 
 def _pair_names(num_levels: int, block_index: str, levels_without_attention: tuple[int, ...]) -> Pairs:
-    """Return (LDM path, diffusers path) of all modules of a U-Net that a LoRA may change.
-
-    Args:
-        num_levels: Number of levels.
-        block_index: Index of the block in `transformer_blocks`, or the placeholder `{n}`.
-        levels_without_attention: Levels of the up path without attention in the released models.
-    """
+    """Return (LDM path, diffusers path) of all modules of a U-Net that a LoRA may change."""
     pairs: list[tuple[str, str]] = [*INPUT_AND_OUTPUT_LAYERS]
     attention_layers = [  # the same in both namings
         *with_endings("", "norm proj_in proj_out"),

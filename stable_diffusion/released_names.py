@@ -48,10 +48,8 @@ def ldm_unet_names(layers: list[int], names: Collection[str]) -> Iterator[tuple[
 
 
 def _map_to_ldm_paths(layers: list[int], names: Collection[str]) -> dict[str, str]:
-    """Map the diffusers path of each renamed module of a U-Net to its LDM path.
-
-    Arguments are those of `ldm_unet_names`.
-    """
+    """Map the diffusers path of each renamed module of a U-Net to its LDM path."""
+    # Arguments are those of `ldm_unet_names`.
     ldm_paths: dict[str, str] = {}
     for ldm_path, diffusers_path in (*INPUT_AND_OUTPUT_LAYERS, *SDXL_EMBEDDING_LAYERS):
         ldm_paths[diffusers_path] = ldm_path

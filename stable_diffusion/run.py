@@ -292,16 +292,7 @@ def _load_run(
     highres: Highres | None,
     lines: Sequence[Line] | None = None,
 ) -> Run:
-    """Load the networks for a run.
-
-    Args:
-        options: Options of the run.
-        device: Device of the run.
-        load: Loads the checkpoint and returns an `ImageGenerator`.
-        inputs: Input images, masks and guide images.
-        highres: Options and upscaler of the second stage; None for one stage.
-        lines: All lines of the run; None if they are read one by one.
-    """
+    """Load the networks for a run."""
     image_generator = load(options, device)
     kind = image_generator.model.kind
     request_builder = RequestBuilder(options, kind, inputs, make_seeds(options, lines))
@@ -335,10 +326,8 @@ def _generate_from_lines(
     lines: Sequence[Line],
     failures: Failures,
 ) -> list[Path]:
-    """Generate the images of a fixed list of lines; return their paths.
-
-    All lines are checked before `load_run` loads a model; invalid lines are skipped.
-    """
+    """Generate the images of a fixed list of lines; return their paths."""
+    # All lines are checked before `load_run` loads a model; invalid lines are skipped.
     usable = []
     for line in lines:
         with failures.collect_errors(line.label):

@@ -84,11 +84,9 @@ def make_scheduler(
 
 
 def _compute_lms_coefficient(scheduler: Any, order: int, index: int, steps_ago: int) -> float:
-    """Return LMS's weight of the derivative from `steps_ago` steps ago (0 is the latest).
-
-    This integrates over the step the Lagrange polynomial that is 1 at this derivative's noise level and 0 at
-    the other derivatives' levels. Three Gauss points are exact, because the degree is at most 3.
-    """
+    """Return LMS's weight of the derivative from `steps_ago` steps ago (0 is the latest)."""
+    # This integrates over the step the Lagrange polynomial that is 1 at this derivative's noise level and 0
+    # at the other derivatives' levels. Three Gauss points are exact, because the degree is at most 3.
     start, end = (float(scheduler.sigmas[sigma_index]) for sigma_index in (index, index + 1))
     levels = [float(scheduler.sigmas[index - back]) for back in range(order)]
     points, weights = np.polynomial.legendre.leggauss(3)

@@ -197,10 +197,8 @@ def _size(features: Tensor) -> Size:
 
 
 def _register_hooks(hooks: _ShrinkHooks, unet: Any) -> Iterator[Any]:
-    """Add the forward hooks of Deep Shrink to diffusers' U-Net; yield the handles that remove them.
-
-    The lambdas bind loop variables as defaults.
-    """
+    """Add the forward hooks of Deep Shrink to diffusers' U-Net; yield the handles that remove them."""
+    # The lambdas bind loop variables as defaults.
     for depth, block in enumerate(hooks.blocks):
         yield block.register_forward_pre_hook(lambda _, args, depth=depth: hooks.enter_block(depth, args))
     for up_block in unet.up_blocks:

@@ -228,11 +228,9 @@ def _blend_with_noise(sampler: SchedulerSolver, clean: Tensor | None, noise: Ten
 def _encode_masked(
     model: Model, pixels: Tensor | None, masks: Tensor, generators: Sequence[torch.Generator]
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the masks at latent size, B 1 H W, and the latents of the images with the masked area erased.
-
-    The latents are None without images. They are computed even if the U-Net does not take them, so that the
-    generators then draw the same noise as in diffusers' pipeline.
-    """
+    """Return the masks at latent size, B 1 H W, and the latents of the images with the masked area erased."""
+    # The latents are None without images. They are computed even if the U-Net does not take them, so that the
+    # generators then draw the same noise as in diffusers' pipeline.
     latent_mask = masks[:, :, ::STRIDE, ::STRIDE].to(model.device)  # the upper left pixel of each square
     if pixels is None:
         return latent_mask, None

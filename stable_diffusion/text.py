@@ -118,10 +118,8 @@ class PromptEncoder:
     def _encode_chunks(
         self, encoder: LoadedTextEncoder, layer: int, chunks: Sequence[tokenizers.Chunk]
     ) -> tuple[Tensor, Tensor | None]:
-        """Return a prompt's states in one encoder, L C, joined over chunks; for SDXL also pooled states.
-
-        With --XTI_embeddings, the states for all cross-attentions are concatenated.
-        """
+        """Return a prompt's states in one encoder, L C, joined over chunks; for SDXL also pooled states."""
+        # With --XTI_embeddings, the states for all cross-attentions are concatenated.
         is_xl = self._kind is SDXL
         rows = [
             tokenizers.fill_chunk(
@@ -285,11 +283,10 @@ def check_layer(clip_skip: int | None, num_layers: int, kind: ModelKind) -> None
 
 
 def _select_layer(text_encoder: LoadedTextEncoder, kind: ModelKind, clip_skip: int | None) -> int:
-    """Return the layer to take hidden states from, counted from the last layer of the loaded network.
-
-    --clip_skip counts layers of the loaded network, as in sd-scripts, but its default counts layers of the
-    published one. So the default is 1 for Stable Diffusion 2, which is loaded without OpenCLIP's last layer.
-    """
+    """Return the layer to take hidden states from, counted from the last layer of the loaded network."""
+    # --clip_skip counts layers of the loaded network, as in sd-scripts, but its default counts layers of the
+    # published one. So the default is 1 for Stable Diffusion 2, which is loaded without OpenCLIP's last
+    # layer.
     check_layer(clip_skip, text_encoder.network.num_layers, kind)
     return default_layer(kind, text_encoder.missing_layers) if clip_skip is None else clip_skip
 
@@ -358,10 +355,7 @@ class ImageVectors:
         return [replace(state, pooled=self._vectors[path]) for state, path in zip(states, paths, strict=True)]
 
     def _load_image_encoder(self) -> ClipVision:
-        """Load the image encoder, whose vectors replace the last text encoder's pooled states.
-
-        Raises CheckpointError if the image encoder's vectors and the pooled states differ in width.
-        """
+        """Load the image encoder, whose vectors replace the last text encoder's pooled states."""
         model = self._model
         image_encoder = load_clip_vision(
             self._path, model.device, dtype=model.dtype, option=OPTION, release=RELEASE

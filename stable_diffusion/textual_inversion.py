@@ -153,10 +153,8 @@ def add_words(
 
 
 def _check_new(words: Sequence[LearnedWord], text_encoders: Sequence[LoadedTextEncoder]) -> None:
-    """Raise CheckpointError if a word is a single token already.
-
-    Words in LoRA files may replace known tokens, as in other programs.
-    """
+    """Raise CheckpointError if a word is a single token already."""
+    # Words in LoRA files may replace known tokens, as in other programs.
     for word in words:
         is_known_token = any(len(encoder.tokenize(word.text)) == 1 for encoder in text_encoders)
         if is_known_token and not word.is_from_lora:
@@ -170,13 +168,7 @@ def _check_new(words: Sequence[LearnedWord], text_encoders: Sequence[LoadedTextE
 def _add_words_to_encoder(
     text_encoder: LoadedTextEncoder, words: Sequence[LearnedWord], index: int
 ) -> LoadedTextEncoder:
-    """Return a text encoder with learned words added to its vocabulary.
-
-    Args:
-        text_encoder: The text encoder.
-        words: The words to add.
-        index: Index of the encoder in the checkpoint, which selects the vectors of each word.
-    """
+    """Return a text encoder with learned words added to its vocabulary."""
     embeddings = text_encoder.network.embeddings
     ids = list_ids(words, embeddings.token_embedding.num_embeddings)
     embeddings.token_embedding = extend_token_embedding(embeddings.token_embedding, words, index)
@@ -285,12 +277,7 @@ def _read_word(path: Path, option: str, name: str, content: Mapping[str, Any]) -
 
 
 def _read_extended(path: Path, cross_attentions: Sequence[str]) -> LearnedWord:
-    """Read a file of extended textual inversion, which has vectors for each cross-attention of the U-Net.
-
-    Args:
-        path: Path of the file.
-        cross_attentions: Names of its tensors, one for each cross-attention, in their order.
-    """
+    """Read a file of extended textual inversion, which has vectors for each cross-attention of the U-Net."""
     content = read_embedding(path, XTI_OPTION)
     tensors = {name: content[name] for name in cross_attentions if isinstance(content.get(name), Tensor)}
     missing = sorted({*cross_attentions} - tensors.keys())
@@ -323,11 +310,9 @@ def _reject_extended(path: Path, option: str, why: str) -> CheckpointError:
 def _select_tensors(
     path: Path, option: str, content: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], str | None]:
-    """Return the vectors in an embedding file, and its placeholder token or None.
-
-    The vectors are keyed by tensor name, in the order of the text encoders. Formats: A1111
-    (a table of vectors), SDXL trainers (a tensor for each text encoder), diffusers (token: vectors).
-    """
+    """Return the vectors in an embedding file, and its placeholder token or None."""
+    # The vectors are keyed by tensor name, in the order of the text encoders. Formats: A1111 (a table of
+    # vectors), SDXL trainers (a tensor for each text encoder), diffusers (token: vectors).
     table = content.get(TABLE)
     if isinstance(table, Mapping):
         embeddings = list_tensors(table)  # usually the key is "*", not a word

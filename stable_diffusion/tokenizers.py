@@ -243,10 +243,8 @@ def parse_weights(text: str) -> tuple[WeightedText, ...]:
 
 
 def _split_at_brackets(text: str) -> list[_PromptItem]:
-    """Split a prompt into plain text, brackets with their weights, and BREAKs, in their order.
-
-    The weight of an opening bracket is only known at its closing bracket, as in `(x:1.3)`.
-    """
+    """Split a prompt into plain text, brackets with their weights, and BREAKs, in their order."""
+    # The weight of an opening bracket is only known at its closing bracket, as in `(x:1.3)`.
     items: list[_PromptItem] = []
     open_brackets: dict[str, list[_Bracket]] = {"(": [], "[": []}
     position = 0

@@ -238,21 +238,12 @@ class LazyTextEncoder:
         return network, LoadedTokenizer(tokenizer, pad, layer)
 
     def _add_words_to_tokenizer(self, tokenizer: ClipWords, vocabulary: int) -> ClipWords:
-        """Add new words to a tokenizer and return it.
-
-        Args:
-            tokenizer: The tokenizer.
-            vocabulary: Number of embedding rows before the new words.
-        """
+        """Add new words to a tokenizer and return it."""
         ids = self._list_words(vocabulary)
         return replace(tokenizer, tokenize=tokenize_with_words(tokenizer.tokenize, ids)) if ids else tokenizer
 
     def _list_words(self, vocabulary: int) -> dict[str, list[int]]:
-        """Return the token ids of each new word, keyed by the word.
-
-        Args:
-            vocabulary: Number of embedding rows before the new words.
-        """
+        """Return the token ids of each new word, keyed by the word."""
         if self._new_word is not None:
             return self._new_word.list_ids(vocabulary)
         return list_ids(self._lora_words, vocabulary) if self._lora_words else {}
@@ -322,10 +313,9 @@ class LazyTextEncoder:
         return results
 
     def _run_encoder(self, chunk_ids: list[list[int]]) -> tuple[Tensor, Tensor | None]:
-        """Encode chunks of 77 token ids; return states, N 77 C, and for SDXL's last encoder pooled states.
-
-        If a word has vectors for each cross-attention, the states for all cross-attentions are concatenated.
-        """
+        """Encode chunks of 77 token ids; return states, N 77 C, and for SDXL's last encoder pooled states."""
+        # If a word has vectors for each cross-attention, the states for all cross-attentions are
+        # concatenated.
         network, loaded = self._loaded.get()
         end_positions = None  # of the end tokens, whose states are the pooled ones
         if POOLED in self.keys:

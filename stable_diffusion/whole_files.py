@@ -102,12 +102,7 @@ class CheckpointFiles:
         return infos
 
     def _make(self, name: str, states: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
-        """Compute one tensor of the saved checkpoint from the trained weights.
-
-        Args:
-            name: Name of the tensor.
-            states: State dicts of the trained networks, by network name.
-        """
+        """Compute one tensor of the saved checkpoint from the trained weights."""
         computed = self.computed_tensors.get(name)
         if computed is not None:
             weights = [
@@ -189,10 +184,8 @@ def _make_writer_for_folder(
 def _make_tokenizer_copier(
     checkpoint: TrainingFiles, checkpoint_plan: CheckpointPlan
 ) -> Callable[[Path], None]:
-    """Return a function that copies the source's tokenizer next to a saved checkpoint.
-
-    With --tokenizer_cache_dir the function does nothing, because printed commands contain this option too.
-    """
+    """Return a function that copies the source's tokenizer next to a saved checkpoint."""
+    # With --tokenizer_cache_dir the function does nothing, because printed commands contain this option too.
     if checkpoint.tokenizer_cache_dir is not None:
         return lambda _: None
     are_open_clip = [text.is_open_clip for text in checkpoint_plan.text_encoders]
@@ -261,14 +254,7 @@ def list_weights(plan: LoadPlan[Any]) -> list[str]:
 
 
 def _plan_ldm_tensor(released: str, network: str, weights: Sequence[str], plans: Plans) -> SavedTensor:
-    """Return how to compute a single-file checkpoint's tensor from the weights of a diffusers folder.
-
-    Args:
-        released: Name of the tensor in released single files.
-        network: Name of the network.
-        weights: Names of the network's weights that are joined in the tensor.
-        plans: Load plans of the folder's networks.
-    """
+    """Return how to compute a single-file checkpoint's tensor from the weights of a diffusers folder."""
     plan = plans[network]
     meta_tensors = []  # for dtype and shape
     for weight in weights:

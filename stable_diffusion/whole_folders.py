@@ -119,25 +119,13 @@ class FolderWriter:
         infos: Mapping[str, TensorInfo],
         name: str,
     ) -> Tensor:
-        """Return the tensor to write to a network's file: the trained one, or else the source's.
-
-        Args:
-            states: State dicts of the trained networks, by network.
-            network: Name of the network.
-            infos: Dtype and shape to write, by tensor name.
-            name: Name of the tensor in the file.
-        """
+        """Return the tensor to write to a network's file: the trained one, or else the source's."""
         weight_name = self.files[network].weights[name]
         weight = read_weight(self.plans, states, network, weight_name)
         return weight.detach().to(infos[name].dtype)
 
     def _list_infos(self, network: str, dtype: torch.dtype | None) -> dict[str, TensorInfo]:
-        """Return dtypes and shapes of the tensors to write for one network, by tensor name.
-
-        Args:
-            network: Name of the network.
-            dtype: Dtype of floating-point tensors; None keeps the source's dtype.
-        """
+        """Return dtypes and shapes of the tensors to write for one network, by tensor name."""
         infos = {}
         for name, info in self.files[network].infos.items():
             written = info.dtype if dtype is None or not info.dtype.is_floating_point else dtype
@@ -254,16 +242,9 @@ def _simplify(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _describe_schedule(source: Path, source_model_type: ModelType, model_type: ModelType) -> dict[str, Any]:
-    """Return the content of scheduler_config.json for the trained model.
-
-    It is the source folder's content if training has not changed the prediction type; otherwise the default
-    for the trained model's kind and prediction type.
-
-    Args:
-        source: File or folder of the source checkpoint.
-        source_model_type: Kind and prediction type of the source.
-        model_type: Kind and prediction type of the trained model.
-    """
+    """Return the content of scheduler_config.json for the trained model."""
+    # It is the source folder's content if training has not changed the prediction type; otherwise the default
+    # for the trained model's kind and prediction type.
     if source.is_dir() and source_model_type == model_type and (source / _SCHEDULE).is_file():
         return read_settings(source / _SCHEDULE)
     settings = dict(_SCHEDULERS[model_type.kind.name])
@@ -277,15 +258,8 @@ def _describe_schedule(source: Path, source_model_type: ModelType, model_type: M
 
 
 def _describe_index(source: Path, checkpoint_plan: CheckpointPlan, scheduler: str) -> dict[str, Any]:
-    """Return the content of model_index.json: the pipeline's class and the classes of its components.
-
-    If the source is a folder, other settings than components in its model_index.json are kept.
-
-    Args:
-        source: File or folder of the source checkpoint.
-        checkpoint_plan: The opened checkpoint.
-        scheduler: Class of the scheduler.
-    """
+    """Return the content of model_index.json: the pipeline's class and the classes of its components."""
+    # If the source is a folder, other settings than components in its model_index.json are kept.
     is_xl = checkpoint_plan.kind is SDXL
     index: dict[str, Any] = {"force_zeros_for_empty_prompt": True} if is_xl else {}
     if source.is_dir() and (source / _INDEX).is_file():
@@ -358,11 +332,7 @@ def _describe_tokens(is_open_clip: bool) -> dict[str, dict[str, Any]]:
 
 
 def _read_tokenizer(source: TokenizerFiles, file: Path) -> dict[str, bytes]:
-    """Return the contents of a tokenizer's vocab.json and merges.txt, even if it is a tokenizer.json.
-
-    Raises:
-        CheckpointError: If the files cannot be read.
-    """
+    """Return the contents of a tokenizer's vocab.json and merges.txt, even if it is a tokenizer.json."""
     merges = find_merges(file)
     if merges is not None:
         return {"vocab.json": source.read_bytes(file), "merges.txt": source.read_bytes(merges)}

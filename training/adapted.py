@@ -65,12 +65,8 @@ def _describe_other_base(family: Family, metadata: Mapping[str, str]) -> str:
 
 
 def _describe_other_file(family: Family, made_for: str) -> str:
-    """Return a clause saying which other file the adapter was made for; "" if it fits the transformer's file.
-
-    Args:
-        family: The model family.
-        made_for: Name of a file and a digest of its content; a renamed file still has its digest.
-    """
+    """Return a clause saying which other file the adapter was made for."""
+    # "" if it fits the transformer's file.
     bases = [name_base(file) for file in family.dit_files]
     name, _, digest = made_for.rpartition(" ")
     is_known = any(base == made_for or (name and base.endswith(f" {digest}")) for base in bases)

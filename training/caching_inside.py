@@ -335,10 +335,8 @@ def list_on_the_fly_tables(tag: str, plans: Sequence[TablePlan], needs_captions:
 def _read_on_the_fly_table(
     tag: str, plan: TablePlan, needs_captions: bool, folders: TableFolders
 ) -> TableCacheInfo:
-    """Return the sources of one table, with the sizes of its images if they are encoded during training.
-
-    The arguments are those of `list_on_the_fly_tables`; `folders` has the folders of all its tables.
-    """
+    """Return the sources of one table, with the sizes of its images if they are encoded during training."""
+    # The arguments are those of `list_on_the_fly_tables`; `folders` has the folders of all its tables.
     config = DatasetConfig(plan.table.config_path, (plan.table,))
     # the listing was logged already if this run has cached the table
     with quiet() if plan.latents.is_made else nullcontext():
@@ -372,14 +370,7 @@ def _check_references(table: DatasetTable, sources: Sequence[MediaSource]) -> No
 def _warn_of_live_sources(
     family: Caches, config: DatasetConfig, tables: OnTheFlyTables, encoders: Sequence[TextEncoder]
 ) -> None:
-    """Log the same warnings about images and captions encoded during training that caching logs.
-
-    Args:
-        family: The model family.
-        config: The dataset, as read from its file.
-        tables: Tables that are read during training.
-        encoders: Encoders of the captions; empty if captions are cached.
-    """
+    """Log the same warnings about images and captions encoded during training that caching logs."""
     images: list[MediaSource] = []
     listed_tables: list[DatasetTable] = []  # whose items come from a list instead of a folder
     for table in config.datasets:
@@ -455,18 +446,12 @@ def find_live_encoders(
 def _select_live_encoders(
     family: Family, options: TrainingOptions, config: DatasetConfig
 ) -> LiveTextEncoders | None:
-    """Return the text encoders that run during training; None if all their outputs come from caches.
-
-    They run in the first of these cases that applies:
-
-    1. Whole text encoders are trained along with the whole transformer.
-    2. They learn a new word.
-    3. Captions vary, or text encoders get a LoRA.
-    4. An image trainer finds no caches of their outputs.
-
-    Raises:
-        OptionError: If caches are requested for captions that change, or if a required encoder is missing.
-    """
+    """Return the text encoders that run during training; None if all their outputs come from caches."""
+    # They run in the first of these cases that applies:
+    # 1. Whole text encoders are trained along with the whole transformer.
+    # 2. They learn a new word.
+    # 3. Captions vary, or text encoders get a LoRA.
+    # 4. An image trainer finds no caches of their outputs.
     caches_texts = options.caching is not None and options.caching.caches_texts
     varying = next((table for table in config.datasets if table.caption_changes.varying_keys), None)
     if varying is not None and caches_texts:
@@ -518,17 +503,11 @@ def _select_new_word_encoders(family: Family, options: TrainingOptions) -> LiveT
 def _select_for_varying_captions_or_loras(
     family: Family, options: TrainingOptions, varies: bool
 ) -> LiveTextEncoders | None:
-    """Return the text encoders that run during training if captions vary or they get a LoRA; None for none.
-
-    1. If captions vary, or encoders are trained and no text caches are requested, all encoders run.
-    2. If only some are trained, only these run; the outputs of the frozen ones come from caches.
-    3. If all are trained although text caches are requested, `_overrides_text_cache` decides.
-
-    Args:
-        family: The model family.
-        options: Options of the run.
-        varies: Whether captions vary, so that their text encoder outputs cannot be cached.
-    """
+    """Return the text encoders that run during training if captions vary or they get a LoRA."""
+    # None for none.
+    # 1. If captions vary, or encoders are trained and no text caches are requested, all encoders run.
+    # 2. If only some are trained, only these run; the outputs of the frozen ones come from caches.
+    # 3. If all are trained although text caches are requested, `_overrides_text_cache` decides.
     caches_texts = options.caching is not None and options.caching.caches_texts
     reason = "captions vary" if varies else f"they are trained without {UNET_ONLY}"
     encoders = _require_text_encoders(family, reason)
@@ -545,11 +524,7 @@ def _select_for_varying_captions_or_loras(
 
 
 def _select_fully_trained_encoders(family: Family, caches_texts: bool) -> LiveTextEncoders | None:
-    """Return the text encoders if some of them are fully fine-tuned; otherwise None.
-
-    Raises:
-        OptionError: If their outputs are to be cached.
-    """
+    """Return the text encoders if some of them are fully fine-tuned; otherwise None."""
     if not trains_checkpoint(family):
         return None
     parts = family.learning_parts
@@ -568,16 +543,8 @@ def _select_fully_trained_encoders(family: Family, caches_texts: bool) -> LiveTe
 def _overrides_text_cache(
     family: Family, options: TrainingOptions, trained: Sequence[LearningEncoder]
 ) -> bool:
-    """Return whether to train the text encoders and ignore --cache_text_encoder_outputs; log what is ignored.
-
-    Args:
-        family: The model family.
-        options: Options of the run.
-        trained: The text encoders that would be trained.
-
-    Raises:
-        OptionError: If only text encoders would be trained, whose outputs cannot be cached.
-    """
+    """Return whether to train the text encoders and ignore --cache_text_encoder_outputs."""
+    # Log what is ignored.
     names = " and ".join(encoder.name for encoder in trained)
     switches = _encoder_switches(family, options)  # choices for encoders that are off by default
     if any(switches.get(encoder.lora_prefix) for encoder in trained):
@@ -620,11 +587,7 @@ def _require_text_encoders(family: Family, why: str) -> Sequence[TextEncoder]:
 def _select_trained_encoders(
     family: Family, options: TrainingOptions, trainable_encoders: Sequence[LearningEncoder]
 ) -> list[LearningEncoder]:
-    """Return which of the trainable text encoders get a trained network, such as a LoRA.
-
-    Raises:
-        OptionError: If only text encoders are to be trained, but none can be.
-    """
+    """Return which of the trainable text encoders get a trained network, such as a LoRA."""
     if not _trains_text_loras(options) or options.network is None or options.lora_parts is None:
         return []
     # raises if there are too many rates

@@ -158,12 +158,7 @@ def check_schedule(options: TrainingOptions, total_steps: int | None) -> None:
 
 
 def _check_samples(family: Family, options: TrainingOptions) -> None:
-    """Raise UserError if previews, prompts, or the LoRAs of --sample_lora cannot be used.
-
-    Args:
-        family: The model that generates samples.
-        options: Options of the run.
-    """
+    """Raise UserError if previews, prompts, or the LoRAs of --sample_lora cannot be used."""
     samples = options.samples
     if samples.preview.preview_latent_every is not None:
         from blissful_tuner.latent_preview import check_preview  # only with previews
@@ -179,12 +174,7 @@ def _check_samples(family: Family, options: TrainingOptions) -> None:
 
 
 def _check_sample_loras(family: Family, multiplier_by_file: Sequence[tuple[Path, float]]) -> None:
-    """Raise UserError if LoRAs of --sample_lora do not fit a transformer.
-
-    Args:
-        family: The model that generates samples.
-        multiplier_by_file: LoRA files with their multipliers.
-    """
+    """Raise UserError if LoRAs of --sample_lora do not fit a transformer."""
     from networks.apply import check_loras_fit
     from networks.gated_loras import reject_magnitudes  # only with LoRA files
     from networks.loading import read_weighted_lora
@@ -202,11 +192,9 @@ def _check_sample_loras(family: Family, multiplier_by_file: Sequence[tuple[Path,
 
 
 def _list_rates(options: TrainingOptions) -> dict[str, float]:
-    """Return the learning rates of the networks' parts, by the option that sets each.
-
-    Parts with rate 0 are not trained and left out. Parts that are known only after loading are left out too.
-    A key names an option, with its value where one option sets several rates.
-    """
+    """Return the learning rates of the networks' parts, by the option that sets each."""
+    # Parts with rate 0 are not trained and left out. Parts that are known only after loading are left out
+    # too. A key names an option, with its value where one option sets several rates.
     parts = options.lora_parts
     dit_option, dit_rate = "--learning_rate", options.optimizer.learning_rate
     if parts is not None and parts.trains_dit and parts.unet_lr is not None:
@@ -225,13 +213,7 @@ def _list_rates(options: TrainingOptions) -> dict[str, float]:
 
 
 def _list_network_rates(network: NetworkOptions, base: float, trains_text_encoders: bool) -> dict[str, float]:
-    """Return the learning rates that --network_args sets, keyed by the argument as typed.
-
-    Args:
-        network: The network.
-        base: Learning rate of the transformer's part.
-        trains_text_encoders: Whether text encoders get a network too.
-    """
+    """Return the learning rates that --network_args sets, keyed by the argument as typed."""
     rates: dict[str, float] = {}
     # these arguments may have a different meaning for other networks
     if not (network.network_module or RANKED_NETWORKS[0]).startswith(RANKED_NETWORKS):
@@ -335,10 +317,8 @@ def _read_loras(
 
 
 def _check_kind(lora: "LoraFile", network: NetworkOptions) -> None:
-    """Raise OptionError if the --network_weights file and the network are of different kinds, e.g. OFT.
-
-    Only kinds that rotate inputs are compared.
-    """
+    """Raise OptionError if the --network_weights file and the network are of different kinds, e.g. OFT."""
+    # Only kinds that rotate inputs are compared.
     file_kind = find_network_kind(lora.tensors, ROTATING)
     network_kind = network.kind if network.kind in ROTATING else None
     if file_kind is network_kind:

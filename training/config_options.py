@@ -80,17 +80,8 @@ def read_config_file(name: str, parser: argparse.ArgumentParser) -> dict[str, An
 def _report_unknown_key(
     path: Path, key: str, values: Mapping[str, Any], actions: Mapping[str, argparse.Action]
 ) -> None:
-    """Warn about a key that is not an option, with advice for keys of Kohya's GUI; reject misspelled options.
-
-    Args:
-        path: The file.
-        key: The key.
-        values: All values of the file, by key.
-        actions: The options, by their names.
-
-    Raises:
-        OptionError: If the key is nearly the name of an option.
-    """
+    """Warn about a key that is not an option, with advice for keys of Kohya's GUI."""
+    # Reject misspelled options.
     from training.kohya_page import explain_key, is_kohya_gui_key  # only with a file
 
     if not is_kohya_gui_key(key):

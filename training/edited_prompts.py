@@ -90,12 +90,7 @@ def _log_outcome(edited: Sampler, error: str) -> None:
 
 
 def _read_prompts(path: Path, previous_text: str) -> tuple[str, str]:
-    """Return the text of a prompt file and ""; if it cannot be read, the previous text and the reason.
-
-    Args:
-        path: Path of the file.
-        previous_text: Text to return if the file cannot be read.
-    """
+    """Return the text of a prompt file and ""; if it cannot be read, the previous text and the reason."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # reading a pipe would block
@@ -111,11 +106,7 @@ def _read_prompts(path: Path, previous_text: str) -> tuple[str, str]:
 
 
 def _encode_edited(sampler: Sampler, log_activity: Callable[[str], None]) -> Sampler:
-    """Return a sampler for the edited prompt file; unchanged entries keep their encoded prompts.
-
-    Raises:
-        UserError: If an entry cannot be used, or if an encoder cannot be loaded.
-    """
+    """Return a sampler for the edited prompt file; unchanged entries keep their encoded prompts."""
     source, session = sampler.source, sampler.session
     entries, requests = parse_requests(session.family, source.text, source.path)
     unchanged_samples = _find_unchanged(sampler, entries)
@@ -143,10 +134,8 @@ def _encode_edited(sampler: Sampler, log_activity: Callable[[str], None]) -> Sam
 
 
 def _find_unchanged(sampler: Sampler, entries: Sequence[Mapping[str, Any]]) -> dict[int, Sample]:
-    """Return the earlier sample of each entry that has one with equal settings, by the entry's index.
-
-    Only entries that this process generates are looked at. Entries may have been moved within the file.
-    """
+    """Return the earlier sample of each entry that has one with equal settings, by the entry's index."""
+    # Only entries that this process generates are looked at. Entries may have been moved within the file.
     unchanged: dict[int, Sample] = {}
     for index in sampler.source.prompt_indices(len(entries)):
         earlier = next((sample for sample in sampler.samples if sample.settings == entries[index]), None)

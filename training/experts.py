@@ -222,13 +222,7 @@ def describe_few_steps(family: Family, options: TrainingOptions) -> str:
 
 
 def _describe_unlearning(rule: FewSteps, evidence: str, *, trains_whole_model: bool) -> str:
-    """Return the warning that training unlearns few steps, with advice on how to keep the ability.
-
-    Args:
-        rule: What the training of the model's transformer unlearns.
-        evidence: Why the transformer is taken for a distilled one.
-        trains_whole_model: Whether the transformer itself is trained instead of a network.
-    """
+    """Return the warning that training unlearns few steps, with advice on how to keep the ability."""
     unlearned = rule.unlearned_pronoun
     beginning = (
         f"The transformer may be distilled for few steps ({evidence}). If it is, plain training unlearns"
@@ -257,12 +251,7 @@ def _warn_of_other_experts_weights(
 
 
 def _warn_of_all_timesteps(options: TrainingOptions, boundary: float) -> None:
-    """Warn that one of two transformers is trained at all timesteps.
-
-    Args:
-        options: Options of the run.
-        boundary: Timestep at which the two transformers meet.
-    """
+    """Warn that one of two transformers is trained at all timesteps."""
     option_for_low_noise = "--max_timestep"
     option_for_high_noise = "--min_timestep"
     bound = round(boundary)

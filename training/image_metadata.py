@@ -87,12 +87,7 @@ def _tables_with_items(tables: Iterable[DatasetTable], items: Iterable[TrainingI
 
 
 def _list_rates(rate: float, parts: PartsOptions | None) -> dict[str, Any]:
-    """Return the learning rates of a LoRA's parts, under the names that sd-scripts records.
-
-    Args:
-        rate: Learning rate of the transformer's part.
-        parts: Which parts get a LoRA; None if there is no LoRA.
-    """
+    """Return the learning rates of a LoRA's parts, under the names that sd-scripts records."""
     if parts is None:
         return {}
     text_rates = parts.text_encoder_lr
@@ -282,15 +277,8 @@ def _describe_datasets(
 def _describe_dataset(
     tables: Sequence[DatasetTable], image_counts: _ImageCounts, tags: Tags
 ) -> dict[str, Any]:
-    """Return the entry of one dataset in `ss_datasets`.
-
-    Settings that all subsets share are entries of the dataset.
-
-    Args:
-        tables: Subsets of the dataset, which share size and batch size.
-        image_counts: Numbers of images.
-        tags: Frequency of each tag by folder.
-    """
+    """Return the entry of one dataset in `ss_datasets`."""
+    # Settings that all subsets share are entries of the dataset.
     descriptions = [table.describe() for table in tables]
     settings = _list_recorded_settings(tables[0])
     buckets = tables[0].buckets

@@ -261,12 +261,7 @@ def _apply_implied_values(args: argparse.Namespace) -> None:
 
 
 def _options_set_by_alias(args: argparse.Namespace, tokenizers: Collection[str]) -> set[str]:
-    """Return the options whose values were set by an alternative name in `OtherNames`.
-
-    Args:
-        args: Parsed arguments.
-        tokenizers: Names of the tokenizers' options.
-    """
+    """Return the options whose values were set by an alternative name in `OtherNames`."""
     names = {name for other_name, name in SWITCHES.items() if getattr(args, other_name, False)}
     if any(getattr(args, other_name) for other_name in OPTIMIZERS):
         names.add("optimizer_type")
@@ -278,12 +273,7 @@ def _options_set_by_alias(args: argparse.Namespace, tokenizers: Collection[str])
 
 
 def _find_tokenizers(args: argparse.Namespace, folder_by_option: Mapping[str, str]) -> None:
-    """Point each tokenizer option without a value to its folder in --tokenizer_cache_dir.
-
-    Args:
-        args: Parsed arguments, which are changed.
-        folder_by_option: Name of the tokenizer's folder in --tokenizer_cache_dir, by option.
-    """
+    """Point each tokenizer option without a value to its folder in --tokenizer_cache_dir."""
     if args.tokenizer_cache_dir is None or not folder_by_option:
         return
     cache = to_path("--tokenizer_cache_dir", args.tokenizer_cache_dir)
@@ -507,10 +497,8 @@ class FullCheckpointOptions(Options, title="full fine-tuning"):
 
 
 def _replace_fused_groups(args: argparse.Namespace) -> None:
-    """Set --fused_backward_pass if --fused_optimizer_groups is given, which it replaces.
-
-    Messages name the option that was typed. Raises OptionError if both options are set.
-    """
+    """Set --fused_backward_pass if --fused_optimizer_groups is given, which it replaces."""
+    # Messages name the option that was typed.
     groups = args.fused_optimizer_groups
     if not groups:
         return
@@ -592,11 +580,7 @@ def control_trainer(network_title: str, **settings: Any) -> ImageTrainerDefaults
 
 
 def _list_lora_rejections(network_title: str) -> dict[str, str]:
-    """Return the reasons why LoRA options are rejected, by option name.
-
-    Args:
-        network_title: Name of the trained network.
-    """
+    """Return the reasons why LoRA options are rejected, by option name."""
     reasons = {name: _LORA_ONLY.format(network_title) + remedy for name, remedy in _REJECTED_BESIDE.items()}
     reasons["masked_loss"] = (
         "conditioning_data_dir holds the control images here, not masks. Set mask_directory in a subset "

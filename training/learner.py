@@ -143,10 +143,9 @@ def _make_lora(
     resumed_tensors: Mapping[str, Tensor] | None = None,
     has_initial_values: bool = True,
 ) -> TrainableNetwork:
-    """Create a LoRA (or a similar network, such as a LoKr) and attach it to the model.
-
-    `module` is the network module of the family's LoRAs. `has_initial_values` is unused (see `MakeNetwork`).
-    """
+    """Create a LoRA (or a similar network, such as a LoKr) and attach it to the model."""
+    # `module` is the network module of the family's LoRAs. `has_initial_values` is unused (see
+    # `MakeNetwork`).
     return make_network(
         options, module, dit, seed, encoders=encoders, trains_dit=trains_dit, resumed=resumed_tensors
     )
@@ -163,10 +162,9 @@ def _make_custom_network(
     resumed_tensors: Mapping[str, Tensor] | None = None,
     has_initial_values: bool = True,
 ) -> TrainableNetwork:
-    """Create a network that the model family defines, such as a ControlNet; see `MakeNetwork` for arguments.
-
-    `options` and `resumed_tensors` are not used, because `custom` contains the network's settings.
-    """
+    """Create a network that the model family defines, such as a ControlNet."""
+    # See `MakeNetwork` for arguments.
+    # `options` and `resumed_tensors` are not used, because `custom` contains the network's settings.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "network"))
         module = custom.make(nn.ModuleDict(encoders) if custom.in_text_encoders else dit, has_initial_values)
@@ -174,15 +172,8 @@ def _make_custom_network(
 
 
 def _check_data(custom: CustomNetwork, config: DatasetConfig, preserve_attribute: str) -> DatasetConfig:
-    """Check the tables for a family's own network: control images, or images of a new word.
-
-    Returns the dataset, in which images need no captions if sentences replace them.
-
-    Args:
-        custom: The family's network.
-        config: The dataset.
-        preserve_attribute: Name of the attribute with which a table asks for the base model's prediction.
-    """
+    """Check the tables for a family's own network: control images, or images of a new word."""
+    # Returns the dataset, in which images need no captions if sentences replace them.
     if not custom.in_text_encoders:
         from dataset.control_pairs import check_pairs  # other runs read only caches
 
@@ -197,13 +188,7 @@ def _check_data(custom: CustomNetwork, config: DatasetConfig, preserve_attribute
 
 
 def _check_word_tables(custom: CustomNetwork, config: DatasetConfig, preserve_attribute: str) -> None:
-    """Raise DatasetError for tables from which a word's embedding cannot learn.
-
-    Args:
-        custom: The embedding.
-        config: The dataset.
-        preserve_attribute: Name of the attribute with which a table asks for the base model's prediction.
-    """
+    """Raise DatasetError for tables from which a word's embedding cannot learn."""
     for table in config.datasets:
         if table.is_reg:
             raise DatasetError(

@@ -166,13 +166,8 @@ def _load_trained_networks(loader: "NetworkLoader", builder: "TrainableBuilder")
 def _load_sample_networks(
     loader: "NetworkLoader", builder: "TrainableBuilder", networks: Sequence[nn.Module]
 ) -> list[nn.Module]:
-    """Load the networks that only samples use; return all networks of samples, in the order of the experts.
-
-    Args:
-        loader: Loads the networks.
-        builder: The trained parts.
-        networks: Networks that are trained.
-    """
+    """Load the networks that only samples use."""
+    # Return all networks of samples, in the order of the experts.
     plan = loader.plan
     network_by_file = dict(zip(plan.family.dit_files, networks, strict=True))
     # if samples use none of the trained networks, the trained LoRA is added to the networks loaded here
@@ -374,10 +369,8 @@ class NetworkLoader:
     def _read_merged(
         self, loras: MergedLoras, network: NetworkOptions, family: Family, index: int
     ) -> "tuple[LoraPatch | None, Sequence[WeightedLora]]":
-        """Read the LoRAs to merge into an expert: a patch or None, and T-LoRAs, which wrap layers instead.
-
-        For a DoRA, T-LoRAs are in the patch too, because it learns the norms of the merged weights.
-        """
+        """Read the LoRAs to merge into an expert: a patch or None, and T-LoRAs, which wrap layers instead."""
+        # For a DoRA, T-LoRAs are in the patch too, because it learns the norms of the merged weights.
         from networks.apply import LoraPatch  # only with LoRAs to merge
         from networks.depth_variants import fit_to_file
         from networks.rounding import LoraRounding
@@ -430,10 +423,8 @@ class NetworkLoader:
             finish_network(network.dit, options.speed, device)
 
     def _add_frozen_loras(self, network: UnpreparedNetwork, has_samples: bool) -> None:
-        """Add --training_adapter and, for samples, --sample_lora and LoRAs of a family's denoising stages.
-
-        All of them are disabled: a training step enables the adapter, a sample the others.
-        """
+        """Add --training_adapter and, for samples, --sample_lora and LoRAs of a family's denoising stages."""
+        # All of them are disabled: a training step enables the adapter, a sample the others.
         options, family = self.plan.options, network.family
         if family is self.plan.family and options.frozen.training_adapter is not None:
             adapter = experts.read_adapter(options, network.expert, family.experts)
@@ -464,10 +455,8 @@ class NetworkLoader:
 
 
 def _add_patch(placement: Placement, patch: "LoraPatch | None", network: NetworkOptions) -> Placement:
-    """Return a placement that merges LoRAs; layers that cannot be merged are left to be wrapped later.
-
-    A DoRA learns the norms of the merged weights, so none of its LoRAs may be left unmerged.
-    """
+    """Return a placement that merges LoRAs; layers that cannot be merged are left to be wrapped later."""
+    # A DoRA learns the norms of the merged weights, so none of its LoRAs may be left unmerged.
     if patch is None:
         return placement
     return replace(
@@ -482,11 +471,7 @@ def _wrap_unmerged(
     device: torch.device,
     compute_dtype: torch.dtype,
 ) -> None:
-    """Wrap layers whose LoRAs could not be merged: LoRAs of quantized weights, and T-LoRAs.
-
-    Raises:
-        CheckpointError: If the network lacks all modules of a merged LoRA.
-    """
+    """Wrap layers whose LoRAs could not be merged: LoRAs of quantized weights, and T-LoRAs."""
     if patch is not None:
         patch.check()
         if patch.unmerged:
@@ -615,11 +600,9 @@ class TrainableBuilder:
 def _make_stepping(
     plan: TrainingPlan, trainable: Trainable, optimizer: Optimizer, scaler: torch.amp.GradScaler
 ) -> stepping.StepAfterBackward | stepping.FusedBackward:
-    """Return the object that steps the weights: all together, one by one, or inside the backward pass.
-
-    Weights are stepped one by one if a step needs temporary copies of a weight: float32 values of a bf16
-    weight, all rows of a sharded one, or optimizer states from host memory.
-    """
+    """Return the object that steps the weights: all together, one by one, or inside the backward pass."""
+    # Weights are stepped one by one if a step needs temporary copies of a weight: float32 values of a bf16
+    # weight, all rows of a sharded one, or optimizer states from host memory.
     options, max_norm = plan.options, plan.options.optimizer.max_grad_norm
     full_dit, sharded_weights = options.full_dit, trainable.sharded_weights
     optimizer_class = type(optimizer)

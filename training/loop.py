@@ -175,14 +175,7 @@ def take_step(run: TrainingRun, step_batches: range, micro_batches: Iterator[Noi
 def _sum_over_processes(
     run: TrainingRun, updated_parameters: Sequence[Parameter], values: Tensor, requested: StepRequests
 ) -> Tensor:
-    """Sum the gradients of all processes, in place; return the sum of their values and requests.
-
-    Args:
-        run: The run.
-        updated_parameters: Parameters that the step changes. Sharded ones are not summed.
-        values: Values of this process.
-        requested: Saves and samples requested from this process.
-    """
+    """Sum the gradients of all processes, in place; return the sum of their values and requests."""
     requests = [run.requests.ending_requested, requested.saves, requested.samples]
     values[REQUEST_COLUMNS] = tensor_on(run.device, requests, torch.float32)
     sharded = run.model.trainable.sharded_weights
@@ -198,11 +191,10 @@ def _read_requests(previous: StepReport | None) -> StepRequests:
 
 
 def _find_updated_parameters(run: TrainingRun, step_batches: range) -> list[Parameter]:
-    """Return the parameters that a step on the micro-batches of `step_batches` changes.
-
-    Experts without a batch in the step, audio parameters if no clip has audio, and parts whose training has
-    ended are left out. The result depends on the batches of all processes, and does not wait for the device.
-    """
+    """Return the parameters that a step on the micro-batches of `step_batches` changes."""
+    # Experts without a batch in the step, audio parameters if no clip has audio, and parts whose training has
+    # ended are left out. The result depends on the batches of all processes, and does not wait for the
+    # device.
     trainable = run.model.trainable
     parameters = run.parameters
     if trainable.by_expert:
@@ -266,11 +258,9 @@ class _SkipCheck:
 def _make_skip_check(
     run: TrainingRun, step_batches: range, *, loss: Tensor, keys: tuple[str, ...]
 ) -> _SkipCheck:
-    """Return the check of a step with this loss and these items.
-
-    The kind of a step is its transformers, and whether it has audio: features compare gradient norms only
-    between steps of the same kind.
-    """
+    """Return the check of a step with this loss and these items."""
+    # The kind of a step is its transformers, and whether it has audio: features compare gradient norms only
+    # between steps of the same kind.
     experts = run.family.experts
     kind = []
     if len(experts) > 1:
@@ -283,17 +273,7 @@ def _make_skip_check(
 def _step_weights(
     run: TrainingRun, updated_parameters: Sequence[Parameter], skip_check: _SkipCheck | None
 ) -> list[Tensor]:
-    """Step the weights and the learning rate schedule, and call the features' `after_step` hooks.
-
-    Args:
-        run: The run.
-        updated_parameters: Parameters that the step changes.
-        skip_check: Decides whether the step is taken; if not, only the learning rates advance.
-
-    Returns:
-        The norms to append to a step's values, 1-D each: the weight norms of --scale_weight_norms, if they
-            are limited, and the norm of the gradients before clipping.
-    """
+    """Step the weights and the learning rate schedule, and call the features' `after_step` hooks."""
     model = run.model
     if isinstance(model.stepping, FusedBackward):  # for it, options reject features that skip steps
         gradient_norm = model.stepping.finish(updated_parameters).detach().float()
@@ -314,13 +294,8 @@ def _step_weights(
 def _accumulate(
     run: TrainingRun, step_batches: range, micro_batches: Iterator[NoisyBatch]
 ) -> tuple[Tensor, tuple[str, ...]]:
-    """Run this process's micro-batches of the step forward and backward, and accumulate their gradients.
-
-    The LoRAs of --training_adapter are enabled meanwhile.
-
-    Returns:
-        The values of this process in the order of `MetricColumns`, on the device; and the keys of its items.
-    """
+    """Run this process's micro-batches of the step forward and backward, and accumulate their gradients."""
+    # The LoRAs of --training_adapter are enabled meanwhile.
     steps = run.steps
     values = torch.zeros(run.metric_columns.size, device=run.device)
     keys: tuple[str, ...] = ()
@@ -354,10 +329,8 @@ def _accumulate(
 
 
 def _prepare_batch(run: TrainingRun, noisy_batch: NoisyBatch) -> NoisyBatch:
-    """Move a micro-batch to the device, seed dropout for it, and encode its captions.
-
-    The seed depends on the number of the micro-batch.
-    """
+    """Move a micro-batch to the device, seed dropout for it, and encode its captions."""
+    # The seed depends on the number of the micro-batch.
     seed_networks(run.model.trainable, run.progress.seed, noisy_batch.number, run.device)
     if run.memory is not None:
         run.memory.see_batch(noisy_batch.noise.numel())
@@ -372,19 +345,7 @@ def _prepare_batch(run: TrainingRun, noisy_batch: NoisyBatch) -> NoisyBatch:
 def _propagate(
     run: TrainingRun, expert: int, noisy_batch: NoisyBatch, *, divisor: int, is_dummy: bool
 ) -> tuple[Tensor, StreamErrors]:
-    """Run a micro-batch forward and backward through an expert to accumulate its gradients.
-
-    Args:
-        run: The run.
-        expert: Index of the expert.
-        noisy_batch: Batch with noise and timesteps.
-        divisor: Number by which the loss is divided.
-        is_dummy: Whether the pass only keeps this process in step with others, and its gradients are zeros.
-
-    Returns:
-        The micro-batch's share of the step's loss, and a tuple of its losses: images and audio, or only
-            images. All are detached.
-    """
+    """Run a micro-batch forward and backward through an expert to accumulate its gradients."""
     dit = run.model.dits.on_device(expert)
     strength: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if noisy_batch.batch.network_multiplier != 1:
@@ -405,19 +366,8 @@ def _propagate(
 
 
 def _passes_in_lockstep(run: TrainingRun, step_batches: range, position: int, expert: int) -> dict[int, bool]:
-    """Return the passes that all processes run at this position of the step, because they share a model.
-
-    A dummy pass adds no gradients: it runs because other processes need this process's part of the blocks.
-
-    Args:
-        run: The run.
-        step_batches: Indices of the step's micro-batches.
-        position: Position among the micro-batches of each process.
-        expert: Index of the expert of this process's micro-batch.
-
-    Returns:
-        Whether the pass is a dummy, by the index of the expert, in the order of the passes.
-    """
+    """Return the passes that all processes run at this position of the step, because they share a model."""
+    # A dummy pass adds no gradients: it runs because other processes need this process's part of the blocks.
     steps = run.steps
     indexes = [
         steps.list_process_batches(step_batches, process)[position]
@@ -453,13 +403,7 @@ def _add_component_losses(
 def _add_feature_metrics(
     run: TrainingRun, values: Tensor, metrics: Sequence[tuple[tuple[str, ...], Tensor | None]]
 ) -> None:
-    """Add the metrics that features recorded for a micro-batch to the values of the step.
-
-    Args:
-        run: The run.
-        values: Values of the step, changed in place.
-        metrics: For each feature, names and metrics; None if the micro-batch has none.
-    """
+    """Add the metrics that features recorded for a micro-batch to the values of the step."""
     columns = run.metric_columns
     for names, recorded in metrics:
         if recorded is not None:
@@ -470,11 +414,7 @@ def _add_feature_metrics(
 
 
 def _log_report(run: TrainingRun, step: StepReport | None) -> None:
-    """Log a step; None logs nothing.
-
-    Raises:
-        UserError: If its loss or gradient norm is NaN or infinite, before anything made from it is saved.
-    """
+    """Log a step; None logs nothing."""
     if step is None:
         return
     loss = step.values[LOSS_COLUMN]
@@ -499,10 +439,9 @@ def _log_report(run: TrainingRun, step: StepReport | None) -> None:
 
 
 def _check_bad_step(run: TrainingRun, step: StepReport) -> None:
-    """Raise UserError for a step whose loss or gradient norm is NaN or infinite, unless that is expected.
-
-    While a gradient scaler searches its scale, infinite losses are normal; a skipped step changed no weights.
-    """
+    """Raise UserError for a step whose loss or gradient norm is NaN or infinite, unless that is expected."""
+    # While a gradient scaler searches its scale, infinite losses are normal; a skipped step changed no
+    # weights.
     if not run.model.scaler.is_enabled() and not step.skipped:
         loss, norm = step.values[LOSS_COLUMN], step.values[GRADIENT_NORM_COLUMN]
         raise explain_bad_step(step.step, loss, norm, step.keys, remedy=bad_step_remedies())
@@ -527,11 +466,9 @@ def _restart_step_timing(run: TrainingRun) -> None:
 
 
 def _after_step(run: TrainingRun, requested: StepRequests) -> None:
-    """Validate, generate samples and save after an optimizer step, whichever of them are due.
-
-    Samples come before saving. If a user has asked the run to end, its samples are only recorded as pending,
-    and generated after resuming.
-    """
+    """Validate, generate samples and save after an optimizer step, whichever of them are due."""
+    # Samples come before saving. If a user has asked the run to end, its samples are only recorded as
+    # pending, and generated after resuming.
     progress = run.progress
     # work is due because a user asked for it, because the run ends, or by the options
     saves = requested.saves or is_ending(run) or _is_due(run.plan.saving.save_every_n_steps, progress.step)
@@ -573,10 +510,8 @@ def _is_due(every: int | None, count: int) -> bool:
 
 
 def _after_epoch(run: TrainingRun) -> None:
-    """Do the work due at the end of an epoch: save, then sample.
-
-    An epoch cut short by --max_train_steps counts as unfinished.
-    """
+    """Do the work due at the end of an epoch: save, then sample."""
+    # An epoch cut short by --max_train_steps counts as unfinished.
     progress = run.progress
     epoch = progress.epoch + 1
     is_complete = progress.position >= run.steps.num_batches  # otherwise --max_train_steps ended the epoch
@@ -657,11 +592,7 @@ def _sample(run: TrainingRun) -> None:
 
 
 def _make_samples(run: TrainingRun, sampler: "Sampler") -> bool:
-    """Generate the pending samples from the current content of the prompt file.
-
-    Returns:
-        False if the run was asked to end before they were finished.
-    """
+    """Generate the pending samples from the current content of the prompt file."""
     from training.edited_prompts import take_edited_prompts  # only with prompts
 
     model = run.model
@@ -706,10 +637,8 @@ def _weights_for_sampling(run: TrainingRun) -> Iterator[None]:
 
 
 def _validate(run: TrainingRun, validation: Validation, occasion: str) -> None:
-    """Measure and log the validation loss, after which a feature may end the run.
-
-    `occasion` is STEP or EPOCH, which is a part of the names of logged values.
-    """
+    """Measure and log the validation loss, after which a feature may end the run."""
+    # `occasion` is STEP or EPOCH, which is a part of the names of logged values.
     in_evaluation = evaluation(run.model.modules, run.model.optimizer, run.parameters)
     run.reporter.log_pause("validating")
     with run.logs.clock.pause(VALIDATION), in_evaluation:

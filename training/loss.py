@@ -173,12 +173,8 @@ def sample_errors_outside(
 
 
 def _mean_over_noisy_frames(errors: Tensor, noisy_batch: NoisyBatch) -> Tensor:
-    """Return the mean error of each sample, B, over its noisy latents, excluding clean condition frames.
-
-    Args:
-        errors: Error of each element, B C F H W.
-        noisy_batch: Batch with noise and timesteps.
-    """
+    """Return the mean error of each sample, B, over its noisy latents, excluding clean condition frames."""
+    # errors: Error of each element, B C F H W.
     errors = errors[:, :, noisy_batch.num_clean_frames :]
     clean_tokens = noisy_batch.clean_tokens
     if clean_tokens is None or clean_tokens.image is None:

@@ -123,10 +123,8 @@ def _model_values(family: Family) -> dict[str, Any]:
 
 
 def _list_optional_values(plan: TrainingPlan) -> dict[str, Any]:
-    """Return the metadata entries (`ss_...`) about the training run that only some runs have.
-
-    Files of image models record more than those of video models, because other trainers of them do.
-    """
+    """Return the metadata entries (`ss_...`) about the training run that only some runs have."""
+    # Files of image models record more than those of video models, because other trainers of them do.
     options, frozen = plan.options, plan.options.frozen
     values: dict[str, Any] = {}
     if options.loss != L2 or options.is_for_images:  # image trainers always record the options of the loss
@@ -202,10 +200,8 @@ def _model_spec(
     licence: str | None,
     architecture_suffix: str,
 ) -> dict[str, str | None]:
-    """Return the entries of `modelspec.*` by name; None for entries that the file does not have.
-
-    The arguments are those of `file_metadata`.
-    """
+    """Return the entries of `modelspec.*` by name; None for entries that the file does not have."""
+    # The arguments are those of `file_metadata`.
     metadata = options.metadata
     architecture = metadata.architecture or family_metadata.get("architecture")
     if architecture and options.network is not None:
@@ -243,13 +239,7 @@ def _format_resolution(text: str) -> str:
 
 
 def _training_values(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[str, Any]:
-    """Return the metadata entries (`ss_...`) about the training run: its options, steps and progress.
-
-    Args:
-        plan: The plan of the run.
-        optimizer: Name of the optimizer.
-        lr_scheduler: Name of the learning-rate schedule.
-    """
+    """Return the metadata entries (`ss_...`) about the training run: its options, steps and progress."""
     options, progress, steps = plan.options, plan.progress, plan.steps
     loop, times, network = options.loop, options.timesteps, options.network
     network_values = {} if network is None else {"ss_network_dropout": network.network_dropout}

@@ -348,13 +348,7 @@ class NextSteps:
         return high_files, other_files
 
     def _add_trained_files(self, arguments: Sequence[str], ending: str, files: Sequence[Path]) -> list[str]:
-        """Add the trained files of one transformer, and the LoRAs of samples, to a command.
-
-        Args:
-            arguments: Arguments of the command.
-            ending: Suffix of the options for that transformer.
-            files: The trained files.
-        """
+        """Add the trained files of one transformer, and the LoRAs of samples, to a command."""
         assert self.command.family_entry is not None
         arguments = [*arguments]
         loras: list[tuple[Path, float]] = []
@@ -374,13 +368,7 @@ class NextSteps:
         return arguments
 
     def _replace_dit(self, arguments: Sequence[str], name: str, file: Path) -> list[str]:
-        """Replace a transformer in a command by a trained file.
-
-        Args:
-            arguments: Arguments of the command.
-            name: Name of the option for the transformer.
-            file: The trained file.
-        """
+        """Replace a transformer in a command by a trained file."""
         assert self.command.family_entry is not None
         flags = accepted_options(self.command.family_entry.options_record("Generation"))[name].flags
         # without the option, which a release of one file does not need, it is added at the end

@@ -294,13 +294,7 @@ def list_script_options(parser: argparse.ArgumentParser, *records: Options) -> l
 
 
 def _describe_option(action: argparse.Action, value: Any, typed_flags: Mapping[str, str]) -> ScriptOption:
-    """Return an option with its value, as words of a command, and whether it was changed or typed.
-
-    Args:
-        action: Declaration of the option in the parser.
-        value: Its value.
-        typed_flags: Flags on the command line, by the option's name.
-    """
+    """Return an option with its value, as words of a command, and whether it was changed or typed."""
     # the value when the option is not given: its default, or one taken from another option (`not_given`)
     default = getattr(action, "not_given", action.default)
     texts = value_argv(value)
@@ -437,18 +431,8 @@ def _reject_unseen_sending(parser: argparse.ArgumentParser, values: Mapping[str,
 
 
 def _check_untyped_values(command: CommandLine, from_file: Mapping[str, Any], place: str) -> None:
-    """Check values of a configuration file that could import code or send data from this machine.
-
-    Values of options that the user has typed too are not checked: they are not used.
-
-    Args:
-        command: The command line.
-        from_file: Values in the file, by option.
-        place: The file, for messages.
-
-    Raises:
-        OptionError: If a value is rejected.
-    """
+    """Check values of a configuration file that could import code or send data from this machine."""
+    # Values of options that the user has typed too are not checked: they are not used.
     parser, typed = command
     untyped_names = {
         action.dest for action in parser._actions if getattr(typed, action.dest, None) == action.default

@@ -251,13 +251,7 @@ class RunPlanner:
     def _find_data(
         self, features: RunFeatures, live_encoders: LiveTextEncoders | None, seed: int
     ) -> _TrainingData:
-        """Find or make the caches, and divide their items into training and validation items.
-
-        Args:
-            features: What the active features contribute to the run.
-            live_encoders: Text encoders that run during training.
-            seed: Seed of the run, for the choice of validation items.
-        """
+        """Find or make the caches, and divide their items into training and validation items."""
         sources = self._find_sources(features, live_encoders)
         items = self._find_items(
             sources,
@@ -270,10 +264,8 @@ class RunPlanner:
         return data
 
     def _find_sources(self, features: RunFeatures, live_encoders: LiveTextEncoders | None) -> BatchSources:
-        """Return where batches are read from, except for the text tensors that `live_encoders` encode.
-
-        If the run may encode, it may also write caches, or encode images and captions during training.
-        """
+        """Return where batches are read from, except for the text tensors that `live_encoders` encode."""
+        # If the run may encode, it may also write caches, or encode images and captions during training.
         if self.may_encode:
             from training.caching_inside import prepare_sources  # most runs only read caches
 
@@ -300,20 +292,10 @@ class RunPlanner:
     def _find_items(
         self, sources: BatchSources, *, encodes_texts_on_the_fly: bool, condition_set: str
     ) -> Sequence[TrainingItem]:
-        """Find the cached training items by their file names, check their caches, and return them.
-
-        1. List the items, which must exist.
-        2. Check the channels of new items, and that all caches fit the model and its text encoders.
-        3. In the first process, warn about media files without caches, and caches without a media file.
-
-        Args:
-            sources: Where batches are read from.
-            encodes_texts_on_the_fly: Whether captions are encoded during training.
-            condition_set: Name of the additional conditions that a batch must offer; "" for none.
-
-        Raises:
-            CacheError: If there are no caches; the message contains the caching commands.
-        """
+        """Find the cached training items by their file names, check their caches, and return them."""
+        # 1. List the items, which must exist.
+        # 2. Check the channels of new items, and that all caches fit the model and its text encoders.
+        # 3. In the first process, warn about media files without caches, and caches without a media file.
         from dataset.batches.starting import check_caches, compare_sources  # only where a run starts
 
         family, process_index = self.family, self.accelerator.process_index
@@ -419,11 +401,7 @@ def _warn_of_rejected_items(training: Sequence[TrainingItem]) -> None:
 
 
 def _compare_with_state(plan: TrainingPlan, saved: SavedState | ForeignState) -> TrainingPlan:
-    """Compare a run with its saved state; return the plan with changed settings and adjusted steps.
-
-    Raises:
-        OptionError: If the state belongs to a different run.
-    """
+    """Compare a run with its saved state; return the plan with changed settings and adjusted steps."""
     changes = check_resumable(saved, plan.settings, plan.options, plan.saving)
     steps = plan.steps
     if changes and isinstance(saved, SavedState):
@@ -481,11 +459,8 @@ def join_processes(
 
 @contextmanager
 def _reserve_name_for_all(options: TrainingOptions, accelerator: Accelerator) -> Iterator[None]:
-    """Reserve the run's output name during the block, in the main process; if that fails, all processes exit.
-
-    Raises:
-        OutputError: In the main process, which reports the error; other processes exit with its code.
-    """
+    """Reserve the run's output name during the block, in the main process."""
+    # If that fails, all processes exit.
     with ExitStack() as stack:
         error: OutputError | None = None
         if accelerator.is_main_process:

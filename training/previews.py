@@ -98,12 +98,10 @@ def _list_tables(
 def _print_check(
     family: Family, options: TrainingOptions, network_spec: NetworkSpec, commands: CachingCommands
 ) -> int:
-    """Print the items that would be trained on, and write the page (--check); returns the exit code.
-
-    1. Check the options and features with this dataset.
-    2. Find the faults of the dataset, from its caches or files.
-    3. Add lines about timesteps, targets and the learning rate.
-    """
+    """Print the items that would be trained on, and write the page (--check); returns the exit code."""
+    # 1. Check the options and features with this dataset.
+    # 2. Find the faults of the dataset, from its caches or files.
+    # 3. Add lines about timesteps, targets and the learning rate.
     from data_tools.report import check, findings  # only with --check
 
     reject_foreign_module(family, options)
@@ -263,12 +261,10 @@ def _print_plan(
     commands: CachingCommands,
     others: OtherFamilies,
 ) -> None:
-    """Print how much memory the run would need (--plan), on one GPU or divided over several.
-
-    1. Check the network module, the optimizer, the model files and the features.
-    2. Read the largest batch from the caches.
-    3. Simulate a step with it, and print the memory.
-    """
+    """Print how much memory the run would need (--plan), on one GPU or divided over several."""
+    # 1. Check the network module, the optimizer, the model files and the features.
+    # 2. Read the largest batch from the caches.
+    # 3. Simulate a step with it, and print the memory.
     reject_foreign_module(family, options)
     check_optimizer(options)
     family.check_named_files()  # first: caches are made with them

@@ -81,13 +81,7 @@ def find_state(
 
 
 def _report_missing_state(resume: str, folder: Path, name: str) -> None:
-    """Log that no state was found and a new run begins; raise OptionError for `--resume latest-or-fail`.
-
-    Args:
-        resume: Value of --resume.
-        folder: Folder of the run's files.
-        name: Name of the run.
-    """
+    """Log that no state was found and a new run begins; raise OptionError for `--resume latest-or-fail`."""
     earlier_states = find_moved_states(folder, name)
     has_trained_file = (folder / f"{name}.safetensors").is_file() or is_saved_folder(folder / name)
     hint = f" An earlier run saved {earlier_states[-1]}: pass it to --resume." if earlier_states else ""
@@ -188,13 +182,7 @@ def collect_run_settings(
 def _list_adjustable_settings(
     family: Family, options: TrainingOptions, config: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the settings whose change in a resumed run only causes a warning.
-
-    Args:
-        family: The model family.
-        options: Options of the run.
-        config: All options by name.
-    """
+    """Return the settings whose change in a resumed run only causes a warning."""
     adjustable = _values_by_flag(config, "habit")
     adjustable |= {f"--{name}": value for name, value in recorded_values(family.options, "habit").items()}
     models = [value for name, value in family.metadata.items() if name.startswith("sd_model_name")]
@@ -203,11 +191,9 @@ def _list_adjustable_settings(
 
 
 def _values_by_flag(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """Return the values of all options of a kind, by flag (`--name`).
-
-    `kind` says what happens if the value differs when a run is resumed: `identity` is an error, `habit` a
-    warning.
-    """
+    """Return the values of all options of a kind, by flag (`--name`)."""
+    # `kind` says what happens if the value differs when a run is resumed: `identity` is an error, `habit` a
+    # warning.
     return {f"--{name}": config.get(name) for name in options_with(TrainingOptions, "resume", kind)}
 
 
@@ -309,12 +295,7 @@ def _comparable_fixed_settings(
 
 
 def _list_saved_adjustable(saved: states.SavedState, adjustable: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the saved settings that may change with a warning; options unknown to the state get defaults.
-
-    Args:
-        saved: The saved state.
-        adjustable: The same settings of this run.
-    """
+    """Return the saved settings that may change with a warning; options unknown to the state get defaults."""
     defaults: dict[str, Any] = {}
     for record in (NOTHING_FROZEN, *(feature.options.from_defaults() for feature in FEATURES)):
         defaults |= {f"--{name}": value for name, value in public_config(record).items()}
@@ -330,13 +311,7 @@ def _list_saved_adjustable(saved: states.SavedState, adjustable: Mapping[str, An
 def _reject_differences(
     saved: states.SavedState, differences: Mapping[str, tuple[str, str]], may_change: bool
 ) -> None:
-    """Raise OptionError for settings that must be the same in a resumed run.
-
-    Args:
-        saved: The saved state.
-        differences: Saved and current value of each setting that differs, by name.
-        may_change: Whether --resume_changed is given, which allows some of them.
-    """
+    """Raise OptionError for settings that must be the same in a resumed run."""
     changeable = {f"--{name}" for name in options_with(TrainingOptions, "resume_changed", True)}
     changeable |= {GROUP_SIZE, BATCHES}  # these are not options, so no option class declares them
     allowed = changeable if may_change else set()
@@ -398,12 +373,7 @@ def apply_changes(changes: Mapping[str, str], progress: Progress, saved: states.
 
 
 def _normalize_fixed_settings(fixed: Mapping[str, Any], record: type) -> dict[str, Any]:
-    """Normalize the settings that identify a run: settings of equal meaning get equal values.
-
-    Args:
-        fixed: Settings that must be the same when the run is resumed, by name.
-        record: Record of the family's own options.
-    """
+    """Normalize the settings that identify a run: settings of equal meaning get equal values."""
     by_name = {name.removeprefix("--"): value for name, value in fixed.items() if name.startswith("--")}
     resolved = {
         **fixed,

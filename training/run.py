@@ -165,20 +165,9 @@ def prepare_run(
 def _load_run(
     plan: TrainingPlan, sampler: "Sampler | None", next_steps: NextSteps, stack: contextlib.ExitStack
 ) -> tuple[TrainingRun, Publisher | None]:
-    """Load the text encoders that run during training, then the trained transformers; return the run.
-
-    The results of an earlier run are moved away only after everything is loaded, so that a failed start does
-    not move them.
-
-    Args:
-        plan: The plan of the run.
-        sampler: Generates the samples; None without samples.
-        next_steps: Suggests commands, for the run's page.
-        stack: Frees the text encoders when it is closed.
-
-    Returns:
-        The run, and the publisher that uploads its files, if there is one.
-    """
+    """Load the text encoders that run during training, then the trained transformers; return the run."""
+    # The results of an earlier run are moved away only after everything is loaded, so that a failed start
+    # does not move them.
     speed, device = plan.options.speed, plan.accelerator.device
     swap = speed.swap
     memory: MemoryWatch | None = None
@@ -247,11 +236,7 @@ def _move_earlier_run_away(plan: TrainingPlan, history: Path) -> None:
 
 
 def _make_sampler(plan: TrainingPlan, prompts: Path) -> "Sampler":
-    """Return the sampler of the run, after encoding its prompts and images.
-
-    Raises:
-        OptionError: If an encoder is missing, before the DiT is loaded.
-    """
+    """Return the sampler of the run, after encoding its prompts and images."""
     options, accelerator = plan.options, plan.accelerator
     from training.samples import prepare_samples  # only with prompts
 

@@ -77,13 +77,7 @@ def get_exit_code(error: BaseException | None) -> int:
 
 
 def _list_variables(run: EndedRun, code: int, error: BaseException | None) -> dict[str, str]:
-    """Return the environment variables that describe how a run has ended.
-
-    Args:
-        run: Description of the run.
-        code: Exit code of this program.
-        error: Error that ended the run; None if it completed.
-    """
+    """Return the environment variables that describe how a run has ended."""
     state = FAILED
     if code == 0 and run.is_finished:
         state = FINISHED

@@ -183,16 +183,7 @@ class Sampler:
         check: Callable[[], None],
         show_progress: Callable[[str], None],
     ) -> torch.Tensor:
-        """Return the latents of a sample.
-
-        Args:
-            sample: The sample.
-            title: Title of the progress bar.
-            get_dit: Returns the transformer of an expert, on the device.
-            autocast: Returns the context of mixed precision.
-            check: Called after each step; it raises to stop the sample.
-            show_progress: Called with a description of the progress.
-        """
+        """Return the latents of a sample."""
         experts, prepared = self.session.family.experts, sample.prepared
         encoded_prompts = sample.encoded_prompts
         if self.encode_again is not None:  # text encoders are trained, so their outputs have changed
@@ -221,14 +212,8 @@ class Sampler:
 
     @torch.no_grad()
     def _write(self, latents: torch.Tensor, prepared: Prepared, stem: str, model: str) -> Path:
-        """Decode a sample and write it as an image, video, image layers or audio; return the file's path.
-
-        Args:
-            latents: Latents in model space, B C F H W, or B N together with audio.
-            prepared: The request with all values resolved.
-            stem: Name of the file without its suffix.
-            model: File name of the weights, for the metadata.
-        """
+        """Decode a sample and write it as an image, video, image layers or audio; return the file's path."""
+        # latents: Latents in model space, B C F H W, or B N together with audio.
         family = self.session.family
         track: Track | None = None  # the audio, if the model generates any
         if prepared.audio_video_shapes is not None:
@@ -257,11 +242,7 @@ class Sampler:
         metadata: Mapping[str, str],
         track: Track | None,
     ) -> Path:
-        """Write the frames of a sample as image layers, as one image, or as a video with a track of audio.
-
-        Returns:
-            The file's path, for layers the path of the last one.
-        """
+        """Write the frames of a sample as image layers, as one image, or as a video with a track of audio."""
         latent = self.session.family.latent
         if latent.has_layers:
             return write_layers(self.folder, stem, frames, latent.has_full, as_png_texts(metadata))[-1]
@@ -298,15 +279,7 @@ def _show_steps(
     show_progress: Callable[[str], None],
     preview_section: OnSection,
 ) -> Iterator[tuple[StepCallback, OnSection]]:
-    """Yield callbacks for steps and sections that show the progress of a sample on a bar.
-
-    Args:
-        title: Title of the progress bar.
-        prepared: The request with all values resolved.
-        check: Called after each step; raises to stop generating.
-        show_progress: Called with the bar's text after each step.
-        preview_section: Callback for sections of a preview.
-    """
+    """Yield callbacks for steps and sections that show the progress of a sample on a bar."""
     bars: list[Bar] = []
     with ExitStack() as stack:
 
@@ -450,10 +423,9 @@ def encode_samples(
 def _encode_media(
     session: Session, requests: Sequence[Prepared], decodes: bool, loads: bool
 ) -> list[Mapping[int, Conditions]]:
-    """Encode the input images of each sample, and return the conditions of each.
-
-    The VAE is loaded if a sample has images or `loads` is set. `decodes` says that it is needed again later.
-    """
+    """Encode the input images of each sample, and return the conditions of each."""
+    # The VAE is loaded if a sample has images or `loads` is set. `decodes` says that it is needed again
+    # later.
     family, encoders = session.family, NO_ENCODERS
     with ExitStack() as stack:
         if (loads and requests) or any(needs_media(family, request) for request in requests):
@@ -528,10 +500,7 @@ def parse_requests(
 def _prepare_entry(
     family: Family, prompt_file: Path, numbered_entry: tuple[int, Mapping[str, Any]]
 ) -> Prepared:
-    """Prepare the request of a prompt file entry, given with its number; warn about unusual values.
-
-    Raises OptionError if the family cannot generate it.
-    """
+    """Prepare the request of a prompt file entry, given with its number; warn about unusual values."""
     number, entry = numbered_entry
     try:
         request = sample_request(entry, family)
@@ -632,13 +601,7 @@ def _as_text(value: Any) -> str:
 def _with_fitted_size(
     request: Request, size: tuple[int | None, int | None, int], latent: LatentSpec
 ) -> Request:
-    """Return a request whose size is rounded down to one that the model supports; warn if it differs.
-
-    Args:
-        request: The request.
-        size: Width, height and frames; None for the size of the first reference.
-        latent: Sizes of the family's latents.
-    """
+    """Return a request whose size is rounded down to one that the model supports; warn if it differs."""
     width, height, frames = size
     multiple = latent.pixel_step
     fitted_width = None if width is None else fit_side(width, multiple)
@@ -659,12 +622,7 @@ def _with_fitted_size(
 
 
 def _select_solver(values: Mapping[str, Any], supported: Sequence[str] = ()) -> str | None:
-    """Return the solver that a prompt names, possibly by an alias. Warn and return None for unknown names.
-
-    Args:
-        values: Values of the prompt.
-        supported: Samplers specific to the model; if there are any, only these can be used.
-    """
+    """Return the solver that a prompt names, possibly by an alias. Warn and return None for unknown names."""
     name = values.get("sample_sampler")
     if name is None:
         return None

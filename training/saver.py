@@ -112,10 +112,8 @@ def make_saver(
 def _describe_published_run(
     plan: TrainingPlan, metadata: Mapping[str, Mapping[str, str]], prompts: Sequence[str]
 ) -> PublishedRun:
-    """Return what the model card says about a run.
-
-    One model card describes all uploaded files, so it gets the metadata of the first one.
-    """
+    """Return what the model card says about a run."""
+    # One model card describes all uploaded files, so it gets the metadata of the first one.
     first_metadata = next(iter(metadata.values()))
     return PublishedRun(
         names=plan.names,
@@ -166,13 +164,7 @@ class _ModelWriter:
 def _metadata_now(
     plan: TrainingPlan, fixed_metadata: Mapping[str, str], architecture_suffix: str
 ) -> dict[str, str]:
-    """Return the metadata of a file that is saved now, with the step, the epoch and the time.
-
-    Args:
-        plan: The plan of the run.
-        fixed_metadata: Entries that stay the same throughout the run.
-        architecture_suffix: Suffix of the architecture's name for a network, such as lora.
-    """
+    """Return the metadata of a file that is saved now, with the step, the epoch and the time."""
     progress, family = plan.progress, plan.family
     # at position 0 an epoch has just ended, except in a new run
     is_within_epoch = progress.position > 0 or progress.step == 0
@@ -327,10 +319,8 @@ def _load_sharded_parts(model: TrainedModel, saved: states.SavedState) -> None:
 
 
 def _restore_optimizer_and_schedule(model: TrainedModel, saved: states.SavedState) -> None:
-    """Restore the optimizer's states and the schedule.
-
-    With --resume_changed, the learning rates and the schedule of this run replace those of the state.
-    """
+    """Restore the optimizer's states and the schedule."""
+    # With --resume_changed, the learning rates and the schedule of this run replace those of the state.
     plan, full_dit = model.plan, model.plan.options.full_dit
     device = plan.accelerator.device
     if full_dit is not None and full_dit.offloads_states:  # --offload_optimizer_device
@@ -357,10 +347,8 @@ def _replace_learning_rates(
 
 
 def _sharded_weights_with_local_moments(model: TrainedModel) -> dict[str, Tensor]:
-    """Return the sharded weights whose optimizer states contain only this process's rows, by name.
-
-    Empty if no weight is sharded, or if the optimizer needs whole weights.
-    """
+    """Return the sharded weights whose optimizer states contain only this process's rows, by name."""
+    # Empty if no weight is sharded, or if the optimizer needs whole weights.
     if not is_elementwise(type(model.optimizer)):
         return {}
     names = model.trainable.names

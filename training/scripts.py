@@ -105,15 +105,7 @@ def _start_training(
     family_options: Any,
     script_options: Sequence[ScriptOption],
 ) -> int:
-    """Load torch, build the model family, and train; return the exit code.
-
-    Args:
-        family: Name of the trained family.
-        script: File of the script.
-        options: Options of the run.
-        family_options: The record of the family's options.
-        script_options: All options of the script, for suggested commands.
-    """
+    """Load torch, build the model family, and train; return the exit code."""
     entry = FAMILIES[family]
     if entry.notice:
         entry.log_notice()

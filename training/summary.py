@@ -105,12 +105,7 @@ def show_start(run: TrainingRun, dtype: torch.dtype | None) -> None:
 
 
 def _make_learning_rows(run: TrainingRun, parameters: Sequence[Tensor]) -> list[Row]:
-    """Return the rows of the start box about the model, its trained parts, the data and the optimizer.
-
-    Args:
-        run: The run.
-        parameters: The trained parameters.
-    """
+    """Return the rows of the start box about the model, its trained parts, the data and the optimizer."""
     plan, options, trainable = run.plan, run.options, run.model.trainable
     lora = plan.network_spec.lora_options
     # ranks and alphas of a network that continues from a file; None if the options set them
@@ -148,13 +143,7 @@ def _make_data_rows(plan: TrainingPlan) -> list[Row]:
 
 
 def _describe_rates(options: TrainingOptions, trainable: Trainable, network_spec: NetworkSpec) -> str:
-    """Return the learning rates for the box: --learning_rate, and a line for each rate if parts differ.
-
-    Args:
-        options: Options of the run.
-        trainable: The trained parameters.
-        network_spec: Description of what the run trains, with its recommended learning rate.
-    """
+    """Return the learning rates for the box: --learning_rate, and a line for each rate if parts differ."""
     default = options.optimizer.learning_rate
     names_by_rate: dict[float, list[str]] = {}
     for name, group in zip(trainable.group_names, trainable.groups, strict=False):
@@ -181,13 +170,7 @@ def _shorten_list(names: Sequence[str]) -> str:
 def _make_writing_rows(
     run: TrainingRun, parameters: Sequence[Tensor], dtype: torch.dtype | None
 ) -> list[Row]:
-    """Return the rows of the start box about saves, samples, disk space and folders.
-
-    Args:
-        run: The run.
-        parameters: The trained parameters.
-        dtype: Dtype of saved files; None for the dtype of the parameters.
-    """
+    """Return the rows of the start box about saves, samples, disk space and folders."""
     plan = run.plan
     options = run.options
     samples = options.samples
@@ -223,12 +206,7 @@ def _make_writing_rows(
 def _describe_trained(
     plan: TrainingPlan, ranks_and_alphas: tuple[Sequence[int], Sequence[float]] | None
 ) -> str:
-    """Describe what is trained: the network with its rank, or the trained parts of the model.
-
-    Args:
-        plan: The plan of the run.
-        ranks_and_alphas: Ranks and alphas of a network continued from a file, which replace the options.
-    """
+    """Describe what is trained: the network with its rank, or the trained parts of the model."""
     network, full_dit = plan.network_spec.lora_options, plan.options.full_dit
     if plan.network_spec.description:
         return plan.network_spec.description
@@ -259,11 +237,7 @@ def _sampling_times(samples: SampleOptions) -> str:
 
 
 def _times(every: Mapping[str, float | None]) -> list[str]:
-    """Describe intervals in words, such as "every 5 epochs".
-
-    Args:
-        every: Interval by unit, such as {"epochs": 5}; None values are left out.
-    """
+    """Describe intervals in words, such as "every 5 epochs"."""
     return [
         f"every {unit.removesuffix('s')}" if number == 1 else f"every {number:.12g} {unit}"
         for unit, number in every.items()

@@ -304,10 +304,8 @@ def prepare_dit(
 def _select_by_rate(
     dit: nn.Module, learning_rate: float, name_parts: Sequence[str], part_rates: Mapping[str, float]
 ) -> dict[float, list[Parameter]]:
-    """Return the trained parameters by learning rate, and freeze the others; the rate 0 freezes a part.
-
-    The arguments are those of `prepare_dit`.
-    """
+    """Return the trained parameters by learning rate, and freeze the others; the rate 0 freezes a part."""
+    # The arguments are those of `prepare_dit`.
     by_rate: dict[float, list[Parameter]] = {}
     for name, parameter in dit.named_parameters():
         rate = next((rate for part, rate in part_rates.items() if part in name), learning_rate)

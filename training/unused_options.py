@@ -85,13 +85,7 @@ def _explain_replaced_rate(parts: PartsOptions) -> str:
 
 
 def _list_unused(record: Any, reasons: Mapping[str, str], typed: Collection[str]) -> Iterator[str]:
-    """Yield a line for each given option of a record, and of the records in it, that has no effect.
-
-    Args:
-        record: The options.
-        reasons: Reason by option name, for options without effect because of something outside their record.
-        typed: Names of options that were typed, which count as given even with their default values.
-    """
+    """Yield a line for each given option of a record, and of the records in it, that has no effect."""
     for field in fields(record):
         name = option_name(field)
         value = getattr(record, field.name)

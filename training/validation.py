@@ -162,11 +162,9 @@ class Validation:
         return batch
 
     def _add_noise(self, batch: Batch, sigma: float, key: str, num_clean_frames: int) -> NoisyBatch:
-        """Return a batch of one item at a noise level.
-
-        The noise is seeded by the item's key, the level, and --validation_seed if it is set, but not by the
-        run's seed, so that runs can be compared.
-        """
+        """Return a batch of one item at a noise level."""
+        # The noise is seeded by the item's key, the level, and --validation_seed if it is set, but not by the
+        # run's seed, so that runs can be compared.
         noise_spec = self.plan.family.noise
         seed = self._noise_seed(sigma, key)
         shape = batch.tensor("latents").shape

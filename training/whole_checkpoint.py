@@ -80,21 +80,10 @@ def _train_checkpoint(
     as_folder: bool | None,
     shard_bytes: int,
 ) -> Trainable:
-    """Train each part of a checkpoint at the rate of `family.learning_parts`.
-
-    1. Group the transformer's weights by part; weights with the rate 0 stay frozen.
-    2. Add the weights of text encoders that are trained.
-    3. Choose the writer of the file or folder, and the step at which the text encoders are frozen.
-
-    Args:
-        family: The model family.
-        dit: The transformer.
-        live_encoders: Text encoders that are loaded.
-        learning_rate: Learning rate of parts without one of their own.
-        name_parts: Substrings; only transformer weights whose name contains one are trained. Empty: all are.
-        as_folder: Whether a diffusers folder is written instead of one file; None writes nothing.
-        shard_bytes: Largest size of a file of the folder; 0 for one file per network.
-    """
+    """Train each part of a checkpoint at the rate of `family.learning_parts`."""
+    # 1. Group the transformer's weights by part; weights with the rate 0 stay frozen.
+    # 2. Add the weights of text encoders that are trained.
+    # 3. Choose the writer of the file or folder, and the step at which the text encoders are frozen.
     parts = family.learning_parts
     groups = _OptimizerGroups()
     networks: dict[str, nn.Module] = {}

@@ -59,10 +59,8 @@ def encode_together(
 def _encode_images(
     encoders: MediaEncoders, pixels: Tensor, store: torch.dtype, has_last: bool
 ) -> dict[str, Tensor]:
-    """Return the image condition and, with an image encoder, the features of the clips' first frames.
-
-    With `has_last`, the last frames are part of both.
-    """
+    """Return the image condition and, with an image encoder, the features of the clips' first frames."""
+    # With `has_last`, the last frames are part of both.
     first, last = pixels[:, :, :1], pixels[:, :, -1:]
     if has_last:
         images = [first, last]
@@ -137,10 +135,7 @@ def batch_conditions(
 
 
 def _combine_control(task: WanTask, batch: Batch) -> Tensor:
-    """Return the condition channels of a Fun-Control model, from control latents and any image latents.
-
-    Raises CacheError if the control latents were cached for VACE.
-    """
+    """Return the condition channels of a Fun-Control model, from control latents and any image latents."""
     control = batch.tensor("latents_control").float()
     if control.shape[1] != LATENT.channels:
         raise CacheError(
@@ -152,10 +147,8 @@ def _combine_control(task: WanTask, batch: Batch) -> Tensor:
 
 
 def _read_features(task: WanTask, config: WanConfig, batch: Batch) -> Tensor:
-    """Return a batch's CLIP features; raise CacheError if they come from the wrong number of images.
-
-    A model with position embeddings for images needs two images, others one.
-    """
+    """Return a batch's CLIP features; raise CacheError if they come from the wrong number of images."""
+    # A model with position embeddings for images needs two images, others one.
     clip = batch.tensor("clip")
     positions = config.image_positions
     if positions:

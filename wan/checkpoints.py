@@ -141,10 +141,8 @@ def _is_wan(shapes: Mapping[str, tuple[int, ...]]) -> bool:
 
 
 def _read_header(checkpoint: Checkpoint) -> DitHeader[WanConfig]:
-    """Read config and dialect of a checkpoint; raise CheckpointError for a variant that is not supported.
-
-    The dialect says whose tensor names the file has: diffusers' or the official code's.
-    """
+    """Read config and dialect of a checkpoint; raise CheckpointError for a variant that is not supported."""
+    # The dialect says whose tensor names the file has: diffusers' or the official code's.
     names = checkpoint.tensors
     shapes = _list_shapes(checkpoint)
     dialect = "diffusers" if "condition_embedder.time_proj.weight" in names else "official"
@@ -233,10 +231,7 @@ def _check_shapes(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
 
 
 def _read_config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig:
-    """Read the dimensions of a Wan transformer from the shapes of its tensors.
-
-    Raises CheckpointError if the shapes do not fit each other.
-    """
+    """Read the dimensions of a Wan transformer from the shapes of its tensors."""
     _check_shapes(path, shapes)
     dim, in_dim, *patch = shapes["patch_embedding.weight"]  # of a Conv3d: dim in_dim frames rows columns
     layers = _count_blocks(shapes, "blocks")

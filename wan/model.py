@@ -335,10 +335,8 @@ class WanModel(BlockNetwork):
         padding_attention: AttentionChoice | None,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return text tokens, B T C, and how many equal rows each of them represents, T; None: one each.
-
-        `padding_attention` is the attention that may merge equal rows of padding; None if all are needed.
-        """
+        """Return text tokens, B T C, and how many equal rows each of them represents, T; None: one each."""
+        # `padding_attention` is the attention that may merge equal rows of padding; None if all are needed.
         samples = [rows.to(noisy.device) for rows in text]
         rows, repeats = pad_texts(samples, self.config.text_len, padding_attention)
         first, gelu, second = self.text_embedding
@@ -367,11 +365,9 @@ class WanModel(BlockNetwork):
         return torch.cat([clean, velocity[:, :, num_clean_frames:]], dim=2)
 
     def _embed_times(self, timesteps: Tensor, has_clean_frames: bool) -> tuple[Tensor, Tensor]:
-        """Return the embedded times, B S C, and their modulation, B S 6 C.
-
-        S is 1, or 2 if there are clean frames, whose time 0 comes first. Each distinct time is embedded once,
-        not once for each token as in the released code.
-        """
+        """Return the embedded times, B S C, and their modulation, B S 6 C."""
+        # S is 1, or 2 if there are clean frames, whose time 0 comes first. Each distinct time is embedded
+        # once, not once for each token as in the released code.
         if has_clean_frames:
             timesteps = torch.cat([timesteps, timesteps.new_zeros(1)])  # B+1: time 0 is embedded once for all
         time = run_float32(self.time_embedding[0], sinusoid(timesteps, self.config.freq_dim))

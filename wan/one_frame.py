@@ -193,10 +193,8 @@ def encode_request(
 
 
 def _make_channel_condition(order: FrameOrder, controls: Sequence[Tensor], grey: Tensor) -> Tensor:
-    """Return a single image's mask and latents for the condition channels, B 20 F h w.
-
-    `controls` are latents of control images, B 16 1 h w each; `grey` takes the target's place.
-    """
+    """Return a single image's mask and latents for the condition channels, B 20 F h w."""
+    # `controls` are latents of control images, B 16 1 h w each; `grey` takes the target's place.
     frames = [*controls, grey]  # index -1, the target image, is the last: gray
     mask = grey[:, :FRAMES_PER_LATENT]
     masks = [torch.full_like(mask, float(image >= 0)) for image in order.image_indices]

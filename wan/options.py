@@ -175,10 +175,8 @@ class WanModelOptions(Options, title="Wan"):
             self._check_second_vace()
 
     def _check_second_vace(self) -> None:
-        """Raise OptionError unless a second transformer, and only a second one, has its own VACE blocks.
-
-        The second transformer is for high noise or, in training, for samples only.
-        """
+        """Raise OptionError unless a second transformer, and only a second one, has its own VACE blocks."""
+        # The second transformer is for high noise or, in training, for samples only.
         second_dits = (self.experts.dit_high_noise, getattr(self, "sample_dit_other", None))
         has_second_dit = second_dits != (None, None)
         has_second_vace = self.vace_high_noise is not None
@@ -414,10 +412,8 @@ def generation_options(options: WanTrainingOptions, sample: Mapping[str, Any]) -
 
 
 def _list_inputs(options: WanTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options for a sample's images and clips, with placeholders for required ones it lacks.
-
-    `sample` has the values of a sample, or an item of the dataset as "example".
-    """
+    """Return the options for a sample's images and clips, with placeholders for required ones it lacks."""
+    # `sample` has the values of a sample, or an item of the dataset as "example".
     task = TASKS[options.task]
     one_frame = options.one_frame or ONE_FRAME in (sample.get("extra") or {})
     if sample.get("example"):

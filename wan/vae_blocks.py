@@ -119,11 +119,9 @@ class WanCausalConv(nn.Conv3d):
 
 
 def _prepend_previous_frames(x: Tensor, previous_frames: Tensor | None, norm: RmsNorm | None) -> Tensor:
-    """Return x preceded by the last two frames before it, B C T+2 H W; missing frames are zeros.
-
-    With `norm`, x is normalized and passed through SiLU first, as `previous_frames` was. The result is
-    written into one tensor, so that no concatenation copies it again.
-    """
+    """Return x preceded by the last two frames before it, B C T+2 H W; missing frames are zeros."""
+    # With `norm`, x is normalized and passed through SiLU first, as `previous_frames` was. The result is
+    # written into one tensor, so that no concatenation copies it again.
     batch, channels, frames, height, width = x.shape
     num_previous = TIME_KERNEL - 1  # frames that the convolution sees before the current one
     size = (batch, channels, num_previous + frames, height, width)
@@ -232,11 +230,9 @@ class Upsample(nn.Module):
 
 
 def _convolve_frames(conv: nn.Module, x: Tensor, pad: bool = False, enlarge: bool = False) -> Tensor:
-    """Apply an image convolution to every frame.
-
-    `pad` first adds one row at the bottom and one column at the right. `enlarge` first repeats each pixel in
-    both directions.
-    """
+    """Apply an image convolution to every frame."""
+    # `pad` first adds one row at the bottom and one column at the right. `enlarge` first repeats each pixel
+    # in both directions.
     batch = x.shape[0]
     frames = x.transpose(1, 2).flatten(0, 1)  # B*T C H W
     if pad:

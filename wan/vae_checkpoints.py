@@ -168,10 +168,8 @@ def _translate(name: str, number: Callable[[_Layer], str]) -> str:
 def _read_layers(
     shape: Callable[[str], tuple[int, ...]], names: Collection[str], start: str
 ) -> tuple[VaeLayer, ...]:
-    """Read the layers of a list; Wan2.2 nests them in stages, each with a list of the same name.
-
-    `shape` returns the shape of a tensor, `names` are all tensor names, `start` is the list's name.
-    """
+    """Read the layers of a list; Wan2.2 nests them in stages, each with a list of the same name."""
+    # `shape` returns the shape of a tensor, `names` are all tensor names, `start` is the list's name.
     list_name = start.split(".")[-1]
     layers: list[VaeLayer] = []
     for index in range(count(names, rf"{re.escape(start)}\.\d+")):
@@ -191,10 +189,8 @@ def _read_layers(
 
 
 def _check_dimensions(config: WanVaeConfig, colors: int, path: Path) -> None:
-    """Raise CheckpointError unless a VAE has the channels and the strides of a released one.
-
-    `colors` is the number of inputs of the first layer.
-    """
+    """Raise CheckpointError unless a VAE has the channels and the strides of a released one."""
+    # `colors` is the number of inputs of the first layer.
     release = RELEASES.get(config.latent_channels)
     if release is None:
         raise _make_vae_error(path, f"has {config.latent_channels} latent channels")
@@ -223,10 +219,8 @@ def _check_dimensions(config: WanVaeConfig, colors: int, path: Path) -> None:
 
 
 def _check_shortcuts(stages: Iterable[VaeLayer], files: str, path: Path, is_down: bool) -> None:
-    """Raise CheckpointError if a stage has layers or channels that do not allow a shortcut around it.
-
-    `files` are the released ones, for the message.
-    """
+    """Raise CheckpointError if a stage has layers or channels that do not allow a shortcut around it."""
+    # `files` are the released ones, for the message.
     for stage in stages:
         if not _has_shortcut(stage, is_down):
             raise CheckpointError(

@@ -230,10 +230,8 @@ class ZImage(ImageModelFamily):
         )
 
     def _find_solver(self, solver: str) -> str:
-        """Return the solver to use: of Euler's two, which differ in noise levels, the one of --even_steps.
-
-        With --even_steps, the noise levels are those of diffusers; without it, those of musubi-tuner.
-        """
+        """Return the solver to use: of Euler's two, which differ in noise levels, the one of --even_steps."""
+        # With --even_steps, the noise levels are those of diffusers; without it, those of musubi-tuner.
         if solver not in {"euler", MUSUBI_EULER}:
             return solver
         return "euler" if self.even_steps else MUSUBI_EULER

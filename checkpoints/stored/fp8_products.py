@@ -174,11 +174,7 @@ def select_product(
 
 
 def _try_product(product: Product, device: torch.device) -> None:
-    """Multiply tiles of ones with few and with many tokens, for which torch uses different kernels.
-
-    Raises:
-        RuntimeError: If a result is wrong. Torch raises other errors if it lacks a kernel.
-    """
+    """Multiply tiles of ones with few and with many tokens, for which torch uses different kernels."""
     for tokens in (FEATURE_ALIGNMENT, MAX_TOKENS_WITHOUT_ROW_SCALES + FEATURE_ALIGNMENT):
         tile = torch.ones(tokens, FEATURE_ALIGNMENT, device=device).to(WEIGHT_DTYPE)
         rows = torch.ones(tokens, 1, device=device)

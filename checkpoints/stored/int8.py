@@ -261,10 +261,8 @@ def _split_rows(x: Tensor) -> list[slice]:
 def _by_parts(
     make: Callable[[slice], Tensor], x: Tensor, dtype: torch.dtype, columns: int | None = None
 ) -> Tensor:
-    """Apply `make` to slices of the rows of x, and join the results in a dtype.
-
-    `columns` is the number of columns of the result; None if it equals that of x.
-    """
+    """Apply `make` to slices of the rows of x, and join the results in a dtype."""
+    # `columns` is the number of columns of the result; None if it equals that of x.
     parts = _split_rows(x)
     if len(parts) == 1:
         return make(parts[0]).to(dtype)

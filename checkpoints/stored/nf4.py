@@ -115,10 +115,8 @@ class Nf4:
 
 
 def _quantize_blocks(flat_weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the nf4 codes of a weight (uint8, two per byte) and the maximum of each block (float32).
-
-    The weight is rounded piece by piece, so that only one piece at a time has a float32 copy.
-    """
+    """Return the nf4 codes of a weight (uint8, two per byte) and the maximum of each block (float32)."""
+    # The weight is rounded piece by piece, so that only one piece at a time has a float32 copy.
     device = flat_weight.device
     packed = torch.empty(ceil_div(len(flat_weight), 2), dtype=torch.uint8, device=device)
     block_maxima = torch.empty(ceil_div(len(flat_weight), BLOCK), device=device)
@@ -132,11 +130,7 @@ def _quantize_blocks(flat_weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _quantize_nested(centered_maxima: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize block maxima, after subtracting their mean, to 8 bits in nested blocks.
-
-    Returns:
-        The codes (uint8), and the maximum of each nested block (float32).
-    """
+    """Quantize block maxima, after subtracting their mean, to 8 bits in nested blocks."""
     nested_blocks = _pad_rows(centered_maxima, NESTED_BLOCK)
     nested_maxima = nested_blocks.abs().amax(1)
     scaled = nested_blocks / nested_maxima.clamp_min(1e-30)[:, None]  # 1e-30: blocks of zeros stay zeros

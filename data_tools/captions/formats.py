@@ -88,10 +88,8 @@ class JsonCaptioner:
     def _caption_as_json(
         self, captioner: Captioner, locations: Sequence[CaptionLocation], read_frames: ReadFrames
     ) -> CaptionResults:
-        """Yield (location, JSON caption or error) for each location.
-
-        If an answer is not valid, the request is repeated with the error, up to MAX_ATTEMPTS times.
-        """
+        """Yield (location, JSON caption or error) for each location."""
+        # If an answer is not valid, the request is repeated with the error, up to MAX_ATTEMPTS times.
         # location with the prompt of its next request -> location as the caller passed it
         pending = {
             dataclasses.replace(location, prompt=self.make_prompt(location)): location

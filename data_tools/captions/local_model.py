@@ -284,10 +284,8 @@ def load_model(options: CaptionModelOptions, ask_options: AskOptions) -> LocalMo
 def _load_model_and_processor(
     folder: Path, shapes: list[Shape], dtype: torch.dtype | None
 ) -> tuple[Any, Any]:
-    """Load a vision-language model and its processor with transformers, onto the CPU.
-
-    `shapes`, read from the weight files, are compared with config.json before any weights are loaded.
-    """
+    """Load a vision-language model and its processor with transformers, onto the CPU."""
+    # `shapes`, read from the weight files, are compared with config.json before any weights are loaded.
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(folder, **SAFE_LOADING)
@@ -306,12 +304,7 @@ def _load_model_and_processor(
 
 
 def _load_processor(folder: Path, model_type: str) -> Any:
-    """Load the processor that prepares a model's texts and images.
-
-    Raises:
-        CheckpointError: If the processor does not accept images.
-        InstallationError: If a package is missing.
-    """
+    """Load the processor that prepares a model's texts and images."""
     from transformers import AutoProcessor
 
     try:
@@ -339,10 +332,8 @@ def _unusable(folder: Path, reason: str) -> CheckpointError:
 
 
 def _without_videos(folder: Path, model_type: str) -> Any:
-    """Load a processor without its video processor, which needs torchvision; None if it fails.
-
-    Clips are shown to the model as images.
-    """
+    """Load a processor without its video processor, which needs torchvision; None if it fails."""
+    # Clips are shown to the model as images.
     import transformers
     from transformers.models.auto import processing_auto
 

@@ -132,20 +132,16 @@ class CaptionList:
         )
 
     def _back_up_once(self, is_hand_written: bool) -> None:
-        """Back up the list as .bak at the first write of a run.
-
-        An existing backup is replaced only if a person wrote the captions that are now replaced.
-        """
+        """Back up the list as .bak at the first write of a run."""
+        # An existing backup is replaced only if a person wrote the captions that are now replaced.
         has_older_backup = self.path.with_name(self.path.name + BACKUP).exists()
         if not self._has_backup and (is_hand_written or not has_older_backup):
             keep_backup(self.path)
             self._has_backup = True
 
     def _change_lines(self, changes: Mapping[str, LineChange]) -> tuple[list[str], int]:
-        """Return all lines of the list after the changes, and the number of changed lines.
-
-        A change applies only if its line still has the old values.
-        """
+        """Return all lines of the list after the changes, and the number of changed lines."""
+        # A change applies only if its line still has the old values.
         lines = list(self._lines)
         num_changed = 0
         for listed_path, (old, new) in changes.items():
@@ -328,11 +324,7 @@ def _locate_in_file(source: MediaSource, file: Path, reads_caption: bool) -> Cap
 
 
 def _locate_in_list(source: MediaSource, caption_list: CaptionList) -> CaptionLocation:
-    """Return the location of a caption that is in a line of a list.
-
-    Raises:
-        DatasetError: If the list has changed since the source was found.
-    """
+    """Return the location of a caption that is in a line of a list."""
     listed_path = caption_list.listed_paths.get(source.path)
     if listed_path is None:
         raise DatasetError(

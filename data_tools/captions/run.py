@@ -232,11 +232,10 @@ def _make_recorded_captions(
     reasons: Mapping[CaptionLocation, str],
     records: Mapping[Path, GeneratedCaptions],
 ) -> tuple[list[Failure], int]:
-    """Load the model and make all captions in `reasons`; return the failures, and how many changed meanwhile.
-
-    If existing captions are replaced, each folder's record notes when this pass begins and ends. After
-    failures no end is noted, so that the same command continues with the failed files.
-    """
+    """Load the model and make all captions in `reasons`."""
+    # Return the failures, and how many changed meanwhile.
+    # If existing captions are replaced, each folder's record notes when this pass begins and ends. After
+    # failures no end is noted, so that the same command continues with the failed files.
     rules = backend.overwrite_rules
     pass_records = list(records.values()) if rules.generated or rules.all else []
     failures: list[Failure] = []
@@ -315,10 +314,8 @@ def _show_start(
     num_kept: int,
     num_done_before: int,
 ) -> None:
-    """Show what a captioning run will do: dataset, numbers of captions, and model.
-
-    `num_done_before` is the number of captions that an interrupted run has already replaced.
-    """
+    """Show what a captioning run will do: dataset, numbers of captions, and model."""
+    # `num_done_before` is the number of captions that an interrupted run has already replaced.
     num_by_reason = Counter(reasons.values())
     num_hand_written = num_by_reason[HAND_WRITTEN]
     counts = [f"{len(reasons)} to make", f"{num_kept} kept"]
@@ -349,15 +346,7 @@ def _make_captions(
     records: Mapping[Path, GeneratedCaptions],
     backend: CaptionBackend,
 ) -> tuple[list[Failure], int]:
-    """Caption each location in `reasons`, and write each caption as soon as it arrives.
-
-    Returns:
-        The failures, and the number of captions that were not replaced because they had changed since they
-        were read.
-
-    Raises:
-        UserError: If the server or the model fails repeatedly.
-    """
+    """Caption each location in `reasons`, and write each caption as soon as it arrives."""
     failures: list[Failure] = []
     num_changed = 0
     failure_limit = _FailureLimit()
@@ -504,10 +493,8 @@ def _write_edits(edits: Sequence[_CaptionEdit], records: Mapping[Path, Generated
 def _list_edits(
     locations: Sequence[CaptionLocation], wording: WordingOptions, format: CaptionFormat | None
 ) -> Iterator[_CaptionEdit]:
-    """Yield the old and the new text of each caption that the wording options change.
-
-    `format` is the format of captions that are JSON objects; None if none is chosen.
-    """
+    """Yield the old and the new text of each caption that the wording options change."""
+    # `format` is the format of captions that are JSON objects; None if none is chosen.
     for location in locations:
         reword_text = partial(_reword_text, location=location, wording=wording, format=format)
         has_several = location.source.table.multi_caption
@@ -522,10 +509,8 @@ def _list_edits(
 def _edit_text_file(
     location: CaptionLocation, has_several: bool, reword_text: Callable[[str], str]
 ) -> _CaptionEdit | None:
-    """Return the edit of a caption file; None if there is no caption, or if nothing changes.
-
-    `has_several` says that each line of the file is a caption.
-    """
+    """Return the edit of a caption file; None if there is no caption, or if nothing changes."""
+    # `has_several` says that each line of the file is a caption.
     if location.caption is None:
         return None
     captions = split_lines(location.caption) if has_several else [location.caption]
@@ -572,11 +557,9 @@ def _require_main_text(
 def _edit_list_line(
     location: CaptionLocation, has_several: bool, reword_text: Callable[[str], str]
 ) -> _CaptionEdit | None:
-    """Return the edit of a caption in a line of a list; None if the wording options change nothing.
-
-    `has_several` says that the line may have several captions under the key "captions". An edit with an empty
-    new text is reported and not written.
-    """
+    """Return the edit of a caption in a line of a list; None if the wording options change nothing."""
+    # `has_several` says that the line may have several captions under the key "captions". An edit with an
+    # empty new text is reported and not written.
     assert location.caption_list is not None
     line = location.caption_list.read_line(location.listed_path)
     change = LineChange({}, {})

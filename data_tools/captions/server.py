@@ -219,15 +219,8 @@ class ApiServer:
         return body
 
     def _request(self, body: Mapping[str, Any]) -> str:
-        """Send one caption request, and return the caption in the response.
-
-        A request with a parameter that the model refuses is sent again without it.
-
-        Raises:
-            _RetryableError: If a retry may help.
-            NoCaptionError: If the server has no caption for this request.
-            UserError: If every other request would fail too.
-        """
+        """Send one caption request, and return the caption in the response."""
+        # A request with a parameter that the model refuses is sent again without it.
         parameters = self._without_refused_parameters(body)
         try:
             response = self._post(parameters)
@@ -290,10 +283,7 @@ class ApiServer:
         return _RetryableError(f"the connection broke: {reason}", wait_seconds=None)
 
     def _post(self, parameters: Any) -> "_Response":
-        """Send a request, and read the whole response within the time limit.
-
-        Raises the errors of requests, and NoCaptionError if the answer is too long.
-        """
+        """Send a request, and read the whole response within the time limit."""
         start = time.monotonic()
         with (
             _Session() as session,
@@ -320,20 +310,14 @@ class ApiServer:
             return _Response(answer.status_code, wait_seconds, body.decode("utf-8", "replace"))
 
     def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        """Add the API key to a request.
-
-        This is passed as `auth`, because without it requests sends a password from the user's netrc file.
-        """
+        """Add the API key to a request."""
+        # This is passed as `auth`, because without it requests sends a password from the user's netrc file.
         if self._key:
             request.headers["Authorization"] = f"Bearer {self._key}"
         return request
 
     def _read_caption(self, text: str) -> str:
-        """Extract the caption from a server's JSON response.
-
-        Raises:
-            NoCaptionError: If the response has a different form or an empty caption.
-        """
+        """Extract the caption from a server's JSON response."""
         try:
             choice = parse_json(text)["choices"][0]
             content = choice["message"].get("content")

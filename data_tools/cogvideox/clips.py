@@ -349,10 +349,9 @@ def _encode_batch(
 def _encode_clips(
     clips: Sequence[Clip], encode: EncodeMoments, device: torch.device, settings: EncodingOptions
 ) -> list[Tensor]:
-    """Encode clips of the same shape to VAE moments; return them on the CPU, in the dtype for saving.
-
-    On a CPU, clips are encoded one by one, which is equally fast and makes results independent of the batch.
-    """
+    """Encode clips of the same shape to VAE moments; return them on the CPU, in the dtype for saving."""
+    # On a CPU, clips are encoded one by one, which is equally fast and makes results independent of the
+    # batch.
     step = 1 if settings.use_slicing or device.type == "cpu" else len(clips)
     encoded: list[Tensor] = []
     for start in range(0, len(clips), step):
@@ -396,11 +395,7 @@ def read_clip(path: Path, options: ShapeOptions, name: str, threads: int) -> Cli
 
 
 def _select_indices(available: int, path: Path, options: ShapeOptions) -> range:
-    """Return evenly spaced frame indices, as many as the frame bucket that fits a clip.
-
-    Raises:
-        MediaError: If the clip has fewer frames than the smallest bucket.
-    """
+    """Return evenly spaced frame indices, as many as the frame bucket that fits a clip."""
     count = select_frames(available, options.frame_buckets, options.max_num_frames)
     if count is None:
         raise MediaError(

@@ -271,11 +271,7 @@ class CogTextEncoder:
 
 
 def _load_component(kind: Any, folder: Path, **settings: Any) -> Any:
-    """Load a component of a pipeline from its folder, without executing code or unpickling.
-
-    Raises:
-        CheckpointError: If the component cannot be read.
-    """
+    """Load a component of a pipeline from its folder, without executing code or unpickling."""
     weights = {"use_safetensors": True} if settings else {}
     try:
         with catch_panics():

@@ -179,11 +179,7 @@ def round_frame_buckets(shape: ShapeOptions, networks: PipelineNetworks | None) 
 
 
 def _record_settings(options: PrepareOptions, networks: PipelineNetworks | None) -> None:
-    """Record the settings and encoders of the output folder, which all runs into it share.
-
-    Raises:
-        OptionError: If the folder was begun with different settings.
-    """
+    """Record the settings and encoders of the output folder, which all runs into it share."""
     record = _make_record(options.shape, networks)
     earlier = read_prepared(options.output_dir)
     if earlier is not None:
@@ -269,13 +265,8 @@ def _encode_captions(
     options: PrepareOptions,
     show_progress: bool,
 ) -> None:
-    """Encode the captions of `items`, one text encoder after the other, and write their files.
-
-    The text of a caption is written last, when all encoders have added their embeddings to its file.
-
-    Raises:
-        CheckpointError: If an encoder cannot be loaded.
-    """
+    """Encode the captions of `items`, one text encoder after the other, and write their files."""
+    # The text of a caption is written last, when all encoders have added their embeddings to its file.
     identities = {encoder.name: dict(encoder.identity) for encoder in networks.text_encoders}
     batch_size = options.encoding.batch_size
     for encoder in networks.text_encoders:

@@ -122,16 +122,8 @@ def make_control_images(options: ControlImageOptions) -> None:
 def _draw_control_images(
     targets: Mapping[Path, Path], draw: Callable[[Frame], Frame], method: str
 ) -> list[Failure]:
-    """Draw the control image of each image, and write it with a description of the method.
-
-    Args:
-        targets: Control image to write, by image.
-        draw: Draws the control image of an image, both H W 3.
-        method: How control images are made.
-
-    Returns:
-        The images that cannot be read.
-    """
+    """Draw the control image of each image, and write it with a description of the method."""
+    # draw: Draws the control image of an image, both H W 3.
     failures: list[Failure] = []
     for path, target in track(targets.items(), "Control images", len(targets), unit="image"):
         try:
@@ -174,10 +166,8 @@ def _select_drawing(options: ControlImageOptions) -> Callable[[Frame], Frame]:
 
 
 def _make_plan(images: Sequence[Path], output: Path, method: str, overwrite: bool) -> ControlPlan:
-    """Decide for each image whether its control image is made, and list existing ones that stay.
-
-    With `overwrite`, control images that this program has made are made again, even if nothing has changed.
-    """
+    """Decide for each image whether its control image is made, and list existing ones that stay."""
+    # With `overwrite`, control images that this program has made are made again, even if nothing has changed.
     control_images_by_stem: dict[str, Path] = {}
     if output.is_dir():
         # file systems of Windows and macOS ignore case

@@ -147,10 +147,8 @@ def list_scenes(changes: Sequence[SceneChange], frames: int) -> list[tuple[int, 
 def _split_scene(
     analysis: VideoAnalysis, first: int, end: int, lengths: LengthOptions
 ) -> Iterator[tuple[int, int]]:
-    """Yield (first frame, frame after the last) of each clip in a scene.
-
-    The clips are equally long, or, if these would be too short, as long as allowed with a shorter last one.
-    """
+    """Yield (first frame, frame after the last) of each clip in a scene."""
+    # The clips are equally long, or, if these would be too short, as long as allowed with a shorter last one.
     equal_clips = _split_equally(analysis, first, end, lengths)
     are_long_enough = all(_is_long_enough(analysis, begin, stop, lengths) for begin, stop in equal_clips)
     if len(equal_clips) == 1 or (equal_clips and are_long_enough):
@@ -187,10 +185,8 @@ def _split_equally(
 
 
 def _divide_evenly(analysis: VideoAnalysis, first: int, end: int, num_clips: int) -> list[int]:
-    """Return the frames at which clips of equal duration begin, and `end`; fewer if frames are long.
-
-    The clips are equal in time, not in frames, because the frame rate may vary.
-    """
+    """Return the frames at which clips of equal duration begin, and `end`; fewer if frames are long."""
+    # The clips are equal in time, not in frames, because the frame rate may vary.
     seconds = analysis.seconds_between(first, end)
     cut_frames = []
     for index in range(1, num_clips):

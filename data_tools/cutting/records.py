@@ -209,10 +209,8 @@ class ClipList:
     def _make_missing_lines(
         self, record: CutRecord, listed_paths: Collection[str], is_new: bool
     ) -> list[str]:
-        """Return lines for the clips of a video that are not in `listed_paths`.
-
-        If the video was cut in an earlier run (`is_new` is False), only clips that still exist get a line.
-        """
+        """Return lines for the clips of a video that are not in `listed_paths`."""
+        # If the video was cut in an earlier run (`is_new` is False), only clips that still exist get a line.
         lines = []
         for clip in record.clips:
             entry = _make_entry(self._output, record, clip)

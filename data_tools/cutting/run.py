@@ -99,10 +99,8 @@ def cut_footage(options: CuttingOptions) -> None:
 def _cut_and_list(
     jobs: Sequence[CuttingJob], cutter: "Cutter"
 ) -> tuple[list[CutResult], list[tuple[Path, Exception]]]:
-    """Cut videos and write the list of their clips; return the results, and the videos that failed.
-
-    If the run is stopped, the list contains the clips so far.
-    """
+    """Cut videos and write the list of their clips; return the results, and the videos that failed."""
+    # If the run is stopped, the list contains the clips so far.
     results: list[CutResult] = []
     failures: list[tuple[Path, Exception]] = []
     try:
@@ -140,10 +138,8 @@ def _raise_failures(failures: Sequence[tuple[Path, Exception]], num_sources: int
 
 
 def _plan_jobs(stems: Mapping[Path, str], records: Mapping[str, CutRecord]) -> list[CuttingJob]:
-    """Return a cutting job for each source video, with file names that no other source uses.
-
-    `stems` maps each source to the preferred stem of its clips; a number is appended if it is already used.
-    """
+    """Return a cutting job for each source video, with file names that no other source uses."""
+    # `stems` maps each source to the preferred stem of its clips; a number is appended if it is already used.
     # without capitals, because file systems of Windows and macOS ignore them
     used_stems = {record.stem.casefold() for record in records.values()}
     jobs = []
@@ -282,10 +278,8 @@ class Cutter:
     def _start_cut(
         self, job: CuttingJob, analysis: VideoAnalysis, clips: Sequence[PlannedClip], why: str
     ) -> CutRecord:
-        """Record how a source will be cut, and remove the clips of an earlier cut.
-
-        `why` is the reason for cutting again.
-        """
+        """Record how a source will be cut, and remove the clips of an earlier cut."""
+        # `why` is the reason for cutting again.
         record = start_record(job.source, job.stem, self.options, analysis=analysis, clips=clips)
         if job.record is not None:
             # checked again, because reading took long enough for a user to change clips
@@ -308,10 +302,8 @@ class Cutter:
                 )
 
     def _find_edited_clips(self, record: CutRecord) -> dict[str, list[Path]]:
-        """Return the clips of a record that a user has edited, by a description of the edit.
-
-        Edits are a file next to a clip, a caption in the list of clips, or a clip of a different size.
-        """
+        """Return the clips of a record that a user has edited, by a description of the edit."""
+        # Edits are a file next to a clip, a caption in the list of clips, or a clip of a different size.
         recorded_sizes = {self.output / clip.name: clip.size_bytes for clip in record.clips}
         clips = [path for path in recorded_sizes if os.path.lexists(path)]
         clip_stems = {path.stem for path in clips}
@@ -342,11 +334,7 @@ class Cutter:
                 bar.update()
 
     def _remove_old_clips(self, new: CutRecord, old: CutRecord | None) -> None:
-        """Remove the clips of an earlier cut and their lines in the list, after `_reject_edited_clips`.
-
-        Raises:
-            OutputError: If a new clip would overwrite a file that this program did not write.
-        """
+        """Remove the clips of an earlier cut and their lines in the list, after `_reject_edited_clips`."""
         old_names = set() if old is None else {clip.name for clip in old.clips}  # may be replaced
         existing_names = [clip.name for clip in new.clips if os.path.lexists(self.output / clip.name)]
         foreign_names = [name for name in existing_names if name not in old_names]
@@ -364,14 +352,10 @@ class Cutter:
                 (self.output / name).unlink(missing_ok=True)
 
     def _write_clips(self, source: Path, record: CutRecord) -> int:
-        """Write the clips of a video that do not exist yet, in one pass over its frames; return their number.
-
-        A clip gets its name when it is complete. Frames keep the times of the source, also at variable rates.
-
-        Raises:
-            MediaError: If a frame cannot be decoded.
-            OutputError: If a clip cannot be written.
-        """
+        """Write the clips of a video that do not exist yet, in one pass over its frames."""
+        # Return their number.
+        # A clip gets its name when it is complete. Frames keep the times of the source, also at variable
+        # rates.
         missing_records = [
             clip_record for clip_record in record.clips if not os.path.lexists(self.output / clip_record.name)
         ]

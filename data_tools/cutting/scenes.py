@@ -63,11 +63,10 @@ class SceneDetector:
         self._dissolves.add_frame(current, index, is_break=has_one_color or has_jumped)
 
     def _track_jumps(self, current: Thumbnail, index: int) -> bool:
-        """Record jumps that prove to be cuts; return whether this frame differs strongly from the last one.
-
-        A jump is pending at first. It becomes a cut unless the scene before it returns within the length of a
-        flash.
-        """
+        """Record jumps that prove to be cuts."""
+        # Return whether this frame differs strongly from the last one.
+        # A jump is pending at first. It becomes a cut unless the scene before it returns within the length of
+        # a flash.
         if self._pending_jump is not None and index - self._pending_jump.frame_index > self._flash_frames:
             self._confirm_cut()  # too long for a flash
         previous = self._previous_frame
@@ -121,10 +120,8 @@ class SceneDetector:
         return False
 
     def _end_plain_frames(self, end: int, starts_scene: bool) -> None:
-        """End a run of single-color frames before frame `end`.
-
-        `starts_scene` says whether another scene follows.
-        """
+        """End a run of single-color frames before frame `end`."""
+        # `starts_scene` says whether another scene follows.
         begin, self._plain_start = self._plain_start, None
         assert begin is not None
         if starts_scene or end - begin >= self._plain_frames:
@@ -162,12 +159,10 @@ class _Dissolves:
                 self._check_span(first, half_length)
 
     def _check_span(self, first: int, half_length: int) -> None:
-        """Add a scene change if the last 2 * half_length + 1 frames, starting at `first`, are a dissolve.
-
-        1. The variance falls in the middle, because mixing lowers the contrast.
-        2. The weight of the second scene rises about evenly.
-        3. The frames at both ends belong to different scenes.
-        """
+        """Add a scene change if the last 2 * half_length + 1 frames, starting at `first`, are a dissolve."""
+        # 1. The variance falls in the middle, because mixing lowers the contrast.
+        # 2. The weight of the second scene rises about evenly.
+        # 3. The frames at both ends belong to different scenes.
         offset = len(self._frames) - 2 * half_length - 1
         if not self._loses_contrast(offset, half_length):
             return
@@ -196,10 +191,8 @@ class _Dissolves:
         return True
 
     def _measure_second_weights(self, offset: int, half_length: int) -> list[float]:
-        """Return the share of the second scene in each frame from `offset` on, about 0..1.
-
-        It is the frame's position on the line from the frame at `offset` (0) to the last frame (1).
-        """
+        """Return the share of the second scene in each frame from `offset` on, about 0..1."""
+        # It is the frame's position on the line from the frame at `offset` (0) to the last frame (1).
         begin = self._frames[offset].gray
         direction = self._frames[-1].gray - begin
         squared_length = max(float(np.square(direction).sum()), 1e-12)

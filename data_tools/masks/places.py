@@ -365,11 +365,7 @@ def replace_mask(entry: MaskEntry, pixels: NDArray[np.uint8], frame_index: int |
 
 
 def _replace_frame(mask: Path, new_frame: Gray, frame_index: int) -> Iterable[Gray]:
-    """Return the frames of a clip's mask, read one by one, with one of them replaced.
-
-    Raises:
-        DatasetError: If the mask has no such frame.
-    """
+    """Return the frames of a clip's mask, read one by one, with one of them replaced."""
     if is_single_image(mask) or not 0 <= frame_index < count_frames(mask):
         raise DatasetError(f"{mask} has no frame {frame_index}, so it cannot be replaced")
     return (new_frame if index == frame_index else old for index, old in enumerate(read_frames(mask)))
@@ -392,11 +388,7 @@ def undo_change(entry: MaskEntry) -> bool:
 
 
 def _require_mask(entry: MaskEntry) -> Path:
-    """Return the path of an existing mask.
-
-    Raises:
-        DatasetError: If there is no mask.
-    """
+    """Return the path of an existing mask."""
     if entry.mask is None:
         raise DatasetError(f"{entry.media_path.name} has no mask in {entry.mask_folder}")
     return entry.mask

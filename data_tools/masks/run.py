@@ -231,11 +231,9 @@ def _describe_finder(finder: FinderOptions, kind: str) -> str:
 
 
 def _make_plan(entries: Sequence[MaskEntry], options: MaskOptions, method: str) -> MaskPlan:
-    """Decide for each image or clip whether its mask is made, and list masks that stay for a reason.
-
-    Mode "fill" makes only masks that do not exist; with --overwrite, also those that this program has made
-    with another method. `method` describes how this run finds masks, and is stored in each mask.
-    """
+    """Decide for each image or clip whether its mask is made, and list masks that stay for a reason."""
+    # Mode "fill" makes only masks that do not exist; with --overwrite, also those that this program has made
+    # with another method. `method` describes how this run finds masks, and is stored in each mask.
     plan = MaskPlan()
     for entry in entries:
         png_texts = entry.read_texts()
@@ -276,12 +274,7 @@ def _make_texts(entry: MaskEntry, method: str, mode: str) -> dict[str, str]:
 def _generate_masks(
     entry: MaskEntry, finder: Finder, shaping: MaskShaping, options: MaskOptions
 ) -> Iterator[Gray]:
-    """Yield the mask of an image, or the masks of a clip's frames, H W each.
-
-    Raises:
-        MediaError: If a file cannot be read.
-        _NothingFoundError: At the end, if nothing was found in any frame.
-    """
+    """Yield the mask of an image, or the masks of a clip's frames, H W each."""
     if entry.kind == "video":
         frames: Iterable[Frame] = video_frames(entry.media_path)
         steady_frames = options.shape.steady_frames
@@ -320,10 +313,7 @@ def _repeat_last(frames: Iterable[Gray]) -> Iterator[Gray]:
 
 
 def _load_finder(options: FinderOptions) -> Finder:
-    """Load the model, or make the color rule, that finds the areas to mask, depending on the options.
-
-    Raises CheckpointError if its file is missing or damaged.
-    """
+    """Load the model, or make the color rule, that finds the areas to mask, depending on the options."""
     if options.prompts:
         from data_tools.masks.words import load_prompt_finder  # imports torch, which a color does not need
 

@@ -74,10 +74,8 @@ def inspect_audio(source: MediaSource) -> AudioInspection:
 
 
 def _list_mismatches(track: TrackInfo, video_seconds: float | None) -> list[str]:
-    """Return the mismatches between an audio track and its clip: late start, other end, several tracks.
-
-    `video_seconds` is the duration of the clip; None means unknown.
-    """
+    """Return the mismatches between an audio track and its clip: late start, other end, several tracks."""
+    # `video_seconds` is the duration of the clip; None means unknown.
     mismatches = []
     if track.start > TOLERANCE_SECONDS:
         mismatches.append(f"begins {float(track.start):.2f} s late")

@@ -280,10 +280,8 @@ class _CachingChecker:
 def _make_cache_settings(
     family: Caches, identity: Mapping[str, str], stores: Stores, scope: _Scope
 ) -> LatentCacheSettings:
-    """Return the settings that caching would encode latents with, for comparison with existing caches.
-
-    `identity` names the encoders and their files.
-    """
+    """Return the settings that caching would encode latents with, for comparison with existing caches."""
+    # `identity` names the encoders and their files.
 
     def count_sections(table: MediaTable, frames: int) -> int | None:
         """Return the number of sections into which a family divides an item; None if it is unknown."""
@@ -355,11 +353,7 @@ def _check_json_captions(findings: TableFindings, family: Caches) -> None:
 
 
 def _check_media_by_family(findings: TableFindings, family: Caches) -> None:
-    """Check with the model family's own rules whether it can cache a table's media.
-
-    Raises:
-        DatasetError: If the family cannot cache them.
-    """
+    """Check with the model family's own rules whether it can cache a table's media."""
     table, sources = findings.table, findings.sources
     has_control = any(source.control for source in sources)
     has_references = any(source.references for source in sources)
@@ -376,10 +370,8 @@ def _check_table_audio(
     cache_settings: LatentCacheSettings,
     workers: int,
 ) -> None:
-    """Check the audio of a table's clips, and add the results to `findings`.
-
-    `plans` say how the latents of the clips are cached.
-    """
+    """Check the audio of a table's clips, and add the results to `findings`."""
+    # `plans` say how the latents of the clips are cached.
     table = findings.table
     work = AudioWork(family, [table], cache_settings.stores, torch.device("cpu"))
     audio = check_audio(table, plans, work, workers)
@@ -533,10 +525,8 @@ class _TrainingChecker:
         return findings
 
     def _compare_sources(self, findings: TableFindings, items: Sequence[TrainingItem]) -> None:
-        """Add warnings about media files of a table that have no cache, caption or cached audio.
-
-        Missing media files cause no warning, because training only reads their caches.
-        """
+        """Add warnings about media files of a table that have no cache, caption or cached audio."""
+        # Missing media files cause no warning, because training only reads their caches.
         source_format = get_source_format(findings.table)
         if source_format.list_addresses(findings.table):  # listing such sources would download files
             name = source_format.name

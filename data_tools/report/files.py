@@ -176,11 +176,9 @@ def _compare_media(
     latent: LatentSpec,
     workers: int,
 ) -> dict[str, State]:
-    """Return the state of a model's latent caches, by the stem of the media file.
-
-    No model is loaded: the options and the encoder of the first caches stand for the model's, and caches that
-    differ from them count as outdated.
-    """
+    """Return the state of a model's latent caches, by the stem of the media file."""
+    # No model is loaded: the options and the encoder of the first caches stand for the model's, and caches
+    # that differ from them count as outdated.
     table = findings.table
     caches = list(latent_names(names, tag, table.kind))
     if not caches:
@@ -231,11 +229,9 @@ def _first_record(store: CacheStore, names: Sequence[str]) -> LatentRecord | Non
 
 
 def _find_media_state(plan: SourcePlan, has_files: bool) -> State:
-    """Return whether a media file's latent caches are valid, missing or outdated, with the reason.
-
-    `plan.missing_spans` lists the items without a valid cache (None: the items are not known), and
-    `plan.valid_files` the valid caches. `has_files` says that the source has cache files, valid or not.
-    """
+    """Return whether a media file's latent caches are valid, missing or outdated, with the reason."""
+    # `plan.missing_spans` lists the items without a valid cache (None: the items are not known), and
+    # `plan.valid_files` the valid caches. `has_files` says that the source has cache files, valid or not.
     if plan.outdated_reason is not None:
         return STALE, plan.outdated_reason
     # either the items are not known, so no cache counts as valid, or every known item lacks a valid cache
@@ -269,10 +265,8 @@ def _compare_texts(
     latent: LatentSpec,
     workers: int,
 ) -> dict[str, State]:
-    """Return the state of a model's text caches, by the stem of their media file.
-
-    Which media the text encoders see is unknown without the model: the records of the first caches say it.
-    """
+    """Return the state of a model's text caches, by the stem of their media file."""
+    # Which media the text encoders see is unknown without the model: the records of the first caches say it.
     names = [text_file_name(source.stem, tag, 0) for source in findings.sources[:MAX_SEARCHED_CACHES]]
     samples = list(_read_text_records(store, names))
     records = samples[0] if samples else {}
@@ -298,10 +292,8 @@ def _compare_texts(
 def _add_seen_media(
     table: DatasetTable, samples: Sequence[Mapping[str, TextRecord]], pixel_step: int
 ) -> DatasetTable:
-    """Return a table with the fields that a family sets if its text encoders see media.
-
-    `samples` has the records of several text caches, by encoder, because items may have no references.
-    """
+    """Return a table with the fields that a family sets if its text encoders see media."""
+    # `samples` has the records of several text caches, by encoder, because items may have no references.
     records = [record for by_encoder in samples for record in by_encoder.values()]
     clips = [record.settings[CLIP] for record in records if CLIP in record.settings]
     if any(SEEN_MEDIA in record.settings for record in records):
@@ -353,14 +345,7 @@ def _read_text_records(store: CacheStore, names: Iterable[str]) -> Iterator[Mapp
 
 
 def _find_text_state(plan: CaptionFile, store: CacheStore, sample_records: Mapping[str, TextRecord]) -> State:
-    """Return whether the cached embeddings of a caption are valid, missing or outdated, with the reason.
-
-    Args:
-        plan: The caption's cache file, and the encoders that would have to encode the caption again.
-        store: The cache.
-        sample_records: Records of another caption in the cache, by encoder: they name the encoders that the
-            model uses. Empty if other programs have made the cache.
-    """
+    """Return whether the cached embeddings of a caption are valid, missing or outdated, with the reason."""
     if plan.file_name not in store:
         return MISSING, ""
     if not sample_records:

@@ -382,12 +382,7 @@ def check_captions(
 def _describe_embedding_sizes(
     sizes_by_encoder: Mapping[str, Sequence[int]], sees_references: bool
 ) -> list[str]:
-    """Return a line for each text encoder with the size of its cached embeddings.
-
-    Args:
-        sizes_by_encoder: Bytes of each caption's embeddings, by the name of the encoder.
-        sees_references: Whether encoders see reference images, which add to the sizes.
-    """
+    """Return a line for each text encoder with the size of its cached embeddings."""
     references = ", more with what it sees of references" if sees_references else ""
     lines = []
     for name, sizes in sizes_by_encoder.items():

@@ -160,10 +160,8 @@ def inspect_and_measure(source: MediaSource, fps: float, latent: LatentSpec) -> 
 def _check_companions(
     inspection: Inspection, source: MediaSource, fps: float, latent: LatentSpec
 ) -> Inspection:
-    """Return the inspection with the error that the source's control media or mask would cause in caching.
-
-    Only `decode_source`, which caching uses too, reads control media and masks.
-    """
+    """Return the inspection with the error that the source's control media or mask would cause in caching."""
+    # Only `decode_source`, which caching uses too, reads control media and masks.
     if not source.control and source.mask_from is None:
         return inspection
     try:
@@ -278,10 +276,8 @@ def _try_inspect_audio(source: MediaSource) -> AudioInspection | None:
 def _inspect_frames(
     source: MediaSource, fps: float, latent: LatentSpec, use_frame: Callable[[Frame], None]
 ) -> Inspection:
-    """Pass each used frame of a media file to `use_frame`, at its own size; return what reading reveals.
-
-    An error is not raised: the result has a `read_error`, and the fields that were known before it.
-    """
+    """Pass each used frame of a media file to `use_frame`, at its own size; return what reading reveals."""
+    # An error is not raised: the result has a `read_error`, and the fields that were known before it.
     inspection_fields: dict[str, Any] = {}  # of `Inspection`; filled while the file is read
     try:
         if source.precomputed is not None:  # the clip itself is not read and may be missing
@@ -332,10 +328,8 @@ def _read_frames(
     use_frame: Callable[[Frame], None],
     inspection_fields: dict[str, Any],
 ) -> None:
-    """Pass each frame of a media file to `use_frame`, and fill `inspection_fields` with the results.
-
-    They are filled step by step, because a file that cannot be decoded to its end is still described.
-    """
+    """Pass each frame of a media file to `use_frame`, and fill `inspection_fields` with the results."""
+    # They are filled step by step, because a file that cannot be decoded to its end is still described.
     table = source.table
     inspection_fields["num_used_frames"] = 0
     inspection_fields["file_bytes"] = _read_file_size(source)
@@ -484,10 +478,8 @@ def show_references(
 def _show_reference(
     table: DatasetTable, path: Path, name: str, image: Fit | None, sizes: ThumbnailSizes
 ) -> ShownReference:
-    """Return the thumbnail of a control image, with the crop that training applies.
-
-    `path` is its local file, `name` the caption below the drawing, and `image` the fit of the main image.
-    """
+    """Return the thumbnail of a control image, with the crop that training applies."""
+    # `path` is its local file, `name` the caption below the drawing, and `image` the fit of the main image.
     bucket = None if image is None else image.bucket
     fit = None
     try:

@@ -130,10 +130,8 @@ def _find_lone_masks(table: DatasetTable, media_stems: set[str]) -> list[Fault]:
 
 
 def _list_masks(folder: Path, media: Path | None) -> dict[str, list[Path]]:
-    """Return the mask files in a folder, grouped by the stem of the masked file.
-
-    `media` is the folder of the masked files.
-    """
+    """Return the mask files in a folder, grouped by the stem of the masked file."""
+    # `media` is the folder of the masked files.
     is_beside = media is not None and folder_id(folder) == folder_id(media)
     try:
         entries = list_entries(folder, "mask_directory")

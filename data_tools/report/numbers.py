@@ -89,11 +89,9 @@ def collect_statistics(
 
 
 def _describe_faults(tables: Sequence[TableFindings]) -> JsonObject:
-    """Return the errors, and the warnings about files that no source uses; and how many of both there are.
-
-    "faults" has no errors that are listed elsewhere: unreadable files are in "broken", missing captions in
-    "captions". The numbers include all errors and warnings, as --check counts them.
-    """
+    """Return the errors, and the warnings about files that no source uses; and how many of both there are."""
+    # "faults" has no errors that are listed elsewhere: unreadable files are in "broken", missing captions in
+    # "captions". The numbers include all errors and warnings, as --check counts them.
     faults, remarks = [], []
     for findings in tables:
         for error in findings.errors:
@@ -172,10 +170,8 @@ def _count_items_per_epoch(findings: TableFindings) -> int:
 
 
 def _describe_table(findings: TableFindings, total_items_per_epoch: int) -> JsonObject:
-    """Return the statistics of a dataset table as JSON values.
-
-    `total_items_per_epoch` is the number of items of all tables, used to compute the table's share.
-    """
+    """Return the statistics of a dataset table as JSON values."""
+    # `total_items_per_epoch` is the number of items of all tables, used to compute the table's share.
     table = findings.table
     items_per_epoch = _count_items_per_epoch(findings)
     percent = 0.0
@@ -443,11 +439,7 @@ class _CaptionCounts:
 
 
 def _list_repeated(repeated: Mapping[str, list[str]]) -> list[JsonObject]:
-    """List captions that several files share, the most frequent first.
-
-    Args:
-        repeated: Paths of the files, by text.
-    """
+    """List captions that several files share, the most frequent first."""
     by_frequency = sorted(repeated.items(), key=lambda item: (-len(item[1]), item[1][0]))
     return [
         {"text": shorten(text, SHOWN_TEXT), "count": len(paths), "paths": paths[:MAX_PATHS]}

@@ -337,10 +337,8 @@ def select_sources(tables: Sequence[TableFindings], maximum: int) -> list[list[i
 
 
 def _group_by_severity(tables: Sequence[TableFindings]) -> tuple[list[tuple[int, int]], ...]:
-    """Return the sources with errors, those with only warnings, and the others.
-
-    Each source is a pair of the index of its table and its index in the table.
-    """
+    """Return the sources with errors, those with only warnings, and the others."""
+    # Each source is a pair of the index of its table and its index in the table.
     with_errors: list[tuple[int, int]] = []
     with_warnings: list[tuple[int, int]] = []
     others: list[tuple[int, int]] = []
@@ -368,10 +366,8 @@ def split_caption(caption: str, counts: Sequence[tuple[str, TokenCount]]) -> lis
 
 
 def _split_text(text: str, readers: Sequence[tuple[str, TokenCount]]) -> list[CaptionPart]:
-    """Split a text wherever one of the text encoders reaches its maximum length.
-
-    `readers` are pairs of an encoder's name and its count of the text's tokens.
-    """
+    """Split a text wherever one of the text encoders reaches its maximum length."""
+    # `readers` are pairs of an encoder's name and its count of the text's tokens.
     ends = sorted({0, len(text), *(count.num_read for _, count in readers)})
     segments = []
     for start, end in zip(ends, ends[1:], strict=False):
@@ -428,10 +424,8 @@ def _describe_settings(table: DatasetTable) -> str:
 
 
 def _draw_crops(table: JsonObject, findings: TableFindings) -> tuple[list[JsonObject], int]:
-    """Return drawings of what the largest buckets crop away, and the number of bucket sizes not drawn.
-
-    A drawing shows the most frequent outlines of sources around the part that the bucket keeps.
-    """
+    """Return drawings of what the largest buckets crop away, and the number of bucket sizes not drawn."""
+    # A drawing shows the most frequent outlines of sources around the part that the bucket keeps.
     # buckets of clips of several lengths share a size
     buckets_by_size: dict[Size, list[JsonObject]] = {}
     num_items: Counter[Size] = Counter()

@@ -86,11 +86,7 @@ def run_report(config: DatasetConfig, options: ReportOptions) -> None:
 
 
 def _apply_options(config: DatasetConfig, options: ReportOptions, latent: LatentSpec) -> DatasetConfig:
-    """Return the dataset with the clip lengths and reference rules of the model that the options describe.
-
-    Raises:
-        DatasetError: If listing the files would need a download, with --no_download.
-    """
+    """Return the dataset with the clip lengths and reference rules of the model that the options describe."""
     config = with_lengths(config, latent.lengths)
     if options.references:
         config = with_references(config, ReferenceRules(options.references, options.pixel_step))
@@ -160,10 +156,8 @@ def _write_json(path: Path, statistics: JsonObject, prints: bool) -> None:
 
 
 def _find_warnings(sources: Sequence[MediaSource], fps: float) -> list[Fault]:
-    """Return warnings that follow from file headers and folder listings alone.
-
-    `fps` is the frame rate of the model.
-    """
+    """Return warnings that follow from file headers and folder listings alone."""
+    # `fps` is the frame rate of the model.
     remarks = find_other_lengths(sources, fps) + find_reordered(sources)
     for remark in find_colors(sources):
         # the page shows only the text of a warning, so the kind is added to it
@@ -207,11 +201,7 @@ def _measure_table(
 
 
 def _inspect(source: MediaSource, options: ReportOptions, latent: LatentSpec) -> Inspection:
-    """Decode and measure a media file; with --no_decode, read only its header.
-
-    Raises:
-        MediaError: With --no_download, if the file is remote and not downloaded yet.
-    """
+    """Decode and measure a media file; with --no_decode, read only its header."""
     remote_paths = [path for path, origin in source.latent_inputs if isinstance(origin, Remote)]
     if options.no_download and not all(path.exists() for path in remote_paths):
         raise MediaError("not downloaded yet; caching does that")
@@ -273,11 +263,9 @@ def _warn_of_near_duplicates(tables: Sequence[TableFindings], groups: Sequence[S
 
 
 def _group_files(tables: Sequence[TableFindings]) -> list[list[Path]]:
-    """Return groups of near duplicates among measured files, sorted by the first path of a group.
-
-    `tables` are all tables of images, or all tables of clips. A file in several tables, by absolute or
-    relative paths, counts once.
-    """
+    """Return groups of near duplicates among measured files, sorted by the first path of a group."""
+    # `tables` are all tables of images, or all tables of clips. A file in several tables, by absolute or
+    # relative paths, counts once.
     measures_by_path: dict[Path, Measures] = {}
     absolute_paths: set[Path] = set()
     for findings in tables:
@@ -382,10 +370,8 @@ def _read_colors(measures: Sequence[Measures]) -> _Colors:
 
 
 def _hash_signs(measures: Sequence[Measures]) -> NDArray[np.float32]:
-    """Return the bits of N perceptual hashes as -1 or 1.
-
-    The dot product of two rows is the number of equal bits minus the number of different bits.
-    """
+    """Return the bits of N perceptual hashes as -1 or 1."""
+    # The dot product of two rows is the number of equal bits minus the number of different bits.
     hashes = np.array([measured.hashes for measured in measures], np.uint64)
     bits = np.unpackbits(hashes.view(np.uint8), axis=1)
     return bits.astype(np.float32) * 2 - 1
@@ -418,10 +404,8 @@ def _center(thumbnails: NDArray[np.float32]) -> _Centered:
 
 
 def _match_contrast(image: NDArray[np.float32], candidates: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """Return which candidates, N K C, differ from an image, 1 K C, in brightness and contrast only.
-
-    Least squares: the thumbnail of less contrast is fitted by `gain` times the other one.
-    """
+    """Return which candidates, N K C, differ from an image, 1 K C, in brightness and contrast only."""
+    # Least squares: the thumbnail of less contrast is fitted by `gain` times the other one.
     centered_image = _center(image)
     centered_candidates = _center(candidates)
     max_variance = np.maximum(centered_image.variance, centered_candidates.variance)

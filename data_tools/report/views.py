@@ -108,10 +108,8 @@ class _Viewer:
         )
 
     def _show_items(self, media: DecodedMedia, maximum: int | None) -> str:
-        """Show at most `maximum` training items of a media file; return the user's last answer.
-
-        Any answer other than NEXT ends the loop.
-        """
+        """Show at most `maximum` training items of a media file; return the user's last answer."""
+        # Any answer other than NEXT ends the loop.
         for span in media.spans[:maximum]:
             _log_item(media, span)
             file = self.folder / f"{media.source.table.index}_{media.key(span)}"
@@ -154,10 +152,9 @@ def _select_display(debug: DebugOptions, folder: Path) -> str:
 
 
 def _show(display: str, file: Path, frames: NDArray[np.uint8], fps: float, debug: DebugOptions) -> str:
-    """Show frames, F H W 3, of an item in the chosen way; return what the user wants to see next.
-
-    `file` is the path to write, without suffix. Only a window waits for a key: otherwise the result is NEXT.
-    """
+    """Show frames, F H W 3, of an item in the chosen way; return what the user wants to see next."""
+    # `file` is the path to write, without suffix. Only a window waits for a key: otherwise the result is
+    # NEXT.
     if display == "console":
         image = sheet(frames, CONSOLE_FRAMES)
         sys.stdout.write(colored_text(image, debug.console_width, debug.console_back))

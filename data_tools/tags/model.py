@@ -66,10 +66,8 @@ class Tagger:
     def _tag_batch(
         self, batch: Sequence[CaptionInput], selection: TagSelection, separator: str
     ) -> list[tuple[CaptionLocation, str | Exception]]:
-        """Return (location, tags) for each input of a batch, or an error if no tag is probable enough.
-
-        The probabilities of all frames of a clip are combined before tags are selected.
-        """
+        """Return (location, tags) for each input of a batch, or an error if no tag is probable enough."""
+        # The probabilities of all frames of a clip are combined before tags are selected.
         all_frames = [frame for _, frames in batch for frame in frames]
         probabilities = self.predict_probabilities(all_frames)
         results: list[tuple[CaptionLocation, str | Exception]] = []
@@ -134,11 +132,7 @@ class Tagger:
         return pixels.transpose(2, 0, 1) if self.is_channels_first else pixels
 
     def _predict_batch(self, images: FloatArray) -> FloatArray:
-        """Return the probability of each tag for each image, B T; NaN becomes 0.
-
-        Raises:
-            CheckpointError: If the network does not return one value per tag of the list.
-        """
+        """Return the probability of each tag for each image, B T; NaN becomes 0."""
         output = self.model.run(images)[0]
         if output.shape != (len(images), len(self.labels)):
             raise CheckpointError(
@@ -200,11 +194,7 @@ def load_tagger(
 
 
 def _read_input_layout(model: OnnxModel, path: Path) -> tuple[int, bool]:
-    """Return the side S of a network's input, and whether its layout is B 3 S S instead of B S S 3.
-
-    Raises:
-        CheckpointError: If the network does not take square images of one size.
-    """
+    """Return the side S of a network's input, and whether its layout is B 3 S S instead of B S S 3."""
     shape = model.input_shape  # None: any size
     is_channels_first = len(shape) == 4 and shape[1] == 3
     sides = shape[2:] if is_channels_first else shape[1:3]

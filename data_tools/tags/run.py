@@ -132,13 +132,8 @@ def _hash_options(options: TaggingOptions) -> str:
 
 
 def _read_config(options: TaggingOptions, temporary: Path) -> DatasetConfig:
-    """Read the dataset file to tag, or make a dataset from a folder.
-
-    `temporary` is an empty folder, in which the dataset file for a folder is written.
-
-    Raises:
-        DatasetError: If there is nothing to tag.
-    """
+    """Read the dataset file to tag, or make a dataset from a folder."""
+    # `temporary` is an empty folder, in which the dataset file for a folder is written.
     if options.folder.is_file():  # a dataset file
         for name in ("recursive", "caption_extension"):
             if getattr(options, name):

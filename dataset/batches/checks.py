@@ -116,10 +116,8 @@ def text_errors(
 def _find_text_file_changes(
     table: DatasetTable, directory: Path, number: int, record: TextRecord, checks: CacheChecks
 ) -> Iterator[str]:
-    """Yield a line for each file in the folder of a table that has changed since a text encoder read it.
-
-    These are the images or clips that the encoder saw, and the file with the caption at index `number`.
-    """
+    """Yield a line for each file in the folder of a table that has changed since a text encoder read it."""
+    # These are the images or clips that the encoder saw, and the file with the caption at index `number`.
     folders = [table.control_directory] * len(record.references)
     if CLIP in record.settings:
         folders[0] = directory  # the first reference is the clip or image itself
@@ -133,11 +131,9 @@ def _find_text_file_changes(
 def _find_text_setting_changes(
     item: TrainingItem, recorded: Mapping[str, Any], saw_references: bool
 ) -> Iterator[str]:
-    """Yield a line if a table key that changes text embeddings differs from a cache's record (`recorded`).
-
-    These are keys about the caption, about reference images if a text encoder saw any (`saw_references`), and
-    about other media that it saw.
-    """
+    """Yield a line if a table key that changes text embeddings differs from a cache's record (`recorded`)."""
+    # These are keys about the caption, about reference images if a text encoder saw any (`saw_references`),
+    # and about other media that it saw.
     table = item.table
     defaults = {**get_cache_key_defaults(TEXTS), "captions": 1}
     current = {**defaults, **table.non_default_values(TEXTS), "captions": item.num_captions}
@@ -156,10 +152,8 @@ def _find_text_setting_changes(
 def _find_caption_change(
     table: DatasetTable, path: Path, number: int, record: TextRecord, checks: CacheChecks
 ) -> Iterator[str]:
-    """Yield a line if the caption at index `number` in a file is no longer the encoded one.
-
-    An encoded caption with converted positions differs from the file, whose content is compared instead.
-    """
+    """Yield a line if the caption at index `number` in a file is no longer the encoded one."""
+    # An encoded caption with converted positions differs from the file, whose content is compared instead.
     if FITTED in record.settings and record.file is not None:
         if checks.changed_file([path.parent], (record.file,)) is not None:
             yield f"{path} has changed since its caption was encoded"
@@ -173,11 +167,9 @@ def _find_caption_change(
 
 
 def _current_visible_media_settings(item: TrainingItem, recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the table's current settings for media that text encoders see, to compare with `recorded`.
-
-    If the table's media cannot be listed, the settings of an item's own media are taken from `recorded`, so
-    that no difference is reported for them.
-    """
+    """Return the table's current settings for media that text encoders see, to compare with `recorded`."""
+    # If the table's media cannot be listed, the settings of an item's own media are taken from `recorded`, so
+    # that no difference is reported for them.
     companions = _current_companions(item) if MEDIA in recorded else None
     sees_clip = CLIP in recorded
     if companions is not None:
@@ -293,10 +285,8 @@ def _find_shape_errors(
 def _find_companion_errors(
     tensors: Mapping[str, Tensor], shape: Sequence[int], expected: Sequence[int]
 ) -> Iterator[str]:
-    """Yield an error if tensors that belong to latents, such as references, have the wrong shape.
-
-    `shape` and `expected` are the actual and expected shape of the latents, C F H W.
-    """
+    """Yield an error if tensors that belong to latents, such as references, have the wrong shape."""
+    # `shape` and `expected` are the actual and expected shape of the latents, C F H W.
     rejected = tensors.get(data.REJECTED_LATENTS)
     if rejected is not None and list(rejected.shape) != shape:
         yield (
@@ -384,10 +374,8 @@ def audio_errors(
 
 
 def _find_reference_audio_errors(item: TrainingItem, has_reference: bool) -> Iterator[str]:
-    """Yield an error if a cache was made without the clip's reference audio, or with one no longer in use.
-
-    A reference file that was only deleted is not an error.
-    """
+    """Yield an error if a cache was made without the clip's reference audio, or with one no longer in use."""
+    # A reference file that was only deleted is not an error.
     table = item.table
     if has_reference and table.reference_audio_directory is None:
         yield f"it was made with a reference, but {table.name} has no reference_audio_directory"
@@ -400,10 +388,8 @@ def _find_reference_audio_errors(item: TrainingItem, has_reference: bool) -> Ite
 def _find_audio_source_changes(
     item: TrainingItem, record: LatentRecord, checks: CacheChecks
 ) -> Iterator[str]:
-    """Yield an error if audio latents were made from other files, or if one of their files has changed.
-
-    A record lists the clip, then a separate audio file and the reference audio, if there are any.
-    """
+    """Yield an error if audio latents were made from other files, or if one of their files has changed."""
+    # A record lists the clip, then a separate audio file and the reference audio, if there are any.
     table = item.table
     has_reference = HAS_REFERENCE in record.options
     num_files = len(record.files) - has_reference
@@ -421,10 +407,8 @@ def _find_audio_source_changes(
 def _find_source_changes(
     item: TrainingItem, folders: Sequence[Path | None], record: LatentRecord, checks: CacheChecks
 ) -> Iterator[str]:
-    """Yield the differences between an item's media files and its record.
-
-    `folders` contains the folder of each file in the record.
-    """
+    """Yield the differences between an item's media files and its record."""
+    # `folders` contains the folder of each file in the record.
     table = item.table
     rate = record.options.get("source_fps")
     if table.kind == "video" and rate != table.source_fps:
@@ -450,10 +434,8 @@ def _find_reference_errors(item: TrainingItem, tensors: Iterable[str]) -> Iterat
 
 
 def _find_control_errors(item: TrainingItem, max_references: int, num_cached: int) -> Iterator[str]:
-    """Yield an error if an item's number of cached reference images (`num_cached`) is no longer right.
-
-    Images of a folder that were only deleted are not an error; images that a list no longer names are one.
-    """
+    """Yield an error if an item's number of cached reference images (`num_cached`) is no longer right."""
+    # Images of a folder that were only deleted are not an error; images that a list no longer names are one.
     table = item.table
     made_with = f"it was made with {format_count(num_cached, 'reference image')}"
     num_now = _count_references(item)  # None: unknown
@@ -468,10 +450,8 @@ def _find_control_errors(item: TrainingItem, max_references: int, num_cached: in
 
 
 def _find_clip_reference_errors(item: TrainingItem, tensors: Iterable[str]) -> Iterator[str]:
-    """Yield an error if a clip has more or fewer reference images in its folder than in its cache file.
-
-    Unlike control images, reference images that were only deleted are an error, too.
-    """
+    """Yield an error if a clip has more or fewer reference images in its folder than in its cache file."""
+    # Unlike control images, reference images that were only deleted are an error, too.
     table = item.table
     num_cached = _count_unmirrored(tensors, data.REFERENCE_LATENTS)
     num_now = 0
@@ -498,10 +478,8 @@ def _count_references(item: TrainingItem) -> int | None:
 
 
 def _current_companions(item: TrainingItem) -> "CompanionCounts | None":
-    """Return how many companion files (masks, references ...) an item has on disk now.
-
-    Returns None if the item is not listed, or if listing its table could download files.
-    """
+    """Return how many companion files (masks, references ...) an item has on disk now."""
+    # Returns None if the item is not listed, or if listing its table could download files.
     table = item.table
     if not get_source_format(table).is_listed_in_training:
         return None

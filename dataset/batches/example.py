@@ -52,10 +52,8 @@ def find_example(item: TrainingItem, stores: Stores) -> ExampleItem:
 
 
 def _add_files(example: ExampleItem, item: TrainingItem, stores: Stores, has_companions: bool) -> ExampleItem:
-    """Add the files of an item, found in the record of its cache or by listing its table.
-
-    Only a listing finds the companion files (controls, references) of an item.
-    """
+    """Add the files of an item, found in the record of its cache or by listing its table."""
+    # Only a listing finds the companion files (controls, references) of an item.
     if not has_companions:
         image = _recorded_image(item, stores)
         if image is not None and image.is_file():

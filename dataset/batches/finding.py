@@ -135,10 +135,8 @@ def _add_table(
     audio: AudioSpec | None,
     trusts_index: bool,
 ) -> None:
-    """Add a table's items to `found`: from the index of its caches, or else by listing its caches.
-
-    If the caches are listed, missing and unfinished ones are added to `found`, too.
-    """
+    """Add a table's items to `found`: from the index of its caches, or else by listing its caches."""
+    # If the caches are listed, missing and unfinished ones are added to `found`, too.
     names = stores.latent_store(table).names()
     in_own_folder = table.index not in stores.custom_stores
     encodes_while_training = bool(cache_info.on_the_fly_sources) or not cache_info.has_cached_texts
@@ -176,10 +174,8 @@ def _list_caches(
     stores: Stores,
     audio: AudioSpec | None,
 ) -> _TableCaches:
-    """Sort a table's cache files, whose latents and audio are in `names`, by what they contain.
-
-    Caches without a media file, and unfinished text caches, are added to `found`.
-    """
+    """Sort a table's cache files, whose latents and audio are in `names`, by what they contain."""
+    # Caches without a media file, and unfinished text caches, are added to `found`.
     store = stores.latent_store(table)
     latent_files = _latent_files(names, cache_info)
     # a shared folder may also have caches of other tables
@@ -261,10 +257,8 @@ def _count_images(cache_info: TableCacheInfo, store: CacheStore, file: LatentFil
 def _leave_out_unlisted(
     found: FoundItems, table: DatasetTable, cache_info: TableCacheInfo, latent_files: list[str]
 ) -> list[str]:
-    """Return the latent caches whose media file is still in the table; add others to `found`.
-
-    Returns all caches if the table's items depend only on its caches.
-    """
+    """Return the latent caches whose media file is still in the table; add others to `found`."""
+    # Returns all caches if the table's items depend only on its caches.
     stems = _find_listed_stems(table, cache_info, latent_files)
     if stems is None:
         return latent_files
@@ -336,10 +330,8 @@ class _AudioCaches:
 
 
 def _audio_shape(store: CacheStore, latents: str, audio: AudioSpec, frames: int) -> tuple[int, ...]:
-    """Return the shape of an item's audio latents, C T M.
-
-    Returns () if the cached latents do not record their frame rate; this is reported when a batch is read.
-    """
+    """Return the shape of an item's audio latents, C T M."""
+    # Returns () if the cached latents do not record their frame rate; this is reported when a batch is read.
     rate: float | None = None
     with contextlib.suppress(CacheError, KeyError, ValueError):
         rate = float(store.read(latents, is_full=False).metadata[FPS])
@@ -469,10 +461,8 @@ class _TextCaches:
 
 
 def _count_captions(names: Iterable[str], tag: str) -> dict[str, int]:
-    """Return, for each stem with numbered captions, how many there are up to the first missing number.
-
-    Numbers begin at 1 with the second caption; the first caption has none.
-    """
+    """Return, for each stem with numbered captions, how many there are up to the first missing number."""
+    # Numbers begin at 1 with the second caption; the first caption has none.
     further_numbers: dict[str, set[int]] = {}  # by stem
     for name in names:
         if ".caption" not in name:  # faster than parsing a million names
@@ -492,12 +482,10 @@ def _count_captions(names: Iterable[str], tag: str) -> dict[str, int]:
 def _find_listed_stems(
     table: DatasetTable, cache_info: TableCacheInfo, latents: Sequence[str]
 ) -> Collection[str] | None:
-    """Return the stems of a table's current media files; None if its items depend only on the caches.
-
-    Normally they do: when a media file is gone, the caching script removes its caches. But it never removes
-    caches that other trainers share, so for these the media files are listed. Files that are read during
-    training have been listed already.
-    """
+    """Return the stems of a table's current media files; None if its items depend only on the caches."""
+    # Normally they do: when a media file is gone, the caching script removes its caches. But it never removes
+    # caches that other trainers share, so for these the media files are listed. Files that are read during
+    # training have been listed already.
     if cache_info.on_the_fly_sources:
         return cache_info.on_the_fly_sources.keys()
     if not get_source_format(table).shares_caches_with_other_programs or not latents:

@@ -46,11 +46,7 @@ def add_clean_conditions(batch: data.Batch, items: Sequence[TrainingItem]) -> da
 
 
 def _make_guides(batch: data.Batch, table: DatasetTable) -> Tensor:
-    """Return the index and strength of each guide image of a table, B G 2, for a batch of its clips.
-
-    Raises:
-        DatasetError: If the batch's caches do not have as many guides as the table.
-    """
+    """Return the index and strength of each guide image of a table, B G 2, for a batch of its clips."""
     starts = (data.KEYFRAME_LATENTS, data.LATENT_GUIDE)
     num_cached = sum(name.startswith(starts) for name in batch.tensors)
     if num_cached != len(table.guides):
@@ -89,11 +85,7 @@ def read_clean_audio_spans(item: TrainingItem, fps: float | None) -> Spans | Non
 
 
 def _read_spans(path: Path) -> Spans:
-    """Read pairs of seconds: a JSON list, possibly under one of KEYS, or lines of text with a pair each.
-
-    Raises:
-        DatasetError: If the file cannot be read, or contains anything other than pairs of seconds.
-    """
+    """Read pairs of seconds: a JSON list, possibly under one of KEYS, or lines of text with a pair each."""
     try:
         text = read_text(path)
         content = parse_json(text) if path.suffix == ".json" else [line.split() for line in text.splitlines()]

@@ -216,11 +216,9 @@ def _count_repeats(items: Sequence[Grouped]) -> list[int]:
 
 
 def _shuffle(values: Sequence[T], draw_bits: Callable[[int], int]) -> list[T]:
-    """Return a shuffled list, in the order that `random.shuffle` would give.
-
-    `draw_bits` is `getrandbits` of the generator. The algorithm is written out so that all Python versions
-    give the same batches; it is also a fifth faster.
-    """
+    """Return a shuffled list, in the order that `random.shuffle` would give."""
+    # `draw_bits` is `getrandbits` of the generator. The algorithm is written out so that all Python versions
+    # give the same batches; it is also a fifth faster.
     shuffled = list(values)
     for index in range(len(shuffled) - 1, 0, -1):  # Fisher-Yates
         num_bits = (index + 1).bit_length()
@@ -274,12 +272,10 @@ def _digest(stem: str) -> bytes:
 
 
 def _split_subsets(items: Sequence[S], fraction: float, seed: int) -> tuple[list[S], list[S]]:
-    """Split each subset separately; all regularization images are for training.
-
-    The sorted names of a subset are shuffled by the seed. Those after the first ceil(n (1 - fraction)) are
-    for validation: once each, without augmentation or caption changes. A subset's own fraction and seed take
-    precedence.
-    """
+    """Split each subset separately; all regularization images are for training."""
+    # The sorted names of a subset are shuffled by the seed. Those after the first ceil(n (1 - fraction)) are
+    # for validation: once each, without augmentation or caption changes. A subset's own fraction and seed
+    # take precedence.
     held_out_stems: dict[int, frozenset[str]] = {}  # by index of the table
     validation_tables: dict[int, DatasetTable] = {}
     for table in list_tables(items):

@@ -111,10 +111,8 @@ def read_batch(
 def _make_batch(
     items: Sequence[TrainingItem], texts: Sequence["_ItemTensors"], tensors: Mapping[str, Any]
 ) -> data.Batch:
-    """Return a batch of these tensors, with the facts that each item's text and table add to it.
-
-    Facts that are the default for all items are left empty. Rejected latents become a field of their own.
-    """
+    """Return a batch of these tensors, with the facts that each item's text and table add to it."""
+    # Facts that are the default for all items are left empty. Rejected latents become a field of their own.
     are_empty = tuple(text.is_empty for text in texts)
     weights = tuple(item.table.prior_loss_weight for item in items)
     attributes = tuple(item.table.attributes for item in items)
@@ -134,16 +132,7 @@ def _make_batch(
 def _unpack_inner_audio(
     tensors: dict[str, Tensor | list[Tensor]], path: Path, commands: CachingCommands
 ) -> None:
-    """Rename and reshape audio that latent caches contain, to the layout of separate audio caches.
-
-    Args:
-        tensors: Tensors of the batch, changed in place.
-        path: Path of one of the caches, for messages.
-        commands: Caching commands, for messages.
-
-    Raises:
-        CacheError: If the caches have no audio.
-    """
+    """Rename and reshape audio that latent caches contain, to the layout of separate audio caches."""
     audio = tensors.pop(data.INNER_AUDIO, None)  # B C T M, or B C 1 T M
     is_heard = tensors.pop(data.AUDIO_PRESENT, None)  # for each sample: 1, or 0 for a silent clip
     if not isinstance(audio, Tensor) or not isinstance(is_heard, Tensor):
@@ -305,10 +294,8 @@ class _Reader:
         return texts
 
     def _read_cached_text(self, item: TrainingItem, number: int, caption: str) -> _ItemTensors:
-        """Read and check the cached embeddings of an item's caption `number`; EMPTY is the empty prompt.
-
-        `caption` is the caption if it is read during training, or "", which the cache's record replaces.
-        """
+        """Read and check the cached embeddings of an item's caption `number`; EMPTY is the empty prompt."""
+        # `caption` is the caption if it is read during training, or "", which the cache's record replaces.
         path = item.caption_path(number)
         store = self.stores.text_store(item.table)
         with _add_caching_command(self.commands, store, is_text=True):
@@ -347,15 +334,7 @@ class _Reader:
         key: str,
         find_errors: Callable[..., Iterator[str]],
     ) -> _ItemTensors:
-        """Read and check one latent or audio cache file.
-
-        Args:
-            item: Item that the cache belongs to.
-            path: Path of the cache file; its name is read from the item's store.
-            part: Value of `CacheOrigin.part` in the result.
-            key: Name of a tensor that the cache must have.
-            find_errors: Yields the reasons why the tensors do not match the table.
-        """
+        """Read and check one latent or audio cache file."""
         store = self.stores.latent_store(item.table)
         with _add_caching_command(self.commands, store, is_text=False):  # adds the command to errors
             entry = store.read(path.name)
@@ -438,11 +417,9 @@ def _select_mirrored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _size_conditions(item: TrainingItem, cached_sizes: Tensor | None, is_mirrored: bool) -> Tensor:
-    """Return SDXL's size conditions for an image: original size, crop corner, target size.
-
-    `cached_sizes` are those that another trainer wrote into the cache: width, height, and the edges of the
-    crop (left, top, right, bottom). They take precedence over computed ones.
-    """
+    """Return SDXL's size conditions for an image: original size, crop corner, target size."""
+    # `cached_sizes` are those that another trainer wrote into the cache: width, height, and the edges of the
+    # crop (left, top, right, bottom). They take precedence over computed ones.
     bucket_width, bucket_height = item.bucket[:2]
     if cached_sizes is None:
         name = parse_latent_name(item.file_name, item.cache_info.tag, item.table.kind)
@@ -479,16 +456,7 @@ def _fill_gaps(media: Sequence[_ItemTensors]) -> None:
 def _stack(
     items: Sequence[_ItemTensors], commands: CachingCommands, is_text: bool
 ) -> dict[str, Tensor | list[Tensor]]:
-    """Stack the tensors of all items by name; {} if there are no items.
-
-    Args:
-        items: The batch's media, or its captions.
-        commands: Caching commands, for error messages.
-        is_text: Whether `items` are captions.
-
-    Raises:
-        CacheError: If tensors are missing or differ in shape.
-    """
+    """Stack the tensors of all items by name; {} if there are no items."""
     if not items:
         return {}
     first_item = items[0]
@@ -526,10 +494,8 @@ def _check_shapes(items: Sequence[_ItemTensors], name: str, commands: CachingCom
 
 
 def _prepend_references(tensors: dict[str, Tensor | list[Tensor]]) -> None:
-    """Prepend reference latents, each B C 1 H W, to the clip latents along the frame axis, in place.
-
-    The loss mask, if any, is padded with ones: reference frames count in the loss, too.
-    """
+    """Prepend reference latents, each B C 1 H W, to the clip latents along the frame axis, in place."""
+    # The loss mask, if any, is padded with ones: reference frames count in the loss, too.
     names = sorted(name for name in tensors if name.startswith(data.REFERENCE_LATENTS))
     if not names:
         return

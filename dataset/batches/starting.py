@@ -114,11 +114,9 @@ def check_caches(
 def _require_trained_encoder(
     origin: CacheOrigin, trained_id: Mapping[str, str], commands: CachingCommands
 ) -> None:
-    """Raise CacheError if a cached embedding was not made by the text encoder that is trained.
-
-    `trained_id` is the identity of the trained encoder: hashes by key. Text caches of other trainers have no
-    record and pass. Dtype, length and the tokenizer's files are not compared.
-    """
+    """Raise CacheError if a cached embedding was not made by the text encoder that is trained."""
+    # `trained_id` is the identity of the trained encoder: hashes by key. Text caches of other trainers have
+    # no record and pass. Dtype, length and the tokenizer's files are not compared.
     if not origin.encoder:  # another program's cache
         return
     compared_keys = [key for key in trained_id if not key.endswith(("_dtype", "_tokenizer", "_chunks"))]
@@ -145,11 +143,9 @@ def _sample_captions(cached: Sequence[TrainingItem]) -> Iterator[tuple[TrainingI
 def _warn_of_earlier_versions(
     read_caches: Sequence[_ReadCaches], family: Family, commands: CachingCommands
 ) -> None:
-    """Warn about caches from earlier versions that would be made differently now.
-
-    Those versions decoded some clips differently, or timed control clips and masks separately: without
-    regard to their clip's frame rate.
-    """
+    """Warn about caches from earlier versions that would be made differently now."""
+    # Those versions decoded some clips differently, or timed control clips and masks separately: without
+    # regard to their clip's frame rate.
     timed_separately: list[TrainingItem] = []
     decoded_earlier: list[tuple[TrainingItem, int]] = []  # each with its `LatentRecord.decoding_version`
     for item, caption_index, origins in read_caches:
@@ -169,10 +165,8 @@ def _warn_of_earlier_versions(
 def _warn_of_missing_windows(
     cached: Sequence[TrainingItem], read_caches: Sequence[_ReadCaches], commands: CachingCommands
 ) -> None:
-    """Warn about clips with fewer cached items than the windows into which they were cut.
-
-    `read_caches` record the number of windows; `cached` are all cached items of the run.
-    """
+    """Warn about clips with fewer cached items than the windows into which they were cut."""
+    # `read_caches` record the number of windows; `cached` are all cached items of the run.
     num_windows: dict[tuple[int, str], int] = {}  # by table index and stem of the clip
     for item, _, origins in read_caches:
         clip = item.table.index, item.source_stem
@@ -325,11 +319,9 @@ def _find_differences(
     tag: str,
     checks_audio: bool,
 ) -> _SourceDifferences:
-    """Compare a folder's media files, by stem, with the training items found in the cache.
-
-    `missing_text` are text caches, of all tables, of media with latents but without an item. `checks_audio`
-    says whether clips with audio must have cached audio.
-    """
+    """Compare a folder's media files, by stem, with the training items found in the cache."""
+    # `missing_text` are text caches, of all tables, of media with latents but without an item. `checks_audio`
+    # says whether clips with audio must have cached audio.
     folder = items[0].table.cache_directory
     cached = {item.source_stem for item in items}
     without_latents = []
@@ -344,10 +336,8 @@ def _find_differences(
 
 
 def _find_small_folder_sources(table: DatasetTable, folder: Path) -> dict[str, MediaSource] | None:
-    """Return a table's media files by stem; None if `folder` is large or cannot be listed.
-
-    The folder may be missing because only the caches were copied to this machine.
-    """
+    """Return a table's media files by stem; None if `folder` is large or cannot be listed."""
+    # The folder may be missing because only the caches were copied to this machine.
     try:
         with os.scandir(folder) as entries:
             if next(itertools.islice(entries, MAX_LISTED, None), None) is not None:

@@ -86,10 +86,8 @@ def connect(uri: str, seconds: float = 0.2) -> sqlite3.Connection:
 
 
 def _limit_steps(connection: sqlite3.Connection, size: int) -> None:
-    """Abort SQL statements that take far more steps than a file of `size` bytes can need.
-
-    In a malicious file, pages can refer to each other in a cycle, so that a query never ends.
-    """
+    """Abort SQL statements that take far more steps than a file of `size` bytes can need."""
+    # In a malicious file, pages can refer to each other in a cycle, so that a query never ends.
     calls = itertools.count()
     max_calls = 2 + (size >> 18)
     # called every 2^20 instructions of SQLite's virtual machine; a true result stops the statement
@@ -97,10 +95,8 @@ def _limit_steps(connection: sqlite3.Connection, size: int) -> None:
 
 
 def _require_table(connection: sqlite3.Connection) -> None:
-    """Raise sqlite3.DatabaseError unless a database contains only the table of a shard.
-
-    A view, a trigger or a computed column would run SQL that somebody else wrote.
-    """
+    """Raise sqlite3.DatabaseError unless a database contains only the table of a shard."""
+    # A view, a trigger or a computed column would run SQL that somebody else wrote.
     statements = [sql for (sql,) in connection.execute("SELECT sql FROM sqlite_master LIMIT 3")]
     if sorted(map(str, statements)) != sorted(_STATEMENTS):
         raise sqlite3.DatabaseError("its tables are not those of a shard")
@@ -172,12 +168,7 @@ class Catalog:
                 self.entries[name] = row
 
     def _read_shard(self, path: Path) -> None:
-        """Add the entries of a finished SQLite shard to the index.
-
-        Raises:
-            CacheError: If the disk fails rather than the file.
-            sqlite3.Error: If the file is damaged.
-        """
+        """Add the entries of a finished SQLite shard to the index."""
         try:
             with contextlib.closing(open_shard(path)) as connection:
                 _limit_steps(connection, path.stat().st_size)
@@ -202,11 +193,7 @@ class Catalog:
 
 
 def _rows_in(connection: sqlite3.Connection) -> list[ShardRow]:
-    """Read name, row number (`place`), generation, size and checksum of each entry in a shard.
-
-    Raises:
-        sqlite3.DatabaseError: If a value has an unexpected type, as SQLite columns accept any type.
-    """
+    """Read name, row number (`place`), generation, size and checksum of each entry in a shard."""
     entries = connection.execute("SELECT name, place, generation, size, crc32 FROM entries").fetchall()
     for name, _, generation, size, crc32 in entries:
         is_valid = (
@@ -355,11 +342,9 @@ def finish_abandoned_shards(folder: Path, own_shard: Path | None = None) -> None
 
 
 def _finish_if_abandoned(path: Path) -> None:
-    """Recover and rename an unfinished shard if its writer no longer runs.
-
-    Locks show whether a writer still runs. For writers on other machines, and on file systems without locks,
-    the file's age decides.
-    """
+    """Recover and rename an unfinished shard if its writer no longer runs."""
+    # Locks show whether a writer still runs. For writers on other machines, and on file systems without
+    # locks, the file's age decides.
     is_old = path.stat().st_mtime < time.time() - LEFTOVER_SECONDS
     is_from_this_machine = path.stem[6:14] == machine()  # after "cache-"
     if not (is_old or is_from_this_machine) or not _is_safe_to_open(path):
@@ -375,11 +360,9 @@ def _finish_if_abandoned(path: Path) -> None:
 
 
 def _is_safe_to_open(path: Path) -> bool:
-    """Return whether a shard and its journals are regular files that make SQLite touch no other file.
-
-    False if one is a link, or if a rollback journal ends with the name of another file, which SQLite would
-    remove.
-    """
+    """Return whether a shard and its journals are regular files that make SQLite touch no other file."""
+    # False if one is a link, or if a rollback journal ends with the name of another file, which SQLite would
+    # remove.
     for suffix in ("", "-wal", "-shm", "-journal"):
         file = path.with_name(path.name + suffix)
         with contextlib.suppress(FileNotFoundError):
@@ -394,13 +377,8 @@ def _is_safe_to_open(path: Path) -> bool:
 
 
 def _recover(path: Path, parameters: str = "") -> bool:
-    """Recover what the killed writer of a shard had committed.
-
-    `parameters` are added to the shard's SQLite URI.
-
-    Returns:
-        True if not even the table was committed; the shard is removed then.
-    """
+    """Recover what the killed writer of a shard had committed."""
+    # `parameters` are added to the shard's SQLite URI.
     uri = f"{path.absolute().as_uri()}?mode=rw{parameters}"
     with contextlib.closing(connect(uri, seconds=0)) as connection:
         _limit_steps(connection, path.stat().st_size)

@@ -101,10 +101,8 @@ def recall_options(
 
 
 def _recall(command: Mapping[str, Any], key: str, record: type[Options]) -> Iterable[RepeatedOption]:
-    """Yield the options of a stored caching command that are known and still valid.
-
-    `key` is "options" for the command's own options, or "training" for those that a training run needs.
-    """
+    """Yield the options of a stored caching command that are known and still valid."""
+    # `key` is "options" for the command's own options, or "training" for those that a training run needs.
     accepted = accepted_options(record)
     folder = command.get("folder")
     options = command.get(key)
@@ -127,10 +125,8 @@ def _recall(command: Mapping[str, Any], key: str, record: type[Options]) -> Iter
 
 
 def _is_allowed(value: Any, option: AcceptedOption) -> bool:
-    """Return whether an option accepts a stored value, and a command in a message can show the value.
-
-    A message shows short values on one line, without control codes.
-    """
+    """Return whether an option accepts a stored value, and a command in a message can show the value."""
+    # A message shows short values on one line, without control codes.
     values = value if isinstance(value, list) else [value]
     if not all(isinstance(item, (str, int, float)) for item in values):
         return False

@@ -140,12 +140,7 @@ def shards_to_files(folder: Path, keep: bool = False, dry_run: bool = False) -> 
 
 
 def _remove_shards(folder: Path, names: Sequence[str]) -> None:
-    """Remove a folder's shards, whose entries (`names`) have been written as single files.
-
-    Raises:
-        CacheError: If a file differs from its entry, or if another process has written shards meanwhile.
-        OutputError: If a file cannot be removed.
-    """
+    """Remove a folder's shards, whose entries (`names`) have been written as single files."""
     _require_equal(names, folder)
     catalog = Catalog(folder)  # read again: other processes may have written
     if set(catalog.names()) != set(names):
@@ -166,15 +161,7 @@ ByteStore = SingleFiles | ShardStore
 def _copy(
     names: Sequence[str], source: ByteStore, target: ByteStore, entry_noun: str, dry_run: bool
 ) -> Converted:
-    """Copy the entries that are missing or different in the target store; count them and their bytes.
-
-    Args:
-        names: Names of the entries.
-        source: Store to read.
-        target: Store to write.
-        entry_noun: What a message calls an entry of the source store.
-        dry_run: Whether to count only.
-    """
+    """Copy the entries that are missing or different in the target store; count them and their bytes."""
     copied = unchanged = size_bytes = 0
     errors: list[str] = []
     for name in track(names, f"Converting {source.folder.name}", len(names), unit="file"):

@@ -102,12 +102,7 @@ def _hash(text: str) -> str:
 
 
 def _list_path(path: Path, only_files: bool) -> list[str]:
-    """Return a folder's sorted file names, except cache files; for a single file, its size and time.
-
-    Raises:
-        OSError: If the folder or the file cannot be read.
-        ValueError: If the folder has more than MAX_FILES entries.
-    """
+    """Return a folder's sorted file names, except cache files; for a single file, its size and time."""
     if not path.is_dir():
         return [repr(size_and_mtime(path))]
     with os.scandir(path) as entries:
@@ -177,13 +172,8 @@ def split_names(names: Collection[str], tag: str) -> tuple[list[str], list[str]]
 def _list_items(
     table: DatasetTable, latents: "IndexPart", texts: "IndexPart"
 ) -> list[tuple[LatentFile, int]]:
-    """Return each latent cache with its number of cached captions, up to the first missing one.
-
-    A table without `multi_caption` uses only the first caption, number 0.
-
-    Raises:
-        KeyError: If a media file has no first caption in the cache.
-    """
+    """Return each latent cache with its number of cached captions, up to the first missing one."""
+    # A table without `multi_caption` uses only the first caption, number 0.
     numbers_by_source: dict[str, set[int]] = {}  # of captions
     for line in texts.lines.values():
         if line["number"] != cache_files.EMPTY:
@@ -208,10 +198,8 @@ def _list_items(
 
 
 def _find_unchanged(lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Return the cache files whose media files have not changed, each with the checksum of its record.
-
-    `lines` are lines of the index, one for each cache file, with the size and time of its media files.
-    """
+    """Return the cache files whose media files have not changed, each with the checksum of its record."""
+    # `lines` are lines of the index, one for each cache file, with the size and time of its media files.
     current_stamps: dict[str, list[int] | None] = {}  # size and time by path; None: it cannot be read
     unchanged = {}
     for line in lines:

@@ -81,10 +81,8 @@ def _count_sections(files: Collection[str], tag: str) -> Counter[tuple[str, Late
 
 
 def _find_bucket(table: DatasetTable, name: LatentName, latent: LatentSpec, path: Path) -> tuple[int, ...]:
-    """Return the bucket of a latent cache file, derived from its name.
-
-    Names of images contain the original size, names of clips the size after bucketing.
-    """
+    """Return the bucket of a latent cache file, derived from its name."""
+    # Names of images contain the original size, names of clips the size after bucketing.
     if table.kind == "image":
         return find_bucket(table, name.size, latent.pixel_step, path)
     if name.section is not None:  # sections of clips of any length share a batch: all have this length

@@ -57,10 +57,8 @@ def read_old_shard(path: Path) -> list[ShardRow]:
 
 
 def _read_headers(file: BinaryIO, size: int) -> Iterator[tuple[tarfile.TarInfo, int]]:
-    """Yield each header of a tar of `size` bytes, with the offset of the bytes that follow it.
-
-    While a header is used, the file is at that offset.
-    """
+    """Yield each header of a tar of `size` bytes, with the offset of the bytes that follow it."""
+    # While a header is used, the file is at that offset.
     while True:
         block = file.read(tarfile.BLOCKSIZE)
         if file.tell() == size - tarfile.BLOCKSIZE and not any(block):
@@ -76,11 +74,7 @@ def _read_headers(file: BinaryIO, size: int) -> Iterator[tuple[tarfile.TarInfo, 
 
 
 def _read_comment(content: bytes) -> re.Match[bytes] | None:
-    """Parse the comment of a tar's pax header; None if it has no comment in this program's format.
-
-    Raises:
-        tarfile.HeaderError: If the comment does not match its checksum.
-    """
+    """Parse the comment of a tar's pax header; None if it has no comment in this program's format."""
     comment = _COMMENT.search(content)
     if comment is not None and zlib.crc32(comment["facts"] + comment["name"]) != int(comment["check"], 16):
         raise tarfile.HeaderError("a wrong comment")

@@ -136,10 +136,7 @@ def latent_record(entry: Entry) -> LatentRecord | None:
 
 
 def _clip_info(content: Any) -> ClipInfo:
-    """Return the clip's size and frame count from a record.
-
-    Raises ValueError, TypeError or KeyError if the record is damaged.
-    """
+    """Return the clip's size and frame count from a record."""
     kept_frames = content["kept_frames"]
     if type(kept_frames) is not int or not 0 <= kept_frames <= MAX_FRAMES:
         raise ValueError(f"a clip of {kept_frames!r} frames")
@@ -301,10 +298,8 @@ def size_and_mtime(path: Path, origin: Origin | None = None) -> tuple[int, int]:
 # cached, because in a dataset that was copied without its times, training hashes every item at each check
 @functools.lru_cache(maxsize=4096)
 def _content_hash(path: Path, size_bytes: int, mtime_ns: int, origin: Origin | None = None) -> str:
-    """Return the SHA-256 of a file, or of the names and hashes of a folder's images.
-
-    `size_bytes` and `mtime_ns` are only keys of the hash cache: a changed file is read again.
-    """
+    """Return the SHA-256 of a file, or of the names and hashes of a folder's images."""
+    # `size_bytes` and `mtime_ns` are only keys of the hash cache: a changed file is read again.
     digest = hashlib.sha256()
     if origin is not None and not isinstance(origin, Remote):  # the file is inside a tar or a table
         for piece in origin.pieces():
@@ -322,10 +317,8 @@ def _content_hash(path: Path, size_bytes: int, mtime_ns: int, origin: Origin | N
 
 @contextlib.contextmanager
 def _read_record(entry: Entry, key: str) -> Iterator[Any]:
-    """Yield a key's value ("latents" or "texts") in the record of a cache file; None if it has no record.
-
-    This is a context manager, so that errors in the block, which mean a damaged record, become CacheErrors.
-    """
+    """Yield a key's value ("latents" or "texts") in the record of a cache file; None if it has no record."""
+    # This is a context manager, so that errors in the block, which mean a damaged record, become CacheErrors.
     record_json = entry.metadata.get(RECORD_KEY)
     if record_json is None:
         yield None

@@ -164,10 +164,8 @@ class ShardStore:
     # --- reading ---
 
     def _read_catalog(self, is_new: bool = False) -> Catalog:
-        """Return the index that maps each entry to its shard.
-
-        With `is_new`, it includes shards that other processes have finished since it was read.
-        """
+        """Return the index that maps each entry to its shard."""
+        # With `is_new`, it includes shards that other processes have finished since it was read.
         if self._process != os.getpid():
             # a forked process must not close its parent's connections: references to them are kept, unused
             self._parent_state = self._writer, self._opened, self._catalog
@@ -192,10 +190,9 @@ class ShardStore:
         self._opened = {}
 
     def _read_with_retry(self, name: str, read: Callable[[EntryRow], T]) -> T:
-        """Call `read` with an entry's row and return the result; if that fails, reload the shards and retry.
-
-        Another process may have merged the shards since they were listed.
-        """
+        """Call `read` with an entry's row and return the result."""
+        # If that fails, reload the shards and retry.
+        # Another process may have merged the shards since they were listed.
         try:
             return self._read_entry(name, read)
         except CacheError:
@@ -235,15 +232,8 @@ def _finished(shards: Mapping[str, int]) -> dict[str, int]:
 
 
 def _read_row(connection: sqlite3.Connection | None, folder: Path, row: EntryRow) -> bytes:
-    """Return the bytes of an entry.
-
-    `connection` is open on its shard; None for a tar.
-
-    Raises:
-        CacheError: If the bytes are missing or differ from those written.
-        OSError: If a tar cannot be read.
-        sqlite3.Error: If an SQLite shard cannot be read.
-    """
+    """Return the bytes of an entry."""
+    # `connection` is open on its shard; None for a tar.
     if connection is None:
         with (folder / row.shard).open("rb") as file:
             file.seek(row.position)
@@ -298,10 +288,8 @@ def merge_shards(folder: Path, shard_bytes: int = SHARD_BYTES, with_tars: bool =
 
 
 def _rewrite(folder: Path, catalog: Catalog, shards: Collection[str], shard_bytes: int) -> None:
-    """Copy the valid entries of some shards to new shards, then remove the old shards.
-
-    After an error, the old shards stay. If the process is killed, every entry is in one shard or in two.
-    """
+    """Copy the valid entries of some shards to new shards, then remove the old shards."""
+    # After an error, the old shards stay. If the process is killed, every entry is in one shard or in two.
     live_bytes = catalog.count_live_bytes()
     # the file name does not matter, only its disk
     check_space(folder / "cache", sum(live_bytes[name] for name in shards))
@@ -362,12 +350,7 @@ def _write_shards(folder: Path, entries: Iterable[_CopiedEntry], shard_bytes: in
 
 
 def _read_to_copy(connection: sqlite3.Connection | None, folder: Path, row: EntryRow) -> bytes | None:
-    """Return the bytes of an entry, to copy them; None if it was removed.
-
-    Raises:
-        CacheError: If the entry is damaged.
-        OutputError: If the disk fails rather than the content: the shard may be intact.
-    """
+    """Return the bytes of an entry, to copy them; None if it was removed."""
     if row.size is None:
         return None
     try:

@@ -162,10 +162,8 @@ def open_shared(table: DatasetTable, names: NpzNames | None, cache_format: str, 
 
 
 def _list_images(table: DatasetTable) -> dict[str, Path]:
-    """Return the paths without suffix, by stem, of the images that a list names.
-
-    Returns {} if the table's images are all in its folder.
-    """
+    """Return the paths without suffix, by stem, of the images that a list names."""
+    # Returns {} if the table's images are all in its folder.
     if not get_source_format(table).names_images_anywhere:
         return {}
     from dataset.listing import find_sources  # only for shared caches of lists

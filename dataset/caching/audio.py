@@ -222,11 +222,7 @@ class AudioWork:
         return items
 
     def _check(self, file: str, source: MediaSource, name: cache_files.LatentName, verifies: bool) -> bool:
-        """Check that a cached audio file is what this run would write; return whether it has a record.
-
-        Raises:
-            CacheError: If the audio has to be encoded again.
-        """
+        """Check that a cached audio file is what this run would write; return whether it has a record."""
         entry = self._stores.latent_store(source.table).read(file, is_full=verifies)
         record = records.latent_record(entry)
         if record is None:
@@ -264,12 +260,7 @@ class AudioWork:
         return options
 
     def _read(self, plan: AudioPlan) -> AudioPlan:
-        """Return the plan with the decoded audio of its missing items.
-
-        Raises:
-            MediaError: If the audio cannot be read, or is missing but required.
-            OSError: If a file cannot be opened.
-        """
+        """Return the plan with the decoded audio of its missing items."""
         if not plan.missing_items:
             return plan
         spans = [name.span for name in plan.missing_items if name.span is not None]
@@ -291,10 +282,8 @@ class AudioWork:
         return replace(plan, files=files, rate=fps, samples=tuple(samples), references=tuple(references))
 
     def _read_references(self, source: MediaSource, seconds: Sequence[float]) -> list[Tensor]:
-        """Return each item's reference audio, cut to the item's length; [] if the clip has no reference.
-
-        `seconds` are the lengths of the items. Raises MediaError if the audio cannot be read.
-        """
+        """Return each item's reference audio, cut to the item's length; [] if the clip has no reference."""
+        # `seconds` are the lengths of the items.
         if source.reference_audio is None:
             return []
         references = []
@@ -359,10 +348,8 @@ def _add_plan(report: CacheReport, plan: AudioPlan) -> CacheReport:
 
 
 def _source_files(source: MediaSource) -> list[tuple[Path, Origin | None]]:
-    """Return the files that cached audio depends on, each with its `Origin` if it is packed or downloaded.
-
-    These are the clip (for its frame rate), its separate audio file, and the reference audio, if any.
-    """
+    """Return the files that cached audio depends on, each with its `Origin` if it is packed or downloaded."""
+    # These are the clip (for its frame rate), its separate audio file, and the reference audio, if any.
     parts: list[tuple[Path, Origin | None]] = [source.latent_inputs[0]]
     if source.audio is not None:
         parts.append(source.audio)

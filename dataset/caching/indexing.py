@@ -93,10 +93,8 @@ def write_index(
 def _read_previous(
     folder: Path, tag: str, part: str
 ) -> tuple[dict[tuple[str, str], IndexPart], dict[str, _IndexedFile]]:
-    """Return the parts of the previous index, and the known origins in one of them by cache file.
-
-    Both are empty if there is no index or it is damaged; then the origin of each file is read again.
-    """
+    """Return the parts of the previous index, and the known origins in one of them by cache file."""
+    # Both are empty if there is no index or it is damaged; then the origin of each file is read again.
     parts: dict[tuple[str, str], IndexPart] = {}
     known_origins: dict[str, _IndexedFile] = {}
     with contextlib.suppress(*DAMAGES):
@@ -140,11 +138,9 @@ def _list_texts(files: Sequence[str], tag: str) -> Iterator[dict[str, Any]]:
 
 
 def _describe_origin(table: DatasetTable, store: SingleFiles, file: str, part: str) -> dict[str, Any]:
-    """Return the fields of a cache file's index line that say what it was made from.
-
-    These are the checksum of its record, and size and time of the media files. If they cannot be determined
-    here, training reads the cache to compare it with its media. `part` is LATENTS or TEXTS.
-    """
+    """Return the fields of a cache file's index line that say what it was made from."""
+    # These are the checksum of its record, and size and time of the media files. If they cannot be determined
+    # here, training reads the cache to compare it with its media. `part` is LATENTS or TEXTS.
     unknown_origin: dict[str, Any] = {"record": None, "sources": {}}
     source_files: list[tuple[Path | None, FileIdentity]] = []  # folder and identity of each file
     try:

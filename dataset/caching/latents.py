@@ -75,11 +75,7 @@ def decode(
 
 
 def _decode_frames(source: MediaSource, cache_settings: LatentCacheSettings) -> DecodedMedia:
-    """Decode a source at bucket size, or read its precomputed moments of the VAE; add its frame rate.
-
-    Raises:
-        MediaError: If the source cannot be read, does not fit into memory, or is too small to encode.
-    """
+    """Decode a source at bucket size, or read its precomputed moments of the VAE; add its frame rate."""
     latent = cache_settings.latent
     if source.precomputed is not None:
         from dataset.caching.precomputed import decode_moments  # few tables have precomputed moments
@@ -220,11 +216,9 @@ def _encode_pair(
 
 
 def _with_frames(media: data.MediaBatch, rejected: Tensor) -> data.MediaBatch:
-    """Return the batch with the rejected clips instead of the chosen ones, and the same control media.
-
-    `rejected` are the rejected clips, B F H W C uint8. The alpha channel of the chosen clips does not apply
-    to them and is dropped.
-    """
+    """Return the batch with the rejected clips instead of the chosen ones, and the same control media."""
+    # `rejected` are the rejected clips, B F H W C uint8. The alpha channel of the chosen clips does not apply
+    # to them and is dropped.
     return dataclasses.replace(media, frames=rejected, alpha=None)
 
 

@@ -187,10 +187,8 @@ def _write_indexes(
     report: CacheReport,
     fingerprints: Mapping[int, str | None],
 ) -> None:
-    """Write the results of a caching run to each table's index file, which training reads.
-
-    `fingerprints` are the hashes of the tables, by table index.
-    """
+    """Write the results of a caching run to each table's index file, which training reads."""
+    # `fingerprints` are the hashes of the tables, by table index.
     for table in config.datasets:
         if not is_indexed(table, get_audio_spec(family)):
             continue

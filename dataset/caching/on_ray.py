@@ -150,10 +150,7 @@ class ActorPlan(NamedTuple):
 
 
 def _plan_actors(options: RayOptions, available: Mapping[str, float]) -> ActorPlan:
-    """Return how many actors and shards to use on a cluster with these resources ("GPU" and "CPU").
-
-    Raises DatasetError if the cluster has too few, because Ray would wait for them forever.
-    """
+    """Return how many actors and shards to use on a cluster with these resources ("GPU" and "CPU")."""
     gpus, cpus = options.gpus_per_actor, options.cpus_per_actor
     if gpus is None:
         gpus = 1.0 if available.get("GPU", 0) >= 1 else 0.0

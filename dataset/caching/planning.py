@@ -285,12 +285,11 @@ class SourcePlanner:
         )
 
     def _make_shape_key(self) -> tuple[object, ...] | None:
-        """Return a key that is equal for media files with equal plans; None if the plan must be made in full.
-
-        The key has all that `plan` depends on except the media files: the table, which kinds of files an item
-        has, and the settings in the records of its caches. It is None if a file has changed, a cache has no
-        valid record, or a record is from a version that decoded media differently.
-        """
+        """Return a key that is equal for media files with equal plans."""
+        # None if the plan must be made in full.
+        # The key has all that `plan` depends on except the media files: the table, which kinds of files an
+        # item has, and the settings in the records of its caches. It is None if a file has changed, a cache
+        # has no valid record, or a record is from a version that decoded media differently.
         source = self.source
         # numbers of files and their presence decide which keys of the table a record has
         key: list[object] = [
@@ -321,10 +320,8 @@ class SourcePlanner:
         return tuple(key)
 
     def _would_decode_alike(self, record_texts: Sequence[str]) -> bool:
-        """Return whether decoding the files now gives the same pixels as when they were cached.
-
-        `record_texts` are pieces of the cache record's JSON.
-        """
+        """Return whether decoding the files now gives the same pixels as when they were cached."""
+        # `record_texts` are pieces of the cache record's JSON.
         joined = "".join(text or "" for text in record_texts)
         # early records have `true` for version 1, or no version at all
         versions = {1 if version == "true" else int(version) for version in _DECODING_VERSION.findall(joined)}
@@ -373,11 +370,10 @@ class SourcePlanner:
         return self.compare(clip.size, [full_span(clip, latent.lengths)])
 
     def _plan_by_header(self) -> SourcePlan | None:
-        """Return the plan for a video that is completely cached according to its header; None if it is not.
-
-        This accepts files without a record (--skip_existing). The number of frames in the video's header may
-        be wrong, so the plan is valid only if it agrees with the existing files.
-        """
+        """Return the plan for a video that is completely cached according to its header."""
+        # None if it is not.
+        # This accepts files without a record (--skip_existing). The number of frames in the video's header
+        # may be wrong, so the plan is valid only if it agrees with the existing files.
         self._trusted_header = True
         latent = self.cache_settings.latent
         header = plan_source(self.source, self.cache_settings.fps, latent.pixel_step, latent.lengths)
@@ -470,11 +466,9 @@ class SourcePlanner:
         )
 
     def _group_files_by_item(self) -> dict[tuple[Size, Span | None], dict[str, LatentName]]:
-        """Return the existing cache files of each item, sorted by section.
-
-        The names of the files identify the item: by the original size of an image, or by the bucket size and
-        the span of a clip.
-        """
+        """Return the existing cache files of each item, sorted by section."""
+        # The names of the files identify the item: by the original size of an image, or by the bucket size
+        # and the span of a clip.
         files_by_item: dict[tuple[Size, Span | None], dict[str, LatentName]] = {}
         for file, name in sorted(self.existing_files.items(), key=lambda pair: pair[1].section or 0):
             files_by_item.setdefault((name.size, name.span), {})[file] = name
@@ -494,10 +488,7 @@ class SourcePlanner:
     def _check_item(
         self, files: Names, num_sections: int | None, size: Size, bucket: Size, span: Span
     ) -> int:
-        """Check all cache files of an item; return how many have no record.
-
-        Raises CacheError if the item has to be encoded again.
-        """
+        """Check all cache files of an item; return how many have no record."""
         # caches of other programs may lack control images, so that files of items with control are read
         is_trusted = self.cache_settings.stores.trusts_shared_caches and self.store.is_shared
         if is_trusted and not self.source.control:
@@ -519,16 +510,8 @@ class SourcePlanner:
         )
 
     def _check_file(self, file: str, files: Names, size: Size, bucket: Size, span: Span) -> bool:
-        """Check that an item's cache file is equal to the one that this run would write.
-
-        `files` are all files of the item, one for each section.
-
-        Returns:
-            Whether the file has a record.
-
-        Raises:
-            CacheError: If the file differs.
-        """
+        """Check that an item's cache file is equal to the one that this run would write."""
+        # `files` are all files of the item, one for each section.
         path = self.source.table.cache_directory / file
         entry: Entry | None = None  # with tensors, if these are checked; else only the header is read
         if self.verifies_tensors:
@@ -654,10 +637,8 @@ class SourcePlanner:
         return f"{', '.join(changed)} changed since" if changed else None
 
     def _is_unchanged(self, index: int, identity: FileIdentity) -> bool:
-        """Return whether a source file still matches its recorded size, time and hash.
-
-        `index` is its index in `source_files`. A file that was found unchanged is not checked again.
-        """
+        """Return whether a source file still matches its recorded size, time and hash."""
+        # `index` is its index in `source_files`. A file that was found unchanged is not checked again.
         if self._unchanged.get(index) != identity:
             path, origin = self.cache_settings.source_files(self.source)[index]
             if not records.is_unchanged(identity, path, origin):
@@ -672,14 +653,7 @@ class SourcePlanner:
         return None
 
     def _read_image_size(self) -> Size | None:
-        """Return the size of an image, from its caches if possible, because opening images takes longer.
-
-        Returns:
-            The size, or None if the image has to be downloaded or unpacked first and no cache has its size.
-
-        Raises:
-            MediaError: If the header of the image cannot be read.
-        """
+        """Return the size of an image, from its caches if possible, because opening images takes longer."""
         must_be_fetched = bool(self.source.remote_or_packed)
         # records of caches save time only if caches are read, but not completely
         reads_no_records = self.cache_settings.stores.trusts_shared_caches

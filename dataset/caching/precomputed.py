@@ -100,10 +100,8 @@ def decode_moments(source: MediaSource, latent: LatentSpec) -> DecodedMedia:
 
 
 def _check_vae(family: Caches, folder: Path, source: MediaSource) -> None:
-    """Raise DatasetError if the VAE moments in a folder were computed with another model's VAE.
-
-    The number of channels of one file is compared, then the folder's record.
-    """
+    """Raise DatasetError if the VAE moments in a folder were computed with another model's VAE."""
+    # The number of channels of one file is compared, then the folder's record.
     assert source.precomputed is not None
     path = source.precomputed.moments
     try:
@@ -120,10 +118,8 @@ def _check_vae(family: Caches, folder: Path, source: MediaSource) -> None:
 
 
 def _check_vae_record(family: Caches, folder: Path, table: DatasetTable, moments_folder: Path) -> None:
-    """Raise DatasetError if a folder's record says that another model's VAE made the moments.
-
-    If there is no record, or only the VAE's file differs, a warning is logged.
-    """
+    """Raise DatasetError if a folder's record says that another model's VAE made the moments."""
+    # If there is no record, or only the VAE's file differs, a warning is logged.
     prepared = moments_files.read_prepared(folder)
     if prepared is None or prepared.architecture is None:
         logger.warning(
@@ -244,11 +240,7 @@ def read_embeds(file: CaptionFile, encoder: TextEncoder, identity: Mapping[str, 
 def _read_declared_shapes(
     note: Path, file: CaptionFile, encoder: TextEncoder, identity: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Return shape and dtype of the encoder's tensors, by key, from the JSON file next to the embeddings.
-
-    Raises:
-        _UnfitEmbeds: If the embeddings belong to another encoder or caption, or if that file is missing.
-    """
+    """Return shape and dtype of the encoder's tensors, by key, from the JSON file next to the embeddings."""
     if not note.exists():
         raise _UnfitEmbeds(f"nothing next to it says which encoder made it ({note.name} is missing)")
     try:

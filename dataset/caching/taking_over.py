@@ -71,11 +71,9 @@ class OtherCaches:
     def _plan_as_ours(
         self, source: MediaSource, existing: Names, first_file: str
     ) -> "SourcePlan | _Rejection":
-        """Plan an item as if another model's caches of it were this model's caches.
-
-        Returns the plan if the caches are complete and fit this run's settings, otherwise why they cannot be
-        copied. `first_file` is the first of the `existing` caches.
-        """
+        """Plan an item as if another model's caches of it were this model's caches."""
+        # Returns the plan if the caches are complete and fit this run's settings, otherwise why they cannot
+        # be copied. `first_file` is the first of the `existing` caches.
         if source.control:  # models resize reference images differently
             return _Rejection(first_file, _OTHER_REFERENCE_SIZES)
         plan = SourcePlanner(source, existing, self._cache_settings).plan()

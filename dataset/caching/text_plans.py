@@ -127,11 +127,9 @@ def _list_table_files(
     visible_media: VisibleMedia,
     fit: FitText | None,
 ) -> list[CaptionFile]:
-    """Return the text caches of a table: first captions, further ones, then the empty prompts.
-
-    The first captions are encoded first, so that an interrupted run has one for each media file. There is one
-    empty prompt, or one for each media file if text encoders see its reference images.
-    """
+    """Return the text caches of a table: first captions, further ones, then the empty prompts."""
+    # The first captions are encoded first, so that an interrupted run has one for each media file. There is
+    # one empty prompt, or one for each media file if text encoders see its reference images.
     first_captions: list[CaptionFile] = []
     further_captions: list[CaptionFile] = []
     empty_prompts: list[CaptionFile] = []
@@ -209,11 +207,9 @@ def _list_seen(source: MediaSource, visible_media: VisibleMedia) -> _SeenMedia:
 def _list_captions(
     source: MediaSource, seen: _SeenMedia, tag: str, visible_media: VisibleMedia, fit: FitText | None
 ) -> Iterator[CaptionFile]:
-    """Yield each caption of a media file with its cache file, in order.
-
-    `seen` and `visible_media` say which files the encoder sees with a caption; `fit` converts positions in a
-    caption to the resized image.
-    """
+    """Yield each caption of a media file with its cache file, in order."""
+    # `seen` and `visible_media` say which files the encoder sees with a caption; `fit` converts positions in
+    # a caption to the resized image.
     captions = (source.caption, *source.more_captions)
     settings = {**source.table.non_default_values(TEXTS), **seen.settings}
     if len(captions) > 1:
@@ -257,11 +253,9 @@ def _list_seen_files(
 
 
 def _list_reference_settings(source: MediaSource) -> dict[str, Any]:
-    """Return, by name, the settings that change how text encoders see an item's reference images.
-
-    They depend on the item's bucket. Instead of an unknown bucket, () is used for a file that has to be
-    downloaded first, and (0, 0) for an unreadable file.
-    """
+    """Return, by name, the settings that change how text encoders see an item's reference images."""
+    # They depend on the item's bucket. Instead of an unknown bucket, () is used for a file that has to be
+    # downloaded first, and (0, 0) for an unreadable file.
     table = source.table
     if source.remote_or_packed or table.references is None or not table.references.text_sees_vae_input:
         return table.visible_reference_settings(())
@@ -331,10 +325,8 @@ def plan_texts(
 
 
 def _plan(file: CaptionFile, encoders: Encoders, stores: Stores, verifies_tensors: bool) -> CaptionFile:
-    """Return a caption with the encoders that still have to run, judged by its finished and `.part` cache.
-
-    With `verifies_tensors`, tensors are compared with their checksums, too.
-    """
+    """Return a caption with the encoders that still have to run, judged by its finished and `.part` cache."""
+    # With `verifies_tensors`, tensors are compared with their checksums, too.
     store = stores.text_store(file.table)
     # files of other programs count as valid without being read
     if stores.trusts_shared_caches and store.is_shared and file.file_name in store:
@@ -434,10 +426,7 @@ def _is_intact(entry: Entry, record: TextRecord) -> bool:
 
 
 def _is_valid_without_record(entry: Entry, encoder: TextEncoder, file: CaptionFile, path: Path) -> bool:
-    """Return whether another program's text cache has this encoder's outputs for the caption.
-
-    Raises CacheError if its metadata shows that another encoder made them.
-    """
+    """Return whether another program's text cache has this encoder's outputs for the caption."""
     is_same_caption = entry.metadata.get("caption1", file.caption) == file.caption
     if not is_same_caption or not encoder.keys <= entry.keys:
         return False

@@ -178,11 +178,9 @@ class TextWork:
         )
 
     def _complete_from_part(self, file: CaptionFile) -> None:
-        """Finish the text cache file of a caption for which all encoders have run.
-
-        If some outputs are only in the unfinished `.part` file, the complete file is written from it. An
-        unneeded `.part` file is removed.
-        """
+        """Finish the text cache file of a caption for which all encoders have run."""
+        # If some outputs are only in the unfinished `.part` file, the complete file is written from it. An
+        # unneeded `.part` file is removed.
         part = file.file_name + PART
         if file.has_partial_outputs:  # an earlier run was stopped before it wrote the file
             unfinished, encoders = self._find_outputs(file, in_part=True)
@@ -234,11 +232,9 @@ class TextWork:
         to_do: list[CaptionFile],
         shows: bool,
     ) -> None:
-        """Encode every batch in which a caption lacks outputs, and write the missing outputs.
-
-        All captions of the batch are encoded, because the last bits of an embedding depend on the others. A
-        resumed run therefore writes the same files as an uninterrupted run.
-        """
+        """Encode every batch in which a caption lacks outputs, and write the missing outputs."""
+        # All captions of the batch are encoded, because the last bits of an embedding depend on the others. A
+        # resumed run therefore writes the same files as an uninterrupted run.
         with write_behind() as write:
             submit = partial(self._schedule_write, write, encoder, identity)
             if any(file.embeds is not None for file in to_do):
@@ -267,11 +263,9 @@ class TextWork:
                     bar.update(len(incomplete.intersection(batch)))
 
     def _encode_batch(self, encoder: TextEncoder, batch: TextBatch) -> list[tuple[CaptionFile, Conditions]]:
-        """Run an encoder on a batch of captions; return each caption with its outputs.
-
-        If a reference image or a caption cannot be used, the captions are encoded one by one, and only the
-        invalid one becomes a failure.
-        """
+        """Run an encoder on a batch of captions; return each caption with its outputs."""
+        # If a reference image or a caption cannot be used, the captions are encoded one by one, and only the
+        # invalid one becomes a failure.
         try:
             with contextlib.ExitStack() as stack:  # keeps reference images while the encoder reads them
                 prompts = []
@@ -294,13 +288,8 @@ class TextWork:
             return []
 
     def _add_seen_media(self, prompt: Prompt, source: MediaSource, stack: contextlib.ExitStack) -> Prompt:
-        """Return the prompt with the media of an item that text encoders see.
-
-        `stack` keeps downloaded or unpacked reference images until the caller closes it.
-
-        Raises:
-            MediaError: If a media file cannot be used.
-        """
+        """Return the prompt with the media of an item that text encoders see."""
+        # `stack` keeps downloaded or unpacked reference images until the caller closes it.
         if source.table.references is not None:
             references = stack.enter_context(hold_references(source))
             prompt = dataclasses.replace(prompt, images=references)
@@ -312,11 +301,7 @@ class TextWork:
         return prompt
 
     def _add_frames(self, prompt: Prompt, source: MediaSource) -> Prompt:
-        """Return the prompt with the frames, control images and reference media of an item.
-
-        Raises:
-            MediaError: If a file cannot be used, or yields several items, which would share a text cache.
-        """
+        """Return the prompt with the frames, control images and reference media of an item."""
         decoded = self._decode(source)
         if len(decoded.spans) != 1:
             problem = f"{len(decoded.spans)} items are cut out of it" if decoded.spans else decoded.reason
@@ -338,20 +323,12 @@ class TextWork:
         )
 
     def _decode_references(self, source: MediaSource) -> tuple[Tensor, ...]:
-        """Return an item's reference images at the size that the VAE encodes, each H W C.
-
-        Raises:
-            MediaError: If an image cannot be used.
-        """
+        """Return an item's reference images at the size that the VAE encodes, each H W C."""
         media = self._decode(source)
         return tuple(torch.from_numpy(frames[0]) for frames in media.control)
 
     def _decode(self, source: MediaSource) -> DecodedMedia:
-        """Decode the frames of an item as the VAE encodes them.
-
-        Raises:
-            MediaError: If a file cannot be used.
-        """
+        """Decode the frames of an item as the VAE encodes them."""
         latent = self._family.latent
         return decode_source(
             source,
@@ -370,15 +347,7 @@ class TextWork:
         file: CaptionFile,
         conditions: Conditions,
     ) -> None:
-        """Create the record of an encoder's outputs for a caption, and write both in the background.
-
-        Args:
-            write: Runs a function in the background.
-            encoder: Encoder that made the outputs.
-            identity: Identity of the encoder, for the record.
-            file: The caption and its cache file.
-            conditions: Outputs of the encoder by name; an output of variable length is a list of one tensor.
-        """
+        """Create the record of an encoder's outputs for a caption, and write both in the background."""
         tensors = {}  # by name in the file
         for key, output in conditions.items():
             tensor = (output[0] if isinstance(output, list) else output).detach().cpu()
@@ -421,21 +390,8 @@ class TextWork:
         record: TextRecord,
         encoder_metadata: Mapping[str, str],
     ) -> None:
-        """Add one encoder's outputs to the unfinished `.part` file, or write the complete file.
-
-        Tensors, metadata and records of other encoders are kept.
-
-        Args:
-            file: The caption and its cache file.
-            tensors: Outputs of the encoder, by name in the file.
-            encoder: Name of the encoder.
-            record: Record of the outputs, without checksums.
-            encoder_metadata: Metadata that only this encoder adds.
-
-        Raises:
-            OutputError: If writing fails.
-            CacheError: If the outputs of other encoders are missing.
-        """
+        """Add one encoder's outputs to the unfinished `.part` file, or write the complete file."""
+        # Tensors, metadata and records of other encoders are kept.
         store = self.stores.text_store(file.table)
         checksums = {name: checksum(name, tensor) for name, tensor in tensors.items()}
         metadata = {
@@ -457,15 +413,9 @@ class TextWork:
             store.write(file.file_name + PART, entry.named, entry.metadata)
 
     def _write_complete(self, file: CaptionFile, new: Entry | None, encoders: Collection[str]) -> None:
-        """Merge new outputs into the existing text cache, if any; write the file, then remove its `.part`.
-
-        `encoders` are the names of encoders with valid outputs in `new`. A changed caption is replaced with a
-        warning.
-
-        Raises:
-            OutputError: If writing fails.
-            CacheError: If the outputs of other encoders are missing; an incomplete file is never written.
-        """
+        """Merge new outputs into the existing text cache, if any; write the file, then remove its `.part`."""
+        # `encoders` are the names of encoders with valid outputs in `new`. A changed caption is replaced with
+        # a warning.
         store = self.stores.text_store(file.table)
         path = store.folder / file.file_name
         existing, encoders_in_file = self._find_outputs(file)
@@ -505,10 +455,8 @@ def _describe_failure(file: CaptionFile, error: MediaError | CaptionError) -> Fa
 
 
 def _make_batches(files: Sequence[CaptionFile], size: int | None) -> list[TextBatch]:
-    """Group consecutive captions of one table and one kind (first, further, empty) into batches.
-
-    `size` is the batch size; None means the batch_size of the table.
-    """
+    """Group consecutive captions of one table and one kind (first, further, empty) into batches."""
+    # `size` is the batch size; None means the batch_size of the table.
     batches: list[TextBatch] = []
     for _, group in itertools.groupby(files, lambda file: (file.table.index, file.encoding_round)):
         texts = tuple(group)
@@ -518,11 +466,9 @@ def _make_batches(files: Sequence[CaptionFile], size: int | None) -> list[TextBa
 
 
 def _merge_entries(old: Entry, new: Entry) -> Entry:
-    """Merge two caches of a caption, each with the outputs of some encoders; `new` takes precedence.
-
-    If an encoder has outputs in both, all its old tensors are dropped, even if `new` has no tensor of that
-    name.
-    """
+    """Merge two caches of a caption, each with the outputs of some encoders; `new` takes precedence."""
+    # If an encoder has outputs in both, all its old tensors are dropped, even if `new` has no tensor of that
+    # name.
     old_records = text_records(old)
     new_records = text_records(new)
     replaced_keys = set(new.keys)

@@ -339,10 +339,8 @@ class MediaWork:
     def _decode_items(
         self, plans: Sequence[SourcePlan], results: "_EncodedMedia", workers: int, shows: bool
     ) -> Generator[DecodedMedia, None, None]:
-        """Yield the missing items of the plans in order, while threads decode the next media files.
-
-        Completed plans and unreadable media files are added to `results`.
-        """
+        """Yield the missing items of the plans in order, while threads decode the next media files."""
+        # Completed plans and unreadable media files are added to `results`.
         ahead = prefetch.read_ahead(
             plans,
             get_source=lambda plan: plan.source,
@@ -365,10 +363,8 @@ class MediaWork:
                 del result  # frees its frames before waiting for the next source
 
     def _encode_and_write(self, batch: Sequence[DecodedMedia], write: prefetch.Write) -> set[tuple[int, str]]:
-        """Encode a batch and pass its cache files to `write`; return table index and name of each file.
-
-        Files of sections that an item no longer has are removed afterwards.
-        """
+        """Encode a batch and pass its cache files to `write`; return table index and name of each file."""
+        # Files of sections that an item no longer has are removed afterwards.
         if self._encoders is None and not batch[0].moments:
             self.free()  # video and audio encoders are not loaded at the same time
             self._encoders = latents.load_encoders(self._family, self._device)
@@ -394,10 +390,8 @@ class MediaWork:
     def _schedule_writes(
         self, item: DecodedMedia, name: LatentName, entries: Sequence[CacheEntry], write: prefetch.Write
     ) -> list[str]:
-        """Schedule the writing of an item's cache files, one for each entry (section); return their names.
-
-        `write` runs each write in another thread.
-        """
+        """Schedule the writing of an item's cache files, one for each entry (section); return their names."""
+        # `write` runs each write in another thread.
         options = self._cache_settings.record_options(
             item.source, size=item.size, bucket=item.bucket, span=item.spans[0]
         )
@@ -483,10 +477,8 @@ def _join_fingerprints(files: Sequence[FileIdentity], parts: Sequence[tuple[Path
 
 
 def _list_surplus(existing: Names, item: LatentName, files: Collection[str]) -> list[str]:
-    """Return the existing cache files of an item that are not among its current `files`.
-
-    `existing` are the files of the item's clip; `item` has the size and the span of the item.
-    """
+    """Return the existing cache files of an item that are not among its current `files`."""
+    # `existing` are the files of the item's clip; `item` has the size and the span of the item.
     surplus = []
     for file, name in existing.items():
         matches_item = (name.size, name.span) == (item.size, item.span)
@@ -505,13 +497,7 @@ class _EncodedMedia:
 
 
 def _make_report(results: _EncodedMedia, num_assigned: int, num_total: int) -> prefetch.CacheReport:
-    """Return the report about the media files that this process has handled.
-
-    Args:
-        results: Results of encoding them.
-        num_assigned: Number of media files assigned to this process.
-        num_total: Number of all media files.
-    """
+    """Return the report about the media files that this process has handled."""
     finished, written = results.finished, results.written
     reused = {(plan.source.table.index, name) for plan in finished for name in plan.valid_files}
     dropped, shortened, resized, silent = [], [], [], []

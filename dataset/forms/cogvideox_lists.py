@@ -95,11 +95,7 @@ def read_rows(table: DatasetTable, name: str, faults: list[Fault]) -> Iterator[C
 
 
 def _text_in(row: TableRow, column: str) -> str:
-    """Return the text in a row's column, stripped of white space.
-
-    Raises:
-        DatasetError: If the row could not be read, or the column contains no text.
-    """
+    """Return the text in a row's column, stripped of white space."""
     if row.fault is not None:
         raise DatasetError(f"{row.position}: {row.fault}")
     text = row.values.get(column, "")
@@ -155,11 +151,7 @@ def _require_list(path: Path, key: str, name: str) -> None:
 
 
 def _find_prompts(root: Path, name: str) -> str:
-    """Return the name of the caption list in a folder; if there is none, the first default name.
-
-    Raises:
-        DatasetError: If the folder has both default names.
-    """
+    """Return the name of the caption list in a folder; if there is none, the first default name."""
     present = [file for file in PROMPTS if (root / file).exists()]
     if len(present) > 1:
         raise DatasetError(
@@ -243,16 +235,9 @@ class _TensorFolder(NamedTuple):
 def _find_tensors(
     row: CogRow, folders: dict[str, _TensorFolder], faults: list[Fault]
 ) -> CogVideoXTensors | None:
-    """Return a clip's precomputed tensors: X/video_latents/NAME.pt etc. for X/videos/NAME.mp4.
-
-    Without a folder of embeddings, captions are encoded as usual. If a file is missing, a fault is added to
-    `faults` and None is returned.
-
-    Args:
-        row: The clip and its caption.
-        folders: Contents of each folder X listed so far; new ones are added.
-        faults: List to which faults are added.
-    """
+    """Return a clip's precomputed tensors: X/video_latents/NAME.pt etc. for X/videos/NAME.mp4."""
+    # Without a folder of embeddings, captions are encoded as usual. If a file is missing, a fault is added to
+    # `faults` and None is returned.
     root = os.path.dirname(os.path.dirname(row.video))  # noqa: PTH120  # a Path takes three times as long
     folder = folders.get(root)
     if folder is None:  # listed once, because a million calls of exists() are slow

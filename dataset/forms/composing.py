@@ -17,11 +17,9 @@ from modules.errors import DatasetError
 
 
 def _list_declared_sources() -> dict[str, tuple[TableKey, SourceFormat]]:
-    """Return the table keys that name where items come from: keys for images, for clips, then for both.
-
-    `source` of a format is the name of such a key, or its end: `directory` stands for `image_directory` and
-    `video_directory`.
-    """
+    """Return the table keys that name where items come from: keys for images, for clips, then for both."""
+    # `source` of a format is the name of such a key, or its end: `directory` stands for `image_directory` and
+    # `video_directory`.
     # names without the kind, such as `directory`
     kind_keys: list[tuple[str, config_keys.ValueType, SourceFormat]] = []
     # names that are the same for all kinds

@@ -60,11 +60,9 @@ def read_delimited(path: Path, names: Collection[str] | None) -> Iterator[TableR
 
 
 def _open_after_header(path: Path) -> tuple[list[str], Any]:
-    """Return the column names of a CSV or TSV file, and a csv.reader that continues with the first row.
-
-    1. Read lines up to the first one that is not blank, which names the columns, to find the delimiter.
-    2. Pass these lines again to a reader with this delimiter, so that it counts the lines of the file.
-    """
+    """Return the column names of a CSV or TSV file, and a csv.reader that continues with the first row."""
+    # 1. Read lines up to the first one that is not blank, which names the columns, to find the delimiter.
+    # 2. Pass these lines again to a reader with this delimiter, so that it counts the lines of the file.
     lines = table_lines(path)
     first_lines: list[str] = []  # blank lines, and the header
     for line in lines:
@@ -88,11 +86,7 @@ def _open_after_header(path: Path) -> tuple[list[str], Any]:
 
 
 def _read_names(path: Path, rows: Iterator[list[str]], line_number: int) -> list[str]:
-    """Return the column names in the first row that is not empty; `line_number` is for messages.
-
-    Raises:
-        DatasetError: If there is no such row, or if it cannot be parsed.
-    """
+    """Return the column names in the first row that is not empty; `line_number` is for messages."""
     try:
         return [name.strip() for name in next(row for row in rows if row)]
     except StopIteration:

@@ -104,10 +104,8 @@ TO_LINES = (
 
 
 def _reject_other_format(path: Path, line: str) -> None:
-    """Raise DatasetError if the first line of a list shows that the file is not JSON Lines.
-
-    `line` is not empty, and not a JSON object.
-    """
+    """Raise DatasetError if the first line of a list shows that the file is not JSON Lines."""
+    # `line` is not empty, and not a JSON object.
     text = line.strip()
     rule = "a list has one object on each line, with nothing around or between them (JSONL)"
     # "[" alone, or followed by an object

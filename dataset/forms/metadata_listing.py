@@ -126,13 +126,9 @@ def _list_images(folder: Path) -> dict[str, Path]:
 
 
 def _join_caption_and_tags(entry: Any, table: DatasetTable) -> str | None:
-    """Return the text of a metadata entry: its caption followed by its tags; class_tokens if it has neither.
-
-    With wildcards, each line of the caption is an alternative, so the tags follow every line.
-
-    Raises:
-        ValueError: If a value is not a string.
-    """
+    """Return the text of a metadata entry: its caption followed by its tags."""
+    # Class_tokens if it has neither.
+    # With wildcards, each line of the caption is an alternative, so the tags follow every line.
     if not isinstance(entry, dict):
         raise ValueError("its value is not an object with caption or tags")
     caption = _read_entry_text(entry, "caption")
@@ -148,11 +144,7 @@ def _join_caption_and_tags(entry: Any, table: DatasetTable) -> str | None:
 
 
 def _read_entry_text(entry: dict[str, Any], name: str) -> str:
-    """Return the string under a key of a metadata entry; "" if the key is missing.
-
-    Raises:
-        ValueError: If the value is not a string.
-    """
+    """Return the string under a key of a metadata entry; "" if the key is missing."""
     text = entry.get(name)
     if text is None:
         return ""

@@ -143,11 +143,7 @@ def _list_names(file: zipfile.ZipFile) -> list[str]:
 
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[zipfile.ZipFile]:
-    """Open an npz cache file.
-
-    Raises:
-        CacheError: If it is missing or damaged.
-    """
+    """Open an npz cache file."""
     if not path.is_file():
         raise CacheError(f"{path}: no such cache file")
     try:

@@ -174,10 +174,8 @@ class NpzStore:
         return untagged
 
     def _find_untagged_entry(self, file: str, folder: Path, stems: Mapping[Path, str]) -> str | None:
-        """Return the name of the cache entry in an older trainer's `STEM.npz`; None for other files.
-
-        The name of such a file lacks the image size, which is in the file.
-        """
+        """Return the name of the cache entry in an older trainer's `STEM.npz`; None for other files."""
+        # The name of such a file lacks the image size, which is in the file.
         file_stem = file.removesuffix(NPZ)
         reveals_content = _STATED_CONTENT.search(file_stem) is not None  # by its ending
         if not self.format.reads_untagged_files or not file.endswith(NPZ) or reveals_content:
@@ -205,13 +203,11 @@ class NpzStore:
         return cache_files.parse_text_name(finished, self.tag) or ""
 
     def _find_entry_name(self, file: str, folder: Path, stems: Mapping[Path, str]) -> str | None:
-        """Return the name of the cache entry in an npz file; None if the file is not of this family or table.
-
-        1. Replace the ending of the file's name, which other programs know, with that of a cache entry.
-        2. Replace the stem of the image's file with the stem of the item, which may differ in a list.
-
-        `stems` are the stems of items in a list, by path of the image without suffix.
-        """
+        """Return the name of the cache entry in an npz file."""
+        # None if the file is not of this family or table.
+        # 1. Replace the ending of the file's name, which other programs know, with that of a cache entry.
+        # 2. Replace the stem of the image's file with the stem of the item, which may differ in a list.
+        # `stems` are the stems of items in a list, by path of the image without suffix.
         finished_file = file.removesuffix(cache_files.PART)
         if not finished_file.endswith(NPZ):
             return None
@@ -279,10 +275,8 @@ class NpzStore:
     def _read_foreign_latents(
         self, path: Path, arrays: Mapping[str, NpzArray], grid: tuple[int, int]
     ) -> cache_files.Entry:
-        """Return latents that another trainer wrote; raise CacheError if they do not match the table.
-
-        `arrays` belong to one resolution, by name without suffix; `grid` is the latents' height and width.
-        """
+        """Return latents that another trainer wrote; raise CacheError if they do not match the table."""
+        # `arrays` belong to one resolution, by name without suffix; `grid` is the latents' height and width.
         needed_by = {}  # array -> key of the table that needs it; the caller has checked that latents exist
         if self.table.augmentation.flip:
             needed_by[MIRRORED] = "flip_aug"
@@ -303,13 +297,8 @@ class NpzStore:
         return cache_files.Entry.of(path, {}, tensors_by_name)
 
     def _to_video_latents(self, path: Path, key: str, tensor: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Return an array of image latents (C H W, or C 1 H W of older trainers) as C 1 H W.
-
-        `key` is the name of the array and `grid` the expected height and width.
-
-        Raises:
-            CacheError: If the array has another shape or dtype than the model's latents.
-        """
+        """Return an array of image latents (C H W, or C 1 H W of older trainers) as C 1 H W."""
+        # `key` is the name of the array and `grid` the expected height and width.
         if tensor.ndim == 4 and tensor.shape[1] == 1:
             tensor = tensor[:, 0]
         shape = (self.latent.channels, *grid)
@@ -321,10 +310,8 @@ class NpzStore:
         return tensor[:, None]
 
     def _read_foreign_mask(self, path: Path, mask: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Convert a mask from another trainer's cache to 1 H W in latent pixels.
-
-        `mask` is H W, in latent pixels or in pixels. `grid` is the height and width of the latents.
-        """
+        """Convert a mask from another trainer's cache to 1 H W in latent pixels."""
+        # `mask` is H W, in latent pixels or in pixels. `grid` is the height and width of the latents.
         _, height_stride, width_stride = self.latent.stride
         height, width = grid
         if mask.shape == grid:
@@ -372,10 +359,8 @@ class NpzStore:
         return f"{OURS}_{key}", as_array(tensor, keep_half=False)  # a name that other programs ignore
 
     def _read_other_sizes(self, path: Path, suffix: str) -> dict[str, bytes]:
-        """Return the members of an npz file that belong to other resolutions; {} if the file is damaged.
-
-        `suffix` is the suffix of the members of this resolution.
-        """
+        """Return the members of an npz file that belong to other resolutions; {} if the file is damaged."""
+        # `suffix` is the suffix of the members of this resolution.
         if not path.is_file():
             return {}
         try:
@@ -388,11 +373,9 @@ class NpzStore:
     # --- texts ---
 
     def _read_text(self, name: str) -> cache_files.Entry:
-        """Read cached text encoder outputs from an npz file, or from an unfinished one (`.part`).
-
-        They are described by this program's record, which unfinished files always have, or by the keys of the
-        format.
-        """
+        """Read cached text encoder outputs from an npz file, or from an unfinished one (`.part`)."""
+        # They are described by this program's record, which unfinished files always have, or by the keys of
+        # the format.
         path = self._path(name)
         npz_format = self.format
         keys = self.text_keys
@@ -451,11 +434,7 @@ class NpzStore:
 
 
 def _read_sizes(path: Path, arrays: Mapping[str, NpzArray]) -> Tensor:
-    """Return an image's size and crop box (`FOREIGN_SIZES`), as another trainer stored them.
-
-    Raises:
-        CacheError: If one of them is missing.
-    """
+    """Return an image's size and crop box (`FOREIGN_SIZES`), as another trainer stored them."""
     numbers: list[float] = []
     for name, count in (("original_size", 2), ("crop_ltrb", 4)):
         if name not in arrays or arrays[name].tensor.numel() != count:
@@ -467,10 +446,8 @@ def _read_sizes(path: Path, arrays: Mapping[str, NpzArray]) -> Tensor:
 
 
 def _replace_ending(stem: str, replacements: Sequence[tuple[str, str]]) -> str:
-    """Replace the first of the listed endings that a stem has; a stem with none of them does not change.
-
-    `replacements` are pairs of an ending and its replacement.
-    """
+    """Replace the first of the listed endings that a stem has; a stem with none of them does not change."""
+    # `replacements` are pairs of an ending and its replacement.
     for ending, replacement in replacements:
         if stem.endswith(ending):
             return stem.removesuffix(ending) + replacement

@@ -156,14 +156,9 @@ def measure_row_group(file: Any, limit: UnpackedBytesLimit, group: int, columns:
 
 
 def _check_pages(content: Any, chunk: Any, limit: UnpackedBytesLimit) -> int:
-    """Add the unpacked sizes of a column chunk's pages to `limit`, which raises if they are too large.
-
-    The page headers are read, because the sizes in the footer may be wrong. A column chunk is a sequence of
-    pages: at most one dictionary, then data pages, each with a header in front.
-
-    Returns:
-        The size of the largest page that values may refer to; 0 if there is none.
-    """
+    """Add the unpacked sizes of a column chunk's pages to `limit`, which raises if they are too large."""
+    # The page headers are read, because the sizes in the footer may be wrong. A column chunk is a sequence of
+    # pages: at most one dictionary, then data pages, each with a header in front.
     largest = 0
     num_values = 0
     offset = chunk.data_page_offset
@@ -186,11 +181,9 @@ def _check_pages(content: Any, chunk: Any, limit: UnpackedBytesLimit) -> int:
 
 
 def _read_page_kind(header: dict[int, Any]) -> tuple[int, bool]:
-    """Return the number of values in a page, and whether values refer to its bytes.
-
-    Values refer to a dictionary, which has no values of its own, or to earlier strings of a page whose
-    prefixes they share.
-    """
+    """Return the number of values in a page, and whether values refer to its bytes."""
+    # Values refer to a dictionary, which has no values of its own, or to earlier strings of a page whose
+    # prefixes they share.
     data_page = next((field for field in _ENCODINGS if isinstance(header.get(field), dict)), None)
     is_dictionary = header.get(_TYPE) == _DICTIONARY_PAGE
     if data_page is None:
@@ -221,14 +214,9 @@ def _read_header(content: Any, offset: int) -> tuple[dict[int, Any], int]:
 
 
 def _read_struct(data: memoryview, position: int, depth: int = 0) -> tuple[dict[int, Any], int]:
-    """Parse a struct of Thrift's compact protocol that begins at a position of `data`.
-
-    Each field begins with a byte: its upper half is the difference to the previous field id (0: the id
-    follows), its lower half the type. A zero byte ends the struct.
-
-    Returns:
-        Integers and structs by field id, and the position after the struct.
-    """
+    """Parse a struct of Thrift's compact protocol that begins at a position of `data`."""
+    # Each field begins with a byte: its upper half is the difference to the previous field id (0: the id
+    # follows), its lower half the type. A zero byte ends the struct.
     if depth > 4:  # a page's header has a struct for its kind, which has one of statistics
         raise ValueError("a page's header is damaged")
     values: dict[int, Any] = {}
@@ -426,10 +414,8 @@ def _column(path: Path, group: int, column: str) -> Any:
 
 @lru_cache(maxsize=2)  # sources are read in the order of rows
 def _read_column(path: Path, group: int, column: str, mtime_ns: int) -> Any:
-    """Return a column of a row group as an Arrow array.
-
-    `mtime_ns` only serves as part of the cache key, so that a changed file is read again.
-    """
+    """Return a column of a row group as an Arrow array."""
+    # `mtime_ns` only serves as part of the cache key, so that a changed file is read again.
     with open_parquet(path, [column]) as file:
         limit = UnpackedBytesLimit.of(path)
         limit.max_bytes = min(limit.max_bytes, MAX_GROUP_BYTES)  # one row group is in memory at a time

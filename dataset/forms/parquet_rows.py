@@ -67,10 +67,8 @@ def _read_rows(path: Path, names: Collection[str] | None) -> Iterator[TableRow]:
 def _read_batches(
     file: Any, path: Path, names: Sequence[str], limit: parquet_files.UnpackedBytesLimit
 ) -> Iterator[list[list[Any]]]:
-    """Yield the values of several rows at a time, as one list for each column.
-
-    `limit` counts the memory that the values take.
-    """
+    """Yield the values of several rows at a time, as one list for each column."""
+    # `limit` counts the memory that the values take.
     for group in range(file.metadata.num_row_groups):
         group_limit = parquet_files.UnpackedBytesLimit.of(path)
         largest = parquet_files.measure_row_group(file, group_limit, group, names)
@@ -89,10 +87,8 @@ class _ParquetColumns(NamedTuple):
 
 
 def _find_columns(path: Path, names: Collection[str] | None) -> _ParquetColumns:
-    """Return the columns `names` of a file (None: all columns), and what their values are.
-
-    A column is a single value, a list of values, or nested: a struct, or a list of lists or structs.
-    """
+    """Return the columns `names` of a file (None: all columns), and what their values are."""
+    # A column is a single value, a list of values, or nested: a struct, or a list of lists or structs.
     with parquet_files.open_parquet(path) as file:
         schema = file.schema_arrow
         leaf_paths = [file.schema.column(index).path for index in range(len(file.schema))]

@@ -229,18 +229,8 @@ class RowReader:
     def _add_numbered_files(
         self, files: dict[int, FileLocation], column: str, name: str, value: Any, first: int, position: str
     ) -> None:
-        """Add the files in one cell of a row to `files`, by number.
-
-        `control_path_2` with one path is file 2; with a list of three paths, it has the files 2, 3 and 4.
-
-        Args:
-            files: Control media, or references, of the row so far.
-            column: `control_path` or `reference_path`: the column's name without its number, for messages.
-            name: Name of the column.
-            value: Value of the cell: a path, or a list of paths.
-            first: Number of the first path.
-            position: Position of the row, for messages.
-        """
+        """Add the files in one cell of a row to `files`, by number."""
+        # `control_path_2` with one path is file 2; with a list of three paths, it has the files 2, 3 and 4.
         paths = value if isinstance(value, list) else [value]
         for number, path in enumerate(paths, first):
             file = self._read_file_cell(name, path, position)
@@ -349,10 +339,8 @@ class RowReader:
         return texts
 
     def _read_file_cell(self, name: str, value: Any, position: str) -> FileLocation | None:
-        """Return the file in a cell of control media, masks or audio; None if there is none.
-
-        `value` is a path, or the `FileLocation` of a file that the row contains.
-        """
+        """Return the file in a cell of control media, masks or audio; None if there is none."""
+        # `value` is a path, or the `FileLocation` of a file that the row contains.
         is_blank = isinstance(value, str) and not value.strip()
         if value is None or (is_blank and not self.is_list):  # an empty cell of a CSV table means no file
             return None
@@ -391,11 +379,7 @@ def list_rows(
 def _read_row(
     reader: RowReader, row: TableRow, cell_finders: Mapping[str, FindCell]
 ) -> media_source.MediaSource:
-    """Return the image or clip of a row; `cell_finders` find files that its cells contain.
-
-    Raises:
-        DatasetError: If the row has a fault, or a cell is invalid.
-    """
+    """Return the image or clip of a row; `cell_finders` find files that its cells contain."""
     if row.fault is not None:
         raise DatasetError(f"{row.position}: {row.fault}")
     if not cell_finders:

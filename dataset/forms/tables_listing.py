@@ -69,11 +69,7 @@ class _ReadColumns(NamedTuple):
 
 
 def _select_columns(table: DatasetTable, path_column: str | None, columns: Sequence[str]) -> _ReadColumns:
-    """Return the media and caption columns; `path_column` is the value in the dataset file.
-
-    Raises:
-        DatasetError: If the media column, or a column that a key names, is missing.
-    """
+    """Return the media and caption columns; `path_column` is the value in the dataset file."""
     columns_by_key = {
         "path_column": path_column,
         "control_column": table.control_column,

@@ -249,17 +249,11 @@ def _read_text(file: BinaryIO, member: Member) -> _MemberText:
 
 
 def _make_sample(key: str, sample_files: _SampleFiles, rules: TarRules) -> TarSample | None:
-    """Return a tar sample made of the files with the same key; None if none of them is an image or clip.
-
-    1. Separate the files by their extensions: texts, files with a role (such as masks), and others.
-    2. Select the image or clip among the others; there must be only one.
-    3. Add the caption, and one file for each role.
-
-    Text files are the caption or JSON; all other files are media.
-
-    Raises:
-        ValueError: If several files have the same role, or the caption cannot be used.
-    """
+    """Return a tar sample made of the files with the same key; None if none of them is an image or clip."""
+    # 1. Separate the files by their extensions: texts, files with a role (such as masks), and others.
+    # 2. Select the image or clip among the others; there must be only one.
+    # 3. Add the caption, and one file for each role.
+    # Text files are the caption or JSON; all other files are media.
     texts_by_extension: dict[str, _MemberText] = {}
     by_role: dict[tuple[str, int], dict[str, Member]] = {}  # by extension, such as `mask.png`
     candidates: dict[str, Member] = {}  # files that may be the image or clip, by extension
@@ -285,11 +279,7 @@ def _make_sample(key: str, sample_files: _SampleFiles, rules: TarRules) -> TarSa
 def _select_extras(
     by_role: Mapping[tuple[str, int], Mapping[str, Member]],
 ) -> tuple[tuple[str, int, Member], ...]:
-    """Return the role, number and member of each companion file in a tar sample.
-
-    Raises:
-        ValueError: If several files have the same role and number.
-    """
+    """Return the role, number and member of each companion file in a tar sample."""
     extras = []
     for (role_name, number), members in sorted(by_role.items()):
         if len(members) > 1:
@@ -321,13 +311,8 @@ def _select_media(extensions: Sequence[str], suffixes: Container[str]) -> list[s
 
 
 def _select_caption(texts: Mapping[str, _MemberText], rules: TarRules) -> str | None:
-    """Return the caption in a tar sample's text files; None if there is none.
-
-    With multi_caption, each line of the result is a caption.
-
-    Raises:
-        ValueError: If the caption cannot be used.
-    """
+    """Return the caption in a tar sample's text files; None if there is none."""
+    # With multi_caption, each line of the result is a caption.
     for extension, content in texts.items():
         if content.error:
             raise ValueError(f"its .{extension} {content.error}")
@@ -349,11 +334,7 @@ def _select_caption(texts: Mapping[str, _MemberText], rules: TarRules) -> str | 
 
 
 def _read_json_captions(text: str, rules: TarRules) -> list[str]:
-    """Return the captions in a sample's .json file.
-
-    Raises:
-        ValueError: If the captions cannot be used.
-    """
+    """Return the captions in a sample's .json file."""
     try:
         record = parse_json(text)
     except ValueError as error:
@@ -450,11 +431,7 @@ def _describe_cut(size_bytes: int) -> str:
 
 
 def _make_member(info: tarfile.TarInfo, file: BinaryIO, size_bytes: int) -> Member:
-    """Return the name and position of a file in a tar of `size_bytes` bytes, from its header.
-
-    Raises:
-        TarDamage: If the file extends beyond the end of the tar, or its name is too long.
-    """
+    """Return the name and position of a file in a tar of `size_bytes` bytes, from its header."""
     if info.offset_data + info.size > size_bytes:
         raise TarDamage(f"{_describe_cut(size_bytes)}, in {ascii(info.name[-80:])}")
     name = _read_name(info, file)
@@ -464,10 +441,8 @@ def _make_member(info: tarfile.TarInfo, file: BinaryIO, size_bytes: int) -> Memb
 
 
 def _check_end(file: BinaryIO, offset: int, size_bytes: int) -> None:
-    """Raise TarDamage unless there is an empty block at `offset`, where `tarfile` stopped.
-
-    `tarfile` stops at a damaged header as at the end of the tar.
-    """
+    """Raise TarDamage unless there is an empty block at `offset`, where `tarfile` stopped."""
+    # `tarfile` stops at a damaged header as at the end of the tar.
     file.seek(offset)
     block = file.read(BLOCK)
     if len(block) < BLOCK:
@@ -477,11 +452,9 @@ def _check_end(file: BinaryIO, offset: int, size_bytes: int) -> None:
 
 
 def _read_name(info: tarfile.TarInfo, file: BinaryIO) -> str:
-    """Return a tar member's name without the timestamps that `tarfile` may mistake for its beginning.
-
-    Incremental archives of GNU tar store times in the header field where other archives store the
-    beginning of a long name (the prefix). `tarfile` reads the times as part of the name.
-    """
+    """Return a tar member's name without the timestamps that `tarfile` may mistake for its beginning."""
+    # Incremental archives of GNU tar store times in the header field where other archives store the beginning
+    # of a long name (the prefix). `tarfile` reads the times as part of the name.
     if not info.name[0].isdigit():  # times are digits
         return info.name
     position = file.tell()

@@ -115,10 +115,8 @@ def _make_rules(table: DatasetTable) -> TarRules:
 def _read_samples(
     table: DatasetTable, tars: Sequence[Path], faults: list[media_source.Fault]
 ) -> list[tuple[Path, TarSample]]:
-    """Return the samples in these tars, each with its tar; add errors to `faults`.
-
-    Samples without media are logged.
-    """
+    """Return the samples in these tars, each with its tar; add errors to `faults`."""
+    # Samples without media are logged.
     rules = _make_rules(table)
     samples: list[tuple[Path, TarSample]] = []
     num_without_media = 0
@@ -186,11 +184,7 @@ def _make_sources(
 
 
 def _make_source(table: DatasetTable, tar: Path, sample: TarSample, stem: str) -> media_source.MediaSource:
-    """Return the image or clip of a tar sample with its caption, control media and mask.
-
-    Raises:
-        DatasetError: If the sample cannot be used.
-    """
+    """Return the image or clip of a tar sample with its caption, control media and mask."""
     media = _locate_member(tar, sample.media)
     controls = [_locate_member(tar, member) for role, _, member in sample.extras if role == CONTROL]
     masks = [_locate_member(tar, member) for role, _, member in sample.extras if role == MASK]
@@ -251,12 +245,7 @@ def _find_tars(table: DatasetTable, patterns: Sequence[str], faults: list[media_
 
 
 def _list_tars(table: DatasetTable, name: str) -> Iterator[Path]:
-    """Yield the tars of a path, glob pattern or URL whose braces have been expanded.
-
-    Raises:
-        DatasetError: If there is no such file.
-        MediaError: If a tar cannot be downloaded.
-    """
+    """Yield the tars of a path, glob pattern or URL whose braces have been expanded."""
     if is_address(name) and get_scheme(name) == "file":
         name = url2pathname(split_address(name).path)
     yield from _list_remote_tars(table, name) if is_address(name) else _list_local_tars(table, name)
@@ -278,11 +267,7 @@ def _list_remote_tars(table: DatasetTable, name: str) -> Iterator[Path]:
 
 
 def _find_remote(pattern: str) -> list[str]:
-    """Return the URLs that match a pattern with `*`, `?` or `[`, sorted.
-
-    Raises:
-        MediaError: If the storage cannot be listed.
-    """
+    """Return the URLs that match a pattern with `*`, `?` or `[`, sorted."""
     safe_pattern = hide_secrets(pattern)
     problem = protocol_error(get_scheme(pattern))
     if problem is not None:
@@ -297,11 +282,7 @@ def _find_remote(pattern: str) -> list[str]:
 
 
 def _list_local_tars(table: DatasetTable, name: str) -> list[Path]:
-    """Return the tars that a path or glob pattern names, without shards of caches.
-
-    Raises:
-        DatasetError: If there is none, or the path is a folder.
-    """
+    """Return the tars that a path or glob pattern names, without shards of caches."""
     try:
         path = expand_path(name)
     except ValueError as error:

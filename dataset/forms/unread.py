@@ -82,10 +82,8 @@ def _is_read(name: str, table: DatasetTable, columns: InspectedColumns) -> bool:
 
 
 def _list_control_cells(row: TableRow, cell_finders: Mapping[str, FindCell | None]) -> dict[str, Any]:
-    """Return True for each column of control images that has a file in this row.
-
-    `_list_surplus` needs no more than that.
-    """
+    """Return True for each column of control images that has a file in this row."""
+    # `_list_surplus` needs no more than that.
     return {
         name: True
         for name, find_cell in cell_finders.items()
@@ -109,10 +107,8 @@ def _explain_unused(
 
 
 def _explain_by_name(name: str, value: Any, table: DatasetTable, lacks_caption: bool) -> str | None:
-    """Return the end of a warning about an unread column if its name suggests another use; otherwise None.
-
-    `lacks_caption` says that the row of a list has no string in the column `caption`.
-    """
+    """Return the end of a warning about an unread column if its name suggests another use; otherwise None."""
+    # `lacks_caption` says that the row of a list has no string in the column `caption`.
     if name in CAPTION_COLUMNS and value:
         if lacks_caption:
             return ": did you mean 'caption'?"
@@ -148,17 +144,8 @@ def _list_surplus(values: Mapping[str, Any], table: DatasetTable) -> list[str]:
 
 
 def _explain_by_value(name: str, value: Any, table: DatasetTable, path: Path, media: Any) -> str | None:
-    """Return the end of a warning about an unread column if a value suggests a file; otherwise None.
-
-    A column with a name similar to a column in use is reported, too.
-
-    Args:
-        name: Name of the column.
-        value: Value of the column in one row.
-        table: Table of the dataset file.
-        path: The list or table.
-        media: Path of the media in the same row.
-    """
+    """Return the end of a warning about an unread column if a value suggests a file; otherwise None."""
+    # A column with a name similar to a column in use is reported, too.
     hint = _make_hint(name, table)
     texts = _texts_in(value)
     for text in texts[:4]:  # more would take long in tables with long lists

@@ -82,11 +82,7 @@ def read_caption_file(path: Path) -> CaptionContent | None:
 
 
 def _decode_windows_caption(path: Path, error: UnicodeDecodeError) -> tuple[str, str]:
-    """Return the text of a caption file that is not UTF-8, and the common name of its encoding.
-
-    Raises:
-        DatasetError: If Windows Notepad cannot have saved the file.
-    """
+    """Return the text of a caption file that is not UTF-8, and the common name of its encoding."""
     guess = guess_windows_encoding(error.object)
     if guess is None:
         raise DatasetError(

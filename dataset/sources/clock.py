@@ -148,10 +148,8 @@ def read_mask(
 
 
 def _select_frames(frames: Iterator[reading.Frame], indices: Sequence[int]) -> Iterator[reading.Frame]:
-    """Yield the frames at `indices`, which are ascending and may repeat.
-
-    If all indices are beyond the end, the last frame is yielded.
-    """
+    """Yield the frames at `indices`, which are ascending and may repeat."""
+    # If all indices are beyond the end, the last frame is yielded.
     num_yielded = 0
     frame = None
     for index, frame in enumerate(frames):

@@ -87,12 +87,8 @@ def _may_differ(path: Path, decoder_version: int) -> bool:
 
 
 def _find_changed(keeps_by_file: Sequence[tuple[Path, bool]], decoder_version: int) -> str | None:
-    """Return the first file that an earlier version decoded differently, as text; None if there is none.
-
-    Args:
-        keeps_by_file: Path of each file, and whether the colors of its transparent pixels are used.
-        decoder_version: Version of the decoder that the cache records; 0 in caches without one.
-    """
+    """Return the first file that an earlier version decoded differently, as text; None if there is none."""
+    # keeps_by_file: Path of each file, and whether the colors of its transparent pixels are used.
     for path, keeps_transparent in keeps_by_file:
         difference = None
         if _may_differ(path, decoder_version):
@@ -104,11 +100,8 @@ def _find_changed(keeps_by_file: Sequence[tuple[Path, bool]], decoder_version: i
 
 
 def _find_difference(path: Path, keeps_transparent: bool, decoder_version: int) -> str | None:
-    """Return how an earlier version read a file and how it is read now, as text; None if there is no change.
-
-    Raises:
-        MediaError: If the file cannot be read.
-    """
+    """Return how an earlier version read a file and how it is read now, as text."""
+    # None if there is no change.
     pair = reordered_images(path) if path.is_dir() else None
     if pair is not None:
         earlier, later = pair
@@ -122,14 +115,10 @@ def _find_difference(path: Path, keeps_transparent: bool, decoder_version: int) 
 
 
 def _formerly_ignored(colors: Colors, keeps_transparent: bool, read_profiles: bool) -> str | None:
-    """Return which part of a file's colors an earlier version ignored, as text; None if none.
-
-    Args:
-        colors: Colors of the file.
-        keeps_transparent: Whether the colors of transparent pixels are used, instead of white.
-        read_profiles: Whether the earlier version already read color profiles and filled transparent pixels
-            with white.
-    """
+    """Return which part of a file's colors an earlier version ignored, as text; None if none."""
+    # keeps_transparent: Whether the colors of transparent pixels are used, instead of white.
+    # read_profiles: Whether the earlier version already read color profiles and filled transparent pixels
+    # with white.
     if not read_profiles and colors.is_transparent and not keeps_transparent:
         return "its transparency"
     if colors.by_codes:  # the color codes of a clip or an AVIF

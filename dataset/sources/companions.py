@@ -147,10 +147,8 @@ def pair_by_name(
 
 
 def _parse_name(name: str, key: str, stems: Collection[str]) -> tuple[str, int] | None:
-    """Return the stem of the media file that a companion's name belongs to, and its number.
-
-    The number is -1 without a suffix `_N`; only references can have one. None if the name fits no stem.
-    """
+    """Return the stem of the media file that a companion's name belongs to, and its number."""
+    # The number is -1 without a suffix `_N`; only references can have one. None if the name fits no stem.
     if name in stems:
         return name, -1
     stem, _, number = name.rpartition("_")
@@ -268,14 +266,9 @@ def read_companions(
 def _read_references(
     local: MediaSource, bucket: Size, *, count: int, fps: float, frame_times: Sequence[tuple[int, float]]
 ) -> tuple[list[Clip], list[str]]:
-    """Read an item's references, at the size of its bucket divided by the family's factor.
-
-    Images are cropped to this size or padded with white, and have one frame. Clips have `count` frames, those
-    at `frame_times`; if a clip ends earlier, its last frame is repeated.
-
-    Returns:
-        The references, and messages about clips whose frames differ in size.
-    """
+    """Read an item's references, at the size of its bucket divided by the family's factor."""
+    # Images are cropped to this size or padded with white, and have one frame. Clips have `count` frames,
+    # those at `frame_times`; if a clip ends earlier, its last frame is repeated.
     rules = local.table.clip_references
     reference_size = bucket
     if rules is not None and local.references:
@@ -296,11 +289,7 @@ def _read_references(
 
 
 def _divide_bucket(local: MediaSource, bucket: Size, rules: ReferenceRules) -> Size:
-    """Return the size of an item's references: its bucket divided by the family's factor.
-
-    Raises:
-        MediaError: If the size is not one of the model's.
-    """
+    """Return the size of an item's references: its bucket divided by the family's factor."""
     width, height = bucket
     factor = rules.size_factor
     step = rules.step * factor  # of the item, so that its references fit, too
@@ -322,11 +311,7 @@ def _read_reference_image(path: Path, size: Size, on_white: bool) -> Clip:
 
 
 def _read_reference_clip(frames: Iterator[Frame], size: Size, count: int) -> tuple[Clip, str | None]:
-    """Resize frames to `size`, without alpha, and return the first `count`; the last one fills gaps.
-
-    Returns:
-        The clip, and the change of size if the original frames differ in size.
-    """
+    """Resize frames to `size`, without alpha, and return the first `count`; the last one fills gaps."""
     sizes = FrameSizes()
     watched = sizes.watch(frames)
     clip = [resize_cover(np.ascontiguousarray(frame[..., :3]), size) for frame in watched][:count]

@@ -229,12 +229,10 @@ class _KeptFrames(NamedTuple):
 def _decode_clip(
     source: MediaSource, local: MediaSource, fps: float, step: int, lengths: ClipLengths
 ) -> DecodedMedia:
-    """Read a clip and its control media; `local` is the same clip with local files.
-
-    1. Read the frames that training keeps, up to the number it can use, and note their times.
-    2. Find the spans that training cuts from them.
-    3. If there are any, read control media at the same times.
-    """
+    """Read a clip and its control media; `local` is the same clip with local files."""
+    # 1. Read the frames that training keeps, up to the number it can use, and note their times.
+    # 2. Find the spans that training cuts from them.
+    # 3. If there are any, read control media at the same times.
     table = source.table
     clip = _read_kept_frames(local, fps, step)
     count = len(clip.frames)
@@ -308,10 +306,8 @@ def _read_clip_companions(
     fps: float,
     frame_times: Sequence[tuple[int, float]],
 ) -> ClipCompanions:
-    """Read a clip's control clips, references, guides, control mask and rejected clip.
-
-    `count`, `fps` and `frame_times` are the number, frame rate and times of the clip's kept frames.
-    """
+    """Read a clip's control clips, references, guides, control mask and rejected clip."""
+    # `count`, `fps` and `frame_times` are the number, frame rate and times of the clip's kept frames.
     control: list[Clip] = []
     control_changes: list[str] = []
     if local.control:
@@ -344,23 +340,8 @@ def _read_control_clips(
     fps: float,
     frame_times: Sequence[tuple[int, float]],
 ) -> tuple[list[Clip], list[str]]:
-    """Read a clip's control clips, each with `count` frames.
-
-    A shorter control clip repeats its last frame.
-
-    Args:
-        local: The clip, with local files.
-        bucket: Size of the clip's bucket.
-        count: Number of the clip's kept frames.
-        fps: Frame rate of the kept frames.
-        frame_times: Index and time of each kept frame.
-
-    Returns:
-        The control clips, and a line for each whose frames change size.
-
-    Raises:
-        MediaError: If a control clip cannot be read.
-    """
+    """Read a clip's control clips, each with `count` frames."""
+    # A shorter control clip repeats its last frame.
     clips = []
     size_changes = []
     for path in local.control:
@@ -400,20 +381,10 @@ def _fit_alpha_and_mask(
     size: tuple[int, int],
     fit_to_bucket: Callable[[Frame], Frame],
 ) -> tuple[NDArray[np.uint8] | None, NDArray[np.uint8] | None]:
-    """Return the alpha channel for the model (H W) and the loss mask (F H W), both cropped like the image.
-
-    Alpha has one of two uses. By default it is part of the image, and the loss mask is a file. With the
-    table's alpha_mask, alpha is the loss mask, and the model does not see it.
-
-    Args:
-        source: The image, with local files.
-        alpha: Alpha channel of the image, H W; None if it has none.
-        size: Width and height of the image.
-        fit_to_bucket: Resizes and crops a frame like the image.
-
-    Returns:
-        Alpha, None if the image is opaque; and the mask, None if the whole image counts.
-    """
+    """Return the alpha channel for the model (H W) and the loss mask (F H W), both cropped like the image."""
+    # Alpha has one of two uses. By default it is part of the image, and the loss mask is a file. With the
+    # table's alpha_mask, alpha is the loss mask, and the model does not see it.
+    # alpha: Alpha channel of the image, H W; None if it has none.
     cropped_alpha: NDArray[np.uint8] | None = None
     if alpha is not None and alpha.min() < 255:
         cropped_alpha = fit_to_bucket(alpha)
@@ -429,19 +400,10 @@ def _fit_alpha_and_mask(
 def _decode_image(
     source: MediaSource, step: int, generator: random.Random | None, keeps_alpha: bool, has_alpha: bool
 ) -> DecodedMedia:
-    """Read an image with its control images, mask, layers, references and rejected image.
-
-    1. Choose how the image is resized and cropped, at random if it is augmented.
-    2. Resize, crop and mirror its control images, mask and layers in the same way.
-    3. Resize references and the control mask to the bucket on their own.
-
-    Args:
-        source: The image, with local files.
-        step: `pixel_step` of the family's LatentSpec.
-        generator: Random generator for augmentation; None means no augmentation.
-        keeps_alpha: Whether alpha is read separately from the colors.
-        has_alpha: Whether frames and control images have alpha as a fourth channel.
-    """
+    """Read an image with its control images, mask, layers, references and rejected image."""
+    # 1. Choose how the image is resized and cropped, at random if it is augmented.
+    # 2. Resize, crop and mirror its control images, mask and layers in the same way.
+    # 3. Resize references and the control mask to the bucket on their own.
     table = source.table
     image, alpha = split_alpha(read_image(source.path, keeps_alpha or table.alpha_mask))
     size = (image.shape[1], image.shape[0])  # width, height
@@ -485,15 +447,7 @@ def _read_image_companions(
     fit_image: Callable[[Frame], Frame],
     has_alpha: bool,
 ) -> ClipCompanions:
-    """Read an image's references and control mask, and the rejected image of its preference pair.
-
-    Args:
-        source: The image, with local files.
-        size: Width and height of the image.
-        bucket: Size of its bucket.
-        fit_image: Resizes, crops and mirrors like the image.
-        has_alpha: Whether the rejected image gets alpha as a fourth channel.
-    """
+    """Read an image's references and control mask, and the rejected image of its preference pair."""
     companions = ClipCompanions()
     if source.references or source.control_mask is not None:
         from dataset.sources.companions import read_companions  # few images have any
@@ -508,11 +462,7 @@ def _read_image_companions(
 def _augment(
     source: MediaSource, image: Frame, fit: Fit, generator: random.Random
 ) -> tuple[Frame, Fit, bool]:
-    """Draw an image's crop, mirroring and color changes, if its table has them.
-
-    Returns:
-        The image with changed colors, how it is resized and cropped, and whether it is mirrored.
-    """
+    """Draw an image's crop, mirroring and color changes, if its table has them."""
     size = (image.shape[1], image.shape[0])
     fit = _draw_crop(source, size, fit, generator)
     is_mirrored = source.table.augmentation.flip and generator.random() < 0.5
@@ -524,10 +474,8 @@ def _augment(
 def _fit_with_layers(
     source: MediaSource, image: Frame, fit_to_bucket: Callable[[Frame], Frame], size: Size, has_alpha: bool
 ) -> Clip:
-    """Resize an image and its layers to the bucket: F H W C, the image first.
-
-    `size` is the original size of the image. With `has_alpha`, frames have alpha as a fourth channel.
-    """
+    """Resize an image and its layers to the bucket: F H W C, the image first."""
+    # `size` is the original size of the image. With `has_alpha`, frames have alpha as a fourth channel.
     fitted = fit_to_bucket(image)
     frames = (add_alpha(fitted) if has_alpha else fitted)[None]
     if not source.layers:
@@ -544,15 +492,7 @@ def _read_references(
     is_mirrored: bool,
     has_alpha: bool,
 ) -> list[Clip]:
-    """Read the reference images of an image, each 1 H W C: its control images, with sizes of their own.
-
-    Args:
-        source: The image, with local files.
-        bucket: Size of the image's bucket.
-        fit_image: Resizes, crops and mirrors like the image.
-        is_mirrored: Whether the image was mirrored.
-        has_alpha: Whether references get alpha as a fourth channel.
-    """
+    """Read the reference images of an image, each 1 H W C: its control images, with sizes of their own."""
     references = []
     for path in source.control:
         reference = read_reference(
@@ -570,13 +510,8 @@ def _read_references(
 def _read_rejected(
     source: MediaSource, size: Size, fit_image: Callable[[Frame], Frame], has_alpha: bool
 ) -> Clip:
-    """Read the rejected image of a preference pair, 1 H W C, resized like the chosen one.
-
-    `size` is the original size of the chosen image.
-
-    Raises:
-        MediaError: If the rejected image has a different size, or cannot be read.
-    """
+    """Read the rejected image of a preference pair, 1 H W C, resized like the chosen one."""
+    # `size` is the original size of the chosen image.
     from dataset.sources.pairs import require_equal_size  # few images have a rejected one
 
     assert source.rejected is not None
@@ -588,10 +523,8 @@ def _read_rejected(
 
 
 def _fit_like(frame: Frame, size: Size, fit: Fit, table: DatasetTable, is_mirrored: bool) -> Frame:
-    """Resize, crop and mirror a frame in the same way as its image.
-
-    `size` is the image's original size; `fit` says how the image was resized and cropped.
-    """
+    """Resize, crop and mirror a frame in the same way as its image."""
+    # `size` is the image's original size; `fit` says how the image was resized and cropped.
     frame_size = (frame.shape[1], frame.shape[0])
     if table.buckets is None:
         frame_fit = fit_cover(frame_size, fit.bucket)
@@ -602,10 +535,9 @@ def _fit_like(frame: Frame, size: Size, fit: Fit, table: DatasetTable, is_mirror
 
 
 def _draw_crop(source: MediaSource, size: Size, fit: Fit, rng: random.Random) -> Fit:
-    """Draw a random crop of an image if its table has random_crop or face_crop_aug_range; else return `fit`.
-
-    `fit` is the crop without augmentation.
-    """
+    """Draw a random crop of an image if its table has random_crop or face_crop_aug_range."""
+    # Else return `fit`.
+    # `fit` is the crop without augmentation.
     augmentation = source.table.augmentation
     if augmentation.face_crop_range is not None:
         face = face_in_name(source.stem)
@@ -622,11 +554,9 @@ def _draw_crop(source: MediaSource, size: Size, fit: Fit, rng: random.Random) ->
 
 
 def _read_control(path: Path, fit_image: Callable[[Frame], Frame], keeps_alpha: bool) -> Clip:
-    """Read a control image, 1 H W 3, or 1 H W 4 if it has alpha.
-
-    Alpha is resized separately from the colors, as in generation, because Pillow would darken the colors of
-    transparent pixels.
-    """
+    """Read a control image, 1 H W 3, or 1 H W 4 if it has alpha."""
+    # Alpha is resized separately from the colors, as in generation, because Pillow would darken the colors of
+    # transparent pixels.
     colors, alpha = split_alpha(read_image(path, keeps_alpha))
     channels = [fit_image(colors)]
     if alpha is not None:
@@ -741,11 +671,9 @@ def _broadcast_black_frame(frames: Iterator[Frame]) -> Clip:
 def _collect_frames(
     frames: Iterator[Frame], bucket: Size, max_frames: int | None
 ) -> tuple[Clip, Mask | None]:
-    """Collect frames at bucket size, and their alpha if any frame is transparent.
-
-    The array grows in place, so that a clip is never copied. `max_frames` is the highest number of frames, if
-    known, so that a short clip gets no more memory than it needs.
-    """
+    """Collect frames at bucket size, and their alpha if any frame is transparent."""
+    # The array grows in place, so that a clip is never copied. `max_frames` is the highest number of frames,
+    # if known, so that a short clip gets no more memory than it needs.
     width, height = bucket
     capacity = min(max_frames or GROWTH, GROWTH)  # number of frames that `clip` has memory for
     clip = np.empty((capacity, height, width, 3), np.uint8)

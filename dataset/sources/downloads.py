@@ -144,13 +144,8 @@ def check_media(path: Path) -> None:
 
 @contextlib.contextmanager
 def _open_with_fsspec(address: str, num_received: int, version: str | None) -> Iterator[Answer]:
-    """Open a remote file through fsspec, from its beginning or where an earlier attempt ended.
-
-    Args:
-        address: URL of the file.
-        num_received: Number of bytes received by earlier attempts.
-        version: Version of the file at that time; if it has changed, the download starts again.
-    """
+    """Open a remote file through fsspec, from its beginning or where an earlier attempt ended."""
+    # num_received: Number of bytes received by earlier attempts.
     import fsspec
 
     with _convert_fsspec_errors():

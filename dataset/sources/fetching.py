@@ -114,10 +114,8 @@ def _make_temporary_folder(stack: contextlib.ExitStack) -> Path:
 
 
 def _extract(origin: PackedFile, path: Path, copy: Path) -> Path:
-    """Copy a file out of a tar or table to the path `copy` plus a suffix; return the resulting path.
-
-    `path` names the original in errors.
-    """
+    """Copy a file out of a tar or table to the path `copy` plus a suffix; return the resulting path."""
+    # `path` names the original in errors.
     try:
         pieces = origin.pieces()
         first_piece = next(pieces, b"")

@@ -80,10 +80,9 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
 
 
 def _list_with_layers(table: DatasetTable, faults: list[Fault]) -> Mapping[Path, tuple[Path, ...]]:
-    """Return the images or clips of a table's folder, sorted, each with its layers; () if the table has none.
-
-    Outputs of tools, and names that are not UTF-8, are left out.
-    """
+    """Return the images or clips of a table's folder, sorted, each with its layers."""
+    # () if the table has none.
+    # Outputs of tools, and names that are not UTF-8, are left out.
     paths = _list_media(table, faults)
     if any("_" in path.stem for path in paths):  # a tool names its output after its input: cat_SWINIR.png
         paths = _leave_out_tool_outputs(table, paths)
@@ -126,11 +125,9 @@ def _make_caption_faults(table: DatasetTable, errors: Mapping[Path, str]) -> lis
 def _find_audio(
     table: DatasetTable, clip: Path, audios: Mapping[Path, Path], faults: list[Fault]
 ) -> tuple[Path, None] | None:
-    """Return the separate audio file of a clip, with None as its origin; None if there is no file.
-
-    `audios` contains the files of audio_directory by clip. If several files match, an error is added to
-    `faults`.
-    """
+    """Return the separate audio file of a clip, with None as its origin; None if there is no file."""
+    # `audios` contains the files of audio_directory by clip. If several files match, an error is added to
+    # `faults`.
     if clip in audios:
         return audios[clip], None
     # a file next to the clip is used only if no audio_directory is set
@@ -178,10 +175,9 @@ class _Captions(NamedTuple):
 
 
 def _find_captions(table: DatasetTable, stem: str, reads_file: bool) -> _Captions:
-    """Return the captions in the file next to an image or clip; if there is none, the table's class_tokens.
-
-    Without `reads_file`, the result has only the path of the file.
-    """
+    """Return the captions in the file next to an image or clip."""
+    # If there is none, the table's class_tokens.
+    # Without `reads_file`, the result has only the path of the file.
     if not table.caption_extension:
         return _Captions()
     assert table.directory is not None
@@ -204,10 +200,8 @@ def _find_captions(table: DatasetTable, stem: str, reads_file: bool) -> _Caption
 def _find_companions(
     table: DatasetTable, what: str, folder: Path, media: Sequence[Path], faults: list[Fault]
 ) -> dict[Path, Path]:
-    """Return the mask or audio file of each image or clip: the file with the same stem in `folder`.
-
-    `what` is "mask" or "sound". A fault is added if two files have the same stem, or if no file matches.
-    """
+    """Return the mask or audio file of each image or clip: the file with the same stem in `folder`."""
+    # `what` is "mask" or "sound". A fault is added if two files have the same stem, or if no file matches.
     try:
         by_stem = _companions_by_stem(table, what, folder)
         files_by_medium = {path: by_stem[path.stem] for path in media if path.stem in by_stem}
@@ -247,14 +241,12 @@ def _make_example(table: DatasetTable, what: str) -> str:
 
 
 def _list_media(table: DatasetTable, faults: list[Fault]) -> list[Path]:
-    """Return the images or clips in a table's folder, sorted; add a fault for each that is no regular file.
-
-    1. Separate the entries by suffix, without opening them.
-    2. If there are GIF, WebP or TIFF files, find which of them the table uses.
-
-    Files with a spare suffix (GIF, WebP, TIFF) are used only if no other file has their stem. Video tables
-    use only animations among them.
-    """
+    """Return the images or clips in a table's folder, sorted."""
+    # Add a fault for each that is no regular file.
+    # 1. Separate the entries by suffix, without opening them.
+    # 2. If there are GIF, WebP or TIFF files, find which of them the table uses.
+    # Files with a spare suffix (GIF, WebP, TIFF) are used only if no other file has their stem. Video tables
+    # use only animations among them.
     assert table.directory is not None
     suffixes, spare_suffixes = media_suffixes(table.media_kind)
     key = table.source_key if table.group is None else "image_dir"
@@ -304,10 +296,8 @@ def _find_animations(table: DatasetTable, paths: Sequence[Path]) -> set[Path]:
 
 
 def _is_animated(path: Path) -> bool:
-    """Return whether a file is an animated image.
-
-    Damaged files count as animated, so that decoding them as clips reports the error.
-    """
+    """Return whether a file is an animated image."""
+    # Damaged files count as animated, so that decoding them as clips reports the error.
     try:
         return is_animation(path)
     except MediaError:
@@ -325,10 +315,8 @@ def is_file(entry: "os.DirEntry[str]") -> bool:
 def _find_folder_controls(
     table: DatasetTable, folder: "ControlFolder", paths: Sequence[Path], faults: list[Fault]
 ) -> list[tuple[Path, ...]]:
-    """Return the control media of each path; log control media that are not used.
-
-    A fault is added for each path without the required control media.
-    """
+    """Return the control media of each path; log control media that are not used."""
+    # A fault is added for each path without the required control media.
     controls: list[tuple[Path, ...]] = []
     kind = f"problems with the control media of {table.name}"
     for path in paths:
@@ -417,12 +405,10 @@ class ControlFolder:
         self.unmatched = self._images.get("", [])  # control images that belong to no image
 
     def _find_image_stems(self, name: str) -> set[str]:
-        """Return the stems of the images that a control image may belong to, including "" for none.
-
-        It belongs to the longest stem that `name`, the stem of the control image, begins with: `pic_10_0`
-        belongs to `pic_10`, not to `pic`. If `name` ends in an underscore and a number, it also belongs to
-        the text before them: `pic_1` belongs to `pic_1` and to `pic`.
-        """
+        """Return the stems of the images that a control image may belong to, including "" for none."""
+        # It belongs to the longest stem that `name`, the stem of the control image, begins with: `pic_10_0`
+        # belongs to `pic_10`, not to `pic`. If `name` ends in an underscore and a number, it also belongs to
+        # the text before them: `pic_1` belongs to `pic_1` and to `pic`.
         longest = ""
         for length in range(len(name), 0, -1):
             if name[:length] in self._stems:
@@ -546,11 +532,9 @@ def media_suffixes(kind: str) -> tuple[frozenset[str], frozenset[str]]:
 
 
 def _select_spare(table: DatasetTable, spare_files: Sequence[Path], media: Sequence[Path]) -> list[Path]:
-    """Return which of the GIF, WebP and TIFF files (`spare_files`) the table uses besides `media`.
-
-    A clip table uses only animations; an image table uses the first image of each GIF and TIFF. A file
-    with the same stem as a file of `media` is left out with a warning, because both would share a cache.
-    """
+    """Return which of the GIF, WebP and TIFF files (`spare_files`) the table uses besides `media`."""
+    # A clip table uses only animations; an image table uses the first image of each GIF and TIFF. A file with
+    # the same stem as a file of `media` is left out with a warning, because both would share a cache.
     files = [path for path in spare_files if path.is_file()]
     if table.kind == "image":
         _warn_of_unused_frames(table, [*media, *files])
@@ -611,11 +595,9 @@ def _explain(path: Path) -> str:
 
 
 def _leave_out_tool_outputs(table: DatasetTable, paths: Sequence[Path]) -> list[Path]:
-    """Return the paths without outputs of this program's tools: clip_SWINIR.mkv next to clip.mp4.
-
-    An output has the tool's metadata (TOOL_TAG), and a name that begins with the stem of another file; only
-    files with such names are opened. A warning says how many are left out.
-    """
+    """Return the paths without outputs of this program's tools: clip_SWINIR.mkv next to clip.mp4."""
+    # An output has the tool's metadata (TOOL_TAG), and a name that begins with the stem of another file; only
+    # files with such names are opened. A warning says how many are left out.
     stems = {path.stem for path in paths}
     tool_outputs = set()
     for path in paths:

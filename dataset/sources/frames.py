@@ -57,10 +57,8 @@ def spans(table: DatasetTable, kept_frames: int, lengths: ClipLengths = DEFAULT_
 
 
 def _starts(table: DatasetTable, target: int, last: int) -> Iterable[int]:
-    """Return the frames at which the table's frame_extraction starts spans of `target` frames.
-
-    `last` is the last possible start.
-    """
+    """Return the frames at which the table's frame_extraction starts spans of `target` frames."""
+    # `last` is the last possible start.
     match table.frame_extraction:
         case "head":
             return (0,)
@@ -421,10 +419,7 @@ def _uneven_resolution(table: DatasetTable, step: int) -> DatasetError:
 
 
 def _list_bucket_sizes(table: DatasetTable, step: int) -> tuple[buckets.Size, ...]:
-    """Return the sizes of a table's buckets; () if each image has its own bucket.
-
-    Raises DatasetError if the table's sizes are invalid.
-    """
+    """Return the sizes of a table's buckets; () if each image has its own bucket."""
     sd_scripts_buckets = table.buckets  # None: the table is not in the layout of sd-scripts
     width, height = table.resolution
     try:

@@ -135,18 +135,10 @@ def _explain_folder(folder: Path, table: DatasetTable) -> str:
 def _count_unused(
     table: DatasetTable, folder: Path, rules: "_FolderRules", entries: Sequence[_SplitEntry]
 ) -> dict[str, Counter[str]]:
-    """Count the unread files of a folder, by hint (why they are not read) and suffix.
-
-    1. Count captions that are probably unread by mistake.
-    2. Count images with a label in their names, such as masks, that no table reads.
-    3. Count other files, except those that are expected next to media.
-
-    Args:
-        table: Table of the folder.
-        folder: The folder.
-        rules: Which suffixes the tables of this folder read.
-        entries: Entries of the folder, each with its stem and suffix.
-    """
+    """Count the unread files of a folder, by hint (why they are not read) and suffix."""
+    # 1. Count captions that are probably unread by mistake.
+    # 2. Count images with a label in their names, such as masks, that no table reads.
+    # 3. Count other files, except those that are expected next to media.
     media_stems = {stem for _, stem, suffix in entries if suffix.lower() in rules.media_suffixes}
     unread_captions = _find_unread_captions(table, entries, rules)
     caption_names = {name for names in unread_captions.values() for name in names}
@@ -167,11 +159,9 @@ def _count_unused(
 def _explain_unused(
     split_entry: _SplitEntry, table: DatasetTable, folder: Path, rules: "_FolderRules", has_media: bool
 ) -> tuple[str, str] | None:
-    """Return the hint for a file that no table reads, and the suffix under which it is counted.
-
-    Returns None if the path is read, is a folder, or is expected next to media. `has_media` says whether the
-    folder has a media file with the same stem.
-    """
+    """Return the hint for a file that no table reads, and the suffix under which it is counted."""
+    # Returns None if the path is read, is a folder, or is expected next to media. `has_media` says whether
+    # the folder has a media file with the same stem.
     entry, stem, suffix = split_entry
     ending = suffix.lower()
     label = find_stem_label(stem)  # such as that of cat-mask.png
@@ -223,11 +213,9 @@ def _normalize(name: str) -> str:
 def _find_unread_captions(
     table: DatasetTable, entries: Sequence[_SplitEntry], rules: "_FolderRules"
 ) -> dict[str, list[str]]:
-    """Find caption files that are probably unread by mistake; return their names by the hint to show.
-
-    These are files that seem to belong to an image or clip without a caption, but have another suffix than
-    the table's caption_extension (cat.caption), or a slightly different name (Cat.txt for cat.png).
-    """
+    """Find caption files that are probably unread by mistake; return their names by the hint to show."""
+    # These are files that seem to belong to an image or clip without a caption, but have another suffix than
+    # the table's caption_extension (cat.caption), or a slightly different name (Cat.txt for cat.png).
     if not rules.caption_suffixes:
         return {}
     uncaptioned_media = CaptionOwners(_list_uncaptioned(entries, rules))
@@ -264,14 +252,7 @@ def _describe_captions(
     misnamed: Sequence[tuple[str, str]],
     wanted_suffix: str,
 ) -> dict[str, list[str]]:
-    """Return the names of unread caption files, by a hint that explains how to have them read.
-
-    Args:
-        table: Table of the dataset file.
-        by_suffix: Captions that only another suffix setting would read, by suffix.
-        misnamed: Pairs of a caption and the media file to which it seems to belong.
-        wanted_suffix: Suffix of the captions that the table reads.
-    """
+    """Return the names of unread caption files, by a hint that explains how to have them read."""
     by_hint: dict[str, list[str]] = {}
     for suffix, captions in by_suffix.items():
         setting = _name_suffix_setting(table, suffix)
@@ -352,10 +333,8 @@ def _explain_label(label: str, folder: Path) -> str:
 
 
 def _explain_suffix(ending: str, kinds: set[str]) -> str:
-    """Return a hint why files with this suffix are not read; "" if there is none.
-
-    `kinds` are the kinds ("image", "video") of the tables that read the folder.
-    """
+    """Return a hint why files with this suffix are not read; "" if there is none."""
+    # `kinds` are the kinds ("image", "video") of the tables that read the folder.
     for kind in _KINDS:
         if kind not in kinds and any(ending in suffixes for suffixes in media_suffixes(kind)):
             return f"{kind}s, for which a table with {kind}_directory is needed"
@@ -388,11 +367,9 @@ def _describe_contents(folder: Path, suffixes: Sequence[str]) -> str:
 
 
 def _contains_media(folder: str, suffixes: frozenset[str], used: set[str]) -> bool:
-    """Return whether a folder or its subfolders contain files with these suffixes.
-
-    Subfolders in `used`, the ids of other tables' folders, do not count. The search ends after
-    `MAX_SEARCHED_NAMES` names.
-    """
+    """Return whether a folder or its subfolders contain files with these suffixes."""
+    # Subfolders in `used`, the ids of other tables' folders, do not count. The search ends after
+    # `MAX_SEARCHED_NAMES` names.
     num_names = 0
     for path, folders, all_names in os.walk(folder):
         names = list(itertools.islice(all_names, MAX_SEARCHED_NAMES))

@@ -211,11 +211,9 @@ def fit_reference(table: DatasetTable, size: Size, path: Path, bucket: Size | No
 
 
 def _fit_by_rules(rules: ReferenceRules, size: Size, bucket: Size | None) -> Fit | None:
-    """Return how a reference is resized by the model's rules, which keep its aspect ratio.
-
-    `bucket` is the bucket of the image, or None if it is unknown yet. The result is None if the reference is
-    treated like its image.
-    """
+    """Return how a reference is resized by the model's rules, which keep its aspect ratio."""
+    # `bucket` is the bucket of the image, or None if it is unknown yet. The result is None if the reference
+    # is treated like its image.
     if not rules.keeps_aspect_ratio or bucket is None:
         return None
     area = bucket[0] * bucket[1] if rules.max_area is None else rules.max_area

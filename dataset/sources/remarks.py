@@ -119,10 +119,8 @@ def find_caption_warnings(sources: Iterable[MediaSource]) -> list[Fault]:
 
 
 def _find_special(caption: str, wildcards: bool) -> Iterator[str]:
-    """Yield the kinds of warnings about braces and backslashes in a caption.
-
-    `wildcards` says that {a|b} is a random choice.
-    """
+    """Yield the kinds of warnings about braces and backslashes in a caption."""
+    # `wildcards` says that {a|b} is a random choice.
     if wildcards and _has_lone_brace(caption):
         yield LONE_BRACE
     if not wildcards and "{" in caption and has_choice(caption):

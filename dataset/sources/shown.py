@@ -59,11 +59,7 @@ def _read_medium(entry: Mapping[str, Any], file: Path, position: str) -> Referen
 
 
 def _locate(text: Any, file: Path, position: str) -> Path:
-    """Return the path of a reference file: relative to the working folder, or to the folder of its list.
-
-    Raises:
-        DatasetError: If neither file exists.
-    """
+    """Return the path of a reference file: relative to the working folder, or to the folder of its list."""
     if not isinstance(text, str) or not text.strip():
         raise DatasetError(f"{position} = {_show(text)} is not a path in quotes")
     if is_address(text):

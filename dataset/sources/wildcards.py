@@ -61,14 +61,9 @@ def has_choice(text: str) -> bool:
 
 
 def _close_choices(open_choices: list[_OpenChoice], num_closing: int, generator: random.Random) -> int:
-    """Draw from the {a|b} choices that a run of `num_closing` closing braces ends, innermost first.
-
-    Each open choice takes as many of these braces as it has opening ones. `{{{a|b}}}` has one choice and a
-    pair of literal braces.
-
-    Returns:
-        1 if a brace is left over that belongs to no choice and is not literal; otherwise 0.
-    """
+    """Draw from the {a|b} choices that a run of `num_closing` closing braces ends, innermost first."""
+    # Each open choice takes as many of these braces as it has opening ones. `{{{a|b}}}` has one choice and a
+    # pair of literal braces.
     while num_closing and len(open_choices) > 1:
         choice = open_choices[-1]
         num_matched = min(choice.num_braces, num_closing)  # braces on both sides of the choice's content

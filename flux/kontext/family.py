@@ -176,11 +176,9 @@ class Kontext(Flux):
         return {0: conditions}
 
     def _read_reference(self, path: Path) -> Tensor:
-        """Return a reference image as 1 1 H W 3 uint8, stretched to a trained size or cropped.
-
-        Cropping removes pixels on the right and at the bottom only, so that no pixel is shifted. Source: the
-        released code of Kontext (stretching), musubi-tuner (cropping).
-        """
+        """Return a reference image as 1 1 H W 3 uint8, stretched to a trained size or cropped."""
+        # Cropping removes pixels on the right and at the bottom only, so that no pixel is shifted. Source:
+        # the released code of Kontext (stretching), musubi-tuner (cropping).
         from modules.media.reading import read_image, resize_frame
 
         frame = read_image(path)

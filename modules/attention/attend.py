@@ -66,10 +66,8 @@ def unpack(packed: Tensor, lengths: SampleLengths, length: int) -> Tensor:
 
 
 def _pad_outputs(samples: Sequence[Tensor], length: int) -> Tensor:
-    """Pad samples, each n N D, to `length` tokens, and stack them: B `length` N D.
-
-    A single concatenation makes the batch, so that tokens are copied once.
-    """
+    """Pad samples, each n N D, to `length` tokens, and stack them: B `length` N D."""
+    # A single concatenation makes the batch, so that tokens are copied once.
     pieces = []
     for sample in samples:
         padding = sample.new_zeros(length - len(sample), *sample.shape[1:])
@@ -282,10 +280,8 @@ def _attend_one_by_one(dense: Dense, query: Tensor, key: Tensor, value: Tensor) 
 def _attend_without_padding(
     backend: Backend, query: Tensor, key: Tensor, value: Tensor, *, lengths: SampleLengths, split: bool
 ) -> Tensor:
-    """Compute self-attention over the real tokens of each sample. Returns B L N D, padded with zeros.
-
-    All samples are computed at once if the kernel supports it, unless `split` or additional keys forbid it.
-    """
+    """Compute self-attention over the real tokens of each sample. Returns B L N D, padded with zeros."""
+    # All samples are computed at once if the kernel supports it, unless `split` or additional keys forbid it.
     num_extra_keys = key.shape[1] - query.shape[1]  # they come first
     if num_extra_keys < 0:
         raise ValueError(

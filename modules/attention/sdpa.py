@@ -79,11 +79,9 @@ def is_on_cuda(tensor: Tensor) -> bool:
 
 
 def _attend_to_each(q: Tensor, k: Tensor, v: Tensor, order: list[SDPBackend]) -> Tensor:
-    """Compute attention for one sample of B N L D at a time. Returns B L N D.
-
-    On an H100 (torch 2.11), gradients of two samples of 754 tokens in one cuDNN call were NaN; gradients of
-    single samples never were. A sample of thousands of tokens keeps a GPU busy, so little is lost.
-    """
+    """Compute attention for one sample of B N L D at a time. Returns B L N D."""
+    # On an H100 (torch 2.11), gradients of two samples of 754 tokens in one cuDNN call were NaN; gradients of
+    # single samples never were. A sample of thousands of tokens keeps a GPU busy, so little is lost.
     samples = zip(q.split(1), k.split(1), v.split(1), strict=True)
     return torch.cat([attend_in_order(*sample, None, order).transpose(1, 2) for sample in samples])
 
@@ -176,10 +174,8 @@ for _fact in (_capability, _cudnn_version):
 
 
 def _attend_by_matmul(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute attention on B N L D with two matrix products and a softmax.
-
-    For few tokens in 16 bits, this is 2 to 5 times as fast on a CPU as PyTorch's kernels.
-    """
+    """Compute attention on B N L D with two matrix products and a softmax."""
+    # For few tokens in 16 bits, this is 2 to 5 times as fast on a CPU as PyTorch's kernels.
     with torch.autocast(q.device.type, enabled=False):
         scores = (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-1, -2)
         weights = (scores if bias is None else scores + bias).softmax(-1)

@@ -241,12 +241,7 @@ class _Prediction:
 
 
 def _solve_weights(step: float, distances: list[float]) -> list[float]:
-    """Solve the linear system of UniPC's equation 9 in float64; return a weight for each distance.
-
-    Args:
-        step: Length h of this step in log(alpha / sigma).
-        distances: Distances of other predictions from the start of the step, in units of h.
-    """
+    """Solve the linear system of UniPC's equation 9 in float64; return a weight for each distance."""
     # h phi_2(h) of the paper; each further row needs the next phi, which follows from the previous one
     phi = math.expm1(-step) / -step - 1
     factorial = 1.0
@@ -274,10 +269,8 @@ def _move(
 
 
 def _move_with_noise(current: _Level, following: _Level, sample: Tensor, x0: Tensor, draw: Draw) -> Tensor:
-    """Return the sample after a step twice as long in lambda as usual, with fresh noise to compensate.
-
-    A step from pure noise replaces all noise; a step to sigma 0 adds none.
-    """
+    """Return the sample after a step twice as long in lambda as usual, with fresh noise to compensate."""
+    # A step from pure noise replaces all noise; a step to sigma 0 adds none.
     factor = math.exp(current.log_ratio - following.log_ratio)
     moved = (following.sigma / current.sigma) * factor * sample + following.alpha * (1 - factor**2) * x0
     if following.sigma <= 0:

@@ -227,10 +227,8 @@ def _read_subtitle(codec: str, content: bytes) -> str:
 
 
 def _without_markup(pattern: str, text: str) -> str:
-    """Return the text without the markup that a pattern matches.
-
-    The pattern's last character ends a tag. Only the text up to its last occurrence is searched, because each
-    possible start of a tag would scan all the text after it.
-    """
+    """Return the text without the markup that a pattern matches."""
+    # The pattern's last character ends a tag. Only the text up to its last occurrence is searched, because
+    # each possible start of a tag would scan all the text after it.
     before, end, rest = text.rpartition(pattern[-1])
     return re.sub(pattern, "", before + end) + rest

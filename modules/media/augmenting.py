@@ -87,10 +87,8 @@ def fit_face(
 
 
 def _choose_start(center: float, length: float, side: int, rng: random.Random | None) -> float:
-    """Return where a crop of `side` pixels starts on an axis: centered on a face, or with `rng` around it.
-
-    `center` and `length` are the face's, in the resized image.
-    """
+    """Return where a crop of `side` pixels starts on an axis: centered on a face, or with `rng` around it."""
+    # `center` and `length` are the face's, in the resized image.
     if rng is not None and length < side:
         return rng.uniform(center + length / 2 - side, center - length / 2)
     return center - side / 2

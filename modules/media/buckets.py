@@ -174,11 +174,9 @@ def inner_box(size: Size, bucket: Size) -> tuple[float, float, float, float]:
 
 
 def _shrink(size: Size, area: int, step: int) -> Size:
-    """Return a size of about the given area and aspect ratio in which one side is a multiple of `step`.
-
-    The side is chosen so that the aspect ratio changes less when width and height are cut to multiples of
-    `step`; on a tie, the height is chosen.
-    """
+    """Return a size of about the given area and aspect ratio in which one side is a multiple of `step`."""
+    # The side is chosen so that the aspect ratio changes less when width and height are cut to multiples of
+    # `step`; on a tie, the height is chosen.
     aspect = size[0] / size[1]
     width = math.sqrt(area * aspect)
     by_width = _round_down(width, step)

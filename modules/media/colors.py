@@ -91,10 +91,8 @@ def apply_orientation(file: Image.Image) -> Image.Image:
 
 
 def _correct_info(file: Image.Image) -> None:
-    """Add to `file.info`, before the pixels are read, what Pillow ignores or misreads.
-
-    These are the transparent color of a PNG, inverted gray of a TIFF, and color codes of a PNG or AVIF.
-    """
+    """Add to `file.info`, before the pixels are read, what Pillow ignores or misreads."""
+    # These are the transparent color of a PNG, inverted gray of a TIFF, and color codes of a PNG or AVIF.
     transparent_color = file.info.get("transparency")
     if transparent_color is not None:
         file.info["transparency"] = _scale_transparent_color(file, transparent_color)
@@ -237,10 +235,8 @@ def _read_opacity(image: Image.Image) -> NDArray[np.uint8] | None:
 
 
 def _convert_to_srgb(path: Path, image: Image.Image) -> NDArray[np.uint8]:
-    """Return the colors of an image as sRGB, H W 3, ignoring alpha.
-
-    Its color profile or else its gamma curve converts them; colors with neither count as sRGB.
-    """
+    """Return the colors of an image as sRGB, H W 3, ignoring alpha."""
+    # Its color profile or else its gamma curve converts them; colors with neither count as sRGB.
     if image.mode.startswith("I;16"):  # Pillow would clip 16-bit gray instead of scaling it
         info = image.info
         gray = (np.asarray(image) >> 8).astype(np.uint8)  # the upper 8 of 16 bits
@@ -271,11 +267,9 @@ def _convert_mode(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _find_profile(path: Path, image: Image.Image) -> _Profile | None:
-    """Return the color profile of an image; None if it has none.
-
-    A profile made from known codes of the cICP chunk takes precedence, then the ICC profile, then a profile
-    made from the chunks cHRM and gAMA.
-    """
+    """Return the color profile of an image; None if it has none."""
+    # A profile made from known codes of the cICP chunk takes precedence, then the ICC profile, then a profile
+    # made from the chunks cHRM and gAMA.
     if image.mode == "LAB":  # Pillow converts LAB to sRGB
         return None
     primaries, transfer = image.info.get(_CICP, (0, 0))
@@ -398,13 +392,8 @@ def _make_curve(info: dict[Any, Any]) -> list[int] | None:
 
 @functools.lru_cache(maxsize=64)
 def _make_profile(gamma: float | None, chromaticities: tuple[float, ...]) -> bytes | None:
-    """Make an ICC profile from a PNG's gamma (None: the sRGB curve) and its chromaticities.
-
-    Source: ICC.1, 8.3.
-
-    Returns:
-        None if the primaries are not a triangle.
-    """
+    """Make an ICC profile from a PNG's gamma (None: the sRGB curve) and its chromaticities."""
+    # Source: ICC.1, 8.3.
     colorants = _make_colorants(chromaticities)
     if colorants is None:
         return None
@@ -444,11 +433,7 @@ def _encode_xyz(values: Any) -> bytes:
 
 
 def _make_colorants(chromaticities: tuple[float, ...]) -> Any:
-    """Return the primaries of a cHRM chunk as columns of XYZ under D50; None if they form no triangle.
-
-    Args:
-        chromaticities: Values x, y of the white point, red, green and blue.
-    """
+    """Return the primaries of a cHRM chunk as columns of XYZ under D50; None if they form no triangle."""
     x = np.array(chromaticities[0::2])
     y = np.array(chromaticities[1::2])
     if (y <= 0).any():

@@ -332,8 +332,6 @@ def _label_stream(stream: Any) -> str:
 
 
 def _list_damage_errors() -> tuple[type[Exception], ...]:
-    """Return FFmpeg's exceptions for packets that it cannot write, such as packets out of order in time.
-
-    The exception for a full disk is not among them.
-    """
+    """Return FFmpeg's exceptions for packets that it cannot write, such as packets out of order in time."""
+    # The exception for a full disk is not among them.
     return (av.ArgumentError, av.InvalidDataError, av.PatchWelcomeError)

@@ -126,11 +126,9 @@ def decode_frames(path: Path, container: Any, stream: Any) -> Iterator[TimedFram
 
 
 def _check_end(path: Path, container: Any, stream: Any, num_frames: int, last_start: float) -> None:
-    """Raise MediaError if the last frame is shown long before the end that a Matroska file states.
-
-    Most demuxers report a truncated file themselves; Matroska's does not, but each stream has its duration as
-    a tag.
-    """
+    """Raise MediaError if the last frame is shown long before the end that a Matroska file states."""
+    # Most demuxers report a truncated file themselves; Matroska's does not, but each stream has its duration
+    # as a tag.
     end = declared_end(container, stream)
     default_seconds = 1 / float(stream.average_rate) if stream.average_rate else 0.1
     tolerance = max(4 * default_seconds, 0.3)
@@ -143,11 +141,7 @@ def _check_end(path: Path, container: Any, stream: Any, num_frames: int, last_st
 
 
 def _open_alpha_decoder(path: Path, codec: str) -> Any:
-    """Return a decoder that reads the alpha channel of this codec.
-
-    Raises:
-        MediaError: If FFmpeg lacks such a decoder.
-    """
+    """Return a decoder that reads the alpha channel of this codec."""
     try:
         decoder = av.CodecContext.create(_ALPHA_DECODERS[codec], "r")
     except ValueError:
@@ -386,10 +380,7 @@ def _read_durations(path: Path, maximum: int | None = None) -> list[float]:
 
 
 def _read_gif_durations(file: BinaryIO) -> Iterator[float]:
-    """Yield the duration in seconds of each frame of a GIF; the first 6 bytes have been read.
-
-    Raises EOFError if the file is cut short.
-    """
+    """Yield the duration in seconds of each frame of a GIF; the first 6 bytes have been read."""
     _skip_colors(file, _read_exactly(file, 7)[4])  # byte 4 states the size of the color table
     hundredths = 0
     while (block_type := _read_exactly(file, 1)) != b";":

@@ -228,11 +228,7 @@ def encode_images(stream: Any, pictures: Iterable[Pixels]) -> Iterator[Any]:
 
 
 def _make_frames(stream: Any, pictures: Iterable[Pixels]) -> Iterator[Any]:
-    """Yield FFmpeg's frames of the images, in the stream's pixel format and with BT.709 colors.
-
-    Raises:
-        MediaError: If the size of the images changes.
-    """
+    """Yield FFmpeg's frames of the images, in the stream's pixel format and with BT.709 colors."""
     colors = av.video.reformatter
     bt709 = colors.Colorspace.ITU709.value
     is_deep = any(part.bits > 8 for part in av.VideoFormat(stream.pix_fmt).components)

@@ -233,10 +233,8 @@ def scene_distance(first: Thumbnail, second: Thumbnail, minimum: float = 0.0) ->
 
 
 def _correlate(first: Thumbnail, second: Thumbnail, y: int, x: int) -> float | None:
-    """Correlate the first thumbnail, shifted by y and x, with the second, without cells white in either.
-
-    The result is None if too few cells are left, or if they are uniformly gray in either thumbnail.
-    """
+    """Correlate the first thumbnail, shifted by y and x, with the second, without cells white in either."""
+    # The result is None if too few cells are left, or if they are uniformly gray in either thumbnail.
     height, width = first.gray.shape
     # the part of each thumbnail that overlaps the other one after the shift
     first_area = slice(max(0, y), height + min(0, y)), slice(max(0, x), width + min(0, x))

@@ -223,11 +223,9 @@ def read_filled(
 def _decode_blocks(
     path: Path, index: int, begin: Fraction, *, rate: int, layout: str, lenient: bool
 ) -> Iterator[tuple[int, Samples]]:
-    """Yield blocks of decoded samples, each with the index of its first sample, counted from `begin`.
-
-    The file is first opened at SEEK_MARGIN before `begin`. If its first block starts after `begin`, the seek
-    went too far, and the file is opened again and decoded from its start.
-    """
+    """Yield blocks of decoded samples, each with the index of its first sample, counted from `begin`."""
+    # The file is first opened at SEEK_MARGIN before `begin`. If its first block starts after `begin`, the
+    # seek went too far, and the file is opened again and decoded from its start.
     for may_seek in (True, False):
         with open_container(path, AUDIO_FORMATS) as container:
             stream = container.streams[index]
@@ -251,10 +249,8 @@ def _decode_blocks(
 def _decode_resampled(
     path: Path, container: Any, stream: Any, begin: Fraction, *, rate: int, layout: str, lenient: bool
 ) -> Iterator[tuple[int, Samples]]:
-    """Yield resampled blocks, each with the index of its first sample counted from `begin`.
-
-    Damaged audio raises FFmpegError; with `lenient`, it ends the blocks with a warning.
-    """
+    """Yield resampled blocks, each with the index of its first sample counted from `begin`."""
+    # Damaged audio raises FFmpegError; with `lenient`, it ends the blocks with a warning.
     timed_frames = (
         (frame, None if frame.pts is None else frame.pts * (frame.time_base or stream.time_base) - begin)
         for frame in _decode_frames(container, stream, lenient)
@@ -275,15 +271,9 @@ def _decode_resampled(
 def _resample(
     timed_frames: Iterable[tuple[Any, Fraction | None]], rate: int, layout: str
 ) -> Iterator[tuple[int, Samples]]:
-    """Yield resampled blocks, each with the index of its first sample, where time 0 has index 0.
-
-    If the time jumps or the format changes, a new resampler starts at the frame's time.
-
-    Args:
-        timed_frames: FFmpeg's audio frames, each with its time in seconds; None continues the frame before.
-        rate: Samples per second of the blocks.
-        layout: FFmpeg's name of the blocks' channel layout.
-    """
+    """Yield resampled blocks, each with the index of its first sample, where time 0 has index 0."""
+    # If the time jumps or the format changes, a new resampler starts at the frame's time.
+    # timed_frames: FFmpeg's audio frames, each with its time in seconds; None continues the frame before.
     resampler = None
     input_format = None  # format of the samples that the resampler takes
     next_index = 0  # index of the next sample

@@ -152,10 +152,8 @@ def _read_timed(path: Path, deep: bool) -> Iterator[OutputFrame]:
 
 
 def _find_end(container: Any, stream: Any) -> Fraction | None:
-    """Return the time at which the last frame ends, in the file's timeline; None if it is unknown.
-
-    Files may store a duration for the frame that is stored last, but not for the frame that is shown last.
-    """
+    """Return the time at which the last frame ends, in the file's timeline; None if it is unknown."""
+    # Files may store a duration for the frame that is stored last, but not for the frame that is shown last.
     end = decoding.declared_end(container, stream)
     if "mov" in container.format.name and stream.duration:
         end = ((stream.start_time or 0) + stream.duration) * Fraction(stream.time_base)
@@ -221,10 +219,8 @@ class Clock:
         return self._last_time
 
     def _find_grid_start(self, time: Fraction) -> Fraction:
-        """Return where the grid of frame times starts; `time` is the first frame's time in the file.
-
-        This is the multiple of the frame duration nearest to `time` if it is close, else `time`.
-        """
+        """Return where the grid of frame times starts; `time` is the first frame's time in the file."""
+        # This is the multiple of the frame duration nearest to `time` if it is close, else `time`.
         nearest = round(time / self._frame_seconds) * self._frame_seconds
         return nearest if abs(nearest - time) <= max(self._tolerance, START_TOLERANCE) else time
 

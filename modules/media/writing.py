@@ -180,13 +180,7 @@ class Timing:
             yield held_back
 
     def _assign_time(self, packet: Any, shortest: int) -> None:
-        """Replace the image indices of a packet by timestamps.
-
-        Args:
-            packet: A packet of the encoder, whose times count images.
-            shortest: Ticks between packets that are decoded before the first image is shown: the shortest
-                duration of an image, because a mean of long ones would make the file begin too early.
-        """
+        """Replace the image indices of a packet by timestamps."""
         ticks = ticks_per_second(self.rate)
         shown_index = round(packet.pts * packet.time_base * self.rate)
         decoding_index = round(packet.dts * packet.time_base * self.rate)
@@ -408,10 +402,8 @@ def _open_stream_writers(
     rate: Fraction,
     with_images: bool,
 ) -> Iterator[_StreamWriters]:
-    """Yield the writer of a generated track, of a section's audio, or of all streams of a video.
-
-    The writers are None for a GIF or WebP animation, which has no such streams.
-    """
+    """Yield the writer of a generated track, of a section's audio, or of all streams of a video."""
+    # The writers are None for a GIF or WebP animation, which has no such streams.
     path = video if section is None else section.path
     if generated is not None:
         yield _StreamWriters(side_streams=generated, copied_video=None)

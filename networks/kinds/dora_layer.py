@@ -47,15 +47,9 @@ def decompose(layer: LoraLayer, out: Tensor, added: Tensor, dtype: torch.dtype) 
 
 @torch.no_grad()
 def _compute_row_norms(layer: LoraLayer, dtype: torch.dtype) -> Tensor:
-    """Return the row norms of W + change, float32, without computing the change.
-
-    For a row w of W, a row b of the up factor, the down factor A, and s = alpha / rank:
-    |w + s b A|^2 = |w|^2 + 2 s b (A w) + s^2 b (A A^T) b^T.
-
-    Args:
-        layer: The layer.
-        dtype: Dtype of the module's input.
-    """
+    """Return the row norms of W + change, float32, without computing the change."""
+    # For a row w of W, a row b of the up factor, the down factor A, and s = alpha / rank: |w + s b A|^2 =
+    # |w|^2 + 2 s b (A w) + s^2 b (A A^T) b^T.
     frozen_squares = layer.squares  # |w|^2
     assert isinstance(frozen_squares, Tensor)
     down = layer.lora_down.weight.flatten(1)
@@ -70,15 +64,9 @@ def _compute_row_norms(layer: LoraLayer, dtype: torch.dtype) -> Tensor:
 
 
 def _multiply_by_frozen_weight(layer: LoraLayer, down: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return A W^T for the down factor A and the frozen weight W as float32, R x out.
-
-    For a linear layer, the frozen module's forward computes it, because its weight may be quantized.
-
-    Args:
-        layer: The layer.
-        down: Down factor, R x in, or R x (in * kernel) for a convolution.
-        dtype: Dtype to compute in.
-    """
+    """Return A W^T for the down factor A and the frozen weight W as float32, R x out."""
+    # For a linear layer, the frozen module's forward computes it, because its weight may be quantized.
+    # down: Down factor, R x in, or R x (in * kernel) for a convolution.
     original = layer.original
     if isinstance(original, nn.Conv2d):
         matrix = gather_weight(original.weight).flatten(1)

@@ -75,14 +75,7 @@ def split_size(size: int, factor: int) -> tuple[int, int]:
 def _translate_to_diffusers(
     name: str, factors: Factors, family: "FamilyNames", is_in_diffusers: bool
 ) -> "Pieces | str":
-    """Return a LoKr as {path in diffusers: factors}, or the reason why diffusers cannot read it.
-
-    Args:
-        name: Name of the module.
-        factors: Factors of the module, by factor name.
-        family: The model family.
-        is_in_diffusers: Whether the file's modules are in diffusers' layout, which splits some of ours.
-    """
+    """Return a LoKr as {path in diffusers: factors}, or the reason why diffusers cannot read it."""
     from networks import module_names
     from networks.names.layouts import SWAPPED
     from networks.writing import single_piece

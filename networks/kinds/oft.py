@@ -52,11 +52,7 @@ def fit_block_size(width: int, size: int) -> int | None:
 
 
 def _log_adjustments(adjustments: Mapping[str, int]) -> None:
-    """Log which block sizes were replaced because they do not divide a layer's inputs.
-
-    Args:
-        adjustments: Description of a replaced block size -> number of layers.
-    """
+    """Log which block sizes were replaced because they do not divide a layer's inputs."""
     from modules.console import format_count
 
     lines = [f"{text} ({format_count(count, 'layer')})" for text, count in sorted(adjustments.items())]

@@ -133,10 +133,8 @@ def _run_command(command: ScriptCommand, options: Sequence[str]) -> None:
 
 
 def _list_or_reject(commands: Sequence[ScriptCommand], argv: Sequence[str]) -> None:
-    """Print the commands that begin with the typed words if the user asks for help; otherwise exit with 2.
-
-    Without any words, print the commands that a beginner needs.
-    """
+    """Print the commands that begin with the typed words if the user asks for help; otherwise exit with 2."""
+    # Without any words, print the commands that a beginner needs.
     asks_for_help = not argv or argv[-1] in {"-h", "--help", "help", "--all"}
     beginning = tuple(argv[:-1] if asks_for_help else argv)
     matching = [command for command in commands if command.words[: len(beginning)] == beginning]
@@ -170,11 +168,9 @@ _SYNONYMS = {
 
 
 def _explain_unknown(commands: Sequence[ScriptCommand], words: Sequence[str]) -> str:
-    """Return the error message for an unknown command, with a likely suggestion.
-
-    If commands begin with the first word, such as `train`, only their other words are compared. If this
-    finds none, or no command begins with it, a synonym of the first word is suggested first.
-    """
+    """Return the error message for an unknown command, with a likely suggestion."""
+    # If commands begin with the first word, such as `train`, only their other words are compared. If this
+    # finds none, or no command begins with it, a synonym of the first word is suggested first.
     typed_words = " ".join(word for word in words[:3] if not word.startswith("-"))
     names_by_ending = _index_by_ending(commands, words[0])
     suggestions = _list_matching(commands, typed_words, Path(words[0]).name.removesuffix(".py"))

@@ -108,11 +108,9 @@ class ScriptArguments:
 
 
 def _format_option(name: str, value: Any, action: argparse.Action | None) -> list[str]:
-    """Convert one keyword argument to command-line arguments.
-
-    None and False give no arguments, and True gives only the flag. `action` is the parser's option with this
-    name; None if there is none, which the parser will report.
-    """
+    """Convert one keyword argument to command-line arguments."""
+    # None and False give no arguments, and True gives only the flag. `action` is the parser's option with
+    # this name; None if there is none, which the parser will report.
     flag = f"--{name}"
     if action is not None:
         flag = _find_flag(name, action)

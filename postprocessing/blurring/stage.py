@@ -64,14 +64,8 @@ def _cover_box(pixels: Pixels, box: Box, options: BlurOptions) -> None:
 
 
 def _make_cover(pixels: Pixels, core: Area, area: Area, options: BlurOptions) -> Pixels:
-    """Return a rectangle of an image, blurred or black.
-
-    Args:
-        pixels: The image, H W 3.
-        core: The area without its soft edge.
-        area: The area to return.
-        options: Options of the blur.
-    """
+    """Return a rectangle of an image, blurred or black."""
+    # pixels: The image, H W 3.
     if options.method == "fill":
         return np.zeros_like(pixels[area.slices()])
     # the requested size, but at least MIN_BLUR_FRACTION of the box, which leaves a few spots of color at any
@@ -123,10 +117,8 @@ def _measure_from_ellipse(
 
 
 def _make_opacity(area: Area, core: Area, ellipse: Box | None, feather: int) -> NDArray[np.float32]:
-    """Return the opacity of the cover for each pixel of a rectangle, 0..1.
-
-    It is 1 in `core`, or in `ellipse` if there is one, and decreases over `feather` pixels around.
-    """
+    """Return the opacity of the cover for each pixel of a rectangle, 0..1."""
+    # It is 1 in `core`, or in `ellipse` if there is one, and decreases over `feather` pixels around.
     x = np.arange(area.left, area.right, dtype=np.float32)[None]
     y = np.arange(area.top, area.bottom, dtype=np.float32)[:, None]
     if ellipse is None:

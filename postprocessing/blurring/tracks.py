@@ -142,14 +142,8 @@ class Tracks:
 def _match(
     tracks: Sequence[Track], boxes: Sequence[Box], score: Callable[[Track, Numbers, int], Numbers], index: int
 ) -> dict[Track, Box]:
-    """Match tracks with boxes of image `index`, best pairs first; return the box of each matched track.
-
-    Args:
-        tracks: Tracks to match.
-        boxes: Boxes to match.
-        score: Returns the score of a track and boxes (N 4) in an image; above 0 if they may match.
-        index: Index of the image.
-    """
+    """Match tracks with boxes of image `index`, best pairs first; return the box of each matched track."""
+    # score: Returns the score of a track and boxes (N 4) in an image; above 0 if they may match.
     if not tracks or not boxes:
         return {}
     box_array = np.array(boxes, np.float32)
@@ -191,11 +185,9 @@ def _score_by_distance(track: Track, boxes: Numbers, index: int) -> Numbers:
 
 
 def _interpolate(before: Sequence[Sighting], after: Sequence[Sighting], index: int) -> Box:
-    """Return a box that covers an object in an image between two detections.
-
-    It encloses the interpolated and the extrapolated box: an object that changes its speed is near one of
-    them.
-    """
+    """Return a box that covers an object in an image between two detections."""
+    # It encloses the interpolated and the extrapolated box: an object that changes its speed is near one of
+    # them.
     sighting_before = before[-1]
     sighting_after = after[0]
     fraction = (index - sighting_before.frame_index) / (

@@ -265,11 +265,9 @@ def _load(
     what: str,
     float32_prefixes: tuple[str, ...] = (),
 ) -> Network:
-    """Load the weights of a checkpoint into the network that `build` creates from the plan's config.
-
-    Weights are converted to `dtype`, except those whose names start with one of the `float32_prefixes`: these
-    are loaded in float32. `what` names the network in messages.
-    """
+    """Load the weights of a checkpoint into the network that `build` creates from the plan's config."""
+    # Weights are converted to `dtype`, except those whose names start with one of the `float32_prefixes`:
+    # these are loaded in float32. `what` names the network in messages.
 
     def select_tensor_dtype(name: str, _stored: torch.dtype) -> torch.dtype:
         return torch.float32 if name.startswith(float32_prefixes) else dtype
@@ -327,13 +325,7 @@ def find_files(options: FacefixOptions) -> FacefixFiles:
 
 
 def _find_detector(name: str, folder: Path, mode: str) -> Path:
-    """Return the model file of a face detector.
-
-    Args:
-        name: Name of a released detector in the folder, or the path of a detector.
-        folder: Folder of the model.
-        mode: Value of --mode.
-    """
+    """Return the model file of a face detector."""
     what = f"--detection_model {name}"
     if name in RETINAFACES:
         stem = RETINAFACES[name]
@@ -357,18 +349,7 @@ def _find_detector(name: str, folder: Path, mode: str) -> Path:
 
 
 def _find_first_file(folder: Path, stems: Sequence[str], what: str, origin: str, task: str | None) -> Path:
-    """Return the first existing file with one of the stems and any known suffix, ignoring case.
-
-    Args:
-        folder: Folder of the files.
-        stems: Names of the files without suffix, the preferred ones first.
-        what: Option and value that need the file, for the message.
-        origin: Address where it can be found, for the message.
-        task: Its name in tools/download.py; None if it has none.
-
-    Raises:
-        CheckpointError: If no file exists.
-    """
+    """Return the first existing file with one of the stems and any known suffix, ignoring case."""
     path_by_name: dict[str, Path] = {}
     with contextlib.suppress(OSError):  # the folder may be missing
         path_by_name = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_file()}

@@ -205,11 +205,7 @@ class RetinaFaceDetector:
         return faces
 
     def _run(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Run RetinaFace; if its output is not finite in half precision, switch to float32 permanently.
-
-        Raises:
-            CheckpointError: If the output is not finite in float32, because faces would be missed silently.
-        """
+        """Run RetinaFace; if its output is not finite in half precision, switch to float32 permanently."""
         dtype = next(self.network.parameters()).dtype
         outputs: tuple[Tensor, Tensor, Tensor] = self.network(image.to(dtype))
         if all(bool(output.isfinite().all()) for output in outputs):

@@ -173,10 +173,8 @@ def _enclose(regions: Sequence[Area]) -> Area:
 
 
 def _make_canvas_matrix(pixels: Pixels, canvas: Pixels) -> NDArray[np.float64]:
-    """Return the matrix from the image's pixel coordinates to the pixel coordinates of its enlarged copy.
-
-    Both refer to pixel centers.
-    """
+    """Return the matrix from the image's pixel coordinates to the pixel coordinates of its enlarged copy."""
+    # Both refer to pixel centers.
     across = canvas.shape[1] / pixels.shape[1]
     down = canvas.shape[0] / pixels.shape[0]
     return np.array([[across, 0, (across - 1) / 2], [0, down, (down - 1) / 2], [0, 0, 1]])

@@ -97,10 +97,8 @@ class YoloDetector:
         raise _other_layout(self.path, shapes)
 
     def _decode(self, output: NDArray[np.float32], least_score: float) -> _Rows:
-        """Decode the YOLO's output to detections with at least `least_score`.
-
-        Versions differ: candidates are rows or columns, or the file has selected the best boxes already.
-        """
+        """Decode the YOLO's output to detections with at least `least_score`."""
+        # Versions differ: candidates are rows or columns, or the file has selected the best boxes already.
         # possible candidate counts: one for each cell of the grids, whose steps depend on the version
         candidate_counts = []
         for steps in (STEPS, *VARIANT_STEPS):
@@ -177,10 +175,8 @@ def read_layout(path: Path, model: OnnxModel, side: int | None) -> YoloLayout | 
 
 
 def _looks_like_yolo(model: OnnxModel) -> bool:
-    """Return whether a model takes images of three channels and was exported as a YOLO.
-
-    Exporters note the task; files without notes are recognized by the shape of their output.
-    """
+    """Return whether a model takes images of three channels and was exported as a YOLO."""
+    # Exporters note the task; files without notes are recognized by the shape of their output.
     shape = model.input_shape
     takes_images = len(shape) == 4 and shape[1] in (3, None)
     if not takes_images or "task" in model.notes:

@@ -215,10 +215,7 @@ def _find_main_file(folder: Path, kind: str) -> Path:
 
 
 def _find_flow_file(main: Path, kind: str) -> Path:
-    """Return the optical flow network's file next to the main file, which may also contain that network.
-
-    Raises CheckpointError if there is none.
-    """
+    """Return the optical flow network's file next to the main file, which may also contain that network."""
     names = RAFT_FILES if kind == WITH_RAFT else FLOWFORMER_FILES
     # stem of the released file; the name of a renamed copy may begin with it
     flow = _find_model(main.parent, names, names[1].partition(".")[0])
@@ -275,11 +272,7 @@ def read_settings(path: Path | None) -> ModeSettings:
 
 
 def _parse_settings(path: Path) -> ModeSettings:
-    """Read the settings of a GIMM-VFI model from its YAML file.
-
-    Raises:
-        CheckpointError: If a setting is not supported. Any other error means that the file cannot be read.
-    """
+    """Read the settings of a GIMM-VFI model from its YAML file."""
     arch = _require_mapping(_require_mapping(parse_yaml(read_text(path))).get("arch"))
     hyponet = _require_mapping(arch.get("hyponet"))
     activation = hyponet.get("activation", "siren")

@@ -142,14 +142,10 @@ def splat(image: Tensor, flow: Tensor, weight: Tensor) -> Tensor:
 
 
 def _sum_arrivals(values: Tensor, flow: Tensor) -> Tensor:
-    """Sum the rows that the optical flow moves to each position (forward warping).
-
-    A row is shared among the four pixels around its target, by bilinear weights.
-
-    Args:
-        values: Rows, H*W C.
-        flow: Flow, 1 2 H W.
-    """
+    """Sum the rows that the optical flow moves to each position (forward warping)."""
+    # A row is shared among the four pixels around its target, by bilinear weights.
+    # values: Rows, H*W C.
+    # flow: Flow, 1 2 H W.
     height, width = flow.shape[-2:]
     total = torch.zeros_like(values)
     x, y = _find_targets(flow)
@@ -165,15 +161,7 @@ def _sum_arrivals(values: Tensor, flow: Tensor) -> Tensor:
 def _weigh_neighbor(
     x: Tensor, y: Tensor, column: Tensor, row: Tensor, size: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Return the index of a neighboring pixel of each target, and its bilinear weight.
-
-    Args:
-        x: Horizontal positions of the targets.
-        y: Vertical positions of the targets.
-        column: Column of the neighbor.
-        row: Row of the neighbor.
-        size: Height and width of the image; outside it the weight is 0.
-    """
+    """Return the index of a neighboring pixel of each target, and its bilinear weight."""
     height, width = size
     weight = (1 - (x - column).abs()) * (1 - (y - row).abs())
     is_inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
@@ -309,11 +297,9 @@ class Correlation:
         return products * (is_row[:, :, None] & is_column[:, None])
 
     def _compute_products(self, level: int, start: Tensor) -> Tensor:
-        """Compute the products of each position with a window of the second image, P 10 10 (y, x).
-
-        Used if the full cost volume would take too much memory. `start` holds x and y of the window's first
-        corner for each of the P positions.
-        """
+        """Compute the products of each position with a window of the second image, P 10 10 (y, x)."""
+        # Used if the full cost volume would take too much memory. `start` holds x and y of the window's first
+        # corner for each of the P positions.
         height, width = self._sizes[level]
         features = self._levels[level]  # with REACH zeros around the image
         stride = width + 2 * REACH  # length of a row, with its zeros

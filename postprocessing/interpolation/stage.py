@@ -121,11 +121,9 @@ class Interpolator:
     def _fill_gap(
         self, first: "_CachedFrame", second: "_CachedFrame", is_deep: bool, repeats: bool
     ) -> Iterator[OutputFrame]:
-        """Yield the first of two frames, then the frames to insert before the second one.
-
-        Inserted frames are interpolated, in 16 bits if `is_deep`. With `repeats`, they are copies of the
-        first frame.
-        """
+        """Yield the first of two frames, then the frames to insert before the second one."""
+        # Inserted frames are interpolated, in 16 bits if `is_deep`. With `repeats`, they are copies of the
+        # first frame.
         factor = self._options.factor
         start = first.output.start
         step = (second.output.start - start) / factor
@@ -140,11 +138,9 @@ class Interpolator:
             yield OutputFrame(pixels, start + index * step, step)
 
     def _shorten_last(self, last: OutputFrame, rate: Fraction | None) -> OutputFrame:
-        """Return the last frame of a clip with the duration that it has in the output.
-
-        If `rate`, the clip's frames per second, is constant, it lasts one step of the new rate. A frame that
-        lasts longer is shortened by at most one step of the old rate.
-        """
+        """Return the last frame of a clip with the duration that it has in the output."""
+        # If `rate`, the clip's frames per second, is constant, it lasts one step of the new rate. A frame
+        # that lasts longer is shortened by at most one step of the old rate.
         old_step = 1 / rate if rate else last.seconds
         return replace(last, seconds=max(last.seconds / self._options.factor, last.seconds - old_step))
 

@@ -298,14 +298,8 @@ class Synthesis(nn.Module):
         return flow + change, mask, wide + feature
 
     def _predict_final(self, images: Tensor, refined: Refined, first: Tensor, second: Tensor) -> Blend:
-        """Predict the final flows, masks and colors at full size from estimates at a quarter of the size.
-
-        Args:
-            images: Both images, 2 3 H W.
-            refined: Flows, mask and features after the updates, at a quarter of the size.
-            first: Features of the first image, at a quarter of the size.
-            second: Features of the second image.
-        """
+        """Predict the final flows, masks and colors at full size from estimates at a quarter of the size."""
+        # images: Both images, 2 3 H W.
         decoder = self.amt_final_decoder
         small_flow, small_mask, small_feature = refined
         # flows are in pixels, so their values grow with the size

@@ -119,10 +119,8 @@ def _find_kind(names: Container[str]) -> tuple[UpscalerKind, Callable[[Checkpoin
 
 
 def _read_rrdb(checkpoint: Checkpoint) -> LoadPlan[RrdbConfig]:
-    """Plan the loading of an ESRGAN or Real-ESRGAN; tensor names differ between releases.
-
-    Networks for small factors take a pixel-unshuffled image: more channels at a smaller size.
-    """
+    """Plan the loading of an ESRGAN or Real-ESRGAN; tensor names differ between releases."""
+    # Networks for small factors take a pixel-unshuffled image: more channels at a smaller size.
     table = _list_rrdb_names(checkpoint)
     sources = rename_sources(list_tensor_sources(checkpoint), lambda name: translate_name(name, table))
     shape = _Shapes(checkpoint, make_shape_reader(checkpoint, sources))

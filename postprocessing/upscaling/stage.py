@@ -42,10 +42,8 @@ def bytes_per_pixel(kind: UpscalerKind, config: Config, dtype: torch.dtype) -> f
 
 
 def _measure_peak_bytes(kind: UpscalerKind, config: Config, dtype: torch.dtype, side: int) -> int:
-    """Return the peak memory of a network with one block for a square image, without computing anything.
-
-    The network runs on fake tensors, and a ledger adds up their sizes.
-    """
+    """Return the peak memory of a network with one block for a square image, without computing anything."""
+    # The network runs on fake tensors, and a ledger adds up their sizes.
     with META:
         network = kind.build(config.with_one_block).to(dtype)
     with dry_run() as ledger, torch.no_grad():
@@ -172,11 +170,9 @@ class UpscalerStage:
         )
 
     def _predict_tile(self, clip: Clip, batch: int) -> int:
-        """Return the size of the largest tiles that fit into memory; WHOLE_IMAGE if whole images do.
-
-        The size is estimated instead of tried: on a CPU the system would kill the program, and some GPU
-        drivers would fall back to host memory, which is slower than tiles.
-        """
+        """Return the size of the largest tiles that fit into memory; WHOLE_IMAGE if whole images do."""
+        # The size is estimated instead of tried: on a CPU the system would kill the program, and some GPU
+        # drivers would fall back to host memory, which is slower than tiles.
         usable_bytes = self.get_usable_bytes(self.device)
         config = self.upscaler.config
         if usable_bytes is None:  # unknown for this device

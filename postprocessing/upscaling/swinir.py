@@ -158,14 +158,8 @@ class ResidualGroup(nn.Module):
         return x
 
     def _apply_in_windows(self, x: Tensor, block: nn.Module, index: Tensor, shift: int) -> Tensor:
-        """Apply a block to the windows of a feature map, B H W C, a few windows at a time.
-
-        Args:
-            x: Feature map, already shifted by `shift`.
-            block: Transformer block with window attention.
-            index: Index of the attention bias for each pair of pixels of a window.
-            shift: Pixels by which the map was rolled; 0 for unshifted windows.
-        """
+        """Apply a block to the windows of a feature map, B H W C, a few windows at a time."""
+        # index: Index of the attention bias for each pair of pixels of a window.
         out = torch.empty_like(x)
         windows = self._view_windows(x)
         results = self._view_windows(out)

@@ -30,11 +30,7 @@ _SLIDER = "--slider of a training script learns from two prompts, without files:
 
 
 def _find_run(values: Mapping[str, Any]) -> ForeignRun:
-    """Return what kind of run an AI Toolkit job is, with the key that shows it.
-
-    Raises:
-        UnsupportedRun: If `new` cannot set up this kind of training.
-    """
+    """Return what kind of run an AI Toolkit job is, with the key that shows it."""
     job = str(values.get("job"))
     kind = str(values.get(f"{_FIRST_PROCESS}.type", ""))
     if job in {"extract", "generate", "mod"}:

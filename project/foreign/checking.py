@@ -47,11 +47,9 @@ def check_run(
 
 
 def _find_rejection_message(script: str, folder: Path, texts: Mapping[str, str]) -> str | None:
-    """Return the error with which a training script rejects a run's options; None if it accepts them.
-
-    `texts` maps file names of the run to their contents. The files are not in the folder yet, so
-    temporary copies are checked.
-    """
+    """Return the error with which a training script rejects a run's options; None if it accepts them."""
+    # `texts` maps file names of the run to their contents. The files are not in the folder yet, so temporary
+    # copies are checked.
     with temporary_folder() as copies:
         for name, text in texts.items():
             write_text(copies / name, text)

@@ -57,14 +57,9 @@ def _guess_model(values: Mapping[str, Any]) -> tuple[str, str] | None:
 
 
 def _find_run(values: Mapping[str, Any]) -> ForeignRun:
-    """Return the kind of run that a kohya GUI file describes, with the key that shows it.
-
-    Keys are tried from the most specific to the least: LECO, LLLite, LoRA, embedding; otherwise the full
-    model.
-
-    Raises:
-        UnsupportedRun: If `new` cannot set up this kind of run.
-    """
+    """Return the kind of run that a kohya GUI file describes, with the key that shows it."""
+    # Keys are tried from the most specific to the least: LECO, LLLite, LoRA, embedding; otherwise the full
+    # model.
     _reject_slider(values)
     if _is_lllite(values):
         return ForeignRun("lllite", "lllite_cond_dim")
@@ -106,10 +101,8 @@ _TWO_ENCODER_RATE_KEYS = ("learning_rate_te1", "learning_rate_te2")
 
 
 def _find_trained_networks(values: Mapping[str, Any]) -> TrainedNetworks:
-    """Return which networks a kohya GUI file trains, and their learning rates.
-
-    The GUI writes 0 for a rate that the user has not set.
-    """
+    """Return which networks a kohya GUI file trains, and their learning rates."""
+    # The GUI writes 0 for a rate that the user has not set.
     encoder_rate_keys = _TWO_ENCODER_RATE_KEYS if is_on(values.get("sdxl")) else _ONE_ENCODER_RATE_KEYS
     all_keys = ("unet_lr", "text_encoder_lr", "train_text_encoder", *encoder_rate_keys)
     keys = tuple(key for key in all_keys if key in values)
@@ -141,10 +134,8 @@ def _find_lora_networks(values: Mapping[str, Any], keys: tuple[str, ...]) -> Tra
 
 
 def _find_ineffective_keys(values: Mapping[str, Any]) -> set[str]:
-    """Return the keys without effect in a kohya GUI file, because other keys turn their feature off.
-
-    The GUI saves all of its fields, including fields of unused features.
-    """
+    """Return the keys without effect in a kohya GUI file, because other keys turn their feature off."""
+    # The GUI saves all of its fields, including fields of unused features.
     network_type = str(values.get("LoRA_type", "")).lower()
     ineffective = _find_other_model_keys(values)
     if "lycoris" not in network_type:

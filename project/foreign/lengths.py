@@ -81,11 +81,9 @@ def _report_unused_length(
 def _select_steps(
     project: ForeignProject, epochs: Sequence[FileEpochs], file_steps: int | None, epoch: Epoch
 ) -> int | None:
-    """Return the training length that a project sets: its number of steps, or the steps of its epochs.
-
-    `epochs` are keys of the file that give a number of epochs, and `file_steps` is the file's number of
-    steps. Returns None if neither is set. Unused keys are reported.
-    """
+    """Return the training length that a project sets: its number of steps, or the steps of its epochs."""
+    # `epochs` are keys of the file that give a number of epochs, and `file_steps` is the file's number of
+    # steps. Returns None if neither is set. Unused keys are reported.
     chosen = _select_epochs(epochs, file_steps, epoch.steps)
     deciding_key = project.get_file_key("max_train_steps") if chosen is None else chosen.key
     reason = f"{deciding_key} counts, as in {project.title}"
@@ -163,10 +161,8 @@ def _set_epoch_interval(
 
 
 def _resolve_warmup(project: ForeignProject, steps: int) -> None:
-    """Convert a project's warm-up to steps, and select a learning rate schedule with warm-up.
-
-    `steps` is the number of training steps.
-    """
+    """Convert a project's warm-up to steps, and select a learning rate schedule with warm-up."""
+    # `steps` is the number of training steps.
     training = project.training_options
     if project.warmup_fraction is not None:
         key, fraction = project.warmup_fraction

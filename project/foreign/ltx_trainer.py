@@ -56,10 +56,8 @@ def _read_on(_: Any) -> bool:
 
 
 def _make_end_rules(stream: str, kind: str) -> dict[str, KeyRule]:
-    """Return the rules for keys that condition a model on the first or last frames (or audio) of clips.
-
-    `stream` ("video" or "audio") is part of the file's keys; `kind` is part of the names of our options.
-    """
+    """Return the rules for keys that condition a model on the first or last frames (or audio) of clips."""
+    # `stream` ("video" or "audio") is part of the file's keys; `kind` is part of the names of our options.
     found = {}
     for end in ("prefix", "suffix"):
         start = f"{_STRATEGY_TABLE}.{stream}.conditions.{end}"

@@ -96,11 +96,7 @@ def _as_plain(value: Any, default: Any) -> Any:
 def _adopt_option(
     project: ForeignProject, option: AdoptableOption, key: str, value: Any, is_set_by_new: bool
 ) -> None:
-    """Adopt the value of an option; with `is_set_by_new`, `new` would otherwise choose a value itself.
-
-    Raises:
-        ValueError: If the option does not accept the value.
-    """
+    """Adopt the value of an option; with `is_set_by_new`, `new` would otherwise choose a value itself."""
     if option.reaches_out:
         raise ValueError(f"--{key} can only be set on the command line of the training")
     # an "off" value matters only for a switch that is on by default

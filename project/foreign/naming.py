@@ -106,10 +106,8 @@ def _report_unknown_model(project: ForeignProject, rule: KeyRule, key: str, valu
 
 
 def _find_model_by_name(program: Program, name: str) -> tuple[str, str | None] | None:
-    """Return the (family, task) that a model name, a repository or a released file stands for.
-
-    The task is None if the trainer's name stands for all tasks of a family.
-    """
+    """Return the (family, task) that a model name, a repository or a released file stands for."""
+    # The task is None if the trainer's name stands for all tasks of a family.
     by_name = _index_models_by_name(program)
     file_name = re.split(r"[/\\]", name.strip().rstrip("/\\"))[-1]
     stem = re.sub(r"\.(safetensors|ckpt|sft|gguf|pt)$", "", file_name)

@@ -40,11 +40,9 @@ def _report_unused_dataset(project: ForeignProject, dataset: ForeignDataset) -> 
 
 
 def _resolve_resolutions(project: ForeignProject) -> None:
-    """Keep only the largest resolution of each folder, and set the largest of all in [general].
-
-    Another trainer's project may list a folder as several datasets of different resolutions. Afterwards only
-    folders that differ from [general] have their own key.
-    """
+    """Keep only the largest resolution of each folder, and set the largest of all in [general]."""
+    # Another trainer's project may list a folder as several datasets of different resolutions. Afterwards
+    # only folders that differ from [general] have their own key.
     sized_datasets = [dataset for dataset in project.datasets.values() if "resolution" in dataset.table_keys]
     if not sized_datasets:
         return
@@ -82,10 +80,8 @@ def _count_pixels(size: Size) -> int:
 
 
 def _move_to_general(project: ForeignProject) -> None:
-    """Move the keys of the only dataset folder to [general], where they override the project's values.
-
-    If the project lists the folder twice, the first value of a key is used.
-    """
+    """Move the keys of the only dataset folder to [general], where they override the project's values."""
+    # If the project lists the folder twice, the first value of a key is used.
     general_keys = project.general_keys
     moved_names: set[str] = set()
     for dataset in project.datasets.values():

@@ -77,11 +77,7 @@ def read_foreign(path: Path, typed_kind: str | None = None) -> ForeignProject:
 
 
 def _detect_run(project: ForeignProject, values: Mapping[str, Any], typed_kind: str | None) -> None:
-    """Set the kind of training run that another trainer's project file describes.
-
-    Raises:
-        OptionError: If `new` cannot set up that kind of run, and the command line names no other.
-    """
+    """Set the kind of training run that another trainer's project file describes."""
     try:
         project.run = project.program.find_run(values)
     except UnsupportedRun as error:
@@ -169,13 +165,8 @@ def _recognize_program(path: Path, values: Mapping[str, Any]) -> Program:
 
 
 def _read_values(path: Path, option: str, prefix: str) -> dict[str, Any]:
-    """Return the values of a YAML, TOML or JSON file by dotted key, such as `network.rank`.
-
-    Each key starts with `prefix`. `option` is the option that names the file, for messages.
-
-    Raises:
-        OptionError: If the file cannot be read or has too many keys.
-    """
+    """Return the values of a YAML, TOML or JSON file by dotted key, such as `network.rank`."""
+    # Each key starts with `prefix`. `option` is the option that names the file, for messages.
     suffix = path.suffix.lower()
     if suffix not in {".yaml", ".yml", ".toml", ".json"}:
         raise OptionError(f"{option} {path}: pass a .yaml, .toml or .json file of another trainer")
@@ -190,11 +181,7 @@ def _read_values(path: Path, option: str, prefix: str) -> dict[str, Any]:
 
 
 def _parse(suffix: str, text: str) -> Any:
-    """Parse text as TOML, JSON or YAML, depending on the file suffix.
-
-    Raises:
-        ValueError: If the text cannot be parsed.
-    """
+    """Parse text as TOML, JSON or YAML, depending on the file suffix."""
     if suffix == ".toml":
         return parse_toml(text)
     if suffix == ".json":
@@ -205,14 +192,9 @@ def _parse(suffix: str, text: str) -> Any:
 
 
 def _flatten(content: Any, key: str, depth: int, counter: Iterator[int]) -> Iterator[tuple[str, Any]]:
-    """Yield each value of a parsed file with its dotted key, such as `network.rank` or `datasets[0].path`.
-
-    `key` is the key of `content`: "" or a prefix with a colon for the whole file. `counter` counts values,
-    tables and lists, so that no file can produce an endless number of them.
-
-    Raises:
-        ValueError: If there are too many values, or tables nested too deeply.
-    """
+    """Yield each value of a parsed file with its dotted key, such as `network.rank` or `datasets[0].path`."""
+    # `key` is the key of `content`: "" or a prefix with a colon for the whole file. `counter` counts values,
+    # tables and lists, so that no file can produce an endless number of them.
     if depth > MAX_DEPTH:
         raise ValueError(f"{show(key)} is nested more than {MAX_DEPTH} levels deep, more than any project")
     if next(counter) > MAX_KEYS:
@@ -226,10 +208,8 @@ def _flatten(content: Any, key: str, depth: int, counter: Iterator[int]) -> Iter
 
 
 def _iterate_inner_values(content: Any, key: str) -> Iterator[tuple[str, Any]] | None:
-    """Yield the values inside a table or a list of tables, with their dotted keys; None for other values.
-
-    They are not collected in a list: a file may have any number of them, and `_flatten` stops at its limit.
-    """
+    """Yield the values inside a table or a list of tables, with their dotted keys; None for other values."""
+    # They are not collected in a list: a file may have any number of them, and `_flatten` stops at its limit.
     if isinstance(content, dict):
         separator = "" if not key or key.endswith(":") else "."
         # some files have names as on a command line

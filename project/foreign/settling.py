@@ -175,10 +175,8 @@ def _set_default_alpha(project: ForeignProject) -> None:
 
 
 def _adapt_adafactor_defaults(project: ForeignProject, script: ScriptOptions) -> None:
-    """Replace defaults of `new` for full training that conflict with the project's optimizer and schedule.
-
-    `new` sets Adafactor with fused_backward_pass, its arguments, no gradient clipping, and a warm-up.
-    """
+    """Replace defaults of `new` for full training that conflict with the project's optimizer and schedule."""
+    # `new` sets Adafactor with fused_backward_pass, its arguments, no gradient clipping, and a warm-up.
     training = project.training_options
     optimizer = training.get("optimizer_type", "adafactor")
     accumulates_gradients = training.get("gradient_accumulation_steps", 1) > 1

@@ -23,13 +23,8 @@ from project.foreign.contract import (
 
 
 def _find_run(values: Mapping[str, Any]) -> ForeignRun:
-    """Return the kind of run ("lora", "whole" or "controlnet") that a SimpleTuner config describes.
-
-    The result also has the key that determines the kind, for messages.
-
-    Raises:
-        UnsupportedRun: If `new` cannot set up this kind of training.
-    """
+    """Return the kind of run ("lora", "whole" or "controlnet") that a SimpleTuner config describes."""
+    # The result also has the key that determines the kind, for messages.
     kind = str(values.get("model_type", "lora"))
     if is_on(values.get("controlnet")):
         return ForeignRun("controlnet", "controlnet = true")

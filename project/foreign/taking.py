@@ -157,15 +157,7 @@ _ADOPTERS: Mapping[str, Callable[[ForeignProject, FileValue, Any], None]] = {
 def _set_once(
     project: ForeignProject, our_values: dict[str, Any], keys: dict[str, str], setting: FileValue, value: Any
 ) -> None:
-    """Set an option or dataset key, unless another key of the file has set another value.
-
-    Args:
-        project: Another trainer's project, with the report about its keys.
-        our_values: Our options or dataset keys with their values; the new one is added.
-        keys: Name of our option or dataset key -> the key of the file that set it.
-        setting: A key of the file with its value, and the rule that says which name it has here.
-        value: The value, converted for this program.
-    """
+    """Set an option or dataset key, unless another key of the file has set another value."""
     name = setting.rule.name
     # the file may not have the key: then the value is a default of the other program
     is_default = setting.key in project.assumed_defaults

@@ -156,10 +156,7 @@ def read_recipe(path: Path) -> TrainingRecipe:
 
 
 def _parse_recipe(name: str, content: Mapping[str, Any]) -> TrainingRecipe:
-    """Check the keys of a parsed recipe file, and return the recipe.
-
-    Raises ValueError or OptionError if a key or value is not allowed.
-    """
+    """Check the keys of a parsed recipe file, and return the recipe."""
     if _NAME.fullmatch(name) is None:
         raise ValueError("its name has to be of letters, digits, _ and -")
     for key in content:
@@ -186,11 +183,7 @@ def _show(key: str) -> str:
 
 
 def _read_text(key: str, value: Any) -> str:
-    """Return a string that is short enough for pages and tables, on a single line.
-
-    Raises:
-        ValueError: If the value is not one line of text, or is a URL.
-    """
+    """Return a string that is short enough for pages and tables, on a single line."""
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{_show(key)} is missing, or is not text")
     if len(value) > MAX_TEXT_LENGTH or escape_control_codes(value) != value or len(value.splitlines()) > 1:
@@ -291,17 +284,7 @@ def _find_recipe_options(script: str) -> dict[str, argparse.Action]:
 
 
 def _read_value(action: argparse.Action, name: str, value: Any, modules: set[str]) -> Any:
-    """Check one value of a recipe against its training option, and return it as run.toml stores it.
-
-    Args:
-        action: The option.
-        name: Its name.
-        value: Value in the recipe.
-        modules: Modules that `network_module` may name.
-
-    Raises:
-        ValueError: If the option does not accept the value, or may not be set by a recipe.
-    """
+    """Check one value of a recipe against its training option, and return it as run.toml stores it."""
     if name in ("optimizer_args", "network_args", "lr_scheduler_args"):
         return [_read_pair(name, text) for text in _as_list(value)]
     if name == "network_module":

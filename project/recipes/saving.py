@@ -140,11 +140,7 @@ def write_recipe(recipe: TrainingRecipe) -> str:
 def _find_trained_model(
     history: Path, changed_options: Mapping[str, str], start: Start
 ) -> tuple[str, str, str]:
-    """Return family, task and kind of a training run, from its folder's run.toml or from its options.
-
-    Raises:
-        OptionError: If neither names a model that `new` can set up.
-    """
+    """Return family, task and kind of a training run, from its folder's run.toml or from its options."""
     commands = _read_commands(history)
     for argv in commands:
         value_by_option = dict(itertools.pairwise(argv))  # each word with the one after it

@@ -259,12 +259,7 @@ class BlockSwap:
         slot.block = block
 
     def _evict(self, slot: Slot, after: Any) -> None:
-        """Copy a slot's changed weights back to host memory, and free the slot for another block.
-
-        Args:
-            slot: The slot.
-            after: Event after which changed weights may be copied back.
-        """
+        """Copy a slot's changed weights back to host memory, and free the slot for another block."""
         block = slot.block
         if block is None:
             return
@@ -367,13 +362,7 @@ def _offload_input_layers(
 def _make_slot_pools(
     dit: nn.Module, lists: Sequence[ListPlan], host_weights: Mapping[str, Tensor]
 ) -> list[SlotPool]:
-    """Return the slots, and the streamed blocks that share them, for each list that has streamed blocks.
-
-    Args:
-        dit: The transformer.
-        lists: Plan of each list of blocks.
-        host_weights: Weights in host memory, by name.
-    """
+    """Return the slots, and the streamed blocks that share them, for each list that has streamed blocks."""
     pools: list[SlotPool] = []
     start = 0  # position of the list's first block among all blocks
     for plan in lists:

@@ -105,10 +105,8 @@ def _warn_of_unpinned_memory(size: int, total: int) -> None:
 
 
 def _plan_offsets(sizes: Sequence[int]) -> tuple[list[int], list[range]]:
-    """Return the byte offset of each tensor, and the ranges of bytes to pin one by one.
-
-    No tensor and no page is in two ranges, because a copy must not cross the border between ranges.
-    """
+    """Return the byte offset of each tensor, and the ranges of bytes to pin one by one."""
+    # No tensor and no page is in two ranges, because a copy must not cross the border between ranges.
     offsets: list[int] = []
     pin_ranges: list[range] = []
     range_start = 0
@@ -143,11 +141,9 @@ def _map_private_memory(size: int) -> mmap.mmap:
 
 
 def _map_shared_memory(size: int, local_processes: LocalProcesses) -> mmap.mmap | None:
-    """Map memory shared by a machine's processes; None if they cannot share, so that each needs its own.
-
-    The first process creates an anonymous file; the other processes open it through the first process's list
-    of open files.
-    """
+    """Map memory shared by a machine's processes; None if they cannot share, so that each needs its own."""
+    # The first process creates an anonymous file; the other processes open it through the first process's
+    # list of open files.
     is_first = local_processes.rank == 0
     own_file = _create_anonymous_file(size) if is_first else None
     process_files = _all_gather((os.getpid(), own_file))
@@ -215,13 +211,7 @@ def _advise(mapping: mmap.mmap, *advice: str) -> None:
 
 
 def _pin_as_tensor(mapping: mmap.mmap, pin_ranges: Sequence[range]) -> tuple[Tensor, int]:
-    """Pin memory for copies to the device; return it as a tensor, and the number of bytes not pinned.
-
-    Args:
-        mapping: The memory, which the tensor keeps alive.
-        pin_ranges: Ranges to pin one by one until the driver refuses; then the last pinned one is unpinned
-            again.
-    """
+    """Pin memory for copies to the device; return it as a tensor, and the number of bytes not pinned."""
     array = numpy.frombuffer(mapping, dtype=numpy.uint8)  # keeps the mapping alive, and the tensor the array
     pinned_addresses: list[int] = []
     if pin_ranges:

@@ -198,11 +198,9 @@ def _get_blocks_by_name(network: nn.Module) -> dict[str, nn.Module]:
 
 
 def _run_with_input_gradient(inner: Runner, dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
-    """Run the blocks with the previous runner; route gradients back through every block.
-
-    Otherwise, if dropout left a block without gradients in one process only, the other processes would wait
-    for it to gather.
-    """
+    """Run the blocks with the previous runner; route gradients back through every block."""
+    # Otherwise, if dropout left a block without gradients in one process only, the other processes would wait
+    # for it to gather.
     if torch.is_grad_enabled() and not hidden.x.requires_grad:
         hidden.x = hidden.x.detach().requires_grad_()
     inner(dit, hidden, overrides)

@@ -78,10 +78,9 @@ def max_blocks(
 
 
 def _fits(num_blocks: Sequence[int], swapped: Sequence[int], unswapped: int) -> bool:
-    """Return whether these numbers of blocks, one for each list, can be swapped.
-
-    `unswapped` blocks of each list have to stay, except that a list with several blocks can always swap one.
-    """
+    """Return whether these numbers of blocks, one for each list, can be swapped."""
+    # `unswapped` blocks of each list have to stay, except that a list with several blocks can always swap
+    # one.
     maximum = [max(total - unswapped, 1 if total > 1 else 0) for total in num_blocks]
     return all(count <= limit for count, limit in zip(swapped, maximum, strict=True))
 

@@ -191,12 +191,10 @@ class Ledger(TorchDispatchMode):
 
 
 def _compute(func: Any, args: Any, kwargs: Any, device: torch.device) -> Any:
-    """Run an operator on tensors; some of them are fake tensors, which have no values.
-
-    1. Real inputs give a real result, except for floating-point data that are copied to the device.
-    2. Real and fake inputs give a fake result.
-    3. An operator without inputs gives a real result if that is a small tensor of integers.
-    """
+    """Run an operator on tensors; some of them are fake tensors, which have no values."""
+    # 1. Real inputs give a real result, except for floating-point data that are copied to the device.
+    # 2. Real and fake inputs give a fake result.
+    # 3. An operator without inputs gives a real result if that is a small tensor of integers.
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     fakes = [tensor for tensor in tensors if isinstance(tensor, FakeTensor)]
     if not tensors:
@@ -377,11 +375,9 @@ def _read_as_one(tensor: Tensor) -> bool | int | float:
 
 
 def _name_position(index: int, count: int) -> str:
-    """Return the name of a block's position in its list.
-
-    The two blocks at each end have names of their own: the outermost one may differ from the rest, and its
-    neighbor stands for all blocks between.
-    """
+    """Return the name of a block's position in its list."""
+    # The two blocks at each end have names of their own: the outermost one may differ from the rest, and its
+    # neighbor stands for all blocks between.
     if index == count - 1:  # including a lone block
         return "last"
     if index == 0:

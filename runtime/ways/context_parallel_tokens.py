@@ -47,15 +47,7 @@ def share_tokens(network: nn.Module, grid: ProcessGrid, device: torch.device) ->
 def _run_part(
     inner: Runner, group: distributed.ProcessGroup, dit: nn.Module, hidden: Hidden, overrides: Overrides
 ) -> None:
-    """Run the blocks on this process's part of the tokens; before and after, `hidden` has all tokens.
-
-    Args:
-        inner: The network's previous runner.
-        group: Processes that share the tokens.
-        dit: The transformer.
-        hidden: Input of the blocks; control tokens and residuals belong to the first stream of tokens.
-        overrides: Changes to this call.
-    """
+    """Run the blocks on this process's part of the tokens; before and after, `hidden` has all tokens."""
     all_tokens, all_residuals = hidden.tokens, hidden.block_residuals
     # lengths of the token streams; if there are several, `all_tokens` has them
     lengths = getattr(all_tokens, "stream_lengths", (hidden.x.shape[1],))

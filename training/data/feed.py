@@ -248,15 +248,7 @@ class NoiseSampler:
     def _draw_audio(
         self, learning: AudioLearning, batch: Batch, times: Timesteps, *, number: int, first_sample: int
     ) -> NoisyAudio | None:
-        """Draw the noise and the timesteps of a batch's audio; None if no sample has audio.
-
-        Args:
-            learning: Settings of audio training, with the weight of audio in the loss.
-            batch: The batch.
-            times: Timesteps of the images.
-            number: Index of the micro-batch in the run.
-            first_sample: Number of samples that the run has seen before.
-        """
+        """Draw the noise and the timesteps of a batch's audio; None if no sample has audio."""
         latents, has_sound = batch.tensors.get(AUDIO_LATENTS), batch.tensors.get(HAS_AUDIO)
         if not isinstance(latents, Tensor) or not isinstance(has_sound, Tensor):
             return None
@@ -468,10 +460,8 @@ class Feed:
         return RunPosition(self.noise_sampler.seed, number, step, self.plan.total_steps)
 
     def _get_noise_sampler(self, key: Key) -> tuple[NoiseSampler, int]:
-        """Return the sampler for a micro-batch, and the number of samples drawn before it.
-
-        If tables have their own timesteps, each group of tables has its own sampler and count.
-        """
+        """Return the sampler for a micro-batch, and the number of samples drawn before it."""
+        # If tables have their own timesteps, each group of tables has its own sampler and count.
         if not self.table_times:
             return self.noise_sampler, self.order.items_before(*key)
         epoch, index = key
@@ -498,12 +488,7 @@ class Feed:
 
 
 def _start_worker(workers_may_end: Event, _: int) -> None:
-    """Ignore SIGINT and SIGTERM in a worker, because the main process first finishes its step.
-
-    Args:
-        workers_may_end: Event that is set when the workers are no longer needed; SIGTERM then ends them.
-        _: Index of the worker, unused.
-    """
+    """Ignore SIGINT and SIGTERM in a worker, because the main process first finishes its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "win32":
         signal.signal(signal.SIGBREAK, signal.SIG_IGN)

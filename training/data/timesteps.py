@@ -138,11 +138,9 @@ def _select_expert(
     noise_spec: NoiseSpec,
     flow_shift: float,
 ) -> int:
-    """Return the index of the expert that runs at a noise level.
-
-    If the timestep options give this expert fewer than one in NUM_SCANNED_DRAWS draws, too few to fill a
-    batch, the first expert with more draws is returned instead.
-    """
+    """Return the index of the expert that runs at a noise level."""
+    # If the timestep options give this expert fewer than one in NUM_SCANNED_DRAWS draws, too few to fill a
+    # batch, the first expert with more draws is returned instead.
     index = expert_at(level, experts)
     indices_with_draws = [
         expert_index
@@ -519,11 +517,9 @@ def _from_logsnr(mean: float, std: float, draws: Tensor) -> Tensor:
 
 
 def _sample_mixture(options: TimestepOptions, draws: Tensor, flow_shift: float) -> Tensor:
-    """Return the noise fractions t of a mixture of samplers, B, from uniform `draws`, B.
-
-    Each sampler has an interval of 0..1, as long as its share of the draws. A draw selects the sampler in
-    whose interval it lies; its position in the interval is a uniform number again, the sampler's input.
-    """
+    """Return the noise fractions t of a mixture of samplers, B, from uniform `draws`, B."""
+    # Each sampler has an interval of 0..1, as long as its share of the draws. A draw selects the sampler in
+    # whose interval it lies; its position in the interval is a uniform number again, the sampler's input.
     t = torch.zeros_like(draws)
     start = 0.0  # of the sampler's interval
     for sampler, share in MIXTURES[options.timestep_sampling]:
@@ -543,13 +539,11 @@ def _sample_mixture(options: TimestepOptions, draws: Tensor, flow_shift: float) 
 
 
 def _shifted_logit_normal(rule: ShiftedLogit, u: Tensor, scale: float, flow_shift: float) -> Tensor:
-    """Return the noise fractions t of the sampler shifted_logit_normal, B, from uniform numbers u, B.
-
-    1. t is the shifted sigmoid of the normal quantile of u.
-    2. If stretched, the 0.5 % and 99.9 % quantiles of t become 0 and 1, and values below the minimum are
-       reflected at it.
-    3. If stretched, the lowest u, a fraction `uniform_share` of all, become uniform t instead.
-    """
+    """Return the noise fractions t of the sampler shifted_logit_normal, B, from uniform numbers u, B."""
+    # 1. t is the shifted sigmoid of the normal quantile of u.
+    # 2. If stretched, the 0.5 % and 99.9 % quantiles of t become 0 and 1, and values below the minimum are
+    #    reflected at it.
+    # 3. If stretched, the lowest u, a fraction `uniform_share` of all, become uniform t instead.
     # u is clamped, because the normal quantiles of 0 and 1 are infinite
     if not rule.is_stretched:
         return _logit_normal(u.clamp(1e-9, 1 - 1e-9), scale, flow_shift)
@@ -597,10 +591,8 @@ def _sample_sigma_timesteps(options: TimestepOptions, draws: Tensor, noise_spec:
 
 
 def _stratify(u: Tensor, num_buckets: int, seed: int, first_sample: int) -> Tensor:
-    """Stratify uniform numbers: move each u into one of `num_buckets` equal intervals of 0..1.
-
-    Every `num_buckets` consecutive samples use each interval once, in an order seeded by (seed, round).
-    """
+    """Stratify uniform numbers: move each u into one of `num_buckets` equal intervals of 0..1."""
+    # Every `num_buckets` consecutive samples use each interval once, in an order seeded by (seed, round).
     spread = torch.empty_like(u)
     orders: dict[int, Tensor] = {}
     for i in range(len(u)):

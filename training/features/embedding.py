@@ -200,10 +200,8 @@ def _list_explicit_options(record: Options | None) -> list[str]:
 
 
 def _join_alone(run: "RunFeatures", options: EmbeddingOptions) -> None:
-    """Register --embedding_only: the vectors of a word are trained in place of a LoRA.
-
-    Options of a LoRA are rejected, except those in OPTIONS_ALLOWED_ALONE, which also apply to the word.
-    """
+    """Register --embedding_only: the vectors of a word are trained in place of a LoRA."""
+    # Options of a LoRA are rejected, except those in OPTIONS_ALLOWED_ALONE, which also apply to the word.
     name = run.options.saving.output_name
     explicit_options = [
         *_list_explicit_options(run.options.network),

@@ -111,11 +111,9 @@ def guide(
 
 
 def _list_unguided(passes: "TrainingPasses", noisy_batch: "NoisyBatch") -> list[bool]:
-    """Return for each sample whether it keeps its ordinary target instead of the guided one.
-
-    It does if its caption is empty, since the prediction without a prompt is then its own prediction, or if
-    its dataset table sets the base model's prediction as the target.
-    """
+    """Return for each sample whether it keeps its ordinary target instead of the guided one."""
+    # It does if its caption is empty, since the prediction without a prompt is then its own prediction, or if
+    # its dataset table sets the base model's prediction as the target.
     from training.targets.passes import samples_with_base_target  # torch: only with this target
 
     batch = noisy_batch.batch

@@ -281,10 +281,7 @@ def _group_keys_by_source(table: DatasetTable, cache_tag: str, keys: Sequence[st
 
 
 def _read_first_frame(source: MediaSource) -> Frame:
-    """Return an image, or the first frame of a clip, H W 3. Nothing is downloaded.
-
-    Raises MediaError or OSError if it cannot be read.
-    """
+    """Return an image, or the first frame of a clip, H W 3. Nothing is downloaded."""
     if any(isinstance(origin, Remote) for origin in source.remote_or_packed[:1]) and not source.path.exists():
         raise MediaError(f"{source.path} is not downloaded")
     media_only = replace(source, control=(), mask=None, remote_or_packed=source.remote_or_packed[:1])

@@ -44,10 +44,8 @@ class LecoProgress:
 
 
 def _check_family(path: Path, pairs: Sequence[LecoPair], family: "Family") -> "Family":
-    """Raise OptionError if the family does not support LECO, or the image sizes of the prompt pairs.
-
-    As a hook of `on.family`, it returns the family to train, unchanged.
-    """
+    """Raise OptionError if the family does not support LECO, or the image sizes of the prompt pairs."""
+    # As a hook of `on.family`, it returns the family to train, unchanged.
     from protocols.family_networks import get_custom_network  # torch: only with this feature
 
     custom_network = get_custom_network(family)

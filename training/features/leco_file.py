@@ -101,12 +101,10 @@ def _parse(location: str, path: Path) -> Any:
 def _read_sliders(
     location: str, path: Path, content: Mapping[str, Any], default: Mapping[str, Any]
 ) -> Iterator[LecoPair]:
-    """Yield the pairs of the sliders in a file.
-
-    1. [slider]: one slider, or one for each of its `targets`, with the other keys as defaults.
-    2. `targets` at the top level: one slider each.
-    3. A file with a target_class but none of these: its top level is a slider.
-    """
+    """Yield the pairs of the sliders in a file."""
+    # 1. [slider]: one slider, or one for each of its `targets`, with the other keys as defaults.
+    # 2. `targets` at the top level: one slider each.
+    # 3. A file with a target_class but none of these: its top level is a slider.
     slider = content.get("slider")
     if slider is not None:
         slider_location = f"{location}, [slider]"
@@ -144,11 +142,9 @@ def _reject_unknown(location: str, table: Mapping[str, Any], known: Sequence[str
 
 
 def _read_pair(location: str, entry: Mapping[str, Any], default: Mapping[str, Any]) -> LecoPair:
-    """Return the pair of an entry of [[prompts]]; `location` names the entry in messages.
-
-    `default` has the keys at the file's top level, which apply to entries that do not set them. Without
-    positive, it is the target; without neutral, it is unconditional.
-    """
+    """Return the pair of an entry of [[prompts]]; `location` names the entry in messages."""
+    # `default` has the keys at the file's top level, which apply to entries that do not set them. Without
+    # positive, it is the target; without neutral, it is unconditional.
     _reject_unknown(location, entry, PAIR_KEYS)
     values = {**default, **entry}
     target = _read_text(location, values, "target")
@@ -177,14 +173,7 @@ def _read_pair(location: str, entry: Mapping[str, Any], default: Mapping[str, An
 def _read_slider(
     location: str, path: Path, entry: Mapping[str, Any], default: Mapping[str, Any]
 ) -> Iterator[LecoPair]:
-    """Yield the pairs of a slider, for each combination of a neutral prompt and a size.
-
-    Args:
-        location: Description of the entry, for messages.
-        path: The file; prompt files in it are relative to its folder.
-        entry: Keys of the slider.
-        default: Keys at the file's top level, used where the slider sets none.
-    """
+    """Yield the pairs of a slider, for each combination of a neutral prompt and a size."""
     _reject_unknown(location, entry, SLIDER_KEYS)
     values = {**default, **entry}
     target = _read_text(location, values, "target_class")
@@ -232,10 +221,8 @@ class _PairDirection(NamedTuple):
 
 
 def _read_directions(location: str, values: Mapping[str, Any]) -> list[_PairDirection]:
-    """Return what a slider learns at positive and at negative strength, each toward one of its prompts.
-
-    One of the two prompts, positive and negative, may be missing.
-    """
+    """Return what a slider learns at positive and at negative strength, each toward one of its prompts."""
+    # One of the two prompts, positive and negative, may be missing.
     positive, negative = (_read_text(location, values, key) or "" for key in ("positive", "negative"))
     if positive and negative:
         return [

@@ -42,10 +42,8 @@ class SliderOptions(FeatureOptions, title="slider", at=AT_NETWORK, facts=HABIT):
 
 
 def _check_tables(run: "RunFeatures", path: Path) -> None:
-    """Raise OptionError if a dataset table asks for output preservation, or sets its own network strength.
-
-    A slider learns from the captions of its own file, at its own strengths.
-    """
+    """Raise OptionError if a dataset table asks for output preservation, or sets its own network strength."""
+    # A slider learns from the captions of its own file, at its own strengths.
     for table in run.tables:
         if PRESERVE_OUTPUT in table.attributes:
             raise OptionError(

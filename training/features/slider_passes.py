@@ -99,11 +99,9 @@ class _TrainedPass:
 
 
 def _list_anchors(target: SliderTarget, slider: Slider, in_lockstep: bool) -> list[tuple[str, float]]:
-    """Return the anchor caption of a slider and the weight of its errors; empty for a slider without one.
-
-    If processes run in lockstep, a slider without an anchor gets one with weight 0: another process may have
-    an anchor in this step, and all have to run the same passes.
-    """
+    """Return the anchor caption of a slider and the weight of its errors; empty for a slider without one."""
+    # If processes run in lockstep, a slider without an anchor gets one with weight 0: another process may
+    # have an anchor in this step, and all have to run the same passes.
     if slider.anchor is not None:
         return [(slider.anchor, slider.weight * slider.anchor_weight)]
     if in_lockstep and target.file.has_anchors:

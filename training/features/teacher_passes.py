@@ -135,10 +135,8 @@ class TeacherComparison:
     def _split_by_band(
         self, passes: TrainingPasses, noisy_batch: NoisyBatch
     ) -> tuple[list[bool], list[bool]]:
-        """Return for each sample whether its noise level is inside the band, and whether it is outside.
-
-        Both are False for a sample whose target is the base model's prediction.
-        """
+        """Return for each sample whether its noise level is inside the band, and whether it is outside."""
+        # Both are False for a sample whose target is the base model's prediction.
         band = self.target.band
         is_inside = []
         is_outside = []

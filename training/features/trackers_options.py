@@ -120,10 +120,8 @@ def check_trackers(options: TrackerOptions) -> None:
 
 
 def _reject_folder_settings(trackers: Sequence[str], folder: Path) -> None:
-    """Raise OptionError if the working folder has settings of a tracker, such as its server and account.
-
-    Also set environment variables that keep trackers from running git there: git settings can run programs.
-    """
+    """Raise OptionError if the working folder has settings of a tracker, such as its server and account."""
+    # Also set environment variables that keep trackers from running git there: git settings can run programs.
     for tracker in trackers:
         for name in SETTINGS_FILES_BY_TRACKER.get(tracker, ()):
             if os.path.lexists(folder / name):

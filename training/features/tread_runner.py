@@ -86,10 +86,8 @@ class _TokenBypass:
             hidden.x = x.scatter(1, expand_indices(self._kept_indices, x), hidden.x.to(x.dtype))
 
     def _take_out_tokens(self, hidden: Hidden) -> None:
-        """Remove the tokens that bypass the routed blocks from `hidden`; remember all tokens for later.
-
-        Only tokens of the clip can be removed; others, such as text tokens, are kept.
-        """
+        """Remove the tokens that bypass the routed blocks from `hidden`; remember all tokens for later."""
+        # Only tokens of the clip can be removed; others, such as text tokens, are kept.
         x, tokens = hidden.x, hidden.tokens
         grid: tuple[int, ...] = tokens.grid
         selected = self._route.select_tokens(grid)  # indices relative to the clip's first token

@@ -130,10 +130,8 @@ def make_model_card(run: PublishedRun, path: Path) -> str | None:
 
 
 def _lora_arguments(name: str, files: Mapping[str, Path] | None) -> str:
-    """Return the command-line options that load the LoRA files described by a model card.
-
-    `files` are the files of one save by expert (None if unknown), and `name` is the name of the run.
-    """
+    """Return the command-line options that load the LoRA files described by a model card."""
+    # `files` are the files of one save by expert (None if unknown), and `name` is the name of the run.
     arguments = []
     for expert, path in (files or {"": Path(f"{name}.safetensors")}).items():
         flag = f"--lora_weight_{HIGH_NOISE}" if expert == HIGH_NOISE else "--lora_weight"
@@ -167,15 +165,7 @@ def _front_matter(
     spec: Mapping[str, str],
     trigger_words: Sequence[str],
 ) -> str:
-    """Return the YAML header of a model card, which the hub reads.
-
-    Args:
-        is_lora: Whether the files are LoRAs.
-        release: The released model.
-        prompts: Prompts of the samples, which the hub shows.
-        spec: Metadata of the trained file (`modelspec.*`), by name without prefix.
-        trigger_words: Trigger words of the dataset.
-    """
+    """Return the YAML header of a model card, which the hub reads."""
     tags = ["reelsmith", *(["lora"] if is_lora else [])]
     tags += [tag.strip() for tag in spec.get("tags", "").split(",")]
     values: dict[str, Any] = {

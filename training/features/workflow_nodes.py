@@ -306,10 +306,9 @@ class ComfyGraph:
         self.add_node("SaveVideo", video=video, filename_prefix=prefix, **codec)
 
     def _add_loaders(self, prepared: Prepared) -> tuple[list[Link], Link, Link]:
-        """Add the nodes that load the model and its LoRAs; return the links to models, text encoders and VAE.
-
-        A link is a pair: the key of a node and the index of its output.
-        """
+        """Add the nodes that load the model and its LoRAs."""
+        # Return the links to models, text encoders and VAE.
+        # A link is a pair: the key of a node and the index of its output.
         model = self.model
         if model.text_encoders:
             models, text_encoders, vae = self._load_separate_files()
@@ -328,10 +327,9 @@ class ComfyGraph:
         return models, text_encoders, [self.add_node("VAELoader", vae_name=self.model.vae), 0]
 
     def _load_single_file(self) -> tuple[list[Link], Link, Link]:
-        """Add the node that loads a checkpoint file with all parts; return the links to them.
-
-        Output 0 of the node is the model, 1 the text encoder, and 2 the VAE, unless the VAE has its own file.
-        """
+        """Add the node that loads a checkpoint file with all parts; return the links to them."""
+        # Output 0 of the node is the model, 1 the text encoder, and 2 the VAE, unless the VAE has its own
+        # file.
         checkpoint = self.add_node("CheckpointLoaderSimple", ckpt_name=self.files[0])
         vae: Link = [checkpoint, 2]
         if self.model.vae:
@@ -364,10 +362,9 @@ class ComfyGraph:
         return self.add_node("DualCLIPLoader", **files, type=text_type, device="default")
 
     def _patch(self, name: str, link: Link, patches: Sequence[ComfyNode]) -> Link:
-        """Add nodes in a row that each change an output, such as a model; return the link to the last node.
-
-        `name` is the input through which each node gets the output of the node before.
-        """
+        """Add nodes in a row that each change an output, such as a model."""
+        # Return the link to the last node.
+        # `name` is the input through which each node gets the output of the node before.
         for patch in patches:
             link = [self.add_node(patch.name, **{name: link}, **patch.inputs), 0]
         return link

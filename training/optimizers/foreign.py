@@ -71,10 +71,8 @@ def renumber(
 
 
 def _are_equal(renumbered_states: Sequence[Mapping[str, Any]]) -> bool:
-    """Return whether all renumbered states give each parameter the same moments.
-
-    Several orders may fit, because layers have equal shapes, but then the true one is unknown.
-    """
+    """Return whether all renumbered states give each parameter the same moments."""
+    # Several orders may fit, because layers have equal shapes, but then the true one is unknown.
     numberings = []
     for renumbered in renumbered_states:
         numberings.append({number: id(moments) for number, moments in renumbered["state"].items()})
@@ -87,10 +85,8 @@ def _make_tensor_sort_key(names: Mapping[Tensor, str], tensor_order: Sequence[st
 
 
 def _list_possible_orders(groups: Groups, names: Mapping[Tensor, str], version: str) -> list[SortKey]:
-    """Return a sort key for each order in which the program may have numbered the parameters.
-
-    A sort key is the index of a parameter's module, then of its factor in the module, such as lora_down.
-    """
+    """Return a sort key for each order in which the program may have numbered the parameters."""
+    # A sort key is the index of a parameter's module, then of its factor in the module, such as lora_down.
     parameters = [parameter for group in groups for parameter in group]
     # part, module and factor of each name
     name_parts = {parameter: names[parameter].split(".", 2) for parameter in parameters}
@@ -122,13 +118,12 @@ def _find_family(modules: Sequence[str], version: str) -> FamilyNames | None:
 def _renumber_in_order(
     state: Mapping[str, Any], groups: Groups, get_position: SortKey
 ) -> dict[str, Any] | None:
-    """Return another program's state with this run's parameter numbers; None if groups or shapes differ.
-
-    1. Sort this run's groups, and the parameters in each, by `get_position`: the order that the other program
-       is assumed to use.
-    2. Assign its moments to this run's parameters one by one in this order.
-    3. Take its settings for each group, such as learning rates.
-    """
+    """Return another program's state with this run's parameter numbers; None if groups or shapes differ."""
+    # 1. Sort this run's groups, and the parameters in each, by `get_position`: the order that the other
+    #    program
+    #    is assumed to use.
+    # 2. Assign its moments to this run's parameters one by one in this order.
+    # 3. Take its settings for each group, such as learning rates.
     # indices of this run's groups in the other program's order
     order = sorted(range(len(groups)), key=lambda index: min(map(get_position, groups[index])))
     their_lengths = [len(group["params"]) for group in state["param_groups"]]

@@ -107,12 +107,7 @@ def make_curve(
 
 
 def _check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
-    """Raise OptionError for a wrong argument of --lr_scheduler_args.
-
-    Args:
-        name: Name of the schedule.
-        arguments: Arguments of the schedule.
-    """
+    """Raise OptionError for a wrong argument of --lr_scheduler_args."""
     allowed = ARGUMENTS_BY_SCHEDULER.get(name, ())
     unknown = sorted(set(arguments) - set(allowed))
     if unknown:
@@ -217,10 +212,8 @@ def _raise_to_minimum(minimum: float, factor: float) -> float:
 
 
 def _read_rules(text: str) -> tuple[list[tuple[float, int]], float]:
-    """Parse the step rules of piecewise_constant.
-
-    `1:10,0.1:20,0.01` is [(1, 10), (0.1, 20)], 0.01: factor 1 below step 10, 0.1 below step 20, then 0.01.
-    """
+    """Parse the step rules of piecewise_constant."""
+    # `1:10,0.1:20,0.01` is [(1, 10), (0.1, 20)], 0.01: factor 1 below step 10, 0.1 below step 20, then 0.01.
     *rules, last_factor = str(text).split(",")
     try:
         parsed: list[tuple[float, int]] = []  # factor, first step at which it no longer applies

@@ -424,10 +424,7 @@ def restore_optimizer(
 def _restore_group_settings(
     optimizer: Optimizer, names: Mapping[Tensor, str], saved_groups: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Load the saved settings of parameter groups, such as learning rates, into the optimizer.
-
-    Raises CheckpointError if the names of the groups' parameters differ.
-    """
+    """Load the saved settings of parameter groups, such as learning rates, into the optimizer."""
     groups = optimizer.param_groups
     group_names = [[names[parameter] for parameter in group["params"]] for group in groups]
     _require_equal_names([saved_group["params"] for saved_group in saved_groups], group_names)
@@ -510,11 +507,9 @@ def _copy_state(value: Any, device: torch.device | str = "cpu") -> Any:
 def _move_to_paged_buffers(
     optimizer: Any, parameter: Tensor, state: dict[str, Any], device: torch.device
 ) -> None:
-    """Move state tensors as large as their parameter into the buffers of a paged bitsandbytes optimizer.
-
-    The driver pages these buffers between host and device, as they may not fit on the device. This is a
-    separate function so that temporary tensors are freed before the next parameter is moved.
-    """
+    """Move state tensors as large as their parameter into the buffers of a paged bitsandbytes optimizer."""
+    # The driver pages these buffers between host and device, as they may not fit on the device. This is a
+    # separate function so that temporary tensors are freed before the next parameter is moved.
     like = torch.empty_like(parameter, device=device)  # the buffers are for the device that steps
     for name, value in state.items():
         if isinstance(value, Tensor) and value.shape == parameter.shape:

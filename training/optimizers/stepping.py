@@ -129,13 +129,7 @@ class ParameterSteps:
         return float32_parameter.detach()
 
     def _round(self, parameter: Parameter, value: Tensor, weight: Tensor | None) -> Tensor:
-        """Round a parameter's new values to bf16 stochastically.
-
-        Args:
-            parameter: The parameter.
-            value: Its new value, float32.
-            weight: Sharded weight whose local rows the values are; None for a weight that is not sharded.
-        """
+        """Round a parameter's new values to bf16 stochastically."""
         seed = derive_seed(self.progress.seed, "rounding", self.progress.step, self.names[parameter])
         # on the parameter's device: bits for billions of weights take seconds on a CPU
         generator = torch.Generator(parameter.device).manual_seed(seed)
@@ -169,13 +163,7 @@ def _move_state_to_device(optimizer: Optimizer, parameter: Parameter) -> dict[st
 def _move_state_to_host(
     optimizer: Optimizer, parameter: Parameter, host_tensors: Mapping[str, Tensor]
 ) -> None:
-    """Move the moments of a parameter back to host memory.
-
-    Args:
-        optimizer: The optimizer.
-        parameter: The parameter.
-        host_tensors: Host tensors from `_move_state_to_device`, whose memory is reused.
-    """
+    """Move the moments of a parameter back to host memory."""
     state = optimizer.state.get(parameter, {})
     for name, value in state.items():
         if not _is_moment(value):

@@ -91,12 +91,7 @@ class MemoryPrediction:
     def _list_other_models(
         self, peak_bytes: dry.BytesByKind, offloaded: memory_plan.OffloadedWeights
     ) -> list[memory_plan.MemoryPart]:
-        """Return the memory of the transformers that were not simulated, and of training their LoRAs.
-
-        Args:
-            peak_bytes: Bytes by kind at the peak of the simulated step.
-            offloaded: Effect of swapping the blocks of a transformer.
-        """
+        """Return the memory of the transformers that were not simulated, and of training their LoRAs."""
         dit_bytes = peak_bytes.get(dry.WEIGHTS, 0)
         parts = []
         if self.num_further_dits + self.num_sample_only_dits > 0:
@@ -135,12 +130,7 @@ class MemoryPrediction:
     def _make_other_transformers_part(
         self, weights: int, offloaded: memory_plan.OffloadedWeights
     ) -> memory_plan.MemoryPart:
-        """Return the memory of the transformers other than the simulated one.
-
-        Args:
-            weights: Bytes of one transformer's weights.
-            offloaded: Effect of swapping its blocks.
-        """
+        """Return the memory of the transformers other than the simulated one."""
         count = self.num_further_dits + self.num_sample_only_dits
         if self.takes_turns:  # host memory contains all weights of each, even of the one on the device
             host = (1 + count) * weights - offloaded.host_bytes
@@ -464,13 +454,7 @@ def suggest_larger_batch(prediction: MemoryPrediction, blocks: int, room: Device
 
 
 def _host_warning(options: TrainingOptions, needed: int, free: int) -> str:
-    """Return a warning that host memory is too small for transformers that alternate on the device.
-
-    Args:
-        options: Options of the run.
-        needed: Bytes of host memory that the run needs.
-        free: Bytes of host memory that are free.
-    """
+    """Return a warning that host memory is too small for transformers that alternate on the device."""
     remedy = "train one transformer at a time, and make no samples by both"
     if options.speed.fp8.quantization is None:
         remedy = f"--fp8_base --fp8_scaled halves that. Or {remedy}"

@@ -92,19 +92,7 @@ def _divide_prediction(
     num_gpus: int,
     division: Division,
 ) -> MemoryPrediction:
-    """Derive the memory prediction for each of several GPUs from the prediction for a single one.
-
-    Args:
-        family: The model family.
-        options: Options of the run.
-        prediction: The prediction for a single GPU.
-        counter: Token counter that observed the simulated step.
-        num_gpus: Number of GPUs.
-        division: How the GPUs divide the work.
-
-    Raises:
-        UserError: If the run cannot be divided in this way.
-    """
+    """Derive the memory prediction for each of several GPUs from the prediction for a single one."""
     if options.is_fused:
         check_fused_backward(options.optimizer.optimizer_type, num_gpus)
     if division != Division(num_gpus):  # more than data parallelism: the method may not support this run

@@ -443,13 +443,8 @@ def read_history(path: Path, session: int) -> RunHistory:
 
 
 def _read_lines(path: Path, session: int, step: int | None = None) -> Iterator[Row]:
-    """Yield the lines of a run, up to `step` if given; none at step 0.
-
-    Unreadable lines are skipped, with a warning if there are several: a killed process leaves only one.
-
-    Raises:
-        OSError: If the file cannot be read.
-    """
+    """Yield the lines of a run, up to `step` if given; none at step 0."""
+    # Unreadable lines are skipped, with a warning if there are several: a killed process leaves only one.
     if step == 0 or not path.exists():  # at step 0 a run begins, and has no lines to keep
         return
     require_regular_file(path)

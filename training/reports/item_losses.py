@@ -214,10 +214,8 @@ def _make_table_row(item: ItemLoss, image: ItemImage | None) -> tuple[str | Mark
 def _compare_files(
     folder: Path, name: str, file_versions: tuple[tuple[str, int, int], ...]
 ) -> list[ItemLoss]:
-    """Return the items of a run with their losses. `file_versions` is the cache key.
-
-    It contains the name, size and modification time of each file.
-    """
+    """Return the items of a run with their losses. `file_versions` is the cache key."""
+    # It contains the name, size and modification time of each file.
     return compare_items(read_draws(folder, name))
 
 

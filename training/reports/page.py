@@ -345,10 +345,8 @@ def list_files(run_history: RunHistory, folder: Path) -> list[tuple[int, list[st
 
 @functools.lru_cache(maxsize=10_000)
 def _read_weights_hash(path: Path, changed: int, size: int) -> str:
-    """Return the SHA-256 of the tensors, as recorded in a LoRA file's metadata; "" if it is missing.
-
-    `changed` and `size`, the file's modification time and size, serve only as part of the cache key.
-    """
+    """Return the SHA-256 of the tensors, as recorded in a LoRA file's metadata; "" if it is missing."""
+    # `changed` and `size`, the file's modification time and size, serve only as part of the cache key.
     try:
         return read_safetensors_texts(path).get("sshs_model_hash", "")
     except (OSError, ValueError):
@@ -356,13 +354,7 @@ def _read_weights_hash(path: Path, changed: int, size: int) -> str:
 
 
 def _list_saved_files(run_history: RunHistory, folder: Path, best: str | None) -> list[Mapping[str, Any]]:
-    """Return the rows of the table of saved files, with the validation loss nearest to each.
-
-    Args:
-        run_history: Content of the run's history.
-        folder: Folder of the files.
-        best: Name of the best file, which is marked; None for none.
-    """
+    """Return the rows of the table of saved files, with the validation loss nearest to each."""
     rows: list[Mapping[str, Any]] = []
     for step, (name, *twins) in list_files(run_history, folder):  # twins have the weights of the first
         path = folder / name

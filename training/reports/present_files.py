@@ -34,14 +34,7 @@ def current_commands(run_history: RunHistory, folder: Path, name: str = "") -> l
 def _replace_missing_files(
     command: PageCommand, run_history: RunHistory, folder: Path, best: str | None
 ) -> PageCommand:
-    """Replace saved files in a command with the best existing one if they are deleted or not the best.
-
-    Args:
-        command: The command.
-        run_history: Content of the run's history.
-        folder: Folder of the run's files.
-        best: The run's best file; None if existing files are not to be replaced.
-    """
+    """Replace saved files in a command with the best existing one if they are deleted or not the best."""
     try:
         arguments = shlex.split(command.bash)
     except ValueError:  # an edited history
@@ -81,10 +74,9 @@ def _is_saved_file(path: Path, run_history: RunHistory, folder: Path) -> bool:
 
 
 def _find_better_file(name: str, run_history: RunHistory, folder: Path, best: str | None) -> str | None:
-    """Return the best step's file of the same kind as file `name`.
-
-    Returns None if `name` is from the best step itself, or if no file of the same kind is left of that step.
-    """
+    """Return the best step's file of the same kind as file `name`."""
+    # Returns None if `name` is from the best step itself, or if no file of the same kind is left of that
+    # step.
     if best is None:
         return None
     best_step = run_history.saved[best]
@@ -97,17 +89,9 @@ def _find_better_file(name: str, run_history: RunHistory, folder: Path, best: st
 
 
 def _find_replacement(name: str, run_history: RunHistory, folder: Path, best: str | None) -> str | None:
-    """Return the saved file to use instead of a missing one: the best step's file, else the newest.
-
-    Only files of the same kind qualify: an average for an average, an embedding for an embedding, and the
-    same expert.
-
-    Args:
-        name: Name of the file to replace.
-        run_history: Content of the run's history.
-        folder: Folder of the files.
-        best: File of the best step; None if it is not known.
-    """
+    """Return the saved file to use instead of a missing one: the best step's file, else the newest."""
+    # Only files of the same kind qualify: an average for an average, an embedding for an embedding, and the
+    # same expert.
     best = best or run_history.best_file(folder)
     best_step = None if best is None else run_history.saved[best]
     candidates = []  # sorted by: best step first, then the newest, the shortest name

@@ -77,11 +77,7 @@ class RunReporter:
                 self.page.close()
 
     def _record_end(self, error: Exception | None) -> None:
-        """Record how the run has ended, and the commands that the page shows from then on.
-
-        Args:
-            error: Error that ended the run; None if it completed.
-        """
+        """Record how the run has ended, and the commands that the page shows from then on."""
         sentence = f"stopped after step {self.step:,}"
         css_class = ""
         if error is not None:

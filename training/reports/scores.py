@@ -287,13 +287,7 @@ def find_best(rows: Sequence[StepScores], unsampled: Sequence[MeasuredFile] = ()
 def _find_by_loss(
     rows: Sequence[StepScores], candidates: Sequence[StepScores], unsampled: Sequence[MeasuredFile]
 ) -> BestFile | None:
-    """Return the file with the lowest validation loss; None if none was measured.
-
-    Args:
-        rows: Scores of all steps, for trends after the best one.
-        candidates: Scores of the steps whose files may be chosen.
-        unsampled: Saved files whose step has no scored samples; they may be chosen too.
-    """
+    """Return the file with the lowest validation loss; None if none was measured."""
     scores_by_file: dict[MeasuredFile, StepScores] = {}
     for row in candidates:
         if row.loss is not None and row.loss_step is not None:

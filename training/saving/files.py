@@ -173,10 +173,8 @@ class Saver:
             self._remove_expired_epochs(epoch, *last_epochs)
 
     def _remove_expired_steps(self, step: int, num_models: int | None, num_states: int | None) -> None:
-        """Remove models and states older than these numbers of steps; None for models removes none.
-
-        The save from exactly that many steps ago is kept too.
-        """
+        """Remove models and states older than these numbers of steps; None for models removes none."""
+        # The save from exactly that many steps ago is kept too.
         interval = self.options.save_every_n_steps or 1
         if self.options.save_every_n_minutes is not None:
             interval = 1  # saves by time may be at any step
@@ -194,16 +192,8 @@ class Saver:
     def _remove_saves(
         self, number_pattern: str, interval: int, newest_models: int | None, newest_states: int | None
     ) -> None:
-        """Remove saved models and states up to a step or epoch.
-
-        Removes all of them, not only the newest: a killed run may not have removed some.
-
-        Args:
-            number_pattern: Regular expression of the step or epoch in names, with one group.
-            interval: Number of steps or epochs between two saves; saves at other numbers are kept.
-            newest_models: Last step or epoch whose models are removed; None removes none.
-            newest_states: Last step or epoch whose states are removed; None means `newest_models`.
-        """
+        """Remove saved models and states up to a step or epoch."""
+        # Removes all of them, not only the newest: a killed run may not have removed some.
         if not self.is_main:
             return
         if newest_states is None:
@@ -220,13 +210,7 @@ class Saver:
             self.on_removed()
 
     def _find_saves(self, pattern: str, interval: int, newest: int) -> list[Path]:
-        """Return the models or states of the run up to step or epoch `newest`.
-
-        Args:
-            pattern: Regular expression of their names, in which the first group is the step or epoch.
-            interval: Number of steps or epochs between two saves; saves at other numbers are left out.
-            newest: Last step or epoch of a returned save.
-        """
+        """Return the models or states of the run up to step or epoch `newest`."""
         if newest < interval:  # keeps a save at 0 until the first interval has expired
             return []
         saves = []
@@ -245,12 +229,7 @@ class Saver:
                 _remove(entry)
 
     def _save(self, ending: str, with_state: bool) -> None:
-        """Write models, averages and a state under the run's name; publish and log them.
-
-        Args:
-            ending: Ending of the names, with the step or epoch.
-            with_state: Whether to write a state.
-        """
+        """Write models, averages and a state under the run's name; publish and log them."""
         stem = f"{self.names.name}{ending}"
         write_by_ending = {"": self.write_file}
         if self.write_average is not None:
@@ -372,11 +351,7 @@ def _log_moved(name: str, num_moved: int, folder: Path) -> None:
 
 
 def _move_or_copy(entry: Path, target: Path, folder: Path, keeps_original: bool) -> None:
-    """Move an earlier result to a path in `folder`, or copy it if the new run still reads it.
-
-    Raises:
-        OutputError: If it cannot be moved.
-    """
+    """Move an earlier result to a path in `folder`, or copy it if the new run still reads it."""
     try:
         target.parent.mkdir(exist_ok=True)
         if not keeps_original:
@@ -412,13 +387,7 @@ def find_results(names: Names) -> list[Path]:
 
 
 def _is_result(entry: Path, name: str, names: Names) -> bool:
-    """Return whether a run wrote a file or folder: a model, a state, an embedding or a page.
-
-    Args:
-        entry: The file or folder.
-        name: Its name, which begins with the run's name in the run's upper and lower case.
-        names: Names of the run's files.
-    """
+    """Return whether a run wrote a file or folder: a model, a state, an embedding or a page."""
     # cat, cat-000002 (after an epoch) or cat-step00000100
     stem = re.escape(names.name) + r"(?:-\d{6,}|-step\d{8,})?"
     if entry.is_dir():
@@ -435,11 +404,9 @@ def _is_result(entry: Path, name: str, names: Names) -> bool:
 
 
 def _spell_as(entry: Path, start: str) -> str:
-    """Return an entry's name; on a case-insensitive file system, spell its beginning as `start`.
-
-    On Windows and macOS, `cat` and `Cat` are the same file, so a run called `Cat` would replace the
-    results of `cat`.
-    """
+    """Return an entry's name; on a case-insensitive file system, spell its beginning as `start`."""
+    # On Windows and macOS, `cat` and `Cat` are the same file, so a run called `Cat` would replace the results
+    # of `cat`.
     spelled = start + entry.name[len(start) :]
     if spelled == entry.name or spelled.casefold() != entry.name.casefold():
         return entry.name
@@ -453,13 +420,7 @@ def is_saved_folder(folder: Path) -> bool:
 
 
 def _is_word_embedding(file: Path, name: str, word: str) -> bool:
-    """Return whether a file contains only the embedding of a word, by its metadata.
-
-    Args:
-        file: The file.
-        name: Name of the run that saved it.
-        word: The word.
-    """
+    """Return whether a file contains only the embedding of a word, by its metadata."""
     try:
         if file.stat().st_size > MAX_EMBEDDING_BYTES:  # too large for an embedding: a LoRA
             return False

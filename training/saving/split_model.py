@@ -96,10 +96,8 @@ def _write_model(
     dtype: torch.dtype | None,
     metadata: Mapping[str, str],
 ) -> None:
-    """Write the weights of a sharded model; all processes must call this.
-
-    Process 0 writes the file, tensor by tensor; the others take part in gathering each tensor.
-    """
+    """Write the weights of a sharded model; all processes must call this."""
+    # Process 0 writes the file, tensor by tensor; the others take part in gathering each tensor.
     weights = {**dit.state_dict(), **dict(dit.named_parameters())}
     dtypes = saved_dtypes(dtypes, dtype)
 
@@ -200,10 +198,8 @@ def load_sharded_tensors(
 
 
 def _copy_local_rows(saved: SavedState, part: str, tensors: Mapping[str, Tensor]) -> None:
-    """Copy this process's rows of whole saved tensors into the run's sharded tensors.
-
-    The saved state refers to the sharded tensors afterwards.
-    """
+    """Copy this process's rows of whole saved tensors into the run's sharded tensors."""
+    # The saved state refers to the sharded tensors afterwards.
     for name, tensor in tensors.items():
         saved_tensor: Any = saved.parts.get(part, {}).get(name)
         if saved_tensor is None or not is_sharded_weight(tensor) or saved_tensor.shape != tensor.shape:

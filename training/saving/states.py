@@ -133,10 +133,8 @@ def _save_content(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _as_bytes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, torch.dtype, tuple[int, ...]]]:
-    """Return views of the weights as bytes, with the dtype and shape of each.
-
-    Swapped weights share one storage, which `torch.save` accepts only if all have one dtype.
-    """
+    """Return views of the weights as bytes, with the dtype and shape of each."""
+    # Swapped weights share one storage, which `torch.save` accepts only if all have one dtype.
     flat = {}
     for name, tensor in tensors.items():
         data = tensor.detach().contiguous().view(-1).view(torch.uint8)
@@ -182,14 +180,8 @@ def read_state(folder: Path) -> SavedState | ForeignState:
 
 
 def _check_files(folder: Path, checksums: Mapping[str, int]) -> None:
-    """Raise ValueError if a file of sharded tensors is missing or has changed.
-
-    Each process checks some of the files, and all processes raise the error.
-
-    Args:
-        folder: Folder of the files.
-        checksums: Checksums of all files, by name.
-    """
+    """Raise ValueError if a file of sharded tensors is missing or has changed."""
+    # Each process checks some of the files, and all processes raise the error.
     shares = gather_object([(path.name, file_checksum(path)) for path in select_files_to_check(folder)])
     present = dict(shares)
     for name in checksums.keys() | present:
@@ -318,13 +310,7 @@ def _is_readable_state(folder: Path) -> bool:
 
 
 def _read_content(folder: Path, verify_checksum: bool = False) -> dict[str, Any]:
-    """Return the fields of `SavedState` except its folder. Tensors are memory-mapped.
-
-    Args:
-        folder: Folder of the files.
-        verify_checksum: Whether to compare the checksum. If False, the tensors of an old-format state are
-            not read.
-    """
+    """Return the fields of `SavedState` except its folder. Tensors are memory-mapped."""
     if not (folder / FILE).exists():
         return read_old_state(folder, verify_checksum)
     if not (folder / CHECKSUM).is_file():
@@ -347,10 +333,8 @@ def _read_content(folder: Path, verify_checksum: bool = False) -> dict[str, Any]
 
 
 def _read_foreign(folder: Path) -> ForeignState:
-    """Read a folder written by accelerate: model.safetensors and optimizer.bin.
-
-    Its schedule and random states are not read, because the folder does not say at which step it was saved.
-    """
+    """Read a folder written by accelerate: model.safetensors and optimizer.bin."""
+    # Its schedule and random states are not read, because the folder does not say at which step it was saved.
     weights, optimizer = folder / "model.safetensors", folder / "optimizer.bin"
     is_ordered = not weights.exists()  # safetensors sorts tensors by name, torch keeps the program's order
     if not is_ordered:

@@ -224,11 +224,7 @@ def _explain_loading(folder: Path, option: str, class_name: str, error: Exceptio
 
 
 def _read_kind(folder: Path) -> tuple[ImageTextKind, int]:
-    """Return the kind of the model in a folder, and its maximum number of text tokens.
-
-    Raises:
-        CheckpointError: If the model is not one of `KINDS`, or if files are missing.
-    """
+    """Return the kind of the model in a folder, and its maximum number of text tokens."""
     config = _read_config(folder, "--model", tuple(KINDS))
     name = str(config.get("model_type"))
     text = config.get("text_config")

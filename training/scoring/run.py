@@ -220,10 +220,8 @@ def _embed_samples(
     model: ImageTextModel,
     dataset: Path | None,
 ) -> tuple[EmbeddedRun, EmbeddedRun]:
-    """Return embeddings of the samples to compare with prompts, and to compare with training images.
-
-    Without --likeness_model, both are the same embeddings.
-    """
+    """Return embeddings of the samples to compare with prompts, and to compare with training images."""
+    # Without --likeness_model, both are the same embeddings.
     if options.likeness_model is None:
         embedded = _embed(run, rows, options, model, dataset)
         return embedded, embedded
@@ -259,14 +257,7 @@ def _add_recalls(
     tagger: RecognizesTags,
     probabilities: Mapping[Path, Tensor | None],
 ) -> list[StepScores]:
-    """Return the scores of each step with the tag recall of its samples added.
-
-    Args:
-        scored: The scores of each step.
-        rows: For each of these steps, its samples, and their files by the index of the prompt.
-        tagger: Model that recognizes tags.
-        probabilities: Probability of each tag by file; None for a file that cannot be read.
-    """
+    """Return the scores of each step with the tag recall of its samples added."""
     indices = number_tags(tagger.names)
     steps = []
     for step, (row, files) in zip(scored, rows, strict=True):
@@ -438,16 +429,7 @@ def _score_step(
     likeness_vectors: Mapping[Path, Tensor | None],
     comparison: SampleComparison,
 ) -> StepScores:
-    """Score the samples of a step; samples that cannot be read are left out.
-
-    Args:
-        run: The run.
-        row: The samples of the step.
-        files: Path of each sample, by index of its prompt.
-        vectors: Embeddings of each file's frames, to compare with prompts; None if the file cannot be read.
-        likeness_vectors: Embeddings of each file's frames, to compare with training images; None if unknown.
-        comparison: Prompts and training images to compare with.
-    """
+    """Score the samples of a step; samples that cannot be read are left out."""
     samples = []
     for index, path in files.items():
         frames = vectors[path]
