@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from modules.control_codes import escape_control_codes, shorten, shorten_lines, terminal_width, wrap_text
-from modules.errors import CheckpointError, OptionError, UserError
+from modules.errors import INTERRUPTED, CheckpointError, OptionError, UserError
 from modules.installation import EXTENSIONS, check_requirements, command_words
 
 # loggers with irrelevant warnings at import: bitsandbytes, on some processors
 # loggers limited to errors; the second logs counts at its exit, the third each request
 QUIET_LOGGERS = ("bitsandbytes.backends.cpu.ops", "torch._subclasses.fake_tensor", "httpx")
 LAUNCHER_SECONDS = 2.0  # seconds in which a launcher ends the other processes
-INTERRUPTED = 130  # the shell's code for a program ended by Ctrl-C
 MAX_LINES = 3  # maximum lines of a message, including a hint below it
 MAX_LINE_LENGTH = 2000  # characters of a line of a message
 LISTS_OPTIONS = " --help lists all options"  # hint below an error in a terminal

@@ -4,7 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from modules.extensions import list_named
-from modules.installation import CHECKOUT_SCRIPTS, EXTENSIONS_FLAG, FRONT_SCRIPT, MAX_BEFORE, find_script
+from modules.installation import (
+    CHECKOUT_SCRIPTS,
+    EXTENSIONS_FLAG,
+    FRONT_SCRIPT,
+    MAX_BEFORE,
+    find_script,
+)
 from modules.script_words import name_words
 
 

@@ -12,7 +12,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from modules.errors import InstallationError, OptionError
-from modules.installation import EXTENSIONS
+from modules.installation import EXTENSIONS, EXTENSIONS_FLAG
 
 FEATURES, NETWORKS, OPTIMIZERS, FAMILIES, PAGES = GROUPS = (
     "reelsmith.features",  # a `Feature` of training/features/contract.py
@@ -77,5 +77,5 @@ def _load(entry: EntryPoint) -> Any:
     except Exception as error:  # third-party code may raise anything
         raise InstallationError(
             f"extension {entry.name} ({entry.value}) cannot be loaded: {type(error).__name__}: {error}. "
-            f"Remove it from {EXTENSIONS}, or install a version for this Reelsmith"
+            f"Leave it out of {EXTENSIONS_FLAG} or {EXTENSIONS}, or install a version for this Reelsmith"
         ) from error

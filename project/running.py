@@ -19,10 +19,10 @@ from dataset.sources.media_source import Fault
 from downloads.listing import gigabytes, print_lines, total_bytes
 from downloads.options import leave_out
 from modules import installation
-from modules.command import INTERRUPTED, quote_command
+from modules.command import quote_command
 from modules.control_codes import shorten
 from modules.error_output import extract_error_message
-from modules.errors import OptionError
+from modules.errors import INTERRUPTED, OptionError
 from modules.option_values import option_argv
 from modules.options import replace_synonyms
 from modules.output_files import check_output_name

@@ -88,7 +88,7 @@ FLOORS = {
         {"chat_templates", "error_output", "lost_processes", "mistyped", "template_process"},
         {"downloading", "parser"},
         {"console_options", "table_parser"},
-        {"table_answers"},
+        {"early_errors", "table_answers"},
         {"interpreter", "script_options"},
         {"attention", "bars", "layers", "media"} | {"minimal_options"},
         {"pages"},
@@ -163,6 +163,8 @@ _LIGHT = {
     "modules": (
         *("command", "console", "control_codes", "errors", "installation", "interpreter", "limits"),
         *(
+            "early_errors",
+            "extension_words",
             "extensions",
             "help_text",
             "installed",

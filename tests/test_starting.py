@@ -19,7 +19,7 @@ import run_tests
 from browser.launch import find_program
 from modules.command import typed_words
 from modules.environment import TORCH
-from modules.errors import InstallationError, UserError
+from modules.errors import INTERRUPTED, InstallationError, UserError
 from modules.extension_words import add_extensions, split_extensions
 from modules.installation import (
     CHECKOUT_SCRIPTS,
@@ -405,6 +405,48 @@ def test_other_programs_get_no_extension(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv(EXTENSIONS, "glow")
     for words in (["python", "-c", "pass"], ["hf", "download", "x"], ["python", "quickstart.py"]):
         assert add_extensions(words) == words
+
+
+# Ctrl-C as often as a module is looked for
+CTRL_C = """
+import os, signal, sys
+class Stop:
+    def find_spec(self, name, path=None, target=None):
+        if name == os.environ["STOP_AT"]:
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Stop())
+"""
+IMPORTED_EARLY = ("argparse", "modules.options", "protocols.families")
+
+
+@pytest.mark.parametrize("script", ["new_project.py", "wan_train_network.py", "tools/run_browser.py"])
+@pytest.mark.parametrize("module", [*IMPORTED_EARLY, "torch"])
+def test_ctrl_c_while_modules_are_imported_is_one_word(script: str, module: str, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(CTRL_C, encoding="utf-8")
+    words = {"new_project.py": [tmp_path, "--family", "wan"], "tools/run_browser.py": [tmp_path]}
+    (tmp_path / "dataset.toml").write_text("[general]\n", encoding="utf-8")
+    environment = {"PYTHONPATH": str(tmp_path), "STOP_AT": module}
+    training = ["--dataset_config", "dataset.toml", "--output_dir", "out", "--output_name", "x", "--dit", "x"]
+    front = ["reelsmith.py", "new"] if script == "new_project.py" else [script]
+
+    done = run_program(
+        sys.executable,
+        *(ROOT / front[0], *front[1:], *words.get(script, training)),
+        folder=tmp_path,
+        environment=environment,
+        check=False,
+    )
+
+    assert (done.returncode, done.stderr) == (INTERRUPTED, "Interrupted.\n")
+
+
+def test_a_program_that_imports_reelsmith_keeps_its_own_hook(tmp_path: Path) -> None:
+    program = tmp_path / "mine.py"
+    program.write_text("import sys, reelsmith; print(sys.excepthook is sys.__excepthook__)", encoding="utf-8")
+
+    done = run_program(sys.executable, program, folder=tmp_path, environment={"PYTHONPATH": str(ROOT)})
+
+    assert done.stdout == "True\n"
 
 
 def test_every_step_is_announced_with_its_number_and_name(

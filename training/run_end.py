@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from modules.command import INTERRUPTED, LAUNCHER_VARIABLES
+from modules.command import LAUNCHER_VARIABLES
 from modules.console import format_count
 from modules.control_codes import escape_control_codes, shorten
-from modules.errors import OptionError, UserError
+from modules.errors import INTERRUPTED, OptionError, UserError
 
 logger = logging.getLogger(__name__)
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from modules.early_errors import explain_early_errors
 from modules.installation import (
     CHECKOUT_SCRIPTS,
     EXTENSIONS,
@@ -99,6 +100,7 @@ def _is_script(path: Path) -> bool:
 
 def main() -> None:
     """Run the command that the user has typed; without a command, list the commands."""
+    explain_early_errors()
     argv = sys.argv[1:]
     namesake = find_namesake() if PREFIX else None  # PREFIX is "" in a checkout
     if namesake is not None:

@@ -51,6 +51,11 @@ def run(target: Path, folder: Path, *words: object, named: str = "", check: bool
     return run_program(sys.executable, *words, folder=folder, environment=environment, check=check)
 
 
+def test_the_guide_shows_the_example_as_it_is() -> None:
+    guide = (ROOT / "docs" / "extensions.md").read_text(encoding="utf-8")
+    assert f"```python\n{(PACKAGES / 'glow' / 'reelsmith_glow.py').read_text(encoding='utf-8')}```" in guide
+
+
 def test_each_group_has_an_example() -> None:
     assert {group for group, _ in ANNOUNCED.values()} == set(GROUPS)
 
@@ -187,7 +192,35 @@ def test_wrong_names_and_broken_packages_are_named(tmp_path: Path) -> None:
 
     assert_user_error(unknown, "extension glwo: no installed package provides it. Installed are glow, half")
     assert_user_error(none, "extension glow: no installed package provides it. None is installed")
-    assert "extension glow (reelsmith_glow:GLOW) cannot be loaded" in broken.stderr
+    assert_user_error(broken, "extension glow (reelsmith_glow:GLOW) cannot be loaded", "--extensions")
+    for front in (["train", "wan"], ["new", "."]):  # as it is while modules are imported
+        words = [ROOT / "reelsmith.py", "--extensions", "glow", *front]
+        assert_user_error(
+            run(tmp_path, tmp_path, *words, check=False), "cannot be loaded: ModuleNotFoundError"
+        )
+
+
+def test_what_is_installed_and_not_named_is_told_where_its_name_is_typed(tmp_path: Path) -> None:
+    install(tmp_path, "glow", "half", "drift")
+    front = [ROOT / "reelsmith.py", "--extensions", "half", "train", "wan"]
+    optimizer = ["--dataset_config", "x.toml", "--output_dir", "o", "--output_name", "x", "--dit", "x"]
+    config = tmp_path / "config.toml"
+    config.write_text("glow_strength = 1\n", encoding="utf-8")
+
+    option = run(tmp_path, tmp_path, *front, "--glow", "1", check=False)
+    value = run(tmp_path, tmp_path, *front, *optimizer, "--optimizer_type", "drift", check=False)
+    in_file = run(tmp_path, tmp_path, ROOT / "wan_train_network.py", "--config_file", config, check=False)
+    other = run(tmp_path, tmp_path, ROOT / "wan_train_network.py", "--glo", "1", check=False)
+    behind = run(tmp_path, tmp_path, ROOT / "wan_train_network.py", "--extensions", "half", check=False)
+
+    advice = (
+        "The extension {} is installed, but not switched on. Switch it on: python reelsmith.py --extensions"
+    )
+    assert_user_error(option, f"Unknown option --glow. {advice.format('glow')} half,glow train wan")
+    assert_user_error(value, f"drift: unknown. {advice.format('drift')} half,drift train wan")
+    assert_user_error(in_file, f"called glow_strength. {advice.format('glow')} glow train wan")
+    assert "is installed" not in other.stderr
+    assert_user_error(behind, "It stands before the command: python reelsmith.py --extensions NAMES")
 
 
 def test_two_packages_with_one_name_are_refused(tmp_path: Path) -> None:
