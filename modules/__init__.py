@@ -17,6 +17,7 @@ downloading: receive a file from a site, continued and bounded
 environment: the virtual environment of the scripts that set up
 error_output: the message in what a program of ours has printed
 errors: errors that a user can correct
+extension_words: the extensions that are on, in a command
 extensions: load what installed packages bring, if it is named
 file_batches: write many small files in the time of few
 file_locks: locks on open files that end with their process

@@ -25,7 +25,12 @@ FEATURES, NETWORKS, OPTIMIZERS, FAMILIES, PAGES = GROUPS = (
 
 def list_named() -> list[str]:
     """Return the names of the extensions that the user has named."""
-    return [name.strip() for name in os.environ.get(EXTENSIONS, "").split(",") if name.strip()]
+    return split_names(os.environ.get(EXTENSIONS, ""))
+
+
+def split_names(text: str) -> list[str]:
+    """Return the names in a list with commas between them."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def check_named() -> None:

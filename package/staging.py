@@ -10,11 +10,11 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from modules.installation import SCRIPT_ROOMS
+from modules.installation import CHECKOUT_SCRIPTS, SCRIPT_ROOMS
 from modules.option_tables import TABLES
 from modules.script_words import console_words, has_own_command
 from modules.version import VERSION
-from package.reelsmith.commands import CHECKOUT_SCRIPTS, find_commands
+from package.reelsmith.commands import find_commands
 
 PACKAGE = "reelsmith"
 FRONT_NAME = "package.reelsmith"  # files at the top level of the package

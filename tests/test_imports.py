@@ -81,7 +81,7 @@ FLOORS = {
         {"atomic_write", "devices", "file_locks", "installation", "onnx_models", "option_values"},
         {"option_checks"},
         {"backups", "extensions", "file_batches", "installed", "line_kinds", "options"},
-        {"compile_options", "help_text", "repeated_options"},
+        {"compile_options", "extension_words", "help_text", "repeated_options"},
         {"speed_options"},
         {"console", "environment", "progress"},
         {"command"},

@@ -14,7 +14,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from modules.installation import EXTENSIONS, PREFIX, ROOT, SCRIPT_ROOMS, find_namesake, import_own
+from modules.installation import (
+    CHECKOUT_SCRIPTS,
+    EXTENSIONS,
+    EXTENSIONS_FLAG,
+    PREFIX,
+    ROOT,
+    SCRIPT_ROOMS,
+    find_namesake,
+    import_own,
+)
 from modules.screen import has_screen
 from modules.script_words import has_own_command, name_words
 from modules.version import VERSION
@@ -32,8 +41,6 @@ BEGINNER_SCRIPTS = {
     "run_browser": "open a page to do all of this by clicks, watch runs and generate",
     "compare": "make a grid of clips or images from several LoRA files",
 }
-# scripts that set up a checkout, and its door to the commands; the package has none of them
-CHECKOUT_SCRIPTS = {"quickstart", "reelsmith", "run_tests", "set_up"}
 # It is the program of networks/sdxl_merge_lora.py under its second name in sd-scripts, with the same options:
 # `sdxl-merge` runs it, and `merge` is merge_lora.py, which merges into a DiT.
 EXCLUDED_SCRIPTS = {Path("networks", "merge_lora.py")}
@@ -98,7 +105,7 @@ def main() -> None:
         print(f"Warning: {namesake}.", file=sys.stderr)
     if argv[:1] in (["help"], ["--help"], ["-h"]) and len(argv) > 1:  # `help train wan` is `train wan --help`
         argv = [*argv[1:], "--help"]
-    if argv[:1] == ["--extensions"] and len(argv) > 1:
+    if argv[:1] == [EXTENSIONS_FLAG] and len(argv) > 1:
         os.environ[EXTENSIONS] = argv[1]
         argv = argv[2:]
     command = _find_named(argv)
