@@ -242,16 +242,12 @@ def read_conditioning_config(path: Path, streams: tuple[str, ...]) -> dict[str, 
             for condition in table.get("conditions", ()):
                 values |= _read_condition(condition, stream, f"{source}: [[{stream}.conditions]]")
     if len(is_generated) == 2:  # with one stream there is no direction to set
-        values[DIRECTION] = _find_direction(is_generated, source)
+        # The training direction in which these streams are generated, the other one being given
+        direction = _DIRECTIONS.get((is_generated["video"], is_generated["audio"]))
+        if direction is None:
+            raise OptionError(f"{source}: is_generated = false for both streams: nothing would be learned")
+        values[DIRECTION] = direction
     return values
-
-
-def _find_direction(is_generated: Mapping[Any, Any], source: str) -> str:
-    """Return the training direction in which these streams are generated, the other one being given."""
-    direction = _DIRECTIONS.get((is_generated["video"], is_generated["audio"]))
-    if direction is None:
-        raise OptionError(f"{source}: is_generated = false for both streams: nothing would be learned")
-    return direction
 
 
 def _read_condition(condition: Any, stream: str, source: str) -> dict[str, Any]:

@@ -322,7 +322,24 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
         if self.ic_lora_strategy == "none" and self.ic_lora_ref_probability < 1:
             raise OptionError("--ic_lora_strategy none and --ic_lora_ref_probability: pass one of them")
         self._check_streams()
-        self._check_direction()
+        # Raise OptionError if --ltx2_train_direction keeps a stream clean that other options change
+        direction = self.ltx2_train_direction
+        # v2a trains audio from clean images, a2v images from clean audio
+        clean_title = None
+        if direction == "v2a" and self.given.gives_images:
+            clean_title = "the images are"
+        elif direction == "a2v" and self.given.gives_audio:
+            clean_title = "the audio is"
+        if clean_title is not None:
+            raise OptionError(
+                f"--ltx2_train_direction {direction}: {clean_title} always clean. Omit the options "
+                "for parts of them"
+            )
+        if AUDIO in self.strategy.needs and direction == "a2v":
+            raise OptionError(
+                f"{self.strategy_option} and --ltx2_train_direction a2v: the audio is always clean, so none "
+                "is generated from a reference. Omit one of them"
+            )
         if self.given.ltx2_conditioning_config is not None:
             apply_conditioning_config(self)
 
@@ -351,26 +368,6 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
                 raise OptionError(
                     f"{option_text}: without {title} nothing would be learned or heard. Pass --ltx2_mode av"
                 )
-
-    def _check_direction(self) -> None:
-        """Raise OptionError if --ltx2_train_direction keeps a stream clean that other options change."""
-        direction = self.ltx2_train_direction
-        # v2a trains audio from clean images, a2v images from clean audio
-        clean_title = None
-        if direction == "v2a" and self.given.gives_images:
-            clean_title = "the images are"
-        elif direction == "a2v" and self.given.gives_audio:
-            clean_title = "the audio is"
-        if clean_title is not None:
-            raise OptionError(
-                f"--ltx2_train_direction {direction}: {clean_title} always clean. Omit the options "
-                "for parts of them"
-            )
-        if AUDIO in self.strategy.needs and direction == "a2v":
-            raise OptionError(
-                f"{self.strategy_option} and --ltx2_train_direction a2v: the audio is always clean, so none "
-                "is generated from a reference. Omit one of them"
-            )
 
     @property
     def strategy(self) -> ReferenceStrategy:
@@ -501,7 +498,16 @@ def resolve_generation(shared: T, own_options: Ltx2GenerationOptions) -> tuple[T
     Raises OptionError if an option is given under both names, with two values.
     """
     values = option_values(shared)
-    changes = _copy_official_values(values, own_options)
+    # Values of shared options that also have an official name, by shared name
+    copied = {}
+    for official_name, name in _OFFICIAL_NAMES.items():
+        # the frame rate always has a value: the default counts as not given
+        is_default = name == "fps" and values[name] == FPS
+        shared_value = None if is_default else values[name]
+        value = _select_value(name, shared_value, getattr(own_options, official_name), official_name)
+        if value is not None:
+            copied[name] = value
+    changes = copied
     # flags that choose an attention kernel become --attn_mode
     kernels = _list_chosen_kernels(values, own_options)
     kernel = next(iter(kernels.values()), "torch")
@@ -518,19 +524,6 @@ def resolve_generation(shared: T, own_options: Ltx2GenerationOptions) -> tuple[T
     dtype = _select_value("dit_dtype", own_options.dit_dtype, mixed)
     own_options = override_options(own_options, {"dit_dtype": dtype})
     return override_options(shared, changes), own_options
-
-
-def _copy_official_values(values: Mapping[str, Any], own_options: Ltx2GenerationOptions) -> dict[str, Any]:
-    """Return values of shared options that also have an official name, by shared name."""
-    copied = {}
-    for official_name, name in _OFFICIAL_NAMES.items():
-        # the frame rate always has a value: the default counts as not given
-        is_default = name == "fps" and values[name] == FPS
-        shared_value = None if is_default else values[name]
-        value = _select_value(name, shared_value, getattr(own_options, official_name), official_name)
-        if value is not None:
-            copied[name] = value
-    return copied
 
 
 def _list_typed_names(own_options: Ltx2GenerationOptions, kernels: Mapping[str, str]) -> dict[str, str]:

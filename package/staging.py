@@ -179,11 +179,7 @@ def lay_out_package(root: Path, folder: Path) -> None:
     shutil.copy(root / "requirements.txt", package / "requirements.txt")
     version = f'"""The version of Reelsmith."""\n\nVERSION = "{VERSION}"\n'
     (package / "modules" / "version.py").write_text(version, encoding="utf-8")
-    _rewrite_modules(root, package)
-
-
-def _rewrite_modules(root: Path, package: Path) -> None:
-    """Rewrite the imports and strings of all modules in the package."""
+    # Rewrite the imports and strings of all modules in the package
     commands = find_commands(root)
     own_names = find_own_names(root)
     scripts = {command.script for command in commands}

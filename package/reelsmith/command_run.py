@@ -101,7 +101,14 @@ class CommandRun:
                 is_over = not self.is_running  # first: events that it writes before its end are then read
                 self._pending.extend(self._read_events(is_over))
                 while self._pending:
-                    yield self._take_pending()
+                    # Remove and return the first pending event, and record it unless `stop` has already done
+                    # so
+                    event = self._pending.popleft()
+                    if self._num_recorded:
+                        self._num_recorded -= 1
+                    else:
+                        self._record(event)
+                    yield event
                 if is_over:
                     break
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -111,15 +118,6 @@ class CommandRun:
             raise
         atexit.unregister(self.stop)
         self._raise_error()
-
-    def _take_pending(self) -> Event:
-        """Remove and return the first pending event, and record it unless `stop` has already done so."""
-        event = self._pending.popleft()
-        if self._num_recorded:
-            self._num_recorded -= 1
-        else:
-            self._record(event)
-        return event
 
     def wait(self, callback: Callable[[Event], None] | None = None) -> "CommandRun":
         """Wait until the command has ended, and return it. An error in the callback stops the command.

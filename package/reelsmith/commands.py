@@ -10,7 +10,7 @@ import os
 import re
 import runpy
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -181,10 +181,17 @@ def _explain_unknown(commands: Sequence[ScriptCommand], words: Sequence[str]) ->
     # If commands begin with the first word, such as `train`, only their other words are compared. If this
     # finds none, or no command begins with it, a synonym of the first word is suggested first.
     typed_words = " ".join(word for word in words[:3] if not word.startswith("-"))
-    names_by_ending = _index_by_ending(commands, words[0])
+    names_by_ending = {
+        " ".join(command.words[1:]): command.name for command in commands if command.words[0] == (words[0])
+    }
     suggestions = _list_matching(commands, typed_words, Path(words[0]).name.removesuffix(".py"))
     if not suggestions and names_by_ending:  # only the words after the first one are wrong
-        suggestions = _list_similar_endings(typed_words.partition(" ")[2], names_by_ending)
+        # The command whose words after the first are most similar to `typed_ending`; [] if none is
+        typed_ending = typed_words.partition(" ")[2]
+        similar = difflib.get_close_matches(typed_ending, names_by_ending, 1)
+        if not similar:
+            similar = difflib.get_close_matches(typed_ending.partition(" ")[0], names_by_ending, 1)
+        suggestions = [names_by_ending[ending] for ending in similar]
     elif not suggestions:
         suggestions = _list_similar(commands, typed_words, words[0])
     shown_suggestions = suggestions
@@ -200,13 +207,6 @@ def _explain_unknown(commands: Sequence[ScriptCommand], words: Sequence[str]) ->
     return message
 
 
-def _index_by_ending(commands: Sequence[ScriptCommand], first_word: str) -> dict[str, str]:
-    """Return the names of the commands that begin with a word, such as `train`, by their other words."""
-    return {
-        " ".join(command.words[1:]): command.name for command in commands if command.words[0] == first_word
-    }
-
-
 def _list_matching(commands: Sequence[ScriptCommand], typed: str, script: str) -> list[str]:
     """Return the names of commands that contain all typed words in any order, or whose script was typed."""
     typed_words = {*typed.split()}
@@ -215,14 +215,6 @@ def _list_matching(commands: Sequence[ScriptCommand], typed: str, script: str) -
         for command in commands
         if command.script == script or (typed and typed_words <= {*command.words})
     ]
-
-
-def _list_similar_endings(typed_ending: str, names_by_ending: Mapping[str, str]) -> list[str]:
-    """Return the command whose words after the first are most similar to `typed_ending`; [] if none is."""
-    similar = difflib.get_close_matches(typed_ending, names_by_ending, 1)
-    if not similar:
-        similar = difflib.get_close_matches(typed_ending.partition(" ")[0], names_by_ending, 1)
-    return [names_by_ending[ending] for ending in similar]
 
 
 def _list_similar(commands: Sequence[ScriptCommand], typed: str, first_word: str) -> list[str]:

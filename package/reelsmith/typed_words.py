@@ -113,19 +113,23 @@ def _format_option(name: str, value: Any, action: argparse.Action | None) -> lis
     # this name; None if there is none, which the parser will report.
     flag = f"--{name}"
     if action is not None:
-        flag = _find_flag(name, action)
-        _reject_wrong_kind(flag, value, action)
+        # The flag of the option that a keyword argument names: `my_option` may be --my-option
+        flags = {flag.lstrip("-").replace("-", "_"): flag for flag in action.option_strings}
+        flag = flags[name]
+        # Raise OptionError if a switch is given a value, or another option True in place of its value
+        is_switch = action.nargs == 0
+        if is_switch and not isinstance(value, bool | None):
+            raise OptionError(f"{flag} is a switch: pass True or False, not {value!r}")
+        needs_value = action.nargs not in (0, "?", "*")
+        if needs_value and value is True:
+            raise OptionError(f"{flag} is not a switch: pass its value in place of True")
     if value is False and isinstance(action, argparse.BooleanOptionalAction):
         return [f"--no-{flag[2:]}"]
     if value is None or value is False:
         return []
     if value is True:
         return [flag]
-    return _format_values(flag, value, action)
-
-
-def _format_values(flag: str, value: Any, action: argparse.Action | None) -> list[str]:
-    """Return an option with its value, or with the items of a list; a mapping becomes KEY=VALUE words."""
+    # An option with its value, or with the items of a list; a mapping becomes KEY=VALUE words
     if isinstance(value, Mapping):
         value = [f"{key}={mapped}" for key, mapped in value.items()]
     if not isinstance(value, list | tuple):
@@ -134,19 +138,3 @@ def _format_values(flag: str, value: Any, action: argparse.Action | None) -> lis
     if isinstance(action, argparse._AppendAction):  # an option that is typed once for each value
         return [f"{flag}={item}" for item in items]
     return [flag, *items]
-
-
-def _reject_wrong_kind(flag: str, value: Any, action: argparse.Action) -> None:
-    """Raise OptionError if a switch is given a value, or another option True in place of its value."""
-    is_switch = action.nargs == 0
-    if is_switch and not isinstance(value, bool | None):
-        raise OptionError(f"{flag} is a switch: pass True or False, not {value!r}")
-    needs_value = action.nargs not in (0, "?", "*")
-    if needs_value and value is True:
-        raise OptionError(f"{flag} is not a switch: pass its value in place of True")
-
-
-def _find_flag(name: str, action: argparse.Action) -> str:
-    """Return the flag of the option that a keyword argument names: `my_option` may be --my-option."""
-    flags = {flag.lstrip("-").replace("-", "_"): flag for flag in action.option_strings}
-    return flags[name]
