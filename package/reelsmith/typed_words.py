@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from modules.command import name_as_typed
 from modules.console import quiet
+from modules.control_codes import shorten
 from modules.error_output import extract_error_message
 from modules.errors import OptionError, UserError
 from modules.installation import EXTENSIONS
@@ -15,6 +16,7 @@ from modules.option_tables import find_table
 from modules.options import TYPED
 from modules.parser import Parser, reject_unsupported, typed_names
 from modules.table_parser import build_parser, check_arguments
+from modules.text_files import bad_character
 from training.config_options import read_config_file
 
 # names that read better in Python -> options
@@ -70,12 +72,17 @@ class ScriptArguments:
             options: Values by option name.
 
         Raises:
-            OptionError: If a switch is given a value that is not a bool, or if another option is True.
+            OptionError: If a switch is given a value that is not a bool, if another option is True, or if a
+                text has a character that no program can be given.
         """
         argv = [str(operand) for operand in operands]
         for name, value in options.items():
             name = name if name in self._actions else SHORT_NAMES.get(name, name)
             argv += _format_option(name, value, self._actions.get(name))
+        for word in argv:
+            reason = bad_character(word)
+            if reason is not None:
+                raise OptionError(f"{shorten(word, 80)!r} contains {reason}. Omit it")
         return argv
 
     def check(self, argv: Sequence[str]) -> dict[str, Any]:
