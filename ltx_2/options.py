@@ -19,6 +19,7 @@ from ltx_2.audio_reference_options import (
 )
 from ltx_2.given_media_options import Ltx2GivenMedia, read_request_values
 from ltx_2.given_options import Ltx2GivenParts, check_value, read_conditioning_config
+from ltx_2.learned_media import list_learned_media
 from ltx_2.model_options import (
     AUDIO,
     VIDEO,
@@ -598,6 +599,8 @@ def generation_options(options: Ltx2TrainingOptions, sample: Mapping[str, Any]) 
         f"--{name}": Repeated(value) if isinstance(value, tuple) else value
         for name, value in read_request_values(extra).items()
     }
+    learned_parts = apply_conditioning_config(options).given
+    given |= list_learned_media(learned_parts, options.ltx2_train_direction, sample)
     # a value of None leaves the option out of the command
     left_out = [
         *options.references.command_options(),  # these factors are in the LoRA's metadata
@@ -615,7 +618,7 @@ def generation_options(options: Ltx2TrainingOptions, sample: Mapping[str, Any]) 
         "--dit": options.dit,
         "--dit_dtype": options.dit_dtype,
         "--image_path": sample.get("image_path"),
-        "--video_length": sample.get("frames"),
+        "--video_length": sample.get("frames") or given.get("--video_length"),
         "--fps": None if rate is None else f"{rate:g}",  # without a decimal point, as --fps reads it
         "--sample_disable_audio": options.silent,
         **guidance,

@@ -187,6 +187,7 @@ _LIGHT = {
         ),
         *("media/lengths", "version"),
     ),
+    "ltx_2": ("learned_media",),
     "dataset": ("config", "config_keys", "other_trainers", "subsets", "table", "timestep_keys"),
     "dataset/forms": (
         *(
