@@ -44,6 +44,7 @@ class RunReporter:
     folder: Path = field(init=False)  # --output_dir
     name: str = field(init=False)  # --output_name
     path: Path = field(init=False)  # of the page
+    is_done: bool = field(default=False, init=False)  # a feature has ended the run before its last step
     _messages: "_Messages" = field(init=False)
     _page_requested_at: float = field(init=False)  # time of the last request for the page
     _flushed_at: float = 0.0  # time of the last write to disk after a step
@@ -76,6 +77,11 @@ class RunReporter:
             with self._errors_as_warning():
                 self.page.close()
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has taken its last step, or a feature has ended it before; False after a stop."""
+        return self.is_done or self.step >= self.start.total_steps
+
     def _record_end(self, error: Exception | None) -> None:
         """Record how the run has ended, and the commands that the page shows from then on."""
         sentence = f"stopped after step {self.step:,}"
@@ -84,7 +90,7 @@ class RunReporter:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             sentence = f"ended by an error after step {self.step:,}: {reason}"
             css_class = "bad"
-        elif self.step >= self.start.total_steps:
+        elif self.is_finished:
             sentence, css_class = "finished", "good"
         self._record(self.step, ended=sentence, kind=css_class)
         if self.history.is_written:
