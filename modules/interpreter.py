@@ -30,6 +30,10 @@ if (_NOTES / "back" / "unfinished").exists() and _PROGRAM.exists():
     # this process has read a half-updated file: start the same command again
     sys.exit(_code or subprocess.call([sys.executable] + sys.orig_argv[1:]))
 
-from modules.table_answers import answer_running_script  # noqa: E402  # it needs the Python that is checked
+from modules.early_errors import explain_early_errors  # noqa: E402  # both need the Python that is checked
+
+explain_early_errors()
+
+from modules.table_answers import answer_running_script  # noqa: E402  # after it, as it takes a moment
 
 answer_running_script()

@@ -120,7 +120,16 @@ class Parser(argparse.ArgumentParser):
         self._show_help(argv)  # ends the program if help is asked for
         # find mistakes that argparse would explain worse, and convert the words to the form that it expects
         if argv and argv[-1] in _LINE_ENDS:
-            self._reject_line_continuation(argv)
+            # Reject a command that ends in a line-continuation character of another shell, such as ` or ^
+            last_but_one, last = ["", *argv][-2:]
+            takes_it = any(
+                last_but_one in action.option_strings and action.nargs != 0 for action in self._actions
+            )
+            if not takes_it:
+                self.error(
+                    f"the command ends in '{last}', and its next line was not read: a line continues with \\ "
+                    "as its very last character in bash, with ^ in cmd, with ` in PowerShell. Write one line"
+                )
         argv = self._normalize(argv)
         self._reject_unknown(argv)
         self._reject_joined_numbers(argv)
@@ -139,18 +148,6 @@ class Parser(argparse.ArgumentParser):
         typed = frozenset(self._option_string_actions[flag].dest for flag in self._typed_spellings)
         setattr(parsed, TYPED, typed)
         return parsed
-
-    def _reject_line_continuation(self, argv: Sequence[str]) -> None:
-        """Reject a command that ends in a line-continuation character of another shell, such as ` or ^."""
-        last_but_one, last = ["", *argv][-2:]
-        takes_it = any(
-            last_but_one in action.option_strings and action.nargs != 0 for action in self._actions
-        )
-        if not takes_it:
-            self.error(
-                f"the command ends in '{last}', and its next line was not read: a line continues with \\ as "
-                "its very last character in bash, with ^ in cmd, with ` in PowerShell. Write one line"
-            )
 
     def _record_typed_flags(self, argv: Sequence[str]) -> dict[str, str]:
         """Record the flag with which each option is typed; abbreviations are completed."""

@@ -78,9 +78,9 @@ class MachinePaths:
         for path in sorted(short, key=len, reverse=True):
             if text == path or "/" in path or "\\" in path:
                 text = text.replace(path, short[path])
-            else:  # a name such as `data` is also a word of prompts: only the first part of a path is replaced
+            else:  # a name such as `data` is also a word of prompts: replaced only where it begins a path
                 begins_path = rf"(?<![\w./\\-]){re.escape(path)}(?=[\\/])"
-                text = re.sub(begins_path, lambda _, name=short[path]: name, text)
+                text = re.sub(begins_path, short[path].replace("\\", r"\\"), text)
         return self.folder_pattern.sub(".", text)
 
 

@@ -19,10 +19,10 @@ from dataset.sources.media_source import Fault
 from downloads.listing import gigabytes, print_lines, total_bytes
 from downloads.options import leave_out
 from modules import installation
-from modules.command import INTERRUPTED, quote_command
+from modules.command import quote_command
 from modules.control_codes import shorten
 from modules.error_output import extract_error_message
-from modules.errors import OptionError
+from modules.errors import INTERRUPTED, OptionError
 from modules.option_values import option_argv
 from modules.options import replace_synonyms
 from modules.output_files import check_output_name
@@ -129,7 +129,7 @@ def _list_typed_options(options: RunOptions) -> dict[str, Any]:
 def _run_or_check(options: RunOptions, project: Project, trace: RunTrace, end: EndCommand) -> None:
     """Execute `run` for a project: check it, or start its commands one after the other until one fails."""
     if options.check:
-        check_project(project)
+        check_project(project, options)
         return
     trained_lines = _describe_finished_training(project, options)
     if trained_lines:
@@ -193,7 +193,7 @@ def _explain_missing(project: Project, models: Path) -> str:
     """Return the error message about missing model files, with the options that download them."""
     # `models` is the default download folder.
     size = _download_size(project.download_command)
-    options = _describe_download_options(project, models)
+    options = quote_command(_list_download_options(project, models))
     return (
         f"{project.missing_model_files[0]} is missing{size}. Add {options}, or run\n"
         f"  {quote_command(project.download_command)}\n"
@@ -232,7 +232,7 @@ def _run_until_one_fails(commands: Sequence[list[str]], project: Project, trace:
     return unreadable_files
 
 
-def check_project(project: Project) -> None:
+def check_project(project: Project, options: RunOptions) -> None:
     """Run the checks that precede a training run, and print what they find; nothing is cached or trained.
 
     Exits with code 1 if an error would stop the run.
@@ -255,7 +255,10 @@ def check_project(project: Project) -> None:
     has_unreadable_files = any(check.has_unreadable_files for check in checks)
     if not has_unreadable_files and not project.missing_model_files:
         remember_checked(project.folder, project.commands, project.model_files)
-    print_lines(["", f"The run can begin: {own_command('run', as_operand(project.folder))}"])
+    run_argv = options.as_arguments
+    if project.missing_model_files and not options.download:
+        run_argv += _list_download_options(project, options.models)
+    print_lines(["", f"The run can begin: {own_command(*run_argv)}"])
 
 
 class CheckOutcome(NamedTuple):
@@ -452,12 +455,12 @@ def _find_model_difference(project: Project, metadata: Mapping[str, str]) -> str
     return None
 
 
-def _describe_download_options(project: Project, models: Path) -> str:
+def _list_download_options(project: Project, models: Path) -> list[str]:
     """Return the options that let `run` download missing files."""
     # `models` is the default folder of --download; any other folder has to be named.
     target = project.folder / _list_typed_values(project.download_command).get("--to", "models")
     is_allowed = real_path(target).is_relative_to(real_path(models)) or describe_outside(target) is None
-    return "--download" if is_allowed else quote_command(["--download", "--models", str(target)])
+    return ["--download"] if is_allowed else ["--download", "--models", str(target)]
 
 
 def _download_size(argv: Sequence[str]) -> str:

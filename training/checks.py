@@ -170,25 +170,23 @@ def _check_samples(family: Family, options: TrainingOptions) -> None:
 
             read_requests(family, samples.sample_prompts)  # only for its errors: prompts are read again later
         if samples.sample_lora:
-            _check_sample_loras(family, samples.loras())
+            # Raise UserError if LoRAs of --sample_lora do not fit a transformer
+            multiplier_by_file = samples.loras()
+            from networks.apply import check_loras_fit
+            from networks.gated_loras import reject_magnitudes  # only with LoRA files
+            from networks.loading import read_weighted_lora
 
-
-def _check_sample_loras(family: Family, multiplier_by_file: Sequence[tuple[Path, float]]) -> None:
-    """Raise UserError if LoRAs of --sample_lora do not fit a transformer."""
-    from networks.apply import check_loras_fit
-    from networks.gated_loras import reject_magnitudes  # only with LoRA files
-    from networks.loading import read_weighted_lora
-
-    # a family may have no files of its transformer yet: then the LoRAs are read and not compared
-    for expert, file in zip_longest(family.experts, family.dit_files):
-        weighted_loras = [
-            read_weighted_lora(path, expert.name, multiplier) for path, multiplier in multiplier_by_file
-        ]
-        for weighted_lora in weighted_loras:
-            reject_magnitudes(weighted_lora.lora, "--sample_lora")
-        if weighted_loras and file is not None:
-            # some transformers have a second file, such as one with additional blocks
-            check_loras_fit(file, weighted_loras, family.file_beside(file))
+            # a family may have no files of its transformer yet: then the LoRAs are read and not compared
+            for expert, file in zip_longest(family.experts, family.dit_files):
+                weighted_loras = [
+                    read_weighted_lora(path, expert.name, multiplier)
+                    for path, multiplier in multiplier_by_file
+                ]
+                for weighted_lora in weighted_loras:
+                    reject_magnitudes(weighted_lora.lora, "--sample_lora")
+                if weighted_loras and file is not None:
+                    # some transformers have a second file, such as one with additional blocks
+                    check_loras_fit(file, weighted_loras, family.file_beside(file))
 
 
 def _list_rates(options: TrainingOptions) -> dict[str, float]:

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 from dataset.batches.example import find_example
 from dataset.batches.items import NO_COMMANDS, CachingCommands
 from dataset.cache.commands import recall_options
-from modules.command import quote_for_powershell
+from modules.command import quote_for_powershell, typed_words
 from modules.console import quiet
-from modules.installation import command_words
 from modules.limits import MAX_EXAMPLE_CHARACTERS
 from modules.option_values import Placeholder, missing_words, option_argv
 from modules.options import STARTS, option_name, option_values, options_with
@@ -398,7 +397,7 @@ def make_sample_arguments(sample: Mapping[str, Any], spellings: Mapping[str, str
 
 def _command(title: str, arguments: Sequence[str], note: str = "") -> PageCommand:
     """Return a command written for POSIX and Windows shells; the note lists values to fill in."""
-    arguments = command_words(arguments)
+    arguments = typed_words(arguments)
     missing = [shlex.quote(word) for word in missing_words(arguments)]
     if missing:
         note = f"Fill in {' and '.join(missing)} first: the run does not know this. {note}".rstrip()
