@@ -19,11 +19,12 @@ from typing import NamedTuple, Protocol, TypeVar
 
 from dataset.batches.items import HasSource, TrainingItem, list_tables
 from dataset.cache_files import EMPTY
-from dataset.sources.captions import complete_caption, join_parts, split_lines
+from dataset.sources.captions import complete_caption, join_parts, split_captions
 from dataset.sources.media_source import pause_garbage_collection
 from dataset.table import NO_AUGMENTATION, CaptionChanges, DatasetTable
 from modules.integers import ceil_div
 from modules.seeds import derive_seed
+from modules.text_files import read_if_object
 
 logger = logging.getLogger(__name__)
 
@@ -338,17 +339,18 @@ def changed_caption(
     """
     if not changes.varies_per_step:  # trigger word, prefix and suffix were added when the source was listed
         return caption
-    lines = split_lines(caption) or [""]
-    text = generator.choice(lines) if changes.wildcards else lines[0]
+    captions = split_captions(caption, table)
+    text = generator.choice(captions) if changes.wildcards else captions[0]
+    is_object = read_if_object(text) is not None  # its braces and commas are no choices and no separators
     prefix, suffix = table.caption_prefix, table.caption_suffix
     if changes.wildcards:
         from dataset.sources.wildcards import fill_wildcards  # few tables have wildcards
 
         prefix = fill_wildcards(prefix, generator).text
-        text = fill_wildcards(text, generator).text
+        text = text if is_object else fill_wildcards(text, generator).text
         suffix = fill_wildcards(suffix, generator).text
     text = complete_caption(text, table.trigger_word, prefix, suffix)
-    if changes.moves_tags:
+    if changes.moves_tags and not is_object:
         text = _vary_parts(text, changes, step=step, total_steps=total_steps, generator=generator)
     return join_parts(text, changes)
 
