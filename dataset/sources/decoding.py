@@ -241,7 +241,7 @@ def _decode_clip(
         sizes = clip.size, clip.bucket
         mask = read_mask(local.mask, local, sizes, count=count, fps=fps, frame_times=clip.times)
     found_spans = spans(table, count, lengths)
-    reason = None if found_spans else explain_no_spans(table, count)
+    reason = None if found_spans else explain_no_spans(table, count, count_file_frames(local))
     companions = ClipCompanions()
     has_companions = any((local.control, local.references, local.guides, local.control_mask, local.rejected))
     if found_spans and has_companions:
@@ -585,7 +585,7 @@ def plan_source(
         else:
             size, count = _plan_clip(local, fps)
             found_spans = spans(table, count, lengths)
-            reason = None if found_spans else explain_no_spans(table, count)
+            reason = None if found_spans else explain_no_spans(table, count, count_file_frames(local))
         bucket = find_bucket(table, size, step, local.path)
     return DecodedMedia(
         source=source, size=size, bucket=bucket, frames=NO_FRAMES, spans=found_spans, reason=reason
@@ -699,11 +699,22 @@ def _stack_alphas(alphas: Sequence[NDArray[np.uint8] | None]) -> Mask:
     return np.stack([opaque if alpha is None else alpha for alpha in alphas])
 
 
-def explain_no_spans(table: DatasetTable, num_kept: int) -> str:
-    """Return why there are no spans of a clip with `num_kept` kept frames: it is too short."""
+def count_file_frames(source: MediaSource) -> int | None:
+    """Return the number of frames that a clip's header states; None for other media."""
+    return video_info(source.path).frames if source.table.media_kind == "video" else None
+
+
+def explain_no_spans(table: DatasetTable, num_kept: int, num_in_file: int | None) -> str:
+    """Return why there are no spans of a clip with `num_kept` kept frames: it is too short.
+
+    `num_in_file` is the number of frames of its file, if known, of which others may be left out.
+    """
     declared = table.declared_fps
     selection = f" after dropping from source_fps = {declared:g}" if declared else ""
     if table.source_fps == AUTO:
         selection = ' at the rate of the model (source_fps = "auto")'
     shortest = min(table.target_frames)
-    return f"{format_count(num_kept, 'frame')}{selection}, the shortest of target_frames is {shortest}"
+    frames = format_count(num_kept, "frame")
+    if selection and num_in_file is not None and num_in_file != num_kept:
+        frames = f"{num_kept} of its {format_count(num_in_file, 'frame')}"
+    return f"{frames}{selection}, the shortest of target_frames is {shortest}"

@@ -551,6 +551,11 @@ def test_what_does_not_fit_is_told(copied: Path, capfd: pytest.CaptureFixture[st
         ("--family wan", "--task is missing: pass one of t2v-1.3B ("),
         ("--task t2v-1.3B", "--family is missing: pass one of wan, "),
         ("--family won", "Did you mean wan?"),
+        ("--family sdx", "Did you mean sdxl?"),
+        (
+            "--family ltx --task 2.3",
+            "--task 2.3: that is the release of all of them. Choose from av (text or image to video with",
+        ),
         ("--family hunyuan", "Did you mean hunyuan_video or hunyuan_image?"),
         ("--family sdxl --task 1.5", "--family names stable_diffusion xl, and --task 1.5 is 1.5. Omit one"),
         ("--family sd", "--task is missing: pass one of 1.5 ("),
@@ -649,7 +654,15 @@ def test_a_folder_around_that_of_the_folders_of_repeats_names_it(tmp_path: Path)
     assert str(error.value).endswith(f"Pass {tmp_path / 'cat' / 'train'}.")
 
 
-@pytest.mark.parametrize(("word", "meant"), [("models", "download --list"), ("gui", "browser")])
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("models", "download --list"),
+        ("gui", "browser"),
+        ("convert-lora", "convert"),
+        ("convert_lora.py", "convert"),
+    ],
+)
 def test_a_command_of_another_name_is_known(word: str, meant: str, tmp_path: Path) -> None:
     said = run_program(sys.executable, ROOT / "reelsmith.py", word, folder=tmp_path, check=False).stderr
     assert f"'{word}' is not a command. Did you mean " in said
