@@ -1,5 +1,6 @@
 """From a folder of mixed files to a LoRA and a page, through the commands that a user types."""
 
+import io
 import json
 import os
 import re
@@ -156,7 +157,7 @@ def test_a_run_goes_on_without_unreadable_files_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = copy(collected, tmp_path / "clips")
-    monkeypatch.setattr(running, "_check_training", lambda _: None)
+    monkeypatch.setattr(running, "_check_training", lambda *_, **__: None)
     monkeypatch.setattr(running, "_check_media", lambda *_: MediaCheck([], ["damaged.jpg is damaged"]))
     monkeypatch.setattr(
         running,
@@ -389,8 +390,30 @@ def test_a_misspelt_option_ends_the_run_before_anything_is_cached(collected: Pat
     folder = copy(collected, tmp_path / "clips")
     text = (folder / "run.toml").read_text(encoding="utf-8").replace("learning_rate", "learning_rat")
     (folder / "run.toml").write_text(text, encoding="utf-8")
-    assert_one_message(*run_here("run_project.py", folder, folder=tmp_path), "Did you mean learning_rate?")
+    told = run_here("run_project.py", folder, folder=tmp_path)
+    assert_one_message(*told, "Did you mean learning_rate?")
+    assert run_here("run_project.py", folder, "--check", folder=tmp_path) == told
     assert not (folder / "cache").exists()
+
+
+def test_a_check_loads_torch_once_and_starts_no_process(
+    collected: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copy(collected, tmp_path / "clips")
+    printed = io.StringIO()
+    interrupt = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(subprocess, "Popen", None)
+
+    code, said = run_here("run_project.py", folder, "--check", folder=tmp_path, printed=printed)
+
+    assert code == 0, said
+    assert printed.getvalue().count("Nothing is wrong.") == 2
+    assert RUN_GOES_ON not in os.environ
+    assert signal.getsignal(signal.SIGINT) == interrupt
+    assert "WARNING" not in said
+    (folder / "b.txt").unlink()
+    code, said = run_here("run_project.py", folder, "--check", folder=tmp_path, printed=printed)
+    assert code == 1
 
 
 @pytest.mark.slow
@@ -690,9 +713,10 @@ def test_what_a_check_has_found_good_is_not_checked_again(
 ) -> None:
     folder = copy(collected, tmp_path / "clips")
     done: list[str] = []
-    monkeypatch.setattr(running, "_check_training", lambda _: done.append("options"))
+    monkeypatch.setattr(running, "_check_training", lambda *_, **__: done.append("options"))
     monkeypatch.setattr(running, "_check_media", lambda *_: (done.append("media"), MediaCheck([], []))[1])
     monkeypatch.setattr(running, "run_command", lambda words, *_: 0)
+    monkeypatch.setattr(running, "_run_here", lambda words, *_, **__: 0)
 
     def run(**options: bool) -> list[str]:
         done.clear()
@@ -720,7 +744,7 @@ def test_a_check_that_left_files_out_is_made_again(
     collected: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = copy(collected, tmp_path / "clips")
-    monkeypatch.setattr(running, "_check_training", lambda _: None)
+    monkeypatch.setattr(running, "_check_training", lambda *_, **__: None)
     monkeypatch.setattr(running, "_check_media", lambda *_: MediaCheck([], ["a.jpg is damaged"]))
     running.run_project(RunOptions(folder=folder, check=True))
     assert not (folder / "cache" / "checked.json").exists()

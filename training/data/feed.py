@@ -479,9 +479,7 @@ class Feed:
 
     def _find_run_position(self, key: Key, number: int) -> RunPosition:
         """Return the step of the run to which micro-batch `number` belongs."""
-        epoch, index = key
-        step_start = index - index % self.plan.batches_per_step
-        step = self.plan.steps_until(epoch, step_start)
+        step = self.plan.step_of(*key)
         return RunPosition(self.noise_sampler.seed, number, step, self.plan.total_steps)
 
     def _get_noise_sampler(self, key: Key) -> tuple[NoiseSampler, int]:
