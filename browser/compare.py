@@ -318,8 +318,8 @@ def read_comparison(runs: Runs, form: Mapping[str, Sequence[str]]) -> Comparison
     for source in sources:
         columns += _select_files(runs, source, form.get("file", ()))
     sampled_prompts = _list_prompts(sources)
-    typed_lines = "\n".join(form.get("more", ()))
-    prompt_lines = [line for line in typed_lines.splitlines() if line.strip() and not line.startswith("#")]
+    typed_lines = "\n".join(form.get("more", ())).replace("\r\n", "\n")
+    prompt_lines = [line for line in typed_lines.split("\n") if line.strip() and not line.startswith("#")]
     selected_prompts = [prompt for prompt in sampled_prompts if prompt in form.get("prompt", ())]
     if not form.get("prompt") and not prompt_lines:
         selected_prompts = sampled_prompts[:DEFAULT_ROWS]
@@ -597,7 +597,7 @@ def find_queued_clips(queue: JobQueue) -> dict[tuple[str, str], QueuedClip]:
             if job.argv[:2] != SCRIPT:
                 continue
             options = group_options(job.argv[2:])
-            lines = read_text(Path(job.folder, *options["--from_file"])).splitlines()
+            lines = read_text(Path(job.folder, *options["--from_file"])).split("\n")
             for line in lines:
                 for file in options["--lora"]:
                     clips[file, line] = QueuedClip(job.id, job.state)
@@ -621,7 +621,7 @@ def plan_jobs(comparison: Comparison, row_clips: Sequence[RowClips]) -> list[Pla
         return []
     rows_by_missing_columns: dict[tuple[int, ...], list[ComparedPrompt]] = {}  # keyed by column indices
     for row, clips in zip(comparison.rows, row_clips, strict=True):
-        can_be_prompt_line = row.line.splitlines() == [row.line] and not row.line.startswith("#")
+        can_be_prompt_line = bool(row.line) and "\n" not in row.line and not row.line.startswith("#")
         missing_columns = tuple(index for index, clip in enumerate(clips.with_lora) if clip.is_missing)
         if can_be_prompt_line and missing_columns:
             rows_by_missing_columns.setdefault(missing_columns, []).append(row)

@@ -3,6 +3,7 @@
 Imports nothing that is slow to load.
 """
 
+import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
@@ -61,6 +62,7 @@ SkyReels V2 and V3: skyreelsv2 skyreelsv3
 """
 
 
+SIMILAR_NAME = 0.8  # similarity of a name that is suggested; 1: equal
 _COMMON_WORDS = {"video", "image"}  # words that several models have in their names
 
 
@@ -121,16 +123,21 @@ def read_family(text: str, models: Sequence[ModelSet]) -> NamedModel:
     if not hint and similar_families:
         hint = f" Did you mean {' or '.join(similar_families)}?"
     if not hint:
-        hint = _suggest_family(text, family_by_spelling, families)
+        hint = _suggest_family(text, family_by_spelling, models)
     raise OptionError(f"--family {text}: choose from {', '.join(families)}.{hint}")
 
 
-def _suggest_family(text: str, family_by_spelling: Mapping[str, str], families: Sequence[str]) -> str:
-    """Return a hint with the family whose name the text begins with, else with the most similar family."""
+def _suggest_family(text: str, family_by_spelling: Mapping[str, str], models: Sequence[ModelSet]) -> str:
+    """Return a hint with the most similar name of a model, or the family whose name the text begins with."""
+    # sdxl, with the short name of its family
+    names = {plain_name(name): name for name in (further_name(each.family) + each.task for each in models)}
+    similar = difflib.get_close_matches(plain_name(text), {**names, **family_by_spelling}, 1, SIMILAR_NAME)
+    if similar and similar[0] not in family_by_spelling:
+        return f" Did you mean {names[similar[0]]}?"
     prefixes = [spelling for spelling in family_by_spelling if plain_name(text).startswith(spelling)]
     if prefixes:
         return f" Did you mean {family_by_spelling[max(prefixes, key=len)]}?"
-    return did_you_mean(text.lower(), families)
+    return did_you_mean(text.lower(), list_model_families(models))
 
 
 def _match_exact_name(

@@ -337,9 +337,10 @@ def translate(args: argparse.Namespace) -> None:
     args.typed_options = frozenset(typed_options)
     _select_rank(args)
     # The other tasks have their own keyframes or references.
-    if args.teacher is not None and args.teacher_sees != INPUTS and args.task not in (None, "t2va"):
+    task = args.task or ("ref2va" if args.h3_training_mode == "ref2va" else "t2va")
+    if args.teacher is not None and args.teacher_sees != INPUTS and task != "t2va":
         raise OptionError(
-            f"--teacher_sees {args.teacher_sees} with --task {args.task}: the teacher knows more than a "
+            f"--teacher_sees {args.teacher_sees} with --task {task}: the teacher knows more than a "
             "network that learns texts alone. Pass --task t2va"
         )
     warn_about_unused_clean_shares(args)

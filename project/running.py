@@ -1,7 +1,9 @@
 """Run the commands of a described folder, one after the other, until one fails."""
 
 import contextlib
+import io
 import itertools
+import os
 import signal
 import subprocess
 import sys
@@ -19,7 +21,8 @@ from dataset.sources.media_source import Fault
 from downloads.listing import gigabytes, print_lines, total_bytes
 from downloads.options import leave_out
 from modules import installation
-from modules.command import quote_command
+from modules.command import command_line, quote_command
+from modules.console import quiet
 from modules.control_codes import shorten
 from modules.error_output import extract_error_message
 from modules.errors import INTERRUPTED, OptionError
@@ -48,7 +51,7 @@ from project.options import (
 )
 from project.run_options import RunOptions
 from project.tracing import RunTrace, trace_run
-from protocols.families import with_scripts
+from protocols.families import Script, identify, with_scripts
 from training.config_options import PROJECT_TABLE
 from training.features.composing import options_reaching
 from training.reports.history import history_path
@@ -247,7 +250,7 @@ def check_project(project: Project, options: RunOptions) -> None:
             [f"{project.missing_model_files[0]} is missing{size}: its options are checked once it exists."]
         )
     else:
-        _check_training(project)
+        _check_training(project, is_alone=True)
     checks = [_run_check(argv, project) for argv in project.commands if "--check" in argv]
     if any(check.has_errors for check in checks):
         raise SystemExit(1)
@@ -272,7 +275,7 @@ def _run_check(argv: Sequence[str], project: Project) -> CheckOutcome:
     """Run a command that only checks the dataset, and print how to fix the errors that it finds in media."""
     _print_command(argv, project.folder)
     if not _is_media_check(argv):
-        return CheckOutcome(has_errors=bool(run_command(argv, project.folder)))
+        return CheckOutcome(has_errors=bool(_run_here(argv, project.folder, mode="1")))
     outcome = _check_media(argv, project.folder, project.validation_split)
     if outcome.fatal_error_kinds:
         _print_remedies(argv, project.folder, outcome.fatal_error_kinds)
@@ -490,9 +493,18 @@ def _is_media_check(argv: Sequence[str]) -> bool:
     return False
 
 
-def _check_training(project: Project) -> None:
+def _check_training(project: Project, is_alone: bool = False) -> None:
     """Let the training script check its options and files, before hours of caching."""
+    # With `is_alone`, nothing follows: this process may keep what the check leaves on a GPU, and loads torch
+    # once for all checks. Otherwise the check is a process of its own.
     argv = project.commands[-1]  # the last command trains
+    if is_alone:
+        errors = io.StringIO()
+        with quiet(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
+            code = _run_here(argv, project.folder, mode=installation.RUN_CHECKS)
+        if code:
+            raise OptionError(extract_error_message(errors.getvalue()))
+        return
     process = subprocess.run(
         [sys.executable, *installation.program_words(_require_script(argv)), *argv[2:]],
         cwd=project.folder,
@@ -504,6 +516,25 @@ def _check_training(project: Project) -> None:
     )
     if process.returncode:
         raise OptionError(extract_error_message(process.stderr))
+
+
+def _run_here(argv: Sequence[str], folder: Path, mode: str) -> int:
+    """Run one of our scripts in this process, and return its exit code; `mode` is for RUN_GOES_ON."""
+    main: Script = installation.import_own(".".join(_require_script(argv).with_suffix("").parts)).main
+    interrupt = signal.getsignal(signal.SIGINT)
+    os.environ[installation.RUN_GOES_ON] = mode
+    try:
+        with contextlib.chdir(folder):
+            command_line(partial(main, argv[2:]), explain=partial(identify, family=main.family))
+    except SystemExit as end:
+        code = 0 if end.code is None else int(end.code)
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt from None
+        return code
+    finally:
+        del os.environ[installation.RUN_GOES_ON]
+        signal.signal(signal.SIGINT, interrupt)  # `command_line` has set it for the end of a process
+    return 0
 
 
 def _check_media(argv: Sequence[str], folder: Path, validation: tuple[float, int] = (0.0, 0)) -> MediaCheck:

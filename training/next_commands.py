@@ -150,9 +150,15 @@ class NextSteps:
                 commands += [self._convert_names(path) for path in self._list_files(file)]
         return [*commands, _command("This run, as it was started", self._run_arguments())]
 
-    def _list_files(self, file: Path) -> Iterable[Path]:
+    @property
+    def _sampled_suffix(self) -> str:
+        """Return what the names of the files end with that the samples show: -ema, or ""."""
+        average = self.plan.features.average
+        return AVERAGE if average is not None and average.is_sampled else ""
+
+    def _list_files(self, file: Path, suffix: str = "") -> Iterable[Path]:
         """Return the files of the save that `file` belongs to: one, or one for each expert."""
-        return self.plan.names.model_files(self.plan.names.get_stem(file)).values()
+        return self.plan.names.model_files(self.plan.names.get_stem(file) + suffix).values()
 
     def _needs_conversion(self, lora: NetworkOptions) -> bool:
         """Return whether `converted_for` reads the saved LoRA only after a conversion."""
@@ -299,9 +305,12 @@ class NextSteps:
         spellings = self.command.family_entry.spellings
         folder_flag = spellings.get("save_path", "--save_path")
         sample = self.sample
+        sampled_file = file
+        if self._sampled_suffix:
+            sampled_file = [*self._list_files(file, self._sampled_suffix)][0]
         write_prompt = self.plan.network_spec.write_prompt
         if write_prompt is not None:  # an embedding file, whose word in prompts is its file name
-            prompt = write_prompt(file, sample, self.plan.network_spec.caption_choices)
+            prompt = write_prompt(sampled_file, sample, self.plan.network_spec.caption_choices)
             sample = {**sample, "prompt": prompt}
         sample_arguments = [
             *make_sample_arguments(sample, spellings),
@@ -315,7 +324,7 @@ class NextSteps:
             arguments = self._add_trained_files(arguments, f"_{HIGH_NOISE}", high_files)
         arguments = [*arguments, *sample_arguments]
         if generate is not None:
-            arguments = [*generate(file, sample, arguments)]
+            arguments = [*generate(sampled_file, sample, arguments)]
         return _command("Generate with it", [*launcher, *arguments], note)
 
     @cached_property
@@ -333,9 +342,7 @@ class NextSteps:
 
     def _trained_files(self, file: Path) -> tuple[list[Path], list[Path]]:
         """Return the files of the save that `file` belongs to: high-noise files, then all other files."""
-        average = self.plan.features.average
-        suffix = AVERAGE if average is not None and average.is_sampled else ""  # what the samples show
-        files = [*self.plan.names.model_files(self.plan.names.get_stem(file) + suffix).values()]
+        files = [*self._list_files(file, self._sampled_suffix)]
         high_files = []
         other_files = []
         for index, expert in enumerate(self.plan.family.experts):

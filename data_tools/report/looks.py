@@ -3,7 +3,7 @@
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -287,7 +287,7 @@ def _inspect_frames(
                 _read_frames(
                     local_source, fps, latent, use_frame=use_frame, inspection_fields=inspection_fields
                 )
-            inspection_fields |= _select_spans(source.table, latent, inspection_fields["num_used_frames"])
+            inspection_fields |= _select_spans(source.table, latent, inspection_fields)
         inspection_fields["items_by_length"] = _count_lengths(inspection_fields["spans"])
     except (MediaError, DatasetError, OSError) as error:
         inspection_fields["read_error"] = str(error)
@@ -307,13 +307,14 @@ def _inspect_precomputed(source: MediaSource, latent: LatentSpec) -> dict[str, A
     }
 
 
-def _select_spans(table: DatasetTable, latent: LatentSpec, num_frames: int) -> dict[str, Any]:
+def _select_spans(table: DatasetTable, latent: LatentSpec, known_fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return fields of `Inspection`: the frame spans of the items, or the reason why there are none."""
+    num_frames = known_fields["num_used_frames"]
     spans: Sequence[Span] = ((0, 1),)
     reason = None
     if table.kind == "video":
         spans = cut_spans(table, num_frames, latent.lengths)
-        reason = None if spans else explain_no_spans(table, num_frames)
+        reason = None if spans else explain_no_spans(table, num_frames, known_fields.get("frames"))
     return {
         "spans": spans,
         "no_item_reason": reason,

@@ -19,6 +19,7 @@ from data_tools.tags.model import Tagger, load_tagger
 from data_tools.tags.options import TaggerOptions, TaggingOptions
 from data_tools.tags.words import extend_caption, make_tag_selection
 from dataset.config import DatasetConfig, load_dataset_config
+from dataset.sources.captions import split_lines
 from modules.control_codes import escape_control_codes
 from modules.errors import OptionError
 from modules.run_limits import temporary_folder
@@ -98,7 +99,7 @@ def _append_tags(location: CaptionLocation, new_tags: str, separator: str) -> st
         )
     tags = new_tags.split(separator)
     if location.source.table.multi_caption:  # each line is a caption
-        lines = filter(str.strip, location.caption.splitlines())
+        lines = split_lines(location.caption)
         return "\n".join(extend_caption(line, tags, separator) for line in lines)
     return extend_caption(location.caption, tags, separator)
 

@@ -184,7 +184,8 @@ def _explain_unknown(commands: Sequence[ScriptCommand], words: Sequence[str]) ->
     names_by_ending = {
         " ".join(command.words[1:]): command.name for command in commands if command.words[0] == (words[0])
     }
-    suggestions = _list_matching(commands, typed_words, Path(words[0]).name.removesuffix(".py"))
+    script = Path(words[0]).name.removesuffix(".py").replace("-", "_")
+    suggestions = _list_matching(commands, typed_words, script)
     if not suggestions and names_by_ending:  # only the words after the first one are wrong
         # The command whose words after the first are most similar to `typed_ending`; [] if none is
         typed_ending = typed_words.partition(" ")[2]

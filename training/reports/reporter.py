@@ -44,6 +44,7 @@ class RunReporter:
     folder: Path = field(init=False)  # --output_dir
     name: str = field(init=False)  # --output_name
     path: Path = field(init=False)  # of the page
+    is_done: bool = field(default=False, init=False)  # a feature has ended the run before its last step
     _messages: "_Messages" = field(init=False)
     _page_requested_at: float = field(init=False)  # time of the last request for the page
     _flushed_at: float = 0.0  # time of the last write to disk after a step
@@ -78,7 +79,7 @@ class RunReporter:
                 reason = (str(error) or type(error).__name__).splitlines()[0]
                 sentence = f"ended by an error after step {self.step:,}: {reason}"
                 css_class = "bad"
-            elif self.step >= self.start.total_steps:
+            elif self.is_finished:
                 sentence, css_class = "finished", "good"
             self._record(self.step, ended=sentence, kind=css_class)
             if self.history.is_written:
@@ -88,6 +89,11 @@ class RunReporter:
         if self.page is not None:
             with self._errors_as_warning():
                 self.page.close()
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has taken its last step, or a feature has ended it before; False after a stop."""
+        return self.is_done or self.step >= self.start.total_steps
 
     def log_activity(self, text: str) -> None:
         """Record work between steps, such as `sample 1 of 2, step 140 of 300`, once in ACTIVITY_SECONDS."""
