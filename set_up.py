@@ -40,22 +40,21 @@ def main() -> None:
     parser.add_argument("--build", choices=list(BUILDS), help="build of torch; unset: the one for the card")
     args = parser.parse_args()
     if args.words:
-        _change_program(args.words, args.build)
+        if args.build is not None:
+            raise OptionError(
+                f"--build: it chooses torch for the start, and {args.words[0]} starts nothing. Type one"
+            )
+        command, *operands = args.words
+        if command == "update" and len(operands) <= 1:
+            update(ROOT, typed_path(operands[0]) if operands else None)
+        elif command.lower().endswith(".zip") and not operands:  # dropped on Reelsmith.bat
+            update(ROOT, typed_path(command))
+        else:
+            raise OptionError(
+                f"{' '.join(args.words)}: unknown. Type update, update NEW.zip, or nothing to start"
+            )
     else:
         raise SystemExit(open_page(set_up(args.build)))
-
-
-def _change_program(words: list[str], build_name: str | None) -> None:
-    """Update as the typed words say. Raises OptionError for others, and for --build."""
-    if build_name is not None:
-        raise OptionError(f"--build: it chooses torch for the start, and {words[0]} starts nothing. Type one")
-    command, *operands = words
-    if command == "update" and len(operands) <= 1:
-        update(ROOT, typed_path(operands[0]) if operands else None)
-    elif command.lower().endswith(".zip") and not operands:  # dropped on Reelsmith.bat
-        update(ROOT, typed_path(command))
-    else:
-        raise OptionError(f"{' '.join(words)}: unknown. Type update, update NEW.zip, or nothing to start")
 
 
 def typed_path(word: str) -> Path:

@@ -19,6 +19,10 @@ if sys.maxsize < 2**32:
         "Python: see docs/install.md."
     )
 
-from modules.table_answers import answer_running_script  # noqa: E402  # it needs the Python that is checked
+from modules.early_errors import explain_early_errors  # noqa: E402  # both need the Python that is checked
+
+explain_early_errors()
+
+from modules.table_answers import answer_running_script  # noqa: E402  # after it, as it takes a moment
 
 answer_running_script()

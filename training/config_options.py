@@ -86,6 +86,12 @@ def _report_unknown_key(
 
     if not is_kohya_gui_key(key):
         _reject_misspelled(path, key, actions)
+        from modules.extensions import FEATURES
+        from modules.mistyped import explain_switched_off  # only with a wrong key
+
+        switched_off = explain_switched_off(FEATURES, key)
+        if switched_off:
+            raise OptionError(f"{path}: no option is called {key}.{switched_off}")
         logger.warning(f"{path}: {key} is ignored because no option has that name")
         return
     advice = explain_key(key, values)

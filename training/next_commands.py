@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 from dataset.batches.example import find_example
 from dataset.batches.items import NO_COMMANDS, CachingCommands
 from dataset.cache.commands import recall_options
-from modules.command import quote_for_powershell
+from modules.command import quote_for_powershell, typed_words
 from modules.console import quiet
-from modules.installation import command_words
 from modules.limits import MAX_EXAMPLE_CHARACTERS
 from modules.option_values import Placeholder, missing_words, option_argv
 from modules.options import STARTS, option_name, option_values, options_with
@@ -151,9 +150,15 @@ class NextSteps:
                 commands += [self._convert_names(path) for path in self._list_files(file)]
         return [*commands, _command("This run, as it was started", self._run_arguments())]
 
-    def _list_files(self, file: Path) -> Iterable[Path]:
+    @property
+    def _sampled_suffix(self) -> str:
+        """Return what the names of the files end with that the samples show: -ema, or ""."""
+        average = self.plan.features.average
+        return AVERAGE if average is not None and average.is_sampled else ""
+
+    def _list_files(self, file: Path, suffix: str = "") -> Iterable[Path]:
         """Return the files of the save that `file` belongs to: one, or one for each expert."""
-        return self.plan.names.model_files(self.plan.names.get_stem(file)).values()
+        return self.plan.names.model_files(self.plan.names.get_stem(file) + suffix).values()
 
     def _needs_conversion(self, lora: NetworkOptions) -> bool:
         """Return whether `converted_for` reads the saved LoRA only after a conversion."""
@@ -300,9 +305,12 @@ class NextSteps:
         spellings = self.command.family_entry.spellings
         folder_flag = spellings.get("save_path", "--save_path")
         sample = self.sample
+        sampled_file = file
+        if self._sampled_suffix:
+            sampled_file = [*self._list_files(file, self._sampled_suffix)][0]
         write_prompt = self.plan.network_spec.write_prompt
         if write_prompt is not None:  # an embedding file, whose word in prompts is its file name
-            prompt = write_prompt(file, sample, self.plan.network_spec.caption_choices)
+            prompt = write_prompt(sampled_file, sample, self.plan.network_spec.caption_choices)
             sample = {**sample, "prompt": prompt}
         sample_arguments = [
             *make_sample_arguments(sample, spellings),
@@ -316,7 +324,7 @@ class NextSteps:
             arguments = self._add_trained_files(arguments, f"_{HIGH_NOISE}", high_files)
         arguments = [*arguments, *sample_arguments]
         if generate is not None:
-            arguments = [*generate(file, sample, arguments)]
+            arguments = [*generate(sampled_file, sample, arguments)]
         return _command("Generate with it", [*launcher, *arguments], note)
 
     @cached_property
@@ -334,9 +342,7 @@ class NextSteps:
 
     def _trained_files(self, file: Path) -> tuple[list[Path], list[Path]]:
         """Return the files of the save that `file` belongs to: high-noise files, then all other files."""
-        average = self.plan.features.average
-        suffix = AVERAGE if average is not None and average.is_sampled else ""  # what the samples show
-        files = [*self.plan.names.model_files(self.plan.names.get_stem(file) + suffix).values()]
+        files = [*self._list_files(file, self._sampled_suffix)]
         high_files = []
         other_files = []
         for index, expert in enumerate(self.plan.family.experts):
@@ -398,7 +404,7 @@ def make_sample_arguments(sample: Mapping[str, Any], spellings: Mapping[str, str
 
 def _command(title: str, arguments: Sequence[str], note: str = "") -> PageCommand:
     """Return a command written for POSIX and Windows shells; the note lists values to fill in."""
-    arguments = command_words(arguments)
+    arguments = typed_words(arguments)
     missing = [shlex.quote(word) for word in missing_words(arguments)]
     if missing:
         note = f"Fill in {' and '.join(missing)} first: the run does not know this. {note}".rstrip()

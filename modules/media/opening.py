@@ -74,27 +74,24 @@ def open_image(path: Path) -> Iterator[Image.Image]:
         Image.open(path, formats=[name for name in IMAGE_FORMATS if name in Image.OPEN]) as image,
     ):
         check_pixels(path, *image.size)
-        _check_memory(path, image)
+        # Raise MediaError if an image would take too much memory to decode
+        width, height = image.size
+        num_bytes = width * height * DECODER_BYTES.get(image.format or "", DECODED_BYTES)
+        if num_bytes > MAX_DECODED_BYTES:
+            raise MediaError(
+                f"{path} has {width} x {height} pixels as {image.format}, which takes {num_bytes / 1e9:.1f} "
+                "GB "
+                f"of memory to decode; at most {MAX_DECODED_BYTES / 1e9:.1f} GB are allowed. Make the image "
+                "smaller, or save it as PNG or JPEG."
+            )
+        if path.stat().st_size > MAX_IMAGE_BYTES:
+            raise MediaError(
+                f"{path} has {path.stat().st_size:,} bytes; images have at most {MAX_IMAGE_BYTES:,}. Save it "
+                "as PNG or JPEG, without metadata."
+            )
         if image.mode in {"I", "F"}:
             raise MediaError(f"{path} has 32-bit values without a defined white. Convert it to PNG.")
         yield image
-
-
-def _check_memory(path: Path, image: Image.Image) -> None:
-    """Raise MediaError if an image would take too much memory to decode."""
-    width, height = image.size
-    num_bytes = width * height * DECODER_BYTES.get(image.format or "", DECODED_BYTES)
-    if num_bytes > MAX_DECODED_BYTES:
-        raise MediaError(
-            f"{path} has {width} x {height} pixels as {image.format}, which takes {num_bytes / 1e9:.1f} GB "
-            f"of memory to decode; at most {MAX_DECODED_BYTES / 1e9:.1f} GB are allowed. Make the image "
-            "smaller, or save it as PNG or JPEG."
-        )
-    if path.stat().st_size > MAX_IMAGE_BYTES:
-        raise MediaError(
-            f"{path} has {path.stat().st_size:,} bytes; images have at most {MAX_IMAGE_BYTES:,}. Save it "
-            "as PNG or JPEG, without metadata."
-        )
 
 
 @contextlib.contextmanager

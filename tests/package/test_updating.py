@@ -11,7 +11,6 @@ import pytest
 
 from modules.errors import UserError
 from modules.installation import DISTRIBUTION
-from package import updating
 from package.updating import update
 
 PROJECT = f'[project]\nname = "{DISTRIBUTION}"\n'
@@ -91,7 +90,7 @@ def test_an_update_without_room_to_unpack_changes_nothing(
     def copy(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(updating.shutil, "copyfileobj", copy)
+    monkeypatch.setattr(shutil, "copyfileobj", copy)
     with pytest.raises(UserError, match="No space left on device.*nothing was changed"):
         update(root, pack(tmp_path / "new.zip", NEW))
     assert read(root) == OLD
@@ -220,7 +219,7 @@ def test_a_clone_that_cannot_be_updated_says_why(clone: Path, monkeypatch: pytes
     git(clone, "remote", "set-url", "origin", "https://127.0.0.1:9/x.git")
     with pytest.raises(UserError, match="git fetch failed, and nothing was changed: .* Check the connection"):
         update(clone, None)
-    monkeypatch.setattr(updating.shutil, "which", lambda _: None)
+    monkeypatch.setattr(shutil, "which", lambda _: None)
     with pytest.raises(UserError, match="git is not installed here. Install it"):
         update(clone, None)
 

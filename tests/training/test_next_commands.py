@@ -204,6 +204,19 @@ def test_two_transformers_are_generated_with_by_the_files_for_each(
     assert converted == [str(tmp_path / f"x-step00000010{mark}.safetensors") for mark in dict.fromkeys(marks)]
 
 
+def test_a_network_with_its_own_command_is_generated_with_as_the_samples_show_it(tmp_path: Path) -> None:
+    steps = next_steps(tmp_path, ["--ema_decay", "0.9", "--sample_ema"])
+    entry: Any = SimpleNamespace(generation_argv=lambda *_: ["generate.py"], spellings={})
+    steps = replace(steps, command=replace(steps.command, family_entry=entry))
+    steps.plan.network_spec = replace(
+        steps.plan.network_spec, generation_command=lambda file, _, base: [*base, "--own", str(file)]
+    )
+
+    _, generate, *_ = steps.commands(tmp_path / "x-step00000010.safetensors", is_finished=True)
+
+    assert words_of(generate)[-1] == str(tmp_path / "x-step00000010-ema.safetensors")
+
+
 WORD_ALONE = ["--train_embedding", "zorb", "--embedding_vectors", "3", "--embedding_only"]
 
 
