@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ from tests.tiny.new_models import MODELS as TINY
 from tests.tiny.project import moving_square
 from tests.waiting import PATIENCE
 from training.config_options import toml_value
-from training.reports.history import history_path
+from training.reports.history import History, Start, history_path
 
 MODEL = ["--family", "wan", "--task", "t2v-1.3B", "--memory", "0"]
 for _name in ("dit", "vae", "t5"):
@@ -221,6 +222,36 @@ def test_a_finished_run_says_what_can_be_done(collected: Path, tmp_path: Path) -
         save_tensors(output / "my_clips.safetensors", {"a": torch.zeros(1)}, {"ss_steps": "2", key: value})
         told = run_here("run_project.py", output.parent, folder=tmp_path)
         assert_one_message(*told, f"belongs to a different model ({value})")
+
+
+def test_a_finished_run_says_what_was_changed_after_it(collected: Path, tmp_path: Path) -> None:
+    output = tmp_path / "my clips" / "output"
+    output.mkdir(parents=True)
+    shutil.copy(collected / "run.toml", output.parent)
+    text = (output.parent / "run.toml").read_text(encoding="utf-8")
+    save_tensors(output / "my_clips.safetensors", {"a": torch.zeros(1)}, {"ss_steps": "2"})
+    trained_with = parse_toml(text)["training"]
+    changed = [
+        (name, str(float(value) if name == "network_alpha" else value))
+        for name, value in trained_with.items()
+    ]
+    history = History(history_path(output, "my_clips"), session=1)
+    history.add(0, started=asdict(Start(model="", total_steps=2, changed=changed)))
+    history.flush()
+
+    def run() -> str:
+        printed = io.StringIO()
+        assert run_here("run_project.py", output.parent, folder=tmp_path, printed=printed)[0] == 0
+        return " ".join(printed.getvalue().split())
+
+    assert "changed since" not in run()
+    added = "network_dim = 8\nnetwrk_alpha = 4\nlr_warmup_steps = 7\nmax_grad_norm = 1.0"
+    changed_text = re.sub("^network_dim = .*$", added, text, flags=re.MULTILINE)
+    (output.parent / "run.toml").write_text(changed_text, encoding="utf-8")
+    assert (
+        "run.toml has changed since: network_dim 32 -> 8, netwrk_alpha (no option: did you mean "
+        "network_alpha?), lr_warmup_steps 0 -> 7. This has no effect on my_clips.safetensors." in run()
+    )
 
 
 @pytest.mark.slow
