@@ -260,10 +260,15 @@ def test_a_family_trains_by_its_own_script(tmp_path: Path) -> None:
         run(target, folder, ROOT / script, *words)
     training = [*WAN.train[1:], *STEPS, "--output_name", "lora"]
 
-    run(target, folder, "-m", "reelsmith_dawn.train", *training, named="dawn")
+    done = run(target, folder, "-m", "reelsmith_dawn.train", *training, named="dawn")
 
     with safe_open(folder / "output" / "lora.safetensors", "pt") as file:
         assert file.metadata()["ss_base_model_version"] == "dawn"
+    assert "python -m reelsmith_dawn.train --network_module" in done.stderr
+    assert "generate" not in done.stderr  # the example has no script for it
+    lines = read_commands(folder / "output", "lora")
+    longer = shlex.split(lines["Train longer, as a new run from the trained file"])
+    run(target, folder, *longer[1:], "--overwrite", named="dawn")
 
 
 def test_a_module_of_a_checkout_has_one_copy_under_both_names() -> None:
