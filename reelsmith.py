@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import modules.interpreter  # noqa: F401
 from package.checkout_names import join_names
-from package.reelsmith import __all__, __getattr__  # noqa: F401
+from package.reelsmith import __all__, __dir__, __getattr__  # noqa: F401
 from package.reelsmith.commands import main
 
 if TYPE_CHECKING:

@@ -81,7 +81,20 @@ def _read_config(shapes: DitShapes) -> AnimaConfig:
     """Return the dimensions of an Anima transformer, read from its tensor shapes."""
     dim, input_width = shapes.get_shape("x_embedder.proj.1.weight")
     output_width, _ = shapes.get_shape("final_layer.linear.weight")
-    _reject_cosmos(shapes.path, dim, input_width, output_width)
+    # Raise CheckpointError for Cosmos-Predict2, whose tensors have the same names
+    # `input_width` and `output_width` are the numbers of values in a patch of the input and of the output.
+    if input_width == output_width + 2 * PATCH**2:
+        raise CheckpointError(
+            f"{shapes.path} takes two channels more than latents have: it is Cosmos-Predict2 for videos, "
+            f"which is not supported. Pass {FILES}.",
+            shapes.path,
+        )
+    if dim == COSMOS_14B_WIDTH:
+        raise CheckpointError(
+            f"{shapes.path} has width {dim}: it is Cosmos-Predict2 14B, but {NAME} was made from its 2B. "
+            f"Pass {FILES}.",
+            shapes.path,
+        )
     query_width, _ = shapes.get_shape("blocks.0.self_attn.q_proj.weight")
     (head_dim,) = shapes.get_shape("blocks.0.self_attn.q_norm.weight", axes=1)
     # the embedder takes one more channel than the output has: the padding mask
@@ -105,23 +118,6 @@ def _read_config(shapes: DitShapes) -> AnimaConfig:
         adapter=_read_adapter(shapes),
         channels=output_width // PATCH**2,
     )
-
-
-def _reject_cosmos(path: Path, dim: int, input_width: int, output_width: int) -> None:
-    """Raise CheckpointError for Cosmos-Predict2, whose tensors have the same names."""
-    # `input_width` and `output_width` are the numbers of values in a patch of the input and of the output.
-    if input_width == output_width + 2 * PATCH**2:
-        raise CheckpointError(
-            f"{path} takes two channels more than latents have: it is Cosmos-Predict2 for videos, "
-            f"which is not supported. Pass {FILES}.",
-            path,
-        )
-    if dim == COSMOS_14B_WIDTH:
-        raise CheckpointError(
-            f"{path} has width {dim}: it is Cosmos-Predict2 14B, but {NAME} was made from its 2B. "
-            f"Pass {FILES}.",
-            path,
-        )
 
 
 def _read_adapter(shapes: DitShapes) -> AdapterConfig | None:

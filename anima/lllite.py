@@ -105,7 +105,19 @@ class AttachedLllite(AnimaLllite):
         for name, module in self.named_children():
             if isinstance(module, AnimaLlliteModule):  # not the shared encoder of the control image
                 layer: Any = layers_by_name.get(name)
-                _check_layer(name, layer, module.down.in_features, path)
+                width = module.down.in_features
+                if layer is None or layer.in_features != width:
+                    has = (
+                        "has no such layer"
+                        if layer is None
+                        else f"takes {layer.in_features} channels in this layer"
+                    )
+                    raise CheckpointError(
+                        f"{path} does not fit the transformer: it is made for {name.removeprefix(PREFIX)} "
+                        "with inputs "
+                        f"of {width} channels, but the model {has}. Pass {LLLITE_FILES} for this model.",
+                        path,
+                    )
                 layer.register_forward_pre_hook(partial(self._change_input, module))
         # `predict` passes the control images through this attribute
         dit.attached_control = UnregisteredModule(self)  # type: ignore[assignment]
@@ -121,17 +133,6 @@ class AttachedLllite(AnimaLllite):
         return x + self.scale * self.multiplier * self.strength * change.to(x.dtype), *others
 
 
-def _check_layer(name: str, layer: Any, width: int, path: Path | None) -> None:
-    """Raise CheckpointError unless a transformer's layer exists and has inputs of width `width`."""
-    if layer is None or layer.in_features != width:
-        has = "has no such layer" if layer is None else f"takes {layer.in_features} channels in this layer"
-        raise CheckpointError(
-            f"{path} does not fit the transformer: it is made for {name.removeprefix(PREFIX)} with inputs "
-            f"of {width} channels, but the model {has}. Pass {LLLITE_FILES} for this model.",
-            path,
-        )
-
-
 @dataclass(frozen=True)
 class UnregisteredModule:
     """Wrapper that keeps a network from being registered as a submodule of the module that stores it."""
@@ -143,7 +144,15 @@ def read_lllite(checkpoint: Checkpoint, option: str) -> LoadPlan[LllitePlan]:
     """Plan how to load the ControlNet-LLLite given by `option`; raise CheckpointError for other files."""
     _check_kind(checkpoint, option)
     names = checkpoint.tensors
-    input_widths, num_blocks = _read_input_widths(checkpoint)
+    # The input width of each modified layer of a block, by path, and the number of blocks
+    input_widths = {}
+    num_blocks = 0
+    for name in checkpoint.tensors:
+        match = re.fullmatch(rf"{PREFIX}blocks_(\d+)_(self_attn|cross_attn|mlp)_(\w+)\.down\.weight", name)
+        if match is not None:
+            block, part, layer = match.groups()
+            input_widths[f"{part}.{layer}"] = _read_tensor_shape(checkpoint, name, 2)[1]
+            num_blocks = max(num_blocks, int(block) + 1)
     first_down = next(name for name in names if name.startswith(PREFIX) and name.endswith(".down.weight"))
     channels = _read_tensor_shape(checkpoint, f"{TRUNK}.conv1.weight", 4)[1]
     if channels not in {3, MASKED_CHANNELS}:
@@ -164,19 +173,6 @@ def read_lllite(checkpoint: Checkpoint, option: str) -> LoadPlan[LllitePlan]:
         layers=tuple(input_widths),
     )
     return LoadPlan(LllitePlan(config, num_blocks, input_widths), checkpoint, list_tensor_sources(checkpoint))
-
-
-def _read_input_widths(checkpoint: Checkpoint) -> tuple[dict[str, int], int]:
-    """Return the input width of each modified layer of a block, by path, and the number of blocks."""
-    input_widths = {}
-    num_blocks = 0
-    for name in checkpoint.tensors:
-        match = re.fullmatch(rf"{PREFIX}blocks_(\d+)_(self_attn|cross_attn|mlp)_(\w+)\.down\.weight", name)
-        if match is not None:
-            block, part, layer = match.groups()
-            input_widths[f"{part}.{layer}"] = _read_tensor_shape(checkpoint, name, 2)[1]
-            num_blocks = max(num_blocks, int(block) + 1)
-    return input_widths, num_blocks
 
 
 def _check_kind(checkpoint: Checkpoint, option: str) -> None:
@@ -343,20 +339,17 @@ def make_lllite(options: AnimaLlliteTrainingOptions, dit: nn.Module, with_values
             _check_blocks(plan.config, path, dit)
             attached = load_planned(plan, build, torch.device("cpu"), torch.float32, label=MODEL_KIND)
     else:
-        attached = build(_plan_for(dit, _initial_config(options)))
+        # Plan a new ControlNet-LLLite for a transformer: its config, and the layers to modify in each block
+        config = _initial_config(options)
+        num_blocks: int = dit.config.num_layers  # type: ignore[union-attr,assignment]
+        input_widths = {}
+        for _, layer_path in list_layers(config.layers, 1):
+            layer: Any = dit.get_submodule(layer_path)
+            # the path inside the block, without the list of blocks and the index
+            input_widths[layer_path.split(".", 2)[2]] = layer.in_features
+        attached = build(LllitePlan(config, num_blocks, input_widths))
     attached.attach_to(dit, path)
     return attached
-
-
-def _plan_for(dit: nn.Module, config: LlliteConfig) -> LllitePlan:
-    """Plan a new ControlNet-LLLite for a transformer: its config, and the layers to modify in each block."""
-    num_blocks: int = dit.config.num_layers  # type: ignore[union-attr,assignment]
-    input_widths = {}
-    for _, layer_path in list_layers(config.layers, 1):
-        layer: Any = dit.get_submodule(layer_path)
-        # the path inside the block, without the list of blocks and the index
-        input_widths[layer_path.split(".", 2)[2]] = layer.in_features
-    return LllitePlan(config, num_blocks, input_widths)
 
 
 def _check_start(options: AnimaLlliteTrainingOptions) -> None:

@@ -30,8 +30,8 @@ from benchmarks.evening_data import CONCEPT, draw_items  # noqa: E402
 from benchmarks.evening_page import ShownSample, write_evening_page  # noqa: E402
 from downloads.catalogue import ModelSet  # noqa: E402
 from modules.atomic_write import write_text  # noqa: E402
-from modules.command import INTERRUPTED, command_line, did_you_mean, quote_command  # noqa: E402
-from modules.errors import OptionError, UserError  # noqa: E402
+from modules.command import command_line, did_you_mean, quote_command  # noqa: E402
+from modules.errors import INTERRUPTED, OptionError, UserError  # noqa: E402
 from modules.installation import (  # noqa: E402
     RUN_GOES_ON,
     SOURCES_LEFT_OUT,

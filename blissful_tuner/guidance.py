@@ -111,16 +111,13 @@ class _NagOverrides:
         """Return the overrides that apply --nag_prompt in a section (a run of the denoising loop)."""
         if section is not self._section:
             self._section = section
-            self._overrides = self._make_overrides(section)
+            # Overrides that steer attention away from the section's NAG prompt, `section.nag`.
+            nag_options = self._options
+            assert section.nag is not None, "`needs` asks for the text"
+            assert nag_options.nag_scale is not None
+            steer = NormalizedGuidance(nag_options.nag_scale, nag_options.nag_tau, nag_options.nag_alpha)
+            self._overrides = Overrides(nag=NagText(section.nag, steer))
         return self._overrides
-
-    def _make_overrides(self, section: Section) -> Overrides:
-        """Return overrides that steer attention away from the section's NAG prompt, `section.nag`."""
-        nag_options = self._options
-        assert section.nag is not None, "`needs` asks for the text"
-        assert nag_options.nag_scale is not None
-        steer = NormalizedGuidance(nag_options.nag_scale, nag_options.nag_tau, nag_options.nag_alpha)
-        return Overrides(nag=NagText(section.nag, steer))
 
 
 def plan_steps(prepared: Prepared, options: GuidanceOptions) -> list[tuple[PassPlan, ...]]:
@@ -540,24 +537,18 @@ def _warn_of_unused_options(
     if not is_guided:
         reasons = dict.fromkeys(given, NO_STEP)
     elif not any(pass_.overrides.skip_blocks for pass_ in passes):
-        reasons = _explain_no_skip(prepared, options)
+        # steps are guided, but no pass skips a layer
+        if options.skipped_layers:
+            reasons[f"--slg_mode {options.slg_mode}"] = why_none_skipped(options, prepared.num_steps)
+        negatives = [texts.negative for texts in prepared.prompts.values()]
+        if not any(negative is not None and negative.text for negative in negatives):
+            reasons[f"--perp_neg {options.perp_neg or 0:g}"] = "the negative prompt is empty"
+        reasons[prepared.rules.negative_skips.option] = f"it acts in none of the {prepared.num_steps} steps"
     if prepared.embedded_guidance is None:
         reasons[embedded] = "the model has no embedded guidance"
     for option, reason in reasons.items():
         if option in given:
             logger.warning("%s is ignored because %s", option, reason)
-
-
-def _explain_no_skip(prepared: Prepared, options: GuidanceOptions) -> dict[str, str]:
-    """Return, if steps are guided but no pass skips a layer, why options have no effect, by option."""
-    reasons: dict[str, str] = {}
-    if options.skipped_layers:
-        reasons[f"--slg_mode {options.slg_mode}"] = why_none_skipped(options, prepared.num_steps)
-    negatives = [texts.negative for texts in prepared.prompts.values()]
-    if not any(negative is not None and negative.text for negative in negatives):
-        reasons[f"--perp_neg {options.perp_neg or 0:g}"] = "the negative prompt is empty"
-    reasons[prepared.rules.negative_skips.option] = f"it acts in none of the {prepared.num_steps} steps"
-    return reasons
 
 
 def warn_about_low_scales(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) -> None:

@@ -219,19 +219,15 @@ def as_png_texts(metadata: Mapping[str, str]) -> dict[str, str]:
     negative = read_value(metadata, "negative_prompt")
     if negative and negative != NOT_SET:
         lines.append(f"{NEGATIVE} {negative.strip()}")
-    lines.append(_format_settings(metadata))
-    return as_tags(metadata) | {"parameters": "\n".join(lines)}
-
-
-def _format_settings(metadata: Mapping[str, str]) -> str:
-    """Return the last line of the `parameters` text, which lists the generation settings."""
+    # The last line of the `parameters` text, which lists the generation settings
     settings = []
     for name, text in _list_parameters(metadata).items():
         if text and text != NOT_SET:
             has_separator = re.search(r"[,:\n\"]", text)
             quoted = json.dumps(text, ensure_ascii=False) if has_separator else text
             settings.append(f"{name}: {quoted}")
-    return ", ".join(settings)
+    lines.append(", ".join(settings))
+    return as_tags(metadata) | {"parameters": "\n".join(lines)}
 
 
 def _list_parameters(metadata: Mapping[str, str]) -> dict[str, str | None]:

@@ -204,17 +204,13 @@ def format_info(model: ModelSummary, listed_tensors: Mapping[str, TensorInfo] | 
         yield f"in addition to the tensors, not read: {_shorten_line(', '.join(model.unread_items))}"
     if model.metadata:
         yield "metadata:"
-        yield from _format_metadata(model.metadata)
+        # Yield a line for each of the first MAX_VALUES entries, and one that counts the others
+        for key, text in list(model.metadata.items())[:MAX_VALUES]:
+            yield f"  {_shorten_line(key)}: {_shorten_line(text)}"
+        if len(model.metadata) > MAX_VALUES:
+            yield f"  and {len(model.metadata) - MAX_VALUES} more, which metaview.py shows"
     for name, info in (listed_tensors or {}).items():
         yield f"{_join_lines(name)}: {list(info.shape)} ({dtype_name(info.dtype)})"
-
-
-def _format_metadata(metadata: Mapping[str, str]) -> Iterator[str]:
-    """Yield a line for each of the first MAX_VALUES entries, and one that counts the others."""
-    for key, text in list(metadata.items())[:MAX_VALUES]:
-        yield f"  {_shorten_line(key)}: {_shorten_line(text)}"
-    if len(metadata) > MAX_VALUES:
-        yield f"  and {len(metadata) - MAX_VALUES} more, which metaview.py shows"
 
 
 def format_json(
@@ -356,8 +352,20 @@ def work(
             replaced_paths += changing.existing_shards(output)
         _reject_replacing_inputs(replaced_paths, options.input, checkpoint)
         # plan and ask before anything is printed or written
+        # The requested changes to a checkpoint: dtypes, selected tensors and name prefixes
+        dtype = None if options.dtype is None else parse_dtype(options.dtype, "--dtype")
+        cast = _make_selection(options)
+        selected = changing.Selection(options.full_target_keys or (), options.full_exclude_keys or ())
         plan = changing.plan_change(
-            checkpoint, _make_change(options), model_functions.stale_metadata_prefixes
+            checkpoint,
+            changing.CheckpointChange(
+                dtype,
+                cast,
+                selected,
+                strip_prefixes=options.strip_prefix or (),
+                add_prefix=options.add_prefix or "",
+            ),
+            model_functions.stale_metadata_prefixes,
         )
         ask_to_replace(replaced_paths, options.yes, ask)
         _print_description(options, model_functions, checkpoint)
@@ -398,16 +406,6 @@ def select_output_path(path: Path, in_shards: bool) -> Path:
         raise OptionError(f"{OPTION} {path}: pass a name that ends in .safetensors")
     check_output_file(OPTION, path)
     return path
-
-
-def _make_change(options: ModelUtilityOptions) -> changing.CheckpointChange:
-    """Return the requested changes to a checkpoint: dtypes, selected tensors and name prefixes."""
-    dtype = None if options.dtype is None else parse_dtype(options.dtype, "--dtype")
-    cast = _make_selection(options)
-    selected = changing.Selection(options.full_target_keys or (), options.full_exclude_keys or ())
-    return changing.CheckpointChange(
-        dtype, cast, selected, strip_prefixes=options.strip_prefix or (), add_prefix=options.add_prefix or ""
-    )
 
 
 def _make_selection(options: ModelUtilityOptions) -> changing.Selection:

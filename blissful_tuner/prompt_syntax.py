@@ -96,21 +96,7 @@ class Drawing:
     def _draw(self, key: str, prompt_name: str, enclosing_wildcards: tuple[str, ...]) -> str:
         """Return a random line of a wildcard, in which nested wildcards are drawn, too."""
         # reject wildcards that include themselves, and too many draws
-        self._check_draws(key, prompt_name, enclosing_wildcards)
-        lines = self._read_lines(key, prompt_name)
-        index = self._choose(lines.cumulative_weights)
-        line = lines.texts[index]
-        self.drawn.append((f"__{key}__", line))
-        self.num_characters += len(line)
-        if self.num_characters > MAX_WILDCARD_CHARACTERS:
-            raise OptionError(
-                f"--prompt_wildcards: {prompt_name} becomes longer than {MAX_WILDCARD_CHARACTERS >> 20} "
-                "million characters. Draw fewer or shorter lines"
-            )
-        return self._expand(line, f"{lines.path}, line {lines.numbers[index]}", (*enclosing_wildcards, key))
-
-    def _check_draws(self, key: str, prompt_name: str, enclosing_wildcards: tuple[str, ...]) -> None:
-        """Raise OptionError if wildcards include each other endlessly or draw too many lines."""
+        # Raise OptionError if wildcards include each other endlessly or draw too many lines
         if len(enclosing_wildcards) == MAX_WILDCARD_ROUNDS:
             chain = " -> ".join(f"__{shorten(name, 40)}__" for name in (*enclosing_wildcards[:4], key))
             raise OptionError(
@@ -122,6 +108,17 @@ class Drawing:
             raise OptionError(
                 f"--prompt_wildcards: {prompt_name} draws line number {MAX_WILDCARD_DRAWS + 1:,} of a prompt"
             )
+        lines = self._read_lines(key, prompt_name)
+        index = self._choose(lines.cumulative_weights)
+        line = lines.texts[index]
+        self.drawn.append((f"__{key}__", line))
+        self.num_characters += len(line)
+        if self.num_characters > MAX_WILDCARD_CHARACTERS:
+            raise OptionError(
+                f"--prompt_wildcards: {prompt_name} becomes longer than {MAX_WILDCARD_CHARACTERS >> 20} "
+                "million characters. Draw fewer or shorter lines"
+            )
+        return self._expand(line, f"{lines.path}, line {lines.numbers[index]}", (*enclosing_wildcards, key))
 
     def _read_lines(self, key: str, prompt_name: str) -> Lines:
         """Return a wildcard's choices; its file is read only once."""
@@ -312,7 +309,17 @@ def select_alternatives(text: str, choose: Choose) -> str:
     groups = _find_groups(text)
     if not groups:
         return text
-    _check_nesting(groups)
+    # Raise OptionError if groups {a|b} are nested too deeply
+    enclosing: list[int] = []  # ends of the groups that contain the current one, itself included
+    for group in groups:
+        while enclosing and enclosing[-1] < group.start:
+            enclosing.pop()
+        enclosing.append(group.end)
+        if len(enclosing) > MAX_NESTED:
+            raise OptionError(
+                f"--prompt_alternatives: braces are nested more than {MAX_NESTED} deep. Write the "
+                "alternatives into files and use --prompt_wildcards"
+            )
     return _expand_groups(text, groups, choose, start=0, end=len(text))
 
 
@@ -365,20 +372,6 @@ def _find_groups(text: str) -> list[_Group]:
     return sorted(groups, key=lambda group: group.start)
 
 
-def _check_nesting(groups: Sequence[_Group]) -> None:
-    """Raise OptionError if groups {a|b} are nested too deeply."""
-    enclosing: list[int] = []  # ends of the groups that contain the current one, itself included
-    for group in groups:
-        while enclosing and enclosing[-1] < group.start:
-            enclosing.pop()
-        enclosing.append(group.end)
-        if len(enclosing) > MAX_NESTED:
-            raise OptionError(
-                f"--prompt_alternatives: braces are nested more than {MAX_NESTED} deep. Write the "
-                "alternatives into files and use --prompt_wildcards"
-            )
-
-
 def unescape(text: str) -> str:
     """Remove the backslashes before escaped characters."""
     return _ESCAPED.sub(r"\1", text)
@@ -424,19 +417,15 @@ def parse_weights(text: str) -> tuple[str, Spans]:
                 pieces[piece_index:] = [part]
                 length = start + len(part)
                 if weight != 1:
-                    spans.append(_make_span(part, start, weight))
+                    # (start, end, weight) of a part that begins at `start`, without its outer white space
+                    visible_start = start + len(part) - len(part.lstrip())
+                    spans.append((visible_start, visible_start + len(part.strip()), weight))
                 continue
         if match[0] == "(":
             open_parenthesis = _OpenParenthesis(piece_index=len(pieces), position=length)
         pieces.append(match[0][-1])  # an escaped parenthesis loses its backslash
         length += 1
     return "".join(pieces) + text[position:], tuple(spans)
-
-
-def _make_span(part: str, start: int, weight: float) -> tuple[int, int, float]:
-    """Return (start, end, weight) of a part that begins at `start`, without its outer white space."""
-    visible_start = start + len(part) - len(part.lstrip())
-    return visible_start, visible_start + len(part.strip()), weight
 
 
 def _read_weight(inside: str) -> tuple[str, float] | None:

@@ -4,8 +4,14 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from modules.command import quote_for_powershell, quote_for_shell
-from modules.installation import FRONT_SCRIPT, MAX_BEFORE, PREFIX, ROOT, command_words, find_script
+from modules.command import name_extensions, quote_for_powershell, quote_for_shell, typed_words
+from modules.installation import (
+    FRONT_SCRIPT,
+    MAX_BEFORE,
+    PREFIX,
+    ROOT,
+    find_script,
+)
 
 
 def format_command(argv: Sequence[str], folder: Path | None = None) -> str:
@@ -16,7 +22,7 @@ def format_command(argv: Sequence[str], folder: Path | None = None) -> str:
             path is inserted.
         folder: Folder to which relative paths in the command refer; None if the command has none.
     """
-    line = quote_for_shell(command_words(argv) if PREFIX else _add_script_path(argv))
+    line = quote_for_shell(typed_words(argv) if PREFIX else _add_script_path(argv))
     return f"{format_cd(folder)}{line}"
 
 
@@ -41,7 +47,7 @@ def format_move(paths: Sequence[Path], folder: Path) -> str:
 
 def _add_script_path(argv: Sequence[str]) -> list[str]:
     """Replace a command's script name with its absolute path in the checkout."""
-    argv = list(argv)
+    argv = name_extensions(argv)
     if argv[:1] == ["reelsmith"]:
         return ["python", str(ROOT / FRONT_SCRIPT), *argv[1:]]
     if argv[:1] not in (["python"], ["accelerate"]):

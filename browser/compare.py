@@ -24,10 +24,12 @@ from browser.short_names import short_digest
 from downloads.catalogue import model_title
 from generation.prompt_lines import split_line
 from modules.errors import OptionError, UserError
-from modules.installation import MAX_BEFORE
+from modules.extension_words import split_extensions
+from modules.installation import FRONT_SCRIPT, MAX_BEFORE
 from modules.media.reading import read_tags
 from modules.pages.language import join, say
 from modules.pages.page import link
+from modules.script_words import name_words
 from modules.text_files import read_text, real_path
 from protocols.families import HIGH_NOISE, LOW_NOISE, with_scripts
 from training.reports.history import PageCommand, RunHistory, SampleRow
@@ -48,6 +50,7 @@ COMPARISON_OPTIONS = {
     "--seed", "--save_path", "--from_file", "--config_file", "--console_log_file",
 }
 # fmt: on
+FRONT_NAME = Path(FRONT_SCRIPT).stem
 PLACEHOLDER = re.compile(r"[A-Z0-9_.]+_FILE")
 DEFAULT_SEED = "0"  # if neither the prompt nor the run has a seed: all columns need the same seed
 # prompt-line options that the metadata of a clip contain
@@ -249,12 +252,26 @@ def _read_commands(commands: Iterable[PageCommand], scripts: Collection[str]) ->
             unfilled_words = shlex.split(command.missing)
         except ValueError:  # a manually edited history
             continue
-        # the script's name follows `python`, or a launcher and its options
+        _, argv = split_extensions(argv)
+        # the script's name follows `python`, or a launcher and its options; with extensions, `reelsmith.py`
+        # and the words of the script follow
         for index, word in enumerate(argv[:MAX_BEFORE]):
             script = re.split(r"[\\/.]", word.removesuffix(".py"))[-1]
+            if script == FRONT_NAME:
+                script, argv = _find_words(argv, index, scripts)
             if script in scripts:
                 yield _TypedCommand(command.bash, script, argv[index + 1 :], unfilled_words)
                 break
+
+
+def _find_words(argv: list[str], index: int, scripts: Collection[str]) -> tuple[str, list[str]]:
+    """Return the script that the words after the front script name ("": none), and `argv` without them."""
+    following = argv[index + 1 :]
+    for script in scripts:
+        words = name_words(script).split()
+        if following[: len(words)] == words:
+            return script, [*argv[: index + 1], *following[len(words) :]]
+    return "", argv
 
 
 def working_folder(run: RunSummary, options: Mapping[str, Sequence[str]]) -> Path:
@@ -301,8 +318,8 @@ def read_comparison(runs: Runs, form: Mapping[str, Sequence[str]]) -> Comparison
     for source in sources:
         columns += _select_files(runs, source, form.get("file", ()))
     sampled_prompts = _list_prompts(sources)
-    typed_lines = "\n".join(form.get("more", ()))
-    prompt_lines = [line for line in typed_lines.splitlines() if line.strip() and not line.startswith("#")]
+    typed_lines = "\n".join(form.get("more", ())).replace("\r\n", "\n")
+    prompt_lines = [line for line in typed_lines.split("\n") if line.strip() and not line.startswith("#")]
     selected_prompts = [prompt for prompt in sampled_prompts if prompt in form.get("prompt", ())]
     if not form.get("prompt") and not prompt_lines:
         selected_prompts = sampled_prompts[:DEFAULT_ROWS]
@@ -580,7 +597,7 @@ def find_queued_clips(queue: JobQueue) -> dict[tuple[str, str], QueuedClip]:
             if job.argv[:2] != SCRIPT:
                 continue
             options = group_options(job.argv[2:])
-            lines = read_text(Path(job.folder, *options["--from_file"])).splitlines()
+            lines = read_text(Path(job.folder, *options["--from_file"])).split("\n")
             for line in lines:
                 for file in options["--lora"]:
                     clips[file, line] = QueuedClip(job.id, job.state)
@@ -604,7 +621,7 @@ def plan_jobs(comparison: Comparison, row_clips: Sequence[RowClips]) -> list[Pla
         return []
     rows_by_missing_columns: dict[tuple[int, ...], list[ComparedPrompt]] = {}  # keyed by column indices
     for row, clips in zip(comparison.rows, row_clips, strict=True):
-        can_be_prompt_line = row.line.splitlines() == [row.line] and not row.line.startswith("#")
+        can_be_prompt_line = bool(row.line) and "\n" not in row.line and not row.line.startswith("#")
         missing_columns = tuple(index for index, clip in enumerate(clips.with_lora) if clip.is_missing)
         if can_be_prompt_line and missing_columns:
             rows_by_missing_columns.setdefault(missing_columns, []).append(row)

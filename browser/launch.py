@@ -22,11 +22,14 @@ import psutil  # comes with accelerate
 from browser.earlier_jobs import EarlierJob, may_be_created
 from downloads.catalogue import model_sets
 from modules.atomic_write import write_text
-from modules.command import did_you_mean
+from modules.command import did_you_mean, quote_command
 from modules.control_codes import escape_control_codes, shorten
 from modules.error_output import extract_error_message
 from modules.errors import OptionError, OutputError
+from modules.extension_words import split_extensions
+from modules.extensions import list_named, split_names
 from modules.installation import (
+    EXTENSIONS_FLAG,
     FROM_QUEUE,
     FRONT_SCRIPT,
     LONGEST_NAME,
@@ -39,7 +42,7 @@ from modules.installation import (
     program_environment,
     program_words,
 )
-from modules.pages.language import say
+from modules.pages.language import join, say
 from modules.paths import explain_missing
 from modules.text_files import bad_character, real_path
 from package.reelsmith.commands import ScriptCommand, find_commands
@@ -162,7 +165,7 @@ def find_program(argv: Sequence[str], folder: Path) -> tuple[ScriptCommand, list
 
     Args:
         argv: `python SCRIPT ...`, `SCRIPT ...`, `reelsmith train wan ...`, or `accelerate launch [options]
-            SCRIPT ...`.
+            SCRIPT ...`; `reelsmith` may be followed by `--extensions NAMES`.
         folder: Working folder of the command.
 
     Raises:
@@ -181,9 +184,29 @@ def find_program(argv: Sequence[str], folder: Path) -> tuple[ScriptCommand, list
         num_launcher_arguments = _count_launcher_arguments(script_argv)
         launcher = [*ACCELERATE, *script_argv[2:num_launcher_arguments]]
         script_argv = script_argv[num_launcher_arguments:]
+    names, script_argv = split_extensions(script_argv)
+    _require_extensions(names)
     command, num_name_words = _find_command(script_argv, folder)
     script = program_words(command.path.relative_to(ROOT))
     return command, [sys.executable, *launcher, *script, *script_argv[num_name_words:]]
+
+
+def _require_extensions(names: str) -> None:
+    """Raise OptionError if a job names an extension with which this page was not started.
+
+    A job gets the page's extensions. It can bring none, because its command may come from somebody's file.
+    """
+    missing = [name for name in split_names(names) if name not in list_named()]
+    if missing:
+        started_with = ",".join([*list_named(), *missing])
+        raise OptionError(
+            say(
+                "%(names)s: this page was started without this extension. End it, and start it with: "
+                "%(command)s",
+                names=join(", ", missing),
+                command=quote_command(["python", FRONT_SCRIPT, EXTENSIONS_FLAG, started_with, "browser"]),
+            )
+        )
 
 
 def find_job_program(argv: Sequence[str], folder: Path) -> list[str]:

@@ -921,7 +921,7 @@ def add_line(path: Path, line: str, checksum: str) -> bool:
     if compute_checksum(content) != checksum:
         raise ChangedMeanwhileError
     old_content = content or b""
-    old_lines = old_content.decode("utf-8-sig").splitlines()
+    old_lines = old_content.decode("utf-8-sig").split("\n")
     if line in [old_line.strip() for old_line in old_lines]:
         return False
     newline = b"\r\n" if b"\r\n" in old_content else b"\n"

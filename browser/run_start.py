@@ -28,6 +28,7 @@ from modules.atomic_write import SPARE_BYTES, explain_errors, free_bytes
 from modules.control_codes import shorten_lines
 from modules.error_output import ERROR_LINE, extract_error_message
 from modules.errors import OptionError, UserError
+from modules.extension_words import split_extensions
 from modules.file_locks import only_one
 from modules.output_files import check_output_name
 from modules.pages.language import join, say
@@ -557,7 +558,7 @@ def find_run_folder(job: Job) -> Path | None:
     Returns None for other jobs, and for commands that only check or print.
     """
     try:
-        argv = job.argv
+        _, argv = split_extensions(job.argv)
     except OptionError:
         return None
     # `reelsmith run FOLDER` or `python reelsmith.py run FOLDER`

@@ -135,7 +135,26 @@ def plan_change(
         name = old_names[new_name]
         scale = checkpoint.read(scales[name]) if name in dequantized else None
         tensor = checkpoint.read(name)
-        return _cast(checkpoint, name, tensor=tensor, scale=scale, dtype=tensors[new_name].dtype)
+        # Multiply a tensor by its scale, if any, and cast it; raise CheckpointError if values overflow
+        dtype = tensors[new_name].dtype
+        if scale is None and tensor.dtype == dtype:
+            return tensor
+        try:
+            converted = dequantize(tensor, scale, dtype)
+        except RuntimeError as error:  # the shapes of tensor and scale cannot be broadcast
+            shape = None if scale is None else list(scale.shape)
+            raise CheckpointError(
+                f"{checkpoint.path}: the scale of {name} has the shape {shape}, which does not fit "
+                f"{list(tensor.shape)}. Download or copy the file again.",
+                checkpoint.path,
+            ) from error
+        if not is_finite(converted) and is_finite(tensor):
+            raise CheckpointError(
+                f"{checkpoint.path}: {name} has values that {dtype_name(dtype)} cannot represent. Use "
+                f"--dtype {'fp32' if dtype == torch.bfloat16 else 'bf16'}, or --exclude_keys {name}.",
+                checkpoint.path,
+            )
+        return converted
 
     metadata, metadata_notes = _make_metadata(checkpoint, change, dequantized, stale_metadata)
     notes = (*metadata_notes, *_list_notes(checkpoint, change, len(dequantized)))
@@ -233,17 +252,7 @@ def _check_selections(change: CheckpointChange, names: Sequence[str]) -> None:
         raise OptionError("--full_target_keys and --full_exclude_keys leave no tensor: pass other names")
     if change.dtype is not None and not any(change.cast.selects(name) for name in names):
         raise OptionError("--target_keys and --exclude_keys leave no tensor to cast: pass other names")
-    _check_prefixes_to_strip(change, names)
-    # safetensors headers use this key for metadata
-    if METADATA_ENTRY in {rename(name, change) for name in names}:
-        raise OptionError(
-            f"a tensor would be called {METADATA_ENTRY}, which is reserved for the metadata: omit it "
-            f"with --full_exclude_keys {METADATA_ENTRY}, or pass an --add_prefix"
-        )
-
-
-def _check_prefixes_to_strip(change: CheckpointChange, names: Sequence[str]) -> None:
-    """Raise OptionError if a prefix to strip begins no name, or if nothing of a name remains."""
+    # Raise OptionError if a prefix to strip begins no name, or if nothing of a name remains
     # each prefix is removed from the result of the previous one
     stripped_names = list(names)
     for prefix in change.strip_prefixes:
@@ -254,30 +263,12 @@ def _check_prefixes_to_strip(change: CheckpointChange, names: Sequence[str]) -> 
         raise OptionError(
             f"--strip_prefix {' '.join(change.strip_prefixes)} removes the complete name of a tensor"
         )
-
-
-def _cast(
-    checkpoint: Checkpoint, name: str, *, tensor: Tensor, scale: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """Multiply a tensor by its scale, if any, and cast it; raise CheckpointError if values overflow."""
-    if scale is None and tensor.dtype == dtype:
-        return tensor
-    try:
-        converted = dequantize(tensor, scale, dtype)
-    except RuntimeError as error:  # the shapes of tensor and scale cannot be broadcast
-        shape = None if scale is None else list(scale.shape)
-        raise CheckpointError(
-            f"{checkpoint.path}: the scale of {name} has the shape {shape}, which does not fit "
-            f"{list(tensor.shape)}. Download or copy the file again.",
-            checkpoint.path,
-        ) from error
-    if not is_finite(converted) and is_finite(tensor):
-        raise CheckpointError(
-            f"{checkpoint.path}: {name} has values that {dtype_name(dtype)} cannot represent. Use --dtype "
-            f"{'fp32' if dtype == torch.bfloat16 else 'bf16'}, or --exclude_keys {name}.",
-            checkpoint.path,
+    # safetensors headers use this key for metadata
+    if METADATA_ENTRY in {rename(name, change) for name in names}:
+        raise OptionError(
+            f"a tensor would be called {METADATA_ENTRY}, which is reserved for the metadata: omit it "
+            f"with --full_exclude_keys {METADATA_ENTRY}, or pass an --add_prefix"
         )
-    return converted
 
 
 def _make_metadata(
@@ -399,7 +390,15 @@ def gather(path: Path) -> Checkpoint:
     checkpoint = open_checkpoint(path, parts, note_if_equal)
     try:
         if index is not None:
-            _check_index(checkpoint, index)
+            # Raise CheckpointError if the checkpoint's files lack tensors that its index lists
+            names = parse_json(read_text(index))["weight_map"]
+            missing = [name for name in names if name not in checkpoint.tensors]
+            if missing:
+                raise CheckpointError(
+                    f"{index}: {len(missing)} tensors are in none of its files: "
+                    f"{', '.join(missing[:MAX_LISTED_NAMES])}. Copy the files again.",
+                    index,
+                )
     except BaseException:
         checkpoint.close()
         raise
@@ -428,18 +427,6 @@ def _find_parts_and_index(path: Path) -> tuple[list[Path], Path | None]:
     for file in sorted(set(files) - set(parts)):
         logger.info("%s is not in %s and is left out", file.name, index.name)
     return parts, index
-
-
-def _check_index(checkpoint: Checkpoint, index: Path) -> None:
-    """Raise CheckpointError if the checkpoint's files lack tensors that its index lists."""
-    names = parse_json(read_text(index))["weight_map"]
-    missing = [name for name in names if name not in checkpoint.tensors]
-    if missing:
-        raise CheckpointError(
-            f"{index}: {len(missing)} tensors are in none of its files: "
-            f"{', '.join(missing[:MAX_LISTED_NAMES])}. Copy the files again.",
-            index,
-        )
 
 
 def _are_equal(first: TensorFile, second: TensorFile, name: str) -> bool:

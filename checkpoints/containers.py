@@ -12,7 +12,7 @@ import pickletools
 import re
 import warnings
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias, cast
 
@@ -144,7 +144,13 @@ class SafetensorsFile(HeaderFile):
             begin, end = entry["data_offsets"]
             spans.append((begin, end, name))
             self._offsets[name] = start + begin
-        described_size = start + _check_contiguous(spans)
+        # Check that there are no gaps or overlaps between tensors; return the end of the data
+        previous_end = 0
+        for begin, end, name in sorted(spans):
+            if begin != previous_end:
+                raise ValueError(f"the data of {name} begin at byte {begin}, not {previous_end}")
+            previous_end = end
+        described_size = start + previous_end
         if described_size != size:
             raise ValueError(f"the file has {size} bytes, but its header describes {described_size}")
 
@@ -175,16 +181,6 @@ class SafetensorsFile(HeaderFile):
                 self.path,
             )
         return ValueError(f"{name} has the unknown type {kind}")
-
-
-def _check_contiguous(spans: Iterable[tuple[int, int, str]]) -> int:
-    """Check that there are no gaps or overlaps between tensors; return the end of the data."""
-    previous_end = 0
-    for begin, end, name in sorted(spans):
-        if begin != previous_end:
-            raise ValueError(f"the data of {name} begin at byte {begin}, not {previous_end}")
-        previous_end = end
-    return previous_end
 
 
 class TorchFile:
@@ -267,7 +263,21 @@ def load_pickled(path: Path, limit_factor: int = 1) -> Any:
                 with path.open("rb") as file:
                     limited_file = cast(Any, _ReadLimitedFile(file, limit_factor))
                     content = torch.load(limited_file, map_location="cpu", weights_only=True)
-        _check_dense(content, path)
+        # Raise CheckpointError if a tensor in a pickled file is sparse, nested, quantized or without data
+        waiting: list[tuple[str, Any]] = [("", content)]
+        visited: set[int] = set()  # a malicious file may nest a container in itself
+        while waiting:
+            name, value = waiting.pop()
+            if isinstance(value, (dict, list, tuple, set, frozenset)) and id(value) not in visited:
+                visited.add(id(value))
+                inner = value.items() if isinstance(value, dict) else enumerate(value)
+                waiting += [(f"{name}.{key}".lstrip("."), item) for key, item in inner]
+            if isinstance(value, Tensor):
+                kind = _name_special_kind(value)
+                if kind is not None:
+                    raise CheckpointError(
+                        f"{path}: {name or 'its tensor'} is {kind}. {_DENSE_ONLY_ADVICE}", path
+                    )
         return content
     except pickle.UnpicklingError as error:
         raise _explain_unpickling_error(path, error) from error
@@ -335,22 +345,6 @@ def _check_program(path: Path, limit_factor: int) -> None:
 _DENSE_ONLY_ADVICE = (
     "Only plain weights can be read: save them as dense tensors, preferably in a safetensors file."
 )
-
-
-def _check_dense(content: Any, path: Path) -> None:
-    """Raise CheckpointError if a tensor in a pickled file is sparse, nested, quantized or without data."""
-    waiting: list[tuple[str, Any]] = [("", content)]
-    visited: set[int] = set()  # a malicious file may nest a container in itself
-    while waiting:
-        name, value = waiting.pop()
-        if isinstance(value, (dict, list, tuple, set, frozenset)) and id(value) not in visited:
-            visited.add(id(value))
-            inner = value.items() if isinstance(value, dict) else enumerate(value)
-            waiting += [(f"{name}.{key}".lstrip("."), item) for key, item in inner]
-        if isinstance(value, Tensor):
-            kind = _name_special_kind(value)
-            if kind is not None:
-                raise CheckpointError(f"{path}: {name or 'its tensor'} is {kind}. {_DENSE_ONLY_ADVICE}", path)
 
 
 def _name_special_kind(tensor: Tensor) -> str | None:

@@ -109,7 +109,18 @@ def _select_quantized_layers(
     )
     if form is None:  # nothing has to be quantized
         return QuantizedLoading(None, quantized_in_file=quantized_in_file) if quantized_in_file else None
-    _reject_other_forms(plan, quantized_in_file, form)
+    # Raise CheckpointError if any weight in `names` is stored in a quantized format other than `form`
+    tensors = plan.checkpoint.tensors
+    for name in sorted(quantized_in_file):
+        weight = read_quantized_on_meta(plan.sources[name], tensors)
+        if weight is not None and weight.format.name != form:
+            path = plan.checkpoint.path
+            raise CheckpointError(
+                f"{form} is requested for the text encoder, but {path} is already in {weight.format.name}, "
+                "and rounding twice only loses quality. Omit --text_encoder_form (or --fp8_...) to "
+                "keep the file's format, or pass the 16-bit file.",
+                path,
+            )
     quantization_format = make_quantization_format(prepare(text_quantization(form), device))
     return QuantizedLoading(
         quantization_format, to_quantize=linear - quantized_in_file, quantized_in_file=quantized_in_file
@@ -142,21 +153,6 @@ def loaded_bytes(plan: LoadPlan[Any], name: str, dtype: torch.dtype, form: str |
         weight = make_quantization_format(text_quantization(form)).empty((shape[0], shape[1]))
     assert weight is not None
     return sum(tensor.nbytes for tensor in weight.tensors if tensor is not None)
-
-
-def _reject_other_forms(plan: LoadPlan[Any], names: Iterable[str], form: str) -> None:
-    """Raise CheckpointError if any weight in `names` is stored in a quantized format other than `form`."""
-    tensors = plan.checkpoint.tensors
-    for name in sorted(names):
-        weight = read_quantized_on_meta(plan.sources[name], tensors)
-        if weight is not None and weight.format.name != form:
-            path = plan.checkpoint.path
-            raise CheckpointError(
-                f"{form} is requested for the text encoder, but {path} is already in {weight.format.name}, "
-                "and rounding twice only loses quality. Omit --text_encoder_form (or --fp8_...) to "
-                "keep the file's format, or pass the 16-bit file.",
-                path,
-            )
 
 
 def find_dialect(dialects: Mapping[str, tuple[str, Names]], tensor_names: Container[str]) -> str | None:

@@ -372,7 +372,13 @@ class _TensorLoader:
         if self._device.type == "meta":
             loaded = self._empty_quantized(name, plan)
         elif name in plan.quantized_in_file:
-            loaded = self._read_quantized(name, layer)
+            # Read a quantized weight without changing it; its tensors may be views of `read_buffer`
+            source = self._sources[name]
+            padded_weight = source.make_quantized(self._read_parts(source))
+            assert padded_weight is not None
+            self.kept_formats.append(padded_weight.format.name)
+            shape = (layer.out_features, layer.in_features)
+            loaded = QuantizedWeight(padded_weight.format, shape, padded_weight.tensors)
         else:
             assert plan.format is not None
             loaded = self._quantize(name, plan.format)
@@ -389,21 +395,21 @@ class _TensorLoader:
         scale_copies = [None if scale is None else scale.clone() for scale in scales]
         return QuantizedWeight(weight_format, loaded.shape, (weight, *scale_copies))
 
-    def _read_quantized(self, name: str, layer: nn.Linear) -> QuantizedWeight:
-        """Read a quantized weight without changing it; its tensors may be views of `read_buffer`."""
-        source = self._sources[name]
-        padded_weight = source.make_quantized(self._read_parts(source))
-        assert padded_weight is not None
-        self.kept_formats.append(padded_weight.format.name)
-        shape = (layer.out_features, layer.in_features)
-        return QuantizedWeight(padded_weight.format, shape, padded_weight.tensors)
-
     def _quantize(self, name: str, form: QuantizationFormat) -> QuantizedWeight:
         """Quantize a weight after LoRAs were merged into it, and record its rounding error."""
         first_part = self._sources[name].names[0]
         weight = self._compute_unrounded(name, self._checkpoint.tensors[first_part].dtype)
         quantized_weight = form.quantize(weight)
-        self.rounding_errors[name] = _measure_rounding_error(weight, quantized_weight)
+        # Sum |error| / sum |weight| of a quantized weight, on sampled rows; NaN for non-finite scales
+        sample = weight[:: max(1, len(weight) // _SAMPLED_ROWS)]
+        rounded = quantized_weight.format.quantize(sample).dequantize()
+        exact = sample.float()
+        smallest = torch.finfo(torch.float32).tiny  # avoids a division by zero if all weights are zero
+        error = (rounded - exact).abs().sum() / exact.abs().sum().clamp_min(smallest)
+        for scale in quantized_weight.tensors[1:]:
+            if scale is not None:
+                error = error + 0 * scale.float().sum()  # 0 * NaN and 0 * infinity are NaN
+        self.rounding_errors[name] = error
         self.rounded_formats[name] = quantized_weight.format.log_description
         return quantized_weight
 
@@ -473,19 +479,6 @@ class _TensorLoader:
             self.finite_checks[part] = has_finite_values
         elif not has_finite_values:
             raise explain_non_finite(self._checkpoint.path, part, tensor)
-
-
-def _measure_rounding_error(weight: Tensor, quantized_weight: QuantizedWeight) -> Tensor:
-    """Return sum |error| / sum |weight| of a quantized weight, on sampled rows; NaN for non-finite scales."""
-    sample = weight[:: max(1, len(weight) // _SAMPLED_ROWS)]
-    rounded = quantized_weight.format.quantize(sample).dequantize()
-    exact = sample.float()
-    smallest = torch.finfo(torch.float32).tiny  # avoids a division by zero if all weights are zero
-    error = (rounded - exact).abs().sum() / exact.abs().sum().clamp_min(smallest)
-    for scale in quantized_weight.tensors[1:]:
-        if scale is not None:
-            error = error + 0 * scale.float().sum()  # 0 * NaN and 0 * infinity are NaN
-    return error
 
 
 def _check_fit(

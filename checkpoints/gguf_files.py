@@ -167,7 +167,21 @@ class GgufFile(HeaderFile):
             raise ValueError(
                 f"{name} has the shape {file_shape}, but {kind.name} is stored in rows of {kind.weights}"
             )
-        return TensorInfo(torch.uint8, value_shape, _make_packing(kind, file_shape, shape))
+        # How a tensor is packed, based on its shapes in the file and in the model
+        # if each row of the model has whole quantization blocks, a layer can use them directly
+        has_full_rows = shape[-1] % kind.weights == 0
+        *leading, columns = shape if has_full_rows else file_shape
+        rows = math.prod(leading)
+        return TensorInfo(
+            torch.uint8,
+            value_shape,
+            Packing(
+                shape=(rows, columns // kind.weights * kind.size),
+                companion_suffixes=(),
+                make_quantized=partial(_make_quantized, kind, (rows, columns)),
+                can_stay_quantized=has_full_rows,
+            ),
+        )
 
     def _rename_like_transformers(self) -> None:
         """Rename tensors from llama.cpp's names to transformers'; note which have permuted q and k rows."""
@@ -197,7 +211,11 @@ class GgufFile(HeaderFile):
                 new = f"{blocks}.{number}.{inside_blocks.get(layer, layer)}.{leaf}"
                 if is_llama and layer in ("attn_q", "attn_k"):
                     self._num_permuted_heads[new] = self._count_heads(layer, self.tensors[old])
-            self._rename_tensor(old, new)
+            # Rename a tensor; raise ValueError if the new name is already taken
+            if new != old and new in self.tensors:
+                raise ValueError(f"{shorten(old, 60)} and {shorten(new, 60)} are the same tensor")
+            self.tensors[new] = self.tensors.pop(old)
+            self._offsets[new] = self._offsets.pop(old)
 
     def _reject_unsupported_models(self) -> None:
         """Raise CheckpointError for models whose weights llama.cpp has changed irreversibly."""
@@ -208,13 +226,6 @@ class GgufFile(HeaderFile):
                     "safetensors file of the model.",
                     self.path,
                 )
-
-    def _rename_tensor(self, old: str, new: str) -> None:
-        """Rename a tensor; raise ValueError if the new name is already taken."""
-        if new != old and new in self.tensors:
-            raise ValueError(f"{shorten(old, 60)} and {shorten(new, 60)} are the same tensor")
-        self.tensors[new] = self.tensors.pop(old)
-        self._offsets[new] = self._offsets.pop(old)
 
     def _count_heads(self, layer: str, info: TensorInfo) -> int:
         """Return the head count of Llama's attn_q or attn_k, after checking that it divides the rows."""
@@ -291,20 +302,6 @@ class _HeaderReader:
         else:
             raise ValueError(f"a list has values of the kind {item_type}")
         return None
-
-
-def _make_packing(kind: Kind, file_shape: tuple[int, ...], shape: tuple[int, ...]) -> Packing:
-    """Return how a tensor is packed, based on its shapes in the file and in the model."""
-    # if each row of the model has whole quantization blocks, a layer can use them directly
-    has_full_rows = shape[-1] % kind.weights == 0
-    *leading, columns = shape if has_full_rows else file_shape
-    rows = math.prod(leading)
-    return Packing(
-        shape=(rows, columns // kind.weights * kind.size),
-        companion_suffixes=(),
-        make_quantized=partial(_make_quantized, kind, (rows, columns)),
-        can_stay_quantized=has_full_rows,
-    )
 
 
 def _make_quantized(kind: Kind, shape: tuple[int, int], packed: Tensor) -> QuantizedWeight:

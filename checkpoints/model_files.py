@@ -142,7 +142,15 @@ def load_latents(path: Path, option: str = "--latent_path", only_shape: bool = F
         CheckpointError: If the file is damaged or has no latents.
     """
     if path.suffix == ".safetensors":
-        latents, metadata, audio = _read_safetensors_latents(path, only_shape)
+        with open_checkpoint(path) as file:
+            latents = None
+            info = file.tensors.get("latent")
+            if info is not None:
+                latents = torch.empty(info.shape, device="meta") if only_shape else file.read("latent")
+            audio = None
+            if AUDIO_LATENTS in file.tensors and not only_shape:
+                audio = file.read(AUDIO_LATENTS)[None].float()
+            metadata = file.metadata
     else:
         content = load_pickled(path)  # memory-mapped: nothing is read yet
         latents = content.get("latent") if isinstance(content, dict) else content
@@ -166,21 +174,6 @@ def load_latents(path: Path, option: str = "--latent_path", only_shape: bool = F
             path,
         )
     return SavedLatents(latents.float(), metadata, audio)
-
-
-def _read_safetensors_latents(
-    path: Path, only_shape: bool
-) -> tuple[Tensor | None, Mapping[str, str], Tensor | None]:
-    """Return latents, metadata and audio latents from a safetensors file; see `load_latents`."""
-    with open_checkpoint(path) as file:
-        latents = None
-        info = file.tensors.get("latent")
-        if info is not None:
-            latents = torch.empty(info.shape, device="meta") if only_shape else file.read("latent")
-        audio = None
-        if AUDIO_LATENTS in file.tensors and not only_shape:
-            audio = file.read(AUDIO_LATENTS)[None].float()
-        return latents, file.metadata, audio
 
 
 def _check_latent_shapes(path: Path, option: str, latents: Tensor, audio: Tensor | None) -> None:

@@ -204,7 +204,11 @@ def open_checkpoint(
                 if name not in locations:
                     locations[name] = (file, name)
                 elif not are_equal(locations[name][0], file, name):
-                    raise _make_duplicate_error(path, name, locations[name][0].path, part)
+                    raise CheckpointError(
+                        f"{path}: {name} is in two files, {locations[name][0].path.name} and {part.name}. "
+                        "Pass one file.",
+                        path,
+                    )
         if not locations:
             raise CheckpointError(f"{path} contains no tensors.", path)
     except BaseException:
@@ -219,13 +223,6 @@ def open_checkpoint(
     return Checkpoint(path, locations, files)
 
 
-def _make_duplicate_error(path: Path, name: str, first_file: Path, second_file: Path) -> CheckpointError:
-    """Return the error for a model with two files that contain different tensors of the same name."""
-    return CheckpointError(
-        f"{path}: {name} is in two files, {first_file.name} and {second_file.name}. Pass one file.", path
-    )
-
-
 def checkpoint_paths(path: Path) -> list[Path]:
     """Return all files of the model at a path (a file, shard, index or folder), in order.
 
@@ -233,7 +230,22 @@ def checkpoint_paths(path: Path) -> list[Path]:
         CheckpointError: If a file is missing.
     """
     if path.is_dir():
-        return _list_folder_files(path)
+        # The files of the only model in a folder: files in an index, all shards, or a single file
+        indexes = sorted(path.glob("*.index.json"))
+        if len(indexes) == 1:
+            return _read_index(indexes[0])
+        files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
+        if indexes:
+            raise _make_ambiguity_error(path, indexes + files)
+        safetensors = [file for file in files if file.suffix in {".safetensors", ".sft"}]
+        if len(safetensors) == 1 or (
+            safetensors and all(_SHARD.fullmatch(file.name) for file in safetensors)
+        ):
+            require_all_shards(safetensors)
+            return safetensors
+        if len(files) == 1:
+            return files
+        raise _make_ambiguity_error(path, files)
     try:
         require_regular_file(path)
     except FileNotFoundError:
@@ -249,23 +261,6 @@ def checkpoint_paths(path: Path) -> list[Path]:
     if _SHARD.fullmatch(path.name):
         return _require_neighbors(path, _list_shards(path.name))
     return [path]
-
-
-def _list_folder_files(folder: Path) -> list[Path]:
-    """Return the files of the only model in a folder: files in an index, all shards, or a single file."""
-    indexes = sorted(folder.glob("*.index.json"))
-    if len(indexes) == 1:
-        return _read_index(indexes[0])
-    files = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES and file.is_file())
-    if indexes:
-        raise _make_ambiguity_error(folder, indexes + files)
-    safetensors = [file for file in files if file.suffix in {".safetensors", ".sft"}]
-    if len(safetensors) == 1 or (safetensors and all(_SHARD.fullmatch(file.name) for file in safetensors)):
-        require_all_shards(safetensors)
-        return safetensors
-    if len(files) == 1:
-        return files
-    raise _make_ambiguity_error(folder, files)
 
 
 def _make_ambiguity_error(folder: Path, candidates: Sequence[Path]) -> CheckpointError:
@@ -444,7 +439,7 @@ def _find_unsupported_form(tensors: Mapping[str, TensorInfo]) -> str | None:
             if name.endswith(suffix):
                 return f"{format_name}: it has {name}"
     for name, info in unrecognized.items():
-        if name.endswith(_SCALES) and _has_several_scales_per_row(info):
+        if name.endswith(_SCALES) and (len(info.shape) == 2 and min(info.shape) > 1):
             is_float = info.dtype.is_floating_point and info.dtype.itemsize > 1
             format_name = "fp8 in blocks" if is_float else "mxfp8"
             return f"{format_name}: it has {name} {list(info.shape)}"
@@ -463,11 +458,6 @@ def _find_unknown_packed_weight(
             kind = dtype_name(info.dtype)
             return f"quantized in an unknown format: it has {name} in {kind} instead of a weight"
     return None
-
-
-def _has_several_scales_per_row(scale: TensorInfo) -> bool:
-    """Return whether a weight has several scales in each row; supported are one per weight or per row."""
-    return len(scale.shape) == 2 and min(scale.shape) > 1
 
 
 def _without_packed(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:

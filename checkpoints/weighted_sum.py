@@ -102,9 +102,18 @@ def merge_models(options: MergeModelsOptions) -> None:
     with ExitStack() as opened:
         models = [dequantized_on_read(opened.enter_context(open_checkpoint(path))) for path in options.models]
         first, *others = models
-        _reject_loras(models)
+        for model in models:
+            if is_lora(model.tensors):
+                raise CheckpointError(
+                    f"{model.path} is a LoRA or a similar network, not a complete checkpoint. Use "
+                    "networks/merge_lora.py or networks/svd_merge_lora.py",
+                    model.path,
+                )
         saved_infos = {name: info for name, info in first.tensors.items() if not name.startswith(EMA_PREFIX)}
-        merged_names = _list_merged_names(saved_infos, options.unet_only)
+        # The names of the tensors that are averaged; integers are copied from the first model
+        merged_names = {name for name, info in saved_infos.items() if info.dtype.is_floating_point}
+        if options.unet_only:
+            merged_names = {name for name in merged_names if name.startswith(UNET)}
         for other in others:
             _check_fits(first, other, merged_names, options.unet_only)
         _warn_of_skipped_tensors(models, saved_infos, options)
@@ -123,14 +132,6 @@ def merge_models(options: MergeModelsOptions) -> None:
     _show(options, len(merged_names))
 
 
-def _list_merged_names(tensors: Mapping[str, TensorInfo], unet_only: bool) -> set[str]:
-    """Return the names of the tensors that are averaged; integers are copied from the first model."""
-    merged_names = {name for name, info in tensors.items() if info.dtype.is_floating_point}
-    if unet_only:
-        merged_names = {name for name in merged_names if name.startswith(UNET)}
-    return merged_names
-
-
 def _with_dtype(tensors: Mapping[str, TensorInfo], dtype: torch.dtype) -> dict[str, TensorInfo]:
     """Return the tensors of the new file: floating-point tensors get the dtype, all others keep theirs."""
     written = {}
@@ -145,17 +146,6 @@ def _log_averages(checkpoint: Checkpoint, num_averages: int) -> None:
         count = format_count(num_averages, "average")
         verb = "is" if num_averages == 1 else "are"
         logger.info("%s of %s %s left out, because averages are not merged", count, checkpoint.path, verb)
-
-
-def _reject_loras(models: Sequence[Checkpoint]) -> None:
-    """Raise CheckpointError for LoRA files: averaging LoRA factors does not average the weight changes."""
-    for model in models:
-        if is_lora(model.tensors):
-            raise CheckpointError(
-                f"{model.path} is a LoRA or a similar network, not a complete checkpoint. Use "
-                "networks/merge_lora.py or networks/svd_merge_lora.py",
-                model.path,
-            )
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ of a file are reported together.
 """
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -93,11 +93,25 @@ def load_dataset_config(path: Path, typed: SubsetOptions | None = None) -> Datas
         tables = read_subsets(path, content, typed, errors)
     else:
         if typed is not None:
-            _warn_unused_options(typed, path)
+            # subset options on the command line have no effect on a dataset file without subsets
+            unused = sorted(set(typed_options(typed).values()))
+            if unused:
+                logger.warning(
+                    "%s: ignored because the tables of %s have no subsets", ", ".join(unused), path
+                )
         tables = _read_tables(path, content, errors)
     _check_cache_folders(tables, errors)
     if len(tables) > 1:
-        tables = _assign_animations(tables)
+        # animations in a folder of both an image and a video table belong to the video table only
+        clip_folders = {
+            folder_id(table.directory) for table in tables if table.kind == "video" and table.directory
+        }
+        assigned = []
+        for table in tables:
+            if table.kind == "image" and table.directory and folder_id(table.directory) in clip_folders:
+                table = replace(table, excludes_animations=True)
+            assigned.append(table)
+        tables = tuple(assigned)
     if errors:
         raise _make_config_error(path, content, errors)
     return DatasetConfig(path, tables)
@@ -110,13 +124,6 @@ def _has_subsets(content: Table) -> bool:
         if isinstance(entry, dict) and any(key.startswith("subset") for key in entry):
             return True
     return False
-
-
-def _warn_unused_options(typed: SubsetOptions, path: Path) -> None:
-    """Warn about subset options on the command line, because this dataset file has no subsets."""
-    unused = sorted(set(typed_options(typed).values()))
-    if unused:
-        logger.warning("%s: ignored because the tables of %s have no subsets", ", ".join(unused), path)
 
 
 def _make_config_error(path: Path, content: Table, errors: Sequence[str]) -> DatasetError:
@@ -222,19 +229,6 @@ def with_downloads(config: DatasetConfig, folder: Path) -> DatasetConfig:
     return replace(config, datasets=tables)
 
 
-def _assign_animations(tables: tuple[DatasetTable, ...]) -> tuple[DatasetTable, ...]:
-    """If an image and a video table have the same folder, assign its animations to the video table only."""
-    clip_folders = {
-        folder_id(table.directory) for table in tables if table.kind == "video" and table.directory
-    }
-    changed = []
-    for table in tables:
-        if table.kind == "image" and table.directory and folder_id(table.directory) in clip_folders:
-            table = replace(table, excludes_animations=True)
-        changed.append(table)
-    return tuple(changed)
-
-
 def _move_keys_to_general(path: Path, content: Table, errors: list[str]) -> Table:
     """Return the content of a dataset file with the keys above all tables moved into [general]."""
     # Some guides omit the heading [general]. Keys that only [[datasets]] may have become errors in `errors`.
@@ -283,7 +277,11 @@ def for_family(config: DatasetConfig, family: "Caches", for_texts: bool = False)
     for table in config.datasets:
         section_keys = table.non_default_values(forms.SECTIONS)
         if section_keys and not (latent.in_sections or for_texts):
-            _warn_unused_section_keys(table, section_keys)
+            logger.warning(
+                "%s: %s: ignored, because only FramePack, and Wan and MiniMax-H3 with --one_frame, use them",
+                table.name,
+                " and ".join(section_keys),
+            )
     config = with_lengths(config, latent.lengths)
     tables = tuple(_with_family_fields(table, family) for table in config.datasets)
     config = replace(config, datasets=tables)
@@ -300,15 +298,6 @@ def for_family(config: DatasetConfig, family: "Caches", for_texts: bool = False)
     config = with_references(config, family.references, abilities.references)
     has_audio_references = any(table.reference_audio_directory is not None for table in tables)
     return _with_audio_references(config, family) if has_audio_references and not for_texts else config
-
-
-def _warn_unused_section_keys(table: DatasetTable, keys: Iterable[str]) -> None:
-    """Warn about keys for models that generate a clip in sections, because this model ignores them."""
-    logger.warning(
-        "%s: %s: ignored, because only FramePack, and Wan and MiniMax-H3 with --one_frame, use them",
-        table.name,
-        " and ".join(keys),
-    )
 
 
 def _with_family_fields(table: DatasetTable, family: "Caches") -> DatasetTable:

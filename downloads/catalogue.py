@@ -149,7 +149,20 @@ def model_sets(fp8_encoders: bool = False) -> tuple[ModelSet, ...]:
         model = _read_set(entry, catalog["family"][entry["family"]], chosen)
         sets.append(model)
         if "adapter" in entry:
-            sets.append(_with_adapter(model, components[entry["adapter"]]))
+            # A copy of a distilled model's catalogue entry whose train command uses a training adapter
+            placeholder = f"{{{TRAINING_ADAPTER.lstrip('-')}}}"
+            train = f"{model.commands['train']} {TRAINING_ADAPTER} {placeholder}"
+            sets.append(
+                replace(
+                    model,
+                    task=f"{model.task}{WITH_ADAPTER}",
+                    title=f"{model.title} with a training adapter",
+                    about=f"{model.about}, to train with an adapter",
+                    components=(*model.components, (components[entry["adapter"]])),
+                    commands={**model.commands, "train": train},
+                    properties={**model.properties, **dict.fromkeys(OTHER_KINDS, "")},
+                )
+            )
     return tuple(sets)
 
 
@@ -163,21 +176,6 @@ def find_adapted(model: ModelSet) -> ModelSet | None:
             if (candidate.family, candidate.task) == (model.family, task)
         ),
         None,
-    )
-
-
-def _with_adapter(model: ModelSet, adapter: Component) -> ModelSet:
-    """Return a copy of a distilled model's catalogue entry whose train command uses a training adapter."""
-    placeholder = f"{{{TRAINING_ADAPTER.lstrip('-')}}}"
-    train = f"{model.commands['train']} {TRAINING_ADAPTER} {placeholder}"
-    return replace(
-        model,
-        task=f"{model.task}{WITH_ADAPTER}",
-        title=f"{model.title} with a training adapter",
-        about=f"{model.about}, to train with an adapter",
-        components=(*model.components, adapter),
-        commands={**model.commands, "train": train},
-        properties={**model.properties, **dict.fromkeys(OTHER_KINDS, "")},
     )
 
 
@@ -314,7 +312,14 @@ def download_hint(path: Path, scripts: Collection[str] = ()) -> str | None:
     without scripts, the one with the smallest download is chosen. If only models of other scripts have the
     file, the sentence says so and names the smallest download for these scripts.
     """
-    downloads = _list_downloads(path)
+    # The downloads that would create the file `path`, each with the folder to download to
+    downloads = []
+    for in_fp8 in (False, True):
+        for model in model_sets(in_fp8):
+            for component in model.components:
+                parts = component.path.parts
+                if component.option is not None and path.parts[-len(parts) :] == parts:
+                    downloads.append(_Download(model, in_fp8, path.parents[len(parts) - 1]))
     download_for_scripts = _select_smallest(
         [download for download in downloads if download.runs_with(scripts)]
     )
@@ -331,18 +336,6 @@ def download_hint(path: Path, scripts: Collection[str] = ()) -> str | None:
         f"{path.name} belongs to {other_download.model.title}, which this script does not run. "
         f"{replacement.command} downloads files that fit"
     )
-
-
-def _list_downloads(path: Path) -> list[_Download]:
-    """Return the downloads that would create the file `path`, each with the folder to download to."""
-    downloads = []
-    for in_fp8 in (False, True):
-        for model in model_sets(in_fp8):
-            for component in model.components:
-                parts = component.path.parts
-                if component.option is not None and path.parts[-len(parts) :] == parts:
-                    downloads.append(_Download(model, in_fp8, path.parents[len(parts) - 1]))
-    return downloads
 
 
 def _select_smallest(downloads: Sequence[_Download]) -> _Download | None:

@@ -53,18 +53,9 @@ def run_download(options: DownloadOptions) -> None:
     if missing:
         make_folder(options.to, "--to")
         _require_space(missing, options.to)
-    _download_files(missing)
-    logger.info("%d files are complete in %s", len(files), options.to)
-    lines = ["", "These commands use the files:"]
-    for command in model.typed_commands(options.to):
-        lines += ["", command]
-    print_lines(lines)
-
-
-def _download_files(planned: Sequence["PlannedDownload"]) -> None:
-    """Download files one after another, and record the progress of all of them."""
-    progress = DownloadProgress(total=sum(remote.size_bytes for remote, _ in planned))
-    for remote, target in planned:
+    # Download files one after another, and record the progress of all of them
+    progress = DownloadProgress(total=sum(remote.size_bytes for remote, _ in missing))
+    for remote, target in missing:
         logger.info("%s (%s) from %s", target, gigabytes(remote.size_bytes), remote.page)
         try:
             download_file(remote, target, note=progress.note)
@@ -72,6 +63,11 @@ def _download_files(planned: Sequence["PlannedDownload"]) -> None:
             raise OutputError(
                 f"{target} cannot be written: {error.strerror or error}. Choose another --to."
             ) from error
+    logger.info("%d files are complete in %s", len(files), options.to)
+    lines = ["", "These commands use the files:"]
+    for command in model.typed_commands(options.to):
+        lines += ["", command]
+    print_lines(lines)
 
 
 @dataclass
@@ -128,7 +124,16 @@ def _plan_download(file: ReleasedFile, options: DownloadOptions) -> PlannedDownl
         return None
     remote = find_file(file, options.source)
     if not options.accept_changed:
-        remote = _add_known_checksums(file, remote)
+        # `remote` with the size and checksums that the catalogue records for `file`
+        has_other_size = file.size_bytes not in (None, remote.size_bytes)
+        has_other_content = file.sha256 is not None and remote.sha256 not in (None, file.sha256)
+        if has_other_size or has_other_content:
+            raise DownloadError(
+                f"{remote.page} has another {file.file} than the one known to this program (size or "
+                "SHA-256).\n"
+                "  If the page says that it was replaced, add --accept_changed."
+            )
+        remote = replace(remote, sha256=file.sha256 or remote.sha256)
     if not exists:
         return PlannedDownload(remote, target)
     # without --verify only the size is compared
@@ -141,18 +146,6 @@ def _plan_download(file: ReleasedFile, options: DownloadOptions) -> PlannedDownl
         )
     logger.info("%s exists and is complete%s", target, ", SHA-256 compared" if options.verify else "")
     return None
-
-
-def _add_known_checksums(file: ReleasedFile, remote: RemoteFile) -> RemoteFile:
-    """Return `remote` with the size and checksums that the catalogue records for `file`."""
-    has_other_size = file.size_bytes not in (None, remote.size_bytes)
-    has_other_content = file.sha256 is not None and remote.sha256 not in (None, file.sha256)
-    if has_other_size or has_other_content:
-        raise DownloadError(
-            f"{remote.page} has another {file.file} than the one known to this program (size or SHA-256).\n"
-            "  If the page says that it was replaced, add --accept_changed."
-        )
-    return replace(remote, sha256=file.sha256 or remote.sha256)
 
 
 # --- one file
@@ -266,41 +259,38 @@ def find_content_error(path: Path, name: str) -> str | None:
     Reads headers only, and torch files without running their code. Unknown suffixes are not checked.
     """
     try:
-        return _check_content(path, name.rpartition(".")[2])
+        # Why a file is not of a kind, such as "safetensors", or None; errors of readers are passed on
+        kind = name.rpartition(".")[2]
+        from checkpoints.containers import PICKLE, ZIP  # torch loads here
+        from checkpoints.first_bytes import ONNX
+        from checkpoints.opening import open_file
+        from checkpoints.tokenizers import check_sentencepiece
+
+        if kind in ("safetensors", "pt", "pth"):
+            opened = open_file(path)
+            opened.close()
+            if kind == "safetensors" and not opened.tensors:
+                return "it contains no tensors"
+        with path.open("rb") as file:
+            start = file.read(16)
+        match kind:
+            # a safetensors file begins with the size of its header in 8 bytes, followed by the header as JSON
+            case "safetensors" if start[8:9] != b"{":
+                return "it is a PyTorch file, not a safetensors file"
+            case "pt" | "pth" if start[:4] != ZIP and start[:1] != PICKLE:
+                return "it is not a PyTorch file"
+            case "onnx" if not ONNX.match(start):
+                return "it is not an ONNX file"
+            case "json" if not isinstance(parse_json(read_text(path, MAX_TOKENIZER_BYTES)), dict):
+                return "it is not a JSON object"
+            case "model":
+                if not start.startswith(_SENTENCEPIECE_START):
+                    return "it is not a SentencePiece model"
+                check_sentencepiece(read_content(path, MAX_TOKENIZER_BYTES))
+        return None
     except (CheckpointError, OSError, ValueError) as error:
         # the message names the partial file, which nobody should use; only its description is taken
         return str(error).removeprefix(f"{path} ").partition(". ")[0].rstrip(".").splitlines()[0]
-
-
-def _check_content(path: Path, kind: str) -> str | None:
-    """Return why a file is not of a kind, such as "safetensors", or None; errors of readers are passed on."""
-    from checkpoints.containers import PICKLE, ZIP  # torch loads here
-    from checkpoints.first_bytes import ONNX
-    from checkpoints.opening import open_file
-    from checkpoints.tokenizers import check_sentencepiece
-
-    if kind in ("safetensors", "pt", "pth"):
-        opened = open_file(path)
-        opened.close()
-        if kind == "safetensors" and not opened.tensors:
-            return "it contains no tensors"
-    with path.open("rb") as file:
-        start = file.read(16)
-    match kind:
-        # a safetensors file begins with the size of its header in 8 bytes, followed by the header as JSON
-        case "safetensors" if start[8:9] != b"{":
-            return "it is a PyTorch file, not a safetensors file"
-        case "pt" | "pth" if start[:4] != ZIP and start[:1] != PICKLE:
-            return "it is not a PyTorch file"
-        case "onnx" if not ONNX.match(start):
-            return "it is not an ONNX file"
-        case "json" if not isinstance(parse_json(read_text(path, MAX_TOKENIZER_BYTES)), dict):
-            return "it is not a JSON object"
-        case "model":
-            if not start.startswith(_SENTENCEPIECE_START):
-                return "it is not a SentencePiece model"
-            check_sentencepiece(read_content(path, MAX_TOKENIZER_BYTES))
-    return None
 
 
 def _receive_remaining(

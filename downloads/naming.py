@@ -3,6 +3,7 @@
 Imports nothing that is slow to load.
 """
 
+import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
@@ -61,6 +62,7 @@ SkyReels V2 and V3: skyreelsv2 skyreelsv3
 """
 
 
+SIMILAR_NAME = 0.8  # similarity of a name that is suggested; 1: equal
 _COMMON_WORDS = {"video", "image"}  # words that several models have in their names
 
 
@@ -96,7 +98,18 @@ def read_family(text: str, models: Sequence[ModelSet]) -> NamedModel:
         OptionError: If the text names none of `models`; the message says what a known name stands for.
     """
     families = list_model_families(models)
-    family_by_spelling = _index_spellings(families)
+    # Map normalized spellings to families: script names, page titles, and the names of the families
+    by_spelling = {}
+    for name, entry in with_scripts().items():
+        if name in families:
+            by_spelling[plain_name(entry.script)] = name
+    for name in families:
+        for spelling in (family_title(name), further_name(name)):
+            if spelling:
+                by_spelling[plain_name(spelling)] = name
+    for name in families:
+        by_spelling[plain_name(name)] = name
+    family_by_spelling = by_spelling
     exact_match = _match_exact_name(text, family_by_spelling, models) or _resolve_fine_tune(text, models)
     if exact_match is not None:
         return exact_match
@@ -110,31 +123,21 @@ def read_family(text: str, models: Sequence[ModelSet]) -> NamedModel:
     if not hint and similar_families:
         hint = f" Did you mean {' or '.join(similar_families)}?"
     if not hint:
-        hint = _suggest_family(text, family_by_spelling, families)
+        hint = _suggest_family(text, family_by_spelling, models)
     raise OptionError(f"--family {text}: choose from {', '.join(families)}.{hint}")
 
 
-def _suggest_family(text: str, family_by_spelling: Mapping[str, str], families: Sequence[str]) -> str:
-    """Return a hint with the family whose name the text begins with, else with the most similar family."""
+def _suggest_family(text: str, family_by_spelling: Mapping[str, str], models: Sequence[ModelSet]) -> str:
+    """Return a hint with the most similar name of a model, or the family whose name the text begins with."""
+    # sdxl, with the short name of its family
+    names = {plain_name(name): name for name in (further_name(each.family) + each.task for each in models)}
+    similar = difflib.get_close_matches(plain_name(text), {**names, **family_by_spelling}, 1, SIMILAR_NAME)
+    if similar and similar[0] not in family_by_spelling:
+        return f" Did you mean {names[similar[0]]}?"
     prefixes = [spelling for spelling in family_by_spelling if plain_name(text).startswith(spelling)]
     if prefixes:
         return f" Did you mean {family_by_spelling[max(prefixes, key=len)]}?"
-    return did_you_mean(text.lower(), families)
-
-
-def _index_spellings(names: Sequence[str]) -> dict[str, str]:
-    """Map normalized spellings to families: script names, page titles, and the names of the families."""
-    by_spelling = {}
-    for name, entry in with_scripts().items():
-        if name in names:
-            by_spelling[plain_name(entry.script)] = name
-    for name in names:
-        for spelling in (family_title(name), further_name(name)):
-            if spelling:
-                by_spelling[plain_name(spelling)] = name
-    for name in names:
-        by_spelling[plain_name(name)] = name
-    return by_spelling
+    return did_you_mean(text.lower(), list_model_families(models))
 
 
 def _match_exact_name(
@@ -165,7 +168,10 @@ def _find_similar(
         # at the beginning of a word: anima is not a part of image
         families = [name for name in family_by_spelling.values() if _begins_a_word(plain, name)]
         families += [name for spelling, name in family_by_spelling.items() if spelling.startswith(plain)]
-        families = _drop_longer_names(list(dict.fromkeys(families)))
+        names = list(dict.fromkeys(families))
+        families = [
+            name for name in names if not any(name.startswith(other) for other in names if other != name)
+        ]
         if families:
             return [NamedModel(name, task=None) for name in families]
     if len(plain) > 2:
@@ -176,11 +182,6 @@ def _find_similar(
             or plain == plain_name(further_name(model.family) + model.task)
         ]
     return []
-
-
-def _drop_longer_names(names: Sequence[str]) -> list[str]:
-    """Remove names that start with another name of the list, such as qwen_image_21 next to qwen_image."""
-    return [name for name in names if not any(name.startswith(other) for other in names if other != name)]
 
 
 def _begins_a_word(plain: str, name: str) -> bool:

@@ -76,7 +76,15 @@ def read_autoencoder(
     Raises:
         CheckpointError: If the file contains another model or is incomplete.
     """
-    checkpoint, sources = _find_autoencoder(checkpoint)
+    # The file without other networks, and its autoencoder's tensors under the released names
+    prefixes = ("first_stage_model.", "vae.")  # prefixes of the autoencoder in all-in-one files
+    other_networks = [prefix for prefix in ALL_IN_ONE if prefix not in prefixes]
+    autoencoder = checkpoint.without_prefix(*prefixes, ignored_prefixes=(*other_networks, "model."))
+    sources = list_tensor_sources(autoencoder)
+    if "encoder.down_blocks.0.resnets.0.conv1.weight" in sources:  # diffusers' names
+        levels = dialects.count(sources, r"decoder\.up_blocks\.\d+")
+        sources = dialects.rename_sources(sources, lambda name: _from_diffusers(name, levels))
+    checkpoint, sources = autoencoder, sources
     wrong_model = dialects.make_wrong_kind_error(checkpoint, kind.description, kind.option, kind.release)
     if "encoder.down.0.block.0.conv1.weight" not in sources or "decoder.conv_in.weight" not in sources:
         raise wrong_model
@@ -113,18 +121,6 @@ def _read_config(
         decoder_blocks=dialects.count(sources, r"decoder\.up\.0\.block\.\d+"),
         decoder_widths=() if decoder_widths == widths else decoder_widths,
     )
-
-
-def _find_autoencoder(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, TensorSource]]:
-    """Return the file without other networks, and its autoencoder's tensors under the released names."""
-    prefixes = ("first_stage_model.", "vae.")  # prefixes of the autoencoder in all-in-one files
-    other_networks = [prefix for prefix in ALL_IN_ONE if prefix not in prefixes]
-    autoencoder = checkpoint.without_prefix(*prefixes, ignored_prefixes=(*other_networks, "model."))
-    sources = list_tensor_sources(autoencoder)
-    if "encoder.down_blocks.0.resnets.0.conv1.weight" in sources:  # diffusers' names
-        levels = dialects.count(sources, r"decoder\.up_blocks\.\d+")
-        sources = dialects.rename_sources(sources, lambda name: _from_diffusers(name, levels))
-    return autoencoder, sources
 
 
 def _check_levels(checkpoint: Checkpoint, kind: AutoencoderKind, part: str, num_levels: int) -> None:

@@ -6,9 +6,8 @@ have Hugging Face's names without the prefix `text_model.`.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from checkpoints.dialects import LoadPlan, count, make_shape_reader, make_wrong_kind_error, rename_sources
@@ -121,17 +120,6 @@ def read_clip_text(
     return plan_clip_text(network, sources, config_json, naming)
 
 
-def _require_numbers(path: Path, config_json: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Raise CheckpointError if one of these settings in a config.json is set but is not a number."""
-    for name in names:
-        if not isinstance(config_json.get(name, 1), int | float):
-            raise CheckpointError(
-                f"{path}: {name} is {config_json[name]!r} in the config.json next to it, which must "
-                "be a number. Replace it by the config.json that belongs to the file.",
-                path,
-            )
-
-
 def plan_clip_text(
     network: Checkpoint,
     sources: Mapping[str, TensorSource],
@@ -160,7 +148,14 @@ def plan_clip_text(
             f"to {naming.option}.",
             network.path,
         )
-    _require_numbers(network.path, config_json, ("num_attention_heads", "layer_norm_eps"))
+    names = ("num_attention_heads", "layer_norm_eps")
+    for name in names:
+        if not isinstance(config_json.get(name, 1), int | float):
+            raise CheckpointError(
+                f"{network.path}: {name} is {config_json[name]!r} in the config.json next to it, which must "
+                "be a number. Replace it by the config.json that belongs to the file.",
+                network.path,
+            )
     config = ClipTextConfig(
         vocabulary=vocabulary,
         positions=positions,
@@ -225,7 +220,10 @@ def read_clip_vision(checkpoint: Checkpoint, option: str, release: str) -> LoadP
     patch_weight = shape("embeddings.patch_embedding.weight")
     num_positions = shape("embeddings.position_embedding.weight")[0] - 1  # without the class token
     patches_per_side = math.isqrt(max(num_positions, 0))
-    if not _is_square_patch_weight(patch_weight) or patches_per_side**2 != num_positions:
+    if (
+        not (len(patch_weight) == 4 and patch_weight[1] == 3 and patch_weight[2] == patch_weight[3])
+        or patches_per_side**2 != num_positions
+    ):
         raise CheckpointError(
             f"{checkpoint.path}: its patches ({list(patch_weight)}) and {num_positions} positions are not "
             f"those of a CLIP image encoder. Pass {release}.",
@@ -247,8 +245,3 @@ def read_clip_vision(checkpoint: Checkpoint, option: str, release: str) -> LoadP
         eps=float(config_json.get("layer_norm_eps", ClipVisionConfig.eps)),
     )
     return LoadPlan(config, checkpoint, sources, _UNUSED)
-
-
-def _is_square_patch_weight(shape: Sequence[int]) -> bool:
-    """Return whether this is the shape of a convolution from square RGB patches."""
-    return len(shape) == 4 and shape[1] == 3 and shape[2] == shape[3]

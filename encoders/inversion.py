@@ -262,7 +262,23 @@ class Inversion:
             return self._draw_random(known_embeddings)
         initial: dict[str, Tensor] = {}
         for number, encoder in enumerate(self.encoders, start=1):
-            ids = self._read_init_word(encoder, number)
+            # One token id of the initial word per vector; warn if their numbers differ
+            # `encoder_number` counts the text encoders from 1, for the warning.
+            ids = self._tokenize_init_word(encoder)
+            count = self.word.count
+            if len(ids) != count:
+                option_names = self.word_options.option_names
+                logger.warning(
+                    "%s %r has %s in text encoder %d, but %s is %d: its vectors are %s.",
+                    option_names.init_word,
+                    self.word_options.init_word,
+                    format_count(len(ids), "token"),
+                    number,
+                    option_names.count,
+                    count,
+                    "repeated" if len(ids) < count else "cut",
+                )
+            ids = [ids[index % len(ids)] for index in range(count)]  # repeated from the start, or cut
             vectors = known_embeddings[encoder.vector_key][ids]
             initial |= {key: vectors.clone() for key in encoder.vector_keys}
         return initial
@@ -275,25 +291,6 @@ class Inversion:
             for key in encoder.vector_keys:
                 initial[key] = torch.randn(self.word.count, known.shape[1]) * known.std()
         return initial
-
-    def _read_init_word(self, encoder: InvertedEncoder, encoder_number: int) -> list[int]:
-        """Return one token id of the initial word per vector; warn if their numbers differ."""
-        # `encoder_number` counts the text encoders from 1, for the warning.
-        ids = self._tokenize_init_word(encoder)
-        count = self.word.count
-        if len(ids) != count:
-            option_names = self.word_options.option_names
-            logger.warning(
-                "%s %r has %s in text encoder %d, but %s is %d: its vectors are %s.",
-                option_names.init_word,
-                self.word_options.init_word,
-                format_count(len(ids), "token"),
-                encoder_number,
-                option_names.count,
-                count,
-                "repeated" if len(ids) < count else "cut",
-            )
-        return [ids[index % len(ids)] for index in range(count)]  # repeated from the start, or cut
 
     def _tokenize_init_word(self, encoder: InvertedEncoder) -> list[int]:
         """Return the token ids of the initialization word; raise OptionError if an encoder has none."""
@@ -316,11 +313,7 @@ class Inversion:
         vectors = self.read_vectors(path, option)
         if vectors is None:  # a LoRA without the word
             return None
-        self._check_stored_vectors(vectors, path, option)
-        return vectors
-
-    def _check_stored_vectors(self, vectors: Mapping[str, Tensor], path: Path, option: str) -> None:
-        """Raise CheckpointError if a file lacks vectors for an encoder, or has another number of vectors."""
+        # Raise CheckpointError if a file lacks vectors for an encoder, or has another number of vectors
         needed_keys = [key for encoder in self.encoders for key in encoder.vector_keys]
         missing = [key for key in needed_keys if key not in vectors]
         if missing:
@@ -333,6 +326,7 @@ class Inversion:
                 f"{self.word.count}. Pass {count_option} {num_stored}.",
                 path,
             )
+        return vectors
 
     def _check_widths(self, vectors: Mapping[str, Tensor], known_embeddings: Mapping[str, Tensor]) -> None:
         """Raise CheckpointError if vectors from a file do not match the width of their text encoder."""

@@ -443,7 +443,18 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         # `pad` is the id of the padding token; the other arguments are those of `compute`.
         padded_length = self._select_length(batch, num_template_tokens)
         padded_ids, mask = fill_rows(batch, padded_length, pad, self.settings.pads_left)
-        states = self._run_network(network, tokenizer, padded_ids, mask=mask, images=images)
+        # N hidden states of padded token ids, B L: concatenated, B L nC, or stacked, B L n C
+        inputs = self._embed(network, tokenizer, padded_ids, images, mask=mask)
+        states = language_states(
+            network,
+            inputs.embeddings,
+            mask=mask.to(inputs.embeddings.device),
+            states=self.settings.state_indices,
+            position_ids=inputs.position_ids,
+            layer_additions=inputs.layer_additions,
+        )
+        if self.settings.stacked_states:
+            states = states.unflatten(-1, (len(self.settings.stacked_states), -1))
         states = states[:, num_template_tokens:].cpu()
         mask = mask[:, num_template_tokens:]
         results: list[Conditions] = []
@@ -462,28 +473,6 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         if self.settings.pad_to_multiple_of:
             return self._select_length([ids], num_template_tokens)
         return len(ids)
-
-    def _run_network(
-        self,
-        network: nn.Module,
-        tokenizer: TextTokenizer,
-        ids: Tensor,
-        mask: Tensor,
-        images: Sequence[PatchedImages],
-    ) -> Tensor:
-        """Return n hidden states of padded token ids, B L: concatenated, B L nC, or stacked, B L n C."""
-        inputs = self._embed(network, tokenizer, ids, images, mask=mask)
-        states = language_states(
-            network,
-            inputs.embeddings,
-            mask=mask.to(inputs.embeddings.device),
-            states=self.settings.state_indices,
-            position_ids=inputs.position_ids,
-            layer_additions=inputs.layer_additions,
-        )
-        if self.settings.stacked_states:
-            states = states.unflatten(-1, (len(self.settings.stacked_states), -1))
-        return states
 
     def _split_images(
         self,
@@ -626,7 +615,19 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
                 raise MediaError(
                     f"{image_format.token} stands for an image. Remove it from the prompt: {templated.prompt}"
                 )
-            templated_prompts.append(_insert_image_placeholders(templated, prompt_images, image_format))
+            # Insert the placeholder tokens of a prompt's images in front of its text
+            total = len(prompt_images.counts)
+            inserted = ""
+            for number, num_tokens in enumerate(prompt_images.counts, start=1):
+                inserted += image_format.write(number, num_tokens, total)
+            templated_prompts.append(
+                templated._replace(
+                    text=templated.text[: templated.start] + inserted + templated.text[templated.start :],
+                    start=templated.start + len(inserted),
+                    suffix_start=templated.suffix_start + len(inserted),
+                    num_image_tokens=sum(prompt_images.counts),
+                )
+            )
         return self.encode_templated(templated_prompts, functools.partial(self.compute, images=images))
 
 
@@ -723,22 +724,6 @@ def _read_all_images(
             ]
         images.append(read_images(tower, frames, image_format))
     return images
-
-
-def _insert_image_placeholders(
-    templated: TemplatedPrompt, images: PatchedImages, image_format: ImagePromptFormat
-) -> TemplatedPrompt:
-    """Insert the placeholder tokens of a prompt's images in front of its text."""
-    total = len(images.counts)
-    inserted = ""
-    for number, num_tokens in enumerate(images.counts, start=1):
-        inserted += image_format.write(number, num_tokens, total)
-    return templated._replace(
-        text=templated.text[: templated.start] + inserted + templated.text[templated.start :],
-        start=templated.start + len(inserted),
-        suffix_start=templated.suffix_start + len(inserted),
-        num_image_tokens=sum(images.counts),
-    )
 
 
 def _measure_states(checkpoint: Checkpoint, settings: LanguageEncoderSettings) -> int:

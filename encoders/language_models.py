@@ -368,7 +368,11 @@ def _find_head_dim(
     """Return the attention head width, from the query norm's weight or config.json."""
     if Q_NORM in model.distinguishing_tensors:  # it has one value for each channel of a head
         return shape(f"layers.{model.first_attention_layer}.{Q_NORM}", 1)[0]
-    return head_width(path, query_rows, config_json, _read_head_width(config_json, model))
+    # The attention head width from config.json; the default is the released model's.
+    width = config_json.get("head_dim")
+    return head_width(
+        path, query_rows, config_json, (width if isinstance(width, int) and width > 0 else model.head_width)
+    )
 
 
 def _list_unused_names(config: LanguageConfig, all_layers: int) -> tuple[str, ...]:
@@ -379,12 +383,6 @@ def _list_unused_names(config: LanguageConfig, all_layers: int) -> tuple[str, ..
     if not config.final_norm:
         names.append("norm.weight")
     return tuple(names)
-
-
-def _read_head_width(config_json: Mapping[str, Any], model: LanguageModel) -> int:
-    """Return the attention head width from config.json; the default is the released model's."""
-    width = config_json.get("head_dim")
-    return width if isinstance(width, int) and width > 0 else model.head_width
 
 
 def _can_be_heads(width: int, query_rows: int, key_rows: int, dim: int) -> bool:
@@ -511,23 +509,7 @@ class HostAngles(nn.Module):
 
 def build_language_model(config: LanguageConfig) -> nn.Module:
     """Build the network, a transformers model; call this inside `on_meta_device`."""
-    settings = _make_transformers_settings(config)
-    classes = _find_transformers_classes(config.model)
-    transformers_config = classes.config(**settings)
-    network: Any = classes.network(transformers_config)
-    if not config.final_norm:
-        network.norm = nn.Identity()
-    with torch.device("cpu"):  # on the meta device, these tensors would have no values, and no file has them
-        network.rotary_emb = HostAngles(type(network.rotary_emb)(transformers_config))
-        if hasattr(network.embed_tokens, "embed_scale"):  # Gemma
-            network.embed_tokens.embed_scale = torch.tensor(config.dim**0.5)
-    network.spec = SPEC
-    built: nn.Module = network
-    return built
-
-
-def _make_transformers_settings(config: LanguageConfig) -> dict[str, Any]:
-    """Return the arguments of the model's config class in transformers."""
+    # The arguments of the model's config class in transformers
     settings: dict[str, Any] = {
         "vocab_size": config.vocabulary,
         "hidden_size": config.dim,
@@ -550,7 +532,29 @@ def _make_transformers_settings(config: LanguageConfig) -> dict[str, Any]:
         settings["rope_scaling"] = {"rope_type": "default", "mrope_section": sections}
     if config.model.partial_rotary_factor != 1:
         settings["rope_scaling"]["partial_rotary_factor"] = config.model.partial_rotary_factor
-    return settings
+    # The classes of a model; raise OptionError if the installed transformers lacks them
+    import transformers
+
+    if not hasattr(transformers, f"{config.model.class_prefix}Model"):
+        raise OptionError(
+            f"{config.model.description} needs transformers {config.model.min_transformers} or later, not "
+            f"{transformers.__version__}: pip install --upgrade transformers"
+        )
+    classes = _TransformersClasses(
+        config=getattr(transformers, f"{config.model.class_prefix}Config"),
+        network=getattr(transformers, f"{config.model.class_prefix}Model"),
+    )
+    transformers_config = classes.config(**settings)
+    network: Any = classes.network(transformers_config)
+    if not config.final_norm:
+        network.norm = nn.Identity()
+    with torch.device("cpu"):  # on the meta device, these tensors would have no values, and no file has them
+        network.rotary_emb = HostAngles(type(network.rotary_emb)(transformers_config))
+        if hasattr(network.embed_tokens, "embed_scale"):  # Gemma
+            network.embed_tokens.embed_scale = torch.tensor(config.dim**0.5)
+    network.spec = SPEC
+    built: nn.Module = network
+    return built
 
 
 class _TransformersClasses(NamedTuple):
@@ -558,21 +562,6 @@ class _TransformersClasses(NamedTuple):
 
     config: Callable[..., Any]
     network: Callable[..., Any]
-
-
-def _find_transformers_classes(model: LanguageModel) -> _TransformersClasses:
-    """Return the classes of a model; raise OptionError if the installed transformers lacks them."""
-    import transformers
-
-    if not hasattr(transformers, f"{model.class_prefix}Model"):
-        raise OptionError(
-            f"{model.description} needs transformers {model.min_transformers} or later, not "
-            f"{transformers.__version__}: pip install --upgrade transformers"
-        )
-    return _TransformersClasses(
-        config=getattr(transformers, f"{model.class_prefix}Config"),
-        network=getattr(transformers, f"{model.class_prefix}Model"),
-    )
 
 
 def _split_frequencies(config: LanguageConfig) -> list[int]:

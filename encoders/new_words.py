@@ -152,7 +152,18 @@ def select_vectors(word: ModelWord, encoders: Sequence[WordEncoder]) -> dict[str
         CheckpointError: If the file has no vectors for these encoders, or unequal numbers of vectors.
     """
     assert word.content is not None
-    vectors_by_encoder = _find_vectors(word.content, encoders)
+    # The vectors in an embedding file's content, keyed by the first key of each text encoder
+    nested = word.content.get(TABLE)  # some files nest their vectors in a table with this name
+    tensors = list_tensors(nested if isinstance(nested, Mapping) else word.content)
+    found: dict[str, Tensor] = {}
+    for encoder in encoders:
+        key_in_file = next((key for key in encoder.word_keys if key in tensors), None)
+        if key_in_file is not None:
+            found[encoder.word_keys[0]] = tensors[key_in_file]
+    if not found and len(tensors) == len(encoders) == 1:
+        # with one text encoder and one tensor, the name of the tensor does not matter
+        found[encoders[0].word_keys[0]] = next(iter(tensors.values()))
+    vectors_by_encoder = found
     if not vectors_by_encoder:
         keys = " and ".join(encoder.word_keys[0] for encoder in encoders)
         raise CheckpointError(
@@ -169,21 +180,6 @@ def select_vectors(word: ModelWord, encoders: Sequence[WordEncoder]) -> dict[str
     only_for = "" if len(matrices) == len(encoders) else f", for {' and '.join(matrices)} alone"
     logger.info("%s: %s (%s%s)", word.source, word.text, format_count(num_vectors, "vector"), only_for)
     return matrices
-
-
-def _find_vectors(content: "WordContent", encoders: Sequence[WordEncoder]) -> dict[str, Tensor]:
-    """Return the vectors in an embedding file's content, keyed by the first key of each text encoder."""
-    nested = content.get(TABLE)  # some files nest their vectors in a table with this name
-    tensors = list_tensors(nested if isinstance(nested, Mapping) else content)
-    found: dict[str, Tensor] = {}
-    for encoder in encoders:
-        key_in_file = next((key for key in encoder.word_keys if key in tensors), None)
-        if key_in_file is not None:
-            found[encoder.word_keys[0]] = tensors[key_in_file]
-    if not found and len(tensors) == len(encoders) == 1:
-        # with one text encoder and one tensor, the name of the tensor does not matter
-        found[encoders[0].word_keys[0]] = next(iter(tensors.values()))
-    return found
 
 
 class GrowingEmbedding(nn.Embedding):

@@ -185,26 +185,23 @@ class TokenizerSource:
         file, is_inside = self.find(path, checkpoint_path)
         if is_inside:
             logger.info("tokenizer of %s: the one inside %s", what, checkpoint_path)
-            return self._load_inside(checkpoint_path)
+            # Load the tokenizer that a checkpoint contains in a byte tensor
+            with open_checkpoint(checkpoint_path) as checkpoint:
+                name = _find_inside(checkpoint) or ""
+                info = checkpoint.tensors[name]
+                if len(info.shape) != 1 or math.prod(info.shape) * info.dtype.itemsize > MAX_TOKENIZER_BYTES:
+                    error = ValueError(f"{name} is too large, or not a 1D tensor of bytes")
+                    raise self.files.unreadable(checkpoint_path, error)
+                model = checkpoint.read(name).view(torch.uint8).numpy().tobytes()
+            if name.endswith(TOKENIZER_JSON):
+                return self._from_tokenizer_json(self.files.read(checkpoint_path, model), checkpoint_path)
+            return self._from_sentencepiece(model, checkpoint_path)
         if file is None:
             file = self.files.download(checkpoint_path, may_download)
         logger.info("tokenizer of %s: %s", what, file)
         if file.suffix == ".json":
             return self._from_tokenizer_json(self.read_file(self.files, file), file)
         return self._from_sentencepiece(self.files.read_bytes(file), file)
-
-    def _load_inside(self, checkpoint_path: Path) -> TextTokenizer:
-        """Load the tokenizer that a checkpoint contains in a byte tensor."""
-        with open_checkpoint(checkpoint_path) as checkpoint:
-            name = _find_inside(checkpoint) or ""
-            info = checkpoint.tensors[name]
-            if len(info.shape) != 1 or math.prod(info.shape) * info.dtype.itemsize > MAX_TOKENIZER_BYTES:
-                error = ValueError(f"{name} is too large, or not a 1D tensor of bytes")
-                raise self.files.unreadable(checkpoint_path, error)
-            model = checkpoint.read(name).view(torch.uint8).numpy().tobytes()
-        if name.endswith(TOKENIZER_JSON):
-            return self._from_tokenizer_json(self.files.read(checkpoint_path, model), checkpoint_path)
-        return self._from_sentencepiece(model, checkpoint_path)
 
     def _from_tokenizer_json(self, tokenizer: Tokenizer, file: Path) -> TextTokenizer:
         """Return the tokenizer in a tokenizer.json, plus a begin token if one is configured."""
@@ -256,20 +253,16 @@ class TokenizerSource:
                 surfaces = piece_surfaces(processor.encode(text, out_type="serialized_proto"))
             # None for begin and end tokens
             char_spans: list[CharSpan] = [None] * len(added_begin)
-            char_spans += _find_piece_spans(text, surfaces)
+            # Yield the characters of a text that each SentencePiece piece stands for
+            # the pieces cover the text without gaps; only white space at its start may be dropped
+            lengths = [len(surface) for surface in surfaces]
+            # where each piece of the text begins, and where the last one ends
+            edges = itertools.accumulate(lengths, initial=len(text) - sum(lengths))
+            char_spans += itertools.pairwise(edges)
             char_spans += [None] * len(added_end)
             return Tokens([*added_begin, *ids, *added_end], char_spans)
 
         return TextTokenizer(read, processor.piece_to_id, origin)
-
-
-def _find_piece_spans(text: str, surfaces: Sequence[str]) -> Iterator[CharSpan]:
-    """Yield the characters of a text that each SentencePiece piece stands for."""
-    # the pieces cover the text without gaps; only white space at its start may be dropped
-    lengths = [len(surface) for surface in surfaces]
-    # where each piece of the text begins, and where the last one ends
-    edges = itertools.accumulate(lengths, initial=len(text) - sum(lengths))
-    return itertools.pairwise(edges)
 
 
 def _find_inside(checkpoint: Checkpoint) -> str | None:

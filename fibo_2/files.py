@@ -82,7 +82,9 @@ def _read_config(shapes: DitShapes) -> Fibo2Config:
     hidden, freq_dim = shapes.get_shape("t_embedder.mlp.0.weight")
     max_gist, gist_dim = shapes.get_shape(IDENTIFYING_TENSOR)
     text_dim = shapes.get_shape("perceiver.layers.0.cross_attention.to_k.weight")[1]
-    injections = _list_injections(shapes)
+    # The indices of the blocks that read text states through a cross-attention of their own
+    matches = [_INJECTION.fullmatch(name) for name in shapes.shapes]
+    injections = tuple(sorted(int(match[1]) for match in matches if match))
     # sizes that heads, rotary pairs and text layers require
     fits = (
         dim % head_dim == 0
@@ -116,12 +118,6 @@ def _read_config(shapes: DitShapes) -> Fibo2Config:
         perceiver_layers=shapes.count_blocks("perceiver.layers"),
         injections=injections,
     )
-
-
-def _list_injections(shapes: DitShapes) -> tuple[int, ...]:
-    """Return the indices of the blocks that read text states through a cross-attention of their own."""
-    matches = [_INJECTION.fullmatch(name) for name in shapes.shapes]
-    return tuple(sorted(int(match[1]) for match in matches if match))
 
 
 def _make_sources(checkpoint: Checkpoint, _: DitHeader[Fibo2Config]) -> Mapping[str, TensorSource]:

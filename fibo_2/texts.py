@@ -85,8 +85,14 @@ class Fibo2TextEncoder(LanguageModelEncoder):
             return super().apply_template(prompt)
         caption = write_edit(prompt.text) if prompt.images else write_caption(prompt.text)
         # only JSON can say which texts the image shows
-        if not caption.is_plain and has_drawn_texts(prompt.text):
-            self._warn_of_undrawn_texts(prompt.text)
+        if not (caption.is_plain or self._has_warned) and has_drawn_texts(prompt.text):
+            self._has_warned = True
+            logger.warning(
+                "%s of %s: the release's pipeline also shows drawings of these texts to the text encoder; "
+                "here it reads only the words, so letters are less reliable",
+                TEXTS,
+                shorten(prompt.text, 60),
+            )
         templated = super().apply_template(Prompt(caption.text, weighted_spans=_move_spans(prompt, caption)))
         if not prompt.images:
             return templated
@@ -102,19 +108,16 @@ class Fibo2TextEncoder(LanguageModelEncoder):
         """Return each prompt's states; log plain texts, and JSON keys that the model does not know."""
         for prompt in prompts:  # not in `write`, which also counts tokens, of captions without their images
             if not prompt.is_negative:
-                self._log_how_read(prompt)
+                # Log once whether a prompt is in the JSON format of the training data, or how it differs
+                text, is_edit = prompt.text, bool(prompt.images)
+                if looks_like_object(text):
+                    self._warn_of_oddities(text, is_edit)
+                elif text.strip() and not self._has_logged_plain_text:
+                    self._has_logged_plain_text = True
+                    written = f"{{{write_edit(text).text}" if is_edit else write_caption(text).text
+                    message = "plain texts are encoded as JSON, which the model was trained on, such as %s"
+                    logger.info(message, shorten(written, 120))
         return super().encode(prompts)
-
-    def _log_how_read(self, prompt: Prompt) -> None:
-        """Log once whether a prompt is in the JSON format of the training data, or how it differs."""
-        text, is_edit = prompt.text, bool(prompt.images)
-        if looks_like_object(text):
-            self._warn_of_oddities(text, is_edit)
-        elif text.strip() and not self._has_logged_plain_text:
-            self._has_logged_plain_text = True
-            written = f"{{{write_edit(text).text}" if is_edit else write_caption(text).text
-            message = "plain texts are encoded as JSON, which the model was trained on, such as %s"
-            logger.info(message, shorten(written, 120))
 
     def _warn_of_oddities(self, text: str, is_edit: bool) -> None:
         """Warn once about each unusual key of a JSON prompt and about each part without effect."""
@@ -123,16 +126,6 @@ class Fibo2TextEncoder(LanguageModelEncoder):
         if new:
             message = "%s, which differs from the captions that the model was trained on: %s"
             logger.warning(message, shorten(text, 60), "; ".join(new))
-
-    def _warn_of_undrawn_texts(self, text: str) -> None:
-        if not self._has_warned:
-            self._has_warned = True
-            logger.warning(
-                "%s of %s: the release's pipeline also shows drawings of these texts to the text encoder; "
-                "here it reads only the words, so letters are less reliable",
-                TEXTS,
-                shorten(text, 60),
-            )
 
     def compute(self, *inputs: Any, **named_inputs: Any) -> list[Conditions]:
         """Return each prompt's states, divided by their root mean square per token."""

@@ -170,7 +170,19 @@ def _check_can_train(options: FluxControlNetTrainingOptions, files: FluxFiles) -
     if options.controlnet is None:
         _check_can_copy_blocks(options, files)
     else:
-        _check_options_fit_file(options, options.controlnet, config)
+        # Raise OptionError if a typed number of blocks differs from that of the ControlNet to start from
+        # `config` has the transformer's dimensions.
+        settings = read_settings(options.controlnet, config)
+        typed = {
+            "num_double_layers": (options.num_double_layers, settings["num_layers"]),
+            "num_single_layers": (options.num_single_layers, settings["num_single_layers"]),
+        }
+        for name, (number, stored) in typed.items():
+            if number is not None and number != stored:
+                raise OptionError(
+                    f"--{name} is {number}, but {options.controlnet} has {stored}, which does not change. "
+                    "Omit the option"
+                )
 
 
 def _check_can_copy_blocks(options: FluxControlNetTrainingOptions, files: FluxFiles) -> None:
@@ -190,23 +202,6 @@ def _check_can_copy_blocks(options: FluxControlNetTrainingOptions, files: FluxFi
             raise OptionError(
                 f"--{name} {requested}: a ControlNet copies the first blocks, but {files.dit_path} has "
                 f"{maximum} of them. Use fewer"
-            )
-
-
-def _check_options_fit_file(
-    options: FluxControlNetTrainingOptions, controlnet: Path, config: FluxConfig
-) -> None:
-    """Raise OptionError if a typed number of blocks differs from that of the ControlNet to start from."""
-    # `config` has the transformer's dimensions.
-    settings = read_settings(controlnet, config)
-    typed = {
-        "num_double_layers": (options.num_double_layers, settings["num_layers"]),
-        "num_single_layers": (options.num_single_layers, settings["num_single_layers"]),
-    }
-    for name, (number, stored) in typed.items():
-        if number is not None and number != stored:
-            raise OptionError(
-                f"--{name} is {number}, but {controlnet} has {stored}, which does not change. Omit the option"
             )
 
 

@@ -252,7 +252,32 @@ class Flux(ImageModelFamily):
         if self.files.has_pooled:
             widths[POOLED] = config.pooled_dim
         batch.check_widths(widths, self.files.dit_path, f"{TEXTS_AGAIN} and the text encoders of FLUX.1")
-        self._check_t5(batch)
+        # Raise CacheError if cached T5 states are too long, or their mask differs from the one needed
+        # Raise CacheError if caches were encoded with another setting for masking T5's padding
+        uses_mask = self.files.uses_mask
+        for record in batch.cache_origins:
+            mask = record.encoder.get("t5_mask")
+            if mask not in (None, "used" if uses_mask else "not used"):  # None: cached by another program
+                option = configs.CHROMA if self.files.kind == configs.CHROMA else "--apply_t5_attn_mask"
+                own_setting = f"for {option}" if uses_mask else "without --apply_t5_attn_mask"
+                raise CacheError(
+                    f"{record.path}: T5's padding mask was {mask} when it was written, but this training is "
+                    f"{own_setting}. Cache again with {TEXTS_AGAIN} and the same --model_type and "
+                    "--apply_t5_attn_mask."
+                )
+        batch_size, length = batch.tensor(STATES).shape[:2]
+        if batch.tensor(MASK).shape != (batch_size, length):
+            raise CacheError(
+                f"{batch.keys[0]}: {MASK} and {STATES} in its cache differ in length. Cache again "
+                f"with {TEXTS_AGAIN}."
+            )
+        maximum = self.files.t5_tokens
+        if length > maximum:
+            raise CacheError(
+                f"{batch.keys[0]}: its text has {length} tokens of T5, this transformer was trained "
+                f"with {maximum}. Cache again with {TEXTS_AGAIN} --t5xxl_max_token_length {maximum}, or "
+                f"train with --t5xxl_max_token_length {length}."
+            )
         conditions = {name: batch.tensor(name) for name in self.text_keys}
         # Chroma is made for guidance 0
         guidance = 0.0 if self.files.kind == configs.CHROMA else self.trained_guidance
@@ -277,37 +302,6 @@ class Flux(ImageModelFamily):
                 "again with flux_cache_latents.py."
             )
         return {CONTROL: control}
-
-    def _check_t5(self, batch: Batch) -> None:
-        """Raise CacheError if cached T5 states are too long, or their mask differs from the one needed."""
-        self._check_t5_masking(batch)
-        batch_size, length = batch.tensor(STATES).shape[:2]
-        if batch.tensor(MASK).shape != (batch_size, length):
-            raise CacheError(
-                f"{batch.keys[0]}: {MASK} and {STATES} in its cache differ in length. Cache again "
-                f"with {TEXTS_AGAIN}."
-            )
-        maximum = self.files.t5_tokens
-        if length > maximum:
-            raise CacheError(
-                f"{batch.keys[0]}: its text has {length} tokens of T5, this transformer was trained "
-                f"with {maximum}. Cache again with {TEXTS_AGAIN} --t5xxl_max_token_length {maximum}, or "
-                f"train with --t5xxl_max_token_length {length}."
-            )
-
-    def _check_t5_masking(self, batch: Batch) -> None:
-        """Raise CacheError if caches were encoded with another setting for masking T5's padding."""
-        uses_mask = self.files.uses_mask
-        for record in batch.cache_origins:
-            mask = record.encoder.get("t5_mask")
-            if mask not in (None, "used" if uses_mask else "not used"):  # None: cached by another program
-                option = configs.CHROMA if self.files.kind == configs.CHROMA else "--apply_t5_attn_mask"
-                own_setting = f"for {option}" if uses_mask else "without --apply_t5_attn_mask"
-                raise CacheError(
-                    f"{record.path}: T5's padding mask was {mask} when it was written, but this training is "
-                    f"{own_setting}. Cache again with {TEXTS_AGAIN} and the same --model_type and "
-                    "--apply_t5_attn_mask."
-                )
 
     def predict(
         self,
@@ -393,7 +387,15 @@ class Flux(ImageModelFamily):
             logger.warning("--prompt_2 is ignored because Chroma has no second text encoder")
         default = self.defaults
         if kind != configs.DEV:
-            self._warn_of_unused_guidance(request.embedded_guidance)
+            guidance = request.embedded_guidance
+            if guidance not in (None, self.defaults.embedded_guidance, DEFAULT_GUIDANCE):
+                reason = "is made for 0" if self.files.kind == configs.CHROMA else "has no input for it"
+                logger.warning(
+                    "the embedded guidance %g (--embedded_cfg_scale) is ignored because %s %s",
+                    guidance,
+                    self.files.dit_path,
+                    reason,
+                )
             request = replace(request, embedded_guidance=None)
         width, height, _ = requests.get_size(request, default)
         size = (width, height, 1)
@@ -403,17 +405,6 @@ class Flux(ImageModelFamily):
             flow_shift = 1.0 if kind == configs.SCHNELL else size_shift(count_tokens(height, width))
         negative = "" if self.negative_is_empty else None
         return requests.resolve_request(request, default, size, flow_shift, default_negative=negative)
-
-    def _warn_of_unused_guidance(self, guidance: float | None) -> None:
-        """Warn if --embedded_cfg_scale is given to a model that does not use it."""
-        if guidance not in (None, self.defaults.embedded_guidance, DEFAULT_GUIDANCE):
-            reason = "is made for 0" if self.files.kind == configs.CHROMA else "has no input for it"
-            logger.warning(
-                "the embedded guidance %g (--embedded_cfg_scale) is ignored because %s %s",
-                guidance,
-                self.files.dit_path,
-                reason,
-            )
 
     def comfy_model(self) -> "ComfyModel":
         """Return FLUX.1's ComfyUI workflow settings; raise OptionError for Chroma and edit models."""

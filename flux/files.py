@@ -106,24 +106,20 @@ def _read_config(shapes: DitShapes) -> FluxConfig:
         "text_dim": shapes.get_shape("txt_in.weight")[1],
     }
     if f"{APPROXIMATOR}.in_proj.weight" in shapes.shapes:  # Chroma
-        sizes["approximator"] = _read_approximator(shapes)
+        # Read the dimensions of the network that computes Chroma's modulation
+        width, in_dim = shapes.get_shape(f"{APPROXIMATOR}.in_proj.weight")
+        layers = count(shapes.shapes, rf"{APPROXIMATOR}\.layers\.\d+")
+        if in_dim % 8:
+            raise CheckpointError(
+                f"{shapes.path}: an approximator of {in_dim} inputs is not Chroma's. Copy the file again.",
+                shapes.path,
+            )
+        sizes["approximator"] = ApproximatorConfig(in_dim, width, layers)
     else:
         sizes["pooled_dim"] = shapes.get_shape("vector_in.in_layer.weight")[1]
         sizes["freq_dim"] = shapes.get_shape("time_in.in_layer.weight")[1]
         sizes["has_guidance"] = "guidance_in.in_layer.weight" in shapes.shapes
     return FluxConfig(**sizes)
-
-
-def _read_approximator(shapes: DitShapes) -> ApproximatorConfig:
-    """Read the dimensions of the network that computes Chroma's modulation."""
-    width, in_dim = shapes.get_shape(f"{APPROXIMATOR}.in_proj.weight")
-    layers = count(shapes.shapes, rf"{APPROXIMATOR}\.layers\.\d+")
-    if in_dim % 8:
-        raise CheckpointError(
-            f"{shapes.path}: an approximator of {in_dim} inputs is not Chroma's. Copy the file again.",
-            shapes.path,
-        )
-    return ApproximatorConfig(in_dim, width, layers)
 
 
 def _make_sources(checkpoint: Checkpoint, header: DitHeader[FluxConfig]) -> Mapping[str, TensorSource]:
@@ -248,39 +244,33 @@ class FluxFiles(AutoencoderFiles):
         `config` has the transformer's dimensions; without it only the files themselves are checked.
         """
         if self.clip_l is not None or (needed and self.has_pooled):
-            self._check_clip_width(None if config is None else config.pooled_dim or None)
+            # Raise CheckpointError unless CLIP-L has the width that the transformer takes; None is any width
+            clip = self.clip_settings
+            path = self._make_clip().path
+            check_state_width(
+                clip.option,
+                path,
+                width=read_once(path, clip.read_width),
+                dit_path=self.dit,
+                dit_width=None if config is None else config.pooled_dim or None,
+                fits=clip.release,
+            )
         if self.t5xxl is not None or needed:
-            self._check_t5_width(None if config is None else config.text_dim)
+            # Raise CheckpointError unless T5 has the width that the transformer takes; None is any width
+            t5 = self.t5_settings
+            path = T5TextEncoder(self.t5xxl_path).path
+            check_state_width(
+                t5.kind.option,
+                path,
+                width=read_once(path, t5.read_width),
+                dit_path=self.dit,
+                dit_width=None if config is None else config.text_dim,
+                fits=t5.kind.release,
+            )
         if self.clip_l_tokenizer is not None:
             self.clip_settings.tokenizer.check_option_value(self.clip_l_tokenizer)
         if self.t5xxl_tokenizer is not None:
             self.t5_settings.tokenizer.check_option_value(self.t5xxl_tokenizer)
-
-    def _check_clip_width(self, dit_width: int | None) -> None:
-        """Raise CheckpointError unless CLIP-L has the width that the transformer takes; None is any width."""
-        clip = self.clip_settings
-        path = self._make_clip().path
-        check_state_width(
-            clip.option,
-            path,
-            width=read_once(path, clip.read_width),
-            dit_path=self.dit,
-            dit_width=dit_width,
-            fits=clip.release,
-        )
-
-    def _check_t5_width(self, dit_width: int | None) -> None:
-        """Raise CheckpointError unless T5 has the width that the transformer takes; None is any width."""
-        t5 = self.t5_settings
-        path = T5TextEncoder(self.t5xxl_path).path
-        check_state_width(
-            t5.kind.option,
-            path,
-            width=read_once(path, t5.read_width),
-            dit_path=self.dit,
-            dit_width=dit_width,
-            fits=t5.kind.release,
-        )
 
     def _make_clip(self, dtype: torch.dtype = torch.bfloat16) -> ClipTextEncoder:
         return ClipTextEncoder(self.clip_l_path, dtype, self.clip_l_tokenizer, self.clip_settings)

@@ -86,28 +86,24 @@ def _read_config(shapes: DitShapes) -> Flux3Config:
             f"{MODEL_LABEL}. Copy the file again.",
             shapes.path,
         )
-    return Flux3Config(
-        dim=dim,
-        ffn_dim=ffn_dim,
-        num_heads=dim // head_dim,
-        mode_blocks=_count_modality_blocks(shapes),
-        joint_blocks=shapes.count_blocks(JOINT_BLOCKS),
-        channels=channels,
-        text_dim=shapes.get_shape("txt_in.weight")[1],
-        freq_dim=shapes.get_shape("time_in.in_layer.weight")[1],
-        is_flow_map="ref_time_in.in_layer.weight" in shapes.shapes,
-    )
-
-
-def _count_modality_blocks(shapes: DitShapes) -> int:
-    """Return the number of blocks of each modality. Raises CheckpointError if one has fewer than another."""
+    # The number of blocks of each modality. Raises CheckpointError if one has fewer than another.
     counts = {name: shapes.count_blocks(name) for name in MODALITY_BLOCK_LISTS}
     if len(set(counts.values())) > 1:
         numbers = ", ".join(f"{count} of {name}" for name, count in counts.items())
         raise CheckpointError(
             f"{shapes.path}: blocks are missing ({numbers}). Copy the file again.", shapes.path
         )
-    return counts[MODALITY_BLOCK_LISTS[0]]
+    return Flux3Config(
+        dim=dim,
+        ffn_dim=ffn_dim,
+        num_heads=dim // head_dim,
+        mode_blocks=counts[MODALITY_BLOCK_LISTS[0]],
+        joint_blocks=shapes.count_blocks(JOINT_BLOCKS),
+        channels=channels,
+        text_dim=shapes.get_shape("txt_in.weight")[1],
+        freq_dim=shapes.get_shape("time_in.in_layer.weight")[1],
+        is_flow_map="ref_time_in.in_layer.weight" in shapes.shapes,
+    )
 
 
 def _make_sources(checkpoint: Checkpoint, header: DitHeader[Flux3Config]) -> Mapping[str, TensorSource]:

@@ -55,11 +55,7 @@ def check_table(table: MediaTable, one_frame: bool) -> None:
         raise DatasetError(
             f"{table.name}: FramePack takes no control video. Remove control_directory or control_path."
         )
-    _check_clip_lengths(table)
-
-
-def _check_clip_lengths(table: MediaTable) -> None:
-    """Raise DatasetError if clips are shorter than a section; warn if their last frames do not fill one."""
+    # Raise DatasetError if clips are shorter than a section; warn if their last frames do not fill one
     minimum = _count_least_frames(table)
     if table.max_frames is not None and table.max_frames < minimum:
         raise DatasetError(

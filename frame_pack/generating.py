@@ -63,7 +63,7 @@ def video_sections(
     for number, section in enumerate(plan):
         conditions = _section_conditions(inputs[section.index], section.indices, order, history)
         conditions["guidance"] = guidance
-        target_noise = noise.draw(_target_shape(history, window))
+        target_noise = noise.draw((*history.shape[:2], window, *history.shape[3:]))
         latents = yield replace(
             prompts[section.index].section(target_noise, conditions),
             first_latent_frame=1 + section.index * window,  # after the start image
@@ -98,11 +98,6 @@ def _section_conditions(
         **_stack_indices(indices),
         **clean_latents.by_name(),
     }
-
-
-def _target_shape(history: Tensor, window: int) -> tuple[int, ...]:
-    """Return the shape of a section's noise: only the target is denoised, not the history."""
-    return (*history.shape[:2], window, *history.shape[3:])
 
 
 def _make_preview_piece(order: GenerationOrder, history: Tensor, window: int, number: int) -> PreviewPiece:

@@ -5,7 +5,6 @@ Module names follow Hugging Face's files. Source: Zhai et al. 2023, arXiv 2303.1
 
 import logging
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,7 +72,13 @@ def read_siglip(checkpoint: Checkpoint) -> LoadPlan[SiglipConfig]:
     sources = list_tensor_sources(tower)
     shape = make_shape_reader(tower, sources)
     patch_shape = shape("embeddings.patch_embedding.weight")
-    _check_patch_shape(checkpoint.path, patch_shape)
+    # A SigLIP for images of several sizes (NaFlex) has a linear patch embedding.
+    if len(patch_shape) != 4 or patch_shape[1] != 3 or patch_shape[2] != patch_shape[3]:
+        raise CheckpointError(
+            f"{checkpoint.path}: the patch embedding has shape {list(patch_shape)}, but a SigLIP for images "
+            f"of one size has [width, 3, side, side]. Pass {FILES} to {ENCODER_OPTION}.",
+            checkpoint.path,
+        )
     dim, _, patch, _ = patch_shape
     settings = read_network_config(
         checkpoint.path, "vision_config", kind="siglip", dim=dim, defaults=DEFAULTS
@@ -91,17 +96,6 @@ def read_siglip(checkpoint: Checkpoint) -> LoadPlan[SiglipConfig]:
     )
     other_networks = tuple(f"{start}*" for start in _OTHER_TOWER + ALL_IN_ONE)
     return LoadPlan(config, tower, sources, _UNUSED + other_networks)
-
-
-def _check_patch_shape(path: Path, shape: Sequence[int]) -> None:
-    """Raise CheckpointError if a patch embedding is not for images of one size."""
-    # A SigLIP for images of several sizes (NaFlex) has a linear patch embedding.
-    if len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3]:
-        raise CheckpointError(
-            f"{path}: the patch embedding has shape {list(shape)}, but a SigLIP for images of "
-            f"one size has [width, 3, side, side]. Pass {FILES} to {ENCODER_OPTION}.",
-            path,
-        )
 
 
 def _select_image_size(positions: int, patch: int, declared: object) -> int:

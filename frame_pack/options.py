@@ -236,10 +236,28 @@ def generation_options(options: FramePackTrainingOptions, sample: Mapping[str, A
     window = options.latent_window_size
     example = sample.get("example")
     if example is None:
-        inputs = _read_sample_inputs(sample, options.one_frame)
+        inputs = _SampleInputs(
+            image=sample.get("image_path"),
+            controls=sample.get("control_images") or (),
+            is_one_frame=options.one_frame,
+            one_frame_settings=(sample.get("extra") or {}).get("one_frame", "default"),
+        )
     else:
         # the sample repeats a dataset item
-        inputs = _read_item_inputs(example, sample.get("cached_with") or {}, options.one_frame)
+        # A dataset item's images and cached settings; `cached_with` are the caching script's options
+        cached_with = sample.get("cached_with") or {}
+        # one-frame items cache clean latents, but not the doubled ones of clips
+        is_one_frame = options.one_frame or (CLEAN in example.cached and DOUBLED not in example.cached)
+        # --one_frame_inference that fits cached items; `cached_with` are the caching script's options
+        without = [word for word in ("no_2x", "no_4x") if cached_with.get(f"one_frame_{word}")]
+        inputs = _SampleInputs(
+            image=next(iter(example.controls), None) if is_one_frame else example.image,
+            controls=example.controls,
+            is_one_frame=is_one_frame,
+            one_frame_settings=(
+                ",".join([*filter(None, [example.one_frame_settings]), *without]) or "default"
+            ),
+        )
     values = {
         **model_options(options.dit, options.vae, options.text),
         "--image_encoder": options.image_encoder or Placeholder("IMAGE_ENCODER_FILE"),
@@ -266,34 +284,6 @@ class _SampleInputs:
     controls: Sequence[Any]  # paths of the control images of a single image
     is_one_frame: bool
     one_frame_settings: str  # --one_frame_inference
-
-
-def _read_sample_inputs(sample: Mapping[str, Any], is_one_frame: bool) -> _SampleInputs:
-    """Return the inputs that a prompt line sets."""
-    return _SampleInputs(
-        image=sample.get("image_path"),
-        controls=sample.get("control_images") or (),
-        is_one_frame=is_one_frame,
-        one_frame_settings=(sample.get("extra") or {}).get("one_frame", "default"),
-    )
-
-
-def _read_item_inputs(example: Any, cached_with: Mapping[str, Any], one_frame: bool) -> _SampleInputs:
-    """Return a dataset item's images and cached settings; `cached_with` are the caching script's options."""
-    # one-frame items cache clean latents, but not the doubled ones of clips
-    is_one_frame = one_frame or (CLEAN in example.cached and DOUBLED not in example.cached)
-    return _SampleInputs(
-        image=next(iter(example.controls), None) if is_one_frame else example.image,
-        controls=example.controls,
-        is_one_frame=is_one_frame,
-        one_frame_settings=_join_one_frame_settings(example.one_frame_settings, cached_with),
-    )
-
-
-def _join_one_frame_settings(settings: str, cached_with: Mapping[str, Any]) -> str:
-    """Return --one_frame_inference that fits cached items; `cached_with` are the caching script's options."""
-    without = [word for word in ("no_2x", "no_4x") if cached_with.get(f"one_frame_{word}")]
-    return ",".join([*filter(None, [settings]), *without]) or "default"
 
 
 def _warn_if_f1_is_ignored(f1: bool, one_frame: bool) -> None:

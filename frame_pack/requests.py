@@ -209,11 +209,8 @@ def _count_sections(
                 "--video_sections."
             )
         return sections
-    return _count_whole_sections(request.frames or defaults.frames, window)
-
-
-def _count_whole_sections(frames: int, window: int) -> int:
-    """Return the number of whole sections in --video_length; warn if frames are left over."""
+    # The number of whole sections in --video_length; warn if frames are left over
+    frames = request.frames or defaults.frames
     sections = count_window_sections((frames - 1) // LATENT_STRIDE + 1, window)
     full_frames = video_frames(max(sections, 1), window)
     if sections == 0:

@@ -251,7 +251,7 @@ def make_variants(
     for index in range(num_columns):
         # one file of each expert, or none if the expert has fewer files
         columns.append([expert_uses[index : index + 1] for expert_uses in uses])
-    paths = [_find_first_path(column) for column in columns]
+    paths = [next(expert_uses[0] for expert_uses in column if expert_uses).lora.path for column in columns]
     names = [path.stem for path in paths]
     for column, path in zip(columns, paths, strict=True):
         heading = path.stem
@@ -264,11 +264,6 @@ def make_variants(
             ]
             variants.append(Variant(heading, f"x {strength:g}", tuple(weighted), sha256))
     return variants
-
-
-def _find_first_path(column: network_setup.LorasByExpert) -> Path:
-    """Return the path of the first LoRA file in a comparison's column, for any expert."""
-    return next(expert_uses[0] for expert_uses in column if expert_uses).lora.path
 
 
 def _hash_files(experts: Sequence[Expert], column: network_setup.LorasByExpert) -> dict[str, str]:

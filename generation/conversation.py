@@ -39,7 +39,15 @@ class _Conversation:
         if self.run.options.remembers_lines:
             values = {**self.remembered, **values}
         if values.get(STRENGTHS) is not None:
-            strengths = _read_strengths(self.run, values[STRENGTHS])
+            # Parse LoRA strengths typed by the user: numbers separated by commas, one for each LoRA
+            text = values[STRENGTHS]
+            try:
+                strengths = tuple(float(number) for number in text.split(","))
+            except ValueError:
+                raise OptionError(f"--m {text}: use numbers separated by commas, such as 1,0.5") from None
+            count = len(self.run.options.lora.lora_weight or ())
+            if len(strengths) != count:
+                raise OptionError(f"--m {text}: there are {count} LoRAs. Use a number for each")
             self.run = self.change_strengths(self.run, {"": strengths})  # "" is the only or low-noise expert
         job = make_job(self.run, "the prompt", values)
         self.remembered = values  # set after `make_job`, so that an invalid line changes nothing
@@ -82,15 +90,3 @@ def converse(run: GenerationRun, change_strengths: ChangeStrengths) -> None:
                 raise
             sys.stdout.write("\n")
             logger.warning("The prompt is cancelled. quit or Ctrl-D ends.")
-
-
-def _read_strengths(run: GenerationRun, text: str) -> tuple[float, ...]:
-    """Parse LoRA strengths typed by the user: numbers separated by commas, one for each LoRA."""
-    try:
-        strengths = tuple(float(number) for number in text.split(","))
-    except ValueError:
-        raise OptionError(f"--m {text}: use numbers separated by commas, such as 1,0.5") from None
-    count = len(run.options.lora.lora_weight or ())
-    if len(strengths) != count:
-        raise OptionError(f"--m {text}: there are {count} LoRAs. Use a number for each")
-    return strengths

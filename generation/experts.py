@@ -217,7 +217,14 @@ class ExpertOffloader:
             if not self._may_stay(other_expert, expert):
                 self._offload(other_expert)
         if expert in self._dits:
-            self._move_back(expert)
+            # Move a loaded expert from host memory to the device; if that fails, offload it again
+            self._on_device.add(expert)  # before moving, which may be interrupted half-way
+            try:
+                _move_to_device(self._dits[expert], self._host_copies.get(expert), self.device)
+            except Exception:
+                # most likely too little memory: a smaller video can still use the offloaded expert
+                self._offload(expert)
+                raise
         else:
             self._dits[expert] = self.load(expert).eval().requires_grad_(False)
             self._on_device.add(expert)
@@ -226,16 +233,6 @@ class ExpertOffloader:
         if len(self.experts) > 1:
             self._start_prefetch(expert)
         return self._dits[expert]
-
-    def _move_back(self, expert: int) -> None:
-        """Move a loaded expert from host memory to the device; if that fails, offload it again."""
-        self._on_device.add(expert)  # before moving, which may be interrupted half-way
-        try:
-            _move_to_device(self._dits[expert], self._host_copies.get(expert), self.device)
-        except Exception:
-            # most likely too little memory: a smaller video can still use the offloaded expert
-            self._offload(expert)
-            raise
 
     def _may_stay(self, expert: int, next_expert: int) -> bool:
         """Return whether an expert may stay on the device together with the next one."""
@@ -300,25 +297,21 @@ class ExpertOffloader:
         if not reason:
             current_title = self.experts[current_expert].description
             logger.info("The %s is read into host memory while the %s works", title, current_title)
-            self._prefetch = self._read_in_thread(next_expert, self.load_to_host)
+            # Start a thread that reads an expert's weights into host memory
+            stop = threading.Event()
+
+            def check() -> None:
+                if stop.is_set():
+                    raise PrefetchCancelled
+
+            load = torch.no_grad()(self.load_to_host)  # each thread has its own gradient mode
+            pool = ThreadPoolExecutor(1, "loading ahead")  # `load_to_host` uses a CUDA stream of its own
+            future = pool.submit(load, next_expert, check)
+            pool.shutdown(wait=False)  # the thread ends after this one job
+            self._prefetch = ExpertPrefetch(next_expert, future, stop)
         elif next_expert not in self._logged_without_prefetch:
             logger.info("The %s is loaded when its steps begin%s", title, reason)
             self._logged_without_prefetch.add(next_expert)
-
-    @staticmethod
-    def _read_in_thread(expert: int, load_to_host: LoadToHost) -> ExpertPrefetch:
-        """Start a thread that reads an expert's weights into host memory."""
-        stop = threading.Event()
-
-        def check() -> None:
-            if stop.is_set():
-                raise PrefetchCancelled
-
-        load = torch.no_grad()(load_to_host)  # each thread has its own gradient mode
-        pool = ThreadPoolExecutor(1, "loading ahead")  # `load_to_host` uses a CUDA stream of its own
-        future = pool.submit(load, expert, check)
-        pool.shutdown(wait=False)  # the thread ends after this one job
-        return ExpertPrefetch(expert, future, stop)
 
     def _explain_no_prefetch(self, current_expert: int) -> str:
         """Return why the next expert cannot be read in the background, as log text; "" if it can."""

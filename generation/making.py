@@ -35,7 +35,7 @@ from generation.progress import (
     show_end,
     show_start,
 )
-from generation.request import GenerationJob, GenerationRun, Peaks
+from generation.request import GenerationJob, GenerationRun
 from generation.script_options import LATENT_OUTPUTS, NOTHING, UNDECODED, OutputOptions
 from modules.atomic_write import make_folder
 from modules.bars import FRAMES, Bar, track
@@ -104,9 +104,19 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
         are_named = len(denoised) > 1 or options.interactive
         clips = decode_all(run, denoised, failures, are_named)
     if not options.interactive:
-        _log_results(run, denoised, clips, time.monotonic() - start, len(failures.reasons))
+        # Log the paths of the written files, time and peak memory; nothing if no file was written
+        seconds = time.monotonic() - start
+        num_failed = len(failures.reasons)
+        paths: list[Path] = []
+        if run.options.output.output_type in LATENT_OUTPUTS:
+            paths = [job.latent_path for job in denoised if job.latent_path is not None]
+        paths += clips.values()
+        if paths:
+            show_end(paths, seconds, run.session.device, num_failed)
     if denoised and run.predicted is not None and run.session.device.type == "cuda":
-        _compare_memory(run, run.predicted)
+        # Log a run's predicted and measured peak memory on a CUDA device
+        predicted_bytes = max(run.predicted.maximum, run.session.dits.max_shared_bytes)
+        logger.info(comparison(predicted_bytes, torch.cuda.max_memory_allocated(run.session.device)))
     return clips
 
 
@@ -152,28 +162,6 @@ def _encode_and_denoise(
     requests = [job.prepared for job, _, _ in encoded_jobs]
     with run.session.dits.phase(list_expert_order(run.family, requests)) as dit_at:
         return list(denoise_all(run, encoded_jobs, failures, [(encoded_jobs, dit_at)]))
-
-
-def _log_results(
-    run: GenerationRun,
-    denoised: Sequence[GenerationJob],
-    clips: Mapping[str, Path],
-    seconds: float,
-    num_failed: int,
-) -> None:
-    """Log the paths of the written files, time and peak memory; nothing if no file was written."""
-    paths: list[Path] = []
-    if run.options.output.output_type in LATENT_OUTPUTS:
-        paths = [job.latent_path for job in denoised if job.latent_path is not None]
-    paths += clips.values()
-    if paths:
-        show_end(paths, seconds, run.session.device, num_failed)
-
-
-def _compare_memory(run: GenerationRun, predicted: Peaks) -> None:
-    """Log a run's predicted and measured peak memory on a CUDA device."""
-    predicted_bytes = max(predicted.maximum, run.session.dits.max_shared_bytes)
-    logger.info(comparison(predicted_bytes, torch.cuda.max_memory_allocated(run.session.device)))
 
 
 def _warn_of_unbatched_passes(run: GenerationRun, jobs: Sequence[GenerationJob]) -> None:
@@ -446,7 +434,18 @@ def decode_all(
     has_audio = run.family.abilities.trains_audio and trains_audio(run.family)  # the model and this run
     if has_audio or output.save_audio is not None:
         jobs_by_label = {job.label: job for job in denoised}
-        tracks = _decode_audio(run, jobs_by_label, failures)
+        # Decode the audio latents of each video; return the tracks by label. An error fails only its video.
+
+        @contextmanager
+        def collect_errors(label: str) -> Iterator[None]:
+            with failures.collect_errors(label), keep_on_failure(jobs_by_label[label]):
+                yield
+
+        tracks = make_tracks(
+            run,
+            {label: job.audio for label, job in jobs_by_label.items() if not job.prepared.is_still},
+            collect_errors,
+        )
         # without jobs whose audio could not be decoded
         denoised = [job for job in jobs_by_label.values() if job.label not in failures.reasons]
     with run.session.media(with_image_encoder=False, needed_again=False) as encoders:
@@ -482,21 +481,6 @@ def _decode_job(run: GenerationRun, encoders: MediaEncoders, job: GenerationJob,
         post=run.post,
         track=track,
         latent=run.family.latent,
-    )
-
-
-def _decode_audio(
-    run: GenerationRun, jobs: Mapping[str, GenerationJob], failures: Failures
-) -> Mapping[str, Track]:
-    """Decode the audio latents of each video; return the tracks by label. An error fails only its video."""
-
-    @contextmanager
-    def collect_errors(label: str) -> Iterator[None]:
-        with failures.collect_errors(label), keep_on_failure(jobs[label]):
-            yield
-
-    return make_tracks(
-        run, {label: job.audio for label, job in jobs.items() if not job.prepared.is_still}, collect_errors
     )
 
 

@@ -521,7 +521,14 @@ def suggest_options(
     device: torch.device,
 ) -> list[str]:
     """Suggest options with which all phases fit in GPU memory, cheapest first; they add up."""
-    lines = _suggest_for_other_phases(prediction, device_memory.usable)
+    # Advice for each phase before or after denoising that does not fit into the `usable` memory
+    lines: list[str] = []
+    for phase in (*prediction.phases_before, *prediction.phases_after):
+        if phase.device > device_memory.usable:
+            remedy = REMEDIES.get(
+                phase.name, "a smaller form of the text encoder, if --help has --text_encoder_form"
+            )
+            lines.append(f"{phase.name} needs {format_gib(phase.device)} GiB by itself: use {remedy}")
     if prediction.device_bytes(0) <= device_memory.usable:  # denoising fits without swapped blocks
         return lines
     speed = options.speed
@@ -548,18 +555,6 @@ def suggest_options(
         maximum = cheapest.max_swapped_blocks
         limit = f"even --blocks_to_swap {maximum} leaves" if can_swap else "what is above leaves"
         lines.append(f"fewer frames or a smaller size: {limit} {format_gib(cheapest.device_bytes(maximum))}")
-    return lines
-
-
-def _suggest_for_other_phases(prediction: PhasePrediction, usable: int) -> list[str]:
-    """Return advice for each phase before or after denoising that does not fit into the `usable` memory."""
-    lines: list[str] = []
-    for phase in (*prediction.phases_before, *prediction.phases_after):
-        if phase.device > usable:
-            remedy = REMEDIES.get(
-                phase.name, "a smaller form of the text encoder, if --help has --text_encoder_form"
-            )
-            lines.append(f"{phase.name} needs {format_gib(phase.device)} GiB by itself: use {remedy}")
     return lines
 
 

@@ -1,7 +1,6 @@
 """Write the transformer with LoRAs merged into it (--save_merged_model)."""
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,7 +9,6 @@ from generation.network_setup import LorasByExpert
 from modules.errors import OptionError
 from modules.output_files import reject_replacing
 from networks.apply import check_loras_fit
-from networks.loading import WeightedLora
 from networks.merging import merge_into_file
 from protocols.family import Family
 
@@ -44,25 +42,22 @@ def save_merged_model(
     if has_several_experts:
         targets = [path.with_name(f"{path.stem}_{expert.name}{path.suffix}") for expert in family.experts]
     for index in merged_indices:
-        _check_merge(family, files[index], loras_by_expert[index], path, targets[index])
+        # Raise an error if the LoRAs of an expert cannot be merged into its file, without writing anything
+        dit_file = files[index]
+        loras = loras_by_expert[index]
+        target = targets[index]
+        reject_replacing(
+            "--save_merged_model", target, [*family.dit_files, *(lora_use.lora.path for lora_use in loras)]
+        )
+        second_file = family.file_beside(dit_file)
+        if second_file is not None:
+            raise OptionError(
+                f"--save_merged_model {path}: the model is in two files, {dit_file} and {second_file}. "
+                "Use merge_lora.py --dit FILE for each of them; it warns of what the other one has"
+            )
+        check_loras_fit(dit_file, loras)
     for index, expert in enumerate(family.experts):
         if index in merged_indices:
             merge_into_file(files[index], loras_by_expert[index], targets[index], device, rounding=rounding)
         else:
             logger.warning(f"There is no LoRA for the {expert.description}: {files[index]} is used unchanged")
-
-
-def _check_merge(
-    family: Family, dit_file: Path, loras: Sequence[WeightedLora], path: Path, target: Path
-) -> None:
-    """Raise an error if the LoRAs of an expert cannot be merged into its file, without writing anything."""
-    reject_replacing(
-        "--save_merged_model", target, [*family.dit_files, *(lora_use.lora.path for lora_use in loras)]
-    )
-    second_file = family.file_beside(dit_file)
-    if second_file is not None:
-        raise OptionError(
-            f"--save_merged_model {path}: the model is in two files, {dit_file} and {second_file}. "
-            "Use merge_lora.py --dit FILE for each of them; it warns of what the other one has"
-        )
-    check_loras_fit(dit_file, loras)

@@ -245,18 +245,12 @@ def expert_loras(
     loras_by_expert = tuple(tuple(_select_loras(expert, loras_by_key)) for expert in family.experts)
     runs_transformer = not options.latent_path
     if runs_transformer and any(lora_use.lora.depth_variants for lora_use in chain(*loras_by_expert)):
-        return _fit_to_depths(loras_by_expert, family.dit_files)
+        # The LoRAs with their blocks mapped to those of the transformer's file, which may be deeper
+        from networks.depth_variants import fit_to_file  # only for models with deeper variants
+
+        files = zip(loras_by_expert, family.dit_files, strict=True)
+        return tuple(tuple(fit_to_file(loras, dit_file)) for loras, dit_file in files)
     return loras_by_expert
-
-
-def _fit_to_depths(
-    loras_by_expert: LorasByExpert, dit_files: Sequence[Path]
-) -> "tuple[tuple[WeightedLora, ...], ...]":
-    """Return the LoRAs with their blocks mapped to those of the transformer's file, which may be deeper."""
-    from networks.depth_variants import fit_to_file  # only for models with deeper variants
-
-    files = zip(loras_by_expert, dit_files, strict=True)
-    return tuple(tuple(fit_to_file(loras, dit_file)) for loras, dit_file in files)
 
 
 def _read_loras(

@@ -470,21 +470,17 @@ def fill_arguments(parser: Parser, args: argparse.Namespace) -> argparse.Namespa
     for name in args.defaults_from_model.keys() - args.typed_options:
         setattr(args, name, None)  # the default depends on the model, which is not known yet
     if args.optimized:
-        _apply_preset(args)
+        # Set the options of the --optimized preset, except typed options and those that conflict with them
+        typed_quantisations = EXCLUDES_FP8_SCALED & args.typed_options
+        not_by_preset = (args.preset.keys() & args.typed_options) | typed_quantisations
+        if typed_quantisations:
+            not_by_preset.add("fp8_scaled")
+        if typed_quantisations & TO_OTHER_FORMS:
+            not_by_preset.add("fp8_fast")
+        args.by_preset = tuple(name for name in args.preset if name not in not_by_preset)
+        args.not_by_preset = tuple(name for name in args.preset if name in not_by_preset)
+        for name in args.by_preset:
+            setattr(args, name, args.preset[name])
     # options of the family that are part of a request: name -> (key in `Request.extra`, value)
     args.extras = {name: (key, getattr(args, name)) for name, key in args.extras.items()}
     return args
-
-
-def _apply_preset(args: argparse.Namespace) -> None:
-    """Set the options of the --optimized preset, except typed options and those that conflict with them."""
-    typed_quantisations = EXCLUDES_FP8_SCALED & args.typed_options
-    not_by_preset = (args.preset.keys() & args.typed_options) | typed_quantisations
-    if typed_quantisations:
-        not_by_preset.add("fp8_scaled")
-    if typed_quantisations & TO_OTHER_FORMS:
-        not_by_preset.add("fp8_fast")
-    args.by_preset = tuple(name for name in args.preset if name not in not_by_preset)
-    args.not_by_preset = tuple(name for name in args.preset if name in not_by_preset)
-    for name in args.by_preset:
-        setattr(args, name, args.preset[name])

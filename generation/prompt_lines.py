@@ -18,6 +18,7 @@ from generation.line_options import find_option_key, known_names, suggest
 from modules.control_codes import shorten
 from modules.errors import OptionError
 from modules.limits import MAX_LINE_OPTIONS, MAX_LINE_SHOWN
+from modules.option_tables import list_option_names
 from modules.option_values import JOINED, height_width, parse_bounded_int, parse_int, text_to_seed
 from modules.paths import explain_missing, path_exists
 from modules.text_files import read_text
@@ -381,7 +382,9 @@ def parse_option_line(
         text = text.strip()
         option = find(name)
         if option is None:
+            # of lines of other scripts, or of their command lines
             is_other_script_option = find_option(name, ALL_LINE_OPTIONS) is not None
+            is_other_script_option |= name.replace("-", "_") in list_option_names()
             hint = unsupported_hint if is_other_script_option else suggest(name, options, usable_names())
             _warn_of_unknown_option(displayed_line, name_and_value, hint)
             continue

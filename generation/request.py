@@ -244,7 +244,14 @@ def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[
     request = _complete_request(family, options, overrides)
     prepared = family.prepare(request)  # with the family's values
     if family.references is not None and not family.references.clips and not request.control_images:
-        _warn_of_edit_loras(options.lora.lora_weight or ())
+        paths = options.lora.lora_weight or ()
+        for path, option in find_edit_loras(paths):
+            logger.warning(
+                "%s was trained to edit images%s, but there is no image: the result is made from the text "
+                "alone. Pass --control_image_path (--ci in a prompt line)",
+                path,
+                option,
+            )
     if options.typed_reference_options and not prepared.request.control_images:
         names = ", ".join(f"--{name}" for name in options.typed_reference_options)
         logger.warning("%s: ignored, as there is no image to edit (--control_image_path)", names)
@@ -291,17 +298,6 @@ def _warn_of_lora_tags(tags: Iterable[str]) -> None:
             "%s in a prompt loads nothing and is read as words: remove it, and pass the file to "
             "--lora_weight and its strength to --lora_multiplier",
             shorten_word(tag),
-        )
-
-
-def _warn_of_edit_loras(paths: Iterable[Path]) -> None:
-    """Warn if a request without an input image uses LoRAs that were trained for image editing."""
-    for path, option in find_edit_loras(paths):
-        logger.warning(
-            "%s was trained to edit images%s, but there is no image: the result is made from the text "
-            "alone. Pass --control_image_path (--ci in a prompt line)",
-            path,
-            option,
         )
 
 

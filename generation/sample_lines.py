@@ -213,23 +213,19 @@ def _split_entries(text: str, suffix: str) -> list[tuple[int, Any]]:
     if suffix == ".txt":
         return [*prompt_lines.numbered_lines(text)]
     if suffix == ".toml":
-        return [*enumerate(_read_toml_entries(text), 1)]
+        # The `[[prompt.subset]]` tables of a TOML prompt file, each with the shared values filled in.
+        table = parse_toml(text).get("prompt")
+        subsets = table.get("subset", []) if isinstance(table, dict) else None
+        if not isinstance(subsets, list) or not all(isinstance(subset, dict) for subset in subsets):
+            raise ValueError("write a table [prompt] with tables [[prompt.subset]]")
+        shared = {key: value for key, value in (table or {}).items() if key != "subset"}
+        return [*enumerate(([{**shared, **subset} for subset in subsets]), 1)]
     if suffix == ".json":
         entries = parse_json(text)
         if not isinstance(entries, list) or not all(isinstance(entry, (str, dict)) for entry in entries):
             raise ValueError("write a list of prompts (texts or objects)")
         return [*enumerate(entries, 1)]
     raise ValueError(f"{suffix or 'a file without suffix'} is not supported. Use .txt, .toml or .json")
-
-
-def _read_toml_entries(text: str) -> list[dict[str, Any]]:
-    """Return the `[[prompt.subset]]` tables of a TOML prompt file, each with the shared values filled in."""
-    table = parse_toml(text).get("prompt")
-    subsets = table.get("subset", []) if isinstance(table, dict) else None
-    if not isinstance(subsets, list) or not all(isinstance(subset, dict) for subset in subsets):
-        raise ValueError("write a table [prompt] with tables [[prompt.subset]]")
-    shared = {key: value for key, value in (table or {}).items() if key != "subset"}
-    return [{**shared, **subset} for subset in subsets]
 
 
 def read_all(entries: Iterable[Entry], read: Callable[[Entry], Made]) -> list[Made]:

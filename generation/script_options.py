@@ -150,34 +150,31 @@ class OutputOptions(Options, title="output"):
                 "pass --save_audio when the latents are decoded (--latent_path)"
             )
         if self.names_file:
-            self._check_new_file()
+            # Raise OptionError if --save_path is a file that cannot be written
+            check_place("--save_path", self.save_path)
+            if self.save_path.exists():
+                raise OptionError(
+                    f"--save_path {self.save_path} already exists and is not overwritten. Pass another name, "
+                    "or a folder, in which results get their own names"
+                )
+            if self.output_type in UNDECODED:
+                raise OptionError(
+                    f"--save_path {self.save_path} with --output_type {self.output_type}: latents get their "
+                    f"own names. Pass a folder for them, such as {self.save_path.with_suffix('')}"
+                )
+            suffix = self.save_path.suffix.lower()
+            if suffix in _AUDIO_SUFFIXES:
+                raise OptionError(
+                    f"--save_path {self.save_path}: files of this type are not written. Sound alone is "
+                    f"written as WAV: pass {self.save_path.with_suffix('.wav')}"
+                )
+            if suffix not in WRITABLE_SUFFIXES:
+                default = self.save_path.with_suffix(".png" if self.pictures else self.format.suffix)
+                raise OptionError(
+                    f"--save_path {self.save_path}: files of this type are not written. Pass {default}"
+                )
         else:
             check_path("--save_path", self.save_path, "new folder", "")
-
-    def _check_new_file(self) -> None:
-        """Raise OptionError if --save_path is a file that cannot be written."""
-        check_place("--save_path", self.save_path)
-        if self.save_path.exists():
-            raise OptionError(
-                f"--save_path {self.save_path} already exists and is not overwritten. Pass another name, or "
-                "a folder, in which results get their own names"
-            )
-        if self.output_type in UNDECODED:
-            raise OptionError(
-                f"--save_path {self.save_path} with --output_type {self.output_type}: latents get their own "
-                f"names. Pass a folder for them, such as {self.save_path.with_suffix('')}"
-            )
-        suffix = self.save_path.suffix.lower()
-        if suffix in _AUDIO_SUFFIXES:
-            raise OptionError(
-                f"--save_path {self.save_path}: files of this type are not written. Sound alone is "
-                f"written as WAV: pass {self.save_path.with_suffix('.wav')}"
-            )
-        if suffix not in WRITABLE_SUFFIXES:
-            default = self.save_path.with_suffix(".png" if self.pictures else self.format.suffix)
-            raise OptionError(
-                f"--save_path {self.save_path}: files of this type are not written. Pass {default}"
-            )
 
     @property
     def names_file(self) -> bool:
@@ -334,72 +331,7 @@ class ScriptDefaults:
         """Return this script's changes to `GenerationOptions`, as keyword arguments of `add_options`."""
         source = self.source.declared()
         rejected_videos = dict.fromkeys(VIDEO_ONLY_OPTIONS, NO_VIDEOS) if self.pictures else {}
-        return {
-            "without": {*source["without"], *self._list_absent()},
-            "defaults": {**self._list_defaults(), **source["defaults"]},
-            "settings": self._settings(source["settings"]),
-            "refused": {**source["refused"], **rejected_videos, **self.refused},
-        }
-
-    def _list_defaults(self) -> dict[str, Any]:
-        """Return the family's default of each shared option, by the option's name."""
-        return {
-            "video_size": list(self.size),
-            "video_length": 1 if self.pictures else self.video_length,
-            "fps": self.fps,
-            "infer_steps": self.infer_steps,
-            "guidance_scale": self.guidance_scale,
-            "flow_shift": self.flow_shift,
-            "sample_solver": self.sample_solver,
-            "embedded_cfg_scale": self.embedded_guidance,
-            "output_type": self.output_types[0],
-            "blocks_to_swap": self.blocks_to_swap,
-            "cpu_noise": self.noise_on_cpu,
-            "split_uncond": not self.joins_guidance,
-            "lora_multiplier_high_noise": 1.0,
-        }
-
-    def _settings(self, source_settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """Return the family's changes to shared options, by name: choices, help texts and flags."""
-        settings = self._list_choices_and_helps()
-        if self.pictures:
-            settings["output_type"]["refused"] = dict.fromkeys(("video", "both"), NO_VIDEOS)
-        for name, help_text in self.defaults_from_model.items():
-            if help_text:
-                settings[name] = {"help": help_text}
-        settings_with_flags = {}
-        for name, flags in self.flags_by_option.items():
-            settings_with_flags[name] = {**settings.get(name, {}), "flags": flags}
-        return {**settings, **source_settings, **settings_with_flags}
-
-    def _list_choices_and_helps(self) -> dict[str, dict[str, Any]]:
-        """Return the parser settings of options whose choices or help text differ in this script."""
-        output_types = ", ".join(f"{name} ({OUTPUT_TYPES[name]})" for name in self.output_types)
-        solvers = ", ".join(f"{name} is {solver}" for name, solver in self.solver_names.items())
-        preset = " ".join(as_typed(self.optimized, name) for name in self.optimized)
-        lengths = f" of more than {self.riflex_beyond} frames" if self.riflex_beyond else ""
-        height, width = self.size
-        solver_settings: dict[str, Any] = {"choices": list(self.solvers)}
-        if self.solver_help:
-            solver_settings["help"] = self.solver_help
-        return {
-            "sample_solver": solver_settings,
-            "output_type": {
-                "choices": list(self.output_types),
-                "help": f"what to write: {output_types}",
-                "refused": {},  # the types that this script lacks are no longer among the choices
-            },
-            "scheduler": {
-                "choices": list(self.solver_names),
-                "help": f"another spelling of --sample_solver: {solvers}",
-            },
-            "optimized": {"help": OPTIMIZED.format(preset)},
-            "riflex_index": {"help": RIFLEX.format(lengths, self.riflex_frequencies)},
-            "video_size": {"help": f"size in pixels; default {height} {width}"},
-        }
-
-    def _list_absent(self) -> list[str]:
-        """Return the names of shared options that this script lacks."""
+        # The names of shared options that this script lacks
         absent = {
             "prompt_2": not self.has_second_prompt,
             "video_length": self.in_sections,
@@ -417,4 +349,62 @@ class ScriptDefaults:
             **dict.fromkeys(EXPERTS, not self.has_experts),
             **dict.fromkeys(self.without, True),
         }
-        return [name for name, is_absent in absent.items() if is_absent]
+        return {
+            "without": {*source["without"], *([name for name, is_absent in absent.items() if is_absent])},
+            "defaults": {
+                **{
+                    "video_size": list(self.size),
+                    "video_length": 1 if self.pictures else self.video_length,
+                    "fps": self.fps,
+                    "infer_steps": self.infer_steps,
+                    "guidance_scale": self.guidance_scale,
+                    "flow_shift": self.flow_shift,
+                    "sample_solver": self.sample_solver,
+                    "embedded_cfg_scale": self.embedded_guidance,
+                    "output_type": self.output_types[0],
+                    "blocks_to_swap": self.blocks_to_swap,
+                    "cpu_noise": self.noise_on_cpu,
+                    "split_uncond": not self.joins_guidance,
+                    "lora_multiplier_high_noise": 1.0,
+                },
+                **source["defaults"],
+            },
+            "settings": self._settings(source["settings"]),
+            "refused": {**source["refused"], **rejected_videos, **self.refused},
+        }
+
+    def _settings(self, source_settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """Return the family's changes to shared options, by name: choices, help texts and flags."""
+        # The parser settings of options whose choices or help text differ in this script
+        output_types = ", ".join(f"{name} ({OUTPUT_TYPES[name]})" for name in self.output_types)
+        solvers = ", ".join(f"{name} is {solver}" for name, solver in self.solver_names.items())
+        preset = " ".join(as_typed(self.optimized, name) for name in self.optimized)
+        lengths = f" of more than {self.riflex_beyond} frames" if self.riflex_beyond else ""
+        height, width = self.size
+        solver_settings: dict[str, Any] = {"choices": list(self.solvers)}
+        if self.solver_help:
+            solver_settings["help"] = self.solver_help
+        settings = {
+            "sample_solver": solver_settings,
+            "output_type": {
+                "choices": list(self.output_types),
+                "help": f"what to write: {output_types}",
+                "refused": {},  # the types that this script lacks are no longer among the choices
+            },
+            "scheduler": {
+                "choices": list(self.solver_names),
+                "help": f"another spelling of --sample_solver: {solvers}",
+            },
+            "optimized": {"help": OPTIMIZED.format(preset)},
+            "riflex_index": {"help": RIFLEX.format(lengths, self.riflex_frequencies)},
+            "video_size": {"help": f"size in pixels; default {height} {width}"},
+        }
+        if self.pictures:
+            settings["output_type"]["refused"] = dict.fromkeys(("video", "both"), NO_VIDEOS)
+        for name, help_text in self.defaults_from_model.items():
+            if help_text:
+                settings[name] = {"help": help_text}
+        settings_with_flags = {}
+        for name, flags in self.flags_by_option.items():
+            settings_with_flags[name] = {**settings.get(name, {}), "flags": flags}
+        return {**settings, **source_settings, **settings_with_flags}

@@ -251,7 +251,16 @@ def _scaled_sources(checkpoint: Checkpoint, header: DitHeader[HunyuanVideoConfig
         if checkpoint.tensors[name].dtype.itemsize == 1 and source.build is None:
             unscaled.append(name)
     if unscaled:
-        scales_path, scales = _read_fp8_scales(checkpoint.path)
+        # The file with the scales of a released fp8 file, and its scales by module path
+        scales_path = checkpoint.path.with_name(f"{checkpoint.path.stem}_map.pt")
+        if not scales_path.is_file():
+            raise CheckpointError(
+                f"{checkpoint.path} has fp8 weights whose scales are in {scales_path.name}, which is missing "
+                "next to it.\n"
+                "  Download that file too, or pass the bf16 checkpoint to --dit.",
+                checkpoint.path,
+            )
+        scales = _read_scales(scales_path)
         for name in unscaled:
             scale = scales.get(name.removesuffix(".weight"))
             if scale is None:
@@ -261,18 +270,6 @@ def _scaled_sources(checkpoint: Checkpoint, header: DitHeader[HunyuanVideoConfig
                 )
             sources[name] = _scale_source(name, scale)
     return sources
-
-
-def _read_fp8_scales(path: Path) -> tuple[Path, dict[str, float]]:
-    """Return the file with the scales of a released fp8 file, and its scales by module path."""
-    scales_path = path.with_name(f"{path.stem}_map.pt")
-    if not scales_path.is_file():
-        raise CheckpointError(
-            f"{path} has fp8 weights whose scales are in {scales_path.name}, which is missing next to it.\n"
-            "  Download that file too, or pass the bf16 checkpoint to --dit.",
-            path,
-        )
-    return scales_path, _read_scales(scales_path)
 
 
 def _read_scales(path: Path) -> dict[str, float]:

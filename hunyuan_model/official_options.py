@@ -171,13 +171,9 @@ def read_official(description: str | None, argv: Sequence[str] | None) -> Offici
     video = options.video
     if video.neg_prompt is not None and video.cfg_scale == 1:
         logger.warning("--neg-prompt is ignored because --cfg-scale is 1, which means no guidance")
-    _warn_of_untrained_size(video.size, options.model.model_resolution)
-    return options
-
-
-def _warn_of_untrained_size(size: tuple[int, int], resolution: str | None) -> None:
-    """Warn about a size (height, width) for which the model, or its `resolution`, was not trained."""
-    height, width = size
+    # Warn about a size (height, width) for which the model, or its `resolution`, was not trained
+    resolution = options.model.model_resolution
+    height, width = video.size
     trained = [size for sizes in SIZES.values() for size in sizes]
     if (height, width) not in trained:
         # nearest by the sum of both differences
@@ -201,6 +197,7 @@ def _warn_of_untrained_size(size: tuple[int, int], resolution: str | None) -> No
             other_resolution,
             resolution,
         )
+    return options
 
 
 # options of hv_generate_video.py -> spelling in this script

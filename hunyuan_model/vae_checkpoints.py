@@ -57,9 +57,15 @@ def read_vae(checkpoint: Checkpoint) -> dialects.LoadPlan[HunyuanVaeConfig]:
         sources = dialects.rename_sources(sources, lambda name: _translate_comfy_name(name, levels_up))
         as_matrices(sources, r".+\.attentions\.0\.to_.+\.weight")
     shape = dialects.make_shape_reader(checkpoint, sources)
+    # The number of norm groups from config.json, else 32, but at least two channels per group.
+    declared = declared_groups(checkpoint, CONFIG_CLASSES)
     config = HunyuanVaeConfig(
         latent_channels=shape("post_quant_conv.weight")[0],
-        groups=_read_groups(checkpoint, shape("encoder.conv_in.conv.weight")[0]),
+        groups=(
+            declared
+            if declared is not None
+            else max(1, min(MAX_GROUPS, (shape("encoder.conv_in.conv.weight")[0]) // 2))
+        ),
         encoder=_read_widths(checkpoint, sources, "encoder.down_blocks", len(DOWN) + 1),
         encoder_blocks=dialects.count(sources, r"encoder\.down_blocks\.0\.resnets\.\d+"),
         decoder=_read_widths(checkpoint, sources, "decoder.up_blocks", len(UP) + 1),
@@ -95,9 +101,3 @@ def _read_widths(
         )
     shape = dialects.make_shape_reader(checkpoint, sources)
     return tuple(shape(f"{start}.{level}.resnets.0.conv1.conv.weight")[0] for level in range(levels))
-
-
-def _read_groups(checkpoint: Checkpoint, narrowest: int) -> int:
-    """Return the number of norm groups from config.json, else 32, but at least two channels per group."""
-    declared = declared_groups(checkpoint, CONFIG_CLASSES)
-    return declared if declared is not None else max(1, min(MAX_GROUPS, narrowest // 2))

@@ -54,21 +54,6 @@ TURBO = replace(DEFAULTS, steps=own.TURBO_STEPS, guidance_scale=own.TURBO_GUIDAN
 FEW_TOKENS, MANY_TOKENS = 256, 6400  # numbers of image tokens for which mu is defined
 
 
-def _read_mu_values(request: Request) -> dict[str, float]:
-    """Return the request's values of --mu, --y1 and --y2, which determine the flow shift, by name."""
-    mu_values = {name: float(text) for name, text in request.extra.items() if name in EXTRAS}
-    for name, mu in mu_values.items():
-        check_mu(mu, f"--{name}")
-    return mu_values
-
-
-def _warn_of_unused_mu(mu_values: Mapping[str, float]) -> None:
-    """Warn about --y1 and --y2, which have no effect with --mu."""
-    if "mu" in mu_values and len(mu_values) > 1:
-        unused = " ".join(f"--{name}" for name in mu_values if name != "mu")
-        logger.warning("%s is ignored because --mu %g fixes the noise levels", unused, mu_values["mu"])
-
-
 @dataclass(frozen=True)
 class Krea2(pictures.ImageModelFamily):
     """Description of Krea 2 for one run, built by the `family_for_...` functions below."""
@@ -189,18 +174,15 @@ class Krea2(pictures.ImageModelFamily):
                     f"{batch.keys[0]}: {KEY} in its cache is {'x'.join(map(str, states.shape))}, not "
                     f"{config.states} states of each token. Cache again with {remedy}."
                 )
-        self._check_template(batch)
-        references = pictures.get_references(batch, LATENT.channels, PATCH, LATENTS_AGAIN)
-        return {KEY: batch.tensors[KEY], **references}
-
-    def _check_template(self, batch: Batch) -> None:
-        """Raise CacheError if captions were encoded for editing but the run does not edit, or the reverse."""
+        # Raise CacheError if captions were encoded for editing but the run does not edit, or the reverse
         encoder_settings = self.files.encoder_settings
         for cache in batch.cache_origins:
             fingerprint = cache.encoder.get(encoder_settings.template_key, encoder_settings.fingerprint)
             if cache.part == encoder_settings.name and fingerprint != encoder_settings.fingerprint:
                 how, words = ("without images", " with --edit") if self.edits else ("for edits", "")
                 raise CacheError(f"{cache.path}: the caption was encoded {how}. Run {TEXTS_AGAIN}{words}.")
+        references = pictures.get_references(batch, LATENT.channels, PATCH, LATENTS_AGAIN)
+        return {KEY: batch.tensors[KEY], **references}
 
     def predict(
         self,
@@ -241,7 +223,10 @@ class Krea2(pictures.ImageModelFamily):
             if self.files.text_encoder is not None:
                 self.files.check_tower()
             prepared = pictures.show_references(prepared)
-        mu_values = _read_mu_values(request)
+        # The request's values of --mu, --y1 and --y2, which determine the flow shift, by name
+        mu_values = {name: float(text) for name, text in request.extra.items() if name in EXTRAS}
+        for name, mu in mu_values.items():
+            check_mu(mu, f"--{name}")
         # a guidance scale of 1 turns guidance off
         if prepared.guidance_scale == (1.0,) and self._says_raw():
             logger.warning(
@@ -253,7 +238,9 @@ class Krea2(pictures.ImageModelFamily):
         check_levels(mu_values, request.flow_shift is not None)  # mu excludes a flow shift
         if request.flow_shift is not None:
             return prepared
-        _warn_of_unused_mu(mu_values)
+        if "mu" in mu_values and len(mu_values) > 1:
+            unused = " ".join(f"--{name}" for name in mu_values if name != "mu")
+            logger.warning("%s is ignored because --mu %g fixes the noise levels", unused, mu_values["mu"])
         flow_shift = self._compute_flow_shift(mu_values, prepared.height, prepared.width)
         return replace(prepared, flow_shift=flow_shift)
 

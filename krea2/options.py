@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -183,7 +183,16 @@ def resolve_generation(
     """
     levels = [name for name in EXTRAS if getattr(own_options, name) is not None]
     check_levels(levels, options.request.flow_shift is not None)
-    _warn_of_kv_cache_mismatch(options.lora.lora_weight or (), own_options.kv_cache)
+    # Warn if edit LoRAs were trained with the other setting of --kv_cache
+    loras = options.lora.lora_weight or ()
+    how, mend = ("without", "Omit it") if own_options.kv_cache else ("with", "Pass it")
+    for path, metadata in iterate_lora_metadata(loras):
+        trained_with = metadata.get("ss_kv_cache", str(own_options.kv_cache))
+        if metadata.get("ss_edit") == "True" and trained_with != str(own_options.kv_cache):
+            logger.warning(
+                f"{path} was trained {how} --kv_cache, as its metadata says: its references attend to "
+                f"each other differently. {mend} here too"
+            )
     if options.request.video_size is None:
         height = own_options.height or SIDE
         width = own_options.width or SIDE
@@ -204,18 +213,6 @@ def _check_sides(own_options: Krea2GenerationOptions, height: int, width: int) -
         f"{typed} and --image_size {height} {width} differ: pass one of them (--image_size "
         "has the height first)"
     )
-
-
-def _warn_of_kv_cache_mismatch(loras: Iterable[Path], kv_cache: bool) -> None:
-    """Warn if edit LoRAs were trained with the other setting of --kv_cache."""
-    how, mend = ("without", "Omit it") if kv_cache else ("with", "Pass it")
-    for path, metadata in iterate_lora_metadata(loras):
-        trained_with = metadata.get("ss_kv_cache", str(kv_cache))
-        if metadata.get("ss_edit") == "True" and trained_with != str(kv_cache):
-            logger.warning(
-                f"{path} was trained {how} --kv_cache, as its metadata says: its references attend to "
-                f"each other differently. {mend} here too"
-            )
 
 
 def caching_options(options: Krea2TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -15,6 +15,7 @@ files: paths of a run, parts of a released file
 gemma_4: the language model of LTX-2.5's texts
 guidance: weights of guidance by stream, as released
 keyframes: images that guide a video at one of its frames
+learned_media: options of generation for what a LoRA is given
 media: the family's half of latents, images and audio
 model: the transformer around the blocks
 model_options: options of files, how they run, and of guidance

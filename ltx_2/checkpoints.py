@@ -121,7 +121,10 @@ def _read_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
     columns = settings.get("base_width", 2048)
     max_positions = tuple(map(float, settings.get("positional_embedding_max_pos", (frames, rows, columns))))
     stride = tuple(map(int, settings.get("vae_scale_factors", LATENT.stride)))
-    gate_timestep_scale = _read_gate_timestep_scale(settings)
+    # The factor by which timesteps are multiplied for the gates between video and audio
+    multiplier = settings.get("cross_attn_timestep_scale_multiplier", 1000)
+    multiplier = settings.get("av_ca_timestep_scale_multiplier", multiplier)
+    gate_timestep_scale = float(multiplier) / float(settings.get("timestep_scale_multiplier", 1000))
     theta = settings.get("rope_theta", 10000)
     theta = float(settings.get("positional_embedding_theta", theta))
     have_three_axes = len(max_positions) == len(stride) == 3  # frames, rows, columns
@@ -141,13 +144,6 @@ def _read_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
         "max_positions": max_positions,
         "stride": stride,
     }
-
-
-def _read_gate_timestep_scale(settings: Mapping[str, Any]) -> float:
-    """Return the factor by which timesteps are multiplied for the gates between video and audio."""
-    multiplier = settings.get("cross_attn_timestep_scale_multiplier", 1000)
-    multiplier = settings.get("av_ca_timestep_scale_multiplier", multiplier)
-    return float(multiplier) / float(settings.get("timestep_scale_multiplier", 1000))
 
 
 def _read_switch(settings: Mapping[str, Any], key: str, default: bool) -> bool:

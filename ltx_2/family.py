@@ -416,7 +416,10 @@ class Ltx2(Ltx2Media):
         Raises OptionError or MediaError for what LTX-2 cannot generate.
         """
         self.files.check(("dit",))
-        request = self._keep_usable_media(request)
+        # The request with its first image alone; raise OptionError if audio alone gets images
+        if not self.files.has_images:
+            self._reject_images(request)
+        request = keep_usable_media(request, {**NO_MEDIA, "image_path": True}, f"{NAME} does not take it")
         media = with_request_values(self.input_media, request)
         self._check_media(request, media)
         size = self._resolve_size(request)
@@ -459,12 +462,6 @@ class Ltx2(Ltx2Media):
             default_negative=NEGATIVE_PROMPT,
         )
 
-    def _keep_usable_media(self, request: Request) -> Request:
-        """Return the request with its first image alone; raise OptionError if audio alone gets images."""
-        if not self.files.has_images:
-            self._reject_images(request)
-        return keep_usable_media(request, {**NO_MEDIA, "image_path": True}, f"{NAME} does not take it")
-
     def _resolve_size(self, request: Request) -> tuple[int, int, int]:
         """Return a request's width, height and frames; raise OptionError if latents cannot have this size."""
         # two stages need coarser steps of size and length
@@ -493,26 +490,22 @@ class Ltx2(Ltx2Media):
                 f"--drive_video {self.drive_video}: a single image has no audio. Use a longer --video_length"
             )
         if reference is not None:
-            self._check_audio_reference(reference, joint, media)
-
-    def _check_audio_reference(
-        self, path: Path, joint: AudioVideoShapes | None, media: Ltx2GivenMedia
-    ) -> None:
-        """Raise OptionError if a request's audio reference would have no effect."""
-        if not self.strategy.takes_audio:
-            raise OptionError(
-                f"--{REFERENCE_AUDIO_OPTION} {path}: --ic_lora_strategy does not take it. Omit one of them"
-            )
-        if joint is None:
-            raise OptionError(
-                f"--{REFERENCE_AUDIO_OPTION} {path}: no audio is generated from it. Pass --ltx2_mode av, and "
-                "more than one frame"
-            )
-        if media.drive_audio is not None:
-            raise OptionError(
-                f"--{REFERENCE_AUDIO_OPTION} {path} and --drive_audio {media.drive_audio}: the latter "
-                "already is the entire audio. Pass one of them"
-            )
+            # Raise OptionError if a request's audio reference would have no effect
+            if not self.strategy.takes_audio:
+                raise OptionError(
+                    f"--{REFERENCE_AUDIO_OPTION} {reference}: --ic_lora_strategy does not take it. Omit one "
+                    "of them"
+                )
+            if joint is None:
+                raise OptionError(
+                    f"--{REFERENCE_AUDIO_OPTION} {reference}: no audio is generated from it. Pass "
+                    "--ltx2_mode av, and more than one frame"
+                )
+            if media.drive_audio is not None:
+                raise OptionError(
+                    f"--{REFERENCE_AUDIO_OPTION} {reference} and --drive_audio {media.drive_audio}: the "
+                    "latter already is the entire audio. Pass one of them"
+                )
 
     def _check_media(self, request: Request, media: Ltx2GivenMedia) -> None:
         """Raise OptionError if the request's media contradict each other or cannot be opened."""
@@ -529,20 +522,20 @@ class Ltx2(Ltx2Media):
                 "one of them"
             )
         if media.image_files:
-            self._check_given_images(next(iter(media.image_files)))
+            # Raise OptionError if `option`, which gives images of the result, contradicts another option
+            option = next(iter(media.image_files))
+            if self.stages is not None and TEMPORAL in self.stages.upscalers:
+                raise OptionError(
+                    f"--{option} and {TEMPORAL}: the first stage has half of the frames. Omit one of them"
+                )
+            if self.drive_video is not None:
+                raise OptionError(
+                    f"--drive_video and --{option}: the video sets all frames. Pass one of them"
+                )
         if request.image_path is not None:
             check_opens("image_path", request.image_path, is_image=True)
         if self.drive_video is not None:
             check_opens("drive_video", self.drive_video, is_image=False)
-
-    def _check_given_images(self, option: str) -> None:
-        """Raise OptionError if `option`, which gives images of the result, contradicts another option."""
-        if self.stages is not None and TEMPORAL in self.stages.upscalers:
-            raise OptionError(
-                f"--{option} and {TEMPORAL}: the first stage has half of the frames. Omit one of them"
-            )
-        if self.drive_video is not None:
-            raise OptionError(f"--drive_video and --{option}: the video sets all frames. Pass one of them")
 
     def _check_generated_keyframes(self) -> None:
         """Raise OptionError if --num_generated_keyframes does not fit the network or another option."""
@@ -656,32 +649,26 @@ class Ltx2(Ltx2Media):
             raise OptionError(
                 f"--reference_videos: {len(paths)} references, but at most {MAX_REFERENCES} are supported"
             )
-        self._check_references_open(paths)
-        if self.reference_strength < 1:
-            self._check_no_clean_frames(request, media)
-        return paths
-
-    def _check_references_open(self, paths: Sequence[Path]) -> None:
-        """Raise an error if references, or the mask that limits the attention to them, cannot be opened."""
+        # Raise an error if references, or the mask that limits the attention to them, cannot be opened
         for path in paths:
             check_opens("reference_video", path, is_image=is_single_image(path))
         mask, _ = self.reference_attention
         if mask is not None:
             check_opens("conditioning-attention-mask", mask, is_image=is_single_image(mask))
-
-    def _check_no_clean_frames(self, request: Request, media: Ltx2GivenMedia) -> None:
-        """Raise OptionError if the request gives frames of the result while references are denoised."""
-        medium = (
-            request.image_path
-            or self.drive_video
-            or (request.source and request.source.option)
-            or next(iter([*media.image_files, *media.audio_files]), None)
-        )
-        if medium:
-            raise OptionError(
-                f"--reference_strength {self.reference_strength:g} and {medium}: references that are "
-                "denoised cannot be combined with given frames. Omit one of them"
+        if self.reference_strength < 1:
+            # Raise OptionError if the request gives frames of the result while references are denoised
+            medium = (
+                request.image_path
+                or self.drive_video
+                or (request.source and request.source.option)
+                or next(iter([*media.image_files, *media.audio_files]), None)
             )
+            if medium:
+                raise OptionError(
+                    f"--reference_strength {self.reference_strength:g} and {medium}: references that are "
+                    "denoised cannot be combined with given frames. Omit one of them"
+                )
+        return paths
 
     def needs_media(self, prepared: Prepared) -> bool:
         """Return whether the request has an image, a driving video or references."""
@@ -709,7 +696,15 @@ class Ltx2(Ltx2Media):
         """Return the media conditions of a request that has no stages."""
         conditions = self._encode_references(vae, prepared)
         if prepared.family_settings.audio is not None:
-            conditions[REFERENCE_AUDIO] = self._encode_audio_reference(vae, prepared)
+            # The latents of the audio reference, 1 C T M, on the CPU
+            assert self.audio is not None  # `prepare` checks it
+            rate = self.audio.rate
+            seconds = prepared.frames / prepared.fps
+            samples = read_reference(prepared.family_settings.audio, seconds, rate, self.audio.channels)
+            networks = self.audio_networks(_get_vae_device(vae), decodes=False)
+            # its own length, in samples
+            latents = self.encode_audio(networks, torch.from_numpy(samples)[None], samples.shape[1], rate)
+            conditions[REFERENCE_AUDIO] = latents.float().cpu()
         conditions |= self._encode_given(vae, prepared)
         pixels = self._read_frames(prepared)
         if pixels is None:
@@ -734,17 +729,6 @@ class Ltx2(Ltx2Media):
             return self.encode_audio(networks, samples, frames, fps)
 
         return {**conditions, **encode_given_audio(media, prepared, encode, self.audio)}
-
-    def _encode_audio_reference(self, vae: Any, prepared: Prepared) -> Tensor:
-        """Return the latents of the audio reference, 1 C T M, on the CPU."""
-        assert self.audio is not None  # `prepare` checks it
-        rate = self.audio.rate
-        seconds = prepared.frames / prepared.fps
-        samples = read_reference(prepared.family_settings.audio, seconds, rate, self.audio.channels)
-        networks = self.audio_networks(_get_vae_device(vae), decodes=False)
-        # its own length, in samples
-        latents = self.encode_audio(networks, torch.from_numpy(samples)[None], samples.shape[1], rate)
-        return latents.float().cpu()
 
     def _encode_references(self, vae: Any, prepared: Prepared) -> dict[str, Tensor]:
         """Return the latents of reference images or clips, and how strongly the video attends to each token.
@@ -923,12 +907,28 @@ def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
     takes_images = strategy.takes_images and not trains_only_audio
     if not strategy.takes_audio:
         warn_about_unused_options(options.audio_references, options.strategy_option)
+    # both insert guide images; the first also uses masks to select clean latents, not to weight the loss
     return Ltx2(
         files,
         guidance=options.guidance,
-        noise=_make_noise_rules(options, files),
+        noise=replace(
+            NOISE,
+            first_frame_probability=options.first_frame_probability,
+            shifted_logit=shifted_logit(options.sigmas, files),
+            clean_token_rule=make_clean_latent_rules(options.given),
+            # both insert guide images; the first also uses masks to select clean latents,
+            # not to weight the loss
+            change_conditions=select_clean_latents_by_mask
+            if options.given.ltx2_inpaint_mask
+            else insert_guides,
+        ),
         dit=replace(DIT, lora_include=LORA_PRESETS[options.lora_target_preset]),
-        audio_learning=_make_audio_learning(options, trains_only_audio),
+        audio_learning=rules.AudioLearning(
+            options.video_loss_weight,
+            options.audio_loss_weight,
+            options.independent_audio_timestep or trains_only_audio,
+            rules.IMAGE_STREAM if trains_only_audio else CLEAN_STREAMS[options.ltx2_train_direction],
+        ),
         size=(options.width, options.height, options.sample_num_frames),
         makes_audio=not options.silent,
         stages=two_stages(options.stages),
@@ -937,28 +937,6 @@ def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
         strategy=strategy,
         audio_references=make_audio_rules(options.audio_references),
         reference_dropout_rate=1 - options.ic_lora_ref_probability,
-    )
-
-
-def _make_audio_learning(options: Ltx2TrainingOptions, trains_only_audio: bool) -> rules.AudioLearning:
-    """Return how the losses of both streams are weighted, and which stream is fed clean."""
-    return rules.AudioLearning(
-        options.video_loss_weight,
-        options.audio_loss_weight,
-        options.independent_audio_timestep or trains_only_audio,
-        rules.IMAGE_STREAM if trains_only_audio else CLEAN_STREAMS[options.ltx2_train_direction],
-    )
-
-
-def _make_noise_rules(options: Ltx2TrainingOptions, files: Ltx2Files) -> NoiseSpec:
-    """Return how noise is drawn and which latents it leaves clean."""
-    return replace(
-        NOISE,
-        first_frame_probability=options.first_frame_probability,
-        shifted_logit=shifted_logit(options.sigmas, files),
-        clean_token_rule=make_clean_latent_rules(options.given),
-        # both insert guide images; the first also uses masks to select clean latents, not to weight the loss
-        change_conditions=select_clean_latents_by_mask if options.given.ltx2_inpaint_mask else insert_guides,
     )
 
 

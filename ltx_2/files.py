@@ -191,7 +191,14 @@ class Ltx2Files(TransformerFiles):
             settings: Settings = read_once(self.audio_path("audio_vae"), _read_audio_vae)
         except OptionError:  # a training run from caches needs no VAE
             settings = AUDIO_SETTINGS
-            self._check_default_audio()
+            # Raise OptionError if the transformer takes other audio latents than the released VAEs produce
+            stream = None if self.dit is None else self.dit_header().config.audio
+            default = AUDIO_SETTINGS["latent_channels"] * AUDIO_SETTINGS["mel_bins"] // MEL_DOWNSAMPLING
+            if stream is not None and stream.channels != default:
+                raise OptionError(
+                    f"{AUDIO_VAE}: {self.dit_path} takes audio of {stream.channels} channels, but that of "
+                    f"the releases has {default}. Pass the file of its audio VAE"
+                ) from None
         return AudioSpec(
             RATE,
             settings["in_channels"],
@@ -199,16 +206,6 @@ class Ltx2Files(TransformerFiles):
             silent_option="--ltx2_mode video",
             audio_only=not self.has_images,
         )
-
-    def _check_default_audio(self) -> None:
-        """Raise OptionError if the transformer takes other audio latents than the released VAEs produce."""
-        stream = None if self.dit is None else self.dit_header().config.audio
-        default = AUDIO_SETTINGS["latent_channels"] * AUDIO_SETTINGS["mel_bins"] // MEL_DOWNSAMPLING
-        if stream is not None and stream.channels != default:
-            raise OptionError(
-                f"{AUDIO_VAE}: {self.dit_path} takes audio of {stream.channels} channels, but that of "
-                f"the releases has {default}. Pass the file of its audio VAE"
-            )
 
     def audio_identity(self) -> dict[str, str]:
         """Return the checksum of the audio VAE, by name. Its dtype is ignored: it is always float32."""
@@ -247,26 +244,23 @@ class Ltx2Files(TransformerFiles):
         # from another option, or LTX-2.5's text encoder, Gemma 4 in a single file.
         path = self.connectors
         if path is None or not read_once(require_file(path, gemma_4.OPTION, ""), gemma_4.is_gemma_4):
-            return self._find_gemma_3(), path
+            # The path of --gemma_root; raise OptionError if the transformer needs Gemma 4 instead
+            # without Gemma's file, the file next to it shows which Gemma it needs
+            neighbor = self.connectors or self.checkpoint
+            is_missing = self.gemma is not None and not self.gemma.exists()
+            if is_missing and neighbor and neighbor.is_file() and read_once(neighbor, gemma_4.wanted_gemma):
+                raise OptionError(
+                    f"{neighbor} is of LTX-2.5, whose texts Gemma 4 encodes. Pass {gemma_4.FILE} to "
+                    f"{gemma_4.OPTION}"
+                )
+            folder = require_file(self.gemma, "--gemma_root", "Gemma 3 encodes the prompts", GEMMA)
+            return inside(folder, "text_encoder"), path
         if self.gemma not in (None, GEMMA):
             raise OptionError(
                 f"--gemma_root {self.gemma}: the text encoder of LTX-2.5 is in {path}. Omit "
                 "--gemma_root or --gemma_safetensors"
             )
         return path, None
-
-    def _find_gemma_3(self) -> Path:
-        """Return the path of --gemma_root; raise OptionError if the transformer needs Gemma 4 instead."""
-        # without Gemma's file, the file next to it shows which Gemma it needs
-        neighbor = self.connectors or self.checkpoint
-        is_missing = self.gemma is not None and not self.gemma.exists()
-        if is_missing and neighbor and neighbor.is_file() and read_once(neighbor, gemma_4.wanted_gemma):
-            raise OptionError(
-                f"{neighbor} is of LTX-2.5, whose texts Gemma 4 encodes. Pass {gemma_4.FILE} to "
-                f"{gemma_4.OPTION}"
-            )
-        folder = require_file(self.gemma, "--gemma_root", "Gemma 3 encodes the prompts", GEMMA)
-        return inside(folder, "text_encoder")
 
     def text_encoders(self) -> list[TextEncoder]:
         """Return the text encoders, whose weights are read when they are loaded."""
@@ -307,7 +301,14 @@ class Ltx2Files(TransformerFiles):
         self._check_cached_streams(batch)
         batch.check(dict.fromkeys(needed, TEXTS_AGAIN), "the transformer")
         batch.check_widths(needed, self.dit_path, f"{TEXTS_AGAIN} and its release")
-        self._check_caption_release(batch, config)
+        for cache in batch.cache_origins:  # caches of other tools have no records
+            is_gemma_4 = "gemma4" in cache.encoder
+            if cache.part == GEMMA_USE.name and is_gemma_4 != (config.kind == "2.5"):
+                release = "LTX-2.5 (Gemma 4)" if is_gemma_4 else "LTX-2.3 or 2.0 (Gemma 3)"
+                raise CacheError(
+                    f"{cache.path}: the caption was encoded for {release}, {self.dit_path} is of "
+                    f"LTX-{config.kind}. Cache again with {TEXTS_AGAIN} and its release."
+                )
         return tuple(needed)
 
     def _check_cached_streams(self, batch: Batch) -> None:
@@ -322,17 +323,6 @@ class Ltx2Files(TransformerFiles):
                 raise CacheError(
                     f"{cache.path}: it was cached with --ltx2_mode audio and has no images. Cache again "
                     "without it, or train with --ltx2_mode audio"
-                )
-
-    def _check_caption_release(self, batch: Batch, config: LtxConfig) -> None:
-        """Raise CacheError if captions were encoded by the Gemma of another LTX-2 release."""
-        for cache in batch.cache_origins:  # caches of other tools have no records
-            is_gemma_4 = "gemma4" in cache.encoder
-            if cache.part == GEMMA_USE.name and is_gemma_4 != (config.kind == "2.5"):
-                release = "LTX-2.5 (Gemma 4)" if is_gemma_4 else "LTX-2.3 or 2.0 (Gemma 3)"
-                raise CacheError(
-                    f"{cache.path}: the caption was encoded for {release}, {self.dit_path} is of "
-                    f"LTX-{config.kind}. Cache again with {TEXTS_AGAIN} and its release."
                 )
 
 

@@ -4,7 +4,7 @@ Source: transformers' Gemma4UnifiedTextConfig, and the released reader for the m
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,11 +50,16 @@ def read_settings(
         )
     if layers[-1] != FULL_ATTENTION:
         raise ValueError(f"{num_layers} layers, of which the last one sees a window of tokens")
-    width, num_heads = _read_full_heads(layers, shapes)
+    # The head width and the number of key heads of layers that attend to all tokens
+    full_layer = f"layers.{layers.index(FULL_ATTENTION)}.self_attn"
+    (width,) = shapes.get(f"{full_layer}.q_norm.weight", (0,))
+    rows = shapes.get(f"{full_layer}.k_proj.weight", (0,))[0]
+    if width < 2 or rows < width or rows % width:
+        raise ValueError(f"{rows} rows of keys for heads of {width} channels")
     return {
         "layer_types": layers,
         "global_head_dim": width,
-        "num_global_key_value_heads": num_heads,
+        "num_global_key_value_heads": rows // width,
         "attention_k_eq_v": True,
         "sliding_window": window,
         "rope_parameters": rope,
@@ -85,16 +90,6 @@ def _read_rotary_settings(rope: Mapping[str, Any], window: int) -> dict[str, dic
             "rope_theta": theta,
         },
     }
-
-
-def _read_full_heads(layers: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
-    """Return the head width and the number of key heads of layers that attend to all tokens."""
-    full_layer = f"layers.{layers.index(FULL_ATTENTION)}.self_attn"
-    (width,) = shapes.get(f"{full_layer}.q_norm.weight", (0,))
-    rows = shapes.get(f"{full_layer}.k_proj.weight", (0,))[0]
-    if width < 2 or rows < width or rows % width:
-        raise ValueError(f"{rows} rows of keys for heads of {width} channels")
-    return width, rows // width
 
 
 def _list_layer_types(num_layers: int, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:

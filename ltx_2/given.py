@@ -253,7 +253,13 @@ class CleanLatentRules:
         image = self._draw_image_weights(batch, generator, draws)
         for guide in guides:
             if not guide.is_keyframe:
-                image = _add_guide_weights(image, guide, batch)
+                # How clean each video latent is, B 1 F H W, with the guide's values at its latent frame
+                weights = image
+                if weights is None:
+                    batch_size, _, *grid = batch.tensor("latents").shape
+                    weights = torch.zeros(batch_size, 1, *grid, dtype=torch.int16)
+                weights[:, :, guide.index] = guide.clean_weights[:, None, None, None]
+                image = weights
         audio = self._draw_audio_weights(batch, draws)
         _warn_if_all_clean(batch.keys, image)
         clean_tokens = CleanTokens(_none_if_zero(image), _none_if_zero(audio))
@@ -319,7 +325,17 @@ class CleanLatentRules:
                 num_latents, draws.audio_ends, batch.keys, "latents of audio"
             )
         if self.audio_intervals is not None:
-            covered = _cover_audio_latents(batch, num_latents)
+            # The fraction of each audio latent that the intervals in the samples' files cover, B T
+            starts, ends = audio_latent_times(num_latents)
+            fractions = []
+            for key, intervals in zip(batch.keys, batch.clean_times or (None,) * len(batch), strict=True):
+                if intervals is None:
+                    raise DatasetError(
+                        f"{key}: --ltx2_audio_inpaint_mask needs a file of its name, .json or .txt, in "
+                        "audio_cond_mask_directory of its table"
+                    )
+                fractions.append(covered_fractions(starts, ends, intervals))
+            covered = torch.stack(fractions)
             is_clean |= self.audio_intervals.draw_mask(covered, draws.audio_intervals)
         return (is_clean * FULLY_CLEAN).short()[:, None, :, None]
 
@@ -346,20 +362,6 @@ def _make_region_masks(batch: Batch, grid: tuple[int, int]) -> Tensor:
             )
         region_masks.append(region_mask)
     return torch.stack(region_masks).float()
-
-
-def _cover_audio_latents(batch: Batch, num_latents: int) -> Tensor:
-    """Return the fraction of each audio latent that the intervals in the samples' files cover, B T."""
-    starts, ends = audio_latent_times(num_latents)
-    covered = []
-    for key, intervals in zip(batch.keys, batch.clean_times or (None,) * len(batch), strict=True):
-        if intervals is None:
-            raise DatasetError(
-                f"{key}: --ltx2_audio_inpaint_mask needs a file of its name, .json or .txt, in "
-                "audio_cond_mask_directory of its table"
-            )
-        covered.append(covered_fractions(starts, ends, intervals))
-    return torch.stack(covered)
 
 
 def _add_keyframes(
@@ -416,15 +418,6 @@ def read_guides(batch: Batch) -> list[GuideImages]:
         clean_weights = torch.full((len(latents),), weight, dtype=torch.int16)
         guides.append(GuideImages(latents, index, clean_weights, is_keyframe))
     return guides
-
-
-def _add_guide_weights(weights: Tensor | None, guide: GuideImages, batch: Batch) -> Tensor:
-    """Return how clean each video latent is, B 1 F H W, with the guide's values at its latent frame."""
-    if weights is None:
-        batch_size, _, *grid = batch.tensor("latents").shape
-        weights = torch.zeros(batch_size, 1, *grid, dtype=torch.int16)
-    weights[:, :, guide.index] = guide.clean_weights[:, None, None, None]
-    return weights
 
 
 def insert_guides(tensors: Conditions, _: str, __: torch.Generator) -> Conditions:

@@ -53,24 +53,16 @@ def with_request_values(media: Ltx2GivenMedia, request: Request) -> Ltx2GivenMed
     """
     media = override_options(media, read_request_values(request.extra))
     if media.inpaint_mask is not None and media.inpaint_source is None:
-        source = _only_reference(request, media.inpaint_mask)
+        # The request's reference video; raise OptionError for a mask unless there is exactly one
+        references = request.extra.get("reference_video", "")  # one on each line
+        if not references or "\n" in references:
+            raise OptionError(
+                f"--{MASK} {media.inpaint_mask}: pass --inpaint_source, the clip that it changes, or one "
+                "--reference_video"
+            )
+        source = to_path("--reference_video", references)
         media = override_options(media, {"inpaint_source": source})
-    _check_pairs(media)
-    return media
-
-
-def _only_reference(request: Request, mask: Path) -> Path:
-    """Return the request's reference video; raise OptionError for a mask unless there is exactly one."""
-    references = request.extra.get("reference_video", "")  # one on each line
-    if not references or "\n" in references:
-        raise OptionError(
-            f"--{MASK} {mask}: pass --inpaint_source, the clip that it changes, or one --reference_video"
-        )
-    return to_path("--reference_video", references)
-
-
-def _check_pairs(media: Ltx2GivenMedia) -> None:
-    """Raise OptionError if a clip to change or to paste is given without the option that says where."""
+    # Raise OptionError if a clip to change or to paste is given without the option that says where
     if media.inpaint_source is not None and not (media.inpaint_mask or media.retake):
         raise OptionError(
             f"--inpaint_source {media.inpaint_source}: pass --{MASK} or --retake, which say what to change"
@@ -80,6 +72,7 @@ def _check_pairs(media: Ltx2GivenMedia) -> None:
             f"--paste_source {media.paste_source}: there is no clip to paste. Pass --{MASK} or "
             "--outpaint_source, or omit it"
         )
+    return media
 
 
 def check_media(media: Ltx2GivenMedia, prepared: Prepared, latent: LatentSpec) -> None:
@@ -100,22 +93,7 @@ def check_media(media: Ltx2GivenMedia, prepared: Prepared, latent: LatentSpec) -
             check_frames(f"--{name}", path, frames)
     if media.region is not None:
         _check_region(media.region, prepared, latent)
-    _check_extensions(media, frames, latent)
-
-
-def _check_latent_frames(images: Iterable[PlacedImage], num_latent_frames: int) -> None:
-    """Raise OptionError or MediaError if an image cannot be opened, or its latent frame does not exist."""
-    for image in images:
-        check_opens("latent_frame", image.path, is_image=True)
-        if not 0 <= image.index < num_latent_frames:
-            raise OptionError(
-                f"--latent_frame {image.option_value}: the result has the latent frames 0 to "
-                f"{num_latent_frames - 1}. Pass one of them"
-            )
-
-
-def _check_extensions(media: Ltx2GivenMedia, frames: int, latent: LatentSpec) -> None:
-    """Raise OptionError if the clips to extend would fill the result, which has `frames` frames."""
+    # Raise OptionError if the clips to extend would fill the result, which has `frames` frames
     prefix_frames = count_extension_frames(media, "extend_prefix", latent)
     suffix_frames = count_extension_frames(media, "extend_suffix", latent)
     prefix_latents = ceil_div(prefix_frames, latent.frame_step)
@@ -128,6 +106,17 @@ def _check_extensions(media: Ltx2GivenMedia, frames: int, latent: LatentSpec) ->
             f"--video_length {frames}: --extend_prefix and --extend_suffix cover all of it. Make it longer, "
             "or pass --extend_prefix_frames, --extend_suffix_frames"
         )
+
+
+def _check_latent_frames(images: Iterable[PlacedImage], num_latent_frames: int) -> None:
+    """Raise OptionError or MediaError if an image cannot be opened, or its latent frame does not exist."""
+    for image in images:
+        check_opens("latent_frame", image.path, is_image=True)
+        if not 0 <= image.index < num_latent_frames:
+            raise OptionError(
+                f"--latent_frame {image.option_value}: the result has the latent frames 0 to "
+                f"{num_latent_frames - 1}. Pass one of them"
+            )
 
 
 def count_extension_frames(media: Ltx2GivenMedia, name: str, latent: LatentSpec) -> int:
@@ -233,7 +222,17 @@ def _encode_parts(
     size = (prepared.width, prepared.height)
     _, _, num_latent_frames, rows, columns = latent.shape(prepared.frames, prepared.height, prepared.width)
     if media.outpaint_source is not None and media.region is not None:
-        canvas = _read_on_canvas(media.outpaint_source, media.region, prepared)
+        # Read a clip onto a gray canvas of the result's size, 1 3 F H W
+        clip = video_pixels(
+            media.outpaint_source,
+            "--outpaint_source",
+            width=media.region.width,
+            height=media.region.height,
+            frames=prepared.frames,
+        )
+        canvas = clip.new_zeros(1, 3, prepared.frames, prepared.height, prepared.width)
+        bottom, right = media.region.top + media.region.height, media.region.left + media.region.width
+        canvas[..., media.region.top : bottom, media.region.left : right] = clip
         yield CleanPart(encode(canvas), make_inner_mask(media.region, rows, columns, latent.pixel_step))
     if media.inpaint_source is not None:
         pixels = video_pixels(
@@ -246,26 +245,16 @@ def _encode_parts(
         yield CleanPart(encode(pixels), make_unchanged_mask(media, prepared, latent))
     if media.extend_prefix is not None:
         num_frames = count_extension_frames(media, "extend_prefix", latent)
-        yield CleanPart(encode(_read_last_frames(media.extend_prefix, num_frames, size)))
+        yield CleanPart(encode(_resize(deque(_read_frames(media.extend_prefix), maxlen=num_frames), size)))
     if media.extend_suffix is not None:
         num_frames = count_extension_frames(media, "extend_suffix", latent)
         # drop the first latent, which covers one frame: latents at the end of a clip cover several
-        latents = encode(_read_first_frames(media.extend_suffix, num_frames, size))[:, :, 1:]
+        latents = encode(_resize(islice(_read_frames(media.extend_suffix), num_frames), size))[:, :, 1:]
         yield CleanPart(latents, first_frame=num_latent_frames - latents.shape[2])
     # a latent frame may lie inside a clip above, which it replaces there, because it comes later
     for image in media.latent_frames:
         pixels = image_pixels(image.path, prepared.width, prepared.height, crf=crf)
         yield CleanPart(encode(pixels), first_frame=image.index, clean_weight=image.clean_weight)
-
-
-def _read_last_frames(path: Path, count: int, size: tuple[int, int]) -> Tensor:
-    """Read the end of a clip that the result continues, 1 3 F H W."""
-    return _resize(deque(_read_frames(path), maxlen=count), size)
-
-
-def _read_first_frames(path: Path, count: int, size: tuple[int, int]) -> Tensor:
-    """Read the beginning of a clip that the result leads to, 1 3 F H W."""
-    return _resize(islice(_read_frames(path), count), size)
 
 
 def _read_frames(path: Path) -> Iterable[Any]:
@@ -276,21 +265,6 @@ def _resize(frames: Iterable[Any], size: tuple[int, int]) -> Tensor:
     """Resize and crop frames to a width and height, 1 3 F H W."""
     resized = [resize_cover(numpy.ascontiguousarray(frame[..., :3]), size) for frame in frames]
     return to_pixels(torch.from_numpy(numpy.stack(resized)[None]))
-
-
-def _read_on_canvas(path: Path, region: Rectangle, prepared: Prepared) -> Tensor:
-    """Read a clip onto a gray canvas of the result's size, 1 3 F H W."""
-    clip = video_pixels(
-        path,
-        "--outpaint_source",
-        width=region.width,
-        height=region.height,
-        frames=prepared.frames,
-    )
-    canvas = clip.new_zeros(1, 3, prepared.frames, prepared.height, prepared.width)
-    bottom, right = region.top + region.height, region.left + region.width
-    canvas[..., region.top : bottom, region.left : right] = clip
-    return canvas
 
 
 def make_unchanged_mask(media: Ltx2GivenMedia, prepared: Prepared, latent: LatentSpec) -> Tensor:
@@ -306,7 +280,17 @@ def make_unchanged_mask(media: Ltx2GivenMedia, prepared: Prepared, latent: Laten
         starts, ends = video_latent_times(num_frames, latent.frame_step, prepared.fps)
         return ~overlaps(starts, ends, media.retake_interval)[:, None, None]
     assert media.inpaint_mask is not None  # checked by the options
-    white = _read_mask_frames(media.inpaint_mask, prepared, latent)
+    # Read --inpaint_mask as the brightness of each pixel of the result, 1 f H W in 0..1.
+    size = (prepared.width, prepared.height, prepared.frames)
+    pixels = read_pixels(media.inpaint_mask, size, ReferenceRules(1, clips=True), latent)
+    white = (pixels.mean(1) + 1) / 2
+    if is_single_image(media.inpaint_mask):
+        white = white.expand(-1, prepared.frames, -1, -1)
+    if white.shape[1] < prepared.frames:
+        raise OptionError(
+            f"--inpaint_mask {media.inpaint_mask}: it has {white.shape[1]} frames, but {prepared.frames} "
+            "are generated. Pass an image, or a clip as long as the result"
+        )
     means = functional.avg_pool2d(white, latent.pixel_step)[0]  # frames h w
     is_unchanged = (means > media.inpaint_threshold) != media.inpaint_invert
     if is_unchanged.all() or not is_unchanged.any():
@@ -318,21 +302,6 @@ def make_unchanged_mask(media: Ltx2GivenMedia, prepared: Prepared, latent: Laten
     # a latent frame, except the first, covers several frames, and stays unchanged if all of them do
     later_latent_frames = is_unchanged[1:].unflatten(0, (-1, latent.frame_step)).all(1)
     return torch.cat([is_unchanged[:1], later_latent_frames])
-
-
-def _read_mask_frames(mask: Path, prepared: Prepared, latent: LatentSpec) -> Tensor:
-    """Read --inpaint_mask as the brightness of each pixel of the result, 1 f H W in 0..1."""
-    size = (prepared.width, prepared.height, prepared.frames)
-    pixels = read_pixels(mask, size, ReferenceRules(1, clips=True), latent)
-    white = (pixels.mean(1) + 1) / 2
-    if is_single_image(mask):
-        white = white.expand(-1, prepared.frames, -1, -1)
-    if white.shape[1] < prepared.frames:
-        raise OptionError(
-            f"--inpaint_mask {mask}: it has {white.shape[1]} frames, but {prepared.frames} "
-            "are generated. Pass an image, or a clip as long as the result"
-        )
-    return white
 
 
 def overlaps(starts: Tensor, ends: Tensor, interval: tuple[float, float]) -> Tensor:
@@ -408,7 +377,11 @@ def _read_audio_prefix(
 ) -> _GivenAudio:
     """Read the end of --audio_prefix, which becomes the start of a result of `seconds` seconds."""
     # `requested_seconds` is --audio_prefix_seconds; `latent_ends` are the end times of the result's latents.
-    file_seconds = _measure_audio(path)
+    # The length of a file's audio in seconds; raise MediaError if it has none
+    track = read_beginning(path, MAX_SECONDS, 1)
+    if track is None:
+        raise MediaError(f"--audio_prefix {path}: the file has no audio. Pass one with audio")
+    file_seconds = track.samples.shape[1] / track.rate
     prefix_seconds = min(requested_seconds or file_seconds, file_seconds)
     if prefix_seconds >= seconds:
         raise OptionError(
@@ -433,14 +406,6 @@ def _require_samples(name: str, path: Path, start: float, seconds: float, spec: 
     if samples is None:
         raise MediaError(f"--{name} {path}: the file has no audio. Pass one with audio")
     return samples
-
-
-def _measure_audio(path: Path) -> float:
-    """Return the length of a file's audio in seconds; raise MediaError if it has none."""
-    track = read_beginning(path, MAX_SECONDS, 1)
-    if track is None:
-        raise MediaError(f"--audio_prefix {path}: the file has no audio. Pass one with audio")
-    return track.samples.shape[1] / track.rate
 
 
 def pop_clean_latents(conditions: dict[str, Any]) -> Conditions:

@@ -226,7 +226,12 @@ def read_conditioning_config(path: Path, streams: tuple[str, ...]) -> dict[str, 
         content = parse_toml(read_text(path))
     except (OSError, ValueError) as error:
         raise OptionError(f"{source} cannot be read: {error}") from None
-    _check_keys(content, {"video", "audio"}, source)
+    tables = ", ".join(f"[{stream}]" for stream in streams)
+    hint = (
+        f". It has a table for each stream of --ltx2_mode, {tables}, with is_generated and conditions: "
+        "docs/ltx2.md"
+    )
+    _check_keys(content, {"video", "audio"}, source, hint)
     values: dict[str, Any] = {}
     is_generated = {}
     for stream in ("video", "audio"):
@@ -242,16 +247,12 @@ def read_conditioning_config(path: Path, streams: tuple[str, ...]) -> dict[str, 
             for condition in table.get("conditions", ()):
                 values |= _read_condition(condition, stream, f"{source}: [[{stream}.conditions]]")
     if len(is_generated) == 2:  # with one stream there is no direction to set
-        values[DIRECTION] = _find_direction(is_generated, source)
+        # The training direction in which these streams are generated, the other one being given
+        direction = _DIRECTIONS.get((is_generated["video"], is_generated["audio"]))
+        if direction is None:
+            raise OptionError(f"{source}: is_generated = false for both streams: nothing would be learned")
+        values[DIRECTION] = direction
     return values
-
-
-def _find_direction(is_generated: Mapping[Any, Any], source: str) -> str:
-    """Return the training direction in which these streams are generated, the other one being given."""
-    direction = _DIRECTIONS.get((is_generated["video"], is_generated["audio"]))
-    if direction is None:
-        raise OptionError(f"{source}: is_generated = false for both streams: nothing would be learned")
-    return direction
 
 
 def _read_condition(condition: Any, stream: str, source: str) -> dict[str, Any]:
@@ -275,12 +276,12 @@ def _read_condition(condition: Any, stream: str, source: str) -> dict[str, Any]:
     return values
 
 
-def _check_keys(table: Any, known: set[str], source: str) -> None:
+def _check_keys(table: Any, known: set[str], source: str, hint: str = "") -> None:
     if not isinstance(table, dict):
         raise OptionError(f"{source} has to be a table")
     unknown = [key for key in table if key not in known]
     if unknown:
-        raise OptionError(f"{source}: unknown key {unknown[0]!r}. Keys are {', '.join(sorted(known))}")
+        raise OptionError(f"{source}: unknown key {unknown[0]!r}. Keys are {', '.join(sorted(known))}{hint}")
 
 
 def check_value(name: str, value: Any, source: str) -> Any:

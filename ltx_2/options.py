@@ -19,6 +19,7 @@ from ltx_2.audio_reference_options import (
 )
 from ltx_2.given_media_options import Ltx2GivenMedia, read_request_values
 from ltx_2.given_options import Ltx2GivenParts, check_value, read_conditioning_config
+from ltx_2.learned_media import list_learned_media
 from ltx_2.model_options import (
     AUDIO,
     VIDEO,
@@ -322,7 +323,24 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
         if self.ic_lora_strategy == "none" and self.ic_lora_ref_probability < 1:
             raise OptionError("--ic_lora_strategy none and --ic_lora_ref_probability: pass one of them")
         self._check_streams()
-        self._check_direction()
+        # Raise OptionError if --ltx2_train_direction keeps a stream clean that other options change
+        direction = self.ltx2_train_direction
+        # v2a trains audio from clean images, a2v images from clean audio
+        clean_title = None
+        if direction == "v2a" and self.given.gives_images:
+            clean_title = "the images are"
+        elif direction == "a2v" and self.given.gives_audio:
+            clean_title = "the audio is"
+        if clean_title is not None:
+            raise OptionError(
+                f"--ltx2_train_direction {direction}: {clean_title} always clean. Omit the options "
+                "for parts of them"
+            )
+        if AUDIO in self.strategy.needs and direction == "a2v":
+            raise OptionError(
+                f"{self.strategy_option} and --ltx2_train_direction a2v: the audio is always clean, so none "
+                "is generated from a reference. Omit one of them"
+            )
         if self.given.ltx2_conditioning_config is not None:
             apply_conditioning_config(self)
 
@@ -351,26 +369,6 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
                 raise OptionError(
                     f"{option_text}: without {title} nothing would be learned or heard. Pass --ltx2_mode av"
                 )
-
-    def _check_direction(self) -> None:
-        """Raise OptionError if --ltx2_train_direction keeps a stream clean that other options change."""
-        direction = self.ltx2_train_direction
-        # v2a trains audio from clean images, a2v images from clean audio
-        clean_title = None
-        if direction == "v2a" and self.given.gives_images:
-            clean_title = "the images are"
-        elif direction == "a2v" and self.given.gives_audio:
-            clean_title = "the audio is"
-        if clean_title is not None:
-            raise OptionError(
-                f"--ltx2_train_direction {direction}: {clean_title} always clean. Omit the options "
-                "for parts of them"
-            )
-        if AUDIO in self.strategy.needs and direction == "a2v":
-            raise OptionError(
-                f"{self.strategy_option} and --ltx2_train_direction a2v: the audio is always clean, so none "
-                "is generated from a reference. Omit one of them"
-            )
 
     @property
     def strategy(self) -> ReferenceStrategy:
@@ -501,7 +499,16 @@ def resolve_generation(shared: T, own_options: Ltx2GenerationOptions) -> tuple[T
     Raises OptionError if an option is given under both names, with two values.
     """
     values = option_values(shared)
-    changes = _copy_official_values(values, own_options)
+    # Values of shared options that also have an official name, by shared name
+    copied = {}
+    for official_name, name in _OFFICIAL_NAMES.items():
+        # the frame rate always has a value: the default counts as not given
+        is_default = name == "fps" and values[name] == FPS
+        shared_value = None if is_default else values[name]
+        value = _select_value(name, shared_value, getattr(own_options, official_name), official_name)
+        if value is not None:
+            copied[name] = value
+    changes = copied
     # flags that choose an attention kernel become --attn_mode
     kernels = _list_chosen_kernels(values, own_options)
     kernel = next(iter(kernels.values()), "torch")
@@ -518,19 +525,6 @@ def resolve_generation(shared: T, own_options: Ltx2GenerationOptions) -> tuple[T
     dtype = _select_value("dit_dtype", own_options.dit_dtype, mixed)
     own_options = override_options(own_options, {"dit_dtype": dtype})
     return override_options(shared, changes), own_options
-
-
-def _copy_official_values(values: Mapping[str, Any], own_options: Ltx2GenerationOptions) -> dict[str, Any]:
-    """Return values of shared options that also have an official name, by shared name."""
-    copied = {}
-    for official_name, name in _OFFICIAL_NAMES.items():
-        # the frame rate always has a value: the default counts as not given
-        is_default = name == "fps" and values[name] == FPS
-        shared_value = None if is_default else values[name]
-        value = _select_value(name, shared_value, getattr(own_options, official_name), official_name)
-        if value is not None:
-            copied[name] = value
-    return copied
 
 
 def _list_typed_names(own_options: Ltx2GenerationOptions, kernels: Mapping[str, str]) -> dict[str, str]:
@@ -605,6 +599,8 @@ def generation_options(options: Ltx2TrainingOptions, sample: Mapping[str, Any]) 
         f"--{name}": Repeated(value) if isinstance(value, tuple) else value
         for name, value in read_request_values(extra).items()
     }
+    learned_parts = apply_conditioning_config(options).given
+    given |= list_learned_media(learned_parts, options.ltx2_train_direction, sample)
     # a value of None leaves the option out of the command
     left_out = [
         *options.references.command_options(),  # these factors are in the LoRA's metadata
@@ -622,7 +618,7 @@ def generation_options(options: Ltx2TrainingOptions, sample: Mapping[str, Any]) 
         "--dit": options.dit,
         "--dit_dtype": options.dit_dtype,
         "--image_path": sample.get("image_path"),
-        "--video_length": sample.get("frames"),
+        "--video_length": sample.get("frames") or given.get("--video_length"),
         "--fps": None if rate is None else f"{rate:g}",  # without a decimal point, as --fps reads it
         "--sample_disable_audio": options.silent,
         **guidance,

@@ -286,17 +286,17 @@ def read_strengths(
         if is_single_image(mask):  # the same for every frame
             white = white.expand((-1, -1, frames, -1, -1))
         check_mask_length(mask, white.shape[2], frames)
-        strengths.append(_average_in_latents(white, latent).flatten(1))
+        # The mean brightness of the pixels of each latent, from 1 1 f h w
+        # The first latent frame has one pixel frame, the others `frame_step`: the first is repeated to pool
+        # evenly.
+        first = white[:, :, :1].expand((-1, -1, latent.frame_step - 1, -1, -1))
+        repeated = torch.cat([first, white], dim=2)
+        strengths.append(
+            functional.avg_pool3d(
+                repeated, (latent.frame_step, latent.pixel_step, latent.pixel_step)
+            ).flatten(1)
+        )
     return torch.cat(strengths, dim=1)
-
-
-def _average_in_latents(white: Tensor, latent: LatentSpec) -> Tensor:
-    """Return the mean brightness of the pixels of each latent, from 1 1 f h w."""
-    # The first latent frame has one pixel frame, the others `frame_step`: the first is repeated to pool
-    # evenly.
-    first = white[:, :, :1].expand((-1, -1, latent.frame_step - 1, -1, -1))
-    repeated = torch.cat([first, white], dim=2)
-    return functional.avg_pool3d(repeated, (latent.frame_step, latent.pixel_step, latent.pixel_step))
 
 
 def check_sides(width: int, height: int, rules: ReferenceRules) -> None:

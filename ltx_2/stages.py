@@ -199,11 +199,23 @@ def move_ic_loras_to_first_stage(shared: Any, own_options: Any) -> tuple[Any, An
     """
     # with their strengths
     loras = list(zip(shared.lora.lora_weight or (), shared.lora.multipliers(), strict=True))
-    ic_loras = [(path, strength) for path, strength in loras if _is_ic_lora(path)]
+    ic_loras = [(path, strength) for path, strength in loras if bool(read_reference_factors([path]))]
     other_loras = [lora for lora in loras if lora not in ic_loras]
     if not ic_loras:
         return shared, own_options
-    _check_ic_lora_options(shared, ic_loras[0][0], is_only_lora=not other_loras)
+    # Raise OptionError if an option for LoRAs is given that cannot apply to an IC-LoRA
+    ic_lora = ic_loras[0][0]
+    patterns = shared.lora_patterns
+    if patterns.include_patterns or patterns.exclude_patterns:
+        raise OptionError(
+            f"--include_patterns, --exclude_patterns: {ic_lora} is an IC-LoRA, which "
+            "--sample_two_stage adds to the first stage as a whole. Omit the patterns"
+        )
+    if (not other_loras) and shared.lora_rounding != "auto":
+        raise OptionError(
+            f"--lora_rounding {shared.lora_rounding}: {ic_lora} is an IC-LoRA, which is not "
+            "merged into the weights. Omit the option"
+        )
     logger.info(
         "%s: an IC-LoRA, which only the first stage uses, as in the official pipeline",
         ", ".join(path.name for path, _ in ic_loras),
@@ -215,26 +227,6 @@ def move_ic_loras_to_first_stage(shared: Any, own_options: Any) -> tuple[Any, An
     )
     stages = replace(own_options.stages, first_loras=tuple(ic_loras))
     return replace(shared, lora=lora), replace(own_options, stages=stages)
-
-
-def _is_ic_lora(path: Path) -> bool:
-    """Return whether a LoRA records how much smaller its references are; other LoRAs record no factors."""
-    return bool(read_reference_factors([path]))
-
-
-def _check_ic_lora_options(shared: Any, ic_lora: Path, is_only_lora: bool) -> None:
-    """Raise OptionError if an option for LoRAs is given that cannot apply to an IC-LoRA."""
-    patterns = shared.lora_patterns
-    if patterns.include_patterns or patterns.exclude_patterns:
-        raise OptionError(
-            f"--include_patterns, --exclude_patterns: {ic_lora} is an IC-LoRA, which "
-            "--sample_two_stage adds to the first stage as a whole. Omit the patterns"
-        )
-    if is_only_lora and shared.lora_rounding != "auto":
-        raise OptionError(
-            f"--lora_rounding {shared.lora_rounding}: {ic_lora} is an IC-LoRA, which is not "
-            "merged into the weights. Omit the option"
-        )
 
 
 def stage_sections(

@@ -10,7 +10,7 @@ and has shortcuts. Any other is treated like LTX-2.3's: zeros at borders, no sho
 """
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import isqrt
 from typing import Any, NamedTuple
@@ -58,7 +58,19 @@ def read_video_vae(checkpoint: Checkpoint) -> LoadPlan[VideoVaeConfig]:
     shape = make_shape_reader(checkpoint, sources, rejection)
     encoder = _read_coder(shape, sources, "encoder", rejection)
     decoder = _read_coder(shape, sources, "decoder", rejection)
-    config = _with_info(checkpoint, encoder, decoder)
+    # Add settings that no tensor shows; raise CheckpointError if the file's settings are invalid
+    path = checkpoint.path
+    settings = read_settings(checkpoint, "vae", DIFFUSERS_CLASS)
+    try:
+        encoder, decoder = _apply_settings(settings, encoder, decoder)
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path}: the settings of its VAE, in the file or in config.json next to it, cannot be used: "
+            f"{error}. Pass {FILES} to --vae.",
+            path,
+        ) from error
+    patch = isqrt(encoder.channels_in // 3)
+    config = VideoVaeConfig(decoder.channels_in, patch, encoder, decoder)
     # the tensors must agree with the settings
     patch_width = shape("encoder.conv_in.conv.weight", 5)[1]
     if patch_width != 3 * config.patch**2:  # 3 colors for each pixel of a patch
@@ -156,7 +168,11 @@ def _read_coder(shape: Shape, names: Iterable[str], coder: str, rejection: Check
     for index in reversed(range(num_parts)):
         name = f"{prefix}.{index}"
         if f"{name}.conv.conv.weight" not in names:
-            parts.insert(0, _read_block_group(shape, names, name, width, rejection))
+            # A group of residual blocks; raise `rejection` unless they have this width
+            first_layer = f"{name}.res_blocks.0.conv1.conv.weight"  # LTX-Video 0.9 has other resamplings
+            if first_layer not in names or shape(first_layer, 5)[1] != width:
+                raise rejection
+            parts.insert(0, BlockGroup(width, count(names, rf"{re.escape(name)}\.res_blocks\.\d+")))
         elif parts:
             resampling = _read_resampling(shape, name, width, is_down, rejection)
             parts.insert(0, resampling)
@@ -176,16 +192,6 @@ def _read_coder(shape: Shape, names: Iterable[str], coder: str, rejection: Check
     )
 
 
-def _read_block_group(
-    shape: Shape, names: Collection[str], name: str, width: int, rejection: CheckpointError
-) -> BlockGroup:
-    """Return a group of residual blocks; raise `rejection` unless they have this width."""
-    first_layer = f"{name}.res_blocks.0.conv1.conv.weight"  # LTX-Video 0.9 has other resamplings
-    if first_layer not in names or shape(first_layer, 5)[1] != width:
-        raise rejection
-    return BlockGroup(width, count(names, rf"{re.escape(name)}\.res_blocks\.\d+"))
-
-
 def _read_resampling(
     shape: Shape, name: str, width_out: int, is_down: bool, rejection: CheckpointError
 ) -> Resampling:
@@ -196,22 +202,6 @@ def _read_resampling(
     if remainder or ratio not in FACTORS:
         raise rejection
     return Resampling(width_in, width_out, FACTORS[ratio], is_residual=is_down)
-
-
-def _with_info(checkpoint: Checkpoint, encoder: CoderConfig, decoder: CoderConfig) -> VideoVaeConfig:
-    """Add settings that no tensor shows; raise CheckpointError if the file's settings are invalid."""
-    path = checkpoint.path
-    settings = read_settings(checkpoint, "vae", DIFFUSERS_CLASS)
-    try:
-        encoder, decoder = _apply_settings(settings, encoder, decoder)
-    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{path}: the settings of its VAE, in the file or in config.json next to it, cannot be used: "
-            f"{error}. Pass {FILES} to --vae.",
-            path,
-        ) from error
-    patch = isqrt(encoder.channels_in // 3)
-    return VideoVaeConfig(decoder.channels_in, patch, encoder, decoder)
 
 
 def _apply_settings(
@@ -232,27 +222,21 @@ def _apply_settings(
     if not {*modes} <= {ZEROS, REFLECT} or not has_all or type(is_causal) is not bool:
         raise ValueError(f"paddings {modes}, shortcuts {shortcuts}, causal decoder {is_causal}")
     encoder = replace(encoder, reflects=encoder_mode == REFLECT)
+    # The decoder's parts, each resampling with or without its shortcut
+    # The settings list shortcuts starting at the pixels, so the last one is that of the first part.
+    remaining = list(shortcuts)
+    result: list[BlockGroup | Resampling] = []
+    for part in decoder.parts:
+        if isinstance(part, Resampling):
+            part = replace(part, is_residual=bool(remaining.pop()))
+        result.append(part)
     decoder = replace(
         decoder,
-        parts=_set_shortcuts(decoder.parts, shortcuts),
+        parts=tuple(result),
         reflects=decoder_mode == REFLECT,
         is_causal=is_causal,
     )
     return encoder, decoder
-
-
-def _set_shortcuts(
-    parts: Sequence[BlockGroup | Resampling], shortcuts: Sequence[Any]
-) -> tuple[BlockGroup | Resampling, ...]:
-    """Return the decoder's parts, each resampling with or without its shortcut."""
-    # The settings list shortcuts starting at the pixels, so the last one is that of the first part.
-    remaining = list(shortcuts)
-    result: list[BlockGroup | Resampling] = []
-    for part in parts:
-        if isinstance(part, Resampling):
-            part = replace(part, is_residual=bool(remaining.pop()))
-        result.append(part)
-    return tuple(result)
 
 
 def _read_shortcuts(settings: Mapping[str, Any], num_resamplings: int, is_ltx_2_0: bool) -> Sequence[Any]:

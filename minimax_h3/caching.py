@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from encoders.tiles import posterior_generator, sample_posterior
-from minimax_h3.audio import CHANNELS, H3AudioVae
+from minimax_h3.audio import CHANNELS
 from minimax_h3.conditions import (
     CONTROL_INDICES,
     FIRST,
@@ -160,36 +160,32 @@ class H3Caching:
         entries = []
         for number in range(len(media.keys)):
             item = media.item(number)
-            tensors = self._make_tensors(encoders.vae, encoders.audio, item, files.latent.pixel_step)
+            # Encode the only dataset item in `media`; return the tensors to cache by name
+            # `step` is the multiple to which sides of references are rounded.
+            (key,) = item.keys
+            num_frames = item.frames.shape[1]
+            latents = encode_target(encoders.vae, byte_clips(item.frames), f"{self.seed} {key}")
+            audio = torch.zeros(1, CHANNELS, 0) if item.audio is None else item.audio
+            tensors = {
+                "latents": latents[0],
+                INNER_AUDIO: encoders.audio.encode_clip(audio, num_frames, FPS)[0],
+                AUDIO_PRESENT: torch.tensor(float(any(item.has_audio))),
+            }
+            if item.table.kind == "image":
+                tensors |= self._encode_control_images(encoders.vae, item)
+            elif self.task == KEYFRAMES:
+                tensors |= _encode_keyframes(encoders.vae, item.frames)
+            if self.task == REFERENCES:
+                from minimax_h3.cached_references import ReferenceSizes, encode_references  # only of ref2va
+
+                image_edge, video_edge = self.edges
+                sizes = ReferenceSizes(image_edge, video_edge, files.latent.pixel_step)
+                (references,) = item.row_references
+                tensors |= encode_references(
+                    encoders.vae, encoders.audio, references, frames=num_frames, sizes=sizes
+                )
             entries.append([CacheEntry(tensors, metadata=self.metadata(files, item))])
         return entries
-
-    def _make_tensors(
-        self, vae: H3VideoVae, audio_vae: H3AudioVae, media: MediaBatch, step: int
-    ) -> dict[str, Tensor]:
-        """Encode the only dataset item in `media`; return the tensors to cache by name."""
-        # `step` is the multiple to which sides of references are rounded.
-        (key,) = media.keys
-        num_frames = media.frames.shape[1]
-        latents = encode_target(vae, byte_clips(media.frames), f"{self.seed} {key}")
-        audio = torch.zeros(1, CHANNELS, 0) if media.audio is None else media.audio
-        tensors = {
-            "latents": latents[0],
-            INNER_AUDIO: audio_vae.encode_clip(audio, num_frames, FPS)[0],
-            AUDIO_PRESENT: torch.tensor(float(any(media.has_audio))),
-        }
-        if media.table.kind == "image":
-            tensors |= self._encode_control_images(vae, media)
-        elif self.task == KEYFRAMES:
-            tensors |= _encode_keyframes(vae, media.frames)
-        if self.task == REFERENCES:
-            from minimax_h3.cached_references import ReferenceSizes, encode_references  # only of ref2va
-
-            image_edge, video_edge = self.edges
-            sizes = ReferenceSizes(image_edge, video_edge, step)
-            (references,) = media.row_references
-            tensors |= encode_references(vae, audio_vae, references, frames=num_frames, sizes=sizes)
-        return tensors
 
     def _select_target_index(self, media: MediaBatch) -> int:
         """Return an image's time position, in frames at 24 per second."""

@@ -143,32 +143,26 @@ def position_conditions(
         target: Grid of the frames to generate.
     """
     text_end = float(num_text)
-    latents_by_key = {key: _select_sample(conditions, key, sample) for key in sort_condition_keys(conditions)}
+    latents_by_key = {key: conditions[key][sample].unsqueeze(0) for key in sort_condition_keys(conditions)}
     control_times = _list_control_times(conditions, sample, text_end)
-    keyframes = _position_keyframes(latents_by_key, text_end, target.frames, control_times)
+    # The keyframes and control images with their times; references are left out
+    # The clip has `frames` latent frames, and its first keyframe is at `start_time`.
+    remaining_control_times = iter(control_times)
+    positioned = []
+    for key, latents in latents_by_key.items():
+        if key == FIRST:
+            positioned.append(_position_image(latents, text_end))
+        elif key == LAST:
+            positioned.append(_position_image(latents, last_frame_time(text_end, target.frames)))
+        elif key.startswith(CONTROL):
+            positioned.append(_position_image(latents, next(remaining_control_times)))
+    keyframes = positioned
     references = {key: latents for key, latents in latents_by_key.items() if key.startswith(REFERENCE)}
     positioned_references, start_time = _position_references(references, text_end, target)
     target_index = conditions.get(TARGET_INDEX)
     if target_index is not None:
         start_time += TIME_PER_FRAME * float(target_index[sample])
     return PositionedConditions((*keyframes, *positioned_references), start_time)
-
-
-def _position_keyframes(
-    latents_by_key: Mapping[str, Tensor], start_time: float, frames: int, control_times: Iterable[float]
-) -> list[H3Condition]:
-    """Return the keyframes and control images with their times; references are left out."""
-    # The clip has `frames` latent frames, and its first keyframe is at `start_time`.
-    remaining_control_times = iter(control_times)
-    positioned = []
-    for key, latents in latents_by_key.items():
-        if key == FIRST:
-            positioned.append(_position_image(latents, start_time))
-        elif key == LAST:
-            positioned.append(_position_image(latents, last_frame_time(start_time, frames)))
-        elif key.startswith(CONTROL):
-            positioned.append(_position_image(latents, next(remaining_control_times)))
-    return positioned
 
 
 def _position_references(
@@ -209,11 +203,6 @@ def _list_control_times(conditions: Conditions, sample: int, text_end: float) ->
     if indices is None:
         return []
     return [text_end + TIME_PER_FRAME * float(index) for index in indices[sample]]
-
-
-def _select_sample(conditions: Conditions, key: str, sample: int) -> Tensor:
-    """Return the latents of one sample from a batch, keeping the batch axis."""
-    return conditions[key][sample].unsqueeze(0)
 
 
 def get_token_grid(latents: Tensor) -> ImageGrid:

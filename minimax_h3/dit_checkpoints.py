@@ -104,7 +104,14 @@ def read_header(checkpoint: Checkpoint, layout: str | None) -> DitHeader[H3Confi
     names = checkpoint.tensors
     dialect = _find_dialect(checkpoint, layout)
     if checkpoint.metadata.get(LAYOUT_KEY) is None:  # files trained here may have any name
-        _reject_other_model(checkpoint.path)
+        # Raise CheckpointError if the file name shows another model with the same tensors
+        what = kind_by_name(checkpoint.path, is_sharded(checkpoint.path))
+        if what is not None:
+            raise CheckpointError(
+                f"{checkpoint.path} is {what}, as its name says.\n"
+                f"  Pass {FILES} to {OPTION}, or rename the file if it is one.",
+                checkpoint.path,
+            )
     tensor_shapes = {name: info.shape for name, info in names.items()}
     if dialect == DIFFUSERS:
         tensor_shapes = joined_shapes(tensor_shapes, TABLE)
@@ -114,7 +121,15 @@ def read_header(checkpoint: Checkpoint, layout: str | None) -> DitHeader[H3Confi
     frequencies = _read_frequencies(checkpoint)
     if frequencies is not None:
         config = replace(config, frequencies=frequencies)
-    _check_positions(config, checkpoint.path)
+    # Raise CheckpointError if heads have fewer channels than the rotary embedding rotates
+    turned = 2 * AXES * config.frequencies
+    if not 0 < turned <= config.head_width:
+        raise CheckpointError(
+            f"{checkpoint.path}: {config.frequencies} frequencies for each of {AXES} axes need {turned} "
+            "channels, "
+            f"but heads have {config.head_width}. Pass the file with its config.json, or copy it again.",
+            checkpoint.path,
+        )
     identifying_tensor = DIFFUSERS_TENSOR if dialect == DIFFUSERS else IDENTIFYING_TENSOR
     return DitHeader(config, dialect, names[identifying_tensor].dtype)
 
@@ -131,17 +146,6 @@ def _find_dialect(checkpoint: Checkpoint, layout: str | None) -> str:
     raise make_wrong_kind_error(checkpoint, MODEL_KIND, OPTION, FILES)
 
 
-def _reject_other_model(path: Path) -> None:
-    """Raise CheckpointError if the file name shows another model with the same tensors."""
-    what = kind_by_name(path, is_sharded(path))
-    if what is not None:
-        raise CheckpointError(
-            f"{path} is {what}, as its name says.\n"
-            f"  Pass {FILES} to {OPTION}, or rename the file if it is one.",
-            path,
-        )
-
-
 def _read_frequencies(checkpoint: Checkpoint) -> int | None:
     """Return the recorded number of rotary frequencies per axis; None if none is recorded."""
     # A trained file has them in its metadata; otherwise they are read from the config.json next to the file.
@@ -156,17 +160,6 @@ def _read_frequencies(checkpoint: Checkpoint) -> int | None:
     if frequencies is not None and type(frequencies) is not int:
         raise CheckpointError(f"{path}: 'rope_freq_dim' is {frequencies!r:.60}. Copy the file again.", path)
     return frequencies
-
-
-def _check_positions(config: H3Config, path: Path) -> None:
-    """Raise CheckpointError if heads have fewer channels than the rotary embedding rotates."""
-    turned = 2 * AXES * config.frequencies
-    if not 0 < turned <= config.head_width:
-        raise CheckpointError(
-            f"{path}: {config.frequencies} frequencies for each of {AXES} axes need {turned} channels, "
-            f"but heads have {config.head_width}. Pass the file with its config.json, or copy it again.",
-            path,
-        )
 
 
 def _read_config(shapes: DitShapes) -> H3Config:

@@ -368,7 +368,11 @@ class MiniMaxH3(OneTransformer):
         self._check_media(request, media)
         width, height, frames = self._resolve_size(request, media)
         self._check_frames(frames)
-        _check_one_frame(media, frames)
+        if media.one_frame is not None and frames != 1:
+            raise OptionError(
+                f"--one_frame_inference generates a single image, but --video_length is {frames} (--f in a "
+                "prompt line). Pass 1"
+            )
         check_size((width, height, frames), self.latent)
         _check_sampling(request, frames)
         flow_shift = request.flow_shift or self.noise.base_shift
@@ -383,6 +387,10 @@ class MiniMaxH3(OneTransformer):
         sources = self._make_sources(media, (width, height), frames)
         if not media.references:
             warn_about_unused_edges(self.image_edge, self.video_edge, "there are no references")
+        # The audio schedule's time shift; raise OptionError unless it is above 0
+        shift = float(request.extra.get(AUDIO_SHIFT_KEY, self.noise.base_shift * self.noise.audio_shift))
+        if not 0 < shift < float("inf"):
+            raise OptionError(f"--h3_shift_audio {shift:g} (--fsa in a prompt line): use a number above 0")
         return replace(
             prepared,
             # the text encoder also sees the images
@@ -393,7 +401,7 @@ class MiniMaxH3(OneTransformer):
                 (channels, length, rows, columns), self.audio.shape(frames, FPS)
             ),
             # the shift from the images' noise levels to the audio's
-            audio_shift=_find_audio_shift(request, self.noise) / flow_shift,
+            audio_shift=shift / flow_shift,
         )
 
     def _check_frames(self, frames: int) -> None:
@@ -548,15 +556,6 @@ def _without_guidance(request: Request) -> Request:
     return replace(request, negative_prompt=None)
 
 
-def _check_one_frame(media: H3Media, frames: int) -> None:
-    """Raise OptionError if --one_frame_inference is given for several frames."""
-    if media.one_frame is not None and frames != 1:
-        raise OptionError(
-            f"--one_frame_inference generates a single image, but --video_length is {frames} (--f in a "
-            "prompt line). Pass 1"
-        )
-
-
 def _check_sampling(request: Request, frames: int) -> None:
     """Raise OptionError for solvers other than Euler; warn about a different frame rate than the model's."""
     if request.solver not in (None, SOLVER):
@@ -616,14 +615,6 @@ def _describe_media(media: H3Media) -> dict[str, str]:
     if media.references:
         metadata["references"] = ", ".join(reference.path.name for reference in media.references)
     return metadata
-
-
-def _find_audio_shift(request: Request, noise: NoiseSpec) -> float:
-    """Return the audio schedule's time shift; raise OptionError unless it is above 0."""
-    shift = float(request.extra.get(AUDIO_SHIFT_KEY, noise.base_shift * noise.audio_shift))
-    if not 0 < shift < float("inf"):
-        raise OptionError(f"--h3_shift_audio {shift:g} (--fsa in a prompt line): use a number above 0")
-    return shift
 
 
 def family_for_latent_caching(options: H3LatentCachingOptions) -> MiniMaxH3:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import nn
 
 from checkpoints.dits import DitFormat
 from checkpoints.model_files import inside, read_once, require_file
@@ -140,22 +139,13 @@ class H3TextEncoder(LanguageModelEncoder):
             prompt.media_before_text, network.get_submodule("visual"), self.preprocessing()
         )
         tokens = tokenizer.read(prompt.text)
-        _reject_placeholders(prompt.text, tokens.ids, tokenizer)
+        for token in PLACEHOLDERS:
+            if tokenizer.token_to_id(token) in tokens.ids:
+                raise MediaError(f"{token} stands for an image. Remove it from the prompt: {prompt.text}")
         media_ids, media_tags = self._tokenize_pieces(presentation.pieces, tokenizer)
         ids = [*media_ids, *tokens.ids]
         tags = [*media_tags, *[TEXT_TAG] * len(tokens.ids)]
-        self._check_token_ids(ids, network)
-        (conditions,) = self.compute(
-            network, tokenizer, token_ids=[ids], num_template_tokens=0, images=[presentation.images]
-        )
-        conditions = {**conditions, TAGS: [torch.tensor(tags)]}
-        if not prompt.weighted_spans:
-            return conditions
-        weights = compute_token_weights(self.apply_template(prompt), tokens.char_spans)
-        return self.weigh(conditions, [1.0] * len(media_ids) + weights)
-
-    def _check_token_ids(self, ids: Sequence[int], network: nn.Module) -> None:
-        """Raise an error if a prompt with its media has too many tokens, or tokens the network lacks."""
+        # Raise an error if a prompt with its media has too many tokens, or tokens the network lacks
         if len(ids) > self.max_length:
             raise MediaError(
                 f"the prompt with its images and clips has {len(ids)} tokens, but at most {self.max_length} "
@@ -165,6 +155,14 @@ class H3TextEncoder(LanguageModelEncoder):
         num_added_rows = sum(word.word.count for word in self.added_words)
         num_rows = len(network.get_parameter(self.embedding)) + num_added_rows
         check_ids([ids], num_rows, self.path, self.source.files.option)
+        (conditions,) = self.compute(
+            network, tokenizer, token_ids=[ids], num_template_tokens=0, images=[presentation.images]
+        )
+        conditions = {**conditions, TAGS: [torch.tensor(tags)]}
+        if not prompt.weighted_spans:
+            return conditions
+        weights = compute_token_weights(self.apply_template(prompt), tokens.char_spans)
+        return self.weigh(conditions, [1.0] * len(media_ids) + weights)
 
     def _tokenize_pieces(
         self, pieces: Sequence[PromptPiece], tokenizer: TextTokenizer
@@ -305,13 +303,6 @@ class H3Files(LanguageModelFiles):
         """Check the task and the named or needed files, without loading weights."""
         self.check_task()
         super().check(needed)
-
-
-def _reject_placeholders(prompt: str, ids: Collection[int], tokenizer: TextTokenizer) -> None:
-    """Raise MediaError if a prompt contains a placeholder, which would be replaced by an image."""
-    for token in PLACEHOLDERS:
-        if tokenizer.token_to_id(token) in ids:
-            raise MediaError(f"{token} stands for an image. Remove it from the prompt: {prompt}")
 
 
 def _read_video_vae(checkpoint: Checkpoint) -> H3VideoVaeConfig:

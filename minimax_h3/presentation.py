@@ -125,14 +125,10 @@ def present_media(
             patches = cut_image(vision_tower, medium.pixels(), preprocessing.images, prompt_format)
             pieces.append(PromptPiece(num_image_tokens=patches.counts[0]))
         all_patches.append(patches)
-    return Presentation(tuple(pieces), _join_patches(all_patches))
-
-
-def _join_patches(images: Sequence[PatchedImages]) -> PatchedImages:
-    """Concatenate the patches of several images; without images there are none."""
-    token_grids = tuple(grid for image in images for grid in image.token_grids)
-    patches = torch.cat([image.patches for image in images]) if images else torch.zeros(0)
-    return PatchedImages(patches, token_grids)
+    # Concatenate the patches of several images; without images there are none
+    token_grids = tuple(grid for image in all_patches for grid in image.token_grids)
+    joined = torch.cat([image.patches for image in all_patches]) if all_patches else torch.zeros(0)
+    return Presentation(tuple(pieces), PatchedImages(joined, token_grids))
 
 
 def _present_clip_frames(

@@ -108,7 +108,15 @@ def read_media(request: Request) -> H3Media:
         # keyframes of a single image are its first control images
         controls = (*(path for path in (first, last) if path is not None), *controls)
         first = last = None
-        _check_control_indices(one_frame, len(controls))
+        # Raise OptionError unless there are as many control images as frame indices for them
+        num_controls = len(controls)
+        num_indices = len(one_frame.control_indices)
+        has_default_index = num_indices == 0 and num_controls == 1
+        if num_indices != num_controls and not has_default_index:
+            raise OptionError(
+                f"--one_frame_inference: control_index has {num_indices} positions for {num_controls} images "
+                "(--condition_image). Pass one position for each, such as control_index=0;10"
+            )
     elif controls:
         raise OptionError(
             "--condition_image is for a single image (--one_frame_inference). Pass the frames of a clip to "
@@ -157,20 +165,17 @@ def _read_one_frame(text: str) -> OneFrame:
     return one_frame
 
 
-def _check_control_indices(one_frame: OneFrame, num_controls: int) -> None:
-    """Raise OptionError unless there are as many control images as frame indices for them."""
-    num_indices = len(one_frame.control_indices)
-    has_default_index = num_indices == 0 and num_controls == 1
-    if num_indices != num_controls and not has_default_index:
-        raise OptionError(
-            f"--one_frame_inference: control_index has {num_indices} positions for {num_controls} images "
-            "(--condition_image). Pass one position for each, such as control_index=0;10"
-        )
-
-
 def _read_references(request: Request) -> Iterator[H3Reference]:
     """Yield the request's references in order; raise OptionError if two kinds of options name them."""
-    _check_known_order(request.extra)
+    # Raise OptionError if options name references whose order among each other is unknown
+    # Options for one kind of reference may be combined: they are read in a fixed order.
+    by_kind = [name for name in BY_KIND.values() if request.extra.get(name)]
+    used = [*(name for name in (REF, JSONL) if request.extra.get(name)), *by_kind[:1]]
+    if len(used) > 1:
+        listed = " and ".join(f"--{name}" for name in used)
+        raise OptionError(
+            f"{listed}: their order would be unknown. Name all references in one of these options"
+        )
     has_jsonl = bool(request.extra.get(JSONL))
     if int(request.extra.get(INDEX, 0)) and not has_jsonl:
         logger.warning("--%s is ignored because --%s is not given", INDEX, JSONL)
@@ -182,18 +187,6 @@ def _read_references(request: Request) -> Iterator[H3Reference]:
             yield _make_reference(f"--{name}", text, {"type": kind})
     if has_jsonl:
         yield from _read_line_references(request)
-
-
-def _check_known_order(extra: Mapping[str, str]) -> None:
-    """Raise OptionError if options name references whose order among each other is unknown."""
-    # Options for one kind of reference may be combined: they are read in a fixed order.
-    by_kind = [name for name in BY_KIND.values() if extra.get(name)]
-    used = [*(name for name in (REF, JSONL) if extra.get(name)), *by_kind[:1]]
-    if len(used) > 1:
-        listed = " and ".join(f"--{name}" for name in used)
-        raise OptionError(
-            f"{listed}: their order would be unknown. Name all references in one of these options"
-        )
 
 
 def _read_line_references(request: Request) -> Iterator[H3Reference]:

@@ -122,7 +122,23 @@ def media_conditions(batch: Batch, task: str, latents: Tensor) -> dict[str, Tens
     media: dict[str, Tensor] = {}
     for key in keys:
         media[key] = _read_tensor(tensors, key)
-        _check_shape(batch, key, media[key], latents)
+        # Raise CacheError if a cached condition, images or audio, has a shape that the network cannot use
+        condition = media[key]
+        if is_visual(key):  # B Z F H W
+            fits = (
+                condition.ndim == 5
+                and condition.shape[1] == latents.shape[1]
+                and condition.shape[3] % PATCH == condition.shape[4] % PATCH == 0
+            )
+        else:  # B Z 2 A
+            clip_audio = batch.tensors.get(AUDIO_LATENTS)
+            channels = clip_audio.shape[1] if isinstance(clip_audio, Tensor) else latents.shape[1]
+            fits = condition.ndim == 4 and condition.shape[1:3] == (channels, 2)
+        if not fits or not condition.is_floating_point():
+            raise CacheError(
+                f"{batch.keys[0]}: {key} in its cache is {list(condition.shape[1:])}, which the network does "
+                f"not support. Cache again with {LATENTS_AGAIN}."
+            )
     return {**media, **_read_time_indices(tensors)}
 
 
@@ -143,25 +159,6 @@ def _require_conditions(batch: Batch, task: str, keys: list[str], names: tuple[s
         raise CacheError(
             f"{batch.keys[0]}: its cache has no {' and no '.join(missing)}, which {taker} needs. Cache again "
             f"with {LATENTS_AGAIN} --task {caching_task}."
-        )
-
-
-def _check_shape(batch: Batch, key: str, condition: Tensor, latents: Tensor) -> None:
-    """Raise CacheError if a cached condition, images or audio, has a shape that the network cannot use."""
-    if is_visual(key):  # B Z F H W
-        fits = (
-            condition.ndim == 5
-            and condition.shape[1] == latents.shape[1]
-            and condition.shape[3] % PATCH == condition.shape[4] % PATCH == 0
-        )
-    else:  # B Z 2 A
-        clip_audio = batch.tensors.get(AUDIO_LATENTS)
-        channels = clip_audio.shape[1] if isinstance(clip_audio, Tensor) else latents.shape[1]
-        fits = condition.ndim == 4 and condition.shape[1:3] == (channels, 2)
-    if not fits or not condition.is_floating_point():
-        raise CacheError(
-            f"{batch.keys[0]}: {key} in its cache is {list(condition.shape[1:])}, which the network does not "
-            f"support. Cache again with {LATENTS_AGAIN}."
         )
 
 

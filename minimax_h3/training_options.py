@@ -320,14 +320,29 @@ def translate(args: argparse.Namespace) -> None:
     typed_names = dict(getattr(args, "typed_names", {}))  # error messages name the option that was typed
     typed_options = {*args.typed_options}
     for name, (other_name, value) in shared.items():
-        _set_shared_option(args, name, other_name, value)
+        # Set a shared option to the value of another trainer's option, `other_name`
+        given = getattr(args, name)
+        given = tuple(given) if isinstance(given, list) else given
+        # a default value may be replaced if the user did not type the option
+        replaceable = () if name in args.typed_options else (DEFAULT.get(name), None, False)
+        if given not in (value, *replaceable):
+            raise OptionError(
+                f"--{name} {given} and {other_name} mean the same, and differ: pass one of them"
+            )
+        setattr(args, name, value)
         typed_names[f"--{name}"] = other_name
         if other_name.removeprefix("--") in args.typed_options:
             typed_options.add(name)
     args.typed_names = typed_names
     args.typed_options = frozenset(typed_options)
     _select_rank(args)
-    _check_view(args)
+    # The other tasks have their own keyframes or references.
+    task = args.task or ("ref2va" if args.h3_training_mode == "ref2va" else "t2va")
+    if args.teacher is not None and args.teacher_sees != INPUTS and task != "t2va":
+        raise OptionError(
+            f"--teacher_sees {args.teacher_sees} with --task {task}: the teacher knows more than a "
+            "network that learns texts alone. Pass --task t2va"
+        )
     warn_about_unused_clean_shares(args)
 
 
@@ -368,17 +383,6 @@ DEFAULT: dict[str, Any] = {
     "timestep_focus_range": (400, 800),
     "convrot_int8_bwd": "bf16",
 }
-
-
-def _set_shared_option(args: argparse.Namespace, name: str, other_name: str, value: Any) -> None:
-    """Set a shared option to the value of another trainer's option, `other_name`."""
-    given = getattr(args, name)
-    given = tuple(given) if isinstance(given, list) else given
-    # a default value may be replaced if the user did not type the option
-    replaceable = () if name in args.typed_options else (DEFAULT.get(name), None, False)
-    if given not in (value, *replaceable):
-        raise OptionError(f"--{name} {given} and {other_name} mean the same, and differ: pass one of them")
-    setattr(args, name, value)
 
 
 # name of a shared option -> the other trainer's option that was given, and the value for the shared one
@@ -489,16 +493,6 @@ def warn_about_unused_clean_shares(args: argparse.Namespace) -> None:
         if not is_used and (getattr(args, name) != default or name in args.typed_options):
             task = args.task or "t2va"
             logger.warning("--%s is ignored because clips of --task %s have no such conditions", name, task)
-
-
-def _check_view(args: argparse.Namespace) -> None:
-    """Raise OptionError if a teacher gets additional conditions in a task other than t2va."""
-    # The other tasks have their own keyframes or references.
-    if args.teacher is not None and args.teacher_sees != INPUTS and args.task not in (None, "t2va"):
-        raise OptionError(
-            f"--teacher_sees {args.teacher_sees} with --task {args.task}: the teacher knows more than a "
-            "network that learns texts alone. Pass --task t2va"
-        )
 
 
 _BOUND = "bound of the base time, 0 to 1000 or 0 to 1: the {} one"

@@ -64,11 +64,16 @@ def read_video_vae(checkpoint: Checkpoint) -> LoadPlan[H3VideoVaeConfig]:
     declared = _read_declared_info(checkpoint)
     # the released layout: queries, keys and values in one matrix, whose rows are reordered
     if has_encoder and "decoder.transformer_blocks.0.attn.to_qkv.weight" in names:
-        sources = _separate_heads(stored, declared.head_width)
+        # Sources with the fused matrix's rows reordered: all queries, then all keys, then all values
+        stack = functools.partial(stack_heads, head_width=declared.head_width)
+        sources = {
+            name: source.with_step(stack) if ".attn.to_qkv." in name else source
+            for name, source in stored.items()
+        }
         shapes = stored_shapes
     # diffusers' layout: three matrices, which are joined to one
     elif has_encoder and "decoder.transformer_blocks.0.attn.to_q.weight" in names:
-        sources = _from_diffusers(stored)
+        sources = dict(_from_diffusers(stored))
         shapes = joined_shapes(stored_shapes, DIFFUSERS)
     else:
         raise make_wrong_kind_error(checkpoint, MODEL_KIND, "--vae", FILES)
@@ -80,15 +85,6 @@ def _from_diffusers(stored: Mapping[str, TensorSource]) -> Mapping[str, TensorSo
     joined = join_parts(stored, DIFFUSERS)  # only to learn the names
     swapped = [name for name in joined if ".ff.w1." in name]
     return join_parts(stored, DIFFUSERS, swapped)
-
-
-def _separate_heads(stored: Mapping[str, TensorSource], head_width: int) -> Mapping[str, TensorSource]:
-    """Return sources with the fused matrix's rows reordered: all queries, then all keys, then all values."""
-    stack = functools.partial(stack_heads, head_width=head_width)
-    return {
-        name: source.with_step(stack) if ".attn.to_qkv." in name else source
-        for name, source in stored.items()
-    }
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,11 @@ console_options: options of log lines: how many, and where they go
 control_codes: text for a console
 devices: choose devices, name dtypes, send tensors, free and measure memory
 downloading: receive a file from a site, continued and bounded
+early_errors: Ctrl-C and broken extensions while modules are imported
 environment: the virtual environment of the scripts that set up
 error_output: the message in what a program of ours has printed
 errors: errors that a user can correct
+extension_words: the extensions that are on, in a command
 extensions: load what installed packages bring, if it is named
 file_batches: write many small files in the time of few
 file_locks: locks on open files that end with their process

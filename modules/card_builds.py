@@ -71,28 +71,24 @@ def select_for(system: str, machine: str, nvidia: Sequence[NvidiaCard], amd: Seq
             raise InstallationError(f"this is a Mac with an Intel processor: {NO_TORCH}")
         return BuildChoice("mac", "a Mac with an Apple chip")
     if nvidia:
-        return _select_for_nvidia(nvidia)
+        # The build that supports the machine's newest GPU and runs with the installed driver
+        first = nvidia[0]  # all cards share one driver
+        card_text = f"{first.name}, driver {first.driver}"
+        known_capabilities = [card.capability for card in nvidia if card.capability != (0, 0)]
+        newest = max(known_capabilities, default=MIN_CUDA_13_CAPABILITY)
+        if newest >= MIN_CUDA_13_CAPABILITY and first.series >= OLDEST_DRIVER[13]:
+            return BuildChoice("cu130", card_text)
+        needs_cuda_13 = newest >= FIRST_BEYOND_CUDA_12_6
+        needed_driver = OLDEST_DRIVER[13] if needs_cuda_13 else OLDEST_DRIVER[12]
+        if first.series < needed_driver:
+            raise InstallationError(
+                f"the NVIDIA driver is {first.driver}, and {first.name} needs {needed_driver} or later here. "
+                "Update the driver, or start with --build cpu"
+            )
+        return BuildChoice("cu126", card_text)
     if system == "linux" and AMD_CARDS.intersection(amd):
         return BuildChoice("rocm", "an AMD card; not tried")
     return BuildChoice("cpu", "no supported GPU was found, so only small models are practical")
-
-
-def _select_for_nvidia(cards: Sequence[NvidiaCard]) -> BuildChoice:
-    """Return the build that supports the machine's newest GPU and runs with the installed driver."""
-    first = cards[0]  # all cards share one driver
-    card_text = f"{first.name}, driver {first.driver}"
-    known_capabilities = [card.capability for card in cards if card.capability != (0, 0)]
-    newest = max(known_capabilities, default=MIN_CUDA_13_CAPABILITY)
-    if newest >= MIN_CUDA_13_CAPABILITY and first.series >= OLDEST_DRIVER[13]:
-        return BuildChoice("cu130", card_text)
-    needs_cuda_13 = newest >= FIRST_BEYOND_CUDA_12_6
-    needed_driver = OLDEST_DRIVER[13] if needs_cuda_13 else OLDEST_DRIVER[12]
-    if first.series < needed_driver:
-        raise InstallationError(
-            f"the NVIDIA driver is {first.driver}, and {first.name} needs {needed_driver} or later here. "
-            "Update the driver, or start with --build cpu"
-        )
-    return BuildChoice("cu126", card_text)
 
 
 def read_amd_cards(nodes: Path) -> list[int]:

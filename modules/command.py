@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from modules.control_codes import escape_control_codes, shorten, shorten_lines, terminal_width, wrap_text
-from modules.errors import CheckpointError, OptionError, UserError
-from modules.installation import check_requirements, command_words
+from modules.errors import INTERRUPTED, CheckpointError, OptionError, UserError
+from modules.installation import EXTENSIONS, check_requirements, command_words
 
 # loggers with irrelevant warnings at import: bitsandbytes, on some processors
 # loggers limited to errors; the second logs counts at its exit, the third each request
 QUIET_LOGGERS = ("bitsandbytes.backends.cpu.ops", "torch._subclasses.fake_tensor", "httpx")
 LAUNCHER_SECONDS = 2.0  # seconds in which a launcher ends the other processes
-INTERRUPTED = 130  # the shell's code for a program ended by Ctrl-C
 MAX_LINES = 3  # maximum lines of a message, including a hint below it
 MAX_LINE_LENGTH = 2000  # characters of a line of a message
 LISTS_OPTIONS = " --help lists all options"  # hint below an error in a terminal
@@ -336,7 +335,21 @@ def quote_command(argv: Sequence[str]) -> str:
 
     In the installed package, scripts are its console commands.
     """
-    return quote_for_shell(command_words(argv))
+    return quote_for_shell(typed_words(argv))
+
+
+def typed_words(argv: Sequence[str]) -> list[str]:
+    """Return a command as `command_words` does, with the extensions that are on."""
+    return command_words(name_extensions(argv))
+
+
+def name_extensions(argv: Sequence[str]) -> list[str]:
+    """Return a command of this program in its form in a checkout, with the extensions that are on."""
+    if not os.environ.get(EXTENSIONS):
+        return [*argv]
+    from modules.extension_words import add_extensions  # rarely needed
+
+    return add_extensions(argv)
 
 
 def quote_for_shell(argv: Sequence[str]) -> str:

@@ -20,7 +20,14 @@ def explain_compilation(error: Exception) -> str | None:
     lines = [line.strip() for line in (output or summary).splitlines() if line.strip()]
     causes = [line for line in lines if re.search("error|cannot|not found", line, re.IGNORECASE)]
     cause = next(iter([*causes, *lines]), "no reason is given")
-    folder = _find_folder_with_space(summary)
+    # A folder of torch or compiled code in a failed command whose path has a space
+    # None otherwise.
+    # torch does not quote paths in compiler commands, so the compiler reads the path as two.
+    torch_file = getattr(sys.modules.get("torch"), "__file__", None)
+    folders = [os.environ.get("TORCHINDUCTOR_CACHE_DIR"), tempfile.gettempdir()]
+    if torch_file is not None:
+        folders.append(str(Path(torch_file).parent))
+    folder = next((folder for folder in folders if folder and " " in folder and folder in summary), None)
     remedy = "Update the compiler (g++ or clang; on a GPU Triton) and its headers"
     if folder is not None:
         remedy = (
@@ -30,14 +37,3 @@ def explain_compilation(error: Exception) -> str | None:
         f"compiling the blocks failed: {shorten(cause, MAX_CAUSE_LENGTH)}\n"
         f"  {remedy}. Or omit --compile, --dynamo_backend and --optimized"
     )
-
-
-def _find_folder_with_space(command: str) -> str | None:
-    """Return a folder of torch or compiled code in a failed command whose path has a space."""
-    # None otherwise.
-    # torch does not quote paths in compiler commands, so the compiler reads the path as two.
-    torch_file = getattr(sys.modules.get("torch"), "__file__", None)
-    folders = [os.environ.get("TORCHINDUCTOR_CACHE_DIR"), tempfile.gettempdir()]
-    if torch_file is not None:
-        folders.append(str(Path(torch_file).parent))
-    return next((folder for folder in folders if folder and " " in folder and folder in command), None)

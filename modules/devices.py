@@ -78,26 +78,22 @@ def select_device(name: str | None) -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise OptionError(f"--device {name}: torch sees no Apple GPU. Use --device cpu.")
     if device.type == "cuda":
-        _check_cuda(name, device)
+        # Raise OptionError if torch detects no CUDA device, or none with the index of `device`
+        if not torch.cuda.is_available():
+            from modules.nvidia_driver import explain_unseen_card  # only if torch sees no card
+
+            reason = explain_unseen_card(torch.__version__, torch.version.cuda)
+            remedy = "Use --device cpu, or install a CUDA build of torch." if reason is None else f"{reason}."
+            raise OptionError(f"--device {name}: torch sees no CUDA device. {remedy}")
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise OptionError(
+                f"--device {name}: torch sees {count} CUDA devices, counted from cuda:0. Use at most "
+                f"cuda:{count - 1}."
+            )
         if device.index is not None:
             torch.cuda.set_device(device)
     return device
-
-
-def _check_cuda(name: str, device: torch.device) -> None:
-    """Raise OptionError if torch detects no CUDA device, or none with the index of `device`."""
-    if not torch.cuda.is_available():
-        from modules.nvidia_driver import explain_unseen_card  # only if torch sees no card
-
-        reason = explain_unseen_card(torch.__version__, torch.version.cuda)
-        remedy = "Use --device cpu, or install a CUDA build of torch." if reason is None else f"{reason}."
-        raise OptionError(f"--device {name}: torch sees no CUDA device. {remedy}")
-    count = torch.cuda.device_count()
-    if (device.index or 0) >= count:
-        raise OptionError(
-            f"--device {name}: torch sees {count} CUDA devices, counted from cuda:0. Use at most "
-            f"cuda:{count - 1}."
-        )
 
 
 @functools.cache

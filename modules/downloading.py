@@ -203,7 +203,16 @@ def ask_http(
         session = _get_session(threading.get_ident())
         with session.get(address, headers=request_headers, stream=True, timeout=TIMEOUTS) as response:
             _check_answer(address, response)
-            yield _read_answer(response, have, version)
+            # Read the headers of a response to the request for a file from byte `have` on
+            start = _find_first_byte(response, have)
+            size_bytes = _read_size(response, start)
+            new_version = _read_version(response)
+            if start and version is not None and new_version not in (None, version):
+                # some servers ignore if-range
+                raise RetryableError("the file has changed meanwhile", from_start=True)
+            if start:  # partial answers may omit the version
+                new_version = new_version or version
+            yield Answer(start, size_bytes, new_version or None, _read_pieces(response))
     except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema):
         raise DownloadRejected("it is not a valid address") from None
     # messages do not include the error's text, which may contain the address
@@ -212,19 +221,6 @@ def ask_http(
     # errors that requests does not convert: redirects without an address, chunks of negative length
     except (urllib3.exceptions.HTTPError, ValueError) as error:
         raise RetryableError(f"the answer is malformed ({type(error).__name__})") from None
-
-
-def _read_answer(response: "requests.Response", have: int, version: str | None) -> Answer:
-    """Read the headers of a response to the request for a file from byte `have` on."""
-    start = _find_first_byte(response, have)
-    size_bytes = _read_size(response, start)
-    new_version = _read_version(response)
-    if start and version is not None and new_version not in (None, version):
-        # some servers ignore if-range
-        raise RetryableError("the file has changed meanwhile", from_start=True)
-    if start:  # partial answers may omit the version
-        new_version = new_version or version
-    return Answer(start, size_bytes, new_version or None, _read_pieces(response))
 
 
 def _read_version(response: "requests.Response") -> str | None:

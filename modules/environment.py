@@ -184,18 +184,7 @@ def _install(
         torch_flags += ["--index-url", build.index]
     if is_replacing:  # uv and pip spell this flag differently
         torch_flags += ["--reinstall-package", "torch"] if uv else ["--force-reinstall"]
-    lines_by_step = _group_requirements(requirements)
-    if keeps_torch:
-        lines_by_step["torch"] = []
-    flags_by_step = {"torch": torch_flags, "without dependencies": ["--no-deps"]}
-    for step, lines in lines_by_step.items():
-        if lines:
-            flags = flags_by_step.get(step, [])
-            _install_lines(python, lines, flags=flags, uv=uv, is_shown=build is not None)
-
-
-def _group_requirements(requirements: Iterable[str]) -> dict[str, list[str]]:
-    """Return the requirements of each installation step, in the order of the steps."""
+    # The requirements of each installation step, in the order of the steps
     lines_by_step: dict[str, list[str]] = {"torch": [], "others": [], "without dependencies": []}
     for line in requirements:
         name = requirement_name(line)
@@ -205,7 +194,13 @@ def _group_requirements(requirements: Iterable[str]) -> dict[str, list[str]]:
             lines_by_step["torch"].append(line)
         else:
             lines_by_step["others"].append(line)
-    return lines_by_step
+    if keeps_torch:
+        lines_by_step["torch"] = []
+    flags_by_step = {"torch": torch_flags, "without dependencies": ["--no-deps"]}
+    for step, lines in lines_by_step.items():
+        if lines:
+            flags = flags_by_step.get(step, [])
+            _install_lines(python, lines, flags=flags, uv=uv, is_shown=build is not None)
 
 
 def _install_lines(

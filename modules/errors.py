@@ -7,6 +7,8 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+INTERRUPTED = 130  # the shell's code for a program ended by Ctrl-C
+
 
 class UserError(Exception):
     """An error that the user can correct. The program exits with `exit_code`."""

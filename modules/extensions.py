@@ -12,7 +12,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from modules.errors import InstallationError, OptionError
-from modules.installation import EXTENSIONS
+from modules.installation import EXTENSIONS, EXTENSIONS_FLAG
 
 FEATURES, NETWORKS, OPTIMIZERS, FAMILIES, PAGES = GROUPS = (
     "reelsmith.features",  # a `Feature` of training/features/contract.py
@@ -25,7 +25,12 @@ FEATURES, NETWORKS, OPTIMIZERS, FAMILIES, PAGES = GROUPS = (
 
 def list_named() -> list[str]:
     """Return the names of the extensions that the user has named."""
-    return [name.strip() for name in os.environ.get(EXTENSIONS, "").split(",") if name.strip()]
+    return split_names(os.environ.get(EXTENSIONS, ""))
+
+
+def split_names(text: str) -> list[str]:
+    """Return the names in a list with commas between them."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def check_named() -> None:
@@ -72,5 +77,5 @@ def _load(entry: EntryPoint) -> Any:
     except Exception as error:  # third-party code may raise anything
         raise InstallationError(
             f"extension {entry.name} ({entry.value}) cannot be loaded: {type(error).__name__}: {error}. "
-            f"Remove it from {EXTENSIONS}, or install a version for this Reelsmith"
+            f"Leave it out of {EXTENSIONS_FLAG} or {EXTENSIONS}, or install a version for this Reelsmith"
         ) from error

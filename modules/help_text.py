@@ -45,13 +45,7 @@ def full_help(parser: argparse.ArgumentParser) -> str:
         formatter.add_arguments([action for action in group._group_actions if not find_rejection(action)])
         formatter.end_section()
     actions = [action for group in groups for action in group._group_actions]
-    _add_rejected_options(formatter, actions)
-    formatter.add_text(parser.epilog)
-    return formatter.format_help()
-
-
-def _add_rejected_options(formatter: HelpFormatter, actions: Iterable[argparse.Action]) -> None:
-    """Add sections for options that are refused, and for those that are accepted but not needed."""
+    # Add sections for options that are refused, and for those that are accepted but not needed
     refused: dict[str, list[str]] = {}  # reason -> flags
     unneeded: dict[str, list[str]] = {}  # what makes the option unnecessary -> flags
     for action in actions:
@@ -70,6 +64,8 @@ def _add_rejected_options(formatter: HelpFormatter, actions: Iterable[argparse.A
             formatter.start_section(title)
             formatter.add_text("\n".join(lines))
             formatter.end_section()
+    formatter.add_text(parser.epilog)
+    return formatter.format_help()
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,9 @@ PROGRESS = "REELSMITH_PROGRESS"
 TELLS_KINDS = "REELSMITH_TELLS_KINDS"
 # variable with the extensions that the user enables (modules/extensions.py)
 EXTENSIONS = "REELSMITH_EXTENSIONS"
+EXTENSIONS_FLAG = "--extensions"  # the same, before a command of the front script
+# scripts that set up a checkout, and its door to the commands; the package has none of them
+CHECKOUT_SCRIPTS = {"quickstart", "reelsmith", "run_tests", "set_up"}
 RUN_CHECKS = "checks"  # value for a training run that only checks its options and files
 SOURCES_LEFT_OUT = 4  # exit code of caching for `run`: all files are cached except faulty ones
 # distribution -> import name, if it differs
@@ -134,6 +137,8 @@ def command_words(argv: Sequence[str]) -> list[str]:
         return [*console_words(Path(argv[1]).stem), *argv[2:]]
     if argv[:2] == ["accelerate", "launch"]:
         for index, word in enumerate(argv):
+            if word == FRONT_SCRIPT:
+                return [*argv[:index], "-m", PREFIX.rstrip("."), *argv[index + 1 :]]
             script = find_script(word)
             if script is not None:
                 return [*argv[:index], *program_words(script), *argv[index + 1 :]]
@@ -167,9 +172,15 @@ def find_front_words() -> list[str]:
     index = len(sys.orig_argv) - len(sys.argv)  # index of the word after reelsmith.py, if that was started
     names = name_words(Path(sys.argv[0]).stem).split()
     index -= len(names)
+    extensions = []
+    if sys.orig_argv[max(index - 1, 0) : index] == [EXTENSIONS_FLAG]:
+        extensions = sys.orig_argv[index - 1 : index + 1]
+        index -= 2
     is_front = index > 0 and Path(sys.orig_argv[index]).name == FRONT_SCRIPT
-    typed = [word for word in sys.orig_argv[index + 1 :] if word not in ("help", "-h", "--help")]
-    return [FRONT_SCRIPT, *names] if is_front and typed[: len(names)] == names else []
+    typed = sys.orig_argv[index + 1 + len(extensions) :]
+    typed = [word for word in typed if word not in ("help", "-h", "--help")]
+    is_shown = is_front and typed[: len(names)] == names
+    return [FRONT_SCRIPT, *extensions, *names] if is_shown else []
 
 
 def find_script(word: str) -> Path | None:

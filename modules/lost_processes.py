@@ -104,7 +104,9 @@ class OtherProcesses:
         try:
             yield
         except BaseException as error:
-            is_communication_error = _is_communication_error(error)
+            is_communication_error = isinstance(error, distributed.DistError) or (
+                isinstance(error, RuntimeError) and COMMUNICATION_ERRORS.search(str(error)) is not None
+            )
             if is_communication_error:  # wait for a more specific reason from the other processes
                 self._loss_noticed.wait(self._pace.grace_seconds)
             self._has_ended.set()  # from now on, this thread ends the process
@@ -227,7 +229,13 @@ def reconnect(environment: MutableMapping[str, str] = os.environ) -> None:
     if rank == 0:
         port = _answer_port_requests(store, int(environment["WORLD_SIZE"]))
     else:
-        port = _request_port(store, rank)
+        # Send a random word to process 0 until it answers with a free port; return the port
+        word = secrets.token_hex(8)
+        answer_key = f"{PORT_ANSWER}/{word}"
+        while not store.check([answer_key]):
+            store.set(f"{PORT_REQUEST}/{rank}", word)
+            time.sleep(PAUSE)
+        port = str(store.get(answer_key).decode())
     # so process 0 opens a store of its own at the new port
     environment.update(MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE="False")
 
@@ -244,23 +252,6 @@ def _answer_port_requests(store: Any, count: int) -> str:
         word = store.get(key).decode()  # waits for the request
         store.set(f"{PORT_ANSWER}/{word}", port)
     return port
-
-
-def _request_port(store: Any, rank: int) -> str:
-    """Send a random word to process 0 until it answers with a free port; return the port."""
-    word = secrets.token_hex(8)
-    answer_key = f"{PORT_ANSWER}/{word}"
-    while not store.check([answer_key]):
-        store.set(f"{PORT_REQUEST}/{rank}", word)
-        time.sleep(PAUSE)
-    return str(store.get(answer_key).decode())
-
-
-def _is_communication_error(error: BaseException) -> bool:
-    """Return whether an error comes from torch.distributed, by its class or its message."""
-    return isinstance(error, distributed.DistError) or (
-        isinstance(error, RuntimeError) and COMMUNICATION_ERRORS.search(str(error)) is not None
-    )
 
 
 def _connect(rank: int, count: int, pace: Pace) -> dict[int, socket.socket]:

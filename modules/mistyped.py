@@ -6,14 +6,19 @@ Standard library only.
 import argparse
 import itertools
 import re
+import sys
 from collections.abc import Collection, Container, Iterable, Mapping, Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
 
 from modules.command import did_you_mean, quote_command, shorten_word
+from modules.extensions import FEATURES, list_named
+from modules.installation import EXTENSIONS_FLAG, FRONT_SCRIPT, find_script
 from modules.option_tables import list_option_names
 from modules.option_values import HEIGHT_WIDTH
 from modules.options import KeyFile
 from modules.paths import path_exists
+from modules.script_words import name_words
 
 SWITCHES = {"true", "false", "yes", "no", "on", "off", "1", "0"}
 NUMBER_TYPES = (int, float)
@@ -209,11 +214,46 @@ def guess_option(flags: Flags, name: str) -> str:
 
     A known option of another program is not treated as a typo: a name that only looks similar would mislead.
     """
+    if name == EXTENSIONS_FLAG.lstrip("-"):
+        front = quote_command(["python", FRONT_SCRIPT, EXTENSIONS_FLAG])
+        return f" It stands before the command: {front} NAMES ..."
+    advice = explain_switched_off(FEATURES, name.replace("-", "_"))
+    if advice:
+        return advice
     is_ours = f"--{name}" in flags  # typed with a single dash
     if not is_ours and name.replace("-", "_") in list_option_names():
         return " It belongs to other scripts, and nothing here corresponds to it. Omit it."
     near = did_you_mean(name, [flag[2:] for flag in flags if flag[:2] == "--"], _MIN_SIMILARITY)
     return near.replace("mean ", "mean --") or " Omit it."
+
+
+def explain_switched_off(group: str, name: str) -> str:
+    """Return advice about a name that only an installed extension knows which is not switched on.
+
+    Args:
+        group: Kind of the extension, of `modules.extensions.GROUPS`.
+        name: An option or a value that nothing here knows. An option may begin with the extension's name.
+
+    Returns:
+        A sentence with the command that switches it on; "" if no installed extension has this name.
+    """
+    installed = {entry.name for entry in entry_points(group=group)} - {*list_named()}
+    fitting = [known for known in installed if name == known or name.startswith(f"{known}_")]
+    if not fitting:
+        return ""
+    extension = max(fitting, key=len)
+    names = ",".join([*list_named(), extension])
+    command = _find_running_words()
+    typed = quote_command(["python", FRONT_SCRIPT, EXTENSIONS_FLAG, names, *command])
+    return f" The extension {extension} is installed, but not switched on. Switch it on: {typed} ..."
+
+
+def _find_running_words() -> list[str]:
+    """Return the words after `reelsmith` that name the running script."""
+    program = sys.argv[0]
+    if " " in program and find_script(program) is None and program.startswith("reelsmith "):
+        return program.split()[1:]  # of the installed package
+    return name_words(Path(program).stem).split()
 
 
 def explain_foreign_name(flags: Flags, name: str, key_files: Iterable[KeyFile] = ()) -> str:

@@ -402,17 +402,6 @@ def _warn_of_ignored_option(record: Any, field: "dataclasses.Field[Any]") -> Non
         logger.warning("%s is ignored because %s given", option, reason)
 
 
-def _warn_of_useless_default(record: Any, field: "dataclasses.Field[Any]") -> None:
-    """Warn if an option typed with its default value has no effect, because another option is missing."""
-    # Values other than the default are rejected or reported by `_check_field`. Default values are accepted,
-    # because commands written for other programs contain them.
-    flags = find_needed(field.metadata, partial(_list_set, record))
-    if flags:
-        logger.warning("--%s has no effect without %s", option_name(field), flags)
-    if field.metadata.get("ignored_without"):
-        _warn_of_ignored_option(record, field)
-
-
 def list_idle(record: Any, written: Collection[str]) -> list[str]:
     """Return the public names of options that have their default value, and no effect without another option.
 
@@ -508,7 +497,15 @@ def read_options(cls: type[R], args: argparse.Namespace) -> R:
     for option, field in cls.fields_by_name.items():
         is_typed = field.name not in records and option.replace("-", "_") in typed
         if is_typed and not is_set(options, field):
-            _warn_of_useless_default(options, field)
+            # Warn if an option typed with its default value has no effect, because another option is missing
+            # Values other than the default are rejected or reported by `_check_field`. Default values are
+            # accepted,
+            # because commands written for other programs contain them.
+            flags = find_needed(field.metadata, partial(_list_set, options))
+            if flags:
+                logger.warning("--%s has no effect without %s", option_name(field), flags)
+            if field.metadata.get("ignored_without"):
+                _warn_of_ignored_option(options, field)
     for field in dataclasses.fields(cls):
         value = values[field.name]
         if isinstance(value, (int, float, tuple)) and not isinstance(value, bool):

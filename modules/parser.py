@@ -120,7 +120,16 @@ class Parser(argparse.ArgumentParser):
         self._show_help(argv)  # ends the program if help is asked for
         # find mistakes that argparse would explain worse, and convert the words to the form that it expects
         if argv and argv[-1] in _LINE_ENDS:
-            self._reject_line_continuation(argv)
+            # Reject a command that ends in a line-continuation character of another shell, such as ` or ^
+            last_but_one, last = ["", *argv][-2:]
+            takes_it = any(
+                last_but_one in action.option_strings and action.nargs != 0 for action in self._actions
+            )
+            if not takes_it:
+                self.error(
+                    f"the command ends in '{last}', and its next line was not read: a line continues with \\ "
+                    "as its very last character in bash, with ^ in cmd, with ` in PowerShell. Write one line"
+                )
         argv = self._normalize(argv)
         self._reject_unknown(argv)
         self._reject_joined_numbers(argv)
@@ -140,28 +149,19 @@ class Parser(argparse.ArgumentParser):
         setattr(parsed, TYPED, typed)
         return parsed
 
-    def _reject_line_continuation(self, argv: Sequence[str]) -> None:
-        """Reject a command that ends in a line-continuation character of another shell, such as ` or ^."""
-        last_but_one, last = ["", *argv][-2:]
-        takes_it = any(
-            last_but_one in action.option_strings and action.nargs != 0 for action in self._actions
-        )
-        if not takes_it:
-            self.error(
-                f"the command ends in '{last}', and its next line was not read: a line continues with \\ as "
-                "its very last character in bash, with ^ in cmd, with ` in PowerShell. Write one line"
-            )
-
     def _record_typed_flags(self, argv: Sequence[str]) -> dict[str, str]:
-        """Record the flag with which each option is typed; abbreviations are completed."""
+        """Record the flag with which each option is typed; abbreviations are completed, with a warning."""
         flags = self._option_string_actions
         self._typed_spellings.clear()
         for word in argv[: argv.index("--") if "--" in argv else None]:
             flag = word.partition("=")[0]
+            typed = flag
             if flag not in flags and flag[:2] == "--":
                 flag = self._complete_flag(flag)
             if flag not in flags:
                 continue
+            if flag != typed:
+                logger.warning("%s is taken as %s. Write it in full", typed, flag)
             self.typed_flags.setdefault(flags[flag].dest, flag)
             self._typed_spellings.add(flag)
         displayed_flags: dict[str, str] = {}

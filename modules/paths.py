@@ -123,7 +123,13 @@ def path_exists(path: Path) -> bool:
 def explain_path(text: str) -> str | None:
     """Explain the likely mistake in a path that does not exist; None if it shows no known mistake."""
     if any(character in _ESCAPES for character in text):
-        return _explain_escapes(text)
+        signs = ", ".join(_ESCAPES[character] for character in dict.fromkeys(text) if character in _ESCAPES)
+        meant = "".join(_ESCAPES.get(character, character) for character in text)
+        forward = meant.replace(_BACKSLASH, "/")
+        return (
+            f"it contains control characters, as TOML and JSON read {signs} in double quotes. Write a path "
+            f"of Windows with forward slashes, {forward}, or in TOML in single quotes, '{meant}'"
+        )
     if _ADDRESS.match(text) or _HUB.match(text):
         return "this is an address. Download the file first and pass its path"
     if text.startswith(QUOTES) or text.endswith(QUOTES):
@@ -142,16 +148,6 @@ def explain_path(text: str) -> str | None:
     if os.name != "nt" and _DRIVE.match(text):
         return "this is a Windows path. Here (in WSL) C: is /mnt/c, and folders are separated by /"
     return None
-
-
-def _explain_escapes(text: str) -> str:
-    signs = ", ".join(_ESCAPES[character] for character in dict.fromkeys(text) if character in _ESCAPES)
-    meant = "".join(_ESCAPES.get(character, character) for character in text)
-    forward = meant.replace(_BACKSLASH, "/")
-    return (
-        f"it contains control characters, as TOML and JSON read {signs} in double quotes. Write a path of "
-        f"Windows with forward slashes, {forward}, or in TOML in single quotes, '{meant}'"
-    )
 
 
 def explain_missing(path: Path) -> str:

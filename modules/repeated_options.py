@@ -61,7 +61,15 @@ def accepted_options(
         settings: Mapping[str, Any] = {} if declared is None else declared.settings
         nested_record = find_record_type(hint)
         if nested_record is not None:
-            accepted |= accepted_options(nested_record, {**_list_changed_flags(settings), **outer_flags})
+            # The flags that a field changes for options of the record that it contains, by option
+            changes = settings.get("settings", {})
+            accepted |= accepted_options(
+                nested_record,
+                {
+                    **({name: change["flags"] for name, change in changes.items() if "flags" in change}),
+                    **outer_flags,
+                },
+            )
             continue
         spellings = outer_flags.get(name) or (() if declared is None else declared.flags)
         accepted[name] = AcceptedOption(
@@ -72,12 +80,6 @@ def accepted_options(
             choices=tuple(settings.get("choices") or ()),
         )
     return accepted
-
-
-def _list_changed_flags(settings: Mapping[str, Any]) -> dict[str, Sequence[str]]:
-    """Return the flags that a field changes for options of the record that it contains, by option."""
-    changes = settings.get("settings", {})
-    return {name: change["flags"] for name, change in changes.items() if "flags" in change}
 
 
 def repeat_given(options: Options, typed: Mapping[str, str] | None = None) -> list[RepeatedOption]:

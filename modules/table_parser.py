@@ -250,7 +250,18 @@ def describe_parser(parser: Parser) -> dict[str, Any]:
 
     A section contains consecutive options of one group; a group may have several sections.
     """
-    sections = _describe_sections(parser)
+    # The sections of a parser, each with its title and its options, without --help
+    title_by_action = {
+        id(action): group.title for group in parser._action_groups for action in group._group_actions
+    }
+    sections: list[dict[str, Any]] = []
+    for action in parser._actions:
+        if action.dest == "help":
+            continue
+        title = title_by_action[id(action)]
+        if not sections or sections[-1]["title"] != title:
+            sections.append({"title": title, "options": []})
+        sections[-1]["options"].append(_describe_action(action))
     group_titles = [group.title for group in parser._action_groups if group.title is not None]
     # the order of the groups is stored only if it does not follow from the sections
     titles_by_sections = ["positional arguments", "options", *(section["title"] for section in sections)]
@@ -270,22 +281,6 @@ def describe_parser(parser: Parser) -> dict[str, Any]:
     return {name: value for name, value in table.items() if value not in ({}, [])}
 
 
-def _describe_sections(parser: Parser) -> list[dict[str, Any]]:
-    """Return the sections of a parser, each with its title and its options, without --help."""
-    title_by_action = {
-        id(action): group.title for group in parser._action_groups for action in group._group_actions
-    }
-    sections: list[dict[str, Any]] = []
-    for action in parser._actions:
-        if action.dest == "help":
-            continue
-        title = title_by_action[id(action)]
-        if not sections or sections[-1]["title"] != title:
-            sections.append({"title": title, "options": []})
-        sections[-1]["options"].append(_describe_action(action))
-    return sections
-
-
 def _describe_action(action: argparse.Action) -> dict[str, Any]:
     """Return the row of an option: its flags, its name, and the values that differ from `_DEFAULTS`."""
     flags = list(action.option_strings)
@@ -303,7 +298,9 @@ def _describe_action(action: argparse.Action) -> dict[str, Any]:
             row[name] = plain
     rejection: Rejection | None = vars(action).get("rejection")
     if rejection is not None:
-        row["rejection"] = _describe_rejection(rejection)
+        # The fields of a rejected option that are not empty, without its help
+        facts = {"reason": rejection.reason, "instead": rejection.instead, "values": list(rejection.values)}
+        row["rejection"] = {name: value for name, value in facts.items() if value}
         if row.get("help") == _default_help(rejection):  # the help that follows from the rejection
             del row["help"]
     if "not_given" in vars(action):
@@ -320,12 +317,6 @@ def _collect_attributes(action: argparse.Action) -> dict[str, Any]:
         attributes["help"] = (attributes["help"] or "").removesuffix(_DEFAULT_SUFFIX)
         attributes["nargs"] = None
     return attributes
-
-
-def _describe_rejection(rejection: Rejection) -> dict[str, Any]:
-    """Return the fields of a rejected option that are not empty, without its help."""
-    facts = {"reason": rejection.reason, "instead": rejection.instead, "values": list(rejection.values)}
-    return {name: value for name, value in facts.items() if value}
 
 
 def _to_json_value(value: Any) -> Any:

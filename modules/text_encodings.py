@@ -215,12 +215,24 @@ def _score_character(before: str, char: str, after: str, encoding: str) -> float
     if char >= "\uff00":  # half-width and full-width forms: what single bytes look like in Shift-JIS
         return -0.5
     if char >= "\u2e80":  # East Asian scripts
-        return _score_east_asian(char, encoding) + (1.0 if is_frequent else 0.0)
-    return _score_letter(before, char, after, encoding, is_frequent)
-
-
-def _score_letter(before: str, char: str, after: str, encoding: str, is_frequent: bool) -> float:
-    """Score a letter: above 0 if it and its neighbors belong to the script of the encoding."""
+        # Rate an East Asian character: above 0 if it is a common one, else below 0
+        # The national standards list common characters first: level 1 of GB 2312, Big5 and JIS X 0208, and
+        # the
+        # Hangul of KS X 1001. The first bytes of their codes are in the ranges below.
+        lead_byte = char.encode(encoding)[0]
+        match encoding:
+            case "gb18030":  # contains GB 2312
+                is_common = 0xB0 <= lead_byte <= 0xD7 and char.encode(encoding)[1] >= 0xA1
+            case "big5":
+                is_common = 0xA4 <= lead_byte <= 0xC6
+            case "cp932":
+                is_common = 0x88 <= lead_byte <= 0x97
+            case "euc_jp":
+                is_common = 0xB0 <= lead_byte <= 0xCF
+            case _:
+                is_common = 0xB0 <= lead_byte <= 0xC8 and char.encode(encoding)[1] >= 0xA1
+        return (0.4 if is_common else -1.0) + (1.0 if is_frequent else 0.0)
+    # Score a letter: above 0 if it and its neighbors belong to the script of the encoding
     neighbors = [neighbor for neighbor in (before, after) if neighbor.isalpha()]
     script = _SCRIPTS.get(encoding, "LATIN")
     if any(script not in unicodedata.name(letter, "") for letter in (char, *neighbors)):
@@ -231,22 +243,3 @@ def _score_letter(before: str, char: str, after: str, encoding: str, is_frequent
         return -0.5  # two accents next to each other
     bonus = 0.5 if is_frequent else 0.0
     return bonus + (0.5 if script != "LATIN" or is_frequent else 0.3)
-
-
-def _score_east_asian(char: str, encoding: str) -> float:
-    """Rate an East Asian character: above 0 if it is a common one, else below 0."""
-    # The national standards list common characters first: level 1 of GB 2312, Big5 and JIS X 0208, and the
-    # Hangul of KS X 1001. The first bytes of their codes are in the ranges below.
-    lead_byte = char.encode(encoding)[0]
-    match encoding:
-        case "gb18030":  # contains GB 2312
-            is_common = 0xB0 <= lead_byte <= 0xD7 and char.encode(encoding)[1] >= 0xA1
-        case "big5":
-            is_common = 0xA4 <= lead_byte <= 0xC6
-        case "cp932":
-            is_common = 0x88 <= lead_byte <= 0x97
-        case "euc_jp":
-            is_common = 0xB0 <= lead_byte <= 0xCF
-        case _:
-            is_common = 0xB0 <= lead_byte <= 0xC8 and char.encode(encoding)[1] >= 0xA1
-    return 0.4 if is_common else -1.0

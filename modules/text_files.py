@@ -198,7 +198,20 @@ def parse_json(text: str, no_repeats: bool = False) -> Any:
         raise _too_deep() from None
     except json.JSONDecodeError as error:
         position = error.pos  # explain only the part at the error, because the text may be huge
-        hint = _explain_json(text[position : position + 200], text[max(0, position - 200) : position])
+        # A hint about a common mistake in JSON, beginning with a full stop; "" if none is recognized
+        following = text[position : position + 200]
+        before = text[max(0, position - 200) : position]
+        hints = (
+            (r"None", "For nothing write null, or omit the key"),
+            (r"True|False", "Write true or false, in lower case"),
+            (r"['\u2018\u2019\u201c\u201d\u00ab\u00bb]", 'Use straight double quotes: "..."'),
+            (r"\w+\s*:", "A key needs double quotes"),
+            (r"\\", 'A Windows path needs forward or doubled slashes: "C:/data"'),
+        )
+        hint = next((hint for pattern, hint in hints if re.match(pattern, following)), "")
+        if following[:1] in {"]", "}"} and before.rstrip().endswith(","):
+            hint = "Remove the comma after the last entry"
+        hint = f". {hint}" if hint else ""
         raise ValueError(f"{error}{hint}") from None
     if text.count("[") + text.count("{") > MAX_DEPTH:  # fewer brackets cannot be nested too deeply
         check_depth(content)
@@ -289,21 +302,6 @@ def _explain_toml(text: str, error: str) -> str:
     if not hint and "=" not in line and re.match(r"[\w-]+\s*:", line):
         hint = "A key and its value are joined with =."
     return f"\n  {hint}" if hint else ""
-
-
-def _explain_json(following: str, before: str) -> str:
-    """Return a hint about a common mistake in JSON, beginning with a full stop; "" if none is recognized."""
-    hints = (
-        (r"None", "For nothing write null, or omit the key"),
-        (r"True|False", "Write true or false, in lower case"),
-        (r"['\u2018\u2019\u201c\u201d\u00ab\u00bb]", 'Use straight double quotes: "..."'),
-        (r"\w+\s*:", "A key needs double quotes"),
-        (r"\\", 'A Windows path needs forward or doubled slashes: "C:/data"'),
-    )
-    hint = next((hint for pattern, hint in hints if re.match(pattern, following)), "")
-    if following[:1] in {"]", "}"} and before.rstrip().endswith(","):
-        hint = "Remove the comma after the last entry"
-    return f". {hint}" if hint else ""
 
 
 def bad_character(text: str) -> str | None:

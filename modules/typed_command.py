@@ -2,7 +2,6 @@
 
 import os
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 
 from modules.errors import OptionError
@@ -37,7 +36,17 @@ def read_command(option: str, text: str) -> list[str]:
     program = argv[0]
     name = Path(program).name.lower().removesuffix(".exe")
     if name not in SHELLS:  # a shell may get operators among its arguments
-        _reject_shell(option, argv)
+        # Raise OptionError for shell syntax in a command, because commands are started without a shell
+        as_shell = f"Put the line into a script, or pass it to a shell: {option} \"bash -c '...'\""
+        for word in argv:
+            if word in OPERATORS or word.endswith(";"):
+                raise OptionError(f"{option}: {word} is for a shell, but none reads this command. {as_shell}")
+            if any(start in word for start in VARIABLES):
+                raise OptionError(
+                    f"{option}: {word} is replaced by a shell, but none reads this command. Let the program "
+                    f'read the variable from its environment, or pass the line to a shell: {option} "bash -c '
+                    "'...'\""
+                )
     if shutil.which(program) is None:
         raise OptionError(f"{option}: {program} {_explain_missing(option, program)}")
     script = argv[1] if len(argv) > 1 else "-"  # "-" stands for no script
@@ -50,42 +59,25 @@ def read_command(option: str, text: str) -> list[str]:
 def _split(option: str, text: str) -> list[str]:
     """Split a command line into arguments, like a POSIX shell or, on Windows, like a Windows program."""
     if os.name == "nt":
-        return _split_for_windows(text)
+        # Split a command line as Windows programs do, with the system's own function
+        import ctypes  # exists only on Windows
+
+        if not text.strip():
+            return []  # the function would return this program's name
+        split = ctypes.windll.shell32.CommandLineToArgvW  # type: ignore[attr-defined,unused-ignore]
+        split.restype = ctypes.POINTER(ctypes.c_wchar_p)
+        count = ctypes.c_int()
+        argv = split(ctypes.c_wchar_p(text.strip()), ctypes.byref(count))
+        try:
+            return [str(argv[index]) for index in range(count.value)]
+        finally:
+            free = ctypes.windll.kernel32.LocalFree  # type: ignore[attr-defined,unused-ignore]
+            free(argv)
+        return None
     try:
         return shlex.split(text)
     except ValueError as error:
         raise OptionError(f"{option} {text}: {str(error).lower()}. Close the quotes, or omit them") from None
-
-
-def _split_for_windows(text: str) -> list[str]:
-    """Split a command line as Windows programs do, with the system's own function."""
-    import ctypes  # exists only on Windows
-
-    if not text.strip():
-        return []  # the function would return this program's name
-    split = ctypes.windll.shell32.CommandLineToArgvW  # type: ignore[attr-defined,unused-ignore]
-    split.restype = ctypes.POINTER(ctypes.c_wchar_p)
-    count = ctypes.c_int()
-    argv = split(ctypes.c_wchar_p(text.strip()), ctypes.byref(count))
-    try:
-        return [str(argv[index]) for index in range(count.value)]
-    finally:
-        free = ctypes.windll.kernel32.LocalFree  # type: ignore[attr-defined,unused-ignore]
-        free(argv)
-
-
-def _reject_shell(option: str, argv: Sequence[str]) -> None:
-    """Raise OptionError for shell syntax in a command, because commands are started without a shell."""
-    as_shell = f"Put the line into a script, or pass it to a shell: {option} \"bash -c '...'\""
-    for word in argv:
-        if word in OPERATORS or word.endswith(";"):
-            raise OptionError(f"{option}: {word} is for a shell, but none reads this command. {as_shell}")
-        if any(start in word for start in VARIABLES):
-            raise OptionError(
-                f"{option}: {word} is replaced by a shell, but none reads this command. Let the program "
-                f'read the variable from its environment, or pass the line to a shell: {option} "bash -c '
-                "'...'\""
-            )
 
 
 def _explain_missing(option: str, program: str) -> str:

@@ -26,6 +26,7 @@ from networks.patterns import NamePattern, describe_unfit, in_any_spelling
 
 logger = getLogger(__name__)
 DEFAULT_ALPHA = 1.0
+MAX_BLOCK_DIGITS = 4  # of the number of a block
 Reader = Callable[[str, Any], Any]  # name and string of an argument -> its value; raises OptionError
 Pattern = re.Pattern[str] | NamePattern
 # patterns with their values, searched in module names; the last match counts
@@ -76,7 +77,9 @@ def read_block_numbers(argument: str, typed: Any) -> BlockNumbers:
         first, dash, last = list_item.strip().partition("-")
         if not dash:
             last = first
-        if not first.isdecimal() or not last.isdecimal() or int(last) < int(first):
+        # numbers of this length are of no model, and a range of them would fill the memory
+        is_short = len(first) <= MAX_BLOCK_DIGITS and len(last) <= MAX_BLOCK_DIGITS
+        if not (is_short and first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
             raise OptionError(
                 f"--network_args {argument}={text}: write all, none, or numbers of blocks such as 0,1,8-12"
             )

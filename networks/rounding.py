@@ -266,7 +266,7 @@ class LoraRounding:
         if not weights.num_16_bit:
             return f"{option} has no effect: the weights are in float32, which keeps LoRAs of any size"
         if self._rule == STOCHASTIC:
-            return f"{weights.num_16_bit} weights are rounded at random, as set by {option}"
+            return f"{weights.num_16_bit} weights are rounded up or down at random, as set by {option}"
         # no rows were sampled, so the loss is unknown
         if self._rule == NEAREST and not weights.losses:
             return f"weights are rounded to the nearest, as set by {option}"
@@ -275,8 +275,9 @@ class LoraRounding:
         if self._rule == NEAREST:
             return f"weights are rounded to the nearest, as set by {option}: that keeps {keeps}"
         return (
-            f"{weights.num_random} of {weights.num_16_bit} weights are rounded at random: rounding to the "
-            f"nearest would keep {keeps}"
+            "16-bit weights cannot hold such small changes: rounded to the nearest they would keep only "
+            f"{keeps}. {weights.num_random} of {weights.num_16_bit} are therefore rounded up or down at "
+            "random, which keeps the effect (--lora_rounding)"
         )
 
     @property

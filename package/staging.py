@@ -10,11 +10,11 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from modules.installation import SCRIPT_ROOMS
+from modules.installation import CHECKOUT_SCRIPTS, SCRIPT_ROOMS
 from modules.option_tables import TABLES
 from modules.script_words import console_words, has_own_command
 from modules.version import VERSION
-from package.reelsmith.commands import CHECKOUT_SCRIPTS, find_commands
+from package.reelsmith.commands import find_commands
 
 PACKAGE = "reelsmith"
 FRONT_NAME = "package.reelsmith"  # files at the top level of the package
@@ -179,11 +179,7 @@ def lay_out_package(root: Path, folder: Path) -> None:
     shutil.copy(root / "requirements.txt", package / "requirements.txt")
     version = f'"""The version of Reelsmith."""\n\nVERSION = "{VERSION}"\n'
     (package / "modules" / "version.py").write_text(version, encoding="utf-8")
-    _rewrite_modules(root, package)
-
-
-def _rewrite_modules(root: Path, package: Path) -> None:
-    """Rewrite the imports and strings of all modules in the package."""
+    # Rewrite the imports and strings of all modules in the package
     commands = find_commands(root)
     own_names = find_own_names(root)
     scripts = {command.script for command in commands}

@@ -92,7 +92,15 @@ def read_chain(tool: str, description: str, argv: Sequence[str] | None = None) -
     later_prog = f"{parser.prog} {THEN}"
     first_tool = find_tool(tool)
     add_options(parser, ToolRunOptions, first_tool.options_class)
-    _add_then(parser)
+    group = parser.add_argument_group("several tools in one run")
+    group.add_argument(
+        THEN,
+        metavar="TOOL ...",
+        help="give each image on to another tool, without a file in between. Behind the tool's name stand "
+        f"its own options ({THEN} upscaler --help lists them; without --model the downloaded one is taken), "
+        f"before the first {THEN} what holds for the whole run. May be repeated. The tools: "
+        f"{', '.join(tool.name for tool in TOOLS)}",
+    )
     # print the help of a later tool, which ends the program, even if the first one lacks required options
     for later_argv in later_argvs:
         if HELP & set(later_argv):
@@ -108,18 +116,6 @@ def read_chain(tool: str, description: str, argv: Sequence[str] | None = None) -
     if os.environ.get(ONLY_OPTIONS):  # a caller only wants to know whether the options are valid
         raise SystemExit(0)
     return Chain(run, tuple(tools))
-
-
-def _add_then(parser: Parser) -> None:
-    group = parser.add_argument_group("several tools in one run")
-    group.add_argument(
-        THEN,
-        metavar="TOOL ...",
-        help="give each image on to another tool, without a file in between. Behind the tool's name stand "
-        f"its own options ({THEN} upscaler --help lists them; without --model the downloaded one is taken), "
-        f"before the first {THEN} what holds for the whole run. May be repeated. The tools: "
-        f"{', '.join(tool.name for tool in TOOLS)}",
-    )
 
 
 @dataclass(frozen=True)

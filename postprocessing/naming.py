@@ -57,7 +57,16 @@ def plan_jobs(chain: Chain, ask: Callable[[str], Answer | None]) -> list[FileJob
         )
     for job in jobs:
         _check_output(job, jobs)
-    _check_collisions(jobs)
+    # Raise OptionError if two results would be written to the same file
+    source_by_output: dict[str, Path] = {}
+    for job in jobs:
+        # file systems of Windows and macOS ignore case
+        earlier = source_by_output.setdefault(str(job.output).casefold(), job.source)
+        if earlier is not job.source:
+            raise OutputError(
+                f"{earlier.name} and {job.source.name} would both be written to {job.output}. "
+                "Rename one of them, or move it to another folder."
+            )
     return jobs if chain.run.yes else resolve_existing(jobs, ask)
 
 
@@ -82,19 +91,6 @@ def _check_output(job: FileJob, jobs: Sequence[FileJob]) -> None:
         if job.output.samefile(input_job.source):
             name = "the input" if input_job is job else f"the input {input_job.source}"
             raise OutputError(f"{job.output} is {name}, which is never overwritten. Choose another --output.")
-
-
-def _check_collisions(jobs: Sequence[FileJob]) -> None:
-    """Raise OptionError if two results would be written to the same file."""
-    sources: dict[str, Path] = {}
-    for job in jobs:
-        # file systems of Windows and macOS ignore case
-        earlier = sources.setdefault(str(job.output).casefold(), job.source)
-        if earlier is not job.source:
-            raise OutputError(
-                f"{earlier.name} and {job.source.name} would both be written to {job.output}. "
-                "Rename one of them, or move it to another folder."
-            )
 
 
 def _list_media_files(folder: Path) -> list[Path]:
@@ -196,7 +192,13 @@ def resolve_existing(jobs: Sequence[FileJob], ask: Callable[[str], Answer | None
     jobs_with_result = [job for job in jobs if os.path.lexists(job.output)]
     if not jobs_with_result:
         return list(jobs)
-    names = _name_outputs(jobs_with_result)
+    # The paths of the first few output files, for a message
+    names = ", ".join(str(job.output) for job in jobs_with_result[:MAX_NAMED_FILES])
+    names = (
+        f"{names} and {len(jobs_with_result) - MAX_NAMED_FILES} more"
+        if len(jobs_with_result) > MAX_NAMED_FILES
+        else names
+    )
     is_one = len(jobs_with_result) == 1
     exist = f"{names} exists already" if is_one else f"{names} exist already"
     answer = ask(f"{exist}. Overwrite")
@@ -208,22 +210,12 @@ def resolve_existing(jobs: Sequence[FileJob], ask: Callable[[str], Answer | None
         logger.info("%s %s as before", names, "stays" if is_one else "stay")
         return [job for job in jobs if job not in jobs_with_result]
     # the third answer: write under other names
-    return _rename_outputs(jobs, jobs_with_result)
-
-
-def _name_outputs(jobs: Sequence[FileJob]) -> str:
-    """Return the paths of the first few output files, for a message."""
-    names = ", ".join(str(job.output) for job in jobs[:MAX_NAMED_FILES])
-    return f"{names} and {len(jobs) - MAX_NAMED_FILES} more" if len(jobs) > MAX_NAMED_FILES else names
-
-
-def _rename_outputs(jobs: Sequence[FileJob], existing: Sequence[FileJob]) -> list[FileJob]:
-    """Return the jobs with new names for results that exist already."""
-    used_outputs = {job.output for job in jobs if job not in existing}
+    # The jobs with new names for results that exist already
+    used_outputs = {job.output for job in jobs if job not in jobs_with_result}
     renamed = []
     for job in jobs:
         output = job.output
-        while job in existing and (os.path.lexists(output) or output in used_outputs):
+        while job in jobs_with_result and (os.path.lexists(output) or output in used_outputs):
             output = output.with_name(f"{output.stem}_{output.suffix}")
         used_outputs.add(output)
         renamed.append(replace(job, output=output))

@@ -247,7 +247,11 @@ def _write_video(
     """Write the video of a job while frames arrive, and with --keep_pngs also each frame as a PNG file."""
     with ExitStack() as stack:
         if output_format.keep_pngs:
-            png_folder = _claim_png_folder(job.source, stack)
+            # A path next to a video that is unused and not reserved by another run: frames, frames_, ...
+            folder = job.source.with_name(FRAMES_FOLDER)
+            while not stack.enter_context(claim_name(folder)) or os.path.lexists(folder):
+                folder = folder.with_name(f"{folder.name}_")
+            png_folder = folder
             frames = save_pngs(frames, stack.enter_context(atomic_folder(png_folder)))
         write_timed_video(
             job.output,
@@ -260,11 +264,3 @@ def _write_video(
         )
     if output_format.keep_pngs:
         logger.info("Frames: %s", png_folder)
-
-
-def _claim_png_folder(source: Path, stack: ExitStack) -> Path:
-    """Return a path next to a video that is unused and not reserved by another run: frames, frames_, ..."""
-    folder = source.with_name(FRAMES_FOLDER)
-    while not stack.enter_context(claim_name(folder)) or os.path.lexists(folder):
-        folder = folder.with_name(f"{folder.name}_")
-    return folder

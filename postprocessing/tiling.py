@@ -200,37 +200,37 @@ class MemoryFittedRunner:
         """
         while True:
             try:
-                results = [finish(self._run_tiled(run, batch)) for batch in images.split(self.batch)]
+                results = [
+                    finish(
+                        run_in_tiles(run, batch, self.tile, self.overlap, step=self.step, factor=self.factor)
+                    )
+                    for batch in images.split(self.batch)
+                ]
                 return results[0] if len(results) == 1 else torch.cat(results)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 reason = short_reason(error)
             # outside of `except`, where the error would keep the failed run's tensors alive; then try again
-            self._reduce_size(images, reason)
+            # After an out-of-memory error, halve the batch, or else the tiles, or raise MemoryPlanError
+            # `images` is the batch that failed, `reason` the message of its error.
+            batch_size = min(self.batch, len(images))
+            longest = max(images.shape[-2:])
+            side = longest if self.tile == WHOLE_IMAGE else min(self.tile, longest)
+            minimum = min_tile(self.step, self.overlap)
+            if batch_size > 1:
+                self.batch = batch_size // 2
+                logger.info("Out of memory: the batch size is now %d.", self.batch)
+            elif self.is_auto and side > minimum:
+                self.tile = max(round_up(side // 2, self.step), minimum)
+                logger.info("Out of memory: images are now split into tiles of %d pixels.", self.tile)
+            else:
+                raise MemoryPlanError(
+                    f"the device does not have enough memory even for {side} x {side} pixels ({reason}).\n"
+                    "  Use a smaller --tile, --dtype fp16 or bf16, or close other programs that use the "
+                    "device."
+                )
             free_memory(self.device)
-
-    def _reduce_size(self, images: Tensor, reason: str) -> None:
-        """After an out-of-memory error, halve the batch, or else the tiles, or raise MemoryPlanError."""
-        # `images` is the batch that failed, `reason` the message of its error.
-        batch_size = min(self.batch, len(images))
-        longest = max(images.shape[-2:])
-        side = longest if self.tile == WHOLE_IMAGE else min(self.tile, longest)
-        minimum = min_tile(self.step, self.overlap)
-        if batch_size > 1:
-            self.batch = batch_size // 2
-            logger.info("Out of memory: the batch size is now %d.", self.batch)
-        elif self.is_auto and side > minimum:
-            self.tile = max(round_up(side // 2, self.step), minimum)
-            logger.info("Out of memory: images are now split into tiles of %d pixels.", self.tile)
-        else:
-            raise MemoryPlanError(
-                f"the device does not have enough memory even for {side} x {side} pixels ({reason}).\n"
-                "  Use a smaller --tile, --dtype fp16 or bf16, or close other programs that use the device."
-            )
-
-    def _run_tiled(self, run: Run, images: Tensor) -> Tensor:
-        return run_in_tiles(run, images, self.tile, self.overlap, step=self.step, factor=self.factor)
 
 
 def network_dtype(options: ToolNetworkOptions, device: torch.device, what: str) -> torch.dtype:

@@ -22,7 +22,6 @@ from modules.errors import DatasetError, OptionError, OutputError
 from modules.line_kinds import CAPTIONS, MEND, NEXT, KindLine, fault, show_kinds, warning
 from modules.media.reading import first_frame
 from modules.media.writing import write_png
-from modules.options import option_values
 from modules.run_limits import temporary_folder
 from modules.text_files import read_text
 from project import describing
@@ -80,7 +79,14 @@ from project.own_commands import (
     list_distinct_captions,
     write_prompts,
 )
-from project.own_samples import OWN_PROMPTS, REAL_MEDIA, balance_origins, find_origin, use_prompts_as_captions
+from project.own_samples import (
+    OWN_FOLDER,
+    OWN_PROMPTS,
+    REAL_MEDIA,
+    balance_origins,
+    find_origin,
+    use_prompts_as_captions,
+)
 from project.recipes.reading import TrainingRecipe, complete_options_from_recipe, describe_recipe, find_recipe
 from project.script_facts import read_script_options
 from project.tags import TagLists, as_words, find_tags, make_argv_to_write_blanks
@@ -594,7 +600,8 @@ def _describe_adapter_training(setup: describing.RunSetup) -> list[str]:
     if not setup.kind.makes_training_adapter:
         return []
     lines = describe_length(setup)
-    if find_origin(setup.content) == REAL_MEDIA:
+    is_own = setup.folder.name == OWN_FOLDER and (setup.folder.parent / OWN_PROMPTS).exists()
+    if find_origin(setup.content) == REAL_MEDIA and not is_own:
         lines += describe_own_images_commands(setup.options, setup.model, setup.model_files)
     return lines
 
@@ -837,16 +844,5 @@ def _find_replaced_by_trigger(setup: describing.RunSetup, uncaptioned: Sequence[
 def _make_new_command(setup: describing.RunSetup, **changed_options: str) -> str:
     """Return the `new` command that describes this folder again, with changed or added options."""
     model = setup.model
-    values = option_values(setup.options)
-    values |= {"family": model.family, "task": model.task, "overwrite": True, "dry_run": False}
-    values |= changed_options
-    defaults = option_values(NewOptions(folder=setup.options.folder))
-    argv = ["new", as_operand(setup.options.folder)]
-    for name, value in values.items():
-        if value == defaults[name]:
-            continue
-        for item in value if isinstance(value, tuple) else (value,):  # repeated options are tuples
-            argv.append(f"--{name}")
-            if item is not True:  # a switch has no value
-                argv.append(f"{item:g}" if isinstance(item, float) else str(item))
-    return own_command(*argv)
+    changes = {"family": model.family, "task": model.task, "overwrite": True, **changed_options}
+    return own_command(*setup.options.make_argv(setup.options.folder, **changes))

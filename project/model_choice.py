@@ -495,7 +495,20 @@ def _make_task_error(
         hint = f" Did you mean {' or '.join(model.task for model in partial_matches)}?"
     if not hint:
         hint = did_you_mean(text, names)
+    if all(_is_of_release(text, model) for model in tasks):  # --task 2.3: both av and v
+        names = [f"{model.task} ({model.about})" for model in tasks]
+        return OptionError(
+            f"--task {text}: that is the release of all of them. Choose from {', '.join(names)}"
+        )
     return OptionError(f"--task {text}: choose from {', '.join(names)}.{hint}")
+
+
+def _is_of_release(text: str, model: ModelSet) -> bool:
+    """Return whether a text is a number, such as 2.3, that the name of the model's transformer has."""
+    names = [part.path.name for part in list_transformers(model)]
+    return re.fullmatch(r"\d+(\.\d+)?", text) is not None and any(
+        re.search(rf"(?<![\d.]){re.escape(text)}(?![\d.])", name) for name in names
+    )
 
 
 def _find_families_with_task(text: str, script: str) -> list[str]:

@@ -1,10 +1,11 @@
 """Options of new_project.py. Standard library only."""
 
 from pathlib import Path
+from typing import Any
 
 from dataset.options import DATASET_FILE
-from modules.option_values import gibibytes
-from modules.options import Options, option, unsupported
+from modules.option_values import Repeated, gibibytes, option_argv
+from modules.options import Options, option, option_values, unsupported
 from modules.output_files import check_output_name
 from project.options import (
     FULL_MODEL,
@@ -12,6 +13,7 @@ from project.options import (
     MODEL_FILES,
     MODELS,
     TRAINING_TABLE,
+    as_operand,
     check_trigger,
     list_model_files,
 )
@@ -94,3 +96,22 @@ class NewOptions(Options):
     def trains(self) -> str | None:
         """Return the kind of run that the command line names; None if it names none."""
         return FULL_MODEL if self.whole_model else self.train
+
+    def make_argv(self, folder: Path, **changes: Any) -> list[str]:
+        """Return the command that describes a folder with the options of this `new`.
+
+        Args:
+            folder: The folder to describe, which need not exist yet.
+            **changes: Options with other values, by name; None or False leaves one out.
+
+        Returns:
+            Words after `reelsmith`. Files and folders are named as they were typed.
+        """
+        defaults = option_values(NewOptions(folder=self.folder))
+        values = {**option_values(self), "dry_run": False, "print_run": False, **changes}
+        typed = {f"--{name}": value for name, value in values.items() if value != defaults[name]}
+        if self.memory is not None:
+            typed["--memory"] = f"{self.memory:g}"
+        if self.model_files:
+            typed["--model_file"] = Repeated(self.model_files)
+        return ["new", as_operand(folder), *option_argv({**typed, "--folder": None})]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from downloads.catalogue import ModelSet, model_sets
 from modules import installation
-from modules.command import quote_command
+from modules.command import name_extensions, quote_command
 from modules.control_codes import escape_control_codes
 from modules.errors import OptionError
 from modules.installation import FRONT_SCRIPT
@@ -106,12 +106,12 @@ def find_own_script(words: Sequence[str]) -> Path | None:
 
 def typed_in(words: Sequence[str], folder: Path) -> str:
     """Return a command as a user in `folder` would type it."""
-    script = find_own_script(words)
-    if script is None or installation.PREFIX:
+    if find_own_script(words) is None or installation.PREFIX:
         return quote_command(words)
+    python, script, *arguments = name_extensions(words)
     absolute = installation.ROOT / script
     relative = parse_path(folder, absolute)
-    return quote_command([words[0], min(relative, str(absolute), key=len), *words[2:]])
+    return quote_command([python, min(relative, str(absolute), key=len), *arguments])
 
 
 def as_operand(folder: Path) -> str:

@@ -9,7 +9,7 @@ from project import describing
 from project.describing import RunSetup
 from project.kinds.adapter import ADAPTER
 from project.new_options import NewOptions
-from project.options import as_operand, own_command, typed_in
+from project.options import own_command, typed_in
 from project.own_samples import OWN_FOLDER, OWN_PROMPTS
 
 # of the adapter for MiniMax-H3-Image; those for Qwen-Image-2.1 took 1,000, then 30,000
@@ -64,8 +64,13 @@ def describe_own_images_commands(options: NewOptions, model: ModelSet, files: Ma
     argv = _without_single(shlex.split(model.commands["generate"]))
     argv = [paths.get(word, word) for word in argv]
     argv += ["--from_file", OWN_PROMPTS, "--save_path", OWN_FOLDER]
-    again = ["new", as_operand(options.folder / OWN_FOLDER), "--family", model.family]
-    again += ["--task", model.task, "--train", ADAPTER.name]
+    again = options.make_argv(
+        options.folder / OWN_FOLDER,
+        family=model.family,
+        task=model.task,
+        train=ADAPTER.name,
+        overwrite=False,
+    )
     return [
         f"An adapter trained on the model's own images keeps the model's look. {OWN_PROMPTS} contains "
         f"these captions. In the folder {options.folder}, once the model is there, this makes the images:",

@@ -76,7 +76,11 @@ class MachinePaths:
         """Replace this machine's paths in a text, such as a command."""
         short = {f"{ROOT}{os.sep}": "", f"{ROOT.as_posix()}/": "", **self.models}
         for path in sorted(short, key=len, reverse=True):
-            text = text.replace(path, short[path])
+            if text == path or "/" in path or "\\" in path:
+                text = text.replace(path, short[path])
+            else:  # a name such as `data` is also a word of prompts: replaced only where it begins a path
+                begins_path = rf"(?<![\w./\\-]){re.escape(path)}(?=[\\/])"
+                text = re.sub(begins_path, short[path].replace("\\", r"\\"), text)
         return self.folder_pattern.sub(".", text)
 
 
@@ -151,7 +155,7 @@ def relocate_history(text: str, machine_paths: MachinePaths) -> str:
     too.
     """
     lines = []
-    for line in text.splitlines():
+    for line in text.split("\n"):  # prompts may contain other line breaks, such as U+2028
         try:
             record = json.loads(line)
         except ValueError:

@@ -10,10 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from downloads.listing import gigabytes
-from modules.command import quote_for_powershell
+from modules.command import quote_for_powershell, typed_words
 from modules.control_codes import shorten_lines
 from modules.errors import OutputError, UserError
-from modules.installation import FRONT_SCRIPT, command_words
+from modules.installation import FRONT_SCRIPT
 from modules.progress import NotedProgress, read_progress
 from modules.text_files import real_path
 from project.kinds.composing import kinds_by_script
@@ -72,7 +72,7 @@ class RunTrace:
             name: Name of the trained files.
             steps: Number of training steps.
         """
-        argv = command_words(["python", FRONT_SCRIPT, *repeat_argv])
+        argv = typed_words(["python", FRONT_SCRIPT, *repeat_argv])
         note = "It continues where it ended."
         command = ["Run it again", shlex.join(argv), quote_for_powershell(argv), note]
         start = Start(

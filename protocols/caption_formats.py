@@ -59,7 +59,10 @@ class CaptionFormat:
             if name in self.ignored:
                 continue
             if name not in kinds:
-                errors.append(_describe_unknown_key(name, kinds))
+                # The error of an unknown key, with the key that is probably meant
+                near = difflib.get_close_matches(name, kinds, 1, CERTAIN)
+                suggestion = f": {near[0]} is meant" if near else ""
+                errors.append(f"{name} is not a key of a caption{suggestion}")
             elif value is not None and not isinstance(value, kinds[name]):
                 errors.append(f"{name} is {_name_type(value)}, not {_NAMES[kinds[name]]}")
         for key in self.keys:
@@ -71,13 +74,6 @@ class CaptionFormat:
     def list_unsaid(self, caption: Mapping[str, Any]) -> list[str]:
         """Return the keys whose values in a caption are missing or blank."""
         return [key.name for key in self.keys if not caption.get(key.name)]
-
-
-def _describe_unknown_key(name: str, known_names: Mapping[str, type]) -> str:
-    """Return the error of an unknown key, with the key that is probably meant."""
-    near = difflib.get_close_matches(name, known_names, 1, CERTAIN)
-    suggestion = f": {near[0]} is meant" if near else ""
-    return f"{name} is not a key of a caption{suggestion}"
 
 
 def _find_entry_errors(key: CaptionKey, entries: Sequence[Any]) -> Iterator[str]:

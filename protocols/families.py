@@ -321,14 +321,7 @@ def describe_scripts(family: str) -> str:
     entry = FAMILIES[family]
     training_script = f"{entry.training_script}.py"
     scripts = f"Its scripts are {training_script} and {entry.generation_script}.py"
-    options_for_new = _list_new_command_options(training_script)
-    if not options_for_new:
-        return scripts
-    return f"{scripts}; for `new` {' or '.join(options_for_new)}"
-
-
-def _list_new_command_options(training_script: str) -> list[str]:
-    """Return the options with which `new` finds the models of a training script, for each of their names."""
+    # The options with which `new` finds the models of a training script, for each of their names
     from downloads.catalogue import model_sets  # only for hints
 
     trainable = [
@@ -347,7 +340,9 @@ def _list_new_command_options(training_script: str) -> list[str]:
         if is_ambiguous:
             option += f" --task {tasks[0]}"
         options_for_new.append(option)
-    return options_for_new
+    if not options_for_new:
+        return scripts
+    return f"{scripts}; for `new` {' or '.join(options_for_new)}"
 
 
 class Script(partial[None]):

@@ -171,7 +171,14 @@ class QwenImageLayered(ImageModelFamily):
         Raises OptionError unless there is exactly one image, and for an invalid number of layers.
         """
         self.files.check()
-        request = self._keep_image(request)
+        # The request with only the image to split into layers; warn about media that are ignored
+        usable_media = {**NO_MEDIA, "control_images": True}
+        request = keep_usable_media(request, usable_media, f"{self.display_name} does not take it")
+        if len(request.control_images) != 1:
+            raise OptionError(
+                f"--control_image_path (--ci in a prompt line): {len(request.control_images)} images, but "
+                f"{self.display_name} decomposes one image. Pass exactly one"
+            )
         (path,) = request.control_images
         source_size = image_size(path)
         area = None
@@ -200,17 +207,6 @@ class QwenImageLayered(ImageModelFamily):
         """Return the flow shift for an input image that is resized to `size` (width, height)."""
         width, height = size
         return math.sqrt(count_image_tokens(self.latent.shape(1, height, width)) / FEW_TOKENS)
-
-    def _keep_image(self, request: Request) -> Request:
-        """Return the request with only the image to split into layers; warn about media that are ignored."""
-        usable_media = {**NO_MEDIA, "control_images": True}
-        request = keep_usable_media(request, usable_media, f"{self.display_name} does not take it")
-        if len(request.control_images) != 1:
-            raise OptionError(
-                f"--control_image_path (--ci in a prompt line): {len(request.control_images)} images, but "
-                f"{self.display_name} decomposes one image. Pass exactly one"
-            )
-        return request
 
     def _count_layers(self, request: Request) -> int:
         """Return the number of layers, from the sample of a training run, the prompt line or the option."""

@@ -156,7 +156,14 @@ def _read_config(shapes: DitShapes, source: Path, settings: Mapping[str, Any]) -
     }
     _check_settings(settings, source, dimensions, shapes.path)
     if not settings:
-        _require_released_blocks(shapes.path, dim, num_layers)
+        # Raise CheckpointError if a file has fewer blocks than the released model of this width
+        released = dict(dict(QWEN_IMAGE_21.released_sizes).get(dim, ()))
+        if num_layers < released.get("transformer_blocks", 0):
+            raise CheckpointError(
+                f"{shapes.path}: {num_layers} of {released['transformer_blocks']} blocks are present. Pass "
+                "the complete file, or for a smaller network its config.json to --dit_config.",
+                shapes.path,
+            )
     eps = settings.get("eps", QwenImage21Config.eps)
     if type(eps) is not float or not 0 <= eps < 1:
         raise CheckpointError(f"{source}: eps is {eps}: it must be a small number, such as 1e-6.", source)
@@ -171,17 +178,6 @@ def _read_config(shapes: DitShapes, source: Path, settings: Mapping[str, Any]) -
         freq_dim=shapes.get_shape("time_text_embed.timestep_embedder.linear_1.weight")[1],
         eps=eps,
     )
-
-
-def _require_released_blocks(path: Path, dim: int, num_layers: int) -> None:
-    """Raise CheckpointError if a file has fewer blocks than the released model of this width."""
-    released = dict(dict(QWEN_IMAGE_21.released_sizes).get(dim, ()))
-    if num_layers < released.get("transformer_blocks", 0):
-        raise CheckpointError(
-            f"{path}: {num_layers} of {released['transformer_blocks']} blocks are present. Pass the "
-            "complete file, or for a smaller network its config.json to --dit_config.",
-            path,
-        )
 
 
 def _check_settings(

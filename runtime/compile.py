@@ -155,11 +155,7 @@ def missing_for_inductor(device: torch.device) -> str:
         return ""  # Metal's compiler is part of the system
     if device.type == "cpu":
         return _explain_missing_headers() if has_cpp_compiler() else _explain_missing_cpp_compiler()
-    return _missing_for_triton()
-
-
-def _missing_for_triton() -> str:
-    """Return the parts of Triton, which compiles for GPUs, that are missing; "" if none is."""
+    # The parts of Triton, which compiles for GPUs, that are missing; "" if none is
     if not has_triton_package():
         package = "triton-windows" if sys.platform == "win32" else "triton"
         return f"Triton: pip install {package}, in the version that fits torch {torch.__version__}"

@@ -53,18 +53,7 @@ def _examine_packages() -> Iterator[Finding]:
     except InstallationError as error:
         yield Finding("packages", " ".join(str(error).split()), is_fit=False)
         return
-    yield _examine_versions()
-    namesake = find_namesake()
-    if namesake is not None:
-        # only an installed Reelsmith has files that the other distribution may have replaced
-        yield Finding("name", namesake, is_fit=not PREFIX)
-    yield Finding("video", f"PyAV {version('av')}; it includes FFmpeg, so no other is needed")
-    yield _examine_bitsandbytes()
-    yield Finding("browser", "works: `reelsmith browser` opens a page to train, generate and watch by clicks")
-
-
-def _examine_versions() -> Finding:
-    """Compare the versions of the installed packages with requirements.txt."""
+    # Compare the versions of the installed packages with requirements.txt.
     from packaging.requirements import Requirement  # accelerate depends on it
 
     mismatches = []
@@ -78,7 +67,14 @@ def _examine_versions() -> Finding:
     if mismatches:
         remedy = "; these versions are untested: python -m pip install -r requirements.txt"
         verdict = ", ".join(mismatches) + remedy
-    return Finding("packages", verdict, is_fit=not mismatches)
+    yield Finding("packages", verdict, is_fit=not mismatches)
+    namesake = find_namesake()
+    if namesake is not None:
+        # only an installed Reelsmith has files that the other distribution may have replaced
+        yield Finding("name", namesake, is_fit=not PREFIX)
+    yield Finding("video", f"PyAV {version('av')}; it includes FFmpeg, so no other is needed")
+    yield _examine_bitsandbytes()
+    yield Finding("browser", "works: `reelsmith browser` opens a page to train, generate and watch by clicks")
 
 
 def _examine_bitsandbytes() -> Finding:
@@ -107,7 +103,13 @@ def _examine_torch() -> Iterator[Finding]:
     build = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
     yield Finding("torch", f"{torch.__version__}, {build}")
     if device.type == "cuda":
-        yield from _examine_gpus()
+        import torch
+
+        for number in range(torch.cuda.device_count()):
+            info = torch.cuda.get_device_properties(number)
+            dtype = "bf16" if info.major >= 8 else "fp16 (it computes bf16 slowly)"  # 8: Ampere
+            size = f"{info.total_memory / GIB:.0f} GB, capability {info.major}.{info.minor}"
+            yield Finding(f"GPU {number}", f"{info.name}, {size}: {dtype}")
     else:
         yield _without_cuda(device.type, explain_unseen_card(torch.__version__, torch.version.cuda))
     missing = missing_for_inductor(device)
@@ -115,16 +117,6 @@ def _examine_torch() -> Iterator[Finding]:
     yield Finding("compile", verdict)
     package_by_backend = {backend.name: backend.module for backend in BACKENDS.values() if backend.module}
     yield _examine_attention(package_by_backend)
-
-
-def _examine_gpus() -> Iterator[Finding]:
-    import torch
-
-    for number in range(torch.cuda.device_count()):
-        info = torch.cuda.get_device_properties(number)
-        dtype = "bf16" if info.major >= 8 else "fp16 (it computes bf16 slowly)"  # 8: Ampere
-        size = f"{info.total_memory / GIB:.0f} GB, capability {info.major}.{info.minor}"
-        yield Finding(f"GPU {number}", f"{info.name}, {size}: {dtype}")
 
 
 def _examine_attention(package_by_backend: Mapping[str, str]) -> Finding:

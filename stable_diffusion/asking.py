@@ -286,7 +286,18 @@ def _warn_of_ignored_options(
             "--highres_fix_scale"
         )
     if sampling.scale < 1:
-        _warn_of_low_scale(sampling.scale, sampling.negative_scale)
+        # Warn about a guidance scale below 1, because in other programs 0 turns guidance off
+        effect = "below 1 guidance is off, as at 1"
+        if sampling.negative_scale is not None:
+            effect = "0 leaves the prompt out, and less than 1 weakens it"
+        logger.warning(
+            "--scale %g (--l in a prompt): scales count from 1 here; %s; what programs that count from 0 "
+            "call %g is %g",
+            sampling.scale,
+            effect,
+            sampling.scale,
+            sampling.scale + 1,
+        )
     # "dsd1" and "glt": names of --ds_depth_1 and --gradual_latent_timesteps in prompt lines
     if options.deep_shrink.ds_depth_1 is None:
         _warn_if_inactive(values, "dsd1", options.deep_shrink)
@@ -303,21 +314,6 @@ def _resolve_size(sampling: SamplingOptions, kind: ModelKind, image: Path | None
     return (
         sampling.width or max(width // SIDE, 1) * SIDE,
         sampling.height or max(height // SIDE, 1) * SIDE,
-    )
-
-
-def _warn_of_low_scale(scale: float, negative_scale: float | None) -> None:
-    """Warn about a guidance scale below 1, because in other programs 0 turns guidance off."""
-    effect = "below 1 guidance is off, as at 1"
-    if negative_scale is not None:
-        effect = "0 leaves the prompt out, and less than 1 weakens it"
-    logger.warning(
-        "--scale %g (--l in a prompt): scales count from 1 here; %s; what programs that count from 0 call "
-        "%g is %g",
-        scale,
-        effect,
-        scale,
-        scale + 1,
     )
 
 

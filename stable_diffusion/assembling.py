@@ -27,16 +27,6 @@ from stable_diffusion.textual_inversion import LearnedWord
 logger = logging.getLogger(__name__)
 
 
-def _check_painting(options: GenImgOptions, checkpoint_plan: CheckpointPlan) -> None:
-    """Raise OptionError if an inpainting checkpoint is used without an image and a mask."""
-    is_painted = options.prompts.image_path is not None and options.prompts.mask_path is not None
-    if checkpoint_plan.unet.config["in_channels"] == 9 and not is_painted:
-        raise OptionError(
-            f"--ckpt {checkpoint_plan.path} is an inpainting checkpoint, which needs --image_path and "
-            "--mask_path. Pass both, or another checkpoint"
-        )
-
-
 def assemble(options: GenImgOptions, device: torch.device) -> ImageGenerator:
     """Load the checkpoint and everything that modifies it, such as LoRAs; return the image generator.
 
@@ -128,6 +118,12 @@ def _check_networks(
     predicts_v = checkpoint_plan.model_type.predicts_velocity or options.model.v_parameterization
     compare_predictions({lora.path: lora.metadata for lora in lora_files}, predicts_v)
     check_sampling(options.sampling.zero_terminal_snr, predicts_v)
-    _check_painting(options, checkpoint_plan)
+    # Raise OptionError if an inpainting checkpoint is used without an image and a mask
+    is_painted = options.prompts.image_path is not None and options.prompts.mask_path is not None
+    if checkpoint_plan.unet.config["in_channels"] == 9 and not is_painted:
+        raise OptionError(
+            f"--ckpt {checkpoint_plan.path} is an inpainting checkpoint, which needs --image_path and "
+            "--mask_path. Pass both, or another checkpoint"
+        )
     check_control_nets(options.control, checkpoint_plan.unet.config, kind)
     check_lllites(options.control, kind)

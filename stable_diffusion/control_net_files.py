@@ -104,17 +104,6 @@ def load_control_net(
     return network.eval()
 
 
-def _reject_similar(control_net: Checkpoint) -> None:
-    """Raise CheckpointError if the file is not a ControlNet but a similar adapter, such as a T2I-Adapter."""
-    for pattern, what in _OTHERS:
-        if any(re.fullmatch(pattern, name) for name in control_net.tensors):
-            raise CheckpointError(
-                f"{control_net.path} is not a ControlNet; it looks like {what}.\n"
-                f"  Pass {EXPECTED_FILE} to {OPTION}.",
-                control_net.path,
-            )
-
-
 def _add_base(base: nn.Module | None, name: str, weight: Tensor, _: torch.dtype) -> Tensor:
     """Add the U-Net's weight of the same name to a weight difference; new layers are unchanged."""
     if name.startswith(CONTROL_ONLY_LAYERS):  # the U-Net has no such part: the weight is not a difference
@@ -129,7 +118,13 @@ def _read_control_net(
     """Infer the config of diffusers' ControlNetModel from a file, and plan how to load its tensors."""
     # the file may contain a whole model too
     control_net = checkpoint.without_prefix(PREFIX, ignored_prefixes=("",))
-    _reject_similar(control_net)
+    for pattern, what in _OTHERS:
+        if any(re.fullmatch(pattern, name) for name in control_net.tensors):
+            raise CheckpointError(
+                f"{control_net.path} is not a ControlNet; it looks like {what}.\n"
+                f"  Pass {EXPECTED_FILE} to {OPTION}.",
+                control_net.path,
+            )
     translate = ldm_to_diffusers_translator(control_net.tensors)
     sources = {}
     for name, source in list_tensor_sources(control_net).items():
@@ -233,10 +228,16 @@ def _read_config(
         raise unknown_sizes
     # by whether the level has attention
     block_types = {True: "CrossAttnDownBlock2D", False: "DownBlock2D"}
+    # The channels after each convolution that embeds the control image and changes their number
+    num_blocks = count(sources, _HINT_BLOCKS)
+    # in pairs: the second convolution of each pair changes the number of channels
+    layers = ["conv_in", *(f"blocks.{number}" for number in range(1, num_blocks, 2))]
     return {
         "in_channels": shape("conv_in.weight")[1],
         "conditioning_channels": shape(f"{_HINT_EMBEDDING}.conv_in.weight")[1],
-        "conditioning_embedding_out_channels": _read_hint_widths(sources, shape),
+        "conditioning_embedding_out_channels": tuple(
+            shape(f"{_HINT_EMBEDDING}.{layer}.weight")[0] for layer in layers
+        ),
         "block_out_channels": tuple(shape(f"{block}.resnets.0.conv1.weight")[0] for block in down),
         "layers_per_block": count(sources, r"down_blocks\.0\.resnets\.\d+"),
         "down_block_types": tuple(block_types[has_attention] for has_attention in levels.has_attention[:-1]),
@@ -249,16 +250,6 @@ def _read_config(
         **_read_pooled_settings(sources, shape, unet_config),
         **{name: unet_config[name] for name in _COPIED_FROM_UNET if name in unet_config},
     }
-
-
-def _read_hint_widths(
-    sources: Mapping[str, TensorSource], shape: Callable[..., tuple[int, ...]]
-) -> tuple[int, ...]:
-    """Return the channels after each convolution that embeds the control image and changes their number."""
-    num_blocks = count(sources, _HINT_BLOCKS)
-    # in pairs: the second convolution of each pair changes the number of channels
-    layers = ["conv_in", *(f"blocks.{number}" for number in range(1, num_blocks, 2))]
-    return tuple(shape(f"{_HINT_EMBEDDING}.{layer}.weight")[0] for layer in layers)
 
 
 def _read_attention_settings(

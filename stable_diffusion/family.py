@@ -351,7 +351,17 @@ class StableDiffusion(ImageModelFamily):
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """Return the conditions from a request's images, for inpainting or a control network in training."""
         if self.inpaints:
-            return {0: self._encode_for_inpainting(encoders, prepared)}
+            # Encode the image to repaint and its mask as conditions, like gen_img.py.
+            generator = torch.Generator().manual_seed(prepared.seed)
+            shape = self.latent.shape(1, prepared.height, prepared.width)
+            source = find_kept_source(prepared.request)
+            # skip the numbers drawn earlier, in `_begin_sampling`: the posterior of a source, and the start
+            # noise
+            for _ in range(2 if source is not None and source.needs_vae else 1):
+                torch.randn(shape, generator=generator)
+            pixels, mask = read_image_and_mask(prepared)
+            masked = self.encode_masked(encoders, pixels, mask, generator)
+            return {0: ({name: tensor[None] for name, tensor in masked.items()})}
         return {0: {} if self._control_network is None else control_pictures.sample_controls(prepared)}
 
     # inpainting
@@ -377,18 +387,6 @@ class StableDiffusion(ImageModelFamily):
     def needs_media(self, prepared: Prepared) -> bool:
         """Return whether a request must encode images before denoising, as for inpainting models."""
         return self.inpaints or super().needs_media(prepared)
-
-    def _encode_for_inpainting(self, encoders: MediaEncoders, prepared: Prepared) -> Conditions:
-        """Encode the image to repaint and its mask as conditions, like gen_img.py."""
-        generator = torch.Generator().manual_seed(prepared.seed)
-        shape = self.latent.shape(1, prepared.height, prepared.width)
-        source = find_kept_source(prepared.request)
-        # skip the numbers drawn earlier, in `_begin_sampling`: the posterior of a source, and the start noise
-        for _ in range(2 if source is not None and source.needs_vae else 1):
-            torch.randn(shape, generator=generator)
-        pixels, mask = read_image_and_mask(prepared)
-        masked = self.encode_masked(encoders, pixels, mask, generator)
-        return {name: tensor[None] for name, tensor in masked.items()}
 
     # files
 
@@ -539,7 +537,15 @@ class StableDiffusion(ImageModelFamily):
         batch.check(dict.fromkeys(sorted(self.text_keys), remedy), "the U-Net")
         conditions = {name: batch.tensor(name) for name in sorted(self.text_keys)}
         text_states = [conditions[name] for name in sorted(self.text_keys - {POOLED})]
-        self._check_text_width(text_states, batch.keys[0])
+        # Raise CacheError unless the text states, B L C each, together have the U-Net's context width
+        item = batch.keys[0]
+        width = sum(states.shape[-1] for states in text_states)  # the U-Net takes them concatenated
+        expected = int(self.files.unet_config.get("cross_attention_dim", 1280))
+        if width != expected:
+            raise CacheError(
+                f"{item}: its text states have width {width}, but the U-Net of {self.files.path} takes "
+                f"width {expected}: they were made with a different checkpoint. Cache texts again."
+            )
         self._check_text_length(text_states, batch.keys[0])
         if self.kind is SDXL:
             conditions[SIZES] = batch.tensor(SIZES)
@@ -550,16 +556,6 @@ class StableDiffusion(ImageModelFamily):
                 batch, latents, self.latent.stride[1], self._control_network.label
             )
         return conditions
-
-    def _check_text_width(self, text_states: Sequence[Tensor], item: str) -> None:
-        """Raise CacheError unless the text states, B L C each, together have the U-Net's context width."""
-        width = sum(states.shape[-1] for states in text_states)  # the U-Net takes them concatenated
-        expected = int(self.files.unet_config.get("cross_attention_dim", 1280))
-        if width != expected:
-            raise CacheError(
-                f"{item}: its text states have width {width}, but the U-Net of {self.files.path} takes "
-                f"width {expected}: they were made with a different checkpoint. Cache texts again."
-            )
 
     def _check_text_length(self, text_states: Sequence[Tensor], item: str) -> None:
         """Raise CacheError if an item's text states, B L C, were cached with another --max_token_length."""

@@ -81,30 +81,7 @@ def read_model_type(path: Path, names: Collection[str], metadata: Mapping[str, s
     Raises:
         CheckpointError: If the file is something else; the message says what it is or lacks.
     """
-    kind = _require_kind(path, names)
-    declared = read_prediction(metadata)
-    has_marker = V_PRED in names  # an empty tensor that marks models that predict v
-    if declared.unknown and not has_marker:
-        logger.warning(
-            "%s: its metadata says %s, which is unknown; the model is assumed to predict noise unless "
-            "--v_parameterization is given",
-            path,
-            declared.unknown,
-        )
-    predicts_velocity = has_marker or declared.velocity is True  # None if the metadata does not say so
-    recorded_in = ""
-    if predicts_velocity:
-        recorded_in = f"its tensor {V_PRED}" if has_marker else "its metadata"
-    return ModelType(
-        kind,
-        predicts_velocity,
-        zero_terminal_snr=ZTSNR in names or (predicts_velocity and declared.zero_terminal_snr),
-        recorded_in=recorded_in,
-    )
-
-
-def _require_kind(path: Path, names: Collection[str]) -> ModelKind:
-    """Return the model kind of a checkpoint with these tensor names."""
+    # The model kind of a checkpoint with these tensor names
     kind = _find_kind(names)
     other_model = _describe_other(names, kind)
     if other_model is not None:
@@ -124,7 +101,25 @@ def _require_kind(path: Path, names: Collection[str]) -> ModelKind:
             path,
         )
     assert kind is not None
-    return kind
+    declared = read_prediction(metadata)
+    has_marker = V_PRED in names  # an empty tensor that marks models that predict v
+    if declared.unknown and not has_marker:
+        logger.warning(
+            "%s: its metadata says %s, which is unknown; the model is assumed to predict noise unless "
+            "--v_parameterization is given",
+            path,
+            declared.unknown,
+        )
+    predicts_velocity = has_marker or declared.velocity is True  # None if the metadata does not say so
+    recorded_in = ""
+    if predicts_velocity:
+        recorded_in = f"its tensor {V_PRED}" if has_marker else "its metadata"
+    return ModelType(
+        kind,
+        predicts_velocity,
+        zero_terminal_snr=ZTSNR in names or (predicts_velocity and declared.zero_terminal_snr),
+        recorded_in=recorded_in,
+    )
 
 
 def check_kind_flags(options: ModelOptions, kind: ModelKind) -> None:

@@ -89,17 +89,6 @@ def read_folder_model_type(folder: Path) -> ModelType:
         raise CheckpointError(
             f"{file}: the model predicts {prediction!r}; only epsilon and v_prediction can be used.", file
         )
-    _check_schedule(schedule, file)
-    return ModelType(
-        kind,
-        _PREDICTIONS[prediction],
-        schedule.get("rescale_betas_zero_snr") is True,
-        recorded_in="scheduler/scheduler_config.json",
-    )
-
-
-def _check_schedule(schedule: Mapping[str, Any], file: Path) -> None:
-    """Raise CheckpointError if the noise schedule is not Stable Diffusion's, the only one supported."""
     for name, default in _SD_NOISE_SCHEDULE.items():
         declared = schedule.get(name, default)
         is_number = isinstance(declared, (int, float)) and not isinstance(declared, bool)
@@ -114,6 +103,12 @@ def _check_schedule(schedule: Mapping[str, Any], file: Path) -> None:
                 "model, or the settings that it was trained with.",
                 file,
             )
+    return ModelType(
+        kind,
+        _PREDICTIONS[prediction],
+        schedule.get("rescale_betas_zero_snr") is True,
+        recorded_in="scheduler/scheduler_config.json",
+    )
 
 
 def read_folder_unet(folder: Path, exit_stack: ExitStack) -> LoadPlan[UnetSizes]:
@@ -132,21 +127,16 @@ def read_folder_unet(folder: Path, exit_stack: ExitStack) -> LoadPlan[UnetSizes]
         raise CheckpointError(
             f"{config_file}: it has more layers than its file has tensors. Copy it again.", config_file
         )
-    _check_supported(config, config_file, folder)
-    return LoadPlan(config, checkpoint, list_tensor_sources(checkpoint))
-
-
-def _check_supported(config: Mapping[str, Any], file: Path, folder: Path) -> None:
-    """Raise CheckpointError if a U-Net's config has a value that no released Stable Diffusion has."""
     for name, values in _SUPPORTED_VALUES.items():
         if config.get(name) not in values:
             is_lcm = name == "time_cond_proj_dim"
             lcm_hint = " (a latent consistency model; pass its base model with an LCM LoRA)" if is_lcm else ""
             raise CheckpointError(
-                f"{file}: {name} is {config[name]!r}, which no Stable Diffusion "
+                f"{config_file}: {name} is {config[name]!r}, which no Stable Diffusion "
                 f"1.x, 2.x or XL has{lcm_hint}.\n  Pass {EXPECTED_FILE}.",
                 folder,
             )
+    return LoadPlan(config, checkpoint, list_tensor_sources(checkpoint))
 
 
 def read_folder_vae(
@@ -279,18 +269,17 @@ def _check_levels(config: Mapping[str, Any], file: Path) -> None:
         problem = f"down_block_types or up_block_types is not a list of names ({down!r}, {up!r})"
     elif not len(down) == len(up) == len(config["block_out_channels"]):
         problem = "down_block_types, up_block_types and block_out_channels have different lengths"
-    elif type(layers) is not int and not _are_counts(layers, len(down)):
+    elif type(layers) is not int and not (
+        isinstance(layers, list)
+        and len(layers) == (len(down))
+        and all(type(number) is int for number in layers)
+    ):
         problem = f"layers_per_block is {layers!r}, neither a number nor one for each level"
     elif type(text_width) is not int:
         problem = f"cross_attention_dim is {text_width!r}, not a number"
     else:
         return
     raise CheckpointError(f"{file}: {shorten(problem, MAX_QUOTED)}. Copy the file again.", file)
-
-
-def _are_counts(value: object, length: int) -> bool:
-    """Return whether a value is a list of `length` integers."""
-    return isinstance(value, list) and len(value) == length and all(type(number) is int for number in value)
 
 
 def read_settings(file: Path) -> dict[str, Any]:

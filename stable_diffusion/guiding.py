@@ -20,7 +20,7 @@ from torch.nn.functional import mse_loss, normalize
 
 from checkpoints.dialects import LoadPlan, load_planned, make_wrong_kind_error
 from checkpoints.model_files import find_model_folder
-from checkpoints.opening import Checkpoint, list_tensor_sources, open_checkpoint
+from checkpoints.opening import list_tensor_sources, open_checkpoint
 from encoders.clip_checkpoints import ClipNaming, read_clip_text, read_clip_vision
 from encoders.clip_layers import ClipText, ClipVision, load_clip_text, load_clip_vision
 from generation.denoise import predictor
@@ -85,7 +85,25 @@ def load_vgg16(path: Path, last_layer: int, device: torch.device, dtype: torch.d
         OptionError: If the file has no such layer.
     """
     with open_checkpoint(path) as checkpoint:
-        layers = _plan_layers(checkpoint, last_layer)
+        # The layers of VGG16 up to index `last_layer`, inferred from the convolutions in the file
+        # Indices without a tensor are ReLU after a convolution, and pooling after ReLU.
+        channels = 3
+        layers: list[_Layer] = []
+        for index in range(last_layer + 1):
+            info = checkpoint.tensors.get(f"{_START}{index}.weight")
+            if info is None and layers:
+                layers.append("relu" if isinstance(layers[-1], tuple) else "pool")
+                if layers[-2:] == ["pool", "pool"]:  # beyond the last layer of the file
+                    raise OptionError(
+                        f"--vgg16_guidance_layer {last_layer}: the last layer in {checkpoint.path} is "
+                        f"{index - 1}. Use a lower one, or pass {RELEASE} to {OPTION}"
+                    )
+                continue
+            shape = () if info is None else info.shape
+            if len(shape) != 4 or shape[1:] != (channels, 3, 3) or not shape[0]:
+                raise make_wrong_kind_error(checkpoint, "VGG16", OPTION, RELEASE)
+            layers.append((channels, shape[0]))
+            channels = shape[0]
         sources = list_tensor_sources(checkpoint)
         needed = {}
         for number in range(last_layer + 1):
@@ -94,29 +112,6 @@ def load_vgg16(path: Path, last_layer: int, device: torch.device, dtype: torch.d
                     needed[name] = sources[name]
         plan = LoadPlan(layers, checkpoint, needed, ("*",))  # later layers in the file are ignored
         return load_planned(plan, Vgg16, device=device, dtype=dtype, label=OPTION)
-
-
-def _plan_layers(checkpoint: Checkpoint, last_layer: int) -> list[_Layer]:
-    """Return the layers of VGG16 up to index `last_layer`, inferred from the convolutions in the file."""
-    # Indices without a tensor are ReLU after a convolution, and pooling after ReLU.
-    channels = 3
-    layers: list[_Layer] = []
-    for index in range(last_layer + 1):
-        info = checkpoint.tensors.get(f"{_START}{index}.weight")
-        if info is None and layers:
-            layers.append("relu" if isinstance(layers[-1], tuple) else "pool")
-            if layers[-2:] == ["pool", "pool"]:  # beyond the last layer of the file
-                raise OptionError(
-                    f"--vgg16_guidance_layer {last_layer}: the last layer in {checkpoint.path} is "
-                    f"{index - 1}. Use a lower one, or pass {RELEASE} to {OPTION}"
-                )
-            continue
-        shape = () if info is None else info.shape
-        if len(shape) != 4 or shape[1:] != (channels, 3, 3) or not shape[0]:
-            raise make_wrong_kind_error(checkpoint, "VGG16", OPTION, RELEASE)
-        layers.append((channels, shape[0]))
-        channels = shape[0]
-    return layers
 
 
 CLIP_REPOSITORY = "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
@@ -171,7 +166,22 @@ class Guides:
         Raises:
             MediaError: If the guide image cannot be read.
         """
-        image_loss = self._make_loss(request)
+        # The loss whose gradient guides an image: the sum over all guiding networks
+        options = self.options
+        clip = self.clip
+        losses: list[Loss] = []
+        if clip is not None and options.clip_guidance_scale:
+            vector = clip.encode_text(self._read_clip_tokens(request))
+            losses.append(_make_clip_loss(clip, vector, options.clip_guidance_scale))
+        if clip is not None and options.clip_image_guidance_scale:
+            vector = clip.vision.encode([read_picture(request.guides[0])])
+            losses.append(_make_clip_loss(clip, vector, options.clip_image_guidance_scale))
+        if self.vgg is not None:
+            losses.append(_make_vgg_loss(self.vgg, request.guides[0], options.vgg16_guidance_scale))
+
+        def image_loss(pixels: Tensor) -> Tensor:
+            return torch.stack([loss(pixels) for loss in losses]).sum()
+
         model = self.model
         sampler = passes.sampler
         # gradient checkpointing saves memory; the U-Net cannot use it if its hooks track the running layer
@@ -217,21 +227,6 @@ class Guides:
             loss = image_loss(_decode(model, blended))
             (gradient,) = torch.autograd.grad(loss, x)
         return gradient
-
-    def _make_loss(self, request: RequestedImage) -> Loss:
-        """Return the loss whose gradient guides an image: the sum over all guiding networks."""
-        options = self.options
-        clip = self.clip
-        losses: list[Loss] = []
-        if clip is not None and options.clip_guidance_scale:
-            vector = clip.encode_text(self._read_clip_tokens(request))
-            losses.append(_make_clip_loss(clip, vector, options.clip_guidance_scale))
-        if clip is not None and options.clip_image_guidance_scale:
-            vector = clip.vision.encode([read_picture(request.guides[0])])
-            losses.append(_make_clip_loss(clip, vector, options.clip_image_guidance_scale))
-        if self.vgg is not None:
-            losses.append(_make_vgg_loss(self.vgg, request.guides[0], options.vgg16_guidance_scale))
-        return lambda pixels: torch.stack([loss(pixels) for loss in losses]).sum()
 
     def _read_clip_tokens(self, request: RequestedImage) -> list[int]:
         """Return CLIP's ids of an image's prompt, without weights, truncated, with start and end token."""
@@ -319,7 +314,24 @@ def load_guides(options: GuideOptions, model: Model) -> Guides | None:
     clip = None
     if options.uses_clip:
         assert options.clip_guidance_model is not None
-        clip = _load_clip(options.clip_guidance_model, model)
+        # Load the text and the image encoder of a CLIP
+        path = options.clip_guidance_model
+        device = model.device
+        dtype = model.dtype
+        vision = load_clip_vision(path, device, dtype=dtype, option=CLIP.option, release=CLIP.release)
+        with open_checkpoint(path) as checkpoint:
+            projection = checkpoint.read(_PROJECTION).to(device, dtype)
+        text = load_clip_text(path, device, dtype, CLIP)
+        text_encoder = model.text_encoders[0]
+        vocabulary = text.embeddings.token_embedding.num_embeddings
+        # start and end tokens have the highest ids of a vocabulary
+        if max(text_encoder.bos_token_id, text_encoder.eos_token_id) >= vocabulary:
+            raise CheckpointError(
+                f"{CLIP.option} {path}: it has fewer tokens than the tokenizer of {model.path}. Pass "
+                f"{CLIP.release}.",
+                path,
+            )
+        clip = FullClip(text, projection, vision)
         logger.info("guidance by CLIP: %s", options.clip_guidance_model)
     vgg = None
     if options.vgg16_guidance_scale:
@@ -328,23 +340,3 @@ def load_guides(options: GuideOptions, model: Model) -> Guides | None:
         vgg = load_vgg16(options.vgg16_guidance_model, last_layer, model.device, model.dtype)
         logger.info("guidance by VGG16: %s", options.vgg16_guidance_model)
     return Guides(options, model, clip, vgg)
-
-
-def _load_clip(path: Path, model: Model) -> FullClip:
-    """Load the text and the image encoder of a CLIP."""
-    device = model.device
-    dtype = model.dtype
-    vision = load_clip_vision(path, device, dtype=dtype, option=CLIP.option, release=CLIP.release)
-    with open_checkpoint(path) as checkpoint:
-        projection = checkpoint.read(_PROJECTION).to(device, dtype)
-    text = load_clip_text(path, device, dtype, CLIP)
-    text_encoder = model.text_encoders[0]
-    vocabulary = text.embeddings.token_embedding.num_embeddings
-    # start and end tokens have the highest ids of a vocabulary
-    if max(text_encoder.bos_token_id, text_encoder.eos_token_id) >= vocabulary:
-        raise CheckpointError(
-            f"{CLIP.option} {path}: it has fewer tokens than the tokenizer of {model.path}. Pass "
-            f"{CLIP.release}.",
-            path,
-        )
-    return FullClip(text, projection, vision)

@@ -62,19 +62,7 @@ class UpscalingModule:
             count,
             vae_batch,
         )
-        return self._read_result(result, count, width, height)
-
-    def _call_upscaler(self, *arguments: Any) -> Any:
-        """Call the user's code; raise OptionError for any error in it."""
-        try:
-            return self.upscaler.upscale(*arguments)
-        except UserError:
-            raise
-        except Exception as error:  # the module may run any code of its own
-            raise OptionError(f"{OPTION} {self.name} failed: {type(error).__name__}: {error}") from error
-
-    def _read_result(self, result: Any, count: int, width: int, height: int) -> SecondStageInput:
-        """Return the images or latents that the upscaler returned; raise OptionError for anything else."""
+        # The images or latents that the upscaler returned; raise OptionError for anything else
         shape = (count, 4, height // STRIDE, width // STRIDE)
         if isinstance(result, Tensor):
             if tuple(result.shape) == shape and bool(torch.isfinite(result).all()):
@@ -88,6 +76,15 @@ class UpscalingModule:
             f"{OPTION} {self.name} returned {returned}. Its upscale(...) has to return a list of {count} PIL "
             f"images, or latents of {_in_words(shape)}"
         )
+
+    def _call_upscaler(self, *arguments: Any) -> Any:
+        """Call the user's code; raise OptionError for any error in it."""
+        try:
+            return self.upscaler.upscale(*arguments)
+        except UserError:
+            raise
+        except Exception as error:  # the module may run any code of its own
+            raise OptionError(f"{OPTION} {self.name} failed: {type(error).__name__}: {error}") from error
 
 
 def _in_words(shape: Sequence[int]) -> str:
@@ -216,7 +213,10 @@ def make_images(
     del first_result
     second_requests = _make_second_requests(options, settings, requests)
     # another seed: with the first stage's noise, the second would add the same pattern once more
-    reseeded = [replace(request, seed=_next_seed(request.seed)) for request in second_requests]
+    reseeded = [
+        replace(request, seed=request.seed + 1 if request.seed < 2**64 - 1 else 0)
+        for request in second_requests
+    ]
     yield SavedStage(second_requests, image_generator.make(reseeded, start), SECOND)
 
 
@@ -229,11 +229,6 @@ def _make_second_requests(
     if options.highres_fix_disable_control_net:
         return [replace(request, settings=settings, guides=()) for request in requests]
     return [replace(request, settings=settings) for request in requests]
-
-
-def _next_seed(seed: int) -> int:
-    """Return the next seed, 0 after the last one that 64 bits can hold."""
-    return seed + 1 if seed < 2**64 - 1 else 0
 
 
 def _make_first_settings(options: HighresOptions, settings: ImageSettings) -> ImageSettings:

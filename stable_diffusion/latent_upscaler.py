@@ -128,12 +128,7 @@ def create_upscaler(**args: str) -> LatentUpscaler:
         hint = explain_missing(path)
         raise OptionError(f"{ARGS} weights={path}: no such file.{hint} Pass a latent upscaler of sd-scripts")
     refiner = LatentRefiner()
-    refiner.load_state_dict(_read_state(path, refiner), strict=False)
-    return LatentUpscaler(refiner.eval())
-
-
-def _read_state(path: Path, refiner: LatentRefiner) -> dict[str, Tensor]:
-    """Read the weights of a latent upscaler; raise CheckpointError for a file of another network."""
+    # Read the weights of a latent upscaler; raise CheckpointError for a file of another network
     state = {}
     with open_checkpoint(path) as checkpoint:
         for name, tensor in refiner.state_dict().items():
@@ -150,4 +145,5 @@ def _read_state(path: Path, refiner: LatentRefiner) -> dict[str, Tensor]:
                     path,
                 )
             state[name] = checkpoint.read(name)
-    return state
+    refiner.load_state_dict(state, strict=False)
+    return LatentUpscaler(refiner.eval())

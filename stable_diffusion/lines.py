@@ -126,25 +126,21 @@ def read_line(line: str, where: str = "the prompt") -> dict[str, Any]:
     values = prompt_lines.parse_option_line(line, LINE_OPTIONS, where, find_option)
     file_name = values.get("file_name")
     if file_name is not None:
-        _check_file_name(file_name)
+        # Raise OptionError unless the value of --f is a valid file name on every system
+        quoted_name = repr(shorten(file_name, 80))
+        is_path = not file_name or set(file_name) & set('/\\:*?"<>|') or set(file_name) <= {".", " "}
+        if is_path or replace_control_codes(file_name) != file_name:
+            raise OptionError(
+                f"--f {quoted_name}: pass a file's name, without folders and characters that some systems do "
+                "not take. Images are written to --outdir"
+            )
+        size = len(file_name.encode("utf-8", "replace"))
+        if size > LONGEST_NAME:
+            raise OptionError(
+                f"--f {quoted_name}: the name has {size} bytes, but at most {LONGEST_NAME} are possible in "
+                "addition to the number and the suffix. Use a shorter one"
+            )
     return values
-
-
-def _check_file_name(name: str) -> None:
-    """Raise OptionError unless the value of --f is a valid file name on every system."""
-    quoted_name = repr(shorten(name, 80))
-    is_path = not name or set(name) & set('/\\:*?"<>|') or set(name) <= {".", " "}
-    if is_path or replace_control_codes(name) != name:
-        raise OptionError(
-            f"--f {quoted_name}: pass a file's name, without folders and characters that some systems do "
-            "not take. Images are written to --outdir"
-        )
-    size = len(name.encode("utf-8", "replace"))
-    if size > LONGEST_NAME:
-        raise OptionError(
-            f"--f {quoted_name}: the name has {size} bytes, but at most {LONGEST_NAME} are possible in "
-            "addition to the number and the suffix. Use a shorter one"
-        )
 
 
 def read_line_seeds(line: str) -> tuple[int, ...] | None:

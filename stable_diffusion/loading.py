@@ -75,7 +75,10 @@ def load_checkpoint(options: ModelOptions, checkpoint_plan: CheckpointPlan, devi
     _load_weights(networks, META)  # compares names and shapes; reads no weights
     _log_checkpoint(checkpoint_plan, dtype, vae_dtype)
     if checkpoint_plan.kind is SDXL and vae_dtype == torch.float16 and options.vae is None:
-        _warn_of_fp16_overflow()
+        logger.warning(
+            "The released VAE of Stable Diffusion XL overflows in float16 and then makes black images. If "
+            "that happens, add --no_half_vae, or --vae with the fixed one (madebyollin/sdxl-vae-fp16-fix)"
+        )
     _load_weights(networks, device)
     *text_networks, unet, vae = (loaded.network for loaded in networks)
     _set_computation(options, unet, vae)
@@ -106,13 +109,6 @@ def _log_checkpoint(checkpoint_plan: CheckpointPlan, dtype: torch.dtype, vae_dty
         description,
         dtype_name(dtype),
         dtype_name(vae_dtype),
-    )
-
-
-def _warn_of_fp16_overflow() -> None:
-    logger.warning(
-        "The released VAE of Stable Diffusion XL overflows in float16 and then makes black images. If "
-        "that happens, add --no_half_vae, or --vae with the fixed one (madebyollin/sdxl-vae-fp16-fix)"
     )
 
 
@@ -299,23 +295,19 @@ def _check_widths_match(checkpoint_plan: CheckpointPlan) -> None:
             path,
         )
     if checkpoint_plan.kind is SDXL:
-        _check_added_width(checkpoint_plan)
-
-
-def _check_added_width(checkpoint_plan: CheckpointPlan) -> None:
-    """Raise CheckpointError if SDXL's U-Net does not fit the width of its pooled text and sizes."""
-    config = checkpoint_plan.unet.config
-    size_width = checkpoints.NUM_SIZE_CONDITIONS * (config.get("addition_time_embed_dim") or 0)
-    needed = _find_pooled_width(checkpoint_plan.text_encoders) + size_width
-    added_width = config.get("projection_class_embeddings_input_dim")
-    if added_width != needed:
-        path = checkpoint_plan.path
-        raise CheckpointError(
-            f"--ckpt {path}: its U-Net takes additional conditions of width {added_width}, but those of "
-            f"its second text encoder and {checkpoints.NUM_SIZE_CONDITIONS} sizes have width {needed}. "
-            "Parts of different models were joined.",
-            path,
-        )
+        # Raise CheckpointError if SDXL's U-Net does not fit the width of its pooled text and sizes
+        config = checkpoint_plan.unet.config
+        size_width = checkpoints.NUM_SIZE_CONDITIONS * (config.get("addition_time_embed_dim") or 0)
+        needed = _find_pooled_width(checkpoint_plan.text_encoders) + size_width
+        added_width = config.get("projection_class_embeddings_input_dim")
+        if added_width != needed:
+            path = checkpoint_plan.path
+            raise CheckpointError(
+                f"--ckpt {path}: its U-Net takes additional conditions of width {added_width}, but those of "
+                f"its second text encoder and {checkpoints.NUM_SIZE_CONDITIONS} sizes have width {needed}. "
+                "Parts of different models were joined.",
+                path,
+            )
 
 
 class _NetworkToLoad(NamedTuple):

@@ -248,7 +248,9 @@ def _add_layers(
         for lora_layers, layers in zip(layers_by_lora, attached, strict=True):
             lora_layers += layers.values()
     # for each LoRA, by diffusers' module path
-    unet_layers = [_key_by_path(layers.values()) for layers in attached_by_target[0]]
+    unet_layers = [
+        {layer.target.module_path: layer for layer in (layers.values())} for layers in attached_by_target[0]
+    ]
     for weighted, lora_layers in zip(weighted_loras, layers_by_lora, strict=True):
         _log_added(weighted, lora_layers)
 
@@ -259,10 +261,6 @@ def _add_layers(
 
     defaults = tuple(weighted.multiplier for weighted in weighted_loras)
     return AdjustableLoras(defaults, apply_strengths, unet_layers)
-
-
-def _key_by_path(layers: Iterable[LoraBranch]) -> dict[str, LoraBranch]:
-    return {layer.target.module_path: layer for layer in layers}
 
 
 def _merge(targets: Sequence[_LoraTarget], weighted_loras: Sequence[WeightedLora], rounding: str) -> None:

@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -247,7 +246,14 @@ class ImageGenerator:
         states = self._encode_parts(requests[0], prompt_parts, negative_texts, is_regional)
         positive = self._join_texts(requests, prompt_parts, states, is_regional)
         if self.image_vectors is not None:
-            positive = self.image_vectors.replace_pooled(positive, _list_vision_paths(requests))
+            # The input images for CLIP vision embeddings; raise OptionError if a request has none
+            paths = [request.image for request in requests if request.image is not None]
+            if len(paths) < len(requests):
+                raise OptionError(
+                    f"{requests[0].label}: --clip_vision_strength needs --image_path, the image that CLIP "
+                    "sees"
+                )
+            positive = self.image_vectors.replace_pooled(positive, paths)
         negative_and_empty: list[list[contract.TextState] | None] = [None, None]
         for index in range(len(negative_texts[0])):  # all images have the same number of negative texts
             # a negative text applies to all parts of the prompt
@@ -322,16 +328,6 @@ def time_ids(settings: contract.ImageSettings, negative: bool) -> Tensor:
     top = sizes.crop_top or 0
     left = sizes.crop_left or 0
     return torch.tensor([(height, width, top, left, settings.height, settings.width)], dtype=torch.float32)
-
-
-def _list_vision_paths(requests: Sequence[contract.RequestedImage]) -> list[Path]:
-    """Return the input images for CLIP vision embeddings; raise OptionError if a request has none."""
-    paths = [request.image for request in requests if request.image is not None]
-    if len(paths) < len(requests):
-        raise OptionError(
-            f"{requests[0].label}: --clip_vision_strength needs --image_path, the image that CLIP sees"
-        )
-    return paths
 
 
 def _select_start(start: contract.SecondStageInput, indices: Sequence[int]) -> contract.SecondStageInput:

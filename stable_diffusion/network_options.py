@@ -227,20 +227,6 @@ def _count_words(number: int, word: str) -> str:
     return f"{number} {word}" if number == 1 else f"{number} {word}s"
 
 
-def _check_network_module(name: str) -> None:
-    """Raise OptionError if --network_module names an unsupported kind of network."""
-    description = UNSUPPORTED_MODULES.get(name)
-    if description is not None:
-        advice = "--control_net_lllite_models takes it" if "LLLite" in description else "it is not supported"
-        raise OptionError(f"--network_module {name} is for {description}: {advice}. Omit --network_module")
-    if name not in KNOWN_MODULES and not name.startswith("networks.lora"):
-        raise OptionError(
-            f"--network_module {name}: modules of other programs are not supported in gen_img.py. Omit "
-            f"--network_module, or pass one of {', '.join(KNOWN_MODULES)}: the files are recognized by "
-            "their tensors"
-        )
-
-
 def _check_count(flag: str, values: Sequence[Any], num_files: int) -> None:
     """Raise OptionError if an option has more values than there are files of --network_weights."""
     if len(values) > num_files:
@@ -297,7 +283,24 @@ class AddedNetworkOptions(Options, title="LoRA and other networks"):
         modules = self.network_module or ()
         multipliers = self.network_mul or ()
         for name in modules:
-            _check_network_module(name)
+            # Raise OptionError if --network_module names an unsupported kind of network
+            description = UNSUPPORTED_MODULES.get(name)
+            if description is not None:
+                advice = (
+                    "--control_net_lllite_models takes it"
+                    if "LLLite" in description
+                    else "it is not supported"
+                )
+                raise OptionError(
+                    f"--network_module {name} is for {description}: {advice}. Omit --network_module"
+                )
+            if name not in KNOWN_MODULES and not name.startswith("networks.lora"):
+                raise OptionError(
+                    f"--network_module {name}: modules of other programs are not supported in gen_img.py. "
+                    "Omit "
+                    f"--network_module, or pass one of {', '.join(KNOWN_MODULES)}: the files are recognized "
+                    "by their tensors"
+                )
         num_files = len(self.files)
         if len(modules) > 1 and len(modules) != num_files:
             raise OptionError(

@@ -210,12 +210,7 @@ class GenImgOptions(Options, title="run"):
 
     def __post_init__(self) -> None:
         """Raise OptionError if options exclude each other or lack required ones."""
-        self._check_input_images()
-        self._check_control()
-        self._check_sampling()
-
-    def _check_input_images(self) -> None:
-        """Raise OptionError for options that need --image_path or --mask_path, or exclude them."""
+        # Raise OptionError for options that need --image_path or --mask_path, or exclude them
         has_images = self.prompts.image_path is not None
         if self.text.clip_vision_strength is not None and not has_images:
             raise OptionError("--clip_vision_strength needs --image_path, the image that CLIP sees")
@@ -230,6 +225,8 @@ class GenImgOptions(Options, title="run"):
             raise OptionError(
                 "--network_regional_mask_max_color_codes needs --mask_path, whose colors it explains"
             )
+        self._check_control()
+        self._check_sampling()
 
     def _check_control(self) -> None:
         """Raise OptionError for ControlNet, CLIP or VGG16 options that cannot be combined."""

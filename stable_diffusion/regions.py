@@ -182,15 +182,11 @@ class Regions:
         with contextlib.ExitStack() as restore:
             batch.patch_unet(self._unet, restore)
             if any(request.mask is not None for request in requests):
-                self._limit_loras(batch, restore)
+                for part, layers in enumerate(self._lora_layers):
+                    for name, layer in layers.items():
+                        restore.callback(setattr, layer, "apply_region", None)
+                        layer.apply_region = batch.limit_to_region(part, name)
             yield batch.move_to_device
-
-    def _limit_loras(self, batch: "_Batch", restore: contextlib.ExitStack) -> None:
-        """Make LoRA i act in the region of prompt part i until `restore` is closed."""
-        for part, layers in enumerate(self._lora_layers):
-            for name, layer in layers.items():
-                restore.callback(setattr, layer, "apply_region", None)
-                layer.apply_region = batch.limit_to_region(part, name)
 
 
 class _Batch:

@@ -39,16 +39,7 @@ def ldm_unet_names(layers: list[int], names: Collection[str]) -> Iterator[tuple[
         layers: Number of residual blocks at each level of the down path.
         names: Diffusers names of the U-Net's weights.
     """
-    ldm_paths = _map_to_ldm_paths(layers, names)
-    for name in names:
-        module_path = name  # drop last components until it is the path of a renamed module
-        while module_path not in ldm_paths:
-            module_path = module_path.rpartition(".")[0]
-        yield f"{UNET}{ldm_paths[module_path]}{name.removeprefix(module_path)}", name
-
-
-def _map_to_ldm_paths(layers: list[int], names: Collection[str]) -> dict[str, str]:
-    """Map the diffusers path of each renamed module of a U-Net to its LDM path."""
+    # Map the diffusers path of each renamed module of a U-Net to its LDM path
     # Arguments are those of `ldm_unet_names`.
     ldm_paths: dict[str, str] = {}
     for ldm_path, diffusers_path in (*INPUT_AND_OUTPUT_LAYERS, *SDXL_EMBEDDING_LAYERS):
@@ -67,7 +58,11 @@ def _map_to_ldm_paths(layers: list[int], names: Collection[str]) -> dict[str, st
         ldm_paths[sampler.upsampler] = (
             sampler.ldm_upsampler if has_attention else sampler.ldm_upsampler_without_attention
         )
-    return ldm_paths
+    for name in names:
+        module_path = name  # drop last components until it is the path of a renamed module
+        while module_path not in ldm_paths:
+            module_path = module_path.rpartition(".")[0]
+        yield f"{UNET}{ldm_paths[module_path]}{name.removeprefix(module_path)}", name
 
 
 def _vae_path_pairs(num_levels: int) -> Iterator[tuple[str, str]]:

@@ -58,7 +58,13 @@ class DeepShrinks:
                 shrink.ds_timesteps_2,
             )
         hooks = _ShrinkHooks(shrink, input_blocks(self.unet))
-        _check_depths(shrink, len(hooks.blocks))
+        num_blocks = len(hooks.blocks)
+        for name, depth in (("ds_depth_1", shrink.ds_depth_1), ("ds_depth_2", shrink.ds_depth_2)):
+            if depth is not None and not 0 <= depth < num_blocks:
+                raise OptionError(
+                    f"--{name} {depth}: this model's U-Net has the input blocks 0 to "
+                    f"{num_blocks - 1}. Pass one of them, such as 3"
+                )
         with ExitStack() as stack:
             for handle in _register_hooks(hooks, self.unet):
                 stack.callback(handle.remove)
@@ -69,16 +75,6 @@ class DeepShrinks:
                 "(%d). Use a lower one, or a higher --strength.",
                 label,
                 shrink.ds_timesteps_1,
-            )
-
-
-def _check_depths(shrink: DeepShrinkOptions, num_blocks: int) -> None:
-    """Raise OptionError if the U-Net has no input block at one of the given depths."""
-    for name, depth in (("ds_depth_1", shrink.ds_depth_1), ("ds_depth_2", shrink.ds_depth_2)):
-        if depth is not None and not 0 <= depth < num_blocks:
-            raise OptionError(
-                f"--{name} {depth}: this model's U-Net has the input blocks 0 to "
-                f"{num_blocks - 1}. Pass one of them, such as 3"
             )
 
 
@@ -139,12 +135,7 @@ class _ShrinkHooks:
             return call
         # a ControlNet runs at full size, so its residuals must be resized to the features' size
         skip_residuals, middle_residual = call.residuals
-        sizes = self._list_feature_sizes()
-        resized = [resize_like(skip, size) for skip, size in zip(skip_residuals, sizes, strict=True)]
-        return replace(call, residuals=(resized, resize_like(middle_residual, sizes[-1])))
-
-    def _list_feature_sizes(self) -> list[Size]:
-        """Return the output size (height, width) of each input block in this U-Net call."""
+        # The output size (height, width) of each input block in this U-Net call
         size = self.sample_size
         sizes = []
         for depth, block in enumerate(self.blocks):
@@ -153,7 +144,8 @@ class _ShrinkHooks:
             if isinstance(block, Downsample2D):
                 size = ceil_div(size[0], 2), ceil_div(size[1], 2)
             sizes.append(size)
-        return sizes
+        resized = [resize_like(skip, size) for skip, size in zip(skip_residuals, sizes, strict=True)]
+        return replace(call, residuals=(resized, resize_like(middle_residual, sizes[-1])))
 
     # What the hooks call
 
@@ -360,7 +352,17 @@ class GrowingSteps:
         if self.unsharp is None and self.s_noise == 1:
             return stepped
         # separate the step without noise, which is sharpened, from the noise that euler_a added
-        change = self._compute_euler_change(index, velocity, sample)
+        # The sample's change in an Euler step, without the noise of euler_a
+        scheduler = self.scheduler
+        sigma, next_sigma = (float(scheduler.sigmas[sigma_index]) for sigma_index in (index, index + 1))
+        if scheduler.config.prediction_type == "v_prediction":
+            # the predicted clean sample is x / (s^2 + 1) - v s / sqrt(s^2 + 1)
+            derivative = sample * (sigma / (sigma**2 + 1)) + velocity / (sigma**2 + 1) ** 0.5
+        else:
+            derivative = velocity
+        added_noise = next_sigma * (max(sigma**2 - next_sigma**2, 0.0) ** 0.5) / sigma
+        sigma_without_noise = max(next_sigma**2 - added_noise**2, 0.0) ** 0.5
+        change = derivative * (sigma_without_noise - sigma)
         noise = stepped - (sample + change)
         return self._add_sharpened(sample, change) + self.s_noise * noise
 
@@ -371,19 +373,6 @@ class GrowingSteps:
         if self.unsharp.sharpens_result:
             return sharpen(sample + change, self.unsharp)
         return sharpen(sample, self.unsharp) + change
-
-    def _compute_euler_change(self, index: int, output: Tensor, sample: Tensor) -> Tensor:
-        """Return the sample's change in an Euler step, without the noise of euler_a."""
-        scheduler = self.scheduler
-        sigma, next_sigma = (float(scheduler.sigmas[sigma_index]) for sigma_index in (index, index + 1))
-        if scheduler.config.prediction_type == "v_prediction":
-            # the predicted clean sample is x / (s^2 + 1) - v s / sqrt(s^2 + 1)
-            derivative = sample * (sigma / (sigma**2 + 1)) + output / (sigma**2 + 1) ** 0.5
-        else:
-            derivative = output
-        added_noise = next_sigma * (max(sigma**2 - next_sigma**2, 0.0) ** 0.5) / sigma
-        sigma_without_noise = max(next_sigma**2 - added_noise**2, 0.0) ** 0.5
-        return derivative * (sigma_without_noise - sigma)
 
 
 def resize_latents(latents: Tensor, size: Size) -> Tensor:

@@ -10,7 +10,7 @@ of prompt and negative prompt needs. LoRAs are attached to the linear layers of 
 
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
@@ -209,7 +209,12 @@ class LazyTextEncoder:
             num_tokens = len(tokenizer.tokenize(text))
             num_read = len(text)  # characters that fit
             if num_tokens > max_tokens:
-                num_read = _find_cut(text, tokenizer.tokenize, max_tokens)
+                # The number of leading characters, in whole words, that fit into `max_tokens` tokens
+                ends = [match.end() for match in re.finditer(r"\S+", text)]
+                num_words = bisect_right(
+                    ends, max_tokens, key=lambda end: len(tokenizer.tokenize(text[:end]))
+                )
+                num_read = ends[num_words - 1] if num_words else 0
             return TokenCount(text, tokens=num_tokens + 2, limit=max_tokens + 2, num_read=num_read)
 
         return count
@@ -303,7 +308,11 @@ class LazyTextEncoder:
             end_chunk = first_chunk + len(chunks)
             text_states = []
             for layer_states in states_by_layer:
-                joined = _join_weighted(layer_states[first_chunk:end_chunk], chunks)
+                joined = apply_token_weights(
+                    join_chunk_states(layer_states[first_chunk:end_chunk]),
+                    list_token_weights(chunks),
+                    WEIGHTING_MODE,
+                )
                 text_states.append(joined[:length])
             conditions = {states_key: torch.cat(text_states).cpu()}
             if pooled is not None:  # only the first chunk's pooled state is used
@@ -350,18 +359,6 @@ class LazyTextEncoder:
     def free(self) -> None:
         """Release the network and its tokenizer."""
         self._loaded.free()
-
-
-def _join_weighted(chunk_states: Tensor, chunks: Sequence[Chunk]) -> Tensor:
-    """Concatenate a text's chunk states, K 77 C, to 75 K + 2 tokens, times the weights of their tokens."""
-    return apply_token_weights(join_chunk_states(chunk_states), list_token_weights(chunks), WEIGHTING_MODE)
-
-
-def _find_cut(text: str, tokenize: Callable[[str], list[int]], max_tokens: int) -> int:
-    """Return the number of leading characters, in whole words, that fit into `max_tokens` tokens."""
-    ends = [match.end() for match in re.finditer(r"\S+", text)]
-    num_words = bisect_right(ends, max_tokens, key=lambda end: len(tokenize(text[:end])))
-    return ends[num_words - 1] if num_words else 0
 
 
 def make_encoders(

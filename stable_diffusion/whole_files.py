@@ -171,9 +171,22 @@ def _make_writer_for_folder(
     logger.info(
         "Trained checkpoints of %s are single files, with the names of the released ones.", checkpoint.path
     )
+    # Map each LDM tensor name of a single file to the diffusers weights it is computed from
+    tensors = {}
+    unet_layers = count_layers(checkpoint_plan.unet.config)
+    for ldm_name, weight in ldm_unet_names(unet_layers, checkpoint_plan.unet.sources):
+        tensors[ldm_name] = _plan_ldm_tensor(ldm_name, DIT, [weight], plans)
+    for index, text_encoder in enumerate(checkpoint_plan.text_encoders):
+        weight_names = list_weights(text_encoder.load_plan)
+        fused_weights = ldm_text_encoder_names(checkpoint_plan.kind, index, weight_names)
+        for ldm_name, weights in fused_weights.items():
+            tensors[ldm_name] = _plan_ldm_tensor(ldm_name, text_encoder_name(index), weights, plans)
+    for weight in checkpoint_plan.vae.sources:
+        ldm_name = ldm_vae_name(weight)
+        tensors[ldm_name] = _plan_ldm_tensor(ldm_name, VAE_PART, [weight], plans)
     return CheckpointFiles(
         networks,
-        _plan_ldm_tensors(checkpoint_plan, plans),
+        tensors,
         plans,
         opened=opened,
         prediction_markers=_list_markers(model_type),
@@ -227,23 +240,6 @@ def _plan_trained_tensors(name: str, network: nn.Module, plan: LoadPlan[Any]) ->
         name_in_file: SavedTensor(name, weight_names, infos[name_in_file])
         for name_in_file, weight_names in weights.items()
     }
-
-
-def _plan_ldm_tensors(checkpoint_plan: CheckpointPlan, plans: Plans) -> dict[str, SavedTensor]:
-    """Map each LDM tensor name of a single file to the diffusers weights it is computed from."""
-    tensors = {}
-    unet_layers = count_layers(checkpoint_plan.unet.config)
-    for ldm_name, weight in ldm_unet_names(unet_layers, checkpoint_plan.unet.sources):
-        tensors[ldm_name] = _plan_ldm_tensor(ldm_name, DIT, [weight], plans)
-    for index, text_encoder in enumerate(checkpoint_plan.text_encoders):
-        weight_names = list_weights(text_encoder.load_plan)
-        fused_weights = ldm_text_encoder_names(checkpoint_plan.kind, index, weight_names)
-        for ldm_name, weights in fused_weights.items():
-            tensors[ldm_name] = _plan_ldm_tensor(ldm_name, text_encoder_name(index), weights, plans)
-    for weight in checkpoint_plan.vae.sources:
-        ldm_name = ldm_vae_name(weight)
-        tensors[ldm_name] = _plan_ldm_tensor(ldm_name, VAE_PART, [weight], plans)
-    return tensors
 
 
 def list_weights(plan: LoadPlan[Any]) -> list[str]:

@@ -168,7 +168,10 @@ def _plan_file(network: str, plans: Plans) -> NetworkFile:
         weights = {weight: weight for weight in plan.sources}
     else:
         path = f"{network}/{_TEXT_WEIGHTS}"
-        weights = {_text_name(weight): weight for weight in list_weights(plan)}
+        weights = {
+            (weight if weight == PROJECTION else published_parameter(weight)): weight
+            for weight in list_weights(plan)
+        }
     infos = {}
     for name_in_file, weight in weights.items():
         source = plan.sources[weight]
@@ -177,10 +180,6 @@ def _plan_file(network: str, plans: Plans) -> NetworkFile:
         tensor = source.build_tensor(stored_tensors)
         infos[name_in_file] = TensorInfo(tensor.dtype, tuple(tensor.shape))
     return NetworkFile(path, weights, infos)
-
-
-def _text_name(weight: str) -> str:
-    return weight if weight == PROJECTION else published_parameter(weight)
 
 
 # Files other than weights
@@ -218,8 +217,15 @@ def _make_tokenizer_files(checkpoint: TrainingFiles, checkpoint_plan: Checkpoint
         folder = text_encoder_name(index).replace("text_encoder", "tokenizer")
         for name, content in _read_tokenizer(source, file).items():
             files[f"{folder}/{name}"] = content
-        for name, config in _describe_tokens(are_open_clip[index]).items():
-            files[f"{folder}/{name}"] = _as_json(config)
+        tokens = {
+            "bos_token": CLIP_START,
+            "eos_token": CLIP_END,
+            "unk_token": CLIP_END,
+            "pad_token": "!" if are_open_clip[index] else CLIP_END,
+        }
+        default = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True}
+        files[f"{folder}/tokenizer_config.json"] = _as_json({**default, **tokens})
+        files[f"{folder}/special_tokens_map.json"] = _as_json(tokens)
     return files
 
 
@@ -266,7 +272,18 @@ def _describe_index(source: Path, checkpoint_plan: CheckpointPlan, scheduler: st
         declared = read_settings(source / _INDEX)
         # components are lists [library, class]; they are replaced
         index |= {name: value for name, value in declared.items() if not isinstance(value, list | dict)}
-    index |= _list_components(scheduler, len(checkpoint_plan.text_encoders))
+    # Library and class of each component of a pipeline with this class of scheduler
+    num_text_encoders = len(checkpoint_plan.text_encoders)
+    components = {
+        "scheduler": ["diffusers", scheduler],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    for number in range(num_text_encoders):
+        name = text_encoder_name(number)
+        components[name] = ["transformers", _text_class(number)]
+        components[name.replace("text_encoder", "tokenizer")] = ["transformers", "CLIPTokenizer"]
+    index |= components
     if not is_xl:  # diffusers' pipeline expects entries for these components, even without them
         index |= {
             "safety_checker": [None, None],
@@ -280,20 +297,6 @@ def _describe_index(source: Path, checkpoint_plan: CheckpointPlan, scheduler: st
 
 def _text_class(number: int) -> str:
     return "CLIPTextModelWithProjection" if number else "CLIPTextModel"
-
-
-def _list_components(scheduler: str, num_text_encoders: int) -> dict[str, list[str]]:
-    """Return library and class of each component of a pipeline with this class of scheduler."""
-    components = {
-        "scheduler": ["diffusers", scheduler],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
-    for number in range(num_text_encoders):
-        name = text_encoder_name(number)
-        components[name] = ["transformers", _text_class(number)]
-        components[name.replace("text_encoder", "tokenizer")] = ["transformers", "CLIPTokenizer"]
-    return components
 
 
 def _describe_text_encoder(config: ClipTextConfig, index: int, tokens: Mapping[str, int]) -> dict[str, Any]:
@@ -317,18 +320,6 @@ def _describe_text_encoder(config: ClipTextConfig, index: int, tokens: Mapping[s
         "projection_dim": config.projection_dim or config.dim,
         **tokens,
     }
-
-
-def _describe_tokens(is_open_clip: bool) -> dict[str, dict[str, Any]]:
-    """Return the contents of a CLIP tokenizer's JSON files, keyed by file name."""
-    tokens = {
-        "bos_token": CLIP_START,
-        "eos_token": CLIP_END,
-        "unk_token": CLIP_END,
-        "pad_token": "!" if is_open_clip else CLIP_END,
-    }
-    default = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True}
-    return {"tokenizer_config.json": {**default, **tokens}, "special_tokens_map.json": tokens}
 
 
 def _read_tokenizer(source: TokenizerFiles, file: Path) -> dict[str, bytes]:

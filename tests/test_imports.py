@@ -81,14 +81,14 @@ FLOORS = {
         {"atomic_write", "devices", "file_locks", "installation", "onnx_models", "option_values"},
         {"option_checks"},
         {"backups", "extensions", "file_batches", "installed", "line_kinds", "options"},
-        {"compile_options", "help_text", "repeated_options"},
+        {"compile_options", "extension_words", "help_text", "repeated_options"},
         {"speed_options"},
         {"console", "environment", "progress"},
         {"command"},
         {"chat_templates", "error_output", "lost_processes", "mistyped", "template_process"},
         {"downloading", "parser"},
         {"console_options", "table_parser"},
-        {"table_answers"},
+        {"early_errors", "table_answers"},
         {"interpreter", "script_options"},
         {"attention", "bars", "layers", "media"} | {"minimal_options"},
         {"pages"},
@@ -163,6 +163,8 @@ _LIGHT = {
     "modules": (
         *("command", "console", "control_codes", "errors", "installation", "interpreter", "limits"),
         *(
+            "early_errors",
+            "extension_words",
             "extensions",
             "help_text",
             "installed",
@@ -185,6 +187,7 @@ _LIGHT = {
         ),
         *("media/lengths", "version"),
     ),
+    "ltx_2": ("learned_media",),
     "dataset": ("config", "config_keys", "other_trainers", "subsets", "table", "timestep_keys"),
     "dataset/forms": (
         *(

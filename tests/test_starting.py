@@ -16,11 +16,24 @@ from safetensors.torch import load_file
 
 import quickstart
 import run_tests
+from browser.launch import find_program
+from modules.command import typed_words
 from modules.environment import TORCH
-from modules.errors import InstallationError, UserError
-from modules.installation import IMPORTED_AS, command_words, own_name, read_requirements, requirement_name
+from modules.errors import INTERRUPTED, InstallationError, UserError
+from modules.extension_words import add_extensions, split_extensions
+from modules.installation import (
+    CHECKOUT_SCRIPTS,
+    EXTENSIONS,
+    FRONT_SCRIPT,
+    IMPORTED_AS,
+    command_words,
+    find_front_words,
+    own_name,
+    read_requirements,
+    requirement_name,
+)
 from modules.media.writing import write_video
-from package.reelsmith.commands import CHECKOUT_SCRIPTS, find_commands
+from package.reelsmith.commands import ScriptCommand, find_commands
 from tests.commands import ROOT, assert_user_error, run_program, run_python
 from tests.tiny.families import family_called
 from tests.tiny.project import moving_square, write_animations
@@ -355,6 +368,85 @@ def test_printed_commands_start_where_this_one_was_typed(
 
     script = Path(folder.format(root=root)) / "wan_generate_video.py"
     assert words == [*launcher, str(script), "--dit", "convert_lora.py"]
+
+
+EVERY_COMMAND = find_commands(ROOT)
+
+
+@pytest.mark.parametrize("command", EVERY_COMMAND, ids=lambda command: command.name)
+def test_every_command_names_the_extensions_that_are_on(
+    command: ScriptCommand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the front script takes them; its words mean the same script."""
+    words = ["python", command.path.relative_to(ROOT).as_posix(), "--x", "y"]
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    assert typed_words(words) == words
+    monkeypatch.setenv(EXTENSIONS, "glow,half")
+
+    typed = typed_words(words)
+
+    assert typed == ["python", FRONT_SCRIPT, "--extensions", "glow,half", *command.words, "--x", "y"]
+    assert typed_words(typed) == typed  # once
+    assert find_program(typed, ROOT)[0] == command
+    launched = add_extensions(["accelerate", "launch", "--num_processes", "2", *words[1:]])
+    assert launched == ["accelerate", "launch", "--num_processes", "2", *typed[1:]]
+    assert split_extensions(typed) == ("glow,half", ["python", FRONT_SCRIPT, *command.words, "--x", "y"])
+
+
+def test_the_help_of_a_command_with_extensions_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["python", "reelsmith.py", "--extensions", "glow", "train", "wan", "--seed", "1"]
+    monkeypatch.setattr(sys, "orig_argv", words)
+    monkeypatch.setattr(sys, "argv", ["wan_train_network.py", "--seed", "1"])
+
+    assert find_front_words() == words[1:6]
+
+
+def test_other_programs_get_no_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(EXTENSIONS, "glow")
+    for words in (["python", "-c", "pass"], ["hf", "download", "x"], ["python", "quickstart.py"]):
+        assert add_extensions(words) == words
+
+
+# Ctrl-C as often as a module is looked for
+CTRL_C = """
+import os, signal, sys
+class Stop:
+    def find_spec(self, name, path=None, target=None):
+        if name == os.environ["STOP_AT"]:
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Stop())
+"""
+IMPORTED_EARLY = ("argparse", "modules.options", "protocols.families")
+
+
+@pytest.mark.parametrize("script", ["new_project.py", "wan_train_network.py", "tools/run_browser.py"])
+@pytest.mark.parametrize("module", [*IMPORTED_EARLY, "torch"])
+def test_ctrl_c_while_modules_are_imported_is_one_word(script: str, module: str, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(CTRL_C, encoding="utf-8")
+    words = {"new_project.py": [tmp_path, "--family", "wan"], "tools/run_browser.py": [tmp_path]}
+    (tmp_path / "dataset.toml").write_text("[general]\n", encoding="utf-8")
+    environment = {"PYTHONPATH": str(tmp_path), "STOP_AT": module}
+    training = ["--dataset_config", "dataset.toml", "--output_dir", "out", "--output_name", "x", "--dit", "x"]
+    front = ["reelsmith.py", "new"] if script == "new_project.py" else [script]
+
+    done = run_program(
+        sys.executable,
+        *(ROOT / front[0], *front[1:], *words.get(script, training)),
+        folder=tmp_path,
+        environment=environment,
+        check=False,
+    )
+
+    assert (done.returncode, done.stderr) == (INTERRUPTED, "Interrupted.\n")
+
+
+def test_a_program_that_imports_reelsmith_keeps_its_own_hook(tmp_path: Path) -> None:
+    program = tmp_path / "mine.py"
+    program.write_text("import sys, reelsmith; print(sys.excepthook is sys.__excepthook__)", encoding="utf-8")
+
+    done = run_program(sys.executable, program, folder=tmp_path, environment={"PYTHONPATH": str(ROOT)})
+
+    assert done.stdout == "True\n"
 
 
 def test_every_step_is_announced_with_its_number_and_name(

@@ -33,7 +33,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     families = {name: entry.further_models for name, entry in entries.items()}
     add_options(parser, CompareOptions, settings={"family": {"choices": list(families)}})
     argv = sys.argv[1:] if argv is None else list(argv)
-    args, generation_argv = parser.parse_known_args(_with_lora_option(argv))
+    # Insert --lora before command-line arguments that begin with files
+    begins_with_file = bool(argv) and not argv[0].startswith("-")
+    args, generation_argv = parser.parse_known_args(["--lora", *argv] if begins_with_file else argv)
     args.lora = _expand(args.lora, "--lora")
     args.lora_high_noise = _expand(args.lora_high_noise, "--lora_high_noise") or None
     options = read_options(CompareOptions, args)
@@ -54,12 +56,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _expand(patterns: Sequence[str] | None, option: str) -> tuple[Path, ...]:
     """Return the files that match an option's glob patterns."""
     return expand_patterns(tuple(map(Path, patterns or ())), option)
-
-
-def _with_lora_option(argv: list[str]) -> list[str]:
-    """Insert --lora before command-line arguments that begin with files."""
-    begins_with_file = bool(argv) and not argv[0].startswith("-")
-    return ["--lora", *argv] if begins_with_file else argv
 
 
 def _lora_argv(options: CompareOptions) -> list[str]:

@@ -48,7 +48,14 @@ def _describe_other_base(family: Family, metadata: Mapping[str, str]) -> str:
     """Return a clause if the adapter's metadata names a different model than the trained one, else ""."""
     made_for = metadata.get(MADE_FOR, "")
     if made_for:
-        return _describe_other_file(family, made_for)
+        # A clause saying which other file the adapter was made for
+        # "" if it fits the transformer's file.
+        bases = [name_base(file) for file in family.dit_files]
+        name, _, digest = made_for.rpartition(" ")
+        is_known = any(base == made_for or (name and base.endswith(f" {digest}")) for base in bases)
+        if is_known or not bases:
+            return ""
+        return f"its metadata says it was made for {made_for}, not for {' or '.join(bases)}"
     version = metadata.get(TRAINED_ON, "")
     if version:
         trained_version = family.metadata.get("base_model_version", family.name)
@@ -62,14 +69,3 @@ def _describe_other_base(family: Family, metadata: Mapping[str, str]) -> str:
     if base and base.casefold() not in [repository.casefold() for repository in repositories]:
         return f"its metadata says it is for {base}, and the transformer is of {' or '.join(repositories)}"
     return ""
-
-
-def _describe_other_file(family: Family, made_for: str) -> str:
-    """Return a clause saying which other file the adapter was made for."""
-    # "" if it fits the transformer's file.
-    bases = [name_base(file) for file in family.dit_files]
-    name, _, digest = made_for.rpartition(" ")
-    is_known = any(base == made_for or (name and base.endswith(f" {digest}")) for base in bases)
-    if is_known or not bases:
-        return ""
-    return f"its metadata says it was made for {made_for}, not for {' or '.join(bases)}"

@@ -234,22 +234,18 @@ def plan_tables(
     if NO_DATASET in needs:  # the table is a placeholder that is not trained on
         return [TablePlan(table, TensorLocation.MEMORY, TensorLocation.MEMORY) for table in config.datasets]
     if options is not None and family.latent.npz is None:
-        _reject_npz(options)
+        # Raise OptionError if the options ask for caches in npz files, for a model that has none
+        to_disk_by_name = {
+            "latents": options.cache_latents_to_disk,
+            "text_encoder_outputs": options.cache_text_encoder_outputs_to_disk,
+        }
+        for name, to_disk in to_disk_by_name.items():
+            if to_disk:
+                raise OptionError(f"--cache_{name}_to_disk: this model has no npz files; omit _to_disk")
     texts = _locate_texts(family, options, live_keys)
     if LIVE_MEDIA in needs:  # the feature that needs it has already rejected --cache_latents
         return [TablePlan(table, TensorLocation.LIVE, texts) for table in config.datasets]
     return [TablePlan(table, _locate_latents(family, table, options), texts) for table in config.datasets]
-
-
-def _reject_npz(options: CachingInRunOptions) -> None:
-    """Raise OptionError if the options ask for caches in npz files, for a model that has none."""
-    to_disk_by_name = {
-        "latents": options.cache_latents_to_disk,
-        "text_encoder_outputs": options.cache_text_encoder_outputs_to_disk,
-    }
-    for name, to_disk in to_disk_by_name.items():
-        if to_disk:
-            raise OptionError(f"--cache_{name}_to_disk: this model has no npz files; omit _to_disk")
 
 
 def _locate_texts(
@@ -385,18 +381,16 @@ def _warn_of_live_sources(
     latent, fps = family.latent, family.defaults.fps
     log_warnings(find_media_warnings(images, latent, fps, family.abilities.takes_fps), LISTED)
     if encoders:
-        _warn_of_live_captions(tables, encoders)
-
-
-def _warn_of_live_captions(tables: OnTheFlyTables, encoders: Sequence[TextEncoder]) -> None:
-    """Log warnings about captions that are encoded during training, such as captions that are too long."""
-    sources = [source for table in tables.values() for source in table.on_the_fly_sources.values()]
-    log_warnings(find_caption_warnings(sources), NAMED)
-    captions = [
-        (source.caption_path or source.path, text) for source in sources for text in unvaried_captions(source)
-    ]
-    for text_encoder in encoders:
-        warn_cut_captions(text_encoder, captions)
+        # Log warnings about captions that are encoded during training, such as captions that are too long
+        sources = [source for table in tables.values() for source in table.on_the_fly_sources.values()]
+        log_warnings(find_caption_warnings(sources), NAMED)
+        captions = [
+            (source.caption_path or source.path, text)
+            for source in sources
+            for text in unvaried_captions(source)
+        ]
+        for text_encoder in encoders:
+            warn_cut_captions(text_encoder, captions)
 
 
 def _read_size(source: MediaSource) -> Size:
@@ -464,7 +458,19 @@ def _select_live_encoders(
         if fully_trained is not None:
             return fully_trained
     if LIVE_TEXTS in options.features.needs:
-        return _select_new_word_encoders(family, options)
+        # All text encoders for a run that trains the embedding of a new word in them
+        encoders = _require_text_encoders(family, "they learn a new word")
+        trainable_encoders = [encoder for encoder in encoders if can_learn(encoder)]
+        trained = _select_trained_encoders(family, options, trainable_encoders)
+        word_encoders = [
+            cast(WithNetwork, encoder) for encoder in encoders if encoder.abilities.accepts_new_words
+        ]
+        return LiveTextEncoders(
+            encoders,
+            trained,
+            [encoder.lora_prefix for encoder in trainable_encoders],
+            word_encoders=word_encoders,
+        )
     if varying is not None or _trains_text_loras(options):
         live_encoders = _select_for_varying_captions_or_loras(family, options, varies=varying is not None)
         if live_encoders is not None:
@@ -482,22 +488,6 @@ def _has_text_caches(family: Family, config: DatasetConfig) -> bool:
         if any(name.endswith(cache_ending) for name in stores.latent_store(table).names()):
             return True
     return False
-
-
-def _select_new_word_encoders(family: Family, options: TrainingOptions) -> LiveTextEncoders:
-    """Return all text encoders for a run that trains the embedding of a new word in them."""
-    encoders = _require_text_encoders(family, "they learn a new word")
-    trainable_encoders = [encoder for encoder in encoders if can_learn(encoder)]
-    trained = _select_trained_encoders(family, options, trainable_encoders)
-    word_encoders = [
-        cast(WithNetwork, encoder) for encoder in encoders if encoder.abilities.accepts_new_words
-    ]
-    return LiveTextEncoders(
-        encoders,
-        trained,
-        [encoder.lora_prefix for encoder in trainable_encoders],
-        word_encoders=word_encoders,
-    )
 
 
 def _select_for_varying_captions_or_loras(

@@ -16,6 +16,7 @@ from modules.atomic_write import check_space
 from modules.console import quiet
 from modules.devices import DTYPES, dtype_name
 from modules.errors import CheckpointError, OptionError
+from modules.private_torch import without_dynamo
 from networks.adapter import check_network
 from networks.formats import LoraFormat, select_format
 from networks.kinds.composing import RANKED_NETWORKS, ROTATING, find_network_kind
@@ -148,7 +149,7 @@ def check_schedule(options: TrainingOptions, total_steps: int | None) -> None:
         total_steps: Steps of the whole run; None if unknown: the maximum is assumed, for which no schedule is
             too long.
     """
-    with quiet():
+    with quiet(), without_dynamo():
         dummy_group: Mapping[str, object] = {
             "params": [Parameter(torch.zeros(2, 2))],
             "lr": options.optimizer.learning_rate,
@@ -170,25 +171,23 @@ def _check_samples(family: Family, options: TrainingOptions) -> None:
 
             read_requests(family, samples.sample_prompts)  # only for its errors: prompts are read again later
         if samples.sample_lora:
-            _check_sample_loras(family, samples.loras())
+            # Raise UserError if LoRAs of --sample_lora do not fit a transformer
+            multiplier_by_file = samples.loras()
+            from networks.apply import check_loras_fit
+            from networks.gated_loras import reject_magnitudes  # only with LoRA files
+            from networks.loading import read_weighted_lora
 
-
-def _check_sample_loras(family: Family, multiplier_by_file: Sequence[tuple[Path, float]]) -> None:
-    """Raise UserError if LoRAs of --sample_lora do not fit a transformer."""
-    from networks.apply import check_loras_fit
-    from networks.gated_loras import reject_magnitudes  # only with LoRA files
-    from networks.loading import read_weighted_lora
-
-    # a family may have no files of its transformer yet: then the LoRAs are read and not compared
-    for expert, file in zip_longest(family.experts, family.dit_files):
-        weighted_loras = [
-            read_weighted_lora(path, expert.name, multiplier) for path, multiplier in multiplier_by_file
-        ]
-        for weighted_lora in weighted_loras:
-            reject_magnitudes(weighted_lora.lora, "--sample_lora")
-        if weighted_loras and file is not None:
-            # some transformers have a second file, such as one with additional blocks
-            check_loras_fit(file, weighted_loras, family.file_beside(file))
+            # a family may have no files of its transformer yet: then the LoRAs are read and not compared
+            for expert, file in zip_longest(family.experts, family.dit_files):
+                weighted_loras = [
+                    read_weighted_lora(path, expert.name, multiplier)
+                    for path, multiplier in multiplier_by_file
+                ]
+                for weighted_lora in weighted_loras:
+                    reject_magnitudes(weighted_lora.lora, "--sample_lora")
+                if weighted_loras and file is not None:
+                    # some transformers have a second file, such as one with additional blocks
+                    check_loras_fit(file, weighted_loras, family.file_beside(file))
 
 
 def _list_rates(options: TrainingOptions) -> dict[str, float]:

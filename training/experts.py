@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,14 +22,12 @@ from networks.options import NetworkOptions
 from networks.own_kinds import OWN_MODULES
 from protocols.families import HIGH_NOISE
 from protocols.family import DitSpec, Family, knows_few_steps
-from protocols.few_steps import FewSteps
 from protocols.loading import BlockSharder, Placement
 from protocols.rules import ONE_EXPERT, Expert
 from runtime import network_setup
 from runtime.offload.swap_plan import HostWeights
 from runtime.offload.turns import HostCopy
 from training.data.timesteps import find_level_range
-from training.learning_options import ExpertTrainingOptions
 from training.noise_options import NUM_TIMESTEPS, TimestepOptions
 from training.options import TrainingOptions
 from training.run_options import LoopOptions
@@ -128,23 +125,18 @@ def check_experts(family: Family, options: TrainingOptions) -> None:
             "--network_weights. Use that, or add --lora_per_expert"
         )
     if options.network is not None and has_two_transformers:
-        _check_expert_networks(options.network, by_expert)
-
-
-def _check_expert_networks(network: NetworkOptions, by_expert: ExpertTrainingOptions) -> None:
-    """Raise OptionError if a network does not support two transformers, each with its own or sharing one."""
-    if by_expert.lora_per_expert:
-        if network.dim_from_weights and by_expert.network_weights_high_noise is None:
+        if by_expert.lora_per_expert:
+            if options.network.dim_from_weights and by_expert.network_weights_high_noise is None:
+                raise OptionError(
+                    "--dim_from_weights with --lora_per_expert needs --network_weights_high_noise too: the "
+                    "file to take ranks and alphas of the second network from"
+                )
+        elif options.network.decomposes:  # a DoRA for both transformers
+            kind = next(kind for kind in options.network.variants if kind.magnitudes)
             raise OptionError(
-                "--dim_from_weights with --lora_per_expert needs --network_weights_high_noise too: the file "
-                "to take ranks and alphas of the second network from"
+                f"--network_args {kind.switch}=True: {named(kind)} learns the norms of a transformer's "
+                f"weights, so that two transformers cannot share one. {OWN_NETWORKS}"
             )
-    elif network.decomposes:  # a DoRA for both transformers
-        kind = next(kind for kind in network.variants if kind.magnitudes)
-        raise OptionError(
-            f"--network_args {kind.switch}=True: {named(kind)} learns the norms of a transformer's weights, "
-            f"so that two transformers cannot share one. {OWN_NETWORKS}"
-        )
 
 
 def log_experts(
@@ -188,7 +180,10 @@ def _log_trained_expert(
         network = network_for(options, expert)
         if network is not None and network.network_weights is not None:
             weights_expert = (trained_expert or expert).name
-            _warn_of_other_experts_weights(family, network, network.network_weights, weights_expert)
+            if (network.network_module or family.lora_module) in OWN_MODULES:
+                from networks.loading import read_lora, warn_about_other_expert  # only with LoRA files
+
+                warn_about_other_expert(read_lora(network.network_weights), weights_expert)
     if len(experts) == 1 and options.samples.sample_prompts is not None and not has_sample_only_networks:
         option = family.abilities.sampling_dit_option
         logger.info("Only the trained transformer generates samples; pass %s to use both.", option)
@@ -199,7 +194,23 @@ def _log_trained_expert(
     elif experts[0].min_timestep > 0:
         logger.info("Only timesteps from %g on are trained, the range of --dit_high_noise.", boundary)
     elif trained_expert is None:
-        _warn_of_all_timesteps(options, boundary)
+        # Warn that one of two transformers is trained at all timesteps
+        option_for_low_noise = "--max_timestep"
+        option_for_high_noise = "--min_timestep"
+        bound = round(boundary)
+        if options.timesteps.timestep_sampling == "sigma":  # counts its bounds from the noisy end
+            option_for_low_noise, option_for_high_noise = option_for_high_noise, option_for_low_noise
+            bound = NUM_TIMESTEPS - bound
+        logger.warning(
+            "--dit is trained at all timesteps, but in a generation with two transformers it works below %g "
+            "only. Recommended: %s %d --preserve_distribution_shape (or %s %d if it is the transformer for "
+            "high noise).",
+            boundary,
+            option_for_low_noise,
+            bound,
+            option_for_high_noise,
+            bound,
+        )
 
 
 def describe_few_steps(family: Family, options: TrainingOptions) -> str:
@@ -218,56 +229,28 @@ def describe_few_steps(family: Family, options: TrainingOptions) -> str:
     evidence = family.few_steps_evidence()
     if evidence is None:
         return ""
-    return _describe_unlearning(family.few_steps, evidence, trains_whole_model=options.full_dit is not None)
-
-
-def _describe_unlearning(rule: FewSteps, evidence: str, *, trains_whole_model: bool) -> str:
-    """Return the warning that training unlearns few steps, with advice on how to keep the ability."""
-    unlearned = rule.unlearned_pronoun
+    # The warning that training unlearns few steps, with advice on how to keep the ability
+    trains_whole_model = options.full_dit is not None
+    unlearned = family.few_steps.unlearned_pronoun
+    consequence = family.few_steps.consequence
     beginning = (
         f"The transformer may be distilled for few steps ({evidence}). If it is, plain training unlearns"
     )
-    if rule.applies_to_all_files:
-        beginning = f"The transformer {rule.distillation_clause} ({evidence}). Plain training unlearns"
+    if family.few_steps.applies_to_all_files:
+        beginning = (
+            f"The transformer {family.few_steps.distillation_clause} ({evidence}). Plain training unlearns"
+        )
     if trains_whole_model:  # without a frozen model, there are no targets that keep the ability
-        return f"{beginning} {unlearned}: {rule.consequence}. {rule.advice_for_full_training}."
-    warning = f"{beginning} {unlearned}: with the trained network {rule.consequence}. {rule.advice_for_lora}."
-    if rule.targets:
-        targets = ", or ".join(target.options for target in rule.targets)
+        advice = family.few_steps.advice_for_full_training
+        return f"{beginning} {unlearned}: {consequence}. {advice}."
+    advice = family.few_steps.advice_for_lora
+    warning = f"{beginning} {unlearned}: with the trained network {consequence}. {advice}."
+    if family.few_steps.targets:
+        targets = ", or ".join(target.options for target in family.few_steps.targets)
         warning += (
             f" If you train this one, docs/targets.md explains how to keep more of {unlearned}: {targets}."
         )
     return warning
-
-
-def _warn_of_other_experts_weights(
-    family: Family, network: NetworkOptions, weights: Path, expert: str
-) -> None:
-    """Warn if the file of --network_weights was trained for the other expert."""
-    if (network.network_module or family.lora_module) in OWN_MODULES:
-        from networks.loading import read_lora, warn_about_other_expert  # only with LoRA files
-
-        warn_about_other_expert(read_lora(weights), expert)
-
-
-def _warn_of_all_timesteps(options: TrainingOptions, boundary: float) -> None:
-    """Warn that one of two transformers is trained at all timesteps."""
-    option_for_low_noise = "--max_timestep"
-    option_for_high_noise = "--min_timestep"
-    bound = round(boundary)
-    if options.timesteps.timestep_sampling == "sigma":  # counts its bounds from the noisy end
-        option_for_low_noise, option_for_high_noise = option_for_high_noise, option_for_low_noise
-        bound = NUM_TIMESTEPS - bound
-    logger.warning(
-        "--dit is trained at all timesteps, but in a generation with two transformers it works below %g "
-        "only. Recommended: %s %d --preserve_distribution_shape (or %s %d if it is the transformer for "
-        "high noise).",
-        boundary,
-        option_for_low_noise,
-        bound,
-        option_for_high_noise,
-        bound,
-    )
 
 
 def expert_metadata(

@@ -27,7 +27,22 @@ Tags = Mapping[str, Mapping[str, int]]  # folder -> tag -> number of captions wi
 
 def image_trainer_metadata(plan: TrainingPlan, prediction: PredictionOptions) -> dict[str, Any]:
     """Return the additional `ss_*` entries that trainers of image models write into a LoRA's metadata."""
-    values = _list_option_values(plan)
+    # The options of a run under the names that sd-scripts records
+    options, validation = plan.options, plan.options.validation
+    network, caching = options.network, options.caching
+    values = {
+        "fp8_base_unet": options.speed.fp8.fp8_base,  # text encoders have an option of their own
+        **_list_rates(options.optimizer.learning_rate, options.lora_parts),
+        "cache_latents": caching is not None and caching.caches_latents,
+        "lowram": False,  # weights are always read in pieces
+        "scale_weight_norms": None if network is None else network.scale_weight_norms,
+        "validation_split": validation.validation_split,
+        "validation_seed": validation.validation_seed,
+        "max_validation_steps": validation.max_validation_steps,
+        "validate_every_n_epochs": validation.validate_every_n_epochs,
+        "validate_every_n_steps": validation.validate_every_n_steps,
+        "num_validation_images": len(plan.validation),
+    }
     model_type = plan.family.metadata.get("model_type")
     if model_type is not None:
         values["model_type"] = model_type
@@ -45,33 +60,22 @@ def image_trainer_metadata(plan: TrainingPlan, prediction: PredictionOptions) ->
     return {f"ss_{name}": value for name, value in values.items()}
 
 
-def _list_option_values(plan: TrainingPlan) -> dict[str, Any]:
-    """Return the options of a run under the names that sd-scripts records."""
-    options, validation = plan.options, plan.options.validation
-    network, caching = options.network, options.caching
-    return {
-        "fp8_base_unet": options.speed.fp8.fp8_base,  # text encoders have an option of their own
-        **_list_rates(options.optimizer.learning_rate, options.lora_parts),
-        "cache_latents": caching is not None and caching.caches_latents,
-        "lowram": False,  # weights are always read in pieces
-        "scale_weight_norms": None if network is None else network.scale_weight_norms,
-        "validation_split": validation.validation_split,
-        "validation_seed": validation.validation_seed,
-        "max_validation_steps": validation.max_validation_steps,
-        "validate_every_n_epochs": validation.validate_every_n_epochs,
-        "validate_every_n_steps": validation.validate_every_n_steps,
-        "num_validation_images": len(plan.validation),
-    }
-
-
 def _list_data_values(plan: TrainingPlan) -> dict[str, Any]:
     """Return what sd-scripts records about the images: counts, settings of their tables, and tags."""
     items = plan.training
-    tables = _tables_with_items(plan.config.datasets, items)
+    indices = {item.table.index for item in items}
+    tables = [table for table in plan.config.datasets if table.index in indices]
     tags = count_tags(items)
+    # The settings of all dataset tables by name; None for a setting that differs between tables
+    settings = [_list_recorded_settings(table) for table in tables]
+    names = settings[0] if settings else dict.fromkeys(("batch_size_per_device",))
+    values = {}
+    for name, value in names.items():
+        is_common = all(other[name] == value for other in settings)
+        values[name] = value if is_common else None
     return {
         **_make_image_counts(tables, items),
-        **_common_settings(tables),
+        **values,
         "tag_frequency": _as_json(tags),
         "datasets": _as_json(_describe_datasets(tables, items, tags)),
     }
@@ -79,11 +83,6 @@ def _list_data_values(plan: TrainingPlan) -> dict[str, Any]:
 
 def _as_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
-
-
-def _tables_with_items(tables: Iterable[DatasetTable], items: Iterable[TrainingItem]) -> list[DatasetTable]:
-    indices = {item.table.index for item in items}
-    return [table for table in tables if table.index in indices]
 
 
 def _list_rates(rate: float, parts: PartsOptions | None) -> dict[str, Any]:
@@ -129,7 +128,10 @@ def count_tags(items: Iterable[TrainingItem]) -> dict[str, dict[str, int]]:
             if source.stem in trained_stems[index] and source.path not in counted_files:
                 counted_files.add(source.path)
                 tags.update(_list_tags(source))
-    return {folder: _keep_most_frequent(tags) for folder, tags in tags_by_folder.items()}
+    return {
+        folder: dict(tags.most_common(MAX_TAGS) if len(tags) > MAX_TAGS else tags)
+        for folder, tags in tags_by_folder.items()
+    }
 
 
 def _list_tags(source: MediaSource) -> Iterator[str]:
@@ -139,11 +141,6 @@ def _list_tags(source: MediaSource) -> Iterator[str]:
             tag = part.strip().lower()
             if tag:
                 yield tag
-
-
-def _keep_most_frequent(tags: Counter[str]) -> dict[str, int]:
-    """Return the MAX_TAGS most frequent tags in the order of frequency; fewer tags keep their order."""
-    return dict(tags.most_common(MAX_TAGS) if len(tags) > MAX_TAGS else tags)
 
 
 # --- images
@@ -200,7 +197,13 @@ def _make_image_counts(tables: Sequence[DatasetTable], items: Sequence[TrainingI
     for table in tables:
         folder_entries = folders[table.is_reg]
         info = {"n_repeats": table.num_repeats, "img_count": image_counts.num_by_table[table.index]}
-        folder_entries[_make_unique(table.source.name, folder_entries)] = info
+        # `name`, with a number appended if it is already taken: several datasets may share a folder
+        number = 1
+        free = table.source.name
+        while free in folder_entries:
+            number += 1
+            free = f"{table.source.name} ({number})"
+        folder_entries[free] = info
     return {
         "num_train_images": image_counts.num_learned,
         "num_reg_images": image_counts.num_regularization,
@@ -208,16 +211,6 @@ def _make_image_counts(tables: Sequence[DatasetTable], items: Sequence[TrainingI
         "reg_dataset_dirs": _as_json(folders[True]),
         "bucket_info": _as_json(image_counts.bucket_info),
     }
-
-
-def _make_unique(name: str, names: Mapping[str, Any]) -> str:
-    """Return `name`, with a number appended if it is already taken: several datasets may share a folder."""
-    number = 1
-    free = name
-    while free in names:
-        number += 1
-        free = f"{name} ({number})"
-    return free
 
 
 # --- settings of datasets
@@ -247,17 +240,6 @@ def _list_recorded_settings(table: DatasetTable) -> dict[str, Any]:
     }
 
 
-def _common_settings(tables: Sequence[DatasetTable]) -> dict[str, Any]:
-    """Return the settings of all dataset tables by name; None for a setting that differs between tables."""
-    settings = [_list_recorded_settings(table) for table in tables]
-    names = settings[0] if settings else dict.fromkeys(("batch_size_per_device",))
-    values = {}
-    for name, value in names.items():
-        is_common = all(other[name] == value for other in settings)
-        values[name] = value if is_common else None
-    return values
-
-
 def _describe_datasets(
     tables: Sequence[DatasetTable], items: Sequence[TrainingItem], tags: Tags
 ) -> list[dict[str, Any]]:
@@ -283,7 +265,11 @@ def _describe_dataset(
     settings = _list_recorded_settings(tables[0])
     buckets = tables[0].buckets
     folders = sorted({table.source.name for table in tables})
-    return _common_entries(descriptions) | {
+    # The entries that all descriptions share
+    first, *others = descriptions
+    return (
+        {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
+    ) | {
         "is_dreambooth": not any(get_source_format(table).metadata_key for table in tables),
         "num_train_images": image_counts.num_learned,
         "num_reg_images": image_counts.num_regularization,
@@ -298,12 +284,6 @@ def _describe_dataset(
         "has_control": all(description["has_control"] for description in descriptions),
         "subsets": [_describe_subset(table, image_counts.num_by_table[table.index]) for table in tables],
     }
-
-
-def _common_entries(descriptions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the entries that all descriptions share."""
-    first, *others = descriptions
-    return {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
 
 
 def _describe_subset(table: DatasetTable, num_images: int) -> dict[str, Any]:

@@ -193,36 +193,16 @@ def image_training_parser(
     add_options(parser, SubsetOptions, CachingInRunOptions, **script)
     foreign = OTHER_TRAINERS_OPTIONS if defaults.foreign is None else defaults.foreign
     add_options(parser, StartOptions, ConsoleOptions, OtherNames, *foreign, **script)
-    _change_dynamo_backend(parser)
-    return parser
-
-
-def _change_dynamo_backend(parser: Parser) -> None:
-    """Let --dynamo_backend accept TensorRT, and set its default, which only acts with --torch_compile."""
+    # Let --dynamo_backend accept TensorRT, and set its default, which only acts with --torch_compile
     (action,) = (action for action in parser._actions if action.dest == "dynamo_backend")
     action.choices = (*(action.choices or ()), TENSORRT)
     action.not_given = "NO"  # type: ignore[attr-defined]  # the launcher's setting
     parser.set_defaults(dynamo_backend="inductor")
+    return parser
 
 
 def _apply_alternative_names(args: argparse.Namespace) -> None:
     """Move the values of alternative option names, in `args`, to the options that the records read."""
-    _apply_optimizer_switches(args)
-    names = dict(typed_names(args))
-    for alternative_name, name in SWITCHES.items():
-        if getattr(args, alternative_name, False) and not getattr(args, name):
-            setattr(args, name, True)
-            names[f"--{name}"] = f"--{alternative_name}"
-    args.typed_names = names
-    # --fp8_scaled alone asks for 8-bit weights too
-    args.fp8_base = args.fp8_base or args.fp8_scaled
-    if args.caption_extention is not None:
-        _apply_caption_extention(args)
-    _apply_implied_values(args)
-
-
-def _apply_optimizer_switches(args: argparse.Namespace) -> None:
-    """Set --optimizer_type for --use_8bit_adam and --use_lion_optimizer, which exclude that option."""
     for switch, optimizer in OPTIMIZERS.items():
         if not getattr(args, switch):
             continue
@@ -232,22 +212,25 @@ def _apply_optimizer_switches(args: argparse.Namespace) -> None:
                 "is given too: pass one of them"
             )
         args.optimizer_type = optimizer
-
-
-def _apply_caption_extention(args: argparse.Namespace) -> None:
-    """Set --caption_extension from its misspelled alias; raise OptionError if both are given and differ."""
-    default = SubsetOptions.from_defaults().caption_extension
-    if args.caption_extension not in (default, args.caption_extention):
-        raise OptionError(
-            f"--caption_extention {args.caption_extention} is --caption_extension, which is "
-            f"{args.caption_extension}: pass one of them"
-        )
-    logger.info("--caption_extention is read as --caption_extension")
-    args.caption_extension = args.caption_extention
-
-
-def _apply_implied_values(args: argparse.Namespace) -> None:
-    """Set options that follow from others: intervals of samples, the compiler, dtype of text encoders."""
+    names = dict(typed_names(args))
+    for alternative_name, name in SWITCHES.items():
+        if getattr(args, alternative_name, False) and not getattr(args, name):
+            setattr(args, name, True)
+            names[f"--{name}"] = f"--{alternative_name}"
+    args.typed_names = names
+    # --fp8_scaled alone asks for 8-bit weights too
+    args.fp8_base = args.fp8_base or args.fp8_scaled
+    if args.caption_extention is not None:
+        # Set --caption_extension from its misspelled alias; raise OptionError if both are given and differ
+        default = SubsetOptions.from_defaults().caption_extension
+        if args.caption_extension not in (default, args.caption_extention):
+            raise OptionError(
+                f"--caption_extention {args.caption_extention} is --caption_extension, which is "
+                f"{args.caption_extension}: pass one of them"
+            )
+        logger.info("--caption_extention is read as --caption_extension")
+        args.caption_extension = args.caption_extention
+    # Set options that follow from others: intervals of samples, the compiler, dtype of text encoders
     if args.sample_every_n_epochs is not None and args.sample_every_n_steps is not None:
         logger.info("--sample_every_n_steps is ignored because --sample_every_n_epochs comes first.")
         args.sample_every_n_steps = None

@@ -78,7 +78,7 @@ def train(run: TrainingRun) -> bool:
         with contextlib.closing(run.feed.start(progress.epoch, progress.position)) as micro_batches:
             for epoch in range(progress.epoch, run.steps.num_epochs):
                 _train_epoch(run, epoch, micro_batches)
-                if run.is_done or is_ending(run):
+                if run.reporter.is_done or is_ending(run):
                     break
         if is_ending(run):
             return False
@@ -105,7 +105,7 @@ def _train_epoch(run: TrainingRun, epoch: int, micro_batches: Iterator[NoisyBatc
     first_step = progress.step
     for step_batches in run.steps.batches_by_step(epoch, progress.position):
         has_to_end = advance(run, step_batches, micro_batches)
-        if has_to_end or run.is_done:
+        if has_to_end or run.reporter.is_done:
             return
     # a resumed run may start at the very end of an epoch, whose work at its end is then still due
     if progress.step > first_step or progress.position >= run.steps.num_batches:
@@ -647,14 +647,16 @@ def _validate(run: TrainingRun, validation: Validation, occasion: str) -> None:
     training_losses = run.progress.losses
     training_loss = sum(training_losses) / len(training_losses) if training_losses else None
     run.logs.log_values(validation.name_tracked_values(losses, occasion, training_loss), step)
-    # the console gets only the mean; losses of single levels are on the page and in the trackers
-    _log_validation_loss(step, losses[LOSS], earlier_losses=run.reporter.validations)
+    earlier_losses = dict(run.reporter.validations)
     run.reporter.log_validation(step, losses)
+    # the console gets only the mean; losses of single levels are on the page and in the trackers
+    recorded = run.reporter.validations.get(step, losses[LOSS])  # rounded, like the earlier ones
+    _log_validation_loss(step, recorded, earlier_losses)
     for stopping_rule in run.features.on.after_validation:
         reason = stopping_rule(run, losses[LOSS])
         if reason and step < run.steps.total_steps:
             logger.info("Ended after step %d of %d: %s.", step, run.steps.total_steps, reason)
-            run.is_done = True
+            run.reporter.is_done = True
 
 
 def _log_validation_loss(step: int, loss: float, earlier_losses: Mapping[int, float]) -> None:

@@ -15,7 +15,6 @@ from dataset.table import DatasetTable
 from modules.atomic_write import replace_surrogates
 from modules.options import option_values, options_with
 from networks.names.layouts import TRAINED_FOR
-from networks.options import NetworkOptions
 from protocols.family import Family
 from training.data.table_times import list_timestep_options
 from training.image_metadata import image_trainer_metadata
@@ -46,7 +45,9 @@ def continued_sizes_metadata(model: TrainedModel, expert_name: str) -> dict[str,
     if not (initial_file or model.plan.saved):
         return {}
     ranks, alphas = model.trainable.ranks_and_alphas(expert_name)
-    state_keeps_sizes = _has_requested_sizes(network, ranks, alphas) or not network.kind.has_alpha
+    state_keeps_sizes = (
+        network.rank in ranks and (network.network_alpha or network.rank) in alphas
+    ) or not network.kind.has_alpha
     if state_keeps_sizes and not initial_file:
         return {}
     sizes: dict[str, Sequence[float]] = {"ss_network_dim": ranks, "ss_network_alpha": alphas}
@@ -55,11 +56,6 @@ def continued_sizes_metadata(model: TrainedModel, expert_name: str) -> dict[str,
         for key, numbers in sizes.items()
         if numbers
     }
-
-
-def _has_requested_sizes(network: NetworkOptions, ranks: Sequence[int], alphas: Sequence[float]) -> bool:
-    """Return whether a network has the rank and the alpha of its options."""
-    return network.rank in ranks and (network.network_alpha or network.rank) in alphas
 
 
 def _hash_files(family: Family) -> dict[str, str]:
@@ -208,7 +204,9 @@ def _model_spec(
         architecture = f"{architecture}/{architecture_suffix}"
     resolution = family_metadata.get("resolution", IMAGE_RESOLUTION if options.is_for_images else RESOLUTION)
     if metadata.resolution is not None:
-        resolution = _format_resolution(metadata.resolution)
+        # The text of --metadata_reso as WIDTHxHEIGHT; a single number means a square
+        width, *height = re.findall(r"\d+", metadata.resolution)
+        resolution = f"{width}x{height[0] if height else width}"
     return {
         # the versions that other trainers write: of image models 1.0.1, of video models 1.0.0
         "sai_model_spec": "1.0.1" if options.is_for_images else "1.0.0",
@@ -230,12 +228,6 @@ def _model_spec(
         "preprocessor": metadata.preprocessor,
         "is_negative_embedding": metadata.is_negative_embedding,
     }
-
-
-def _format_resolution(text: str) -> str:
-    """Return the text of --metadata_reso as WIDTHxHEIGHT; a single number means a square."""
-    width, *height = re.findall(r"\d+", text)
-    return f"{width}x{height[0] if height else width}"
 
 
 def _training_values(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Make the command lines that can follow a training: continue, generate, convert."""
 
 import shlex
+import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
@@ -10,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from dataset.batches.example import find_example
 from dataset.batches.items import NO_COMMANDS, CachingCommands
 from dataset.cache.commands import recall_options
-from modules.command import quote_for_powershell
+from modules.command import quote_for_powershell, typed_words
 from modules.console import quiet
-from modules.installation import command_words
+from modules.extensions import list_named
+from modules.installation import EXTENSIONS, find_script
 from modules.limits import MAX_EXAMPLE_CHARACTERS
 from modules.option_values import Placeholder, missing_words, option_argv
 from modules.options import STARTS, option_name, option_values, options_with
@@ -131,8 +133,11 @@ class NextSteps:
         for name in options_with(type(self.plan.options), "reach", STARTS["reach"]):
             if values[name] is not None:
                 notes.append(f"--{name} is written into no file: add it if you want it again.")
+        if self._is_of_extension:
+            notes.append(f"They need {EXTENSIONS}={','.join(list_named())} in the environment.")
         commands = [replace(resume, note=" ".join(filter(None, notes)))]
-        if self.command.family_entry is not None:
+        entry = self.command.family_entry
+        if entry is not None and find_script(f"{entry.generation_script}.py") is not None:
             generate = self._generate(file)
             if saved is None and not file.exists():
                 generate = replace(generate, note=f"{generate.note} {file.name} is not saved yet.".lstrip())
@@ -151,9 +156,15 @@ class NextSteps:
                 commands += [self._convert_names(path) for path in self._list_files(file)]
         return [*commands, _command("This run, as it was started", self._run_arguments())]
 
-    def _list_files(self, file: Path) -> Iterable[Path]:
+    @property
+    def _sampled_suffix(self) -> str:
+        """Return what the names of the files end with that the samples show: -ema, or ""."""
+        average = self.plan.features.average
+        return AVERAGE if average is not None and average.is_sampled else ""
+
+    def _list_files(self, file: Path, suffix: str = "") -> Iterable[Path]:
         """Return the files of the save that `file` belongs to: one, or one for each expert."""
-        return self.plan.names.model_files(self.plan.names.get_stem(file)).values()
+        return self.plan.names.model_files(self.plan.names.get_stem(file) + suffix).values()
 
     def _needs_conversion(self, lora: NetworkOptions) -> bool:
         """Return whether `converted_for` reads the saved LoRA only after a conversion."""
@@ -272,7 +283,17 @@ class NextSteps:
             if option.is_changed and option.is_typed and option.name not in without
         ]
         arguments = [word for option in options for word in option.arguments]
-        return [*self._launcher(), self.command.script, *arguments]
+        script = [self.command.script]
+        if self._is_of_extension:
+            spec = sys.modules["__main__"].__spec__  # None: it was not started by -m
+            script = [sys.argv[0]] if spec is None else ["-m", spec.name]
+        return [*self._launcher(), *script, *arguments]
+
+    @property
+    def _is_of_extension(self) -> bool:
+        """Whether the running script is one of an extension's family, which no command of ours names."""
+        entry = self.command.family_entry
+        return entry is not None and find_script(f"{entry.training_script}.py") is None
 
     def _launcher(self) -> list[str]:
         processes = self.plan.accelerator.num_processes
@@ -300,9 +321,12 @@ class NextSteps:
         spellings = self.command.family_entry.spellings
         folder_flag = spellings.get("save_path", "--save_path")
         sample = self.sample
+        sampled_file = file
+        if self._sampled_suffix:
+            sampled_file = [*self._list_files(file, self._sampled_suffix)][0]
         write_prompt = self.plan.network_spec.write_prompt
         if write_prompt is not None:  # an embedding file, whose word in prompts is its file name
-            prompt = write_prompt(file, sample, self.plan.network_spec.caption_choices)
+            prompt = write_prompt(sampled_file, sample, self.plan.network_spec.caption_choices)
             sample = {**sample, "prompt": prompt}
         sample_arguments = [
             *make_sample_arguments(sample, spellings),
@@ -316,7 +340,7 @@ class NextSteps:
             arguments = self._add_trained_files(arguments, f"_{HIGH_NOISE}", high_files)
         arguments = [*arguments, *sample_arguments]
         if generate is not None:
-            arguments = [*generate(file, sample, arguments)]
+            arguments = [*generate(sampled_file, sample, arguments)]
         return _command("Generate with it", [*launcher, *arguments], note)
 
     @cached_property
@@ -334,9 +358,7 @@ class NextSteps:
 
     def _trained_files(self, file: Path) -> tuple[list[Path], list[Path]]:
         """Return the files of the save that `file` belongs to: high-noise files, then all other files."""
-        average = self.plan.features.average
-        suffix = AVERAGE if average is not None and average.is_sampled else ""  # what the samples show
-        files = [*self.plan.names.model_files(self.plan.names.get_stem(file) + suffix).values()]
+        files = [*self._list_files(file, self._sampled_suffix)]
         high_files = []
         other_files = []
         for index, expert in enumerate(self.plan.family.experts):
@@ -398,7 +420,7 @@ def make_sample_arguments(sample: Mapping[str, Any], spellings: Mapping[str, str
 
 def _command(title: str, arguments: Sequence[str], note: str = "") -> PageCommand:
     """Return a command written for POSIX and Windows shells; the note lists values to fill in."""
-    arguments = command_words(arguments)
+    arguments = typed_words(arguments)
     missing = [shlex.quote(word) for word in missing_words(arguments)]
     if missing:
         note = f"Fill in {' and '.join(missing)} first: the run does not know this. {note}".rstrip()
@@ -429,8 +451,8 @@ def plan_next_steps(plan: TrainingPlan, sampler: "Sampler | None", command: Trai
 def example_values(plan: TrainingPlan, cached_with: Mapping[str, Any]) -> dict[str, Any]:
     """Return the caption and the files of the first training item, which a command can generate from.
 
-    Keys are field names of `Request`, and two that only some families read: `example`, with all files of the
-    item, and `cached_with`, the options that made the caches.
+    Keys are field names of `Request`, and three that only some families read: `example`, with all files of
+    the item, `cached_with`, the options that made the caches, and `takes_mask`, whether masks are inputs.
     """
     item = plan.training[0]
     example = find_example(item, plan.sources.stores)
@@ -441,4 +463,5 @@ def example_values(plan: TrainingPlan, cached_with: Mapping[str, Any]) -> dict[s
         "control_images": example.controls if has_references else (),
         "example": example,
         "cached_with": cached_with,
+        "takes_mask": bool(plan.features.mask_input_option),
     }

@@ -115,7 +115,8 @@ class TimestepOptions(Options, title="timesteps and loss weights"):
         "redraw timesteps outside min_timestep..max_timestep instead of rescaling the distribution"
     )
     num_timestep_buckets: int | None = option(
-        "stratified sampling: each run of N samples takes one timestep from each of N equal parts, shuffled",
+        "stratified sampling: each run of N samples takes one timestep from each of N equal parts, shuffled; "
+        "of two transformers only with batches of one sample",
         minimum=1,
         maximum=1_000_000,
         hint="omit it for independent draws, 10 to 1000 are usual",

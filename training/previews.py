@@ -122,7 +122,9 @@ def _print_check(
     result = _check_dataset(family, options, config, plans, commands, counters=counters, workers=workers)
     for read in (*features.caption_checks, *network_spec.caption_checks):
         _note_captions_without_word(read, result.tables)
-    if options.samples.sample_prompts is not None or _encodes_captions(plans):
+    if options.samples.sample_prompts is not None or any(
+        plan.texts in {TensorLocation.MEMORY, TensorLocation.LIVE} for plan in plans
+    ):
         result.tables[0].errors += counters.find_offline_errors(counters.offline_errors)
     # add lines about the run
     lines = [
@@ -197,11 +199,6 @@ def _check_dataset(
     )
     lines = [*_describe_plans(plans), *counters.missing_lines]
     return replace(result, head=("Where the training has them:", *findings.indent(lines)))
-
-
-def _encodes_captions(plans: Sequence[TablePlan]) -> bool:
-    """Return whether text encoder outputs are computed during the run and not written to files."""
-    return any(plan.texts in {TensorLocation.MEMORY, TensorLocation.LIVE} for plan in plans)
 
 
 def _describe_each(title: str, lines: Sequence[str]) -> list[str]:

@@ -86,7 +86,7 @@ def train_network(
         try:
             with prepare_run(family, options, command, others=others, end=end) as run:
                 end.has_begun = True
-                train(run)
+                end.is_finished = train(run)
         except torch.OutOfMemoryError as error:
             raise too_little(
                 error,
@@ -158,7 +158,7 @@ def prepare_run(
             with contextlib.nullcontext() if other_processes is None else other_processes.explain():
                 yield run
             accelerator.wait_for_everyone()
-        if accelerator.is_main_process and plan.progress.step >= plan.steps.total_steps:
+        if accelerator.is_main_process and run.reporter.is_finished:
             show_end(run, run.reporter.history.run_history, next_steps)
 
 

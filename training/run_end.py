@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from modules.command import INTERRUPTED, LAUNCHER_VARIABLES
+from modules.command import LAUNCHER_VARIABLES
 from modules.console import format_count
 from modules.control_codes import escape_control_codes, shorten
-from modules.errors import OptionError, UserError
+from modules.errors import INTERRUPTED, OptionError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,12 @@ def _list_variables(run: EndedRun, code: int, error: BaseException | None) -> di
         state = STOPPED
     message = ""
     if state == FAILED and error is not None:
-        message = _describe_error(run, code, error)
+        # The first line of the message of the error that ended a run, shortened for a variable
+        text = str(error) or type(error).__name__
+        if isinstance(error, SystemExit):
+            text = f"exit code {code}"
+        first_line = (run.error or text).strip().partition("\n")[0]
+        message = shorten(escape_control_codes(first_line), MAX_ERROR_CHARACTERS)
     return {
         "REELSMITH_STATE": state,
         "REELSMITH_EXIT_CODE": str(code),
@@ -96,15 +101,6 @@ def _list_variables(run: EndedRun, code: int, error: BaseException | None) -> di
         "REELSMITH_PAGE": "" if run.page is None else str(run.page),
         "REELSMITH_ERROR": message,
     }
-
-
-def _describe_error(run: EndedRun, code: int, error: BaseException) -> str:
-    """Return the first line of the message of the error that ended a run, shortened for a variable."""
-    text = str(error) or type(error).__name__
-    if isinstance(error, SystemExit):
-        text = f"exit code {code}"
-    first_line = (run.error or text).strip().partition("\n")[0]
-    return shorten(escape_control_codes(first_line), MAX_ERROR_CHARACTERS)
 
 
 def _start_program(option: str, argv: Sequence[str], variables: dict[str, str], max_seconds: float) -> None:

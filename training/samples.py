@@ -530,6 +530,8 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
         expert_guidance = {expert.name: guidance_scale for expert in family.experts if expert.name}
     size = _read_size(values, default, has_references=bool(values.get("control_image_path")))
     width, height, frames = size
+    # An entry's settings that only some models have, as `Request.extra` takes them.
+    keys = [setting.key for setting in MODEL_SPECIFIC_OPTIONS.values()]
     request = Request(
         prompt=str(values.get("prompt", "")),
         seed=int(values.get("seed", 0)),
@@ -550,7 +552,7 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
         end_image_path=_read_path(values, "end_image_path"),
         control_path=_read_path(values, "control_video_path"),
         control_images=_read_control_images(values),
-        extra=_read_extra_settings(values),
+        extra=({key: _as_text(values[key]) for key in keys if key in values}),
     )
     check_values(request)
     return _with_fitted_size(request, size, family.latent)
@@ -577,12 +579,6 @@ def _read_size(
     if "height" in values:
         height = int(values["height"])
     return width, height, int(values.get("frame_count", default.frames))
-
-
-def _read_extra_settings(values: Mapping[str, Any]) -> dict[str, str]:
-    """Return an entry's settings that only some models have, as `Request.extra` takes them."""
-    keys = [setting.key for setting in MODEL_SPECIFIC_OPTIONS.values()]
-    return {key: _as_text(values[key]) for key in keys if key in values}
 
 
 def _read_path(values: Mapping[str, Any], key: str) -> Path | None:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -188,15 +187,6 @@ def _metadata_now(
     )
 
 
-def _shard_moments(parameter_state: Mapping[str, Any], sharded_weight: Tensor) -> dict[str, Any]:
-    """Return a parameter's optimizer state with its moments sharded like the weight."""
-    return {
-        # step counters have no dimensions
-        key: as_sharded(sharded_weight, value) if isinstance(value, Tensor) and value.ndim > 0 else value
-        for key, value in parameter_state.items()
-    }
-
-
 def file_dtype(options: TrainingOptions, dit: nn.Module) -> torch.dtype | None:
     """Return the dtype of saved models; None if every tensor keeps its dtype."""
     precision = options.saving.save_precision
@@ -221,7 +211,14 @@ def collect_state(model: TrainedModel) -> states.SavedState:
     # moments of sharded weights contain only this process's rows: they are replaced by sharded tensors
     for name, sharded_weight in _sharded_weights_with_local_moments(model).items():
         if name in optimizer["states"]:
-            optimizer["states"][name] = _shard_moments(optimizer["states"][name], sharded_weight)
+            # step counters have no dimensions
+            optimizer["states"][name] = {
+                # step counters have no dimensions
+                key: as_sharded(sharded_weight, value)
+                if isinstance(value, Tensor) and value.ndim > 0
+                else value
+                for key, value in (optimizer["states"][name]).items()
+            }
     return states.SavedState(
         folder=Path(),  # not recorded in a state
         progress=plan.progress,
@@ -251,7 +248,23 @@ def restore(model: TrainedModel) -> None:
         return
     with states.errors_name_the_state(saved.folder):
         if isinstance(saved, states.SavedState):
-            _restore_own(model, saved)
+            # Restore a state that this program saved: weights, optimizer, schedule, loss scaler and average
+            if saved.files or model.plan.shards_model:
+                # Load a state's sharded tensors in place into those of this run; the state refers to them
+                # afterwards
+                from training.saving.split_model import load_sharded_tensors  # only with split tensors
+
+                parts = {name: module.state_dict() for name, module in model.trainable.modules.items()}
+                parts[states.AVERAGE] = {} if model.average is None else model.average.tensors()
+                device = model.plan.accelerator.device
+                load_sharded_tensors(saved, parts, _sharded_weights_with_local_moments(model), device)
+            for name, module in model.trainable.modules.items():
+                states.load_module(module, saved.parts[name])
+            _restore_optimizer_and_schedule(model, saved)
+            if saved.scaler:
+                model.scaler.load_state_dict(saved.scaler)
+            if model.average is not None:
+                model.average.restore(saved)
             logger.info("Continuing at step %d, epoch %d.", step, model.plan.progress.epoch + 1)
         elif model.plan.shards_model:
             raise OptionError(
@@ -295,29 +308,6 @@ def _restore_foreign(model: TrainedModel, saved: states.ForeignState) -> None:
     )
 
 
-def _restore_own(model: TrainedModel, saved: states.SavedState) -> None:
-    """Restore a state that this program saved: weights, optimizer, schedule, loss scaler and average."""
-    if saved.files or model.plan.shards_model:
-        _load_sharded_parts(model, saved)
-    for name, module in model.trainable.modules.items():
-        states.load_module(module, saved.parts[name])
-    _restore_optimizer_and_schedule(model, saved)
-    if saved.scaler:
-        model.scaler.load_state_dict(saved.scaler)
-    if model.average is not None:
-        model.average.restore(saved)
-
-
-def _load_sharded_parts(model: TrainedModel, saved: states.SavedState) -> None:
-    """Load a state's sharded tensors in place into those of this run; the state refers to them afterwards."""
-    from training.saving.split_model import load_sharded_tensors  # only with split tensors
-
-    parts = {name: module.state_dict() for name, module in model.trainable.modules.items()}
-    parts[states.AVERAGE] = {} if model.average is None else model.average.tensors()
-    device = model.plan.accelerator.device
-    load_sharded_tensors(saved, parts, _sharded_weights_with_local_moments(model), device)
-
-
 def _restore_optimizer_and_schedule(model: TrainedModel, saved: states.SavedState) -> None:
     """Restore the optimizer's states and the schedule."""
     # With --resume_changed, the learning rates and the schedule of this run replace those of the state.
@@ -329,21 +319,16 @@ def _restore_optimizer_and_schedule(model: TrainedModel, saved: states.SavedStat
         restore_optimizer(model.optimizer, model.trainable.names, saved.optimizer, device)
         model.schedule.load_state_dict(saved.schedule)
         return
-    groups = _replace_learning_rates(saved.optimizer["groups"], model.optimizer.param_groups)
+    # The optimizer's saved parameter groups with the learning rates of the current settings
+    saved_groups = saved.optimizer["groups"]
+    merged = []
+    for saved_group, group in zip(saved_groups, model.optimizer.param_groups, strict=False):
+        rates = {name: group[name] for name in RATE_KEYS if name in group and name in saved_group}
+        merged.append({**saved_group, **rates})
+    groups = merged
     optimizer_state = {**saved.optimizer, "groups": groups}
     restore_optimizer(model.optimizer, model.trainable.names, optimizer_state, device)
     model.schedule.go_to(plan.progress.step)
-
-
-def _replace_learning_rates(
-    saved_groups: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
-    """Return the optimizer's saved parameter groups with the learning rates of the current settings."""
-    merged = []
-    for saved_group, group in zip(saved_groups, groups, strict=False):
-        rates = {name: group[name] for name in RATE_KEYS if name in group and name in saved_group}
-        merged.append({**saved_group, **rates})
-    return merged
 
 
 def _sharded_weights_with_local_moments(model: TrainedModel) -> dict[str, Tensor]:

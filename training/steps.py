@@ -124,6 +124,11 @@ class StepPlan:
         steps_in_epoch = ceil_div(position, self.batches_per_step)
         return self.first_step + steps_in_first_epoch + steps_between + steps_in_epoch
 
+    def step_of(self, epoch: int, index: int) -> int:
+        """Return the step, from 0, that micro-batch `index` of epoch `epoch` belongs to."""
+        # the plan may begin within an epoch, so steps do not start at multiples of `batches_per_step`
+        return self.steps_until(epoch, index + 1) - 1
+
     def batches_by_step(self, epoch: int, position: int = 0) -> Iterator[range]:
         """Yield the micro-batches of each optimizer step of epoch `epoch` (from 0).
 

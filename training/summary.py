@@ -117,19 +117,7 @@ def _make_learning_rows(run: TrainingRun, parameters: Sequence[Tensor]) -> list[
     num_weights = sum(parameter.numel() for parameter in parameters)
     model_keys = ("architecture", "task", "sd_model_name")
     model = [text for key, text in plan.family.metadata.items() if text and key.startswith(model_keys)]
-    return [
-        ("model", ", ".join(model)),
-        ("learns", f"{_describe_trained(plan, ranks_and_alphas)}, {format_count(num_weights, 'weight')}"),
-        ("alpha", None if lora is None else judge_alpha(lora, ranks_and_alphas)),
-        *_make_data_rows(plan),
-        ("steps", _describe_length(plan)),
-        ("learning rate", _describe_rates(options, trainable, plan.network_spec)),
-        ("optimizer", f"{options.optimizer.optimizer_type or 'AdamW'}, seed {plan.progress.seed}"),
-    ]
-
-
-def _make_data_rows(plan: TrainingPlan) -> list[Row]:
-    """Return the rows about the items, the timesteps at which they are trained, and the targets."""
+    # The rows about the items, the timesteps at which they are trained, and the targets
     data = f"{format_count(plan.order.num_items, 'item')} with repeats"
     if plan.validation:
         data += f", {format_count(len(plan.validation), 'item')} for validation"
@@ -139,7 +127,15 @@ def _make_data_rows(plan: TrainingPlan) -> list[Row]:
         rows.append(("timesteps", "\n".join(describe_times(plan.options.timesteps, plan.config.datasets))))
     if plan.features.targets or plan.features.info.targets:
         rows.append(("targets", "\n".join(plan.features.describe_targets())))
-    return rows
+    return [
+        ("model", ", ".join(model)),
+        ("learns", f"{_describe_trained(plan, ranks_and_alphas)}, {format_count(num_weights, 'weight')}"),
+        ("alpha", None if lora is None else judge_alpha(lora, ranks_and_alphas)),
+        *rows,
+        ("steps", _describe_length(plan)),
+        ("learning rate", _describe_rates(options, trainable, plan.network_spec)),
+        ("optimizer", f"{options.optimizer.optimizer_type or 'AdamW'}, seed {plan.progress.seed}"),
+    ]
 
 
 def _describe_rates(options: TrainingOptions, trainable: Trainable, network_spec: NetworkSpec) -> str:
@@ -272,7 +268,14 @@ def _make_result_rows(run: TrainingRun, run_history: history.RunHistory) -> list
     rows: list[Row] = []
     for path in names.model_files(names.name).values():
         if path.exists():
-            rows.append(("result", f"{path} ({format_size(_sum_file_sizes(path))})"))
+            # The size in bytes of a file, or of all files in a folder
+            files = path.rglob("*") if path.is_dir() else [path]
+            rows.append(
+                (
+                    "result",
+                    f"{path} ({format_size(sum(file.stat().st_size for file in files if file.is_file()))})",
+                )
+            )
     if run_history.validations:
         rows.append(("best by validation", describe_best(run_history, names.folder, names.name)))
     speed = "" if clock.seconds_per_step is None else f" ({clock.seconds_per_step:.3g} s a step)"
@@ -295,12 +298,6 @@ def _make_result_rows(run: TrainingRun, run_history: history.RunHistory) -> list
     if os.environ.get(RUN_GOES_ON):  # `reelsmith run` started this in a folder that the user did not type
         rows.append(("commands", f"typed in {Path.cwd()}"))
     return rows
-
-
-def _sum_file_sizes(path: Path) -> int:
-    """Return the size in bytes of a file, or of all files in a folder."""
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def describe_best(run_history: history.RunHistory, folder: Path, name: str) -> str:

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 
 from dataset.batches.items import TrainingItem
-from dataset.sources.captions import complete_caption, split_lines
+from dataset.sources.captions import complete_caption, split_captions
 from dataset.sources.media_source import MediaSource
 from dataset.table import DatasetTable
 from training.learner import ReadCaptions
@@ -51,6 +51,5 @@ def _complete(caption: str, table: DatasetTable) -> str:
     """Return a caption with the text that training adds at each step, such as the trigger word."""
     if not table.caption_changes.varies_per_step:  # the caption is already complete
         return caption
-    if not table.caption_changes.wildcards:
-        caption = next(iter(split_lines(caption)), "")
+    caption = "\n".join(split_captions(caption, table))  # with enable_wildcard, all lines that may be drawn
     return complete_caption(caption, table.trigger_word, table.caption_prefix, table.caption_suffix)

@@ -281,7 +281,15 @@ def prepare_dit(
     Raises:
         OptionError: If no name matches.
     """
-    by_rate = _select_by_rate(dit, learning_rate, name_parts, part_rates)
+    # The trained parameters by learning rate, and freeze the others; the rate 0 freezes a part
+    # The arguments are those of `prepare_dit`.
+    by_rate: dict[float, list[Parameter]] = {}
+    for name, parameter in dit.named_parameters():
+        rate = next((rate for part, rate in part_rates.items() if part in name), learning_rate)
+        learns = rate > 0 and learns_by_name(name, name_parts)
+        parameter.requires_grad_(learns)
+        if learns:
+            by_rate.setdefault(rate, []).append(parameter)
     if not by_rate and name_parts:
         reject_no_match(dit, name_parts)
     elif not by_rate:
@@ -299,21 +307,6 @@ def prepare_dit(
         group_names=tuple(names[rate] for rate in by_rate),
         written_files={"": WrittenFile(partial(_write_dit, dit, dtypes, unused, file_layout))},
     )
-
-
-def _select_by_rate(
-    dit: nn.Module, learning_rate: float, name_parts: Sequence[str], part_rates: Mapping[str, float]
-) -> dict[float, list[Parameter]]:
-    """Return the trained parameters by learning rate, and freeze the others; the rate 0 freezes a part."""
-    # The arguments are those of `prepare_dit`.
-    by_rate: dict[float, list[Parameter]] = {}
-    for name, parameter in dit.named_parameters():
-        rate = next((rate for part, rate in part_rates.items() if part in name), learning_rate)
-        learns = rate > 0 and learns_by_name(name, name_parts)
-        parameter.requires_grad_(learns)
-        if learns:
-            by_rate.setdefault(rate, []).append(parameter)
-    return by_rate
 
 
 def learns_by_name(name: str, name_parts: Sequence[str]) -> bool:

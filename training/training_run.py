@@ -226,7 +226,6 @@ class TrainingRun:
     requests: Requests  # only the main process watches its files and its clock
     saver: Saver | None  # None: another process saves
     delayed_reports: DelayedReports = field(default_factory=DelayedReports)
-    is_done: bool = False  # a feature has ended the run before its last step
     # values of the model's plan
     plan: TrainingPlan = field(init=False)
     options: TrainingOptions = field(init=False)

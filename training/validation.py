@@ -15,15 +15,16 @@ from dataset.batches.items import TrainingItem
 from dataset.batches.order import RunPosition, change_captions
 from dataset.cache.records import CacheChecks
 from modules.bars import track
-from protocols.data import AUDIO_LATENTS, Batch
+from protocols.data import Batch
+from protocols.family import trains_audio
 from protocols.rules import expert_at
-from training.data.feed import draw_num_clean_frames, seed_generator
-from training.data.timesteps import Timesteps, shift_audio_timesteps, times_at
-from training.loss import Autocast, GetDit, LossRule, NoisyAudio, NoisyBatch
+from training.data.feed import add_audio, draw_num_clean_frames, seed_generator
+from training.data.timesteps import times_at
+from training.loss import Autocast, GetDit, LossRule, NoisyBatch
 from training.noise_options import NUM_TIMESTEPS, TimestepOptions
 from training.plan import TrainingPlan
 from training.reports.history import LOSS
-from training.targets.passes import measure_streams
+from training.targets.passes import measure_streams, weigh_losses
 
 NUM_BANDS = 5
 STEP, EPOCH = "step", "epoch"  # occasions of a validation, in the names of logged values
@@ -138,8 +139,8 @@ class Validation:
             noisy_batch = self._add_noise(batch, sigma, item.key, num_clean_frames)
             noisy_batch = noisy_batch.to(self.plan.accelerator.device)
             errors = measure_streams(self.plan.family, dit, noisy_batch, autocast=autocast, rule=self.loss)
-            losses.append(functools.reduce(torch.add, errors))
-        return torch.cat(losses).tolist()
+            losses.append(functools.reduce(torch.add, weigh_losses(errors, noisy_batch)))
+        return torch.stack(losses).tolist()
 
     def _read(self, item: TrainingItem, autocast: Autocast) -> Batch:
         """Read an item as a batch, and encode its captions if text encoders run during training."""
@@ -170,10 +171,6 @@ class Validation:
         shape = batch.tensor("latents").shape
         noise = torch.randn(shape, generator=seed_generator("validation", *seed))
         times = times_at(self.plan.options.timesteps, torch.tensor([sigma]), noise_spec)
-        audio = None
-        audio_latents = batch.tensors.get(AUDIO_LATENTS)
-        if isinstance(audio_latents, Tensor):
-            audio = self._draw_audio_noise(audio_latents, times, seed)
         if noise_spec.change_conditions is not None:
             generator = seed_generator("validation inputs", *seed)
             batch = replace(batch, tensors=noise_spec.change_conditions(batch.tensors, "", generator))
@@ -181,7 +178,7 @@ class Validation:
         if noise_spec.clean_token_rule is not None:
             generator = seed_generator("validation given tokens", *seed)
             clean_tokens = noise_spec.clean_token_rule.draw(batch, generator)
-        return NoisyBatch(
+        noisy_batch = NoisyBatch(
             batch=batch,
             noise=noise,
             sigmas=times.sigmas,
@@ -189,7 +186,17 @@ class Validation:
             weights=torch.ones(1),
             num_clean_frames=num_clean_frames,
             clean_tokens=clean_tokens,
-            audio=audio,
+        )
+        if not trains_audio(self.plan.family):
+            return noisy_batch
+        return add_audio(
+            noisy_batch,
+            self.plan.family.audio_learning,
+            times=times,
+            noise_spec=noise_spec,
+            generator=seed_generator("validation sound", *seed),
+            draw_own_times=lambda shape: times,  # audio with its own times is measured at the same levels
+            weigh=lambda audio_times: torch.ones(1),
         )
 
     def _noise_seed(self, sigma: float, key: str) -> list[int | str]:
@@ -198,12 +205,6 @@ class Validation:
         level = round(NUM_TIMESTEPS * sigma) if self.is_for_images else int(NUM_BANDS * sigma)
         validation_seed = self.plan.options.validation.validation_seed
         return [key, level] if validation_seed is None else [validation_seed, key, level]
-
-    def _draw_audio_noise(self, latents: Tensor, times: Timesteps, seed: list[int | str]) -> NoisyAudio:
-        """Return noise for an item's audio latents, with the noise level that audio has at these times."""
-        noise = torch.randn(latents.shape, generator=seed_generator("validation sound", *seed))
-        audio_times = shift_audio_timesteps(times, self.plan.family.noise)
-        return NoisyAudio(noise, audio_times.sigmas, audio_times.timesteps, torch.ones(1))
 
 
 def _list_image_sigmas(options: TimestepOptions) -> list[float]:

@@ -239,7 +239,15 @@ def _read_config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig
     vace_layers = _count_blocks(shapes, "vace_blocks")
     vace_dim = shapes.get("vace_patch_embedding.weight", (0, 0))[1]
     if vace_layers:
-        _check_vace_blocks(path, layers, vace_layers, vace_dim)
+        # Raise CheckpointError if VACE's blocks differ from the released ones in number, inputs or positions
+        if layers % vace_layers or vace_dim != VACE_DIM:
+            raise CheckpointError(
+                f"{path}: {vace_layers} VACE blocks next to {layers} blocks, and a vace_patch_embedding for "
+                f"{vace_dim} channels. Each VACE block must belong to the same number of other blocks, and "
+                f"the embedding must have {VACE_DIM} channels. Download it again.",
+                path,
+            )
+        _check_vace_block_indices(path, layers, vace_layers)
     if dim % HEAD_WIDTH:
         raise CheckpointError(
             f"{path}: width {dim} is not a multiple of {HEAD_WIDTH}, the head width of Wan models.", path
@@ -263,18 +271,6 @@ def _read_config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig
         image_positions=shapes["img_emb.emb_pos"][-2] if "img_emb.emb_pos" in shapes else 0,
         has_ref_conv="ref_conv.weight" in shapes,
     )
-
-
-def _check_vace_blocks(path: Path, layers: int, vace_layers: int, vace_dim: int) -> None:
-    """Raise CheckpointError if VACE's blocks differ from the released ones in number, inputs or positions."""
-    if layers % vace_layers or vace_dim != VACE_DIM:
-        raise CheckpointError(
-            f"{path}: {vace_layers} VACE blocks next to {layers} blocks, and a vace_patch_embedding for "
-            f"{vace_dim} channels. Each VACE block must belong to the same number of other blocks, and "
-            f"the embedding must have {VACE_DIM} channels. Download it again.",
-            path,
-        )
-    _check_vace_block_indices(path, layers, vace_layers)
 
 
 def _check_vace_block_indices(path: Path, layers: int, vace_layers: int) -> None:

@@ -180,7 +180,11 @@ def encode_inputs(
     image: Tensor | None = None
     if task.requires_image and request.first_image is not None:
         if task.uses_clip_features:
-            conditions["clip"] = _encode_image_features(encoders, task, request, request.first_image)
+            # The CLIP features of the first image and, for first-and-last-frame models, of the end image
+            paths = [request.first_image]
+            if task.kind == "flf2v" and request.end_image_path is not None:
+                paths.append(request.end_image_path)
+            conditions["clip"] = encode_features(encoders, paths)
         image = _encode_images(vae, task, prepared, request.first_image)
         conditions["condition_latents"] = image.cpu()
     # the image itself is the clean first frame
@@ -188,32 +192,18 @@ def encode_inputs(
         pixels = image_pixels(request.image_path, prepared.width, prepared.height, shrink="lanczos")
         conditions[FIRST_LATENTS] = vae.encode(pixels).cpu()
     if task.has_control and request.control_path is not None:
-        conditions["condition_latents"] = _encode_control(vae, task, prepared, request.control_path, image)
+        # The condition channels of a control video and of the encoded images, on the CPU
+        has_end = appends_end(task, prepared.request)
+        pixels = video_pixels(
+            request.control_path,
+            "--control_path",
+            width=prepared.width,
+            height=prepared.height,
+            frames=prepared.frames,
+            end_frames=FRAMES_PER_LATENT if has_end else 0,  # an end image is one more latent frame
+        )
+        conditions["condition_latents"] = control_channels(task, vae.encode(pixels), image, has_end).cpu()
     return conditions
-
-
-def _encode_image_features(encoders: MediaEncoders, task: WanTask, request: Request, first: Path) -> Tensor:
-    """Return the CLIP features of the first image and, for first-and-last-frame models, of the end image."""
-    paths = [first]
-    if task.kind == "flf2v" and request.end_image_path is not None:
-        paths.append(request.end_image_path)
-    return encode_features(encoders, paths)
-
-
-def _encode_control(
-    vae: WanVae, task: WanTask, prepared: Prepared, control: Path, image: Tensor | None
-) -> Tensor:
-    """Return the condition channels of a control video and of the encoded images, on the CPU."""
-    has_end = appends_end(task, prepared.request)
-    pixels = video_pixels(
-        control,
-        "--control_path",
-        width=prepared.width,
-        height=prepared.height,
-        frames=prepared.frames,
-        end_frames=FRAMES_PER_LATENT if has_end else 0,  # an end image is one more latent frame
-    )
-    return control_channels(task, vae.encode(pixels), image, has_end).cpu()
 
 
 def encode_features(encoders: MediaEncoders, paths: Sequence[Path]) -> Tensor:

@@ -172,20 +172,17 @@ class WanModelOptions(Options, title="Wan"):
                 self.task,
             )
         if self.vace is not None:
-            self._check_second_vace()
-
-    def _check_second_vace(self) -> None:
-        """Raise OptionError unless a second transformer, and only a second one, has its own VACE blocks."""
-        # The second transformer is for high noise or, in training, for samples only.
-        second_dits = (self.experts.dit_high_noise, getattr(self, "sample_dit_other", None))
-        has_second_dit = second_dits != (None, None)
-        has_second_vace = self.vace_high_noise is not None
-        if has_second_vace != has_second_dit:
-            missing = "--dit_high_noise" if has_second_vace else "--vace_high_noise"
-            raise OptionError(
-                "--vace with two transformers: each needs VACE blocks, --vace and --vace_high_noise. "
-                f"Pass {missing} too"
-            )
+            # Raise OptionError unless a second transformer, and only a second one, has its own VACE blocks
+            # The second transformer is for high noise or, in training, for samples only.
+            second_dits = (self.experts.dit_high_noise, getattr(self, "sample_dit_other", None))
+            has_second_dit = second_dits != (None, None)
+            has_second_vace = self.vace_high_noise is not None
+            if has_second_vace != has_second_dit:
+                missing = "--dit_high_noise" if has_second_vace else "--vace_high_noise"
+                raise OptionError(
+                    "--vace with two transformers: each needs VACE blocks, --vace and --vace_high_noise. "
+                    f"Pass {missing} too"
+                )
 
 
 class WanTrainingOptions(WanModelOptions, title="Wan"):
@@ -220,25 +217,23 @@ class WanTrainingOptions(WanModelOptions, title="Wan"):
                 "or use --task ti2v-5B"
             )
         if self.sample_dit_other is not None:
-            self._check_sample_dit(self.sample_dit_other)
-
-    def _check_sample_dit(self, sample_dit: Path) -> None:
-        """Check --sample_dit_other: raise OptionError unless samples need a second, untrained transformer."""
-        trained = (self.dit, self.experts.dit_high_noise)
-        if None not in trained:
-            raise OptionError(
-                "--sample_dit_other: samples use both transformers, --dit and --dit_high_noise. Omit it"
-            )
-        if TASKS[self.task].boundary is None:
-            raise OptionError(
-                f"--sample_dit_other: --task {self.task} has one transformer. Omit the option, or use "
-                "--task t2v-A14B or i2v-A14B"
-            )
-        if sample_dit in trained:
-            raise OptionError(
-                f"--sample_dit_other {sample_dit}: this one is trained. Pass the file of the other "
-                "transformer"
-            )
+            # Check --sample_dit_other: raise OptionError unless samples need a second, untrained transformer
+            sample_dit = self.sample_dit_other
+            trained = (self.dit, self.experts.dit_high_noise)
+            if None not in trained:
+                raise OptionError(
+                    "--sample_dit_other: samples use both transformers, --dit and --dit_high_noise. Omit it"
+                )
+            if TASKS[self.task].boundary is None:
+                raise OptionError(
+                    f"--sample_dit_other: --task {self.task} has one transformer. Omit the option, or use "
+                    "--task t2v-A14B or i2v-A14B"
+                )
+            if sample_dit in trained:
+                raise OptionError(
+                    f"--sample_dit_other {sample_dit}: this one is trained. Pass the file of the other "
+                    "transformer"
+                )
 
 
 MASK, SCALE = "src_mask", "vace_scale"  # options, and their names in Request.extra
@@ -316,27 +311,24 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
                     "target_index=1,control_index=0+2; or omit it for a video"
                 )
         if TASKS[self.task].kind != VACE:
-            self._check_vace_options()
-
-    def _check_vace_options(self) -> None:
-        """Raise OptionError if an option is given that only VACE uses; called for all other tasks."""
-        task = TASKS[self.task]
-        supports_one_frame = task.requires_image and not task.has_control
-        # a single frame is generated from control images; prompt lines may ask for it too
-        reads_prompt_lines = self.from_file is not None or self.interactive
-        may_make_one_frame = supports_one_frame and reads_prompt_lines
-        if self.one_frame_inference is not None:
-            may_make_one_frame = True
-        unused_options = {
-            MASK: self.src_mask,
-            SCALE: self.vace_scale != (1.0,),  # the default
-            "control_path": self.control_path and not task.has_control,
-            "control_image_path": self.control_image_path and not may_make_one_frame,
-        }
-        for name, is_unused in unused_options.items():
-            if is_unused:
-                is_for_one_frame = supports_one_frame and name == "control_image_path"
-                raise self._unused_option_error(name, is_for_one_frame)
+            # Raise OptionError if an option is given that only VACE uses; called for all other tasks
+            task = TASKS[self.task]
+            supports_one_frame = task.requires_image and not task.has_control
+            # a single frame is generated from control images; prompt lines may ask for it too
+            reads_prompt_lines = self.from_file is not None or self.interactive
+            may_make_one_frame = supports_one_frame and reads_prompt_lines
+            if self.one_frame_inference is not None:
+                may_make_one_frame = True
+            unused_options = {
+                MASK: self.src_mask,
+                SCALE: self.vace_scale != (1.0,),  # the default
+                "control_path": self.control_path and not task.has_control,
+                "control_image_path": self.control_image_path and not may_make_one_frame,
+            }
+            for name, is_unused in unused_options.items():
+                if is_unused:
+                    is_for_one_frame = supports_one_frame and name == "control_image_path"
+                    raise self._unused_option_error(name, is_for_one_frame)
 
     def _unused_option_error(self, name: str, is_for_one_frame: bool) -> OptionError:
         condition = " without --one_frame_inference" if is_for_one_frame else ""
@@ -421,7 +413,21 @@ def _list_inputs(options: WanTrainingOptions, sample: Mapping[str, Any]) -> dict
         one_frame |= FRAME_INDICES_KEY in sample["example"].cached
         inputs = _list_item_inputs(task, one_frame, sample)
     else:
-        inputs = _list_sample_inputs(options, sample)
+        # The images and clips that a sample was generated from, by option
+        extra = sample.get("extra") or {}
+        images = sample.get("control_images")
+        is_vace = TASKS[options.task].kind == VACE
+        inputs = {
+            "--image_path": sample.get("image_path"),
+            "--end_image_path": sample.get("end_image_path"),
+            "--src_video" if is_vace else "--control_path": sample.get("control_path"),
+        }
+        if options.one_frame or ONE_FRAME in extra:
+            inputs["--one_frame_inference"] = extra.get(ONE_FRAME, "default")
+            inputs["--control_image_path"] = images
+        else:
+            inputs |= {f"--{name}": extra.get(name) for name in (MASK, SCALE)}
+            inputs["--src_ref_images"] = images
     present = {flag: value for flag, value in inputs.items() if value}
     needed: dict[str, Any] = {
         "--image_path": Placeholder("IMAGE_FILE") if task.requires_image else None,
@@ -434,25 +440,6 @@ def _list_inputs(options: WanTrainingOptions, sample: Mapping[str, Any]) -> dict
             "--control_image_path": Placeholder("CONTROL_IMAGE_FILE"),
         }
     return needed | present
-
-
-def _list_sample_inputs(options: WanTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the images and clips that a sample was generated from, by option."""
-    extra = sample.get("extra") or {}
-    images = sample.get("control_images")
-    is_vace = TASKS[options.task].kind == VACE
-    inputs: dict[str, Any] = {
-        "--image_path": sample.get("image_path"),
-        "--end_image_path": sample.get("end_image_path"),
-        "--src_video" if is_vace else "--control_path": sample.get("control_path"),
-    }
-    if options.one_frame or ONE_FRAME in extra:
-        inputs["--one_frame_inference"] = extra.get(ONE_FRAME, "default")
-        inputs["--control_image_path"] = images
-    else:
-        inputs |= {f"--{name}": extra.get(name) for name in (MASK, SCALE)}
-        inputs["--src_ref_images"] = images
-    return inputs
 
 
 def _list_item_inputs(task: WanTask, one_frame: bool, sample: Mapping[str, Any]) -> dict[str, Any]:

@@ -50,7 +50,17 @@ class VaceRequest:
         metadata = dict(prepared.extra_metadata)
         if self.mask is not None and prepared.request.control_path is not None:
             metadata["src_mask_path"] = str(self.mask)
-            _check_mask_shape(self.mask, prepared.request.control_path, prepared)
+            # Raise OptionError if a mask has neither the aspect ratio of its clip nor the result's
+            clip = prepared.request.control_path
+            width, height = image_size(self.mask)
+            clip_width, clip_height = image_size(clip)
+            aspect = width / height
+            aspects = [clip_width / clip_height, prepared.width / prepared.height]
+            if min(abs(other / aspect - 1) for other in aspects) > SAME_SHAPE:
+                raise OptionError(
+                    f"--src_mask {self.mask} has {width} x {height} pixels, --src_video {clip} "
+                    f"{clip_width} x {clip_height}: the two would not match. Pass a mask of the clip's size"
+                )
             # raises if the mask cannot be used
             read_mask(self.mask, prepared.width, prepared.height, prepared.frames)
         # 1.0 is the default; one number is used for all layers if their scales are equal
@@ -60,25 +70,20 @@ class VaceRequest:
         return replace(prepared, family_settings=self, extra_metadata=metadata)
 
 
-def _check_mask_shape(mask: Path, clip: Path, prepared: Prepared) -> None:
-    """Raise OptionError if a mask has neither the aspect ratio of its clip nor the result's."""
-    width, height = image_size(mask)
-    clip_width, clip_height = image_size(clip)
-    aspect = width / height
-    aspects = [clip_width / clip_height, prepared.width / prepared.height]
-    if min(abs(other / aspect - 1) for other in aspects) > SAME_SHAPE:
-        raise OptionError(
-            f"--src_mask {mask} has {width} x {height} pixels, --src_video {clip} "
-            f"{clip_width} x {clip_height}: the two would not match. Pass a mask of the clip's size"
-        )
-
-
 def read_vace_request(request: Request, layers: int) -> tuple[Request, VaceRequest]:
     """Return the request with its reference images as a list of paths, and VACE's settings.
 
     `layers` is the number of VACE's blocks. Raises OptionError if a file is missing or unused.
     """
-    _refuse_images(request)
+    # Raise OptionError if a start or end image is given, which VACE does not take
+    unusable = {"image_path": request.image_path, "end_image_path": request.end_image_path}
+    for option, path in unusable.items():
+        if path is not None:
+            raise OptionError(
+                f"--{option} {path}: VACE has no such input. To keep a first or last frame give --src_video "
+                "a clip that has it, gray elsewhere, and --src_mask one that is black there and white "
+                "elsewhere; to show what something looks like, pass the image to --src_ref_images"
+            )
     references = split_comma_paths(request.control_images)  # an option may list several, with commas
     mask = _read_mask_path(request)
     if len(references) > MAX_REFERENCES:
@@ -99,18 +104,6 @@ def read_vace_request(request: Request, layers: int) -> tuple[Request, VaceReque
         )
     settings = VaceRequest(mask, read_scales(scale, layers))
     return replace(request, control_images=references), settings
-
-
-def _refuse_images(request: Request) -> None:
-    """Raise OptionError if a start or end image is given, which VACE does not take."""
-    unusable = {"image_path": request.image_path, "end_image_path": request.end_image_path}
-    for option, path in unusable.items():
-        if path is not None:
-            raise OptionError(
-                f"--{option} {path}: VACE has no such input. To keep a first or last frame give --src_video "
-                "a clip that has it, gray elsewhere, and --src_mask one that is black there and white "
-                "elsewhere; to show what something looks like, pass the image to --src_ref_images"
-            )
 
 
 def _read_mask_path(request: Request) -> Path | None:

@@ -103,7 +103,16 @@ def _find_diffusers_translation(names: Mapping[str, TensorInfo]) -> Callable[[st
         return _translate_flat_names(names)
     has_time_axis = len(quant_conv.shape) != 4  # Qwen-Image-2.1's VAE has none
     if has_time_axis and "encoder.down_blocks.0.resnets.0.norm1.gamma" in names:
-        return _translate_staged_names(names)
+        # Translate diffusers' names of Wan2.2, whose levels are lists of layers.
+        layers = {_read_layer(match) for match in map(_LAYER.fullmatch, names) if match}
+
+        def number(layer: _Layer) -> str:
+            half, level, index = layer
+            in_level = [other for other in layers if other[:2] == (half, level)]
+            num_before = sum(other_index < index for _, _, other_index in in_level)
+            return f"{level}.{half}samples.{num_before}"
+
+        return lambda name: _translate(name, number)
     return None
 
 
@@ -139,19 +148,6 @@ def _translate_flat_names(names: Iterable[str]) -> Callable[[str], str]:
     layers = sorted({_read_layer(match) for match in map(_LAYER.fullmatch, names) if match})
     numbers = {layer: index for index, layer in enumerate(layers)}
     return lambda name: _translate(name, lambda layer: str(numbers[layer]))
-
-
-def _translate_staged_names(names: Iterable[str]) -> Callable[[str], str]:
-    """Translate diffusers' names of Wan2.2, whose levels are lists of layers."""
-    layers = {_read_layer(match) for match in map(_LAYER.fullmatch, names) if match}
-
-    def number(layer: _Layer) -> str:
-        half, level, index = layer
-        in_level = [other for other in layers if other[:2] == (half, level)]
-        num_before = sum(other_index < index for _, _, other_index in in_level)
-        return f"{level}.{half}samples.{num_before}"
-
-    return lambda name: _translate(name, number)
 
 
 def _read_layer(match: re.Match[str]) -> _Layer:

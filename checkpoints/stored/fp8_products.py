@@ -158,7 +158,19 @@ def select_product(
     reasons = []
     for product in products:
         try:
-            _try_product(product, device)
+            for tokens in (FEATURE_ALIGNMENT, MAX_TOKENS_WITHOUT_ROW_SCALES + FEATURE_ALIGNMENT):
+                tile = torch.ones(tokens, FEATURE_ALIGNMENT, device=device).to(WEIGHT_DTYPE)
+                rows = torch.ones(tokens, 1, device=device)
+                columns = torch.ones(1, FEATURE_ALIGNMENT, device=device)
+                bias = torch.zeros(FEATURE_ALIGNMENT, device=device)
+                out = product(
+                    tile, tile[:FEATURE_ALIGNMENT].t(), rows, columns, bias, torch.bfloat16, FAST_ACCUMULATION
+                )
+                if not bool((out == FEATURE_ALIGNMENT).all()):
+                    number = float(out.flatten()[0])
+                    raise RuntimeError(
+                        f"the product of two tiles of ones is {number}, not {FEATURE_ALIGNMENT}"
+                    )
         except (RuntimeError, ValueError, NotImplementedError) as error:
             reasons.append(str(error).partition("\n")[0])
         else:
@@ -171,21 +183,6 @@ def select_product(
         f"--fp8_fast: torch {torch.__version__} cannot multiply in fp8 on {_name(device)}: {reasons[-1]}. "
         f"{remedy}"
     )
-
-
-def _try_product(product: Product, device: torch.device) -> None:
-    """Multiply tiles of ones with few and with many tokens, for which torch uses different kernels."""
-    for tokens in (FEATURE_ALIGNMENT, MAX_TOKENS_WITHOUT_ROW_SCALES + FEATURE_ALIGNMENT):
-        tile = torch.ones(tokens, FEATURE_ALIGNMENT, device=device).to(WEIGHT_DTYPE)
-        rows = torch.ones(tokens, 1, device=device)
-        columns = torch.ones(1, FEATURE_ALIGNMENT, device=device)
-        bias = torch.zeros(FEATURE_ALIGNMENT, device=device)
-        out = product(
-            tile, tile[:FEATURE_ALIGNMENT].t(), rows, columns, bias, torch.bfloat16, FAST_ACCUMULATION
-        )
-        if not bool((out == FEATURE_ALIGNMENT).all()):
-            number = float(out.flatten()[0])
-            raise RuntimeError(f"the product of two tiles of ones is {number}, not {FEATURE_ALIGNMENT}")
 
 
 def _name(device: torch.device) -> str:

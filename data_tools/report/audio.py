@@ -69,13 +69,7 @@ def inspect_audio(source: MediaSource) -> AudioInspection:
                 video_seconds = info.frames / rate if info.frames and rate else None
     except NoAudio as reason:
         return AudioInspection(missing_reason=str(reason))
-    mismatches = _list_mismatches(track, video_seconds)
-    return AudioInspection(track, mismatch=f"its sound: {', '.join(mismatches)}" if mismatches else None)
-
-
-def _list_mismatches(track: TrackInfo, video_seconds: float | None) -> list[str]:
-    """Return the mismatches between an audio track and its clip: late start, other end, several tracks."""
-    # `video_seconds` is the duration of the clip; None means unknown.
+    # `video_seconds` is None if the duration of the clip is unknown
     mismatches = []
     if track.start > TOLERANCE_SECONDS:
         mismatches.append(f"begins {float(track.start):.2f} s late")
@@ -87,7 +81,7 @@ def _list_mismatches(track: TrackInfo, video_seconds: float | None) -> list[str]
             mismatches.append(f"continues for {excess_seconds:.2f} s, which are cut off")
     if track.tracks > 1:
         mismatches.append(f"{track.tracks} tracks, and FFmpeg selects one")
-    return mismatches
+    return AudioInspection(track, mismatch=f"its sound: {', '.join(mismatches)}" if mismatches else None)
 
 
 @dataclass(frozen=True)

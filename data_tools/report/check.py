@@ -226,7 +226,9 @@ class _CachingChecker:
     def check(self, findings: TableFindings) -> TableFindings:
         """Check a table's media, caches and captions within the checker's scope; add to its findings."""
         table = findings.table
-        _check_cache_format(findings, self.family, self.scope)
+        if (self.scope.latents or self.scope.texts) and may_have_both_formats(findings.table):
+            lines = list_format_errors(findings.table, self.family.cache_tag)
+            findings.errors += [Fault("folders of caches are in the other form", line) for line in lines]
         if self.scope.media and findings.sources:
             self._check_media(findings)
         if self.scope.texts:
@@ -256,7 +258,13 @@ class _CachingChecker:
             compares_caches = bool(settings.encoder_identity)  # empty: latents are not checked
             if compares_caches and has_separate_audio_caches and uses_audio(findings.table):
                 family = cast(AudioCachingFamily, self.family)
-                _check_table_audio(findings, family, plans, cache_settings=settings, workers=self.workers)
+                # `plans` say how the latents of the clips are cached
+                table = findings.table
+                work = AudioWork(family, [table], settings.stores, torch.device("cpu"))
+                audio = check_audio(table, plans, work, self.workers)
+                findings.info_lines += audio.lines
+                findings.errors += audio.errors
+                findings.warnings += audio.warnings
         except DatasetError as error:
             findings.add_table_error(error)
         findings.errors += find_wrong_rates(findings.sources)
@@ -332,13 +340,6 @@ def _read_encoder_identities(family: Caches, scope: _Scope) -> _EncoderIdentitie
     return _EncoderIdentities(media_identity, text_encoders, lines)
 
 
-def _check_cache_format(findings: TableFindings, family: Caches, scope: _Scope) -> None:
-    """Add an error for each cache folder whose format differs from the table's cache_format."""
-    if (scope.latents or scope.texts) and may_have_both_formats(findings.table):
-        lines = list_format_errors(findings.table, family.cache_tag)
-        findings.errors += [Fault("folders of caches are in the other form", line) for line in lines]
-
-
 def _check_json_captions(findings: TableFindings, family: Caches) -> None:
     """Add an error for each caption that has to be a JSON object and is not valid."""
     if not fits_captions(family):
@@ -363,23 +364,6 @@ def _check_media_by_family(findings: TableFindings, family: Caches) -> None:
     findings.sources = use_moments(family, sources)
 
 
-def _check_table_audio(
-    findings: TableFindings,
-    family: AudioCachingFamily,
-    plans: Sequence[SourcePlan],
-    cache_settings: LatentCacheSettings,
-    workers: int,
-) -> None:
-    """Check the audio of a table's clips, and add the results to `findings`."""
-    # `plans` say how the latents of the clips are cached.
-    table = findings.table
-    work = AudioWork(family, [table], cache_settings.stores, torch.device("cpu"))
-    audio = check_audio(table, plans, work, workers)
-    findings.info_lines += audio.lines
-    findings.errors += audio.errors
-    findings.warnings += audio.warnings
-
-
 def _check_sources(
     findings: TableFindings, cache_settings: LatentCacheSettings, workers: int
 ) -> list[SourcePlan]:
@@ -389,7 +373,17 @@ def _check_sources(
     unreadable += find_unusable_layers(plans, workers)
     _count_items(findings, plans, workers)
     findings.errors += [Fault(UNREADABLE, str(failure), failure.stem) for failure in unreadable]
-    _add_plan_warnings(findings, plans)
+    # media files that yield too few items, or whose frames change size
+    reasons: dict[str, list[str | None]] = {
+        "give no item": [plan.why_no_items for plan in plans],
+        "give no item of some lengths": [plan.too_short_for for plan in plans],
+        SIZE_CHANGES: ["; ".join(plan.size_changes) or None for plan in plans],
+    }
+    for kind, reasons_of_kind in reasons.items():
+        for plan, reason in zip(plans, reasons_of_kind, strict=True):
+            if reason is not None:
+                source = plan.source
+                findings.warnings.append(Fault(kind, f"{source.path}: {reason}", source.stem))
     if plans and not findings.num_items_by_bucket:
         text = f"{table.name}: none of its {format_count(len(plans), table.kind)} yields an item"
         findings.errors.append(Fault(NO_ITEM, text))
@@ -482,20 +476,6 @@ def _measure_references(plan: SourcePlan) -> tuple[Size, ...] | Failure:
         return Failure.of(plan.source, error)
 
 
-def _add_plan_warnings(findings: TableFindings, plans: Sequence[SourcePlan]) -> None:
-    """Add a warning for each media file that yields too few items or whose frames change size."""
-    reasons: dict[str, list[str | None]] = {
-        "give no item": [plan.why_no_items for plan in plans],
-        "give no item of some lengths": [plan.too_short_for for plan in plans],
-        SIZE_CHANGES: ["; ".join(plan.size_changes) or None for plan in plans],
-    }
-    for kind, reasons_of_kind in reasons.items():
-        for plan, reason in zip(plans, reasons_of_kind, strict=True):
-            if reason is not None:
-                source = plan.source
-                findings.warnings.append(Fault(kind, f"{source.path}: {reason}", source.stem))
-
-
 # --- training
 # ------------------------------------------------------------------------------------------------------------
 
@@ -516,7 +496,11 @@ class _TrainingChecker:
         """Return what was found: cached and missing items, unusable caches, and uncached media files."""
         findings = TableFindings(table)
         items = [item for item in self.found_items.items if item.table.index == table.index]
-        _count_cached_items(findings, items, self.latent)
+        for group in group_items(items).values():
+            first = group[0]
+            reference_sides = [side * self.latent.stride[1] for side in first.reference_latent_sizes]
+            stems = [item.source_stem for item in group]
+            findings.add_items(stems, (*first.bucket, *reference_sides))
         _add_missing_caches(findings, self.found_items)
         _check_cached_items(findings, items, self.latent, self.same_encoders)
         self._compare_sources(findings, items)
@@ -543,7 +527,19 @@ class _TrainingChecker:
         findings.info_lines += source_findings.info_lines
         # training only reads caches, so errors of sources are warnings
         findings.warnings += [*source_findings.errors, *source_findings.warnings]
-        findings.warnings += _find_uncached(findings, items, self.with_audio)
+        cached_stems = {item.source_stem for item in items}
+        kind = "have no cache: too short, unreadable, or not cached yet"
+        for source in findings.sources:
+            if source.stem not in cached_stems:
+                findings.warnings.append(Fault(kind, str(source.path), source.stem))
+        if self.with_audio and uses_audio(findings.table):
+            stems_without_audio = {item.source_stem for item in items if not item.has_cached_audio}
+            kind = (
+                "have sound that is not cached: only their pictures are learned until latents are cached "
+                "again"
+            )
+            paths = list_silent(findings.sources, stems_without_audio)
+            findings.warnings += [Fault(kind, str(path), path.stem) for path in paths]
 
 
 def check_training(
@@ -598,35 +594,21 @@ def check_training(
     return CheckResult(opening_lines, tuple(tables), tuple(closing_lines), counters)
 
 
-def _count_cached_items(findings: TableFindings, items: Sequence[TrainingItem], latent: LatentSpec) -> None:
-    """Count the cached items of a table by the sizes of their images and references."""
-    for group in group_items(items).values():
-        first = group[0]
-        reference_sides = [side * latent.stride[1] for side in first.reference_latent_sizes]
-        stems = [item.source_stem for item in group]
-        findings.add_items(stems, (*first.bucket, *reference_sides))
-
-
 def _describe_items(
     items: Sequence[TrainingItem], validation: tuple[float, int], batches_per_step: int
 ) -> list[str]:
     """Return lines about the items of an epoch, and those held out for validation (its fraction and seed)."""
     trained, held_out = split_validation(items, *validation)
-    lines = [_describe_epoch(trained, batches_per_step)]
-    if held_out:
-        lines.append(f"For validation: {format_count(len(held_out), 'item')}")
-    return lines
-
-
-def _describe_epoch(items: Sequence[TrainingItem], batches_per_step: int) -> str:
-    """Return a line with the number of items, batches and steps in an epoch."""
-    order = BatchOrder(items, seed=0)
+    order = BatchOrder(trained, seed=0)
     num_steps = ceil_div(order.num_batches, batches_per_step)
     steps = format_count(num_steps, "step")
     if batches_per_step > 1:
         steps += f" of {batches_per_step} batches"
     repeated = format_count(order.num_items, "item")
-    return f"An epoch: {repeated} with repeats, {format_count(order.num_batches, 'batch')}, {steps}"
+    lines = [f"An epoch: {repeated} with repeats, {format_count(order.num_batches, 'batch')}, {steps}"]
+    if held_out:
+        lines.append(f"For validation: {format_count(len(held_out), 'item')}")
+    return lines
 
 
 def _check_cached_items(
@@ -677,19 +659,3 @@ def _list_captions(items: Sequence[TrainingItem]) -> Iterator[tuple[TrainingItem
         # the empty prompt once, or for each item if an encoder also gets its reference images
         for item in items if table.texts_see_references else items[:1]:
             yield item, EMPTY
-
-
-def _find_uncached(findings: TableFindings, items: Sequence[TrainingItem], with_audio: bool) -> list[Fault]:
-    """Return a warning for each media file of a table without a cache, and each clip without cached audio."""
-    warnings = []
-    cached_stems = {item.source_stem for item in items}
-    kind = "have no cache: too short, unreadable, or not cached yet"
-    for source in findings.sources:
-        if source.stem not in cached_stems:
-            warnings.append(Fault(kind, str(source.path), source.stem))
-    if with_audio and uses_audio(findings.table):
-        stems_without_audio = {item.source_stem for item in items if not item.has_cached_audio}
-        kind = "have sound that is not cached: only their pictures are learned until latents are cached again"
-        paths = list_silent(findings.sources, stems_without_audio)
-        warnings += [Fault(kind, str(path), path.stem) for path in paths]
-    return warnings

@@ -15,10 +15,11 @@ from data_tools.captions.places import DEFAULT_EXTENSION, CaptionLocation, Overw
 from data_tools.captions.run import CaptionBackend, fetch_frames, try_captions, write_captions
 from data_tools.folder_dataset import make_folder_dataset
 from data_tools.tags.labels import has_mapping
-from data_tools.tags.model import Tagger, load_tagger
-from data_tools.tags.options import TaggerOptions, TaggingOptions
+from data_tools.tags.model import load_tagger
+from data_tools.tags.options import TaggingOptions
 from data_tools.tags.words import extend_caption, make_tag_selection
 from dataset.config import DatasetConfig, load_dataset_config
+from dataset.sources.captions import split_lines
 from modules.control_codes import escape_control_codes
 from modules.errors import OptionError
 from modules.run_limits import temporary_folder
@@ -43,7 +44,13 @@ def tag_folder(options: TaggingOptions) -> None:
 
     def load_captioner() -> Captioner:
         """Load the tagger; return the function that tags files, which also updates `tag_counts`."""
-        captioner = _load_tagger(options.tagger).make_captioner(selection, separator)
+        tagger = load_tagger(
+            options.tagger.model_dir,
+            batch_size=options.tagger.batch_size,
+            averages_frames=options.tagger.join_frames == "mean",
+            max_frames=options.tagger.num_frames,
+        )
+        captioner = tagger.make_captioner(selection, separator)
         return partial(_caption_and_count, captioner, separator, tag_counts)
 
     def postprocess(location: CaptionLocation, tags: str) -> str:
@@ -73,16 +80,6 @@ def tag_folder(options: TaggingOptions) -> None:
             sys.stdout.write(escape_control_codes("\n".join(["tags found in this run:", *lines])) + "\n")
 
 
-def _load_tagger(options: TaggerOptions) -> Tagger:
-    """Load the tagger that the options select."""
-    return load_tagger(
-        options.model_dir,
-        batch_size=options.batch_size,
-        averages_frames=options.join_frames == "mean",
-        max_frames=options.num_frames,
-    )
-
-
 def _append_tags(location: CaptionLocation, new_tags: str, separator: str) -> str:
     """Return the caption at a location with new tags, joined by `separator`, appended where they are missing.
 
@@ -98,7 +95,7 @@ def _append_tags(location: CaptionLocation, new_tags: str, separator: str) -> st
         )
     tags = new_tags.split(separator)
     if location.source.table.multi_caption:  # each line is a caption
-        lines = filter(str.strip, location.caption.splitlines())
+        lines = split_lines(location.caption)
         return "\n".join(extend_caption(line, tags, separator) for line in lines)
     return extend_caption(location.caption, tags, separator)
 

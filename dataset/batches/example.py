@@ -10,6 +10,7 @@ from dataset.batches.items import TrainingItem
 from dataset.cache.records import latent_record, text_records
 from dataset.cache.store import Stores
 from dataset.sources.frames import one_frame_settings
+from dataset.table import Guide
 from modules.console import quiet
 from modules.errors import UserError
 
@@ -29,6 +30,8 @@ class ExampleItem:
     cached: frozenset[str] = frozenset()  # keys of its latents' cache
     # times of a single image and of its control images, as --one_frame_inference expects them
     one_frame_settings: str = ""
+    guides: tuple[Guide, ...] = ()  # images that guide the clips of its table
+    spatial_crop_region: tuple[int, ...] | None = None  # given part of these clips: top, left, bottom, right
 
 
 def find_example(item: TrainingItem, stores: Stores) -> ExampleItem:
@@ -42,6 +45,8 @@ def find_example(item: TrainingItem, stores: Stores) -> ExampleItem:
         _read_caption(item, stores),
         cached=cached_keys,
         one_frame_settings=one_frame_settings(table) if table.kind == "image" else "",
+        guides=table.guides,
+        spatial_crop_region=table.spatial_crop_region,
     )
     companion_folders = (table.control_directory, table.control_mask_directory, table.reference_directory)
     has_companions = table.directory is None or any(companion_folders)  # the rows of a list may name some
@@ -60,11 +65,7 @@ def _add_files(example: ExampleItem, item: TrainingItem, stores: Stores, has_com
             return replace(example, image=image)
     if _is_large(item.table.directory):  # listing it would take long
         return example
-    return _add_listed_files(example, item)
-
-
-def _add_listed_files(example: ExampleItem, item: TrainingItem) -> ExampleItem:
-    """Add an item's local files, found by listing its table; tar members and downloads are omitted."""
+    # local files are found by listing the table; tar members and downloads are omitted
     from dataset.listing import find_sources  # only for lists and companions
 
     sources = find_sources(item.table, captions=False, faults=[])

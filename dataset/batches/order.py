@@ -19,11 +19,12 @@ from typing import NamedTuple, Protocol, TypeVar
 
 from dataset.batches.items import HasSource, TrainingItem, list_tables
 from dataset.cache_files import EMPTY
-from dataset.sources.captions import complete_caption, join_parts, split_lines
+from dataset.sources.captions import complete_caption, join_parts, split_captions
 from dataset.sources.media_source import pause_garbage_collection
 from dataset.table import NO_AUGMENTATION, CaptionChanges, DatasetTable
 from modules.integers import ceil_div
 from modules.seeds import derive_seed
+from modules.text_files import read_if_object
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,15 @@ class BatchOrder:
         self._items.sort(key=lambda item: item.table.index)
         self._repeated_items = repeat_items(self._items)  # items of an epoch, by group
         if any(item.table.is_reg for item in self._items):
-            self._warn_of_unused_images()
+            # regularization images that no epoch contains
+            used = {id(item) for group_items in self._repeated_items.values() for item in group_items}
+            unused = len(self._items) - len(used)
+            if unused:
+                logger.warning(
+                    "%d regularization images are not used because fewer other images are trained in an "
+                    "epoch. Raise their num_repeats to use more.",
+                    unused,
+                )
         self.num_items = sum(map(len, self._repeated_items.values()))  # items of an epoch, including repeats
         group_sizes = [(len(group), group[0].table.batch_size) for group in self._repeated_items.values()]
         self.num_batches = sum(ceil_div(size, batch_size) for size, batch_size in group_sizes)
@@ -55,17 +64,6 @@ class BatchOrder:
         self._starts = array("q")  # for each batch: number of items of the epoch before it
         # for each batch: number of items of its group of tables before it; empty until it is needed
         self._group_starts = array("q")
-
-    def _warn_of_unused_images(self) -> None:
-        """Log a warning about regularization images that no epoch contains."""
-        used = {id(item) for group_items in self._repeated_items.values() for item in group_items}
-        unused = len(self._items) - len(used)
-        if unused:
-            logger.warning(
-                "%d regularization images are not used because fewer other images are trained in an "
-                "epoch. Raise their num_repeats to use more.",
-                unused,
-            )
 
     @property
     def learning_keys(self) -> list[str]:
@@ -338,17 +336,18 @@ def changed_caption(
     """
     if not changes.varies_per_step:  # trigger word, prefix and suffix were added when the source was listed
         return caption
-    lines = split_lines(caption) or [""]
-    text = generator.choice(lines) if changes.wildcards else lines[0]
+    captions = split_captions(caption, table)
+    text = generator.choice(captions) if changes.wildcards else captions[0]
+    is_object = read_if_object(text) is not None  # its braces and commas are no choices and no separators
     prefix, suffix = table.caption_prefix, table.caption_suffix
     if changes.wildcards:
         from dataset.sources.wildcards import fill_wildcards  # few tables have wildcards
 
         prefix = fill_wildcards(prefix, generator).text
-        text = fill_wildcards(text, generator).text
+        text = text if is_object else fill_wildcards(text, generator).text
         suffix = fill_wildcards(suffix, generator).text
     text = complete_caption(text, table.trigger_word, prefix, suffix)
-    if changes.moves_tags:
+    if changes.moves_tags and not is_object:
         text = _vary_parts(text, changes, step=step, total_steps=total_steps, generator=generator)
     return join_parts(text, changes)
 

@@ -148,7 +148,14 @@ class TextWork:
         self._failures_by_file.clear()
         for file in files:
             if not file.encoders_to_run:  # nothing to encode, but an earlier run may have left a `.part`
-                self._complete_from_part(file)
+                # If some outputs are only in the unfinished `.part` file, the complete file is written from
+                # it. An unneeded `.part` file is removed.
+                part = file.file_name + PART
+                if file.has_partial_outputs:  # an earlier run was stopped before it wrote the file
+                    unfinished, encoders = self._find_outputs(file, in_part=True)
+                    self._write_complete(file, unfinished, encoders)
+                elif part in self._parts and not self.stores.trusts_shared_caches:
+                    self.stores.text_store(file.table).remove(part)
         for encoder, identity in self._encoders:
             to_do = [file for file in files if encoder.name in file.encoders_to_run]
             to_do = [file for file in to_do if file not in self._failures_by_file]
@@ -176,17 +183,6 @@ class TextWork:
             num_total=len(self._files),
             valid=frozenset((file.table.index, file.file_name) for file in valid),
         )
-
-    def _complete_from_part(self, file: CaptionFile) -> None:
-        """Finish the text cache file of a caption for which all encoders have run."""
-        # If some outputs are only in the unfinished `.part` file, the complete file is written from it. An
-        # unneeded `.part` file is removed.
-        part = file.file_name + PART
-        if file.has_partial_outputs:  # an earlier run was stopped before it wrote the file
-            unfinished, encoders = self._find_outputs(file, in_part=True)
-            self._write_complete(file, unfinished, encoders)
-        elif part in self._parts and not self.stores.trusts_shared_caches:
-            self.stores.text_store(file.table).remove(part)
 
     def remove_stale(
         self, table: DatasetTable, valid: object, failed: Collection[str], keep_cache: bool
@@ -295,37 +291,32 @@ class TextWork:
             prompt = dataclasses.replace(prompt, images=references)
         rules = self._family.references
         if rules is not None and rules.text_sees_vae_input:
-            prompt = dataclasses.replace(prompt, image_pixels=self._decode_references(source))
-        if self._visible_media.frames:
-            prompt = self._add_frames(prompt, source)
-        return prompt
-
-    def _add_frames(self, prompt: Prompt, source: MediaSource) -> Prompt:
-        """Return the prompt with the frames, control images and reference media of an item."""
-        decoded = self._decode(source)
-        if len(decoded.spans) != 1:
-            problem = f"{len(decoded.spans)} items are cut out of it" if decoded.spans else decoded.reason
-            raise MediaError(
-                f"{source.path}: {problem}, but the text encoder needs the frames of exactly one. Set "
-                'frame_extraction = "head" and one length in target_frames in the table, or cut the file.'
+            # reference images at the size that the VAE encodes, each H W C
+            media = self._decode(source)
+            prompt = dataclasses.replace(
+                prompt, image_pixels=tuple(torch.from_numpy(frames[0]) for frames in media.control)
             )
-        (span,) = decoded.spans
-        item = decoded.cut(span)
-        first_frames = [control[0] for control in item.control]  # each H W C
-        control_images = tuple(torch.from_numpy(frame) for frame in first_frames)
-        return dataclasses.replace(
-            prompt,
-            clip=torch.from_numpy(item.frames),
-            # set already if encoders see references as the VAE does
-            image_pixels=prompt.image_pixels or control_images,
-            media=source.row_references if self._visible_media.reference_media else (),
-            text_with_references=source.further_text,
-        )
-
-    def _decode_references(self, source: MediaSource) -> tuple[Tensor, ...]:
-        """Return an item's reference images at the size that the VAE encodes, each H W C."""
-        media = self._decode(source)
-        return tuple(torch.from_numpy(frames[0]) for frames in media.control)
+        if self._visible_media.frames:
+            decoded = self._decode(source)
+            if len(decoded.spans) != 1:
+                problem = f"{len(decoded.spans)} items are cut out of it" if decoded.spans else decoded.reason
+                raise MediaError(
+                    f"{source.path}: {problem}, but the text encoder needs the frames of exactly one. Set "
+                    'frame_extraction = "head" and one length in target_frames in the table, or cut the file.'
+                )
+            (span,) = decoded.spans
+            item = decoded.cut(span)
+            first_frames = [control[0] for control in item.control]  # each H W C
+            control_images = tuple(torch.from_numpy(frame) for frame in first_frames)
+            prompt = dataclasses.replace(
+                prompt,
+                clip=torch.from_numpy(item.frames),
+                # set already if encoders see references as the VAE does
+                image_pixels=prompt.image_pixels or control_images,
+                media=source.row_references if self._visible_media.reference_media else (),
+                text_with_references=source.further_text,
+            )
+        return prompt
 
     def _decode(self, source: MediaSource) -> DecodedMedia:
         """Decode the frames of an item as the VAE encodes them."""

@@ -338,7 +338,12 @@ class CellFinder:
                 leaf_columns |= {chunk.path_in_schema for chunk in chunks}
                 cells = [chunk for chunk in chunks if chunk.path_in_schema == column]
                 size_bytes = sum(chunk.total_uncompressed_size for chunk in cells)
-                _check_group_size(path, column, size_bytes)
+                if size_bytes > MAX_GROUP_BYTES:
+                    raise DatasetError(
+                        f"{path}: a row group contains {size_bytes / 1e9:.1f} GB of {column}, at most "
+                        f"{MAX_GROUP_BYTES / 1e9:.1f} GB are read at a time. Write it again with "
+                        "row_group_size=100."
+                    )
                 self._may_be_null.append(finds_nulls and _may_have_nulls(cells))
         # in datasets of the Hugging Face hub, a cell has `bytes` or `path`; it is null only if both are
         path_column = f"{column.rpartition('.')[0]}.path"
@@ -366,16 +371,6 @@ class CellFinder:
             return [any(row) for row in zip(*are_valid, strict=True)]
         except (DatasetError, OSError, ValueError, IndexError):  # reported where cells are read
             return [True] * (self._group_starts[group + 1] - self._group_starts[group])
-
-
-def _check_group_size(path: Path, column: str, size_bytes: int) -> None:
-    """Raise DatasetError if the cells of a Parquet row group are too large to be read at once."""
-    if size_bytes > MAX_GROUP_BYTES:
-        raise DatasetError(
-            f"{path}: a row group contains {size_bytes / 1e9:.1f} GB of {column}, at most "
-            f"{MAX_GROUP_BYTES / 1e9:.1f} GB are read at a time. Write it again with "
-            "row_group_size=100."
-        )
 
 
 def _may_have_nulls(chunks: Sequence[Any]) -> bool:

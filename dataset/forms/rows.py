@@ -128,7 +128,14 @@ class RowReader:
                 source, row_references=read_row_references(values["references"], self.file, position)
             )
         if values.get(FURTHER_TEXT.key) is not None:
-            source = replace(source, further_text=self._read_further_text(values[FURTHER_TEXT.key], position))
+            value = values[FURTHER_TEXT.key]
+            if not isinstance(value, str) or not value.strip():
+                raise DatasetError(
+                    f"{position}: {FURTHER_TEXT.key} = {_show(value)} is not text. Write what "
+                    f"{FURTHER_TEXT.reader} reads, or omit it"
+                )
+            check_text(value, f"{position}: {FURTHER_TEXT.key}")
+            source = replace(source, further_text=value)
         return source
 
     def _add_audio(
@@ -318,16 +325,6 @@ class RowReader:
         if caption is not None and self.table.multi_caption:  # each line is a caption
             captions[:1] = split_lines(captions[0]) or [""]
         return captions
-
-    def _read_further_text(self, value: Any, position: str) -> str:
-        """Return a row's `FURTHER_TEXT` value. Raises DatasetError if it is empty or not a string."""
-        if not isinstance(value, str) or not value.strip():
-            raise DatasetError(
-                f"{position}: {FURTHER_TEXT.key} = {_show(value)} is not text. Write what "
-                f"{FURTHER_TEXT.reader} reads, or omit it"
-            )
-        check_text(value, f"{position}: {FURTHER_TEXT.key}")
-        return value
 
     def _further_captions(self, values: Mapping[str, Any], position: str) -> list[str]:
         """Return the further captions of a row, its list `captions`; only used with multi_caption."""

@@ -117,19 +117,27 @@ def describe_encoding(path: Path, text: str, encoding: str) -> str:
 def captions_in(text: str, table: DatasetTable) -> tuple[str, ...]:
     """Return the captions in the text of a caption file, ready to be encoded; at least one.
 
-    With multi_caption, each non-empty line is a caption. Tables in the layout of sd-scripts have a single
-    caption: the first line, or, if captions vary, the full text, which `dataset.batches.order` changes.
+    If captions vary, this is the full text, which `dataset.batches.order` changes in each step.
     """
-    if table.group is None:
-        captions = [text]
-        if table.multi_caption:
-            captions = split_lines(text) or [""]
-        return complete_captions(captions, table)
     if table.caption_changes.varies_per_step:
         return (text,)
-    first_line = next(iter(split_lines(text)), "")
-    (caption,) = complete_captions([first_line], table)
-    return (join_parts(caption, table.caption_changes),)
+    captions = complete_captions(split_captions(text, table), table)
+    return tuple(join_parts(caption, table.caption_changes) for caption in captions)
+
+
+def split_captions(text: str, table: DatasetTable) -> list[str]:
+    """Return the captions in the text of a caption file as it is, before words are added; at least one.
+
+    A JSON object is one caption, also if it has several lines. Other texts: with multi_caption, each
+    non-empty line is a caption. Tables in the layout of sd-scripts have a single caption, the first line,
+    or with enable_wildcard one of the lines.
+    """
+    if read_if_object(text) is not None:
+        return [text]
+    if table.group is None:
+        return (split_lines(text) or [""]) if table.multi_caption else [text]
+    lines = split_lines(text) or [""]
+    return lines if table.caption_changes.wildcards else lines[:1]
 
 
 def split_first_caption(
@@ -218,7 +226,9 @@ def split_lines(text: str) -> list[str]:
 def join_parts(text: str, changes: CaptionChanges) -> str:
     """Replace the secondary separator, which keeps tags together during shuffling, with the separator."""
     secondary = changes.secondary_separator
-    return text.replace(secondary, changes.separator) if secondary else text
+    if not secondary or read_if_object(text) is not None:
+        return text
+    return text.replace(secondary, changes.separator)
 
 
 def add_trigger(caption: str, trigger: str) -> str:

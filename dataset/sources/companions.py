@@ -22,7 +22,6 @@ from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
 from modules.media.pixels import pixels_to_uint8
 from modules.media.reading import (
     VIDEO_SUFFIXES,
-    Frame,
     FrameSizes,
     first_frame,
     image_suffixes,
@@ -281,10 +280,14 @@ def _read_references(
             references.append(_read_reference_image(path, reference_size, on_white))
             continue
         frames = companion_frames(path, local.path, table=local.table, fps=fps, frame_times=frame_times)
-        clip, change = _read_reference_clip(frames, reference_size, count)
-        references.append(clip)
-        if change is not None:
-            size_changes.append(f"{path.name}: {change}")
+        # without alpha; the last frame fills gaps
+        sizes = FrameSizes()
+        watched = sizes.watch(frames)
+        clip = [resize_cover(np.ascontiguousarray(frame[..., :3]), reference_size) for frame in watched]
+        missing = max(0, count - len(clip))
+        references.append(np.stack(clip[:count] + clip[-1:] * missing))
+        if sizes.change is not None:
+            size_changes.append(f"{path.name}: {sizes.change}")
     return references, size_changes
 
 
@@ -308,12 +311,3 @@ def _read_reference_image(path: Path, size: Size, on_white: bool) -> Clip:
     from modules.media.canvas import composite_on_white  # only few models need white canvases
 
     return pixels_to_uint8(composite_on_white(first_frame(path), *size))
-
-
-def _read_reference_clip(frames: Iterator[Frame], size: Size, count: int) -> tuple[Clip, str | None]:
-    """Resize frames to `size`, without alpha, and return the first `count`; the last one fills gaps."""
-    sizes = FrameSizes()
-    watched = sizes.watch(frames)
-    clip = [resize_cover(np.ascontiguousarray(frame[..., :3]), size) for frame in watched][:count]
-    missing = count - len(clip)
-    return np.stack(clip + clip[-1:] * missing), sizes.change

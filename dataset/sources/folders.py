@@ -274,11 +274,6 @@ def _list_media(table: DatasetTable, faults: list[Fault]) -> list[Path]:
     # usually there are no such files, and none has to be opened
     if (ANIMATION_SUFFIXES | spare_suffixes).isdisjoint(found_suffixes):
         return media
-    return _with_spare_files(table, media, spare_files)
-
-
-def _with_spare_files(table: DatasetTable, media: list[Path], spare_files: list[Path]) -> list[Path]:
-    """Return the media of a table, sorted, with those of the GIF, WebP and TIFF files that it uses."""
     if table.excludes_animations:  # a video table with the same folder uses them
         animations = _find_animations(table, [*media, *spare_files])
         media = [path for path in media if path not in animations]
@@ -332,26 +327,20 @@ def _find_folder_controls(
         text = f"{table.control_directory} has no reference image for any image, such as {paths[0].stem}.png"
         faults.append(Fault(kind, text))
     if table.kind == "image" and table.control_count is not None and all(controls):
-        _warn_unused_controls(table, folder, paths, table.control_count)
+        # control images after the first control_count
+        unused: list[Path] = []
+        for path in paths:
+            unused += folder.list_surplus(path.stem, table.control_count)
+        if unused:
+            logger.warning(
+                "%s: %d control images are ignored, such as %s, because each image uses %d. For FramePack, "
+                "fp_1f_clean_indices lists the index of each control image that is used.",
+                table.name,
+                len(unused),
+                unused[0],
+                table.control_count,
+            )
     return controls
-
-
-def _warn_unused_controls(
-    table: DatasetTable, folder: "ControlFolder", paths: Sequence[Path], count: int
-) -> None:
-    """Log each image's unused control images, which are those after the first `count`."""
-    unused: list[Path] = []
-    for path in paths:
-        unused += folder.list_surplus(path.stem, count)
-    if unused:
-        logger.warning(
-            "%s: %d control images are ignored, such as %s, because each image uses %d. For FramePack, "
-            "fp_1f_clean_indices lists the index of each control image that is used.",
-            table.name,
-            len(unused),
-            unused[0],
-            count,
-        )
 
 
 def log_lone_controls(sources: Sequence[MediaSource]) -> None:

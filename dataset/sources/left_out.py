@@ -177,8 +177,8 @@ def _explain_unused(
 def _is_read_or_folder(entry: "os.DirEntry[str]", ending: str, folder: Path, rules: "_FolderRules") -> bool:
     """Return whether a path need not be reported as unread: media in use, folders, cache shard files."""
     if ending in rules.media_suffixes:  # only a GIF or WebP may be unread: a still image in a folder of clips
-        is_unread = rules.may_be_still(ending) and _is_still(folder / entry.name)
-        if not is_unread:
+        may_be_still = rules.kinds == {"video"} and ending in ANIMATION_SUFFIXES
+        if not (may_be_still and _is_still(folder / entry.name)):
             return True
     return not is_file(entry) or SHARD_FILE_NAME.fullmatch(entry.name) is not None
 
@@ -303,10 +303,6 @@ class _FolderRules:
             return True
         ending = suffix.lower()
         return ending not in self.lower_caption_suffixes and ending in _EXPECTED
-
-    def may_be_still(self, ending: str) -> bool:
-        """Return whether files with this suffix may be still images, in a folder read only by clip tables."""
-        return self.kinds == {"video"} and ending in ANIMATION_SUFFIXES
 
 
 def _all_suffixes(kinds: Iterable[str]) -> frozenset[str]:

@@ -6,13 +6,14 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from dataset.sources.captions import SHOWN, complete_caption, describe_cut, join_parts, split_lines
+from dataset.sources.captions import SHOWN, complete_caption, describe_cut, join_parts, split_captions
 from dataset.sources.clock import find_other_lengths
 from dataset.sources.colors import find_colors, find_reordered
 from dataset.sources.frames import find_far_rates
 from dataset.sources.media_source import Fault, MediaSource, list_errors
 from dataset.sources.references import find_equal_references
 from dataset.sources.wildcards import fill_wildcards, has_choice
+from dataset.table import CaptionChanges
 from modules.control_codes import escape_control_codes
 from modules.errors import CheckpointError
 from modules.text_files import read_if_object
@@ -32,9 +33,9 @@ BACKSLASH = (
     "captions have a backslash before a bracket, which is learned; prompts in which brackets are weights "
     "omit it. Remove the backslashes"
 )
-TORN = (
-    "captions are JSON objects, which shuffle_caption, caption_tag_dropout_rate and token_warmup_step take "
-    "apart. Omit these keys"
+UNVARIED = (
+    "captions are JSON objects, which shuffle_caption, caption_tag_dropout_rate, token_warmup_step and "
+    "enable_wildcard leave as they are"
 )
 _BACKSLASH = re.compile(r"\\[()\[\]]")
 _SPECIAL = frozenset("{}\\")  # characters that the warnings about captions are about
@@ -92,10 +93,9 @@ def unvaried_captions(source: MediaSource) -> Iterator[str]:
     if not table.caption_changes.varies_per_step:
         yield from (source.caption, *source.more_captions)
         return
-    lines = split_lines(source.caption) or [""]
-    for line in lines if table.caption_changes.wildcards else lines[:1]:
-        text = complete_caption(line, table.trigger_word, table.caption_prefix, table.caption_suffix)
-        if table.caption_changes.wildcards:
+    for caption in split_captions(source.caption, table):
+        text = complete_caption(caption, table.trigger_word, table.caption_prefix, table.caption_suffix)
+        if table.caption_changes.wildcards and read_if_object(caption) is None:
             text = fill_wildcards(text, random.Random(0)).text
         yield join_parts(text, table.caption_changes)
 
@@ -106,32 +106,30 @@ def find_caption_warnings(sources: Iterable[MediaSource]) -> list[Fault]:
     for source in sources:
         changes = source.table.caption_changes
         kinds: dict[str, None] = {}  # ordered, each kind once
-        # a JSON object would be torn apart if its parts are shuffled or dropped
-        if changes.moves_tags and read_if_object(source.caption or "") is not None:
-            kinds[TORN] = None
-        for caption in (source.caption or "", *source.more_captions):
-            if not _SPECIAL.isdisjoint(caption):
-                kinds |= dict.fromkeys(_find_special(caption, changes.wildcards))
+        for text in (source.caption or "", *source.more_captions):
+            if _SPECIAL.isdisjoint(text):
+                continue
+            for caption in split_captions(text, source.table):
+                kinds |= dict.fromkeys(_find_special(caption, changes))
         if kinds:
             text = _quote_caption(source)
             warnings += [Fault(kind, text, source.stem) for kind in kinds]
     return warnings
 
 
-def _find_special(caption: str, wildcards: bool) -> Iterator[str]:
+def _find_special(caption: str, changes: CaptionChanges) -> Iterator[str]:
     """Yield the kinds of warnings about braces and backslashes in a caption."""
-    # `wildcards` says that {a|b} is a random choice.
-    if wildcards and _has_lone_brace(caption):
-        yield LONE_BRACE
-    if not wildcards and "{" in caption and has_choice(caption):
+    has_braces = "{" in caption and has_choice(caption)
+    if read_if_object(caption) is not None:
+        if changes.moves_tags or (changes.wildcards and has_braces):
+            yield UNVARIED
+    elif changes.wildcards:
+        if fill_wildcards(caption, random.Random(0)).has_lone_brace:
+            yield LONE_BRACE
+    elif has_braces:
         yield NOT_DRAWN
     if _BACKSLASH.search(caption):
         yield BACKSLASH
-
-
-def _has_lone_brace(caption: str) -> bool:
-    """Return whether a caption with random choices such as {a|b} has a brace that belongs to none of them."""
-    return any(fill_wildcards(line, random.Random(0)).has_lone_brace for line in split_lines(caption))
 
 
 def _quote_caption(source: MediaSource) -> str:

@@ -185,16 +185,14 @@ def inspect_colors(path: Path, file: Image.Image) -> Colors:
     transform, rejection = _ProfileTransform(None) if profile is None else _build_transform(profile)
     is_converted = transform is not None or (profile is None and _make_curve(file.info) is not None)
     transfer = file.info.get(_CICP, (0, 0))[1]
-    is_transparent = _may_be_transparent(file) and any(map(_has_clear_pixels, _list_bands(file)))
+    is_transparent = _may_be_transparent(file) and any(
+        map(_has_clear_pixels, ((band for _, band in split_bands(file))))
+    )
     by_codes = is_converted and file.format == "AVIF" and _CICP in file.info
     is_animated = file.format in _ANIMATED_FORMATS and bool(getattr(file, "is_animated", False))
     return Colors(
         is_transparent, is_converted, rejection, HDR.get(transfer), by_codes=by_codes, is_animated=is_animated
     )
-
-
-def _list_bands(image: Image.Image) -> Iterator[Image.Image]:
-    return (band for _, band in split_bands(image))
 
 
 def blend_on_white(frame: NDArray[Any]) -> NDArray[Any]:

@@ -88,21 +88,18 @@ class OtherStreams:
         for stream in self._source.streams:
             if stream is not self._main_video:
                 self._add_stream(target, stream)
-        target.set_chapters(self._shift_chapters())
-        copied = [self._source.streams[index] for index in self._tracks]
-        if copied:
-            self._packets = self._read(copied)
-            self._next_packet = next(self._packets, None)
-
-    def _shift_chapters(self) -> list[dict[str, Any]]:
-        """Return the source's chapters, with their times relative to time 0 of the new file."""
+        # The source's chapters, with their times relative to time 0 of the new file
         chapters = []
         for chapter in self._source.chapters():
             origin_ticks = round(self._origin / chapter["time_base"])
             start = max(chapter["start"] - origin_ticks, 0)
             end = max(chapter["end"] - origin_ticks, 0)
             chapters.append({**chapter, "start": start, "end": end})
-        return chapters
+        target.set_chapters(chapters)
+        copied = [self._source.streams[index] for index in self._tracks]
+        if copied:
+            self._packets = self._read(copied)
+            self._next_packet = next(self._packets, None)
 
     def write(self, target: Any, seconds: Fraction | None) -> None:
         """Write the packets of the copied streams up to a time of the new file; None writes all others."""
@@ -115,14 +112,11 @@ class OtherStreams:
             self._write_packet(target, packet)
             self._next_packet = next(self._packets, None)
         if seconds is None:
-            self._warn_of_damaged_packets()
-
-    def _warn_of_damaged_packets(self) -> None:
-        counts = {track.name: track.num_damaged for track in self._tracks.values()}
-        counts["its sound or subtitles"] = self._num_failed
-        for name, count in counts.items():
-            if count:
-                logger.warning("%s: %d packets of %s are damaged and left out", self._path, count, name)
+            counts = {track.name: track.num_damaged for track in self._tracks.values()}
+            counts["its sound or subtitles"] = self._num_failed
+            for name, count in counts.items():
+                if count:
+                    logger.warning("%s: %d packets of %s are damaged and left out", self._path, count, name)
 
     def mux(self, target: Any, packet: Any) -> None:
         """Write a packet of the image stream, even if an earlier packet that FFmpeg buffered is damaged."""
@@ -173,12 +167,30 @@ class OtherStreams:
 
     def _add_stream(self, target: Any, stream: Any) -> None:
         """Copy a stream to the new file; if the format does not support it, convert it or omit it."""
-        name = _label_stream(stream)
+        codec = (
+            stream.codec_context.name if stream.codec_context is not None else getattr(stream, "name", None)
+        )
+        details = codec or "unknown"
+        language = stream.metadata.get("language", "und")
+        if language != "und":
+            details += f", {language}"
+        kind = {"video": "pictures", "audio": "sound"}.get(stream.type, stream.type)
+        name = f"stream {stream.index} ({kind}: {details})"
         if stream.type == "video":
             self._add_images(target, stream, name)
         elif stream.type == "attachment":
-            self._add_attachment(target, stream, name)
-        elif _is_generated(stream):
+            # Add an attached file to .mkv; if files that may contain images are not kept, only a font.
+            file_name = stream.metadata.get("filename", "").lower()
+            is_font = file_name.endswith((".ttf", ".otf", ".ttc", ".woff", ".woff2"))
+            is_font = is_font or "font" in stream.metadata.get("mimetype", "").lower()
+            if not self._with_images and not is_font:  # subtitles need fonts
+                self._skip(name, "it may contain an image that no tool has processed", remedy="")
+            elif self._suffix == ".mkv":
+                mimetype = stream.metadata.get("mimetype", "application/octet-stream")
+                target.add_attachment(stream.metadata.get("filename", "attachment"), mimetype, stream.data)
+            else:
+                self._skip(name)
+        elif stream.type == "data" and (int(stream.discard) >= _DISCARD_ALL or "timecode" in stream.metadata):
             return  # FFmpeg writes it itself
         elif self._supports(stream):
             self._add_copy(target, stream, name)
@@ -212,19 +224,6 @@ class OtherStreams:
         # .mp4 keeps a cover as a video stream, but only if all tags are standard ones
         elif self._suffix == ".mp4" and codec in _COVER_FILES and not needs_own_tags(self.tags):
             self._add_copy(target, stream, name)
-        else:
-            self._skip(name)
-
-    def _add_attachment(self, target: Any, stream: Any, name: str) -> None:
-        """Add an attached file to .mkv; if files that may contain images are not kept, only a font."""
-        file_name = stream.metadata.get("filename", "").lower()
-        is_font = file_name.endswith((".ttf", ".otf", ".ttc", ".woff", ".woff2"))
-        is_font = is_font or "font" in stream.metadata.get("mimetype", "").lower()
-        if not self._with_images and not is_font:  # subtitles need fonts
-            self._skip(name, "it may contain an image that no tool has processed", remedy="")
-        elif self._suffix == ".mkv":
-            mimetype = stream.metadata.get("mimetype", "application/octet-stream")
-            target.add_attachment(stream.metadata.get("filename", "attachment"), mimetype, stream.data)
         else:
             self._skip(name)
 
@@ -306,11 +305,6 @@ class OtherStreams:
         )
 
 
-def _is_generated(stream: Any) -> bool:
-    """Return whether a data stream is chapters or a time code, which FFmpeg generates for MP4 and MOV."""
-    return stream.type == "data" and (int(stream.discard) >= _DISCARD_ALL or "timecode" in stream.metadata)
-
-
 def _copy(packet: Any) -> list[Any]:
     return [packet] if packet.size else []
 
@@ -319,16 +313,6 @@ def _read_first_packet(container: Any, index: int) -> Any | None:
     """Return a stream's first packet if it is near the beginning of a newly opened file; else None."""
     beginning = itertools.islice(container.demux(), _MAX_FIRST_PACKETS)
     return next((packet for packet in beginning if packet.stream.index == index and packet.size), None)
-
-
-def _label_stream(stream: Any) -> str:
-    codec = stream.codec_context.name if stream.codec_context is not None else getattr(stream, "name", None)
-    details = codec or "unknown"
-    language = stream.metadata.get("language", "und")
-    if language != "und":
-        details += f", {language}"
-    kind = {"video": "pictures", "audio": "sound"}.get(stream.type, stream.type)
-    return f"stream {stream.index} ({kind}: {details})"
 
 
 def _list_damage_errors() -> tuple[type[Exception], ...]:

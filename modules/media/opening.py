@@ -7,6 +7,7 @@ FFmpeg and Pillow choose a reader by a file's content, not by its suffix: a clip
 import contextlib
 import struct
 import sys
+import traceback
 import zlib
 from collections.abc import Iterator, Sequence
 from importlib import import_module
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image, UnidentifiedImageError
 
-from modules.errors import InstallationError, MediaError
+from modules.errors import InstallationError, MediaError, UserError
 from modules.limits import (
     MAX_DECODED_BYTES,
     MAX_FRAME_BYTES,
@@ -59,7 +60,7 @@ LARGE_FRAME_BYTES = 1 << 25  # of a decoded frame; larger than 10-bit 4K
 _LONE_CODECS = frozenset({"png", "ffv1"})  # intra-only codecs that FFmpeg does not mark as such
 ATTACHED_IMAGE = 1 << 10  # FFmpeg's flag of cover images, which it treats as video streams
 
-# errors of Pillow and its plugins for damaged or malicious files
+# errors that damaged files cause wherever they are read; of decoders, every error counts
 _DAMAGE: tuple[type[Exception], ...] = (
     OSError, ValueError, SyntaxError, EOFError, LookupError, OverflowError, struct.error, zlib.error,
 )  # fmt: skip
@@ -74,27 +75,24 @@ def open_image(path: Path) -> Iterator[Image.Image]:
         Image.open(path, formats=[name for name in IMAGE_FORMATS if name in Image.OPEN]) as image,
     ):
         check_pixels(path, *image.size)
-        _check_memory(path, image)
+        # Raise MediaError if an image would take too much memory to decode
+        width, height = image.size
+        num_bytes = width * height * DECODER_BYTES.get(image.format or "", DECODED_BYTES)
+        if num_bytes > MAX_DECODED_BYTES:
+            raise MediaError(
+                f"{path} has {width} x {height} pixels as {image.format}, which takes {num_bytes / 1e9:.1f} "
+                "GB "
+                f"of memory to decode; at most {MAX_DECODED_BYTES / 1e9:.1f} GB are allowed. Make the image "
+                "smaller, or save it as PNG or JPEG."
+            )
+        if path.stat().st_size > MAX_IMAGE_BYTES:
+            raise MediaError(
+                f"{path} has {path.stat().st_size:,} bytes; images have at most {MAX_IMAGE_BYTES:,}. Save it "
+                "as PNG or JPEG, without metadata."
+            )
         if image.mode in {"I", "F"}:
             raise MediaError(f"{path} has 32-bit values without a defined white. Convert it to PNG.")
         yield image
-
-
-def _check_memory(path: Path, image: Image.Image) -> None:
-    """Raise MediaError if an image would take too much memory to decode."""
-    width, height = image.size
-    num_bytes = width * height * DECODER_BYTES.get(image.format or "", DECODED_BYTES)
-    if num_bytes > MAX_DECODED_BYTES:
-        raise MediaError(
-            f"{path} has {width} x {height} pixels as {image.format}, which takes {num_bytes / 1e9:.1f} GB "
-            f"of memory to decode; at most {MAX_DECODED_BYTES / 1e9:.1f} GB are allowed. Make the image "
-            "smaller, or save it as PNG or JPEG."
-        )
-    if path.stat().st_size > MAX_IMAGE_BYTES:
-        raise MediaError(
-            f"{path} has {path.stat().st_size:,} bytes; images have at most {MAX_IMAGE_BYTES:,}. Save it "
-            "as PNG or JPEG, without metadata."
-        )
 
 
 @contextlib.contextmanager
@@ -269,12 +267,25 @@ def reading(path: Path) -> Iterator[None]:
             f"{path} has more than {MAX_PIXELS / 1e6:.0f} million pixels, which is the limit. Make the "
             "image smaller."
         ) from None
-    # catch FFmpeg's errors only if its package has been imported
-    except (*_DAMAGE, getattr(sys.modules.get("av"), "FFmpegError", OSError)) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+    except UserError:
+        raise
+    except Exception as error:
+        if not isinstance(error, _DAMAGE) and not _is_from_decoder(error):
+            raise  # a mistake of ours, or memory of the graphics card
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         if "truncated" in reason.lower():  # Pillow's message: Truncated File Read
             reason = "the file is cut short"
         raise MediaError(f"{path} cannot be read: {reason}") from error
+
+
+def _is_from_decoder(error: Exception) -> bool:
+    """Return whether FFmpeg, Pillow or one of its plugins has raised the error, whatever its type."""
+    # the class of FFmpeg's errors exists only if its package has been imported
+    if isinstance(error, getattr(sys.modules.get("av"), "FFmpegError", ())):
+        return True
+    packages = {"PIL"} | {factory.__module__.partition(".")[0] for factory, _ in Image.OPEN.values()}
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_globals.get("__name__", "").partition(".")[0] in packages for frame, _ in frames)
 
 
 def _is_video(path: Path) -> bool:
@@ -284,7 +295,9 @@ def _is_video(path: Path) -> bool:
             path, [name for name in VIDEO_FORMATS if not name.endswith("_pipe")]
         ) as container:
             return bool(container.streams.video)
-    except (MediaError, OSError, ValueError, InstallationError):
+    except Exception as error:
+        if not isinstance(error, (UserError, *_DAMAGE)) and not _is_from_decoder(error):
+            raise
         return False
 
 

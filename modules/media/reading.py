@@ -13,10 +13,9 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -146,14 +145,24 @@ def media_colors(path: Path) -> Colors:
         MediaError: If it cannot be read.
     """
     if path.is_dir():
-        return _combine_colors([media_colors(image) for image in folder_images(path)])
+        image_colors = [media_colors(image) for image in folder_images(path)]
+        return Colors(
+            is_transparent=any(colors.is_transparent for colors in image_colors),
+            is_converted=any(colors.is_converted for colors in image_colors),
+            rejection=next((colors.rejection for colors in image_colors if colors.rejection), None),
+            by_codes=any(colors.by_codes for colors in image_colors),
+        )
     if path.suffix.lower() in VIDEO_SUFFIXES:
         with open_video(path) as (container, stream):
             codec = stream.codec_context
             has_alpha = codec.format is not None and decoding.has_alpha(codec)
             is_transparent = False
             if has_alpha or decoding.hides_alpha(stream):
-                is_transparent = _is_first_frame_transparent(path, container, stream)
+                # Whether the first frame of a clip with an alpha channel has transparent parts
+                first = next(decoding.decode_frames(path, container, stream)).frame
+                on_white = decoding.frame_pixels(first, stream)
+                without_alpha = first.to_ndarray(format="rgb24", threads=1)
+                is_transparent = not np.array_equal(on_white, without_alpha)
             is_converted = code_transform(codec) is not None
             return Colors(
                 is_transparent=is_transparent,
@@ -166,24 +175,6 @@ def media_colors(path: Path) -> Colors:
     with open_image(path) as file:
         colors = inspect_colors(path, file)
         return replace(colors, is_transparent=False) if decoding.is_animation(path) else colors
-
-
-def _combine_colors(image_colors: Sequence[Colors]) -> Colors:
-    """Return the colors of several images as one: what applies to any of them, and the first rejection."""
-    return Colors(
-        is_transparent=any(colors.is_transparent for colors in image_colors),
-        is_converted=any(colors.is_converted for colors in image_colors),
-        rejection=next((colors.rejection for colors in image_colors if colors.rejection), None),
-        by_codes=any(colors.by_codes for colors in image_colors),
-    )
-
-
-def _is_first_frame_transparent(path: Path, container: Any, stream: Any) -> bool:
-    """Return whether the first frame of a clip with an alpha channel has transparent parts."""
-    first = next(decoding.decode_frames(path, container, stream)).frame
-    on_white = decoding.frame_pixels(first, stream)
-    without_alpha = first.to_ndarray(format="rgb24", threads=1)
-    return not np.array_equal(on_white, without_alpha)
 
 
 def read_mask(path: Path) -> Frame:

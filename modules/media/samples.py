@@ -2,7 +2,7 @@
 
 import contextlib
 import errno
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from logging import getLogger
@@ -256,7 +256,31 @@ def _decode_resampled(
         for frame in _decode_frames(container, stream, lenient)
     )
     try:
-        yield from _resample(timed_frames, rate, layout)
+        # Yield resampled blocks, each with the index of its first sample, where time 0 has index 0
+        # If the time jumps or the format changes, a new resampler starts at the frame's time.
+        # timed_frames: FFmpeg's audio frames, each with its time in seconds; None continues the frame before.
+        resampler = None
+        input_format = None  # format of the samples that the resampler takes
+        next_index = 0  # index of the next sample
+        decoded_end = Fraction(0)  # end of the audio that was decoded so far, in seconds
+        for frame, time in timed_frames:
+            frame_format = (frame.format.name, frame.layout.name, frame.sample_rate)
+            jumps = time is not None and abs(time - decoded_end) >= MAX_ROUNDING
+            if resampler is None or frame_format != input_format or jumps:
+                if resampler is not None:
+                    yield from _number_samples(resampler.resample(None), next_index)  # the buffered rest
+                if time is not None:
+                    decoded_end = time
+                resampler = av.AudioResampler(format="fltp", layout=layout, rate=rate)
+                input_format = frame_format
+                next_index = round(decoded_end * rate)
+            frame.pts = None
+            decoded_end += Fraction(frame.samples, frame.sample_rate)
+            for first, samples in _number_samples(resampler.resample(frame), next_index):
+                yield first, samples
+                next_index = first + samples.shape[1]
+        if resampler is not None:
+            yield from _number_samples(resampler.resample(None), next_index)
     except av.FFmpegError as error:
         if not lenient:
             raise
@@ -266,36 +290,6 @@ def _decode_resampled(
             float(begin),
             error.strerror,
         )
-
-
-def _resample(
-    timed_frames: Iterable[tuple[Any, Fraction | None]], rate: int, layout: str
-) -> Iterator[tuple[int, Samples]]:
-    """Yield resampled blocks, each with the index of its first sample, where time 0 has index 0."""
-    # If the time jumps or the format changes, a new resampler starts at the frame's time.
-    # timed_frames: FFmpeg's audio frames, each with its time in seconds; None continues the frame before.
-    resampler = None
-    input_format = None  # format of the samples that the resampler takes
-    next_index = 0  # index of the next sample
-    decoded_end = Fraction(0)  # end of the audio that was decoded so far, in seconds
-    for frame, time in timed_frames:
-        frame_format = (frame.format.name, frame.layout.name, frame.sample_rate)
-        jumps = time is not None and abs(time - decoded_end) >= MAX_ROUNDING
-        if resampler is None or frame_format != input_format or jumps:
-            if resampler is not None:
-                yield from _number_samples(resampler.resample(None), next_index)  # the buffered rest
-            if time is not None:
-                decoded_end = time
-            resampler = av.AudioResampler(format="fltp", layout=layout, rate=rate)
-            input_format = frame_format
-            next_index = round(decoded_end * rate)
-        frame.pts = None
-        decoded_end += Fraction(frame.samples, frame.sample_rate)
-        for first, samples in _number_samples(resampler.resample(frame), next_index):
-            yield first, samples
-            next_index = first + samples.shape[1]
-    if resampler is not None:
-        yield from _number_samples(resampler.resample(None), next_index)
 
 
 def _decode_frames(container: Any, stream: Any, lenient: bool) -> Iterator[Any]:

@@ -200,7 +200,12 @@ class Clock:
         if time is None:
             time = expected - self._offset
         if self._grid_start is None:
-            self._grid_start = self._last_time = self._find_grid_start(time)
+            # Where the grid of frame times starts; `time` is the first frame's time in the file
+            # This is the multiple of the frame duration nearest to `time` if it is close, else `time`.
+            nearest = round(time / self._frame_seconds) * self._frame_seconds
+            self._grid_start = self._last_time = (
+                nearest if abs(nearest - time) <= max(self._tolerance, START_TOLERANCE) else time
+            )
             if abs(self._grid_start - time) > self._tolerance:  # MP4 rounds only the start time
                 self._offset = self._grid_start - time
             return self._grid_start
@@ -217,12 +222,6 @@ class Clock:
         else:  # times have to increase
             self._last_time += self._frame_seconds / 4
         return self._last_time
-
-    def _find_grid_start(self, time: Fraction) -> Fraction:
-        """Return where the grid of frame times starts; `time` is the first frame's time in the file."""
-        # This is the multiple of the frame duration nearest to `time` if it is close, else `time`.
-        nearest = round(time / self._frame_seconds) * self._frame_seconds
-        return nearest if abs(nearest - time) <= max(self._tolerance, START_TOLERANCE) else time
 
     def correct_duration(self, seconds: Fraction | None) -> Fraction:
         """Return how long an image is shown, in seconds, if no other image follows.

@@ -169,7 +169,18 @@ class Timing:
         for packet in packets:
             if shortest is None:
                 shortest = min(entry.length for entry in self._image_times.values())
-            self._assign_time(packet, shortest)
+            # Replace the image indices of a packet by timestamps
+            ticks = ticks_per_second(self.rate)
+            shown_index = round(packet.pts * packet.time_base * self.rate)
+            decoding_index = round(packet.dts * packet.time_base * self.rate)
+            packet.time_base = Fraction(1, ticks)
+            packet.pts, packet.duration = self._image_times[shown_index]
+            if decoding_index >= 0:
+                packet.dts = self._image_times[decoding_index].start
+            else:  # counted backwards from the first image
+                packet.dts = round(self._begin * ticks) + decoding_index * shortest
+            for index in [index for index in self._image_times if index < decoding_index]:
+                del self._image_times[index]  # no later packet needs its time
             if first_dts is None:
                 first_dts = packet.dts
             if held_back is not None:
@@ -178,20 +189,6 @@ class Timing:
         if held_back is not None and first_dts is not None:
             self._extend_last(held_back, first_dts)
             yield held_back
-
-    def _assign_time(self, packet: Any, shortest: int) -> None:
-        """Replace the image indices of a packet by timestamps."""
-        ticks = ticks_per_second(self.rate)
-        shown_index = round(packet.pts * packet.time_base * self.rate)
-        decoding_index = round(packet.dts * packet.time_base * self.rate)
-        packet.time_base = Fraction(1, ticks)
-        packet.pts, packet.duration = self._image_times[shown_index]
-        if decoding_index >= 0:
-            packet.dts = self._image_times[decoding_index].start
-        else:  # counted backwards from the first image
-            packet.dts = round(self._begin * ticks) + decoding_index * shortest
-        for index in [index for index in self._image_times if index < decoding_index]:
-            del self._image_times[index]  # no later packet needs its time
 
     def _extend_last(self, packet: Any, first_dts: int) -> None:
         """Change the timestamps of the last packet so that the file lasts as long as its images are shown."""

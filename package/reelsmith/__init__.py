@@ -55,3 +55,8 @@ def __getattr__(name: str) -> object:
     from package.reelsmith import api  # commands, which import this first, need none of it
 
     return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    """Return the names of the API, which are what a user looks for."""
+    return __all__

@@ -4,7 +4,9 @@ A command runs in a separate process, so its results are identical to the comman
 free when it has ended.
 """
 
+import contextlib
 import difflib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,7 @@ from package.reelsmith.events import (
 )
 from package.reelsmith.typed_words import ScriptArguments
 from protocols.families import FamilyEntry, with_scripts
+from training.saving.files import state_pattern
 from training.saving.options import LATEST_ONLY
 
 __all__ = [
@@ -53,8 +56,10 @@ def train(model: str, **options: Any) -> CommandRun:
 
     Args:
         model: Name of the model as in commands, such as wan, sdxl or flux_2.
-        **options: Options of the command by name. `dataset` is --dataset_config, `config` is --config_file.
-            Pass True for a switch, a list for several values, and a dict for KEY=VALUE words.
+        **options: Options of the command by name; `reelsmith train MODEL --help` lists them. Usual ones are
+            dit, dataset, output_dir, output_name, network_module, network_dim, learning_rate,
+            max_train_steps and save_state. `dataset` is --dataset_config, `config` is --config_file. Pass
+            True for a switch, a list for several values, and a dict for KEY=VALUE words.
 
     Raises:
         UserError: If an option is wrong, with the message of the command.
@@ -63,14 +68,16 @@ def train(model: str, **options: Any) -> CommandRun:
 
 
 def resume(run: CommandRun, **changes: Any) -> CommandRun:
-    """Resume a training run that was stopped or has ended with a saved state, and return it while it runs.
+    """Resume a training run from its last saved state, and return it while it runs.
+
+    A run saves a state if it is stopped, and with the options `save_state` or `save_state_on_train_end`.
 
     Args:
         run: The training run.
         **changes: Options that change from now on, such as `learning_rate` or `max_train_steps`.
 
     Raises:
-        UserError: If the run has not ended, or if an option is wrong.
+        UserError: If the run has not ended, has saved no state or no step is left, or if an option is wrong.
     """
     if not isinstance(run, CommandRun):
         raise UserError(
@@ -81,7 +88,31 @@ def resume(run: CommandRun, **changes: Any) -> CommandRun:
         raise UserError("the training still runs: call its stop() or wait() before it is continued")
     # from the latest state; `resume_changed` permits options that differ from it
     options = {**run.options, "resume": LATEST_ONLY, "resume_changed": True, **changes}
-    return _check_script(run.script, options).start()
+    checked = _check_script(run.script, options)
+    _require_steps_and_state(run, checked.values)
+    return checked.start()
+
+
+def _require_steps_and_state(run: CommandRun, values: Mapping[str, Any]) -> None:
+    """Raise UserError if a run has no steps left or no saved state, in the words of `train`."""
+    steps = values.get("max_train_steps")
+    last_step = max(run.losses, default=0)
+    if not values.get("max_train_epochs") and steps is not None and last_step >= steps:
+        raise UserError(
+            f"the training has ended with all its {last_step} steps. To train longer, pass more, such as "
+            f"resume(run, max_train_steps={2 * last_step})"
+        )
+    folder, name = values.get("output_dir"), values.get("output_name")
+    if folder is None or name is None or values.get("resume_from_huggingface"):
+        return
+    pattern = state_pattern(str(name))
+    if not any(pattern.fullmatch(path.name) for path in _list_modification_times(Path(folder))):
+        weights = values.get("network_module") is not None and run.saved
+        instead = ", or begin a new run with its weights: network_weights=run.saved[-1]" if weights else ""
+        raise UserError(
+            f"there is no state of {name} in {folder}: a run saves one if it is stopped, and with "
+            f"save_state=True or save_state_on_train_end=True. Train again with one of these{instead}"
+        )
 
 
 def plan(model: str, **options: Any) -> str:
@@ -89,8 +120,8 @@ def plan(model: str, **options: Any) -> str:
 
     Args:
         model: Name of the model.
-        **options: Options of the training command. `plan="24"` plans for a 24 GB GPU, even on a machine
-            without one.
+        **options: Options of the training command, as those of `train`. `plan="24"` plans for a 24 GB GPU,
+            even on a machine without one.
 
     Raises:
         UserError: If an option or file is wrong, with the message of the command.
@@ -105,7 +136,8 @@ def cache(model: str, *, callback: Callback | None = None, **options: Any) -> No
     Args:
         model: Name of the model.
         callback: Called with each event.
-        **options: Options of both commands; each command gets the options that it has.
+        **options: Options of both commands, which `reelsmith cache latents MODEL --help` and
+            `reelsmith cache text MODEL --help` list; each command gets the options that it has.
 
     Raises:
         UserError: If an option is wrong or a command fails; both are checked before the first one starts.
@@ -143,17 +175,22 @@ def generate(model: str, *, callback: Callback | None = None, **options: Any) ->
     Args:
         model: Name of the model.
         callback: Called with each event.
-        **options: Options of the command.
+        **options: Options of the command, which `reelsmith generate MODEL --help` lists.
 
     Raises:
         UserError: If an option or file is wrong, with the message of the command.
     """
     checked = _check_script(Path(f"{_find_entry(model).generation_script}.py"), options)
-    folder = Path(checked.values["save_path"])
-    old_times = _list_modification_times(folder)
+    target = Path(checked.values["save_path"])  # a folder, or the file of a single result
+    old_times = _list_modification_times(target)
     checked.start().wait(callback)
-    new_times = _list_modification_times(folder)
-    return [path for path, time in new_times.items() if old_times.get(path) != time]
+    changed = []
+    for path, time in _list_modification_times(target).items():
+        if old_times.get(path) == time:
+            continue
+        # the frames of a clip are in a folder, which is always a new one
+        changed += [path] if path.is_file() else [*_list_modification_times(path)]
+    return changed
 
 
 def merge(*, callback: Callback | None = None, **options: Any) -> Path:
@@ -161,7 +198,8 @@ def merge(*, callback: Callback | None = None, **options: Any) -> Path:
 
     Args:
         callback: Called with each event.
-        **options: Options of the command, such as `dit`, `lora_weight` and `save_merged_model`.
+        **options: Options of the command, such as `dit`, `lora_weight` and `save_merged_model`;
+            `reelsmith merge --help` lists them.
 
     Raises:
         UserError: If an option or file is wrong, with the message of the command.
@@ -176,7 +214,7 @@ def command(words: str, *operands: object, **options: Any) -> CommandRun:
     Args:
         words: Name of the command, such as "finetune wan", "new" or "download".
         *operands: Positional arguments, such as the folder of `new`.
-        **options: Options of the command.
+        **options: Options of the command, which its `--help` lists.
 
     Raises:
         UserError: If the command does not exist, or if an option is wrong.
@@ -230,7 +268,10 @@ def _find_entry(model: str) -> FamilyEntry:
     return found
 
 
-def _list_modification_times(folder: Path) -> dict[Path, int]:
-    """Return the files in a folder with the times of their last change, in nanoseconds."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()] if folder.is_dir() else []
-    return {path: path.stat().st_mtime_ns for path in files}
+def _list_modification_times(path: Path) -> dict[Path, int]:
+    """Return the times in ns of the last change of a file, or of what is directly in a folder."""
+    # what may not be read, and is no result, is left out
+    with contextlib.suppress(OSError):
+        entries = [path] if path.is_file() else sorted(path.iterdir())
+        return {entry: entry.stat().st_mtime_ns for entry in entries if os.access(entry, os.R_OK)}
+    return {}

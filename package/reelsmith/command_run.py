@@ -66,6 +66,7 @@ class CommandRun:
         self.lines: list[str] = []
         self._history = history
         self._was_stopped = False
+        self._total_steps = 0
         self._pending: deque[Event] = deque()  # events that were read, but not yielded
         self._num_recorded = 0  # number of its first events that the attributes already include
         self._folder = tempfile.TemporaryDirectory(prefix="reelsmith-", ignore_cleanup_errors=True)
@@ -101,7 +102,14 @@ class CommandRun:
                 is_over = not self.is_running  # first: events that it writes before its end are then read
                 self._pending.extend(self._read_events(is_over))
                 while self._pending:
-                    yield self._take_pending()
+                    # Remove and return the first pending event, and record it unless `stop` has already done
+                    # so
+                    event = self._pending.popleft()
+                    if self._num_recorded:
+                        self._num_recorded -= 1
+                    else:
+                        self._record(event)
+                    yield event
                 if is_over:
                     break
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -111,15 +119,6 @@ class CommandRun:
             raise
         atexit.unregister(self.stop)
         self._raise_error()
-
-    def _take_pending(self) -> Event:
-        """Remove and return the first pending event, and record it unless `stop` has already done so."""
-        event = self._pending.popleft()
-        if self._num_recorded:
-            self._num_recorded -= 1
-        else:
-            self._record(event)
-        return event
 
     def wait(self, callback: Callable[[Event], None] | None = None) -> "CommandRun":
         """Wait until the command has ended, and return it. An error in the callback stops the command.
@@ -148,7 +147,28 @@ class CommandRun:
         if self.is_running:
             self._was_stopped = True
             self._end_process()
-        self._pending.extend(self._read_events(is_over=True))
+        self._record_pending()
+
+    def __repr__(self) -> str:
+        """Return what a notebook shows: the name of the run, whether it runs, its last step and file."""
+        self._record_pending()
+        name = self.options.get("output_name") or self.script.stem
+        code = self._process.poll()
+        ending = "finished" if code == 0 else f"failed with code {code}"
+        if self._was_stopped:
+            ending = "stopped"
+        parts = ["running" if code is None else ending]
+        if self.losses:
+            step = max(self.losses)
+            loss = self.losses[step]
+            parts.append(f"step {step} of {self._total_steps}")
+            parts.append("loss not finite" if loss is None else f"loss {loss:.3g}")
+        parts += [str(path) for path in self.saved[-1:]]
+        return f"{name}: {', '.join(parts)}"
+
+    def _record_pending(self) -> None:
+        """Read the new events and record those that nobody has iterated over."""
+        self._pending.extend(self._read_events(is_over=not self.is_running))
         for event in [*self._pending][self._num_recorded :]:
             self._record(event)
         self._num_recorded = len(self._pending)
@@ -191,6 +211,7 @@ class CommandRun:
                     logger.warning("%s: %s", self.script.stem, event.text.removeprefix(WARNING))
             case StepEvent():
                 self.losses[event.step] = event.loss
+                self._total_steps = event.total_steps
             case SampleEvent():
                 self.samples.append(event.path)
             case SavedEvent():

@@ -10,11 +10,21 @@ import os
 import re
 import runpy
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from modules.installation import EXTENSIONS, PREFIX, ROOT, SCRIPT_ROOMS, find_namesake, import_own
+from modules.early_errors import explain_early_errors
+from modules.installation import (
+    CHECKOUT_SCRIPTS,
+    EXTENSIONS,
+    EXTENSIONS_FLAG,
+    PREFIX,
+    ROOT,
+    SCRIPT_ROOMS,
+    find_namesake,
+    import_own,
+)
 from modules.screen import has_screen
 from modules.script_words import has_own_command, name_words
 from modules.version import VERSION
@@ -32,8 +42,6 @@ BEGINNER_SCRIPTS = {
     "run_browser": "open a page to do all of this by clicks, watch runs and generate",
     "compare": "make a grid of clips or images from several LoRA files",
 }
-# scripts that set up a checkout, and its door to the commands; the package has none of them
-CHECKOUT_SCRIPTS = {"quickstart", "reelsmith", "run_tests", "set_up"}
 # It is the program of networks/sdxl_merge_lora.py under its second name in sd-scripts, with the same options:
 # `sdxl-merge` runs it, and `merge` is merge_lora.py, which merges into a DiT.
 EXCLUDED_SCRIPTS = {Path("networks", "merge_lora.py")}
@@ -92,13 +100,14 @@ def _is_script(path: Path) -> bool:
 
 def main() -> None:
     """Run the command that the user has typed; without a command, list the commands."""
+    explain_early_errors()
     argv = sys.argv[1:]
     namesake = find_namesake() if PREFIX else None  # PREFIX is "" in a checkout
     if namesake is not None:
         print(f"Warning: {namesake}.", file=sys.stderr)
     if argv[:1] in (["help"], ["--help"], ["-h"]) and len(argv) > 1:  # `help train wan` is `train wan --help`
         argv = [*argv[1:], "--help"]
-    if argv[:1] == ["--extensions"] and len(argv) > 1:
+    if argv[:1] == [EXTENSIONS_FLAG] and len(argv) > 1:
         os.environ[EXTENSIONS] = argv[1]
         argv = argv[2:]
     command = _find_named(argv)
@@ -172,10 +181,18 @@ def _explain_unknown(commands: Sequence[ScriptCommand], words: Sequence[str]) ->
     # If commands begin with the first word, such as `train`, only their other words are compared. If this
     # finds none, or no command begins with it, a synonym of the first word is suggested first.
     typed_words = " ".join(word for word in words[:3] if not word.startswith("-"))
-    names_by_ending = _index_by_ending(commands, words[0])
-    suggestions = _list_matching(commands, typed_words, Path(words[0]).name.removesuffix(".py"))
+    names_by_ending = {
+        " ".join(command.words[1:]): command.name for command in commands if command.words[0] == (words[0])
+    }
+    script = Path(words[0]).name.removesuffix(".py").replace("-", "_")
+    suggestions = _list_matching(commands, typed_words, script)
     if not suggestions and names_by_ending:  # only the words after the first one are wrong
-        suggestions = _list_similar_endings(typed_words.partition(" ")[2], names_by_ending)
+        # The command whose words after the first are most similar to `typed_ending`; [] if none is
+        typed_ending = typed_words.partition(" ")[2]
+        similar = difflib.get_close_matches(typed_ending, names_by_ending, 1)
+        if not similar:
+            similar = difflib.get_close_matches(typed_ending.partition(" ")[0], names_by_ending, 1)
+        suggestions = [names_by_ending[ending] for ending in similar]
     elif not suggestions:
         suggestions = _list_similar(commands, typed_words, words[0])
     shown_suggestions = suggestions
@@ -191,13 +208,6 @@ def _explain_unknown(commands: Sequence[ScriptCommand], words: Sequence[str]) ->
     return message
 
 
-def _index_by_ending(commands: Sequence[ScriptCommand], first_word: str) -> dict[str, str]:
-    """Return the names of the commands that begin with a word, such as `train`, by their other words."""
-    return {
-        " ".join(command.words[1:]): command.name for command in commands if command.words[0] == first_word
-    }
-
-
 def _list_matching(commands: Sequence[ScriptCommand], typed: str, script: str) -> list[str]:
     """Return the names of commands that contain all typed words in any order, or whose script was typed."""
     typed_words = {*typed.split()}
@@ -206,14 +216,6 @@ def _list_matching(commands: Sequence[ScriptCommand], typed: str, script: str) -
         for command in commands
         if command.script == script or (typed and typed_words <= {*command.words})
     ]
-
-
-def _list_similar_endings(typed_ending: str, names_by_ending: Mapping[str, str]) -> list[str]:
-    """Return the command whose words after the first are most similar to `typed_ending`; [] if none is."""
-    similar = difflib.get_close_matches(typed_ending, names_by_ending, 1)
-    if not similar:
-        similar = difflib.get_close_matches(typed_ending.partition(" ")[0], names_by_ending, 1)
-    return [names_by_ending[ending] for ending in similar]
 
 
 def _list_similar(commands: Sequence[ScriptCommand], typed: str, first_word: str) -> list[str]:

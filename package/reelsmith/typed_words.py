@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from modules.command import name_as_typed
 from modules.console import quiet
+from modules.control_codes import shorten
 from modules.error_output import extract_error_message
 from modules.errors import OptionError, UserError
 from modules.installation import EXTENSIONS
@@ -15,6 +16,7 @@ from modules.option_tables import find_table
 from modules.options import TYPED
 from modules.parser import Parser, reject_unsupported, typed_names
 from modules.table_parser import build_parser, check_arguments
+from modules.text_files import bad_character
 from training.config_options import read_config_file
 
 # names that read better in Python -> options
@@ -70,12 +72,17 @@ class ScriptArguments:
             options: Values by option name.
 
         Raises:
-            OptionError: If a switch is given a value that is not a bool, or if another option is True.
+            OptionError: If a switch is given a value that is not a bool, if another option is True, or if a
+                text has a character that no program can be given.
         """
         argv = [str(operand) for operand in operands]
         for name, value in options.items():
             name = name if name in self._actions else SHORT_NAMES.get(name, name)
             argv += _format_option(name, value, self._actions.get(name))
+        for word in argv:
+            reason = bad_character(word)
+            if reason is not None:
+                raise OptionError(f"{shorten(word, 80)!r} contains {reason}. Omit it")
         return argv
 
     def check(self, argv: Sequence[str]) -> dict[str, Any]:
@@ -113,19 +120,23 @@ def _format_option(name: str, value: Any, action: argparse.Action | None) -> lis
     # this name; None if there is none, which the parser will report.
     flag = f"--{name}"
     if action is not None:
-        flag = _find_flag(name, action)
-        _reject_wrong_kind(flag, value, action)
+        # The flag of the option that a keyword argument names: `my_option` may be --my-option
+        flags = {flag.lstrip("-").replace("-", "_"): flag for flag in action.option_strings}
+        flag = flags[name]
+        # Raise OptionError if a switch is given a value, or another option True in place of its value
+        is_switch = action.nargs == 0
+        if is_switch and not isinstance(value, bool | None):
+            raise OptionError(f"{flag} is a switch: pass True or False, not {value!r}")
+        needs_value = action.nargs not in (0, "?", "*")
+        if needs_value and value is True:
+            raise OptionError(f"{flag} is not a switch: pass its value in place of True")
     if value is False and isinstance(action, argparse.BooleanOptionalAction):
         return [f"--no-{flag[2:]}"]
     if value is None or value is False:
         return []
     if value is True:
         return [flag]
-    return _format_values(flag, value, action)
-
-
-def _format_values(flag: str, value: Any, action: argparse.Action | None) -> list[str]:
-    """Return an option with its value, or with the items of a list; a mapping becomes KEY=VALUE words."""
+    # An option with its value, or with the items of a list; a mapping becomes KEY=VALUE words
     if isinstance(value, Mapping):
         value = [f"{key}={mapped}" for key, mapped in value.items()]
     if not isinstance(value, list | tuple):
@@ -134,19 +145,3 @@ def _format_values(flag: str, value: Any, action: argparse.Action | None) -> lis
     if isinstance(action, argparse._AppendAction):  # an option that is typed once for each value
         return [f"{flag}={item}" for item in items]
     return [flag, *items]
-
-
-def _reject_wrong_kind(flag: str, value: Any, action: argparse.Action) -> None:
-    """Raise OptionError if a switch is given a value, or another option True in place of its value."""
-    is_switch = action.nargs == 0
-    if is_switch and not isinstance(value, bool | None):
-        raise OptionError(f"{flag} is a switch: pass True or False, not {value!r}")
-    needs_value = action.nargs not in (0, "?", "*")
-    if needs_value and value is True:
-        raise OptionError(f"{flag} is not a switch: pass its value in place of True")
-
-
-def _find_flag(name: str, action: argparse.Action) -> str:
-    """Return the flag of the option that a keyword argument names: `my_option` may be --my-option."""
-    flags = {flag.lstrip("-").replace("-", "_"): flag for flag in action.option_strings}
-    return flags[name]

@@ -204,21 +204,20 @@ class BlurStage:
             if len(buffer) > max(options.hold, options.lookback):
                 yield self._cover_frame(buffer.popleft(), tracks, counts)
         if counts.total and not counts.with_detections:
-            self._report_nothing(clip)  # raises NothingFoundError, unless options allow it
+            # raises NothingFoundError, unless options allow it
+            # Raise NothingFoundError because nothing was found to blur; with --allow_none, only log it
+            minimum = f"nothing in it scores {self.options.conf} (--conf) or more"
+            if not self.options.allow_none:
+                raise NothingFoundError(
+                    f"{clip.path}: nothing was blurred and no file was written: {minimum}.\n  Lower --conf, "
+                    "look "
+                    "closer with a larger --detection_size, or write the video unchanged with --allow_none."
+                )
+            logger.warning("%s: nothing was blurred: %s.", clip.path, minimum)
         while buffer:
             yield self._cover_frame(buffer.popleft(), tracks, counts)
         if counts.with_detections:
             _log_summary(clip, counts, tracks)
-
-    def _report_nothing(self, clip: Clip) -> None:
-        """Raise NothingFoundError because nothing was found to blur; with --allow_none, only log it."""
-        minimum = f"nothing in it scores {self.options.conf} (--conf) or more"
-        if not self.options.allow_none:
-            raise NothingFoundError(
-                f"{clip.path}: nothing was blurred and no file was written: {minimum}.\n  Lower --conf, look "
-                "closer with a larger --detection_size, or write the video unchanged with --allow_none."
-            )
-        logger.warning("%s: nothing was blurred: %s.", clip.path, minimum)
 
     def _cover_frame(self, buffered: _BufferedFrame, tracks: Tracks, counts: _FrameCounts) -> OutputFrame:
         """Return a frame with its boxes covered; `tracks` forget what no later frame needs."""

@@ -147,7 +147,12 @@ def paste(
         to_image = np.vstack([cv2.invertAffineTransform(matrix), [[0.0, 0.0, 1.0]]])
         face_to_canvas.append(to_canvas @ to_image)
     regions = [_find_region(matrix, size, canvas) for matrix in face_to_canvas]
-    changed = _enclose(regions)
+    changed = Area(
+        left=min(region.left for region in regions),
+        top=min(region.top for region in regions),
+        right=max(region.right for region in regions),
+        bottom=max(region.bottom for region in regions),
+    )
     if changed.is_empty:
         return canvas
     white = float(np.iinfo(canvas.dtype).max)
@@ -160,16 +165,6 @@ def paste(
     result: Pixels = canvas.copy()  # the canvas may be the caller's image itself
     result[changed.slices()] = np.rint(changed_values).clip(0, white)
     return result
-
-
-def _enclose(regions: Sequence[Area]) -> Area:
-    """Return the smallest rectangle that contains all rectangles in `regions`."""
-    return Area(
-        left=min(region.left for region in regions),
-        top=min(region.top for region in regions),
-        right=max(region.right for region in regions),
-        bottom=max(region.bottom for region in regions),
-    )
 
 
 def _make_canvas_matrix(pixels: Pixels, canvas: Pixels) -> NDArray[np.float64]:
@@ -234,7 +229,15 @@ class Facefix:
         num_changed = 0
         num_faces = 0
         for frame in frames:
-            matrices = self._find_matrices(frame, smoother)
+            # a matrix aligns each detected face that is to be restored to the template
+            faces = self.detector.find(in_eight_bits(frame.pixels), self.least_score)
+            if any(face.landmarks is None for face in faces):
+                raise no_landmarks(f"--detection_model {self.options.detection_model}")
+            size = frame.pixels.shape[1], frame.pixels.shape[0]
+            chosen = restorable(faces, size, self.options.only_center)
+            landmarks = smoother.smooth([face.landmarks for face in chosen if face.landmarks is not None])
+            alignments = (alignment(points, self.restorer.size) for points in landmarks)
+            matrices = [matrix for matrix in alignments if matrix is not None]
             num_frames += 1
             num_changed += bool(matrices)
             num_faces += len(matrices)
@@ -255,17 +258,6 @@ class Facefix:
                 clip.path.name,
                 self.least_score,
             )
-
-    def _find_matrices(self, frame: OutputFrame, smoother: LandmarkSmoother) -> list[Matrix]:
-        """Detect the faces to restore; return the matrix that aligns each face to the template."""
-        faces = self.detector.find(in_eight_bits(frame.pixels), self.least_score)
-        if any(face.landmarks is None for face in faces):
-            raise no_landmarks(f"--detection_model {self.options.detection_model}")
-        size = frame.pixels.shape[1], frame.pixels.shape[0]
-        chosen = restorable(faces, size, self.options.only_center)
-        landmarks = smoother.smooth([face.landmarks for face in chosen if face.landmarks is not None])
-        matrices = (alignment(points, self.restorer.size) for points in landmarks)
-        return [matrix for matrix in matrices if matrix is not None]
 
     def _restore(self, pixels: Pixels, matrices: Sequence[Matrix], is_deep: bool) -> Pixels:
         """Restore the faces that `matrices` align, in batches, and paste them into the upscaled frame."""

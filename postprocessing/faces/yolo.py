@@ -106,7 +106,11 @@ class YoloDetector:
             candidate_counts.append(sum(cells))
         num_rows, num_columns = output.shape
         if num_columns in SELECTED_ROW_WIDTHS and num_rows not in candidate_counts:
-            return _decode_selected(output, least_score)
+            # Decode rows of corners, score, class and landmarks, after non-maximum suppression in the network
+            rows = output
+            rows = rows[rows[:, BOX] >= least_score]
+            points = _read_points(rows[:, BOX + 2 :], values_per_point=3)
+            return _Rows(boxes=rows[:, :BOX], scores=rows[:, BOX], points=points)
         if num_columns in candidate_counts:  # candidates are columns
             output = output.T
         num_rows, num_columns = output.shape
@@ -132,13 +136,6 @@ class YoloDetector:
             return self.layout.classes, self.layout.landmarks
         is_face = width == BOX + 1 + 3 * POINTS
         return (1, 3) if is_face else (width - BOX, 0)
-
-
-def _decode_selected(rows: NDArray[np.float32], least_score: float) -> _Rows:
-    """Decode rows of corners, score, class and landmarks, after non-maximum suppression in the network."""
-    rows = rows[rows[:, BOX] >= least_score]
-    points = _read_points(rows[:, BOX + 2 :], values_per_point=3)
-    return _Rows(boxes=rows[:, :BOX], scores=rows[:, BOX], points=points)
 
 
 def read_layout(path: Path, model: OnnxModel, side: int | None) -> YoloLayout | None:
@@ -167,10 +164,13 @@ def read_layout(path: Path, model: OnnxModel, side: int | None) -> YoloLayout | 
             f"it for square ones: imgsz={DEFAULT_SIDE}.",
             path,
         )
+    names = _parse_literal(model.notes.get("names"))
+    points = _parse_literal(model.notes.get("kpt_shape"))
+    is_face = isinstance(points, list) and len(points) == 2 and points[0] == POINTS
     return YoloLayout(
         input_size=height or round_up(side or DEFAULT_SIDE, max(STEPS)),
-        classes=_count_classes(model),
-        landmarks=_count_landmark_numbers(model),
+        classes=(len(names) if isinstance(names, (dict, list)) and names else None),
+        landmarks=(points[1] if is_face else 0),
     )
 
 
@@ -182,17 +182,6 @@ def _looks_like_yolo(model: OnnxModel) -> bool:
     if not takes_images or "task" in model.notes:
         return takes_images
     return any(len(output) == 3 and output[0] in (1, None) for output in model.outputs.values())
-
-
-def _count_classes(model: OnnxModel) -> int | None:
-    names = _parse_literal(model.notes.get("names"))
-    return len(names) if isinstance(names, (dict, list)) and names else None
-
-
-def _count_landmark_numbers(model: OnnxModel) -> Any:
-    points = _parse_literal(model.notes.get("kpt_shape"))
-    is_face = isinstance(points, list) and len(points) == 2 and points[0] == POINTS
-    return points[1] if is_face else 0
 
 
 def load_yolo(model: OnnxModel, layout: YoloLayout) -> YoloDetector:

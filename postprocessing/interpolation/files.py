@@ -1,6 +1,6 @@
 """Find the files of GIMM-VFI in the folder of --model, and load the networks in them."""
 
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -65,7 +65,19 @@ def read_gimm(checkpoint: Checkpoint) -> LoadPlan[GimmConfig]:
     def weight_shape(name: str) -> tuple[int, ...]:
         return shape(f"{name}.weight")
 
-    motion = _read_motion(sources, shape, weight_shape)
+    # Read the layer sizes of motion encoder and implicit motion network from the shapes in a file
+    layers = count((f"{name}." for name in sources), r"hyponet\.params_dict\.linear_wb\d+")
+    widths = tuple(shape(f"hyponet.params_dict.linear_wb{layer}", 2)[1] for layer in range(layers))
+    encoder_blocks = count(sources, r"cnn_encoder\.\d+\.layers")
+    residual_blocks = count(sources, r"res_conv\.\d+\.layers")
+    last = f"cnn_encoder.{encoder_blocks + 4}"
+    motion = MotionConfig(
+        encoder=(weight_shape("cnn_encoder.0")[0], weight_shape("cnn_encoder.1")[0], weight_shape(last)[0]),
+        encoder_blocks=encoder_blocks,
+        residual=(weight_shape("res_conv.0")[0], weight_shape("res_conv.1")[0]),
+        residual_blocks=residual_blocks,
+        layers=widths,
+    )
     synthesis = _read_synthesis(sources, weight_shape)
     # sizes that the layers of such a network cannot have
     if (
@@ -85,22 +97,6 @@ def _add_module_prefix(name: str) -> str:
     if name == "g_filter" or name.startswith(FLOW_PREFIX):
         return name
     return f"synthesis.{name}" if name.startswith("amt_") else f"motion.{name}"
-
-
-def _read_motion(names: Iterable[str], shape: Shape, weight_shape: WeightShape) -> MotionConfig:
-    """Read the layer sizes of motion encoder and implicit motion network from the shapes in a file."""
-    layers = count((f"{name}." for name in names), r"hyponet\.params_dict\.linear_wb\d+")
-    widths = tuple(shape(f"hyponet.params_dict.linear_wb{layer}", 2)[1] for layer in range(layers))
-    encoder_blocks = count(names, r"cnn_encoder\.\d+\.layers")
-    residual_blocks = count(names, r"res_conv\.\d+\.layers")
-    last = f"cnn_encoder.{encoder_blocks + 4}"
-    return MotionConfig(
-        encoder=(weight_shape("cnn_encoder.0")[0], weight_shape("cnn_encoder.1")[0], weight_shape(last)[0]),
-        encoder_blocks=encoder_blocks,
-        residual=(weight_shape("res_conv.0")[0], weight_shape("res_conv.1")[0]),
-        residual_blocks=residual_blocks,
-        layers=widths,
-    )
 
 
 def _read_synthesis(names: Container[str], weight_shape: WeightShape) -> SynthesisConfig:
@@ -349,12 +345,8 @@ def load_networks(path: Path, kind: str, device: torch.device, dtype: torch.dtyp
             estimator, channels = _load_raft(checkpoint, settings.raft_iterations, device)
         else:
             estimator, channels = _load_flowformer(checkpoint, device)
-    _check_match(mode_files, plan.config.synthesis, channels)
-    return InterpolationNetworks(gimm, estimator)
-
-
-def _check_match(files: ModeFiles, synthesis: SynthesisConfig, channels: "_MapChannels") -> None:
-    """Raise CheckpointError if the synthesis network cannot take the optical flow network's feature maps."""
+    # Raise CheckpointError if the synthesis network cannot take the optical flow network's feature maps
+    synthesis = plan.config.synthesis
     # projections: (channels in, channels out) of the layers that adapt the feature maps; without them, the
     # maps are used directly
     expected = tuple(channels_in for channels_in, _ in synthesis.projections)
@@ -362,10 +354,11 @@ def _check_match(files: ModeFiles, synthesis: SynthesisConfig, channels: "_MapCh
         expected = (synthesis.quarter, synthesis.eighth, channels.matching)
     if channels != expected:
         raise CheckpointError(
-            f"{files.flow} does not fit {files.main.name}: it produces maps of {channels.quarter} and "
-            f"{channels.eighth} channels. Pass both files of one release.",
-            files.flow,
+            f"{mode_files.flow} does not fit {mode_files.main.name}: it produces maps of {channels.quarter} "
+            f"and {channels.eighth} channels. Pass both files of one release.",
+            mode_files.flow,
         )
+    return InterpolationNetworks(gimm, estimator)
 
 
 class _MapChannels(NamedTuple):

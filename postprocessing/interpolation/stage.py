@@ -115,7 +115,14 @@ class Interpolator:
             return  # no frames: whoever reads the file raises the error
         if num_frames == 1:
             raise MediaError(f"{clip.path} has one image: images can be made between two or more only.")
-        yield self._shorten_last(previous.output, clip.rate)
+        # The last frame of a clip with the duration that it has in the output
+        # If `rate`, the clip's frames per second, is constant, it lasts one step of the new rate. A frame
+        # that lasts longer is shortened by at most one step of the old rate.
+        old_step = 1 / clip.rate if clip.rate else previous.output.seconds
+        yield replace(
+            previous.output,
+            seconds=max(previous.output.seconds / self._options.factor, previous.output.seconds - old_step),
+        )
         cuts.log_total()
 
     def _fill_gap(
@@ -136,13 +143,6 @@ class Interpolator:
             new_pixels = self._interpolate(first, second, is_deep)
         for index, pixels in enumerate(new_pixels, start=1):
             yield OutputFrame(pixels, start + index * step, step)
-
-    def _shorten_last(self, last: OutputFrame, rate: Fraction | None) -> OutputFrame:
-        """Return the last frame of a clip with the duration that it has in the output."""
-        # If `rate`, the clip's frames per second, is constant, it lasts one step of the new rate. A frame
-        # that lasts longer is shortened by at most one step of the old rate.
-        old_step = 1 / rate if rate else last.seconds
-        return replace(last, seconds=max(last.seconds / self._options.factor, last.seconds - old_step))
 
     def _interpolate(self, first: "_CachedFrame", second: "_CachedFrame", is_deep: bool) -> Iterator[Pixels]:
         times = [number / self._options.factor for number in range(1, self._options.factor)]

@@ -1,7 +1,7 @@
 """Read upscalers from files: SwinIR, RRDBNet in three generations of names, Real-ESRGAN's compact nets."""
 
 import re
-from collections.abc import Callable, Collection, Container, Iterable, Sequence
+from collections.abc import Callable, Collection, Container, Sequence
 from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
@@ -155,27 +155,19 @@ def _list_rrdb_names(checkpoint: Checkpoint) -> Names:
     """
     names = checkpoint.tensors
     if "model.1.sub.0.RDB1.conv1.0.weight" in names:
-        return (*OLD_NAMES, *_list_sequential_names(names))
+        # The patterns of the layers after the blocks, in the oldest files: `model.N` of an nn.Sequential.
+        layers = (re.fullmatch(r"model\.(\d{1,3})\.[^.]*", name) for name in names)
+        last = max((int(layer[1]) for layer in layers if layer), default=0)
+        num_doublings = max(last - 4, 0) // 3
+        patterns = [(rf"model\.{3 * up}\.(\w+)", rf"conv_up{up}.\1") for up in range(1, num_doublings + 1)]
+        patterns.append((rf"model\.{3 * num_doublings + 2}\.(\w+)", r"conv_hr.\1"))
+        patterns.append((rf"model\.{3 * num_doublings + 4}\.(\w+)", r"conv_last.\1"))
+        return (*OLD_NAMES, *tuple(patterns))
     if "RRDB_trunk.0.RDB1.conv1.weight" in names:
         return MIDDLE_NAMES
     if "body.0.rdb1.conv1.weight" not in names:
         raise make_wrong_kind_error(checkpoint, "an upscaler", MODEL_OPTION, RELEASED_FILES)
     return ()
-
-
-def _list_sequential_names(names: Iterable[str]) -> Names:
-    """Return the patterns of the layers after the blocks, in the oldest files: `model.N` of an nn.Sequential.
-
-    There are three layers (upsampling, convolution, activation) for each doubled size, then two convolutions
-    with an activation between them.
-    """
-    layers = (re.fullmatch(r"model\.(\d{1,3})\.[^.]*", name) for name in names)
-    last = max((int(layer[1]) for layer in layers if layer), default=0)
-    num_doublings = max(last - 4, 0) // 3
-    patterns = [(rf"model\.{3 * up}\.(\w+)", rf"conv_up{up}.\1") for up in range(1, num_doublings + 1)]
-    patterns.append((rf"model\.{3 * num_doublings + 2}\.(\w+)", r"conv_hr.\1"))
-    patterns.append((rf"model\.{3 * num_doublings + 4}\.(\w+)", r"conv_last.\1"))
-    return tuple(patterns)
 
 
 def _read_compact(checkpoint: Checkpoint) -> LoadPlan[CompactConfig]:

@@ -34,7 +34,7 @@ from runtime.offload.host_memory import (
     offload_layer,
     transfer_to,
 )
-from runtime.offload.swap_plan import HostWeights, ListPlan, SwapPlan, big_layers
+from runtime.offload.swap_plan import HostWeights, ListPlan, big_layers
 from runtime.run_blocks import Hidden, Runner, get_runner, set_runner
 
 logger = logging.getLogger(__name__)
@@ -243,20 +243,23 @@ class BlockSwap:
             missing = [block for block in needed if pool.find_slot(block) is None]
             free = [slot for slot in pool.slots if slot.block not in needed]
             for block, slot in zip(missing, free, strict=False):
-                self._start_copy(pool, block, slot)
-
-    def _start_copy(self, pool: SlotPool, block: StreamedBlock, slot: Slot) -> None:
-        """Start copying a block's weights into a slot. After an exception the slot is empty."""
-        if not slot.memory:
-            with torch.inference_mode(False):  # a slot made for a sample also serves the next training step
-                slot.memory = [self._transfer.allocate(size) for size in pool.slot_sizes]
-            for index, part in enumerate(slot.memory):
-                self._owners[part.untyped_storage().data_ptr()] = (slot, index)
-        after = self._transfer.record_event()  # deterministic runs fill new memory: the copy comes after that
-        self._evict(slot, after)
-        with torch.no_grad():
-            slot.copy_done = self._transfer.copy(list(zip(slot.views(block), block.host, strict=True)), after)
-        slot.block = block
+                # Start copying a block's weights into a slot. After an exception the slot is empty.
+                if not slot.memory:
+                    with torch.inference_mode(
+                        False
+                    ):  # a slot made for a sample also serves the next training step
+                        slot.memory = [self._transfer.allocate(size) for size in pool.slot_sizes]
+                    for index, part in enumerate(slot.memory):
+                        self._owners[part.untyped_storage().data_ptr()] = (slot, index)
+                after = (
+                    self._transfer.record_event()
+                )  # deterministic runs fill new memory: the copy comes after that
+                self._evict(slot, after)
+                with torch.no_grad():
+                    slot.copy_done = self._transfer.copy(
+                        list(zip(slot.views(block), block.host, strict=True)), after
+                    )
+                slot.block = block
 
     def _evict(self, slot: Slot, after: Any) -> None:
         """Copy a slot's changed weights back to host memory, and free the slot for another block."""
@@ -335,7 +338,9 @@ def swap_blocks(
     if host is None or not host.plan:
         return
     host_weights = host.adopt(dit)  # swapped weights by name, in host memory
-    _offload_input_layers(dit, host.plan, host_weights, device)
+    for path in host.plan.input_layer_names(dit):
+        for name, layer in big_layers(dit, path):
+            offload_layer(layer, host_weights[f"{name}.weight"], device)
     lists = host.plan.lists(dit)
     pools = _make_slot_pools(dit, lists, host_weights)
     in_host_memory = {dit.get_parameter(name) for name in host_weights}
@@ -348,15 +353,6 @@ def swap_blocks(
     set_runner(dit, functools.partial(swap.run_all, get_runner(dit)))
     setattr(dit, _NAME, swap)
     _report(lists, swap, host_weights, device)
-
-
-def _offload_input_layers(
-    dit: nn.Module, plan: SwapPlan, host_weights: Mapping[str, Tensor], device: torch.device
-) -> None:
-    """Stream the weights of the large layers before the blocks from host memory, if they are swapped too."""
-    for path in plan.input_layer_names(dit):
-        for name, layer in big_layers(dit, path):
-            offload_layer(layer, host_weights[f"{name}.weight"], device)
 
 
 def _make_slot_pools(

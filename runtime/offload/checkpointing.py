@@ -314,35 +314,25 @@ def _in_pieces(method: Method, tokens: int) -> Method:
             return method(block, x, *inputs)
         # compiled code chooses by itself which inputs to save, so they need not be shared here
         if torch.compiler.is_compiling():
-            return _checkpoint_compiled_pieces(method, block, x.chunk(num_pieces, dim=1), inputs)
-        return _checkpoint_pieces(method, block, num_pieces, x, inputs)
+            pieces = x.chunk(num_pieces, dim=1)
+
+            def compute(piece: Tensor) -> Tensor:
+                return method(block, piece, *inputs)
+
+            return torch.cat([checkpoint(compute, piece, use_reentrant=False) for piece in pieces], dim=1)
+        # Checkpoint each piece of x, B L C, while all pieces share one saved copy of the inputs
+        shared = _SharedInputs(method, block, num_pieces, inputs=(x, *inputs))
+        # `checkpoint` takes the device from the tensors in its arguments. A tensor in a tuple is not saved,
+        # which would happen only after its piece was computed
+        device_tensor = (x.new_empty(0),)
+        outputs = [
+            checkpoint(shared.compute_piece, index, device_tensor, use_reentrant=False)
+            for index in range(num_pieces)
+        ]
+        shared.release()
+        return torch.cat(outputs, dim=1)
 
     return run
-
-
-def _checkpoint_compiled_pieces(
-    method: Method, block: nn.Module, pieces: Sequence[Tensor], inputs: tuple[Any, ...]
-) -> Tensor:
-    def compute(piece: Tensor) -> Tensor:
-        return method(block, piece, *inputs)
-
-    return torch.cat([checkpoint(compute, piece, use_reentrant=False) for piece in pieces], dim=1)
-
-
-def _checkpoint_pieces(
-    method: Method, block: nn.Module, num_pieces: int, x: Tensor, inputs: tuple[Any, ...]
-) -> Tensor:
-    """Checkpoint each piece of x, B L C, while all pieces share one saved copy of the inputs."""
-    shared = _SharedInputs(method, block, num_pieces, inputs=(x, *inputs))
-    # `checkpoint` takes the device from the tensors in its arguments. A tensor in a tuple is not saved,
-    # which would happen only after its piece was computed
-    device_tensor = (x.new_empty(0),)
-    outputs = [
-        checkpoint(shared.compute_piece, index, device_tensor, use_reentrant=False)
-        for index in range(num_pieces)
-    ]
-    shared.release()
-    return torch.cat(outputs, dim=1)
 
 
 class _SaveTensors(torch.autograd.Function):
@@ -404,7 +394,12 @@ class _SharedInputs:
         if self._tensors is not None and self._num_recomputed == 0:
             return self._method(self._block, *self._gather_inputs(index, self._tensors))
         if self._tensors is None:
-            self._tensors = self._restore_tensors()
+            # Read the saved inputs from the graph; once only, because this makes torch recompute the block
+            saved = self._saved_output.grad_fn.saved_tensors
+            self._tensors = [
+                tensor.detach().requires_grad_(requires_grad)
+                for tensor, requires_grad in zip(saved, self._requires_grad, strict=True)
+            ]
             self._pieces = self._tensors[0].chunk(self._count, dim=1)
         inputs = self._gather_inputs(index, self._tensors)
         self._num_recomputed += 1
@@ -415,14 +410,6 @@ class _SharedInputs:
             for mode in self._modes:
                 stack.enter_context(mode)
             return self._method(self._block, *inputs)
-
-    def _restore_tensors(self) -> list[Tensor]:
-        """Read the saved inputs from the graph; once only, because this makes torch recompute the block."""
-        saved = self._saved_output.grad_fn.saved_tensors
-        return [
-            tensor.detach().requires_grad_(requires_grad)
-            for tensor, requires_grad in zip(saved, self._requires_grad, strict=True)
-        ]
 
     def _gather_inputs(self, index: int, tensors: Sequence[Tensor]) -> list[Any]:
         """Return the method's inputs for one piece, which takes the place of the first input."""

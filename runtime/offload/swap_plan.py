@@ -220,18 +220,18 @@ class HostWeights:
         """Return the swapped weights by name; move them to host memory if they were not loaded into it."""
         names = self.plan.names(network)
         if self._host_tensors is None:
-            self._move_to_host({name: network.get_parameter(name) for name in names}, network)
+            # Allocate host memory for a network's weights and make it their `.data`.
+            weights = {name: network.get_parameter(name) for name in names}
+            infos = {name: TensorInfo(weight.dtype, tuple(weight.shape)) for name, weight in weights.items()}
+            tensors = self.allocate_on_host(network, infos)
+            for name, weight in weights.items():
+                if self.is_written_by_this_process:  # else another process fills the shared memory
+                    tensors[name].copy_(weight.data)
+                weight.data = tensors[
+                    name
+                ]  # immediately, so that there is never a second copy of all weights
+            self.finish()
         return {name: self.tensors[name] for name in names}
-
-    def _move_to_host(self, weights: Mapping[str, nn.Parameter], network: nn.Module) -> None:
-        """Allocate host memory for a network's weights and make it their `.data`."""
-        infos = {name: TensorInfo(weight.dtype, tuple(weight.shape)) for name, weight in weights.items()}
-        tensors = self.allocate_on_host(network, infos)
-        for name, weight in weights.items():
-            if self.is_written_by_this_process:  # else another process fills the shared memory
-                tensors[name].copy_(weight.data)
-            weight.data = tensors[name]  # immediately, so that there is never a second copy of all weights
-        self.finish()
 
 
 def host_weights(plan: SwapPlan, device: torch.device, all_weights: bool = False) -> HostWeights | None:

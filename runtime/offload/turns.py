@@ -63,7 +63,14 @@ class HostCopy:
             self._transfer: Transfer | None = None
             return
         self._transfer = transfer or transfer_to(device)
-        frozen_tensors = _list_frozen_tensors(network)
+        # The frozen weights and buffers by name, except those that block swap moves itself
+        swap = get_swap(network)
+        swapped = frozenset() if swap is None else swap.in_host_memory
+        frozen_tensors = {
+            name: tensor
+            for name, tensor in chain(network.named_parameters(), network.named_buffers())
+            if not tensor.requires_grad and tensor not in swapped
+        }
         loaded_tensors = {} if host_weights is None else host_weights.tensors
         host_tensors = _find_loaded_on_host(frozen_tensors, loaded_tensors)
         other_tensors = {name: tensor for name, tensor in frozen_tensors.items() if name not in host_tensors}
@@ -127,17 +134,6 @@ class HostCopy:
             swap.free_slots()
         for tensor, host in self._pairs:
             tensor.data = host
-
-
-def _list_frozen_tensors(network: nn.Module) -> dict[str, Tensor]:
-    """Return the frozen weights and buffers by name, except those that block swap moves itself."""
-    swap = get_swap(network)
-    swapped = frozenset() if swap is None else swap.in_host_memory
-    return {
-        name: tensor
-        for name, tensor in chain(network.named_parameters(), network.named_buffers())
-        if not tensor.requires_grad and tensor not in swapped
-    }
 
 
 def _find_loaded_on_host(

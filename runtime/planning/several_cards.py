@@ -90,7 +90,9 @@ def plan_layouts(
         yield _plan_memory(layout, prediction, 0, device_memory=device_memory, is_training=is_training)
         is_undivided = not extra_options
         if is_undivided and single_gpu_run.can_swap:
-            num_swapped = _choose_num_swapped(prediction, device_memory)
+            # The fewest blocks to swap so that the run fits; the most possible if it never fits
+            fewest = smallest_swap(prediction, device_memory.usable)
+            num_swapped = prediction.max_swapped_blocks if fewest is None else fewest
             if num_swapped:
                 swapping = replace(layout, extra_options=("--blocks_to_swap", str(num_swapped)))
                 yield _plan_memory(
@@ -105,12 +107,6 @@ def _divide(run: SingleGpuRun, division: Division) -> Divided:
             f"{run.heads} heads of attention are not divisible by {division.num_context_parallel}"
         )
     return run.divide(division)
-
-
-def _choose_num_swapped(prediction: Swappable, device_memory: DeviceMemory) -> int:
-    """Return the fewest blocks to swap so that the run fits; the most possible if it never fits."""
-    fewest = smallest_swap(prediction, device_memory.usable)
-    return prediction.max_swapped_blocks if fewest is None else fewest
 
 
 def _list_divisions(cards: int, is_training: bool) -> list[Division]:
@@ -258,16 +254,8 @@ def format_launch_command(
         is_training: Whether the run is a training run.
     """
     script = Path(argv[0]).name
-    other_arguments = _without_layout_options(argv[1:])
-    command = [str(find_script(script) or script), *other_arguments, *added, *layout.extra_options]
-    if not is_training and layout.num_parallel > 1:  # separate generations, each a process without a launcher
-        return quote_command(["python", *command])
-    # LAUNCH ends with N, a placeholder for the number of processes
-    return quote_command([*LAUNCH.split()[:-1], str(layout.division.processes), *command])
-
-
-def _without_layout_options(arguments: Sequence[str]) -> list[str]:
-    """Return arguments without the options that a layout sets, and without the values of these options."""
+    # Arguments without the options that a layout sets, and without the values of these options
+    arguments = argv[1:]
     kept: list[str] = []
     num_values_left = 0  # of a removed option, among the next arguments
     for argument in arguments:
@@ -278,4 +266,9 @@ def _without_layout_options(arguments: Sequence[str]) -> list[str]:
         num_values_left = 0 if equals_sign else LAYOUT_OPTION_NARGS.get(name, 0)
         if name not in LAYOUT_OPTION_NARGS:
             kept.append(argument)
-    return kept
+    other_arguments = kept
+    command = [str(find_script(script) or script), *other_arguments, *added, *layout.extra_options]
+    if not is_training and layout.num_parallel > 1:  # separate generations, each a process without a launcher
+        return quote_command(["python", *command])
+    # LAUNCH ends with N, a placeholder for the number of processes
+    return quote_command([*LAUNCH.split()[:-1], str(layout.division.processes), *command])

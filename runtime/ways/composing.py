@@ -180,7 +180,11 @@ def reject_other_splits() -> None:
             options_by_variable.setdefault(variable, []).append(mode.options)
     # a variable with several remedies comes last, because it is set together with a more specific one
     for variable, options in sorted(options_by_variable.items(), key=lambda item: len(item[1])):
-        if _splits_model(variable):
+        # Whether this environment variable of accelerate's launcher requests splitting the model
+        value = os.environ.get(variable, "0").lower()
+        # a switch is on with 1; a number of processes splits the model only if it is 2 or more
+        min_value = 1 if "_USE_" in variable else 2
+        if value in {"true", "yes", "y", "t", "on"} or (value.isdecimal() and int(value) >= min_value):
             feature = options[0].accelerate_features[variable]
             raise OptionError(
                 f"accelerate launch asks for {feature} "
@@ -188,11 +192,3 @@ def reject_other_splits() -> None:
                 f"multi-GPU ({LAUNCH}, or run accelerate config again) and pass "
                 f"{', or '.join(record.accelerate_advice for record in options)} over those processes"
             )
-
-
-def _splits_model(variable: str) -> bool:
-    """Return whether this environment variable of accelerate's launcher requests splitting the model."""
-    value = os.environ.get(variable, "0").lower()
-    # a switch is on with 1; a number of processes splits the model only if it is 2 or more
-    min_value = 1 if "_USE_" in variable else 2
-    return value in {"true", "yes", "y", "t", "on"} or (value.isdecimal() and int(value) >= min_value)

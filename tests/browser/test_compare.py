@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from browser.compare import _read_commands
 from browser.jobs import WAITING, JobQueue
 from browser.runs import FINISHED
 from modules.media.writing import write_png
@@ -21,7 +22,7 @@ from tests.browser.test_accessible import axe, list_errors  # noqa: F401  # a fi
 from tests.browser.test_jobs import wait_for_states
 from tests.chromium import open_page, wait_until
 from tests.pocket.test_training import cached, trained  # noqa: F401  # fixtures
-from training.reports.history import History, describe_process, history_path
+from training.reports.history import History, PageCommand, describe_process, history_path
 
 SECRET = "what nobody may read"
 COMMAND = "python wan_generate_video.py --task t2v-1.3B --dit 'my models/dit.safetensors' --vae vae.pth "
@@ -376,3 +377,17 @@ def test_a_command_of_elsewhere_is_read_before_it_is_queued(served: Served) -> N
     page = show(served, (6,), more="a hen")
     assert 'id="make_them"' not in page
     assert page.index("<details open>") < page.index("Make them")
+
+
+@pytest.mark.parametrize(
+    "start", ["python {}wan_generate_video.py", "python {}reelsmith.py --extensions a,b generate wan"]
+)
+def test_a_command_with_extensions_is_that_of_its_script(start: str) -> None:
+    line = f"{start.format('/a/b/')} --dit d.safetensors"
+    command = PageCommand("Generate with it", line, line, "")
+
+    found = [*_read_commands([command], {"wan_generate_video", "krea2_generate_image"})]
+
+    assert [(each.script, each.argv) for each in found] == [
+        ("wan_generate_video", ["--dit", "d.safetensors"])
+    ]

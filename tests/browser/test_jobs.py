@@ -23,6 +23,7 @@ from browser.launch import check_options, find_program, prepare_process, split_a
 from browser.runs import DIED, FINISHED, RUNNING, STOPPED
 from browser.serving import reopen_queue
 from modules.errors import OptionError, OutputError
+from modules.installation import EXTENSIONS
 from pocket.measure import IN_FLOAT32, POCKET, model_options
 from tests.browser.lasting import lasting  # noqa: F401  # a fixture
 from tests.browser.serving import Served, serve_runs, write_run
@@ -100,6 +101,8 @@ REJECTED = (
     ("python quickstart.py", "'quickstart.py'"),
     ("python modules/version.py", "'modules/version.py'"),
     ("reelsmith trian wan", "'reelsmith trian wan'"),
+    ("reelsmith --extensions glow train wan", "reelsmith.py --extensions glow browser"),
+    ("python reelsmith.py --extensions", "'reelsmith.py --extensions'"),
     ("accelerate launch --no_python bash", "--no_python"),
     ("accelerate launch -m http.server", "'-m http.server'"),
     ("accelerate launch --num_processes 2", "''"),
@@ -150,6 +153,18 @@ def test_anything_else_is_refused_by_name(line: str, word: str, tmp_path: Path) 
         find_program(split_arguments(line), tmp_path)
 
     assert word in str(rejection.value)
+
+
+def test_a_job_may_name_the_extensions_of_the_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(EXTENSIONS, "half, glow")
+
+    found = find_program(
+        split_arguments("python reelsmith.py --extensions glow train wan --glow 1"), tmp_path
+    )
+    with pytest.raises(OptionError, match="^drift: .* --extensions half,glow,drift browser"):
+        find_program(split_arguments("reelsmith --extensions glow,drift train wan"), tmp_path)
+
+    assert found[1] == [sys.executable, SCRIPT, "--glow", "1"]
 
 
 def test_a_home_folder_is_completed_outside_of_quotes(monkeypatch: pytest.MonkeyPatch) -> None:

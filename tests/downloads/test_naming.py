@@ -60,7 +60,13 @@ def test_a_model_that_is_not_supported_is_named_and_no_other_is_taken(name: str,
         read_family(name, find_models())
 
 
-@pytest.mark.parametrize(("name", "hint"), [("wan-t2v", "Did you mean wan?"), ("lumina2", "mean lumina?")])
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        *(("wan-t2v", "Did you mean wan?"), ("lumina2", "mean lumina?")),
+        *(("sdx", "Did you mean sdxl?"), ("stable_difusion", "Did you mean stable_diffusion?")),
+    ],
+)
 def test_a_longer_name_gets_the_family_that_it_begins_with(name: str, hint: str) -> None:
     with pytest.raises(OptionError) as error:
         read_family(name, find_models())

@@ -21,6 +21,7 @@ from tests.tiny.framepack import write_tiny_framepack
 from tests.tiny.hunyuan import write_tiny_hunyuan
 from tests.tiny.project import write_clips, write_dataset, write_image
 from tests.tiny.wan import write_tiny_wan
+from tests.waiting import wait_for
 from training.saving.states import CHECKSUM, FILE, SavedState, read_state
 
 SAMPLES = """a cat --w 32 --h 32 --f 5 --d 7 --s 2 --fs 5 --l 3 --n dull
@@ -263,6 +264,8 @@ def assert_same_training(output: Path, undisturbed: Path) -> None:
     """A training that was killed has left what the undisturbed one did: weights, states, samples, and nothing
     else.
     """
+    # the processes that draw the page go on a little after their trainings, and then leave nothing hidden
+    wait_for(lambda: not [*output.glob(".x.html.*")], lambda: [*output.glob(".*")])
     assert_whole(output)
     different = _names(output) ^ _names(undisturbed)
     assert not different, sorted(different)

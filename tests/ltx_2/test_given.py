@@ -28,10 +28,11 @@ from ltx_2.given import (
     audio_latent_times,
     covered_fractions,
 )
-from ltx_2.given_options import Ltx2GivenParts
+from ltx_2.given_options import CONDITION_OPTIONS, Ltx2GivenParts
 from ltx_2.options import Ltx2TrainingOptions, apply_conditioning_config
 from modules.errors import DatasetError, OptionError
 from protocols.data import AUDIO_LATENTS, Batch
+from tests.commands import ROOT
 from tests.ltx_2.release import dit_config
 from tests.ltx_2.test_model import in_diffusers
 from tests.ltx_2.test_options import read_own
@@ -451,6 +452,21 @@ def options_with(folder: Path, recipe: str, *words: str) -> Ltx2TrainingOptions:
     return apply_conditioning_config(options)
 
 
+def test_the_recipe_of_the_guide_is_read_and_its_table_names_every_type(tmp_path: Path) -> None:
+    guide = (ROOT / "docs" / "ltx2.md").read_text(encoding="utf-8")
+    recipe, _, after = guide.partition("```toml\n[video]")[2].partition("```")
+
+    given = options_with(tmp_path, f"[video]{recipe}").given
+
+    assert (given.ltx2_extend_prefix_frames, given.ltx2_extend_p) == (8, 0.5)
+    assert (given.ltx2_audio_inpaint_mask, given.ltx2_audio_inpaint_mask_p) == (True, 1.0)
+    table = after.partition("All have")[0]
+    for (one, kind), names in CONDITION_OPTIONS.items():
+        row = next(line for line in table.splitlines() if f"`{kind}`" in line)
+        assert one in row or "both" in row
+        assert all(f"`{key}`" in row for key in names if key not in ("", "probability"))
+
+
 def test_a_recipe_sets_the_options(tmp_path: Path) -> None:
     options = options_with(tmp_path, RECIPE)
 
@@ -478,6 +494,12 @@ def test_a_recipe_sets_the_options(tmp_path: Path) -> None:
         (("p = 0.25", "p = 0.25\nprobability = 0.25"), (), "p and probability mean the same"),
         (("p = 0.25", "p = 2"), (), "2 is not a value of --ltx2_first_frame_conditioning_p"),
         (("prefix = 2", "prefixes = 2"), (), "unknown key 'prefixes'"),
+        (
+            ("[video]\n", "ltx2_extend_prefix_frames = 2\n[video]\n"),
+            (),
+            "unknown key 'ltx2_extend_prefix_frames'. Keys are audio, video. It has a table for each stream "
+            "of --ltx2_mode, [video], [audio], with is_generated and conditions: docs/ltx2.md",
+        ),
         (('"extend"', '"expand"'), (), "type 'expand' is not known here, only first_frame"),
         (("is_generated = true", "is_generated = false"), (), "nothing would be learned"),
         (("[audio]\nis_generated = false", ""), (), "[audio] and --ltx2_mode do not match"),

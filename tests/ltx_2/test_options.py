@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from dataset.batches.example import ExampleItem
+from dataset.table import Guide
 from generation.options import read_generation
 from generation.outputs import name_job
 from generation.sample_lines import parse_sample_line
@@ -28,7 +29,7 @@ from ltx_2.options import (
 )
 from ltx_2.reference_options import Ltx2ReferenceOptions
 from modules.errors import OptionError
-from modules.option_values import option_argv
+from modules.option_values import missing_words, option_argv
 from modules.options import Options, read_options
 from modules.parser import Parser, add_options, reject_unsupported
 from modules.speed_options import GENERATION_VALUES
@@ -302,6 +303,76 @@ def test_the_printed_command_has_all_references_of_the_sample(tmp_path: Path, co
     example = ExampleItem(references=references)
     words = generation_options(read_own("ltx2_train_network"), {"example": example})
     assert read_own("ltx2_generate_video", *option_argv(words)).references.paths == references
+
+
+LEARNED = [
+    (
+        "--ltx2_extend_prefix_frames 8",
+        "--extend_prefix CLIP_FILE --extend_prefix_frames 57 --video_length 129",
+    ),
+    (
+        "--ltx2_extend_suffix_frames 8 --ltx2_extend_p 0.5",
+        "--extend_suffix LATER_CLIP_FILE --extend_suffix_frames 65 --video_length 129",
+    ),
+    ("--ltx2_extend_suffix_frames 8 --ltx2_extend_suffix_p 0", ""),
+    (
+        "--ltx2_spatial_crop --ltx2_spatial_crop_p 1",
+        "--outpaint_source SOURCE_FILE --outpaint_region 64,32,128,64",
+    ),
+    (
+        "--ltx2_inpaint_mask --ltx2_inpaint_mask_p 1 --ltx2_inpaint_mask_invert",
+        "--inpaint_source SOURCE_FILE --inpaint_mask MASK_FILE --inpaint_invert",
+    ),
+    ("--video_anchor_training", "--latent_frame 0:IMAGE_FILE"),
+    ("--keyframe_endpoint_training", "--keyframe 0:IMAGE_FILE"),
+    ("--ltx2_mode av --ltx2_train_direction a2v", "--drive_audio AUDIO_FILE"),
+    (
+        "--ltx2_mode av --ltx2_audio_extend_prefix_frames 50",
+        "--audio_prefix AUDIO_FILE --audio_prefix_seconds 2.0",
+    ),
+    (
+        "--ltx2_mode av --ltx2_audio_inpaint_mask --ltx2_audio_inpaint_mask_p 1",
+        "--audio_inpaint_audio AUDIO_FILE --audio_inpaint_interval START,END",
+    ),
+]
+
+
+@pytest.mark.parametrize(("trained", "printed"), LEARNED)
+def test_the_printed_command_is_given_what_the_training_gave(
+    trained: str, printed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = read_own("ltx2_train_network", *trained.split())
+    example = ExampleItem(spatial_crop_region=(32, 64, 96, 192))
+
+    words = option_argv(generation_options(own, {"example": example}))
+    without = option_argv(generation_options(read_own("ltx2_train_network"), {"example": example}))
+
+    added = [word for word in words if word not in without]
+    assert {*added} - {"--ltx2_mode", "av"} == {*printed.split()}
+    assert {*missing_words(words)} >= {word for word in printed.split() if word.endswith("_FILE")}
+    monkeypatch.chdir(tmp_path)
+    for name in ("CLIP", "LATER_CLIP", "SOURCE", "MASK", "AUDIO", "IMAGE"):
+        (tmp_path / f"{name}_FILE").touch()
+    argv = ["--save_path", "out", "--prompt", "a cat", *(word.replace("START,END", "1,2") for word in words)]
+    resolve_generation(*read_generation(None, DEFAULTS, Ltx2GenerationOptions, argv))
+
+
+def test_guides_of_a_table_are_given_to_the_printed_command() -> None:
+    guides = (Guide(Path("a"), -1, 1.0), Guide(Path("b"), 48, 0.5), Guide(Path("c"), 2, 1, is_keyframe=False))
+
+    words = option_argv(
+        generation_options(read_own("ltx2_train_network"), {"example": ExampleItem(guides=guides)})
+    )
+
+    text = " ".join(words)
+    assert "--keyframe=-1:GUIDE_FILE:1 --keyframe 48:GUIDE_FILE:0.5 --latent_frame 2:GUIDE_FILE:1" in text
+
+
+def test_a_sample_of_a_line_is_repeated_unless_the_lora_always_got_more() -> None:
+    words = "--ltx2_extend_prefix_frames 8 --ltx2_extend_p"
+    for share, has_clip in (("0.5", False), ("1", True)):
+        own = read_own("ltx2_train_network", *words.split(), share)
+        assert ("--extend_prefix" in generation_options(own, {"frames": 129})) == has_clip
 
 
 def test_options_of_a_stream_that_is_not_made_are_told(caplog: pytest.LogCaptureFixture) -> None:

@@ -44,6 +44,7 @@ def run(name: str, steps: int) -> list[object]:
         (["--h3_guidance_loss_uncond_cache", "dit.safetensors"], ["--h3_guidance_loss_scale"]),
         (["--h3_teacher_loss_dc_weight", 0.3], ["--h3_teacher_matching"]),
         (["--h3_teacher_matching", "--teacher_weight", 0.5], ["mean the same", "pass one"]),
+        (["--h3_teacher_matching", "--h3_training_mode", "ref2va"], ["--task ref2va", "--task t2va"]),
         (["--h3_teacher_matching", "--task", "fl2va"], ["--task fl2va", "--task t2va"]),
         (["--h3_teacher_matching", "--h3_teacher_conditions", "all"], ["--h3_teacher_conditions"]),
         (["--h3_timestep_focus_min", 0.1], ["--h3_timestep_focus_prob"]),

@@ -375,6 +375,7 @@ def test_modules_and_ranks_are_the_recorded_ones(family: str, which: str) -> Non
     [
         ({"train_double_block_indices": "0,19"}, "no block 19"),
         ({"train_single_block_indices": "5-3"}, "write all, none, or numbers"),
+        ({"train_double_block_indices": "0-99999999999"}, "numbers of blocks such as"),
         ({"train_blocks": "triple"}, "pass one of all, double, single"),
         ({"in_dims": "[1,2]"}, "write 5 ranks"),
         ({"img_attn_dims": "4"}, "Did you mean img_attn_dim"),

@@ -12,11 +12,11 @@ import pytest
 from packaging.requirements import Requirement
 
 from modules.command import quote_for_shell
-from modules.installation import find_script
+from modules.installation import CHECKOUT_SCRIPTS, find_script
 from modules.script_words import console_words, has_own_command, name_words
 from package.reelsmith import __all__ as FUNCTIONS
 from package.reelsmith import commands
-from package.reelsmith.commands import CHECKOUT_SCRIPTS, EXCLUDED_SCRIPTS, ScriptCommand, find_commands
+from package.reelsmith.commands import EXCLUDED_SCRIPTS, ScriptCommand, find_commands
 from package.staging import add_entry_point, entry_points, find_rooms, rename_scripts, rewrite_imports
 from tests.commands import ROOT, assert_user_error, run_script
 from tests.test_imports import SCRIPTS, TOOLS

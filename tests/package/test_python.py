@@ -157,6 +157,8 @@ def test_the_examples_of_the_page_run_in_their_order(folder: Path, capfd: pytest
         ({"sdpa": 1}, "--sdpa is a switch: pass True or False, not 1"),
         ({"config": "missing.toml"}, "--config_file missing.toml: cannot be read"),
         ({"help": True}, "the options ask for the help alone"),
+        ({"dit": "\0"}, "'--dit=\\x00' contains the character NUL"),
+        ({"sample_lora": ["a", "\ud800"]}, "'\\ud800' contains half a character"),
     ],
 )
 def test_a_wrong_option_is_an_exception_with_the_message_of_the_command(
@@ -378,10 +380,90 @@ def test_a_program_that_ends_stops_what_it_has_started(folder: Path, first: str)
 
 def test_the_names_of_the_module_are_those_of_the_api() -> None:
     assert reelsmith.__all__ == api.__all__
+    assert dir(reelsmith) == sorted(api.__all__)
+    for name in ("train", "cache", "generate", "merge", "plan", "command"):
+        assert "--help" in str(getattr(api, name).__doc__) or name == "plan"
     code = "import sys, reelsmith; print('package.reelsmith.api' in sys.modules, 'subprocess' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "False False\n"
     assert (ROOT / "package" / "reelsmith" / "py.typed").is_file()
+
+
+# a training as its history tells it; it has the words of a command of ours that ends at once
+def run_with_history(folder: Path, rows: bytes, **options: object) -> reelsmith.CommandRun:
+    output = folder / "out put"
+    history = HistoryEvents(output, "cat")
+    output.mkdir()
+    options = {"output_dir": str(output), "output_name": "cat", "max_train_steps": 10, **options}
+    run = reelsmith.CommandRun(Path("tools/download.py"), ["--list"], options, history)
+    history.path.write_bytes(SESSION + STARTED % (10, os.getpid()) + rows)
+    return run
+
+
+def test_a_cell_of_a_notebook_shows_what_a_run_has_done(folder: Path) -> None:
+    saved = b'{"step": 10, "saved": "cat.safetensors"}\n'
+    run = run_with_history(folder, STEP % 3 + STEP % 10 + saved)
+    run._process.wait()
+
+    assert repr(run) == f"cat: finished, step 10 of 10, loss 0.5, {folder / 'out put' / 'cat.safetensors'}"
+    assert [type(event).__name__ for event in run][-3:] == ["StepEvent", "StepEvent", "SavedEvent"]
+    assert repr(reelsmith.command("download", list=True).wait()) == "download: finished"
+    with pytest.raises(reelsmith.UserError) as raised:
+        reelsmith.command("download", family="wan", task="nope", to="models").wait()
+    assert "wan has" in str(raised.value)
+
+
+def test_what_cannot_be_continued_says_so_in_the_words_of_python(folder: Path) -> None:
+    finished = run_with_history(folder, STEP % 10).wait()
+    finished.script = SCRIPT
+    with pytest.raises(reelsmith.UserError, match=r"all its 10 steps.*resume\(run, max_train_steps=20\)"):
+        reelsmith.resume(finished)
+
+    with pytest.raises(
+        reelsmith.UserError, match="no state of cat in .*out put: .*save_state=True"
+    ) as raised:
+        reelsmith.resume(finished, max_train_steps=20)
+    assert "--" not in str(raised.value)
+
+
+def test_files_of_a_generation_are_found_without_reading_the_folders_beside_them(tmp_path: Path) -> None:
+    (tmp_path / "a lot" / "inside").mkdir(parents=True)
+    (tmp_path / "a lot" / "inside" / "x.png").touch()
+    (tmp_path / "old.png").touch()
+    before = api._list_modification_times(tmp_path)
+    assert [path.name for path in before] == ["a lot", "old.png"]
+    assert api._list_modification_times(tmp_path / "none") == {}
+    assert [*api._list_modification_times(tmp_path / "old.png")] == [tmp_path / "old.png"]
+
+    with patch.object(Path, "iterdir", side_effect=PermissionError):
+        assert api._list_modification_times(tmp_path) == {}
+
+
+@pytest.mark.parametrize("target", ["results", "results/one.png"])
+def test_a_generation_returns_its_files_and_those_of_frames(
+    target: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = folder / target
+    (folder / "results" / "earlier").mkdir(parents=True)
+    (folder / "results" / "earlier" / "x.png").touch()
+
+    def write(_: object) -> reelsmith.CommandRun:
+        if path.suffix:
+            path.touch()
+        else:
+            (path / "frames").mkdir()
+            (path / "frames" / "0.png").touch()
+            (path / "new.mp4").touch()
+        return reelsmith.CommandRun(Path("tools/download.py"), ["--list"], {}, None)
+
+    monkeypatch.setattr(api.CheckedCommand, "start", write)
+    checked = api.CheckedCommand(SCRIPT, [], {}, {"save_path": str(path)})
+    monkeypatch.setattr(api, "_check_script", lambda *_: checked)
+
+    files = reelsmith.generate("wan")
+
+    expected = ["results/one.png"] if path.suffix else ["results/frames/0.png", "results/new.mp4"]
+    assert [file.relative_to(folder).as_posix() for file in files] == expected
 
 
 def test_options_of_named_extensions_are_left_to_the_command(

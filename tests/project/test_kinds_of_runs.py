@@ -372,6 +372,28 @@ def test_an_adapter_of_an_empty_folder_begins_with_varied_captions(tmp_path: Pat
     assert describe(folder, "z_image turbo", "--train", "adapter") == said  # again, as nothing is there
 
 
+def test_what_an_adapter_prints_for_its_own_images_is_typed_as_it_is(tmp_path: Path) -> None:
+    """With the models, the memory and the length of this `new`; there it is not advised again."""
+    folder, models = tmp_path / "a b \u00fc", tmp_path / "mo dels"
+    write_photos(folder)
+    words = ["--train", "adapter", "--models", models, "--memory", "0", "--max_train_steps", "100"]
+
+    said = describe(folder, "z_image turbo", *map(str, words))
+
+    printed = [shlex.split(line) for line in said.splitlines() if "reelsmith.py new" in line]
+    own = folder / "own"
+    write_photos(own)  # by another program, whose pictures hold no prompt
+    assert [line[2:4] for line in printed] == [["new", str(own)]]
+    output = io.StringIO()
+    assert run_here("new_project.py", *printed[0][3:], folder=tmp_path, printed=output) == (0, "")
+    assert read_run(own)["training"]["max_train_steps"] == 100
+    dit = parse_toml((folder / RUN_FILE).read_text(encoding="utf-8"))["training"]["dit"]
+    assert read_run(own)["training"]["dit"] == dit
+    assert Path(dit).parent == models
+    assert "on a CPU" in output.getvalue()
+    assert "own_prompts.txt" not in output.getvalue()
+
+
 def test_an_adapter_learns_the_folder_or_what_the_model_made_of_its_captions(tmp_path: Path) -> None:
     folder = tmp_path / "photos"
     write_photos(folder)

@@ -21,6 +21,7 @@ from modules.errors import OptionError, OutputError
 from modules.text_files import parse_toml
 from project.pack_options import MANIFEST, PackOptions, UnpackOptions
 from project.packing import pack_folder
+from project.relocating import MachinePaths, relocate_history
 from project.unpacking import unpack_folder
 from tests.commands import ROOT
 from tests.faults.messages import assert_one_message, run_here, succeed_here
@@ -442,3 +443,23 @@ def test_the_name_of_a_folder_is_no_option_of_the_next_command(
     unpack_folder(UnpackOptions(file=file))
     assert f"run .{os.sep}--help" in capsys.readouterr().out.replace("\n", " ").replace("'", "")
     assert (tmp_path / "--help" / "run.toml").is_file()
+
+
+def test_lines_of_a_history_end_at_newlines_only(tmp_path: Path) -> None:
+    prompts = ["a cat", "a\u2028dog\u2029in\u0085fog", "a bird"]
+    rows = [{"step": step, "prompt": prompt} for step, prompt in enumerate(prompts)]
+    text = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows) + '{"step": 3, "pro'
+
+    relocated = relocate_history(text, MachinePaths(tmp_path))
+
+    assert [json.loads(line) for line in relocated.split("\n")[:-1]] == rows
+
+
+def test_a_plain_word_as_the_download_folder_stays_a_word_elsewhere(tmp_path: Path) -> None:
+    paths = MachinePaths(tmp_path, {"data": "models", "data/wan.safetensors": "models/a.safetensors"})
+
+    assert paths.erase("a database of data, big-data/x") == "a database of data, big-data/x"
+    assert paths.erase("--dit data/wan.safetensors --vae data/vae.pt") == (
+        "--dit models/a.safetensors --vae models/vae.pt"
+    )
+    assert paths.erase("data") == "models"

@@ -4,24 +4,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from protocols.data import AUDIO_LATENTS, HAS_AUDIO, AudioVideoShapes, Batch, Conditions
-from protocols.family import FLOW, NoiseSpec
+from protocols.data import AUDIO_LATENTS, HAS_AUDIO, AudioSpec, AudioVideoShapes, Batch, Conditions
+from protocols.family import FLOW, Abilities, NoiseSpec
 from protocols.rules import AUDIO_STREAM, IMAGE_STREAM, AudioLearning, ShiftedLogit
 from protocols.steps import NO_OVERRIDES, Overrides
-from tests.training.toy import LATENT, ToyFamily
-from training.data.feed import NoiseSampler
+from tests.training.toy import LATENT, ToyFamily, toy_options, write_caches
+from training.data.feed import BatchSources, NoiseSampler
 from training.data.timesteps import draw
 from training.features.guided import GuidedTarget, with_guided_target
 from training.features.teacher_errors import Split
 from training.features.teacher_passes import TeacherComparison, TeacherTarget, predict_as_base_model
 from training.loss import PLAIN_LOSS, LossRule, NoisyBatch
 from training.noise_options import SHIFTED_LOGIT, TimestepOptions
+from training.run import prepare_run
 from training.targets.passes import measure_streams, training_loss
 
 JOINT = AudioVideoShapes((2, 3, 2, 2), (2, 4, 3))
@@ -180,6 +182,75 @@ def test_a_given_stream_is_clean_and_not_learned(given: str, is_image: bool) -> 
     clean = (noisy.batch.tensor("latents") * LATENT.scale, noisy.batch.tensor(AUDIO_LATENTS))
     are_clean = [torch.equal(part, one) for part, one in zip(parts, clean, strict=True)]
     assert are_clean == [is_image, not is_image]
+
+
+@pytest.mark.parametrize(
+    "learning",
+    [
+        AudioLearning(),
+        AudioLearning(0.5, 0.25),
+        AudioLearning(0.5, 0.0, has_own_times=True),
+        AudioLearning(2.0, 3.0, clean_stream=IMAGE_STREAM),
+        AudioLearning(2.0, 3.0, clean_stream=AUDIO_STREAM),
+    ],
+)
+def test_validation_measures_the_task_that_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, learning: AudioLearning
+) -> None:
+    """The same stream is clean, the weights are those of the loss, and the noise is that of the level."""
+    write_caches(tmp_path)
+    with prepare_run(ToyFamily(), toy_options(tmp_path, "--validation_split", "0.2")) as run:
+        validation = run.validation
+    assert validation is not None
+    family = Hearing(
+        abilities=Abilities(trains_audio=True), noise=replace(FLOW, training_offset=0.0, audio_shift=3.0)
+    )
+    family.__dict__.update(audio=AudioSpec(8000, 2, lambda frames, fps: JOINT.audio), audio_learning=learning)
+    monkeypatch.setattr(BatchSources, "read", lambda *_, **__: batch_of(True))
+    validation.plan = replace(validation.plan, family=family)
+    measured = validation.measure(lambda _: nn.Identity(), nullcontext)
+
+    clean = batch_of(True)
+    image, audio = clean.tensor("latents") * LATENT.scale, clean.tensor(AUDIO_LATENTS)
+    noisy, timesteps, _ = family.__dict__["told"]  # of the last level: 0.9
+    image_sigma = 0.0 if learning.clean_stream == IMAGE_STREAM else 0.9
+    audio_sigma = 0.9 if learning.has_own_times else 3 * 0.9 / (1 + 2 * 0.9)
+    audio_sigma = 0.0 if learning.clean_stream == AUDIO_STREAM else audio_sigma
+    expected = 0.0
+    parts = zip(
+        (image, audio),
+        JOINT.split(noisy),
+        (image_sigma, audio_sigma),
+        (learning.image_weight, learning.audio_weight),
+        strict=True,
+    )
+    for latents, part, sigma, weight in parts:
+        if sigma == 0:
+            assert torch.equal(part, latents)
+            continue
+        noise = (part - (1 - sigma) * latents) / sigma
+        assert 0.5 < float(noise.std()) < 1.5
+        expected += weight * float((part - (noise - latents)).square().mean())
+    assert (timesteps / 1000).flatten().tolist() == pytest.approx([image_sigma, audio_sigma])
+    assert measured["validation/loss_900"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_times_of_audio_of_its_own_are_independent_with_buckets_too() -> None:
+    """Levels of the two lie in the same tenth about as often as chance says, and audio alone takes each."""
+    options = replace(TimestepOptions.from_defaults(), timestep_sampling="uniform", num_timestep_buckets=10)
+    sampler = NoiseSampler(options, 7, FLOW, audio=AudioLearning(has_own_times=True))
+    levels = []
+    for number in range(300):
+        noisy = sampler.add_noise(batch_of(True), number, number)
+        assert noisy.audio is not None
+        levels.append((noisy.levels[0], noisy.audio.levels[0]))
+
+    image, audio = torch.tensor(levels, dtype=torch.float64).T
+    assert abs(float(torch.corrcoef(torch.stack([image, audio]))[0, 1])) < 0.2  # 0.99 with shared intervals
+    assert float((image - audio).abs().max()) > 0.5
+    for stream in (image, audio):
+        tenths = (10 * stream).floor().view(30, 10).sort(1).values
+        assert torch.equal(tenths, torch.arange(10.0).double().expand(30, 10))
 
 
 @pytest.mark.parametrize("is_stretched", [False, True])

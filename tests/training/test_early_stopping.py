@@ -2,14 +2,19 @@
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors import safe_open
 
 from modules.errors import OptionError
 from tests.training.toy import train_toy, write_caches
+from training.features.early_stopping import EarlyStoppingProgress, reason_to_stop
+from training.features.hooks import RunInfo
+from training.reports.history import history_path, read_history
+from training.steps import Progress
 
-# a network that does not change: the loss before the first step stays the lowest
+# a network that does not change: the first loss that is counted stays the lowest
 STILL = ("--learning_rate", 0, "--validation_split", 0.4, "--validate_every_n_steps", 2, "--save_state")
 
 
@@ -24,17 +29,31 @@ def test_a_run_ends_when_the_loss_is_not_lower_any_more(
     write_caches(tmp_path)
     caplog.set_level(logging.INFO)
 
-    train_toy(tmp_path, *STILL, "--early_stopping_patience", 2)
+    train_toy(tmp_path, *STILL, "--early_stopping_patience", 2, has_page=True)
 
-    texts = read_texts(tmp_path / "output" / "x.safetensors")
-    assert (texts["ss_steps"], texts["ss_ended_early"]) == ("4", "0")
-    assert "Ended after step 4 of 8: the validation loss was lowest at step 0" in caplog.text
-    assert (tmp_path / "output" / "x-state").is_dir()
+    output = tmp_path / "output"
+    texts = read_texts(output / "x.safetensors")
+    # the loss before the first step does not count: it is of no file
+    assert (texts["ss_steps"], texts["ss_ended_early"]) == ("6", "2")
+    assert "Ended after step 6 of 8: the validation loss was lowest at step 2" in caplog.text
+    assert (output / "x-state").is_dir()
+    assert "the lowest so far" not in caplog.text
+    history = read_history(history_path(output, "x"), int(texts["ss_session_id"]))
+    assert history.ending == ("finished", "good")  # nobody has stopped it
+
+
+def test_a_loss_above_that_of_the_untrained_model_that_falls_goes_on() -> None:
+    losses = {0: 0.1, 2: 0.12, 4: 0.11, 6: 0.105}
+    progress = Progress(seed=0, session_id=0, started_at=0)
+    run, info = SimpleNamespace(progress=progress), RunInfo()
+    for progress.step, loss in losses.items():
+        assert reason_to_stop(run, loss, 3, info) == ""
+    assert progress.feature_state(EarlyStoppingProgress).lowest_step == 6
 
 
 def test_measurements_are_counted_across_a_resumed_run_and_epochs(tmp_path: Path) -> None:
     write_caches(tmp_path)
-    patience = (*STILL, "--early_stopping_patience", 3, "--save_every_n_steps", 4)
+    patience = (*STILL, "--early_stopping_patience", 3, "--save_every_n_steps", 4, "--max_train_steps", 12)
 
     train_toy(tmp_path, *patience)
     before = read_texts(tmp_path / "output" / "x-step00000004.safetensors")
@@ -43,7 +62,7 @@ def test_measurements_are_counted_across_a_resumed_run_and_epochs(tmp_path: Path
 
     after = read_texts(tmp_path / "output" / "x.safetensors")
     assert "ss_ended_early" not in before
-    assert (after["ss_steps"], after["ss_ended_early"]) == ("6", "0")
+    assert (after["ss_steps"], after["ss_ended_early"]) == ("8", "2")
 
 
 def test_a_loss_that_falls_ends_nothing(tmp_path: Path) -> None:

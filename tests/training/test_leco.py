@@ -115,12 +115,12 @@ def test_a_slider_becomes_pairs_for_each_neutral_prompt_then_each_size(ends: str
 
 
 def test_neutral_prompts_of_an_entry_win_and_files_lie_next_to_the_prompts(tmp_path: Path) -> None:
-    (tmp_path / "neutral.txt").write_text("c\n\nd\n", encoding="utf-8")
+    (tmp_path / "neutral.txt").write_text("c\u2028c\n\nd\n", encoding="utf-8")
     text = 'target_class = ""\npositive = "old"\nneutrals = ["a"]\n\n[[targets]]\nneutral = "b"\n'
     text += 'neutral_prompt_file = "neutral.txt"\n\n[[targets]]\npositive = "red"\n'
     pairs = read(tmp_path, text)
 
-    assert Counter(pair.neutral for pair in pairs) == {"b": 2, "c": 2, "d": 2, "a": 2}
+    assert Counter(pair.neutral for pair in pairs) == {"b": 2, "c\u2028c": 2, "d": 2, "a": 2}
     alone = read(tmp_path, 'target_class = "cat"\npositive = "old"\n')
     assert [(pair.neutral, pair.height) for pair in alone] == [("", 512)] * 2
 

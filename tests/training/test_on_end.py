@@ -96,6 +96,17 @@ def test_a_stop_and_an_error_are_reported_with_the_step(tmp_path: Path) -> None:
     assert "\n" not in failed["REELSMITH_ERROR"]
 
 
+def test_a_run_that_ends_early_has_finished(tmp_path: Path) -> None:
+    toy.write_caches(tmp_path)
+
+    still = ("--learning_rate", 0, "--validation_split", 0.4, "--validate_every_n_steps", 2)
+    train(tmp_path, *still, "--early_stopping_patience", 1)
+
+    (info,) = said(tmp_path)
+    assert (info["REELSMITH_STATE"], info["REELSMITH_EXIT_CODE"]) == ("finished", "0")
+    assert (info["REELSMITH_STEP"], info["REELSMITH_STEPS"]) == ("4", "8")
+
+
 @pytest.mark.parametrize("words", [("--check",), ("--plan",), ("--show_timesteps", "console")])
 def test_what_trains_nothing_starts_nothing(tmp_path: Path, words: tuple[str, ...]) -> None:
     toy.write_caches(tmp_path)

@@ -50,6 +50,7 @@ def test_steps_are_counted_from_where_the_plan_began(begin: tuple[int, int, int]
     for number in range(epoch, plan.num_epochs):
         for group in plan.batches_by_step(number, position):
             assert plan.steps_until(number, position) == step
+            assert {plan.step_of(number, index) for index in group} == {step}  # which warm-ups of tags read
             step, position = step + 1, group.stop
         position = 0
     assert step == plan.total_steps

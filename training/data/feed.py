@@ -47,6 +47,7 @@ from training.noise_options import NOTHING, SIGMA, TIMESTEP, TimestepOptions
 from training.steps import StepPlan
 
 Key = tuple[int, int]  # epoch, micro-batch in it
+TIMESTEPS = "timesteps"  # name of the random stream that images draw their timesteps from
 # with at most this many items in an epoch, workers are kept for the next epochs
 PERSISTENT_WORKERS_MAX_ITEMS = 50_000
 ALIGNMENT = 64  # bytes: enough for every dtype
@@ -216,8 +217,18 @@ class NoiseSampler:
             levels=tuple(times.levels.tolist()),
         )
         if self.audio is not None:
-            audio = self._draw_audio(self.audio, batch, times, number=number, first_sample=first_sample)
-            noisy_batch = _combine_with_audio(noisy_batch, audio, self.audio)
+            # the names of the streams are part of what a seed reproduces
+            noisy_batch = add_audio(
+                noisy_batch,
+                self.audio,
+                times=times,
+                noise_spec=self.noise_spec,
+                generator=seed_generator(self.seed, "sound", number),
+                draw_own_times=functools.partial(
+                    self.draw, len(batch), number, first_sample, stream="sound timesteps"
+                ),
+                weigh=functools.partial(self._weigh, batch),
+            )
         if self.noise_spec.clean_token_rule is not None:  # some latents stay clean, as conditions
             generator = seed_generator(self.seed, "given tokens", number)
             clean_tokens = self.noise_spec.clean_token_rule.draw(noisy_batch.batch, generator)
@@ -245,31 +256,6 @@ class NoiseSampler:
             batch = replace(batch, tensors=tensors)
         return batch
 
-    def _draw_audio(
-        self, learning: AudioLearning, batch: Batch, times: Timesteps, *, number: int, first_sample: int
-    ) -> NoisyAudio | None:
-        """Draw the noise and the timesteps of a batch's audio; None if no sample has audio."""
-        latents, has_sound = batch.tensors.get(AUDIO_LATENTS), batch.tensors.get(HAS_AUDIO)
-        if not isinstance(latents, Tensor) or not isinstance(has_sound, Tensor):
-            return None
-        noise = torch.randn(latents.shape, generator=seed_generator(self.seed, "sound", number))
-        learns_images_alone = learning.clean_stream == AUDIO_STREAM
-        if learns_images_alone:  # the audio stays clean and has no loss
-            zeros = torch.zeros(len(batch))
-            return NoisyAudio(noise, sigmas=zeros, timesteps=zeros, weights=zeros)
-        if learning.has_own_times:
-            times = self.draw(len(batch), number, first_sample, shape=latents.shape, stream="sound timesteps")
-        else:
-            times = shift_audio_timesteps(times, self.noise_spec)
-        weights = learning.audio_weight * self._weigh(batch, times) * has_sound
-        return NoisyAudio(
-            noise=noise,
-            sigmas=times.sigmas,
-            timesteps=times.timesteps,
-            weights=weights,
-            levels=tuple(times.levels.tolist()),
-        )
-
     def _draw_perturbation(self, shape: torch.Size, number: int) -> Tensor:
         """Draw the perturbation noise that features add to the network's input, summed over features."""
         return functools.reduce(torch.add, (draw(shape, self.seed, number) for draw in self.perturbations))
@@ -284,7 +270,7 @@ class NoiseSampler:
         return weights * torch.tensor(batch.loss_weights) if batch.loss_weights else weights
 
     def draw(
-        self, count: int, number: int, first_sample: int, shape: Sequence[int], stream: str = "timesteps"
+        self, count: int, number: int, first_sample: int, shape: Sequence[int], stream: str = TIMESTEPS
     ) -> Timesteps:
         """Draw the timesteps of one micro-batch.
 
@@ -297,11 +283,13 @@ class NoiseSampler:
             stream: Name of the random stream; other streams get independent numbers.
         """
         generator = seed_generator(self.seed, stream, number)
+        # streams that shared the intervals of --num_timestep_buckets would not be independent
+        seed = self.seed if stream == TIMESTEPS else derive_seed(self.seed, stream)
         return draw(
             self.timesteps,
             count,
             generator,
-            seed=self.seed,
+            seed=seed,
             first_sample=first_sample,
             noise_spec=self.noise_spec,
             shape=shape,
@@ -309,13 +297,50 @@ class NoiseSampler:
         )
 
 
-def _combine_with_audio(
-    noisy_batch: NoisyBatch, audio: NoisyAudio | None, learning: AudioLearning
+def add_audio(
+    noisy_batch: NoisyBatch,
+    learning: AudioLearning,
+    *,
+    times: Timesteps,
+    noise_spec: NoiseSpec,
+    generator: torch.Generator,
+    draw_own_times: Callable[[Sequence[int]], Timesteps],
+    weigh: Callable[[Timesteps], Tensor],
 ) -> NoisyBatch:
-    """Return a micro-batch with its noisy audio, and with the weight of its images next to audio."""
-    learns_audio_alone = learning.clean_stream == IMAGE_STREAM
-    if learns_audio_alone:  # images stay clean and have no loss
-        zeros = torch.zeros(len(noisy_batch.batch))
+    """Return a micro-batch with its noisy audio, and with the loss weights of its two streams.
+
+    A stream that stays clean has no noise and no loss. Training and validation both use this function, so
+    that they measure the same task.
+
+    Args:
+        noisy_batch: The micro-batch, whose weights are those of images alone.
+        learning: Weights of the two streams, and the stream that stays clean.
+        times: Timesteps of the images.
+        noise_spec: Noise conventions of the family.
+        generator: Generator of the audio's noise.
+        draw_own_times: Returns the timesteps of audio that has its own, given the shape of the audio latents.
+        weigh: Returns the loss weights of samples at these timesteps, before the weight of the stream.
+    """
+    batch = noisy_batch.batch
+    zeros = torch.zeros(len(batch))
+    audio = None
+    latents, has_sound = batch.tensors.get(AUDIO_LATENTS), batch.tensors.get(HAS_AUDIO)
+    if isinstance(latents, Tensor) and isinstance(has_sound, Tensor):
+        noise = torch.randn(latents.shape, generator=generator)
+        audio = NoisyAudio(noise, sigmas=zeros, timesteps=zeros, weights=zeros)
+        if learning.clean_stream != AUDIO_STREAM:
+            if learning.has_own_times:
+                audio_times = draw_own_times(latents.shape)
+            else:
+                audio_times = shift_audio_timesteps(times, noise_spec)
+            audio = NoisyAudio(
+                noise=noise,
+                sigmas=audio_times.sigmas,
+                timesteps=audio_times.timesteps,
+                weights=learning.audio_weight * weigh(audio_times) * has_sound,
+                levels=tuple(audio_times.levels.tolist()),
+            )
+    if learning.clean_stream == IMAGE_STREAM:
         levels = tuple(zeros.tolist())
         return replace(noisy_batch, audio=audio, weights=zeros, sigmas=zeros, timesteps=zeros, levels=levels)
     return replace(noisy_batch, audio=audio, weights=learning.image_weight * noisy_batch.weights)
@@ -454,9 +479,7 @@ class Feed:
 
     def _find_run_position(self, key: Key, number: int) -> RunPosition:
         """Return the step of the run to which micro-batch `number` belongs."""
-        epoch, index = key
-        step_start = index - index % self.plan.batches_per_step
-        step = self.plan.steps_until(epoch, step_start)
+        step = self.plan.step_of(*key)
         return RunPosition(self.noise_sampler.seed, number, step, self.plan.total_steps)
 
     def _get_noise_sampler(self, key: Key) -> tuple[NoiseSampler, int]:

@@ -65,7 +65,9 @@ def draw(
     expert is chosen with its true probability. Samples that belong to another expert are drawn again within
     the range of the first sample's expert. Each sample by itself follows the sampler's distribution.
 
-    With --num_timestep_buckets N, every N consecutive samples get one draw from each of N equal intervals.
+    With --num_timestep_buckets N, every N consecutive samples get one draw from each of N equal intervals of
+    the accepted draws. With two experts this holds for micro-batches of one sample: samples that are drawn
+    again for the first one's expert are independent.
 
     Args:
         options: Options of the timesteps.
@@ -94,7 +96,11 @@ def draw(
         if first_sample is None:
             raise ValueError("first_sample is required with num_timestep_buckets")
         u = _stratify(u, options.num_timestep_buckets, seed, first_sample)
-    fractions = map_uniform_to_fractions(options, low + u * (high - low), noise_spec, flow_shift)
+    u = low + u * (high - low)
+    if options.num_timestep_buckets is not None and not accepts_all_draws:
+        # the equal parts are those of the accepted draws, which may have gaps: hardly a draw is rejected
+        u = _skip_rejected(u, low, high, scan_draws(options, noise_spec, flow_shift, any_expert).u)
+    fractions = map_uniform_to_fractions(options, u, noise_spec, flow_shift)
     redraw_rejected = functools.partial(
         _redraw_rejected, options, noise_spec=noise_spec, flow_shift=flow_shift, generator=generator
     )
@@ -425,6 +431,7 @@ class AcceptedDraws(NamedTuple):
     fractions: Tensor  # noise fractions that the sampler maps them to
 
 
+@functools.cache
 def scan_draws(
     options: TimestepOptions, noise_spec: NoiseSpec, flow_shift: float, expert: Expert = ONE_EXPERT[0]
 ) -> AcceptedDraws:
@@ -588,6 +595,13 @@ def _sample_sigma_timesteps(options: TimestepOptions, draws: Tensor, noise_spec:
     index = (u * (high - low) + low).floor().clamp(0, NUM_TIMESTEPS - 1)
     sigmas = (NUM_TIMESTEPS - index) / NUM_TIMESTEPS
     return shift_sigmas(sigmas, options.flow_shift) if noise_spec.table_is_shifted else sigmas
+
+
+def _skip_rejected(u: Tensor, low: float, high: float, accepted: Tensor) -> Tensor:
+    """Map numbers u, spread over low..high, to the `accepted` ones of `spread_evenly`, in their order."""
+    position = (u - low) / (high - low) * len(accepted)
+    index = position.floor().clamp(0, len(accepted) - 1)
+    return accepted[index.long()] + (position - index - 0.5) / NUM_SCANNED_DRAWS
 
 
 def _stratify(u: Tensor, num_buckets: int, seed: int, first_sample: int) -> Tensor:

@@ -4,8 +4,14 @@ A feature is one file without torch, or two (the second one with torch), and two
 `training/features/__init__.py`. Without these lines, everything else works as before. Phases of a run never
 call a feature by name: an active feature adds values and functions to the run, and phases use these.
 
+    from modules.options import HABIT, option
+    from training.features.contract import AT_NOISE, Feature, FeatureOptions, given_values
+
     class BlurOptions(FeatureOptions, title="blur", at=AT_NOISE, facts=HABIT):
         blur: float | None = option("blur the noise by this much", above=0, hint="0.1 is usual")
+
+    # the shape of the latents, the seed of the run, the number of the micro-batch -> noise to add, a tensor
+    def draw_blur(options: BlurOptions, shape: "torch.Size", seed: int, number: int) -> "torch.Tensor": ...
 
     def _join(run: "RunFeatures", options: BlurOptions) -> None:
         if run.options.is_fused:

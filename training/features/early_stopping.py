@@ -43,6 +43,8 @@ def reason_to_stop(run: "HookedRun", loss: float, patience: int, info: "RunInfo"
 
     If it ends, the metadata of files in `info` gets the step of the lowest loss.
     """
+    if run.progress.step == 0:  # the untrained model, of which there is no file to return to
+        return ""
     progress = run.progress.feature_state(EarlyStoppingProgress)
     if loss < progress.lowest_loss:
         progress.lowest_loss, progress.lowest_step = loss, run.progress.step

@@ -337,6 +337,7 @@ class RunEnd:
     progress: "Progress | None" = None  # None: there is no plan yet
     total_steps: int | None = None  # None: not known yet
     has_begun: bool = False  # if so, a wrong option is an error of the run
+    is_finished: bool = False  # after the last step, or because a feature ended the run, not a user
     error: BaseException | None = None  # the error that ended the run
 
 

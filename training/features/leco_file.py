@@ -251,7 +251,7 @@ def _list_neutrals(location: str, path: Path, values: Mapping[str, Any]) -> list
     name = _read_text(location, values, "neutral_prompt_file")
     if name is not None:
         try:
-            lines = read_text(path.parent / name).splitlines()
+            lines = read_text(path.parent / name).split("\n")
         except (OSError, ValueError) as error:
             raise OptionError(
                 f"{location}: neutral_prompt_file {path.parent / name} cannot be read ({error}). Fix it"

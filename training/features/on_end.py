@@ -46,7 +46,7 @@ def run_end_command(end: "RunEnd") -> None:
         name=name,
         step=step,
         steps=end.total_steps,
-        is_finished=progress is not None and end.total_steps is not None and step >= end.total_steps,
+        is_finished=end.is_finished,
         page=None if options.logs.no_page else wait_for_page(history_path(folder, name)),
     )
     start_command(FLAG, options.of(EndOptions).make_command, info, end.error, has_begun=end.has_begun)

@@ -7,6 +7,7 @@ A separate process, tools/score.py, computes the scores after each round of samp
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from modules.command import quote_command
 from modules.errors import OptionError
 from modules.options import FREE, option
 from training.features.contract import AT_LOGS, Feature, FeatureOptions
@@ -22,6 +23,7 @@ class SampleScoringOptions(FeatureOptions, title="scores of samples", at=AT_LOGS
         "score the samples as tools/score.py does, each time some were made, by the CLIP or SigLIP model in "
         "this folder, such as models/score_clip; the page shows the scores",
         place="folder",
+        hint="the one that `python tools/download.py --family tools --task score_clip --to models` makes",
     )
     score_likeness_model: Path | None = option(
         "folder of a DINO model, which compares samples and training images in place of this model",
@@ -33,6 +35,8 @@ class SampleScoringOptions(FeatureOptions, title="scores of samples", at=AT_LOGS
         "shows",
         place="folder",
         needs="score_samples",
+        why="it scores samples too",
+        hint="the one that `python tools/download.py --family tools --task wd_tagger --to models` makes",
     )
     score_device: str = option(
         "device of this model; it should not be one that trains and is full",
@@ -59,11 +63,24 @@ def _start(run: "RunFeatures") -> None:
 
 def _require_files(options: SampleScoringOptions) -> None:
     """Raise OptionError, before training begins, if the folder of a scoring model lacks its main file."""
-    download = "Download a model with python tools/download.py --family tools --to models --task"
+    words = ["python", "tools/download.py", "--family", "tools", "--to", "models", "--task"]
+    score_clip, wd_tagger = (
+        f"Download a model: {quote_command([*words, task])}" for task in ("score_clip", "wd_tagger")
+    )
     give_dino = "Pass the folder of a DINO model as transformers saves it"
-    _require_file("--score_samples", options.score_samples, "config.json", f"{download} score_clip")
+    _require_file(
+        "--score_samples",
+        options.score_samples,
+        "config.json",
+        score_clip,
+    )
     _require_file("--score_likeness_model", options.score_likeness_model, "config.json", give_dino)
-    _require_file("--score_tagger", options.score_tagger, "model.onnx", f"{download} wd_tagger")
+    _require_file(
+        "--score_tagger",
+        options.score_tagger,
+        "model.onnx",
+        wd_tagger,
+    )
 
 
 def _require_file(option_name: str, folder: Path | None, file: str, remedy: str) -> None:

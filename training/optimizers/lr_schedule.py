@@ -36,7 +36,13 @@ def make_lr_schedule(options: LrScheduleOptions, optimizer: Optimizer, total_ste
         OptionError: If the options conflict.
     """
     if needs_no_schedule(optimizer):  # a schedule-free optimizer
-        _warn_of_ignored_schedule(options, optimizer)
+        # Warn of options of the schedule that a schedule-free optimizer ignores
+        has_schedule = options.lr_scheduler != "constant" or bool(options.lr_scheduler_type)
+        if has_schedule or options.lr_warmup_steps or options.lr_scheduler_args:
+            logger.warning(
+                f"{type(optimizer).__name__} needs no schedule: --lr_scheduler and its warm-up are ignored; "
+                "some of these optimizers take --optimizer_args warmup_steps=N."
+            )
         return OptimizerRates(
             "schedule-free", optimizer, lambda: [float(group["lr"]) for group in optimizer.param_groups]
         )
@@ -58,16 +64,6 @@ def make_lr_schedule(options: LrScheduleOptions, optimizer: Optimizer, total_ste
     return CurveSchedule(name, optimizer, make_curve(name, options, total_steps, float(rate)))
 
 
-def _warn_of_ignored_schedule(options: LrScheduleOptions, optimizer: Optimizer) -> None:
-    """Warn of options of the schedule that a schedule-free optimizer ignores."""
-    has_schedule = options.lr_scheduler != "constant" or bool(options.lr_scheduler_type)
-    if has_schedule or options.lr_warmup_steps or options.lr_scheduler_args:
-        logger.warning(
-            f"{type(optimizer).__name__} needs no schedule: --lr_scheduler and its warm-up are ignored; "
-            "some of these optimizers take --optimizer_args warmup_steps=N."
-        )
-
-
 def make_curve(
     name: str, options: LrScheduleOptions, total_steps: int, learning_rate: float
 ) -> Callable[[int], float]:
@@ -78,7 +74,20 @@ def make_curve(
     """
     arguments = options.arguments()
     if arguments:
-        _check_arguments(options.lr_scheduler, arguments)
+        # Raise OptionError for a wrong argument of --lr_scheduler_args
+        allowed = ARGUMENTS_BY_SCHEDULER.get(options.lr_scheduler, ())
+        unknown = sorted(set(arguments) - set(allowed))
+        if unknown:
+            choices = f"it has {', '.join(allowed)}" if allowed else "it has none"
+            raise OptionError(
+                f"--lr_scheduler_args {unknown[0]}: --lr_scheduler {options.lr_scheduler} has no such "
+                f"argument; {choices}."
+            )
+        for key in arguments.keys() - {"step_rules"}:
+            if not isinstance(arguments[key], (int, float)) or not abs(arguments[key]) < LARGEST_ARGUMENT:
+                raise OptionError(
+                    f"--lr_scheduler_args {key}={arguments[key]}: use a number, such as {key}=1"
+                )
     warmup = count_steps(options.lr_warmup_steps, total_steps)
     decay = count_steps(options.lr_decay_steps, total_steps)
     curve_arguments: dict[str, Any] = {
@@ -104,20 +113,6 @@ def make_curve(
     if options.lr_scheduler == "piecewise_constant":
         _read_rules(curve_arguments["step_rules"])  # only for its errors: each step parses them again
     return partial(factor_at, name, total_steps, warmup, decay, learning_rate, **curve_arguments)
-
-
-def _check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
-    """Raise OptionError for a wrong argument of --lr_scheduler_args."""
-    allowed = ARGUMENTS_BY_SCHEDULER.get(name, ())
-    unknown = sorted(set(arguments) - set(allowed))
-    if unknown:
-        choices = f"it has {', '.join(allowed)}" if allowed else "it has none"
-        raise OptionError(
-            f"--lr_scheduler_args {unknown[0]}: --lr_scheduler {name} has no such argument; {choices}."
-        )
-    for key in arguments.keys() - {"step_rules"}:
-        if not isinstance(arguments[key], (int, float)) or not abs(arguments[key]) < LARGEST_ARGUMENT:
-            raise OptionError(f"--lr_scheduler_args {key}={arguments[key]}: use a number, such as {key}=1")
 
 
 def count_steps(steps: int | float, total_steps: int) -> int:

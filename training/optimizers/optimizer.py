@@ -223,6 +223,12 @@ def find_optimizer(name: str) -> Callable[..., Optimizer]:
         return MuonWithAdam  # torch.optim.Muon takes only matrices, and networks have other weights too
     module, _, class_name = PATHS.get(name.lower(), name).rpartition(".")
     if not module:  # neither a known name nor an import path
+        from modules.extensions import OPTIMIZERS
+        from modules.mistyped import explain_switched_off  # only mistakes need them
+
+        advice = explain_switched_off(OPTIMIZERS, name)
+        if advice:
+            raise OptionError(f"--optimizer_type {name}: unknown.{advice}")
         names = sorted(filter(None, PATHS))
         present_name = NAMES_IN_EARLY_GUIDES.get(name.lower())
         remedy = (

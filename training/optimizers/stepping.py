@@ -147,7 +147,20 @@ class ParameterSteps:
         finally:
             optimizer.param_groups, group["params"] = groups, members
         if self.offloads_states:
-            _move_state_to_host(optimizer, stepped_parameter, host_tensors)
+            # Move the moments of a parameter back to host memory
+            state = optimizer.state.get(stepped_parameter, {})
+            for name, value in state.items():
+                if not _is_moment(value):
+                    continue
+                host_tensor = host_tensors.get(name)
+                if (
+                    host_tensor is None
+                    or host_tensor.shape != value.shape
+                    or host_tensor.dtype != value.dtype
+                ):
+                    state[name] = value.cpu()
+                else:
+                    state[name] = host_tensor.copy_(value)
 
 
 def _move_state_to_device(optimizer: Optimizer, parameter: Parameter) -> dict[str, Tensor]:
@@ -158,21 +171,6 @@ def _move_state_to_device(optimizer: Optimizer, parameter: Parameter) -> dict[st
     for name, value in host_tensors.items():
         state[name] = value.to(parameter.device)
     return host_tensors
-
-
-def _move_state_to_host(
-    optimizer: Optimizer, parameter: Parameter, host_tensors: Mapping[str, Tensor]
-) -> None:
-    """Move the moments of a parameter back to host memory."""
-    state = optimizer.state.get(parameter, {})
-    for name, value in state.items():
-        if not _is_moment(value):
-            continue
-        host_tensor = host_tensors.get(name)
-        if host_tensor is None or host_tensor.shape != value.shape or host_tensor.dtype != value.dtype:
-            state[name] = value.cpu()
-        else:
-            state[name] = host_tensor.copy_(value)
 
 
 def _is_moment(value: object) -> TypeGuard[Tensor]:
@@ -240,29 +238,21 @@ class StepAfterBackward:
         self.scaler.unscale_(self.optimizer)
         norm = compute_gradient_norm(self.parameters, self.sharded_weights)
         if may_step is not None and not may_step(norm):
-            self._keep_scale()
+            if self.scaler.is_enabled():
+                self.scaler.update(self.scaler.get_scale())
             return norm
         if self.max_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_norm, norm)
         for network in self.networks:
             network.before_optimizer_step()
         if self.parameter_steps is not None:
-            self._step_each_parameter(self.parameter_steps)
+            for parameter in self.parameters:
+                if parameter.grad is not None:  # None: the training of this part has ended
+                    self.parameter_steps.step(parameter)
         else:  # as the optimizer itself does, if the scaler is off
             self.scaler.step(self.optimizer)
             self.scaler.update()
         return norm
-
-    def _keep_scale(self) -> None:
-        """Keep the scale of the gradients: a skipped step does not show whether it is right."""
-        if self.scaler.is_enabled():
-            self.scaler.update(self.scaler.get_scale())
-
-    def _step_each_parameter(self, parameter_steps: ParameterSteps) -> None:
-        """Step the parameters one by one."""
-        for parameter in self.parameters:
-            if parameter.grad is not None:  # None: the training of this part has ended
-                parameter_steps.step(parameter)
 
 
 class FusedBackward:

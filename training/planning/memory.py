@@ -97,21 +97,20 @@ class MemoryPrediction:
         if self.num_further_dits + self.num_sample_only_dits > 0:
             parts.append(self._make_other_transformers_part(dit_bytes, offloaded))
             if self.options.by_expert.lora_per_expert:
-                parts.append(self._make_other_loras_part(peak_bytes))
+                # The memory of training the LoRAs of the other experts, each like the simulated one
+                kinds = [dry.NETWORK, dry.OPTIMIZER]
+                # a micro-batch trains one transformer, so only accumulated steps have gradients of both
+                if self.options.loop.gradient_accumulation_steps > 1:
+                    kinds.append(dry.GRADIENTS)
+                trained_bytes = sum(peak_bytes.get(kind, 0) for kind in kinds)
+                parts.append(
+                    memory_plan.MemoryPart("training of their LoRAs", self.num_further_dits * trained_bytes)
+                )
         # models that features load, such as a teacher, are assumed to be as large as the trained transformer
         for model in self.options.features.further_models:
             device = dit_bytes - offloaded.saved_device_bytes
             parts.append(memory_plan.MemoryPart(f"{model.name}'s transformer", device, offloaded.host_bytes))
         return parts
-
-    def _make_other_loras_part(self, peak_bytes: dry.BytesByKind) -> memory_plan.MemoryPart:
-        """Return the memory of training the LoRAs of the other experts, each like the simulated one."""
-        kinds = [dry.NETWORK, dry.OPTIMIZER]
-        # a micro-batch trains one transformer, so only accumulated steps have gradients of both
-        if self.options.loop.gradient_accumulation_steps > 1:
-            kinds.append(dry.GRADIENTS)
-        trained_bytes = sum(peak_bytes.get(kind, 0) for kind in kinds)
-        return memory_plan.MemoryPart("training of their LoRAs", self.num_further_dits * trained_bytes)
 
     def _list_host_parts(self) -> list[memory_plan.MemoryPart]:
         """Return the host memory of offloaded optimizer states and of the averaged weights."""
@@ -269,7 +268,11 @@ def _simulate_step(
             phase_peaks, host_activation_bytes = rehearse(
                 family, options, dit, noisy_batch, live_encoders=live_encoders, watch=watch, tables=tables
             )
-            trained_sizes = _list_trained_sizes(trained_networks)
+            # The number of elements of each trained weight of the networks
+            sizes: list[int] = []
+            for network in trained_networks:
+                sizes += [weight.numel() for weight in network.parameters() if weight.requires_grad]
+            trained_sizes = sizes
     finally:
         if live_encoders is not None:
             live_encoders.free()
@@ -290,14 +293,6 @@ def _load_dit_without_values(family: Trains, options: TrainingOptions) -> nn.Mod
     placement = replace(choose_placement(options, META, quantization), attention=attention)
     with quiet():
         return family.load_dit(placement)
-
-
-def _list_trained_sizes(networks: Sequence[nn.Module]) -> list[int]:
-    """Return the number of elements of each trained weight of the networks."""
-    sizes: list[int] = []
-    for network in networks:
-        sizes += [weight.numel() for weight in network.parameters() if weight.requires_grad]
-    return sizes
 
 
 def _offload_states(
@@ -418,7 +413,17 @@ def plan_one_card(
         host = free_host_memory()
         remarks = (*remarks, *compiled, *suggest_larger_batch(prediction, blocks, room))
         if prediction.takes_turns and host is not None and phase.host > host:
-            remarks = (*remarks, _host_warning(options, phase.host, host))
+            # A warning that host memory is too small for transformers that alternate on the device
+            remedy = "train one transformer at a time, and make no samples by both"
+            if options.speed.fp8.quantization is None:
+                remedy = f"--fp8_base --fp8_scaled halves that. Or {remedy}"
+            remarks = (
+                *remarks,
+                (
+                    f"The host has {format_gib(host)} GiB free, and {format_gib(phase.host)} are needed: "
+                    f"{remedy}."
+                ),
+            )
         return prediction.plan(blocks, remarks)
 
     def suggest(known_room: DeviceMemory) -> list[str]:
@@ -451,14 +456,6 @@ def suggest_larger_batch(prediction: MemoryPrediction, blocks: int, room: Device
         f"batch_size {batch_size} in --dataset_config fits too, with {format_gib(needed(batch_size))} GiB: "
         "steps with small items spend less time waiting for the host"
     ]
-
-
-def _host_warning(options: TrainingOptions, needed: int, free: int) -> str:
-    """Return a warning that host memory is too small for transformers that alternate on the device."""
-    remedy = "train one transformer at a time, and make no samples by both"
-    if options.speed.fp8.quantization is None:
-        remedy = f"--fp8_base --fp8_scaled halves that. Or {remedy}"
-    return f"The host has {format_gib(free)} GiB free, and {format_gib(needed)} are needed: {remedy}."
 
 
 def prepare_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]:

@@ -163,7 +163,13 @@ class RunHistory:
         if "loss" in row:
             self._add_step(step, row)
         elif "validation" in row:
-            self._add_validation(step, row["validation"])
+            losses = row["validation"]
+            for name, value in losses.items():
+                loss = _finite_or_none(value)
+                if name != LOSS:
+                    self.validations_by_level.setdefault(name, {})[step] = loss
+                elif loss is not None:
+                    self.validations[step] = loss
         elif "samples" in row:
             self._add_samples(step, row)
         elif "saved" in row:
@@ -177,17 +183,17 @@ class RunHistory:
         elif "commands" in row:
             self.commands = [PageCommand(*map(str, command)) for command in row["commands"]]
         elif "doing" not in row:
-            self._add_start(step, row.get("started"))
+            # Add a start; lines of older versions have no values that describe it
+            values = row.get("started")
+            self.starts[step] = Start.of(values) if isinstance(values, dict) else None
+            self.ending = None
 
     def _add_samples(self, step: int, row: Row) -> None:
         step_label = str(row["samples"])
-        files, prompts = (_texts_by_index(row[key]) for key in SAMPLE_TEXTS)
+        files, prompts = (
+            {int(index): str(text) for index, text in (row[key]).items()} for key in SAMPLE_TEXTS
+        )
         self.samples[step, step_label] = SampleRow(step, step_label, files, prompts)
-
-    def _add_start(self, step: int, values: Any) -> None:
-        """Add a start; lines of older versions have no values that describe it."""
-        self.starts[step] = Start.of(values) if isinstance(values, dict) else None
-        self.ending = None
 
     def _add_step(self, step: int, row: Row) -> None:
         self.loss[step] = _finite_or_none(row["loss"])
@@ -202,14 +208,6 @@ class RunHistory:
             self.experts.setdefault(name, {})[step] = _finite_or_none(loss)
         for name, number in (row.get(METRICS) or {}).items():
             self.metrics.setdefault(name, {})[step] = _finite_or_none(number)
-
-    def _add_validation(self, step: int, losses: Mapping[str, Any]) -> None:
-        for name, value in losses.items():
-            loss = _finite_or_none(value)
-            if name != LOSS:
-                self.validations_by_level.setdefault(name, {})[step] = loss
-            elif loss is not None:
-                self.validations[step] = loss
 
     @property
     def start(self) -> "Start | None":
@@ -500,10 +498,6 @@ def _leads_out_of_folder(row: Row) -> bool:
 
 def _text_pairs(pairs: Any) -> list[tuple[str, str]]:
     return [(str(first), str(second)) for first, second in pairs]
-
-
-def _texts_by_index(texts: Any) -> dict[int, str]:
-    return {int(index): str(text) for index, text in texts.items()}
 
 
 def _finite_or_none(value: Any) -> float | None:

@@ -156,31 +156,23 @@ def list_charts(run_history: RunHistory, maximum: int = MAX_BINS) -> list[Chart]
     declared = () if run_history.start is None else run_history.start.charts
     uncharted = find_uncharted([*run_history.metrics], declared)
     seconds = make_curves({say("seconds"): run_history.seconds}, maximum)
+    # The chart of the training loss by expert, or for families with audio by stream
+    curves = {name.replace("_", " "): run_history.experts[name] for name in sorted(run_history.experts)}
+    is_by_stream = curves.keys() <= {IMAGE_STREAM, AUDIO_STREAM}
+    title = say("Loss of video and audio") if is_by_stream else say("Loss of each transformer")
+    # The chart of the learning rates, by the trained part
+    rates: dict[str, Points] = {}
+    for name, points in run_history.rates.items():
+        rates[name.removeprefix("lr/").replace("unet", "transformer")] = points
     charts = [
         _draw_losses(run_history, maximum),
-        _draw_partial_losses(run_history, maximum),
+        Chart(make_curves(curves, maximum, SMOOTHING), "step", "loss", title),
         *(_draw_metrics(run_history, chart, maximum) for chart in (*declared, *uncharted)),
-        _draw_learning_rates(run_history, maximum),
+        Chart(make_curves(rates, maximum), "step", "learning rate", say("Learning rate")),
         Chart(seconds, "step", "seconds", say("Seconds per step")),
         _draw_validations_by_timestep(run_history, maximum),
     ]
     return [chart for chart in charts if chart.curves]
-
-
-def _draw_partial_losses(run_history: RunHistory, maximum: int) -> Chart:
-    """Return the chart of the training loss by expert, or for families with audio by stream."""
-    curves = {name.replace("_", " "): run_history.experts[name] for name in sorted(run_history.experts)}
-    is_by_stream = curves.keys() <= {IMAGE_STREAM, AUDIO_STREAM}
-    title = say("Loss of video and audio") if is_by_stream else say("Loss of each transformer")
-    return Chart(make_curves(curves, maximum, SMOOTHING), "step", "loss", title)
-
-
-def _draw_learning_rates(run_history: RunHistory, maximum: int) -> Chart:
-    """Return the chart of the learning rates, by the trained part."""
-    rates: dict[str, Points] = {}
-    for name, points in run_history.rates.items():
-        rates[name.removeprefix("lr/").replace("unet", "transformer")] = points
-    return Chart(make_curves(rates, maximum), "step", "learning rate", say("Learning rate"))
 
 
 def _draw_validations_by_timestep(run_history: RunHistory, maximum: int) -> Chart:
@@ -246,8 +238,16 @@ def join_bins(points: Points, maximum: int = MAX_BINS) -> dict[float, list[float
 def list_tiles(standing: Standing, run_history: RunHistory) -> list[Tile]:
     """Return the tiles at the top of the page, each with a label, a value and a note."""
     declared = () if run_history.start is None else run_history.start.tiles
+    # Title, value and note of the tile with the current step
+    resumed = [f"{step:,}" for step in run_history.starts if step > 0]
+    note = say("resumed at step %(steps)s", steps=", ".join(resumed[-3:])) if resumed else ""
+    shown = say(
+        "%(step)s of %(total_steps)s",
+        step=f"{standing.step:,}",
+        total_steps=f"{standing.start.total_steps:,}",
+    )
     tiles = [
-        _step_tile(standing, run_history),
+        (say("Step"), shown, note),
         _make_loss_tile(run_history),
         _validation_tile(run_history),
         *[_make_metric_tile(run_history, tile) for tile in declared],
@@ -272,18 +272,6 @@ def _skip_tile(run_history: RunHistory) -> Tile | None:
     last = [f"{step:,}" for step in sorted(run_history.skipped)[-3:]]
     note = say("not taken; the last: %(steps)s", steps=", ".join(last))
     return say("Skipped steps"), f"{len(run_history.skipped):,}", note
-
-
-def _step_tile(standing: Standing, run_history: RunHistory) -> Tile:
-    """Return title, value and note of the tile with the current step."""
-    resumed = [f"{step:,}" for step in run_history.starts if step > 0]
-    note = say("resumed at step %(steps)s", steps=", ".join(resumed[-3:])) if resumed else ""
-    shown = say(
-        "%(step)s of %(total_steps)s",
-        step=f"{standing.step:,}",
-        total_steps=f"{standing.start.total_steps:,}",
-    )
-    return say("Step"), shown, note
 
 
 def _validation_tile(run_history: RunHistory) -> Tile | None:

@@ -44,6 +44,7 @@ class RunReporter:
     folder: Path = field(init=False)  # --output_dir
     name: str = field(init=False)  # --output_name
     path: Path = field(init=False)  # of the page
+    is_done: bool = field(default=False, init=False)  # a feature has ended the run before its last step
     _messages: "_Messages" = field(init=False)
     _page_requested_at: float = field(init=False)  # time of the last request for the page
     _flushed_at: float = 0.0  # time of the last write to disk after a step
@@ -71,26 +72,28 @@ class RunReporter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         logging.getLogger().removeHandler(self._messages)
         if error is None or isinstance(error, Exception):  # other errors end the run at once
-            self._record_end(error)
+            # Record how the run has ended, and the commands that the page shows from then on
+            sentence = f"stopped after step {self.step:,}"
+            css_class = ""
+            if error is not None:
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                sentence = f"ended by an error after step {self.step:,}: {reason}"
+                css_class = "bad"
+            elif self.is_finished:
+                sentence, css_class = "finished", "good"
+            self._record(self.step, ended=sentence, kind=css_class)
+            if self.history.is_written:
+                with self._errors_as_warning():
+                    self._record_memory_and_commands(is_finished=css_class == "good")
+                    self.history.flush()
         if self.page is not None:
             with self._errors_as_warning():
                 self.page.close()
 
-    def _record_end(self, error: Exception | None) -> None:
-        """Record how the run has ended, and the commands that the page shows from then on."""
-        sentence = f"stopped after step {self.step:,}"
-        css_class = ""
-        if error is not None:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            sentence = f"ended by an error after step {self.step:,}: {reason}"
-            css_class = "bad"
-        elif self.step >= self.start.total_steps:
-            sentence, css_class = "finished", "good"
-        self._record(self.step, ended=sentence, kind=css_class)
-        if self.history.is_written:
-            with self._errors_as_warning():
-                self._record_memory_and_commands(is_finished=css_class == "good")
-                self.history.flush()
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has taken its last step, or a feature has ended it before; False after a stop."""
+        return self.is_done or self.step >= self.start.total_steps
 
     def log_activity(self, text: str) -> None:
         """Record work between steps, such as `sample 1 of 2, step 140 of 300`, once in ACTIVITY_SECONDS."""
@@ -169,7 +172,13 @@ class RunReporter:
             files = sample_files.find_samples(folder, self.name, step_label)
         all_prompts = dict(enumerate(prompts))
         file_prompts = {index: all_prompts.get(index, "") for index in files}
-        strips = self._read_strips(files)
+        # A downscaled preview of each sample that can be read: frames of a clip side by side
+        from training.reports import sample_files  # only with samples
+
+        strips: dict[int, Frame] = {}
+        for index, path in files.items():
+            with self._errors_as_warning():
+                strips[index] = sample_files.join_strip(sample_files.read_downscaled(path))
         for recorder in recorders:
             with self._errors_as_warning():
                 recorder.log_samples(step, files, strips, file_prompts)
@@ -186,16 +195,6 @@ class RunReporter:
             sheet = folder / f"{self.name}_{step_label}_sheet.png"
             sample_files.write_sheet(sheet, f"{self.name}, step {step:,}", strips, file_prompts)
         self._request_page()
-
-    def _read_strips(self, files: Mapping[int, Path]) -> dict[int, Frame]:
-        """Return a downscaled preview of each sample that can be read: frames of a clip side by side."""
-        from training.reports import sample_files  # only with samples
-
-        strips: dict[int, Frame] = {}
-        for index, path in files.items():
-            with self._errors_as_warning():
-                strips[index] = sample_files.join_strip(sample_files.read_downscaled(path))
-        return strips
 
     def log_saved(self, paths: Sequence[Path], step: int) -> None:
         """Record all files of a save, and request the page unless it was drawn a short time ago.

@@ -70,7 +70,19 @@ def read_downscaled(path: Path) -> DownscaledClip:
     if path.suffix == ".png":
         return DownscaledClip([reduce_frame(read_image(path), SIDE)], 1.0)
     if path.suffix == ".wav":
-        return DownscaledClip([_plot_waveform(path)], 1.0)
+        # An image of a WAV file's amplitude over time
+        from modules.media.samples import read_track, track_info  # of runs with sound alone
+
+        info = track_info(path)
+        seconds = Fraction(1) if info is None or info.end is None else info.end
+        num_samples = max(SIDE, int(seconds * AUDIO_RATE))
+        audio = read_track(path, Fraction(0), num_samples, rate=AUDIO_RATE, channels=2)
+        peaks = np.zeros(SIDE)  # largest amplitude in each column of the image
+        if audio is not None:
+            peaks = np.array([abs(chunk).max() for chunk in np.array_split(audio, SIDE, axis=1)])
+        heights = abs(np.linspace(-1, 1, SIDE // 4))[:, None]
+        is_waveform = heights <= np.maximum(peaks, 0.02)
+        return DownscaledClip([np.where(is_waveform[..., None], LIGHT, DARK).astype(np.uint8)], 1.0)
     frames: list[Frame] = []
     stride = 1
     # the length is not known in advance: whenever there are too many frames, every second one is dropped
@@ -82,22 +94,6 @@ def read_downscaled(path: Path) -> DownscaledClip:
             frames = frames[::2]
             stride = 2 * stride
     return DownscaledClip(frames, (video_info(path).fps or 16.0) / stride)  # 16: if the file has no rate
-
-
-def _plot_waveform(path: Path) -> Frame:
-    """Return an image of a WAV file's amplitude over time."""
-    from modules.media.samples import read_track, track_info  # of runs with sound alone
-
-    info = track_info(path)
-    seconds = Fraction(1) if info is None or info.end is None else info.end
-    num_samples = max(SIDE, int(seconds * AUDIO_RATE))
-    audio = read_track(path, Fraction(0), num_samples, rate=AUDIO_RATE, channels=2)
-    peaks = np.zeros(SIDE)  # largest amplitude in each column of the image
-    if audio is not None:
-        peaks = np.array([abs(chunk).max() for chunk in np.array_split(audio, SIDE, axis=1)])
-    heights = abs(np.linspace(-1, 1, SIDE // 4))[:, None]
-    is_waveform = heights <= np.maximum(peaks, 0.02)
-    return np.where(is_waveform[..., None], LIGHT, DARK).astype(np.uint8)
 
 
 def join_strip(clip: DownscaledClip) -> Frame:

@@ -269,7 +269,21 @@ def find_best(rows: Sequence[StepScores], unsampled: Sequence[MeasuredFile] = ()
     if best is None:
         if not candidates:
             return None
-        best = _find_by_samples(candidates)
+        # The file whose samples look best by their scores, for runs without validation losses
+        row = max(
+            _select_by_prompt_similarity(candidates),
+            # among equal ones, the earliest
+            key=lambda row: (row.likeness or 0.0, row.clip or 0.0, -row.step),
+        )
+        if row.likeness is None:
+            reason = say("fits its prompts best")
+        else:
+            reason = say(
+                "of the files whose samples fit their prompts best (within %(same)s), the one most like the "
+                "training images",
+                same=f"{TOLERANCE:g}",
+            )
+        best = BestFile(row, (say("no validation loss was measured"), reason))
     num_copying = len(saved) - len(without_copies)
     if not num_copying:
         return best
@@ -307,23 +321,6 @@ def _find_by_loss(
         reason = say("validation loss lowest at step %(step)s, the nearest validation", step=step)
     trends = _find_trends(rows, best) if best.samples else [say("there are no samples of its step")]
     return BestFile(best, (reason, *trends))
-
-
-def _find_by_samples(candidates: Sequence[StepScores]) -> BestFile:
-    """Return the file whose samples look best by their scores, for runs without validation losses."""
-    best = max(
-        _select_by_prompt_similarity(candidates),
-        key=lambda row: (row.likeness or 0.0, row.clip or 0.0, -row.step),  # among equal ones, the earliest
-    )
-    if best.likeness is None:
-        reason = say("fits its prompts best")
-    else:
-        reason = say(
-            "of the files whose samples fit their prompts best (within %(same)s), the one most like the "
-            "training images",
-            same=f"{TOLERANCE:g}",
-        )
-    return BestFile(best, (say("no validation loss was measured"), reason))
 
 
 def _select_by_prompt_similarity(rows: Sequence[StepScores]) -> list[StepScores]:

@@ -205,7 +205,16 @@ class Saver:
         if newest_states is not None:
             expired += self._find_saves(f"{name_pattern}-state", interval, newest_states)
         for entry in expired:
-            _remove_via_rename(entry)
+            # Rename a file or state before removing it, so that a partly removed folder never looks like a
+            # state
+            aside = entry.with_name(f".{entry.name}.removed.tmp")
+            try:
+                replace_file(entry, aside)
+                _remove(aside)
+            except OSError as error:  # open in another program; that must not end a run
+                logger.warning("%s is kept for now because it cannot be removed: %s", entry, error)
+            else:
+                logger.info("Removed %s", entry)
         if expired:
             self.on_removed()
 
@@ -250,25 +259,11 @@ class Saver:
                     self.publisher.publish(path)
             self.log_saved(written)
         if with_state:
-            self._save_state(self.names.folder / f"{stem}-state")
-
-    def _save_state(self, folder: Path) -> None:
-        self.write_state(folder)
-        logger.info("Saved %s", folder)
-        if self.is_main and self.publisher is not None:
-            self.publisher.publish_state(folder)
-
-
-def _remove_via_rename(entry: Path) -> None:
-    """Rename a file or state before removing it, so that a partly removed folder never looks like a state."""
-    aside = entry.with_name(f".{entry.name}.removed.tmp")
-    try:
-        replace_file(entry, aside)
-        _remove(aside)
-    except OSError as error:  # open in another program; that must not end a run
-        logger.warning("%s is kept for now because it cannot be removed: %s", entry, error)
-    else:
-        logger.info("Removed %s", entry)
+            folder = self.names.folder / f"{stem}-state"
+            self.write_state(folder)
+            logger.info("Saved %s", folder)
+            if self.is_main and self.publisher is not None:
+                self.publisher.publish_state(folder)
 
 
 def _remove(path: Path) -> None:
@@ -334,20 +329,17 @@ def move_earlier_results(
     folder = _make_new(names.folder / f"{names.name}.before-{now:%Y%m%d-%H%M%S}")
     for entry in entries_to_move:
         _move_or_copy(entry, folder / entry.relative_to(names.folder), folder, keeps_original=entry in in_use)
-    _log_moved(names.name, len(entries_to_move), folder)
-    return folder
-
-
-def _log_moved(name: str, num_moved: int, folder: Path) -> None:
-    """Log how many files and states of an earlier run were moved to a folder."""
+    # Log how many files and states of an earlier run were moved to a folder
+    num_moved = len(entries_to_move)
     num_states = sum(_is_state(entry) for entry in folder.iterdir())
     logger.info(
         "Earlier results named %s (%s%s) are now in %s; with --overwrite they would have been replaced.",
-        name,
+        names.name,
         format_count(num_moved - num_states, "file"),
         f", {format_count(num_states, 'state')}" if num_states else "",
         folder,
     )
+    return folder
 
 
 def _move_or_copy(entry: Path, target: Path, folder: Path, keeps_original: bool) -> None:

@@ -100,17 +100,8 @@ def write_state(
     Raises:
         OutputError: If writing fails.
     """
-    content = _as_content(state, SHARDED_VERSION if add_files else VERSION)
-    check_space(folder, sum(tensor.nbytes for tensors in state.parts.values() for tensor in tensors.values()))
-    with atomic_folder(folder) as temporary:
-        if add_files is not None:
-            content["files"] = add_files(temporary)
-        _save_content(temporary / FILE, content)
-        (temporary / CHECKSUM).write_text(f"{file_checksum(temporary / FILE):08x}\n", encoding="utf-8")
-
-
-def _as_content(state: SavedState, version: int) -> dict[str, Any]:
-    """Return the content of a state's file in built-in types, without `files`, which are not written yet."""
+    # The content of a state's file in built-in types, without `files`, which are not written yet
+    version = SHARDED_VERSION if add_files else VERSION
     progress = to_builtin_types(state.progress.as_state(), "progress")
     content: dict[str, Any] = {"version": version, "progress": progress}
     for name, value in vars(state).items():
@@ -118,18 +109,18 @@ def _as_content(state: SavedState, version: int) -> dict[str, Any]:
             content[name] = {part: _as_bytes(tensors) for part, tensors in state.parts.items()}
         elif name not in {"folder", "files", "progress"}:
             content[name] = to_builtin_types(value, name)
-    return content
-
-
-def _save_content(path: Path, content: Mapping[str, Any]) -> None:
-    """Write the content of a state with `torch.save`; raise OSError, for example if the disk is full."""
-    with path.open("wb") as file:
-        try:
-            torch.save(content, file)  # one tensor after the other, from any device
-        except RuntimeError as error:  # torch wraps the OSError of a full disk
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise
+    check_space(folder, sum(tensor.nbytes for tensors in state.parts.values() for tensor in tensors.values()))
+    with atomic_folder(folder) as temporary:
+        if add_files is not None:
+            content["files"] = add_files(temporary)
+        with (temporary / FILE).open("wb") as file:
+            try:
+                torch.save(content, file)  # one tensor after the other, from any device
+            except RuntimeError as error:  # torch wraps the OSError of a full disk
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
+        (temporary / CHECKSUM).write_text(f"{file_checksum(temporary / FILE):08x}\n", encoding="utf-8")
 
 
 def _as_bytes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, torch.dtype, tuple[int, ...]]]:
@@ -225,11 +216,7 @@ def to_builtin_types(value: Any, name: str) -> Any:
     if isinstance(value, (list, tuple)):
         items = [to_builtin_types(item, f"{name}/{index}") for index, item in enumerate(value)]
         return tuple(items) if isinstance(value, tuple) else items
-    return _to_builtin_scalar(value, name)
-
-
-def _to_builtin_scalar(value: Any, name: str) -> bool | int | float | str | None:
-    """Return a number or text in its built-in type; raise OptionError for any other object."""
+    # A number or text in its built-in type; raise OptionError for any other object
     # subclasses, such as numpy's float, become the plain type; bool comes first because it is an int
     for kind in (bool, int, float, str):
         if isinstance(value, kind):
@@ -377,7 +364,17 @@ def read_old_state(folder: Path, verify_checksum: bool) -> dict[str, Any]:
     checksum = record.pop("crc32")
     if checksum != zlib.crc32(json.dumps(record, sort_keys=True).encode()):
         raise ValueError(f"the checksum of {RECORD} is not the recorded one")
-    parts = _read_old_parts(folder, record["parts"], verify_checksum)
+    # Check the tensor files of an older version's state, and read their tensors if checksums are verified
+    files = record["parts"]
+    parts: dict[str, dict[str, Tensor]] = {}
+    for part, file in files.items():
+        path = folder / f"{part}.safetensors"
+        if path.stat().st_size != file["bytes"]:
+            raise ValueError(f"{path.name} has {path.stat().st_size} bytes, {file['bytes']} were written")
+        if verify_checksum:
+            if file_checksum(path) != file["crc32"]:
+                raise ValueError(f"the checksum of {path.name} is not the recorded one")
+            parts[part] = load_file(path)
     content = {name: record[name] for name in ("progress", "identity", "habits")}
     if not verify_checksum:  # the caller only compares the progress of several states
         return content
@@ -391,26 +388,6 @@ def read_old_state(folder: Path, verify_checksum: bool) -> dict[str, Any]:
         "average": described.get(AVERAGE),
         "settings": described.get("settings", {}),
     }
-
-
-def _read_old_parts(
-    folder: Path, files: Mapping[str, Any], verify_checksum: bool
-) -> dict[str, dict[str, Tensor]]:
-    """Check the tensor files of an older version's state, and read their tensors if checksums are verified.
-
-    Raises:
-        ValueError: If a size or checksum differs from the recorded one.
-    """
-    parts: dict[str, dict[str, Tensor]] = {}
-    for part, file in files.items():
-        path = folder / f"{part}.safetensors"
-        if path.stat().st_size != file["bytes"]:
-            raise ValueError(f"{path.name} has {path.stat().st_size} bytes, {file['bytes']} were written")
-        if verify_checksum:
-            if file_checksum(path) != file["crc32"]:
-                raise ValueError(f"the checksum of {path.name} is not the recorded one")
-            parts[part] = load_file(path)
-    return parts
 
 
 def _decode_optimizer(optimizer: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -108,7 +108,12 @@ class Embedder:
     def _queue_if_missing(self, path: Path) -> str:
         """Return the key of a file's embeddings, and queue the file if they are not stored."""
         is_clip = path.is_dir() or path.suffix.lower() in VIDEO_SUFFIXES
-        key = _hash_content(path)
+        # The SHA-256 of a file, or of the files in a folder. Raises OSError if one cannot be read.
+        digest = hashlib.sha256()
+        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+            with file.open("rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
+        key = digest.hexdigest()
         if is_clip:
             key = f"{key}-{self.num_frames}"
         if key in self.store.vectors or any(waiting == key for waiting, _ in self._queue):
@@ -150,15 +155,6 @@ def _select_evenly(length: int, maximum: int) -> set[int]:
     if length <= maximum:
         return set(range(length))
     return {int((index + 0.5) * length / maximum) for index in range(maximum)}
-
-
-def _hash_content(path: Path) -> str:
-    """Return the SHA-256 of a file, or of the files in a folder. Raises OSError if one cannot be read."""
-    digest = hashlib.sha256()
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        with file.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return digest.hexdigest()
 
 
 def open_path(path: Path) -> Medium:

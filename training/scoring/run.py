@@ -155,7 +155,11 @@ def score_run(options: ScoreOptions, load_tagger: LoadTagger) -> None:
     model = load_image_text_model(options.model, options.device)
     for_prompts, for_likeness = _embed_samples(run, rows, options, model=model, dataset=dataset.path)
     prompts = _list_prompts(rows)
-    comparison = SampleComparison(_embed_prompts(model, prompts), for_likeness.training, options.num_frames)
+    comparison = SampleComparison(
+        dict(zip(prompts, model.embed_texts(prompts), strict=True)) if prompts else {},
+        for_likeness.training,
+        options.num_frames,
+    )
     vectors, likeness_vectors = for_prompts.samples, for_likeness.samples
     scored = [
         _score_step(
@@ -362,11 +366,6 @@ def _note_truncated_prompts(model: ImageTextModel, prompts: Sequence[str]) -> li
     return [ScoreNote("cut", counts)]
 
 
-def _embed_prompts(model: ImageTextModel, prompts: Sequence[str]) -> dict[str, Tensor]:
-    """Return the embedding of each prompt, D, by the prompt."""
-    return dict(zip(prompts, model.embed_texts(prompts), strict=True)) if prompts else {}
-
-
 class SampleComparison:
     """Compare samples with their prompts and with the training images."""
 
@@ -437,27 +436,23 @@ def _score_step(
             prompt = row.prompts.get(index, "")
             samples.append(comparison.score(index, path, prompt, frames, likeness_vectors[path]))
     validated = run.run_history.nearest_validation(row.step)
-    return StepScores(
-        step=row.step,
-        step_label=row.step_label,
-        samples=tuple(samples),
-        saved=_find_saved(run, row.step),
-        loss=None if validated is None else validated.loss,
-        loss_step=None if validated is None else validated.step,
-    )
-
-
-def _find_saved(run: ScoredRun, step: int) -> str:
-    """Return the name of the file saved at a step, the shortest if several exist; "" if none exists."""
+    # The name of the file saved at a step, the shortest if several exist; "" if none exists
     names = [
         name
         for name, saved_step in run.run_history.saved.items()
-        if saved_step == step
+        if saved_step == row.step
         and not run.run_history.is_average(name)
         and not run.run_history.is_embedding(name)
         and (run.folder / name).exists()
     ]
-    return min(names, key=lambda name: (len(name), name), default="")
+    return StepScores(
+        step=row.step,
+        step_label=row.step_label,
+        samples=tuple(samples),
+        saved=min(names, key=lambda name: (len(name), name), default=""),
+        loss=None if validated is None else validated.loss,
+        loss_step=None if validated is None else validated.step,
+    )
 
 
 def _read_steps(path: Path) -> int | None:
@@ -472,7 +467,14 @@ def _read_steps(path: Path) -> int | None:
 def describe(scores: RunScores) -> str:
     """Return the scores as a table for a terminal, with the best file below it."""
     table = make_table(scores)
-    lines = _align_columns([table.headings, *table.rows])
+    # Each row as a line, with the columns padded to equal widths
+    rows = [table.headings, *table.rows]
+    texts = [tuple(map(str, row)) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    lines = [
+        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+        for row in texts
+    ]
     best = find_best(scores.rows, scores.unsampled)
     if best is not None:
         lines += ["", str(best.text)]
@@ -490,16 +492,6 @@ def describe(scores: RunScores) -> str:
         )
     lines += [*(str(note.text) for note in scores.notes), str(NO_TASTE)]
     return "\n".join(lines)
-
-
-def _align_columns(rows: Sequence[Sequence[object]]) -> list[str]:
-    """Return each row as a line, with the columns padded to equal widths."""
-    texts = [tuple(map(str, row)) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
-    return [
-        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
-        for row in texts
-    ]
 
 
 def _write_page_again(run: ScoredRun) -> None:

@@ -108,12 +108,13 @@ def loss_passes(
     passes = _make_passes(family, dit, noisy_batch, autocast=autocast, rule=rule)
     for run_extra_passes in rule.passes:
         for errors in run_extra_passes(passes, noisy_batch):
-            yield _weigh_losses(errors, noisy_batch)
+            yield weigh_losses(errors, noisy_batch)
     if not rule.replaces_default_pass:
-        yield _weigh_losses(_measure(passes, noisy_batch), noisy_batch)
+        yield weigh_losses(_measure(passes, noisy_batch), noisy_batch)
 
 
-def _weigh_losses(errors: StreamErrors, noisy_batch: NoisyBatch) -> StreamErrors:
+def weigh_losses(errors: StreamErrors, noisy_batch: NoisyBatch) -> StreamErrors:
+    """Return the mean error of each stream, each sample weighted by the batch's loss weights: scalars."""
     weights = [noisy_batch.weights]
     if noisy_batch.audio is not None:
         weights.append(noisy_batch.audio.weights)

@@ -1,5 +1,6 @@
 """Captions that are another text each time, against the outcomes of the known trainer."""
 
+import json
 import random
 from collections import Counter
 from pathlib import Path
@@ -117,6 +118,39 @@ def make_dataset(folder: Path, keys: str, captions: dict[str, str]) -> DatasetCo
     table += 'caption_extension = ".txt"\n'
     path.write_text(f'{table}cache_directory = "{(folder / "cache").as_posix()}"\n{keys}\n', encoding="utf-8")
     return load_dataset_config(path)
+
+
+OBJECT = """{
+  "short_description": "a cat, {red|blue}, by day",
+  "objects": [{"description": "a cat"}]
+}"""
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"shuffle_caption": True},
+        {"enable_wildcard": True},
+        {"caption_tag_dropout_rate": 0.9, "enable_wildcard": True, "secondary_separator": "cat"},
+    ],
+)
+def test_a_json_object_is_one_caption_that_no_key_takes_apart(tmp_path: Path, keys: dict[str, Any]) -> None:
+    assert draw_many(subset_table(tmp_path, **keys), OBJECT) == {OBJECT}
+
+    (worded,) = draw_many(subset_table(tmp_path, trigger_word="ohwx", **keys), OBJECT)
+    expected = json.loads(OBJECT)
+    expected["short_description"] = f"ohwx, {expected['short_description']}"
+    assert json.loads(worded) == expected
+
+
+def test_lines_may_each_be_an_object(tmp_path: Path) -> None:
+    lines = ['{"short_description": "a"}', '{"short_description": "b"}']
+    text = "\n".join(lines)
+
+    assert captions_in(text, make_table(tmp_path, multi_caption=True)) == tuple(lines)
+    assert captions_in(OBJECT, make_table(tmp_path, multi_caption=True)) == (OBJECT,)
+    assert draw_many(subset_table(tmp_path, enable_wildcard=True), text) == set(lines)
 
 
 def cache(config: DatasetConfig, keep_cache: bool = False) -> list[str]:

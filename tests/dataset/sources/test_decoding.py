@@ -64,11 +64,13 @@ def test_the_recorded_frames_are_cut(clips: dict[int, Path], tmp_path: Path, cas
     assert (decoded.reason is None) == bool(case["items"])
 
 
-def test_a_clip_too_short_says_so(tmp_path: Path) -> None:
-    make_clip(tmp_path / "clip.mkv", 12)
+@pytest.mark.parametrize(("name", "frames"), [("clip.mkv", "6 frames"), ("clip.mp4", "6 of its 12 frames")])
+def test_a_clip_too_short_says_so(name: str, frames: str, tmp_path: Path) -> None:
+    """With the number of frames in the file, which only some kinds of files say."""
+    make_clip(tmp_path / name, 12)
     (source,) = find_sources(make_table(tmp_path, target_frames=(17, 25), source_fps=30.0))
 
-    said = "6 frames after dropping from source_fps = 30, the shortest of target_frames is 17"
+    said = f"{frames} after dropping from source_fps = 30, the shortest of target_frames is 17"
     assert decode_source(source, 16.0).reason == said
 
 
