@@ -256,9 +256,8 @@ class ShardWriter:
                 except sqlite3.OperationalError as error:
                     for leftover in folder.glob(f"{self.path.name}*"):  # also its journals
                         leftover.unlink(missing_ok=True)
-                    if (
-                        parameters or getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
-                    ):  # not a lock
+                    is_full = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+                    if parameters or is_full:
                         raise
                     continue
                 if self.path.exists():
