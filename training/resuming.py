@@ -187,7 +187,7 @@ def _list_adjustable_settings(
     adjustable |= {f"--{name}": value for name, value in recorded_values(family.options, "habit").items()}
     models = [value for name, value in family.metadata.items() if name.startswith("sd_model_name")]
     adjustable["the model's file"] = ", ".join(models) or None
-    return adjustable | _file_names_by_flag(options)
+    return adjustable | list_file_names(options)
 
 
 def _values_by_flag(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
@@ -197,12 +197,11 @@ def _values_by_flag(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
     return {f"--{name}": config.get(name) for name in options_with(TrainingOptions, "resume", kind)}
 
 
-def _file_names_by_flag(options: TrainingOptions) -> dict[str, str | None]:
+def list_file_names(options: TrainingOptions) -> dict[str, str | None]:
     """Return the file name in each option of `NAMED_FILES` by its flag; None for an unset option."""
     files = {name: value for name, value in option_values(options).items() if name in NAMED_FILES}
-    return {
-        f"--{name}": ", ".join(path.name for path in value or ()) or None for name, value in files.items()
-    }
+    lists = {name: (value,) if isinstance(value, Path) else value or () for name, value in files.items()}
+    return {f"--{name}": ", ".join(path.name for path in paths) or None for name, paths in lists.items()}
 
 
 def describe_adapter(path: Path, strength: float, with_content: bool = False) -> str:
