@@ -12,7 +12,7 @@ import pytest
 
 from dataset.config import KEYS, KNOWN_KEYS
 from dataset.config_keys import LIST_PATH, PATH, PATHS
-from modules.options import options_with
+from modules.options import HABIT, Options, option, options_with
 from project.recipes.reading import list_allowed
 from project.relocating import MachinePaths, relocate_toml
 from protocols.families import with_scripts
@@ -34,6 +34,7 @@ from tests.pairing import (
 from tests.sweeping import info_of_option
 from training.config_options import toml_value
 from training.options import TrainingOptions
+from training.resuming import recorded_values
 
 TABLE = tomllib.loads((ROOT / "tests" / "pairs.toml").read_text(encoding="utf-8"))
 COLUMNS: dict[str, str] = TABLE["columns"]
@@ -45,6 +46,13 @@ TOY_COLUMNS = {"validation", "best", "on_end", "resume", "metadata", "samples"}
 VERDICTS = {"used": USED, "without": WITHOUT, "refused": REFUSED}
 FACTS = {"identity": REFUSED, "habit": USED, "names": USED}  # of resuming
 FOREIGN = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "project/foreign").glob("*.py"))
+
+
+class Files(Options):
+    """Options of a family that name files."""
+
+    model: Path | None = option("a model", facts=HABIT)
+    other_model: Path | None = option("another model", facts=HABIT)
 
 
 @functools.cache
@@ -156,16 +164,19 @@ def test_resuming_is_what_options_declare() -> None:
             assert cell in (FACTS[fact], REFUSED), row
 
 
-def test_no_path_is_compared_by_its_value() -> None:
-    """Options with paths are left out of what a state compares, unless they are compared by name."""
+def test_paths_of_all_families_are_compared_by_name() -> None:
+    """What a state compares has no paths of a machine; of shared options, `names` says so."""
     wrong = [
         name
-        for name, fact in resume_facts().items()
-        if fact in ("habit", "identity")
-        and name in actions()
-        and info_of_option(actions()[name]).get("kind") is Path
+        for kind in ("habit", "identity")
+        for name in options_with(TrainingOptions, "resume", kind)
+        if name in actions() and info_of_option(actions()[name]).get("kind") is Path
     ]
     assert wrong == []
+    assert recorded_values(Files.from_defaults(model=Path("/mine/clip.safetensors")), "habit") == {
+        "model": "clip.safetensors",
+        "other_model": None,
+    }
 
 
 def test_what_a_resumed_run_compares_is_recorded_in_files() -> None:

@@ -100,7 +100,7 @@ def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[
     if not plan.options.metadata.no_metadata:
         # options whose change is rejected (identity) or warned of (habit) when the run is resumed
         family_options = recorded_values(family.options, "identity", "habit")
-        values |= {f"ss_{name}": value for name, value in family_options.items()}
+        values |= {f"ss_{name}": value for name, value in family_options.items() if value is not None}
         # of the options of all families only those that differ from their defaults, and no paths
         given = set(list_given_with(plan.options, {})) - RECORDED_OTHERWISE
         for name, value in recorded_values(plan.options, "identity", "habit").items():

@@ -131,9 +131,14 @@ def initial_progress(
 
 
 def recorded_values(options: Any, *kinds: str) -> dict[str, Any]:
-    """Return the values of all options in `options` that have one of these kinds: identity or habit."""
-    names = {name for kind in kinds for name in options_with(type(options), "resume", kind)}
-    return {name: value for name, value in public_config(options).items() if name in names}
+    """Return the values of all options in `options` that have one of these kinds: identity or habit.
+
+    Files and folders are given by name; None for an option without a value.
+    """
+    names = [name for kind in kinds for name in options_with(type(options), "resume", kind)]
+    paths = {name: value.name for name, value in option_values(options).items() if isinstance(value, Path)}
+    values = public_config(options) | paths
+    return {name: values.get(name) for name in names}
 
 
 @dataclass(frozen=True)
