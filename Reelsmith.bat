@@ -1,6 +1,6 @@
 @echo off
 rem Double-click this: it sets up what is missing, then opens the page. It needs no Python: it downloads uv, and uv
-rem downloads one. A zip file of a newer version that is dropped on it updates this folder. docs/install.md
+rem downloads one. A zip file of a newer version that is dropped on it is unpacked beside this folder. docs/install.md
 set "REELSMITH_STARTED_IN=%CD%"
 cd /d "%~dp0"
 if exist .venv\Scripts\python.exe if not exist .reelsmith\build.txt .venv\Scripts\python.exe set_up.py %* & pause & exit /b
@@ -22,10 +22,7 @@ if /i "%WORD%"=="update" goto download
 if /i "%WORD:~-4%"==".zip" goto download
 if "%WORD%"=="--build" goto build
 if "%WORD:~0,1%"=="-" goto download
-if not "%WORD%"=="back" echo "%WORD%" is unknown. Type update, update NEW.zip, back, or nothing to start.& pause & exit /b 2
-if exist .reelsmith\before_update.txt goto download
-if exist .reelsmith\back\update.json goto download
-echo There is no version to go back to: nothing was updated here.& pause & exit /b 2
+echo "%WORD%" is unknown. Type update, update NEW.zip, or nothing to start.& pause & exit /b 2
 :build
 for %%b in (cu130 cu126 rocm cpu mac) do if "%BUILD%"=="%%b" goto download
 echo --build: there is no such build of torch. Type one of cu130, cu126, rocm, cpu, mac.& pause & exit /b 2

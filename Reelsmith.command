@@ -10,12 +10,10 @@ refuse() { echo "$1" >&2; exit 2; }
 if [ ! -x .reelsmith/uv ]; then
     build=
     case "$1" in
-        back) [ -f .reelsmith/before_update.txt ] || [ -f .reelsmith/back/update.json ] ||
-            refuse "There is no version to go back to: nothing was updated here" ;;
         --build) build=${2:-nothing} ;;
         --build=*) build=${1#--build=} ;;
         "" | -* | update | *.zip | *.ZIP) ;;
-        *) refuse "$1: unknown. Type update, update NEW.zip, back, or nothing to start" ;;
+        *) refuse "$1: unknown. Type update, update NEW.zip, or nothing to start" ;;
     esac
     case "$build" in
         "" | cu130 | cu126 | rocm | cpu | mac) ;;

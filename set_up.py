@@ -5,11 +5,9 @@ Reelsmith.command and Reelsmith.bat start this file with any Python; it needs no
     python set_up.py                    set up what is missing, then open the page
     python set_up.py --build cpu        with another build of torch than the one for the card
     python set_up.py update             take the newest version, if this folder is a clone of git
-    python set_up.py update NEW.zip     take the version in a zip file, in any other folder
-    python set_up.py back               return to the version before the last update
+    python set_up.py update NEW.zip     unpack the version in a zip file into a new folder beside this one
 
-An update changes the files of Reelsmith only: runs, models, settings and the environment stay. A file of
-Reelsmith that you changed is kept as NAME.yours. What a killed update left is put right by the next start.
+An update overwrites no file of yours: a clone of git with changes or commits of its own is refused.
 """
 
 import os
@@ -26,7 +24,7 @@ from modules.environment import OWN_FOLDER, get_python_path, prepare_environment
 from modules.errors import InstallationError, OptionError
 from modules.installation import ROOT
 from modules.parser import Parser
-from package.updating import go_back, note_version, repair, update
+from package.updating import update
 
 # the build of torch that this file installed; without it, .venv is the user's own
 NOTE = OWN_FOLDER / "build.txt"
@@ -36,33 +34,26 @@ GB = 1e9
 
 
 def main() -> None:
-    """Set up, update, repair or go back, then open the page."""
+    """Set up and open the page, or update."""
     parser = Parser(description=__doc__)
-    parser.add_argument("words", nargs="*", metavar="update | back | NEW.zip", help="instead of the page")
+    parser.add_argument("words", nargs="*", metavar="update | NEW.zip", help="instead of the page")
     parser.add_argument("--build", choices=list(BUILDS), help="build of torch; unset: the one for the card")
     args = parser.parse_args()
     if args.words:
-        # Update, repair or go back, as the typed words say. Raises OptionError for others, and for --build.
         if args.build is not None:
             raise OptionError(
                 f"--build: it chooses torch for the start, and {args.words[0]} starts nothing. Type one"
             )
         command, *operands = args.words
-        if args.words == ["back"]:
-            go_back(ROOT)
-        elif command == "repair" and len(operands) == 1:  # from modules/interpreter.py
-            repair(Path(operands[0]))
-        elif command == "update" and len(operands) <= 1:
+        if command == "update" and len(operands) <= 1:
             update(ROOT, typed_path(operands[0]) if operands else None)
         elif command.lower().endswith(".zip") and not operands:  # dropped on Reelsmith.bat
             update(ROOT, typed_path(command))
         else:
             raise OptionError(
-                f"{' '.join(args.words)}: unknown. Type update, update NEW.zip, back, or nothing to start"
+                f"{' '.join(args.words)}: unknown. Type update, update NEW.zip, or nothing to start"
             )
     else:
-        repair(ROOT)
-        note_version(ROOT)
         raise SystemExit(open_page(set_up(args.build)))
 
 

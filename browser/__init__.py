@@ -30,6 +30,7 @@ idle_settings: settings without effect because of other settings
 dropped_files: store dropped images and clips, typed by their content
 jobs: command lines in a text file, run one after another
 known_queues: which jobs of a queue the user knows
+language_tables: translation tables, and the script with a language's strings
 launch: start and stop the program of a command line
 lora_rows: LoRAs of runs that a model can use
 machine_status: status line of each page: processes, GPUs, free disk space
@@ -48,7 +49,7 @@ new_steps: progress of a folder, and its next step
 offered_folders: media folders for which pages offer tools
 options: options of run_browser.py: folders, host, token
 page_access: path and cookie of an admitted browser
-page_language: translation tables, one selected for each request
+page_language: the language of each request, kept in a cookie
 page_root: secret root path of the pages, known to admitted browsers
 permissions: what a run.toml permits its run
 printed_lines: known lines of `new` in the page's language
@@ -78,6 +79,7 @@ shares: share a run with a friend by a link
 server_state: what all pages of a server share, its options
 serving: serve pages or export one; print the URL
 state_names: states of runs and jobs as text
+static_files: scripts and style sheets, named with their digests
 tag_editor: count tags in all captions, rename one, undo
 tag_pages: a tagger for a folder, and renaming tags
 tokens: the secret token of the page, and who opens it

@@ -12,7 +12,7 @@ from modules.text_files import read_text, real_path
 from project.options import MODELS
 
 LOCAL = "localhost"
-DEFAULT_PORT = 8765
+NETWORK_PORT = 8765  # in the command that lets other machines in
 PROJECT_CONFIG = "dataset.toml"  # the file that `new` writes into a folder
 READABLE_SUFFIXES = (".toml", "-history.jsonl")  # suffixes of datasets and of runs' histories
 MIN_TOKEN_LENGTH = 16  # characters of a token
@@ -33,8 +33,8 @@ class BrowserOptions(Options, title="browser"):
         metavar="FOLDER",
     )
     port: int | None = option(
-        f"port to listen at; 0: any that is free (default: {DEFAULT_PORT}, so that a bookmark holds, or any "
-        "if that is taken)",
+        "port to listen at; 0: any that is free (default: one that your account always has, or any if that "
+        "is taken)",
         minimum=0,
         maximum=65535,
     )
@@ -50,8 +50,8 @@ class BrowserOptions(Options, title="browser"):
         excludes=("export",),
     )
     token: Path | None = option(
-        "file with a secret word; who does not have it sees nothing (default: a word that the page makes "
-        "once for you; the printed address has it)"
+        "file with a secret word; who does not have it sees nothing (default: the printed address has a "
+        "word that lets one browser in, and then the next one is printed)"
     )
     no_token: bool = option(
         "let everybody who has an account on this machine use the page, and do what you may do",

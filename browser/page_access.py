@@ -1,9 +1,10 @@
 """What an admitted browser keeps: the secret path of the pages, and the value of a cookie for that path only.
 
-Neither reveals the secret token of the page. Both are derived from the token and the port of the server: they
-stay the same after a restart, and do not work on other servers. The cookie's value contains the day on which
-it expires and, where the system shows it, the account that opened the page. So a server of another account
-that takes over the port learns nothing that would admit anybody else.
+Neither reveals the secret token of the page. Both are derived from the token, the port and the host name of
+this start: they do not work on other servers, and after a restart only if the server keeps its name
+(--token). The cookie's value contains the day on which it expires and, where the system shows it, the
+account that opened the page. So a server of another account that takes over the port learns nothing that
+admits anybody else.
 """
 
 import hashlib
@@ -57,19 +58,22 @@ class PageAccess:
 
 
 @cache
-def derive_access(token: str, port: int) -> PageAccess:
+def derive_access(token: str, port: int, name: str = "") -> PageAccess:
     """Derive the path and the cookie key of a server from its secret token.
 
     The derivation is slow on purpose: a token given by --token may be easy to guess, and a path could be used
-    to test guesses.
+    to test guesses. `name` is the host name that the server has for this start only; "" if it has none.
     """
-    salt = f"pages of Reelsmith at {port}".encode()
+    salt = f"pages of Reelsmith at {name}:{port}".encode()
     return PageAccess(hashlib.pbkdf2_hmac("sha256", token.encode(), salt, iterations=200_000))
 
 
-def find_page_access(token: str, scope: Mapping[str, Any]) -> PageAccess:
-    """Return the secret path and cookie values of the server that received the request `scope` (ASGI)."""
-    return derive_access(token, find_port(scope))
+def find_page_access(token: str, scope: Mapping[str, Any], name: str = "") -> PageAccess:
+    """Return the secret path and cookie values of the server that received the request `scope` (ASGI).
+
+    `name` is the server's host name for this start only; "" if it has none.
+    """
+    return derive_access(token, find_port(scope), name)
 
 
 def list_values(cookies: str, wanted: str) -> list[str]:

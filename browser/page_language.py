@@ -1,50 +1,19 @@
-"""Read the tables of languages, select one for a request, and keep the reader's choice in a cookie.
+"""Select a language for a request, and keep the reader's choice in a cookie."""
 
-A table is a file in `languages`: sections of English strings and their translations. The section `scripts`
-is sent to the browser, for the strings of JavaScript. A second file has one more section: the first sentences
-of the help of all training options.
-"""
-
-import functools
-import json
-from collections.abc import Mapping
 from http.cookies import CookieError, SimpleCookie
-from pathlib import Path
 from urllib.parse import urlsplit
 
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
+from browser.language_tables import CODES, HEADER, NAMES, read_texts, write_script
 from browser.page_root import add_root, find_port
 from browser.responses import answer_not_found
 from modules.pages.language import Language, language
 
-TABLES = Path(__file__).resolve().parent / "languages"
-# HTML code -> the language's own name; the untranslated strings are in the first language
-NAMES = (("en", "English"), ("zh", "中文"), ("ja", "日本語"))
-CODES = tuple(code for code, _ in NAMES)
 COOKIE = "reelsmith_language"  # the port is appended, because all ports of a host share cookies
-HEADER = "Reelsmith-Language"  # sent by a page's scripts: the language of the page
 COOKIE_SECONDS = 60 * 60 * 24 * 365
-SCRIPTS = "scripts"  # section of a language file
-HELPS = "helps"  # section in a separate file
-
-
-@functools.cache
-def read_table(code: str) -> Mapping[str, Mapping[str, str]]:
-    """Return the sections of a language's translation table; empty for English."""
-    if code == CODES[0]:
-        return {}
-    sections = json.loads((TABLES / f"{code}.json").read_text(encoding="utf-8"))
-    helps = json.loads((TABLES / f"{HELPS}_{code}.json").read_text(encoding="utf-8"))
-    return {**sections, HELPS: helps}
-
-
-@functools.cache
-def read_texts(code: str) -> Mapping[str, str]:
-    """Return all translations into a language, by their English strings."""
-    return {key: text for section in read_table(code).values() for key, text in section.items() if text}
 
 
 def choose_language(request: Request) -> Language:
@@ -133,38 +102,7 @@ def show_scripts(request: Request) -> Response:
     code = request.path_params["code"]
     if code not in CODES:
         return answer_not_found()
-    text = _write_script(code)
-    return Response(text, media_type="text/javascript")
-
-
-@functools.cache
-def _write_script(code: str) -> str:
-    texts = json.dumps(read_table(code).get(SCRIPTS, {}), ensure_ascii=True, separators=(",", ":"))
-    return f'"use strict";\nconst LANGUAGE = "{code}", TEXTS = {texts};\n{FUNCTIONS}'
-
-
-FUNCTIONS = """
-// Returns an English text in the language of the page, with %(name)s replaced by values.
-function translate(text, values = {}) {
-  return (TEXTS[text] ?? text).replace(/%\\((\\w+)\\)s/g, (place, name) => values[name] ?? place);
-}
-
-// Returns one of two texts by a number; the plural is the one that the table has.
-function translateCount(number, singular, plural, values = {}) {
-  const text = number === 1 && TEXTS[plural] === undefined ? singular : plural;
-  return translate(text, { n: number.toLocaleString("en"), ...values });
-}
-
-// What scripts ask for is in the language of the page, also when another tab has changed it since.
-{
-  const send = globalThis.fetch;
-  globalThis.fetch = (address, options = {}) => {
-    const headers = new Headers(options.headers);
-    headers.set("HEADER", LANGUAGE);
-    return send(address, { ...options, headers });
-  };
-}
-""".replace("HEADER", HEADER)
+    return Response(write_script(code), media_type="text/javascript")
 
 
 def language_routes() -> list[Route]:

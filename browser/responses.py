@@ -12,6 +12,7 @@ from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, R
 
 from browser.page_root import add_root_to_page
 from browser.run_views import HERE, POLICY
+from browser.static_files import add_digests
 from modules.pages.language import say, show, show_all
 from modules.pages.page import render_page
 
@@ -24,7 +25,9 @@ SHOWN = {".png": "image/png", ".mp4": "video/mp4", ".wav": "audio/wav"}
 
 def answer_page(text: str, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     r"""Return an HTML page; undecodable bytes of file names are shown as escapes such as \udce9."""
-    return HTMLResponse(add_root_to_page(text).encode("utf-8", "backslashreplace"), status, headers)
+    return HTMLResponse(
+        add_root_to_page(add_digests(text)).encode("utf-8", "backslashreplace"), status, headers
+    )
 
 
 def answer_template(

@@ -63,7 +63,6 @@ from browser.responses import (
 from browser.result_pages import result_routes
 from browser.run_buttons import RunButtons, run_button_routes
 from browser.run_views import (
-    HERE,
     POLICY,
     FileNotes,
     collect_news,
@@ -78,12 +77,12 @@ from browser.server_state import ServerSettings, Site
 from browser.settings_page import settings_routes
 from browser.shares import ADDRESS as SHARED
 from browser.shares import SharePages, share_routes
+from browser.static_files import STATIC
 from browser.tag_pages import tag_routes
-from browser.tokens import Ticket
+from browser.tokens import PrintedWord, Ticket
 from modules.errors import UserError
 from modules.installation import EXTENSIONS
 from modules.pages.language import say, show, speaking
-from modules.pages.page import HERE as PAGES
 from project.options import MODELS
 
 logger = logging.getLogger(__name__)
@@ -94,8 +93,12 @@ REDIRECT_TO_RUN_LIST = PLAIN_PAGE + '<meta http-equiv="refresh" content="0;url={
 REDIRECT_TO_ROOT = PLAIN_PAGE + '<script src="{script}"></script><p>{text}'
 ENTER_SCRIPT = "/static/enter.js"  # contains no secret
 NO_TOKEN = say(
-    "Open the address that the command has printed in its terminal. It ends in ?token= and a secret "
+    "Open the address that the command has printed last in its terminal. It ends in ?token= and a secret "
     "word. This browser is then admitted without it."
+)
+EARLIER_START = say(
+    "This address was that of an earlier start of the page. Open the address that the command has printed "
+    "last in its terminal."
 )
 # requests to a run, see training/training_run.py, and the answer to each
 TRAINING_REQUESTS = {
@@ -103,8 +106,6 @@ TRAINING_REQUESTS = {
     "save": say("Requested: it saves after this step."),
     "stop": say("Requested: it saves and ends after this step."),
 }
-STATIC = {path.name: path for folder in ("static", "vendor") for path in (HERE / folder).glob("*.[cj]s*")}
-STATIC |= {name: PAGES / name for name in ("page.js", "pages.css")}
 HEADERS = {
     "content-security-policy": f"{POLICY}; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
@@ -114,6 +115,7 @@ HEADERS = {
 }
 # a host name or IPv4 address, or an IPv6 address in brackets without a zone (network card)
 HOST = re.compile(r"(?:(?P<name>[\w.-]+)|\[(?P<inside>[0-9a-f:.]+)\])(?::\d{1,5})?", re.ASCII | re.IGNORECASE)
+START_NAME = re.compile(r"[0-9a-f]{12}\.localhost(?::\d{1,5})?", re.ASCII)  # of this start or an earlier one
 REMOVED_COOKIE = f"{OLD_COOKIE}=; Max-Age=0; Path=/".encode()
 TRANSLATED = (b"text/html", b"text/plain", b"application/json")  # content types with translatable text
 MAX_BYTES = 512 << 10  # largest body of a request: a form with two long prompts
@@ -175,6 +177,8 @@ class Gate:
     token: str | None  # opens the page; a browser stores values derived from it, see `PageAccess`
     read_only: bool
     ticket: Ticket | None = None  # opens the page once
+    word: PrintedWord | None = None  # that of the printed address; None: the token is in it
+    start_name: str = ""  # host name for this start only; "" if the server keeps its name
     public_origin: str | None = None  # origin of a reverse proxy in front of the server
     headers: dict[str, str] = field(default_factory=lambda: dict(HEADERS))
 
@@ -190,7 +194,7 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        access = None if self.token is None else find_page_access(self.token, scope)
+        access = None if self.token is None else find_page_access(self.token, scope, self.start_name)
         is_below_root, scope = _strip_root(scope, access)  # routes are matched without the root
         root = access.root if access is not None and is_below_root else ""
         request = Request(scope)
@@ -224,7 +228,8 @@ class Gate:
         hosts = request.headers.getlist("host")
         # pages of other sites may reach this server under their own host names (DNS rebinding)
         if len(hosts) != 1 or not self._is_own_host(hosts[0]):
-            return answer_text("Wrong host.", 421)
+            is_earlier_start = len(hosts) == 1 and START_NAME.fullmatch(hosts[0]) is not None
+            return answer_text(EARLIER_START if is_earlier_start else "Wrong host.", 421)
         is_read = request.method in ("GET", "HEAD")
         if not self._is_from_here(request, is_read):
             return answer_text("Wrong origin.", 403)
@@ -271,6 +276,8 @@ class Gate:
         """Return the page that sets the cookie and then opens the list of runs."""
         # It does not redirect, because after a link from another site, browsers would not send the cookie.
         page = HTMLResponse(REDIRECT_TO_RUN_LIST.format(root=access.root))
+        # what a server of another account at this address has left, such as a service worker
+        page.headers["clear-site-data"] = '"storage"'
         page.set_cookie(
             COOKIE,
             access.make_cookie_value(find_account(request.scope)),
@@ -283,8 +290,8 @@ class Gate:
         return page
 
     def _is_token_or_ticket(self, request: Request, word: str) -> bool:
-        """Return whether `word`, from the URL, is the token or a valid ticket, which admits the browser."""
-        if self._is_token(word):
+        """Return whether `word`, from the URL, admits the browser: printed word, token or valid ticket."""
+        if self._is_token(word) or (self.word is not None and self.word.take(word)):
             return True
         return self.ticket is not None and self.ticket.take(word, find_connection(request.scope))
 
@@ -459,6 +466,8 @@ def make_app(
     settings: ServerSettings | None = None,
     render_worker: RenderWorker | None = None,
     ticket: Ticket | None = None,
+    word: PrintedWord | None = None,
+    start_name: str = "",
 ) -> ASGIApp:
     """Return the ASGI application that serves all pages.
 
@@ -472,6 +481,8 @@ def make_app(
         settings: Options of the server, for the page that shows them.
         render_worker: Worker of the Generate page; None to create one for the queue.
         ticket: Secret that opens the page once.
+        word: Word of the printed address; None if that has the token.
+        start_name: Host name of the server for this start only; "" if it keeps its name.
     """
     queue = queue or open_queue(runs, read_only)
     site = Site(
@@ -485,10 +496,21 @@ def make_app(
     )
     public_origin = None if settings is None else settings.public_origin
     host_names = _list_host_names(host, public_origin)
+    if start_name:
+        host_names |= {start_name}
     handlers = {UserError: explain_error, OSError: explain_error, 404: explain_address}
     app = Starlette(routes=_list_routes(site, read_only), exception_handlers=handlers)
     app.router.redirect_slashes = False  # it would redirect to an address built from the request's host
-    return Gate(app, host_names, token, read_only, ticket, public_origin)
+    return Gate(
+        app,
+        names=host_names,
+        token=token,
+        read_only=read_only,
+        ticket=ticket,
+        word=word,
+        start_name=start_name,
+        public_origin=public_origin,
+    )
 
 
 def _list_routes(site: Site, read_only: bool) -> list[Route]:

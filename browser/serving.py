@@ -5,19 +5,21 @@ import contextlib
 import errno
 import logging
 import os
+import secrets
 import socket
 import sys
 import threading
 import webbrowser
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from browser.jobs import JobQueue, UnknownJobsError, open_queue
-from browser.options import DEFAULT_PORT, BrowserOptions
+from browser.options import BrowserOptions
 from browser.qr_code import draw_code
 from browser.runs import RUNNING, Runs
 from browser.server_state import ServerSettings
-from browser.tokens import PageToken, Ticket, select_token
+from browser.tokens import PageToken, PrintedWord, Ticket, choose_account_port, select_token
 from modules.console import format_count
 from modules.errors import OutputError
 from modules.installation import FROM_QUEUE, ROOT
@@ -62,10 +64,19 @@ def serve_pages(options: BrowserOptions, runs: Runs, models: Path) -> None:
 
     from browser.server import make_app
 
-    server_socket = open_socket(options.host, options.port)
+    keeps_name = options.token is not None or options.public_origin is not None or not options.is_local
+    has_names = sys.platform != "darwin"  # Safari finds no names below localhost
+    start_name = make_start_name() if has_names and not keeps_name else ""
+    port = options.port
+    if port is None and not (has_names or keeps_name):
+        port = 0  # another port is another origin too
+    server_socket = open_socket(options.host, port)
     port = server_socket.getsockname()[1]
     queue = start_queue(runs, options)
-    show_address(options, port, token)
+    word = None
+    if not keeps_name and token.secret is not None:
+        word = PrintedWord(partial(log_next_address, options, port, start_name))
+    show_address(options, port, token, start_name, word)
     log_runs(runs)
     ticket = Ticket()
     app: Any = make_app(
@@ -77,20 +88,34 @@ def serve_pages(options: BrowserOptions, runs: Runs, models: Path) -> None:
         models=models,
         settings=_make_settings(options, port, token),
         ticket=ticket,
+        word=word,
+        start_name=start_name,
     )
     if may_open_page(options):
         # all users can read that browser's command line: it gets a one-time secret, not the token
-        ticket_address = make_address(options, port, token.secret and ticket.secret)
+        ticket_address = make_address(options, port, token.secret and ticket.secret, start_name)
         # in a thread, because some browsers block the calling process; the socket is already listening
         threading.Thread(target=webbrowser.open, args=(ticket_address,), daemon=True).start()
-    config = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, lifespan="off", ws="none"
-    )
     try:
         with contextlib.suppress(KeyboardInterrupt):
-            asyncio.run(uvicorn.Server(config).serve(sockets=[server_socket]))
+            asyncio.run(uvicorn.Server(make_server_config(app)).serve(sockets=[server_socket]))
     finally:  # the next start continues an open queue
         queue.end_work()
+
+
+def make_server_config(app: Any, log_level: str = "warning") -> Any:
+    """Return the settings of the web server."""
+    import uvicorn  # only to serve
+
+    return uvicorn.Config(
+        app,
+        log_level=log_level,
+        access_log=False,
+        server_header=False,
+        lifespan="off",
+        ws="none",
+        proxy_headers=False,  # who asks is known by the connection: other accounts can send any header
+    )
 
 
 def _make_settings(options: BrowserOptions, port: int, token: PageToken) -> ServerSettings:
@@ -172,18 +197,17 @@ def log_runs(runs: Runs) -> None:
 
 
 def open_socket(host: str, port: int | None) -> socket.socket:
-    """Return a listening socket. If `port` is None, use the default port, or any free port if it is taken.
+    """Return a listening socket. If `port` is None, use the account's port, or any free port if it is taken.
 
     Raises OutputError if the address cannot be used.
     """
     if port is not None:
         return _open_port(host, port)
     try:
-        return _open_port(host, DEFAULT_PORT)
+        return _open_port(host, choose_account_port())
     except OutputError as error:
         if not _is_port_taken(error.__context__):
             raise
-    logger.info("Port %d is taken, so this is another one: an old bookmark leads elsewhere.", DEFAULT_PORT)
     return _open_port(host, 0)
 
 
@@ -207,12 +231,23 @@ def _is_port_taken(error: BaseException | None) -> bool:
     return isinstance(error, OSError) and error.errno == errno.EADDRINUSE
 
 
-def make_address(options: BrowserOptions, port: int, token: str | None) -> str:
-    """Return the URL, with the token, under which all machines that can reach this server open the page."""
+def make_start_name() -> str:
+    """Return a host name of this machine that no server here had before: browsers keep nothing for it.
+
+    Browsers resolve names below localhost to this machine by themselves (RFC 6761).
+    """
+    return f"{secrets.token_hex(6)}.localhost"
+
+
+def make_address(options: BrowserOptions, port: int, token: str | None, start_name: str = "") -> str:
+    """Return the URL, with the token, under which all machines that can reach this server open the page.
+
+    `start_name` is the server's host name for this start only; "" if it keeps its name.
+    """
     if options.public_origin is not None:
         url = f"{options.public_origin}/"
         return f"{url}?token={token}" if token else url
-    host = options.host
+    host = start_name or options.host
     if host in ("0.0.0.0", "::", ""):  # the address that this machine has in its network
         host = socket.gethostname()
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
@@ -226,17 +261,29 @@ def make_address(options: BrowserOptions, port: int, token: str | None) -> str:
     return f"{url}?token={token}" if token else url
 
 
-def show_address(options: BrowserOptions, port: int, token: PageToken) -> None:
+def log_next_address(options: BrowserOptions, port: int, start_name: str, word: str) -> None:
+    """Log the URL with the word for one more browser, since the last word was used."""
+    if FROM_QUEUE not in os.environ:  # pages show the output of a job
+        logger.info("For another browser: %s", make_address(options, port, word, start_name))
+
+
+def show_address(
+    options: BrowserOptions,
+    port: int,
+    token: PageToken,
+    start_name: str = "",
+    word: PrintedWord | None = None,
+) -> None:
     """Print the URL, with a QR code for phones if other machines can reach the server.
 
     In a queued job, pages show the output as a log, so the URL is printed without the token.
     """
     if FROM_QUEUE in os.environ:
         hint = "" if token.path is None else f" followed by ?token= and the word in {token.path}"
-        sys.stdout.write(f"{make_address(options, port, None)}{hint}\n")
+        sys.stdout.write(f"{make_address(options, port, None, start_name)}{hint}\n")
         sys.stdout.flush()
         return
-    address = make_address(options, port, token.secret)
+    address = make_address(options, port, token.secret if word is None else word.secret, start_name)
     sys.stdout.write(f"{address}\n")
     if not options.is_local or options.public_origin is not None:
         sys.stdout.write(draw_code(address))

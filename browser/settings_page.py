@@ -11,10 +11,11 @@ from starlette.routing import Route
 from browser.command_lines import format_command
 from browser.jobs import QUEUE
 from browser.model_pages import open_bin
-from browser.options import DEFAULT_PORT
+from browser.options import NETWORK_PORT
 from browser.qr_code import draw_svg
 from browser.responses import Form, answer_form, answer_move, answer_template, answer_unknown
 from browser.server_state import Site
+from browser.tokens import choose_account_port
 from downloads.listing import gigabytes
 from modules.errors import UserError
 from modules.option_values import option_argv
@@ -127,7 +128,7 @@ class SettingsPages:
     def command_argv(self, worker: str, extra_folders: Sequence[Path] = ()) -> list[str]:
         """Return the command that starts this page with these settings, and with additional folders."""
         settings = self.site.settings
-        port = None if settings.port in (None, DEFAULT_PORT) else settings.port
+        port = None if settings.port in (None, choose_account_port()) else settings.port
         return self._make_argv(settings.host, port, self._find_token_file(), worker, extra_folders)
 
     def _find_token_file(self) -> str | None:
@@ -139,7 +140,7 @@ class SettingsPages:
     def phone_argv(self, worker: str) -> list[str]:
         """Return the command that starts this page so that other devices, such as a phone, can open it."""
         token = self._find_token_file() or str(Path("token.txt").absolute())
-        return self._make_argv("0.0.0.0", DEFAULT_PORT, token, worker)
+        return self._make_argv("0.0.0.0", NETWORK_PORT, token, worker)
 
     def _make_argv(
         self, host: str, port: int | None, token: str | None, worker: str, extra_folders: Sequence[Path] = ()

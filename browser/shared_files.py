@@ -4,24 +4,27 @@ The file on disk is not changed. The bytes of the metadata are blanked in place 
 the file keeps its length, its tensors and the hash of its weights, and players can request parts of it.
 """
 
+import hashlib
 import json
+import os
 import re
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
+from email.utils import formatdate
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from browser.responses import answer_file
+from browser.responses import SHOWN, answer_file
 from modules.pages.page import mark_folders
 from modules.text_files import read_tensor_header
 
 PIECE_BYTES = 1 << 20
 MAX_CHUNKS = 100_000  # maximum number of chunks of a media file
-RANGE = re.compile(r"bytes=(\d{1,15})-(\d{0,15})")
+RANGE = re.compile(r"bytes=(?:(\d{1,15})-(\d{0,15})|-(\d{1,15}))")  # or how many of the last bytes
 # metadata of a safetensors file that programs need to load it, or that the page shows
 SENT_METADATA = re.compile(
     r"format|ss_network_(module|dim|alpha|args)|ss_base_model_version|ss_v2|reference_.*|lllite\..*|"
@@ -54,38 +57,62 @@ class Replacement(NamedTuple):
 def answer_shared_file(path: Path, request: Request) -> Response:
     """Return a response with a file, or the requested byte range of it, without its metadata.
 
-    The metadata is overwritten while the file is sent, so that its size does not change. Raises OSError if
-    the file cannot be read.
+    The metadata is overwritten while the file is sent, so that its size does not change. A training may
+    replace the file between two requests, and a file joined from two versions would have the right size. So
+    ranges are sent only of samples, which players request, and only of the version that the client has
+    (If-Range, RFC 9110 section 13.1.5); other files are always sent whole. Raises OSError if the file cannot
+    be read.
     """
-    size = path.stat().st_size
-    replacements = find_replacements(path)
+    file = path.open("rb")  # this version, even if the file is replaced while it is sent
+    try:
+        status = os.fstat(file.fileno())
+        replacements = _find_replacements(file, path.suffix, status.st_size)
+    except BaseException:
+        file.close()
+        raise
+    version = f"{status.st_mtime_ns} {status.st_size} {replacements}"
     headers = {name: value for name, value in answer_file(path).headers.items() if name != "content-length"}
-    requested_range = _read_range(request.headers.get("range", ""), size)
-    if requested_range is None:
-        sent_range = range(size)
-        status = 200
-    else:
-        sent_range = requested_range
-        status = 206  # partial content
-        headers["content-range"] = f"bytes {sent_range.start}-{sent_range.stop - 1}/{size}"
-    headers |= {"content-length": str(len(sent_range)), "accept-ranges": "bytes"}
-    pieces = _read_pieces(path, replacements, sent_range.start, sent_range.stop)
-    return StreamingResponse(pieces, status, headers)
+    headers |= {
+        "etag": f'"{hashlib.sha256(version.encode()).hexdigest()[:32]}"',
+        "last-modified": formatdate(status.st_mtime, usegmt=True),
+        "accept-ranges": "bytes" if path.suffix in SHOWN else "none",
+    }
+    code = 200
+    sent_range = range(status.st_size)
+    has_version = request.headers.get("if-range", headers["etag"]) in (
+        headers["etag"],
+        headers["last-modified"],
+    )
+    if has_version and path.suffix in SHOWN:
+        requested_range = _read_range(request.headers.get("range", ""), status.st_size)
+        if requested_range is not None and not requested_range:
+            file.close()
+            return Response(status_code=416, headers={"content-range": f"bytes */{status.st_size}"})
+        if requested_range is not None:
+            code = 206  # partial content
+            sent_range = requested_range
+            headers["content-range"] = f"bytes {sent_range.start}-{sent_range.stop - 1}/{status.st_size}"
+    headers["content-length"] = str(len(sent_range))
+    pieces = _read_pieces(file, replacements, sent_range.start, sent_range.stop)
+    return StreamingResponse(pieces, code, headers)
 
 
 def _read_range(header: str, size: int) -> range | None:
-    """Return the bytes that a Range header requests; None, for the whole file, if it requests none."""
+    """Return the bytes that a Range header requests: none behind the end; None if it requests no range."""
     match = RANGE.fullmatch(header)
     if match is None:
         return None
-    begin = int(match[1])
-    end = min(size, int(match[2]) + 1) if match[2] else size
-    return range(begin, end) if begin < end else None
+    first, last, num_last = match.groups()
+    if num_last is not None:  # the end of the file
+        return range(max(0, size - int(num_last)), size)
+    if last and int(last) < int(first):  # invalid, and so ignored
+        return None
+    return range(int(first), min(size, int(last) + 1) if last else size)
 
 
-def _read_pieces(path: Path, replacements: list[Replacement], begin: int, end: int) -> Iterator[bytes]:
-    """Yield bytes `begin` to `end` of a file, with its metadata replaced."""
-    with path.open("rb") as file:
+def _read_pieces(file: BinaryIO, replacements: list[Replacement], begin: int, end: int) -> Iterator[bytes]:
+    """Yield bytes `begin` to `end` of an open file, with its metadata replaced, and close it."""
+    with file:
         file.seek(begin)
         while begin < end and (piece := file.read(min(PIECE_BYTES, end - begin))):
             content = bytearray(piece)
@@ -98,16 +125,10 @@ def _read_pieces(path: Path, replacements: list[Replacement], begin: int, end: i
             begin += len(piece)
 
 
-def find_replacements(path: Path) -> list[Replacement]:
-    """Return the bytes that replace a file's metadata when it is sent; [] for a file without metadata.
-
-    Raises OSError if it cannot be read.
-    """
-    find = _FINDERS.get(path.suffix.lower())
-    if find is None:
-        return []
-    with path.open("rb") as file:
-        return list(find(file, path.stat().st_size))
+def _find_replacements(file: BinaryIO, suffix: str, size: int) -> list[Replacement]:
+    """Return the bytes that replace a file's metadata when it is sent; [] for a file without metadata."""
+    find = _FINDERS.get(suffix.lower())
+    return [] if find is None else list(find(file, size))
 
 
 def _find_in_tensors(file: BinaryIO, size: int) -> Iterator[Replacement]:

@@ -1,9 +1,10 @@
-"""The secret token of the page: only requests with the token may use the page.
+"""The secrets of the page: only who has one of them may use it.
 
-Without --token the page creates one, because all accounts of a machine can reach its ports. It is stored for
-this user alone, so that bookmarks and cookies work after a restart.
+Without --token the page creates a token, because all accounts of a machine can reach its ports. It is stored
+for this user alone, for programs. What is printed is another word, which admits one browser.
 """
 
+import hashlib
 import ipaddress
 import logging
 import os
@@ -11,6 +12,7 @@ import secrets
 import stat
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +31,12 @@ CLOSED_CONNECTION = -1  # stands for the owner of a closed connection; not a val
 # were stored in cookies, which browsers sent to the servers at all ports of this machine
 TOKEN_SUFFIX = "_"
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+def choose_account_port() -> int:
+    """Return the port of this account's page, 20000 to 29999: always the same, but not that of others."""
+    digest = hashlib.sha256(f"{Path.home()} {getattr(os, 'getuid', str)()}".encode()).digest()
+    return 20_000 + int.from_bytes(digest[:4]) % 10_000
 
 
 @dataclass(frozen=True)
@@ -86,6 +94,25 @@ def _read_stored_token() -> str | None:
     """Return the user's stored token; None if there is none, or only one from an older version."""
     secret = (read_user_file(FILE) or "").strip()
     return secret if TOKEN_PATTERN.fullmatch(secret) and secret.endswith(TOKEN_SUFFIX) else None
+
+
+@dataclass
+class PrintedWord:
+    """The word in the printed address, which admits one browser; then the next word is printed.
+
+    A word that was used is worth nothing, wherever a browser or a program keeps the address.
+    """
+
+    show_next: Callable[[str], None]  # prints the address with a new word
+    secret: str = field(default_factory=secrets.token_urlsafe)
+
+    def take(self, text: str) -> bool:
+        """Return whether `text` is the word; if it is, replace the word and show the new one."""
+        if not secrets.compare_digest(text.encode(), self.secret.encode()):
+            return False
+        self.secret = secrets.token_urlsafe()
+        self.show_next(self.secret)
+        return True
 
 
 @dataclass

@@ -24,7 +24,7 @@ from modules.media.reading import Frame, is_single_image, read_image, resize_fra
 from modules.media.writing import write_png
 from modules.options import Options, option
 from modules.text_files import real_path
-from postprocessing.faces.boxes import Detector, FoundFace
+from postprocessing.faces.boxes import FoundFace
 from postprocessing.faces.detectors import load_detector
 
 logger = logging.getLogger(__name__)
@@ -169,26 +169,27 @@ def crop_faces(options: CropFacesOptions) -> None:
     images = [path for path in list_images(source) if is_single_image(path)]
     if not images:
         raise DatasetError(f"{options.src_dir} has no images. Subfolders are not searched")
-    detector = _load_detector(options)
+    if not options.model.is_file():
+        raise CheckpointError(
+            f"--model {options.model}: no such file. Pass YuNet or RetinaFace; python tools/download.py "
+            "--family tools --task yunet --to models downloads one, after its size and license.",
+            options.model,
+        )
+    detector = load_detector(options.model, select_device(options.device))
     make_folder(target, "--dst_dir")
     failures: list[Failure] = []
     num_faces: dict[str, int] = {}  # by file name of the image
     for path in track(images, "Faces", len(images), unit="image"):
         try:
-            num_faces[path.name] = _crop_image(path, target, detector, options)
+            image = read_image(path)
+            faces = _select_faces(detector.find(image, options.least_score), options)
+            _write_faces(path, target, image, faces, options)
+            num_faces[path.name] = len(faces)
         except MediaError as error:
             failures.append(Failure(path, reason=str(error), table=0, stem=path.stem))
     _show_results(num_faces, options.dst_dir)
     if failures:
         raise failure_error(failures, format_count(len(images), "image"))
-
-
-def _crop_image(path: Path, target: Path, detector: Detector, options: CropFacesOptions) -> int:
-    """Crop the faces in one image; return how many there are."""
-    image = read_image(path)
-    faces = _select_faces(detector.find(image, options.least_score), options)
-    _write_faces(path, target, image, faces, options)
-    return len(faces)
 
 
 def _show_results(num_faces: Mapping[str, int], folder: Path) -> None:
@@ -203,17 +204,6 @@ def _show_results(num_faces: Mapping[str, int], folder: Path) -> None:
     num_written = sum(num_faces.values())
     rows: list[Row] = [("written", format_count(num_written, "image")), ("folder", str(folder))]
     show_box("Faces", rows)
-
-
-def _load_detector(options: CropFacesOptions) -> Detector:
-    """Load the face detector."""
-    if not options.model.is_file():
-        raise CheckpointError(
-            f"--model {options.model}: no such file. Pass YuNet or RetinaFace; python tools/download.py "
-            "--family tools --task yunet --to models downloads one, after its size and license.",
-            options.model,
-        )
-    return load_detector(options.model, select_device(options.device))
 
 
 def _select_faces(found: Sequence[FoundFace], options: CropFacesOptions) -> list[FoundFace]:

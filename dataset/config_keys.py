@@ -263,6 +263,18 @@ NOTHING, FRAMES, LATENTS, SECTIONS = Stale.NOTHING, Stale.FRAMES, Stale.LATENTS,
 REFERENCES, TEXTS, LEARNING = Stale.REFERENCES, Stale.TEXTS, Stale.LEARNING
 
 
+class Indexed(enum.Enum):
+    """Which parts of a cache folder's index (`dataset.cache.index`) become stale if a field's value changes.
+
+    A field of a table affects both parts unless it is declared otherwise.
+    """
+
+    LATENTS_AND_TEXTS = enum.auto()  # for a folder, also if files are added to it or removed
+    PATH_ONLY = enum.auto()  # both parts; the files in the folder do not matter, or a list names them
+    LATENTS_ONLY = enum.auto()  # `for_family` sets it, and text caches do not depend on it
+    NEITHER = enum.auto()  # says how items are learned, not how they are cached
+
+
 @dataclasses.dataclass(frozen=True)
 class TableKey:
     """One key of a [[datasets]] table.
@@ -286,13 +298,25 @@ class TableKey:
     rank: int = 0
 
 
-def key(value_type: ValueType, default: Any = None, *, stale: Stale, **settings: Any) -> Any:
+def key(
+    value_type: ValueType,
+    default: Any = None,
+    *,
+    stale: Stale,
+    indexed: Indexed = Indexed.LATENTS_AND_TEXTS,
+    **settings: Any,
+) -> Any:
     """Declare a dataclass field that is also a dataset file key of the same name.
 
     `settings` are further fields of `TableKey`.
     """
     table_key = TableKey(value_type, default, stale=stale, **settings)
-    return dataclasses.field(default=default, metadata={"key": table_key})
+    return dataclasses.field(default=default, metadata={"key": table_key, "indexed": indexed})
+
+
+def own_field(indexed: Indexed, default: Any) -> Any:
+    """Declare a dataclass field that is no key of dataset files and affects an index as `indexed` says."""
+    return dataclasses.field(default=default, metadata={"indexed": indexed})
 
 
 def source_field(value_type: ValueType) -> Any:

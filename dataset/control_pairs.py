@@ -49,23 +49,19 @@ def check_pairs(config: DatasetConfig, network_name: str, warn: Callable[[str], 
         if table.directory is None or table.directory.is_dir():
             by_folder.setdefault(folder, []).extend(find_sources(table))
     for folder, sources in by_folder.items():
-        _require_images(folder, sources)
+        # every control image belongs to an image
+        unmatched = ControlFolder(folder, {source.stem for source in sources}).unmatched
+        if unmatched:
+            names = ", ".join(path.name for path in unmatched[:SHOWN])
+            more = " ..." if len(unmatched) > SHOWN else ""
+            count = format_count(len(unmatched), "control image")
+            raise DatasetError(
+                f"{folder}: {count} without an image of the same name: "
+                f"{names}{more}. Rename them, or move them away"
+            )
         shape_warning = describe_shapes(folder, sources)
         if shape_warning:
             warn(shape_warning)
-
-
-def _require_images(folder: Path, sources: Sequence[MediaSource]) -> None:
-    """Raise a DatasetError if a control image in this folder belongs to none of the images."""
-    unmatched = ControlFolder(folder, {source.stem for source in sources}).unmatched
-    if unmatched:
-        names = ", ".join(path.name for path in unmatched[:SHOWN])
-        more = " ..." if len(unmatched) > SHOWN else ""
-        count = format_count(len(unmatched), "control image")
-        raise DatasetError(
-            f"{folder}: {count} without an image of the same name: "
-            f"{names}{more}. Rename them, or move them away"
-        )
 
 
 def describe_shapes(folder: Path, sources: Sequence[MediaSource]) -> str:

@@ -299,21 +299,17 @@ def warn_captions(sources: Sequence[MediaSource]) -> None:
         if file is None and source.table.class_tokens is None:
             missing.append(source)
     if missing:
-        _warn_of_missing_captions(missing, len(sources))
+        num_sources = len(sources)
+        logger.warning(
+            "%s%d of %d have no caption, and text caching needs one for each. The first: %s",
+            "at least " if num_sources > MAX_READ else "",
+            len(missing),
+            num_sources,
+            missing_captions(missing[:1])[0],
+        )
     if unreadable:
         explanations = explain_captions(list(unreadable), list(unreadable.values()))
         lines = "\n  ".join(explanations[:LISTED])
         logger.warning(
             "%d captions cannot be used, which text caching rejects:\n  %s", len(unreadable), lines
         )
-
-
-def _warn_of_missing_captions(missing: Sequence[MediaSource], num_sources: int) -> None:
-    """Log how many media files have no caption; `num_sources` is the number of all media files."""
-    logger.warning(
-        "%s%d of %d have no caption, and text caching needs one for each. The first: %s",
-        "at least " if num_sources > MAX_READ else "",
-        len(missing),
-        num_sources,
-        missing_captions(missing[:1])[0],
-    )

@@ -205,7 +205,20 @@ def _table_fields(values: Table, table_label: str, is_masked: bool) -> dict[str,
     by_record = _fields_by_record(values)
     # otherwise the limits of the sizes have no effect, and rounding them needs no warning
     uses_limits = values["enable_bucket"] and not values["bucket_no_upscale"]
-    buckets = _round_buckets(BucketRule(**by_record["buckets"]), table_label, warns=uses_limits)
+    # size limits become multiples of the step
+    rule = BucketRule(**by_record["buckets"])
+    step = rule.step
+    minimum = max(step, rule.minimum // step * step)
+    maximum = round_up(rule.maximum, step)
+    if uses_limits and (minimum, maximum) != (rule.minimum, rule.maximum):
+        logger.warning(
+            "%s: sides of buckets run from %d to %d, multiples of bucket_reso_steps = %d",
+            table_label,
+            minimum,
+            maximum,
+            step,
+        )
+    buckets = BucketRule(minimum, maximum, step, rule.interpolation)
     changes = CaptionChanges(**by_record["caption_changes"])
     fields = by_record[_TABLE_ITSELF]
     folders = _find_folders(fields.pop("metadata_file"), values, is_masked)
@@ -259,22 +272,6 @@ def _fields_by_record(values: Table) -> dict[str, dict[str, Any]]:
     return by_record
 
 
-def _round_buckets(rule: BucketRule, table_label: str, warns: bool) -> BucketRule:
-    """Round a rule's size limits to multiples of its step; `warns`: log a warning if they change."""
-    step = rule.step
-    minimum = max(step, rule.minimum // step * step)
-    maximum = round_up(rule.maximum, step)
-    if warns and (minimum, maximum) != (rule.minimum, rule.maximum):
-        logger.warning(
-            "%s: sides of buckets run from %d to %d, multiples of bucket_reso_steps = %d",
-            table_label,
-            minimum,
-            maximum,
-            step,
-        )
-    return BucketRule(minimum, maximum, step, rule.interpolation)
-
-
 def _find_contradictions(values: Table, is_masked: bool) -> list[str]:
     """Return an error line for each conflict between a subset's keys and for each missing key."""
     errors = []
@@ -287,7 +284,12 @@ def _find_contradictions(values: Table, is_masked: bool) -> list[str]:
     window_error = find_window_error(values)
     if window_error is not None:
         errors.append(window_error)
-    mask_sources = _list_mask_sources(values, is_masked)
+    mask_keys = {
+        "alpha_mask": bool(values["alpha_mask"]),
+        "mask_directory": values["mask_directory"] is not None,
+        "conditioning_data_dir with --masked_loss": is_masked and values["conditioning_data_dir"] is not None,
+    }
+    mask_sources = [name for name, is_set in mask_keys.items() if is_set]
     if len(mask_sources) > 1:
         names = " and ".join(mask_sources)
         errors.append(f"{names}: both say where the loss masks come from; omit one")
@@ -296,16 +298,6 @@ def _find_contradictions(values: Table, is_masked: bool) -> list[str]:
             "conditioning_data_dir and mask_directory cannot be used with metadata_file; use image_dir"
         )
     return errors
-
-
-def _list_mask_sources(values: Table, is_masked: bool) -> list[str]:
-    """Return the keys of a subset that say where loss masks come from; `is_masked` means --masked_loss."""
-    sources = {
-        "alpha_mask": bool(values["alpha_mask"]),
-        "mask_directory": values["mask_directory"] is not None,
-        "conditioning_data_dir with --masked_loss": is_masked and values["conditioning_data_dir"] is not None,
-    }
-    return [name for name, is_set in sources.items() if is_set]
 
 
 def _size_errors(values: Table) -> list[str]:

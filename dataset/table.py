@@ -11,7 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 
 from dataset import config_keys as forms
-from dataset.config_keys import FRAMES, LATENTS, LEARNING, NOTHING, REFERENCES, SECTIONS, TEXTS, Stale, key
+from dataset.config_keys import (
+    FRAMES,
+    LATENTS,
+    LEARNING,
+    NOTHING,
+    REFERENCES,
+    SECTIONS,
+    TEXTS,
+    Indexed,
+    Stale,
+    key,
+)
 from dataset.subset_options import SUBSET_KEYS
 from dataset.timestep_keys import HIGH, LOW, SHIFT
 
@@ -20,6 +31,7 @@ if TYPE_CHECKING:  # messages about mistyped options import this module, which m
 
 Table = Mapping[str, Any]
 VIDEO, IMAGE = ("video",), ("image",)
+NEITHER, LATENTS_ONLY, PATH_ONLY = Indexed.NEITHER, Indexed.LATENTS_ONLY, Indexed.PATH_ONLY
 
 
 @dataclass(frozen=True)
@@ -142,8 +154,8 @@ class DatasetTable:
     Keys for the other kind of table have defaults, too. A field made by `key` also declares allowed values.
     """
 
-    config_path: Path
-    index: int  # index of the table in the file
+    config_path: Path = field(metadata={"indexed": NEITHER})
+    index: int = field(metadata={"indexed": NEITHER})  # index of the table in the file
     kind: Literal["image", "video"]
     # exactly one of `directory`, `jsonl_file` and `format_keys` is set
     directory: Path | None = forms.source_field(forms.PATH)
@@ -158,16 +170,19 @@ class DatasetTable:
     class_tokens: str | None = key(forms.WORDS, is_form_specific=True, stale=NOTHING)
     # each line of a caption file is a caption
     multi_caption: bool = key(forms.YES_NO, False, in_general=True, stale=TEXTS | LEARNING)
-    caption_dropout_rate: float = key(forms.SHARE, 0.0, in_general=True, stale=LEARNING, rank=2)
+    caption_dropout_rate: float = key(
+        forms.SHARE, 0.0, in_general=True, stale=LEARNING, rank=2, indexed=NEITHER
+    )
     batch_size: int = key(forms.COUNT, 1, in_general=True, stale=NOTHING)
-    num_repeats: int = key(forms.REPEATS, 1, in_general=True, stale=NOTHING)
+    num_repeats: int = key(forms.REPEATS, 1, in_general=True, stale=NOTHING, indexed=NEITHER)
     enable_bucket: bool = key(forms.YES_NO, False, in_general=True, stale=LATENTS)
     # never without enable_bucket
     bucket_no_upscale: bool = key(forms.YES_NO, False, in_general=True, stale=LATENTS)
     cache_format: Literal["files", "shards", "npz"] = key(
         forms.CACHE_FORMAT, "files", in_general=True, stale=NOTHING
     )
-    cache_directory: Path = key(forms.PATH, stale=NOTHING)  # None only while the file is read
+    # None only while the file is read
+    cache_directory: Path = key(forms.PATH, stale=NOTHING, indexed=PATH_ONLY)
     format_keys: FormatKeys | None = None  # keys of the data form; None for a folder or a JSONL list
     # in addition to control_path and control_path_1, ...
     control_column: str | None = key(forms.COLUMN, is_form_specific=True, stale=NOTHING)
@@ -176,7 +191,7 @@ class DatasetTable:
     # rows may name URLs, which are downloaded
     allow_urls: bool = key(forms.YES_NO, False, is_form_specific=True, stale=NOTHING)
     # where downloads are kept; None: in the cache directory
-    download_directory: Path | None = key(forms.PATH, is_form_specific=True, stale=NOTHING)
+    download_directory: Path | None = key(forms.PATH, is_form_specific=True, stale=NOTHING, indexed=PATH_ONLY)
     control_directory: Path | None = key(forms.PATH, is_form_specific=True, stale=NOTHING)
     # reference media of a clip, and masks of the part of control clips that is generated. Caches are
     # compared with these files
@@ -194,45 +209,55 @@ class DatasetTable:
     )
     # transparent parts are not learned
     alpha_mask: bool = key(forms.YES_NO, False, stale=LATENTS | LEARNING, rank=4)
-    validation: bool = key(forms.YES_NO, False, stale=NOTHING)  # not trained on
+    validation: bool = key(forms.YES_NO, False, stale=NOTHING, indexed=NEITHER)  # not trained on
     # factor on the loss of its items in training
-    prior_loss_weight: float = key(forms.WEIGHT, 1.0, stale=LEARNING, rank=3)
+    prior_loss_weight: float = key(forms.WEIGHT, 1.0, stale=LEARNING, rank=3, indexed=NEITHER)
     # multiplier of the LoRA while it trains on these items; for slider LoRAs
-    network_multiplier: float = key(forms.MULTIPLIER, 1.0, stale=LEARNING, rank=3)
+    network_multiplier: float = key(forms.MULTIPLIER, 1.0, stale=LEARNING, rank=3, indexed=NEITHER)
     # parts of an item that training may use as conditions: a rectangle of each frame, and parts of the audio,
     # whose seconds are in files named like the clips
-    spatial_crop_region: tuple[int, ...] | None = key(forms.REGION, in_general=True, stale=LEARNING, rank=9)
-    audio_cond_mask_directory: Path | None = key(forms.PATH, kinds=VIDEO, stale=LEARNING, rank=9)
+    spatial_crop_region: tuple[int, ...] | None = key(
+        forms.REGION, in_general=True, stale=LEARNING, rank=9, indexed=NEITHER
+    )
+    audio_cond_mask_directory: Path | None = key(
+        forms.PATH, kinds=VIDEO, stale=LEARNING, rank=9, indexed=NEITHER
+    )
     # images that guide clips: as additional frames, or in place of a latent frame; see `guides`
     keyframe_guide_directory: Path | None = key(forms.PATH, kinds=VIDEO, is_form_specific=True, stale=NOTHING)
-    keyframe_guide_frame_idx: int = key(forms.FRAME, -1, kinds=VIDEO, stale=LEARNING, rank=9)
-    keyframe_guide_strength: float = key(forms.STRENGTH, 1.0, kinds=VIDEO, stale=LEARNING, rank=9)
+    keyframe_guide_frame_idx: int = key(forms.FRAME, -1, kinds=VIDEO, stale=LEARNING, rank=9, indexed=NEITHER)
+    keyframe_guide_strength: float = key(
+        forms.STRENGTH, 1.0, kinds=VIDEO, stale=LEARNING, rank=9, indexed=NEITHER
+    )
     keyframe_guide_extra_directories: tuple[Path, ...] | None = key(
         forms.PATHS, kinds=VIDEO, is_form_specific=True, stale=NOTHING
     )
     keyframe_guide_extra_frame_idxs: tuple[int, ...] | None = key(
-        forms.FRAME_INDICES, kinds=VIDEO, stale=LEARNING, rank=9
+        forms.FRAME_INDICES, kinds=VIDEO, stale=LEARNING, rank=9, indexed=NEITHER
     )
     keyframe_guide_extra_strengths: tuple[float, ...] | None = key(
-        forms.STRENGTHS, kinds=VIDEO, stale=LEARNING, rank=9
+        forms.STRENGTHS, kinds=VIDEO, stale=LEARNING, rank=9, indexed=NEITHER
     )
     latent_idx_guide_directory: Path | None = key(
         forms.PATH, kinds=VIDEO, is_form_specific=True, stale=NOTHING
     )
-    latent_idx_guide_frame_idx: int = key(forms.FROM_ZERO, 0, kinds=VIDEO, stale=LEARNING, rank=9)
-    latent_idx_guide_strength: float = key(forms.STRENGTH, 1.0, kinds=VIDEO, stale=LEARNING, rank=9)
+    latent_idx_guide_frame_idx: int = key(
+        forms.FROM_ZERO, 0, kinds=VIDEO, stale=LEARNING, rank=9, indexed=NEITHER
+    )
+    latent_idx_guide_strength: float = key(
+        forms.STRENGTH, 1.0, kinds=VIDEO, stale=LEARNING, rank=9, indexed=NEITHER
+    )
     # override the training options of the same names; None: the option's value
-    min_timestep: int | None = key(LOW, in_general=True, stale=LEARNING, rank=7)
-    max_timestep: int | None = key(HIGH, in_general=True, stale=LEARNING, rank=7)
-    discrete_flow_shift: float | None = key(SHIFT, in_general=True, stale=LEARNING, rank=7)
+    min_timestep: int | None = key(LOW, in_general=True, stale=LEARNING, rank=7, indexed=NEITHER)
+    max_timestep: int | None = key(HIGH, in_general=True, stale=LEARNING, rank=7, indexed=NEITHER)
+    discrete_flow_shift: float | None = key(SHIFT, in_general=True, stale=LEARNING, rank=7, indexed=NEITHER)
     # ascending; `with_lengths` rounds them
-    target_frames: tuple[int, ...] = key(forms.COUNTS, (1,), kinds=VIDEO, stale=FRAMES)
+    target_frames: tuple[int, ...] = key(forms.COUNTS, (1,), kinds=VIDEO, stale=FRAMES, indexed=LATENTS_ONLY)
     frame_extraction: str = key(forms.MODE, "head", kinds=VIDEO, stale=FRAMES)
     frame_stride: int = key(forms.COUNT, 1, kinds=VIDEO, stale=FRAMES)
     frame_sample: int = key(forms.SAMPLES, 1, kinds=VIDEO, stale=FRAMES)
     max_frames: int = key(forms.COUNT, 129, kinds=VIDEO, stale=FRAMES)
     # AUTO: timestamps in each file
-    source_fps: float | str | None = key(forms.SOURCE_FPS, kinds=VIDEO, stale=FRAMES)
+    source_fps: float | str | None = key(forms.SOURCE_FPS, kinds=VIDEO, stale=FRAMES, indexed=LATENTS_ONLY)
     # frames per second of clips in training; None: the model's
     target_fps: float | None = key(forms.TARGET_FPS, kinds=VIDEO, in_general=True, stale=FRAMES)
     fp_latent_window_size: int = key(forms.COUNT, 9, stale=SECTIONS)
@@ -246,25 +271,30 @@ class DatasetTable:
         forms.SIZE, kinds=IMAGE, stale=REFERENCES | LEARNING, rank=1
     )
     # fraction of batches that are trained without references
-    reference_dropout_rate: float = key(forms.SHARE, 0.0, kinds=IMAGE, stale=LEARNING, rank=2)
+    reference_dropout_rate: float = key(
+        forms.SHARE, 0.0, kinds=IMAGE, stale=LEARNING, rank=2, indexed=LATENTS_ONLY
+    )
     # images are learned with their layers: cat_1.png, cat_2.png, ... of cat.png
     multiple_target: bool = key(
         forms.YES_NO, False, kinds=IMAGE, is_form_specific=True, stale=LATENTS | LEARNING, rank=8
     )
     # how the family uses control images as references; None: control images are resized like their image
-    references: "ReferenceRules | None" = None
+    references: "ReferenceRules | None" = forms.own_field(LATENTS_ONLY, None)
     # how the family uses clip references and masks of control clips; None: it uses neither
-    clip_references: "ReferenceRules | None" = None
+    clip_references: "ReferenceRules | None" = forms.own_field(LATENTS_ONLY, None)
     is_audio_only: bool = False  # items are audio files; clips get black frames
     has_precomputed_latents: bool = False  # latents are precomputed; no frames are read
-    uses_empty_prompt: bool = False  # cache the empty prompt even if no captions are dropped
+    # cache the empty prompt even if no captions are dropped
+    uses_empty_prompt: bool = forms.own_field(NEITHER, False)
     excludes_animations: bool = False  # a video table has the same folder and uses its animations
-    finds_audio_by_name: bool = False  # audio may be in files named like the clips, next to them
+    # audio may be in files named like the clips, next to them
+    finds_audio_by_name: bool = forms.own_field(LATENTS_ONLY, False)
     # audio_directory is from an option of the caching command, which training does not have
     audio_from_option: bool = False
-    reads_row_references: bool = False  # rows of lists may have `references`
+    reads_row_references: bool = forms.own_field(LATENTS_ONLY, False)  # rows of lists may have `references`
     has_guides: bool = False  # see `guides`
-    has_conditioned_parts: bool = False  # has guides, spatial_crop_region or audio_cond_mask_directory
+    # has guides, spatial_crop_region or audio_cond_mask_directory
+    has_conditioned_parts: bool = forms.own_field(NEITHER, False)
     reads_listed_controls: bool = True  # False: control media named in lists are ignored
     # --- for subsets in the layout of sd-scripts; tables in our layout have the defaults
     group: int | None = None  # index of its [[datasets]], whose subsets share batches; None: not a subset
@@ -273,14 +303,16 @@ class DatasetTable:
     caption_changes: CaptionChanges = PLAIN_CAPTIONS
     augmentation: Augmentation = NO_AUGMENTATION
     # regularization images: repeated until there are as many as other images in the group
-    is_reg: bool = False
-    image_folder: Path | None = None  # base folder of relative paths in a list
+    is_reg: bool = forms.own_field(NEITHER, False)
+    image_folder: Path | None = forms.own_field(PATH_ONLY, None)  # base folder of relative paths in a list
     # conditioning_data_dir of the file: has masks (mask_directory) or control images (control_directory)
-    conditioning_directory: Path | None = None
-    validation_split: float | None = None  # fraction not trained on; None: the option's value
-    validation_seed: int | None = None  # selects these items; None: the option's value
+    conditioning_directory: Path | None = forms.own_field(PATH_ONLY, None)
+    # fraction not trained on; None: the option's value
+    validation_split: float | None = forms.own_field(NEITHER, None)
+    # selects these items; None: the option's value
+    validation_seed: int | None = forms.own_field(NEITHER, None)
     # names of custom_attributes that are true; training targets read them
-    attributes: frozenset[str] = frozenset()
+    attributes: frozenset[str] = forms.own_field(NEITHER, frozenset())
     # --- derived in __post_init__
     # where the table is in the dataset file, for messages
     label: str = field(init=False, repr=False, compare=False)
@@ -456,6 +488,19 @@ class DatasetTable:
                 if value != default:
                     values[name] = _as_json(value)
         return values
+
+    @property
+    def family_settings(self) -> list[Any]:
+        """Values of the fields that `for_family` sets, which an index records with the latent space."""
+        return [
+            self.finds_audio_by_name,
+            self.reads_row_references,
+            self.source_fps,
+            self.target_frames,
+            self.references,
+            self.clip_references,
+            self.reference_dropout_rate,
+        ]
 
     @property
     def learning_keys(self) -> dict[str, Any]:

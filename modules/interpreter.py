@@ -1,4 +1,4 @@
-"""Refuse a Python that cannot run Reelsmith, and files of an incomplete update.
+"""Refuse a Python that cannot run Reelsmith.
 
 Every script imports this before any other of our modules. The checks run at import, because the next imports
 need modules and syntax of Python 3.11: this file has to be readable by older ones. Newer ones are refused
@@ -7,7 +7,6 @@ before the modules of the script are imported.
 """
 
 import sys
-from pathlib import Path
 
 if not (3, 11) <= sys.version_info[:2] <= (3, 14):
     sys.exit(
@@ -19,16 +18,6 @@ if sys.maxsize < 2**32:
         f"This Python ({sys.executable}) is 32-bit, and PyTorch supports only 64-bit.\nInstall a 64-bit "
         "Python: see docs/install.md."
     )
-
-_ROOT = Path(__file__).resolve().parent.parent
-_NOTES = _ROOT / ".reelsmith"  # as in package/updating.py, which may be half replaced itself
-_PROGRAM = _NOTES / "program.zip"
-if (_NOTES / "back" / "unfinished").exists() and _PROGRAM.exists():
-    import subprocess
-
-    _code = subprocess.call([sys.executable, str(_PROGRAM), "repair", str(_ROOT)])
-    # this process has read a half-updated file: start the same command again
-    sys.exit(_code or subprocess.call([sys.executable] + sys.orig_argv[1:]))
 
 from modules.early_errors import explain_early_errors  # noqa: E402  # both need the Python that is checked
 

@@ -150,15 +150,18 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def _record_typed_flags(self, argv: Sequence[str]) -> dict[str, str]:
-        """Record the flag with which each option is typed; abbreviations are completed."""
+        """Record the flag with which each option is typed; abbreviations are completed, with a warning."""
         flags = self._option_string_actions
         self._typed_spellings.clear()
         for word in argv[: argv.index("--") if "--" in argv else None]:
             flag = word.partition("=")[0]
+            typed = flag
             if flag not in flags and flag[:2] == "--":
                 flag = self._complete_flag(flag)
             if flag not in flags:
                 continue
+            if flag != typed:
+                logger.warning("%s is taken as %s. Write it in full", typed, flag)
             self.typed_flags.setdefault(flags[flag].dest, flag)
             self._typed_spellings.add(flag)
         displayed_flags: dict[str, str] = {}

@@ -3,13 +3,16 @@
 Slow imports are inside functions.
 """
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo as disable_dynamo  # torch.compiler.disable imports Dynamo at once
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.optim import Optimizer
 from torch.overrides import _get_current_function_mode_stack as function_modes
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as disable_modes
@@ -38,8 +41,10 @@ __all__ = [
     "tree_leaves",
     "tree_map_only",
     "unset_fake_temporarily",
+    "without_dynamo",
 ]
 
+_EXCLUDED = "__dynamo_disable"  # attribute with what `_disable_dynamo` calls, set at its first call
 READ_NUMBER = torch.ops.aten._local_scalar_dense.default  # what `Tensor.item` calls
 
 
@@ -113,6 +118,24 @@ def dynamo() -> Any:
     import torch._dynamo
 
     return torch._dynamo
+
+
+@contextmanager
+def without_dynamo() -> Iterator[None]:
+    """Let optimizers be made in the block without importing torch._dynamo, as for a check that takes no step.
+
+    Making one calls `add_param_group`, which torch wraps in a function that imports torch._dynamo once, to
+    exclude it from compiled code.
+    """
+    wrapped: Any = getattr(Optimizer.add_param_group, "__wrapped__", None)
+    if wrapped is None or "torch._dynamo" in sys.modules:
+        yield
+        return
+    setattr(wrapped, _EXCLUDED, wrapped)
+    try:
+        yield
+    finally:
+        delattr(wrapped, _EXCLUDED)
 
 
 def shape_config() -> Any:

@@ -392,7 +392,7 @@ def _select_kind(options: NewOptions, chosen: ModelChoice, memory: float, kind_s
     # project that requests this kind; "" if the user typed the kind.
     model = chosen.model
     if options.trains is None:
-        return _find_folder_kind(options.folder, model, has_word=chosen.trigger is not None)
+        return find_folder_kind(options.folder, model, has_word=chosen.trigger is not None)
     kind = BY_NAME[options.trains]
     rejection = kind.why_unsupported(model, memory)
     if rejection is not None:
@@ -408,7 +408,7 @@ def _select_kind(options: NewOptions, chosen: ModelChoice, memory: float, kind_s
     return kind
 
 
-def _find_folder_kind(folder: Path, model: ModelSet, has_word: bool) -> RunKind:
+def find_folder_kind(folder: Path, model: ModelSet, has_word: bool) -> RunKind:
     """Return the model's control network if the folder has control images for it, otherwise a LoRA."""
     control_kind = find_control_kind(model)
     if control_kind is not None and has_control_pairs(folder, has_word):

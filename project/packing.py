@@ -5,7 +5,6 @@ The file is a zip archive with uncompressed members, so the unpacked folder is n
 
 import json
 import os
-import shlex
 import stat
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -18,9 +17,10 @@ from dataset.cache.commands import NAME
 from downloads.listing import print_lines
 from modules.atomic_write import atomic_path
 from modules.bars import BYTES, Bar
+from modules.command import name_extensions, quote_for_shell
 from modules.console import format_count, format_size, list_some
 from modules.errors import OptionError, OutputError
-from modules.installation import PREFIX
+from modules.installation import FRONT_SCRIPT, PREFIX, command_words
 from modules.limits import MAX_METADATA_BYTES
 from modules.options import get_option_info
 from modules.paths import expand_path
@@ -89,11 +89,14 @@ def pack_folder(options: PackOptions) -> None:
     _write_archive(output, real_path(options.folder).name, members)
 
     size = format_size(sum(member.size_bytes for member in members))
-    program = "reelsmith" if PREFIX else "python reelsmith.py"
+    # typed in a folder of that machine, where a checkout may be elsewhere
+    unpack_words = name_extensions(["python", FRONT_SCRIPT, "unpack", output.name])
+    if PREFIX:
+        unpack_words = command_words(unpack_words)
     remarks = [
         f"{output}: {format_count(len(members), 'file')}, {size}",
         *_describe_omissions(folder_members.skipped_paths, secrets, pack_source.own_models),
-        f"On the other machine: {program} unpack {shlex.quote(output.name)}",
+        f"On the other machine: {quote_for_shell(unpack_words)}",
     ]
     print_lines(remarks)
 

@@ -1,7 +1,9 @@
 """Run the commands of a described folder, one after the other, until one fails."""
 
 import contextlib
+import io
 import itertools
+import os
 import signal
 import subprocess
 import sys
@@ -19,7 +21,8 @@ from dataset.sources.media_source import Fault
 from downloads.listing import gigabytes, print_lines, total_bytes
 from downloads.options import leave_out
 from modules import installation
-from modules.command import quote_command
+from modules.command import command_line, did_you_mean, quote_command
+from modules.console import list_some, quiet
 from modules.control_codes import shorten
 from modules.error_output import extract_error_message
 from modules.errors import INTERRUPTED, OptionError
@@ -47,17 +50,19 @@ from project.options import (
     typed_in,
 )
 from project.run_options import RunOptions
+from project.script_facts import read_script_options
 from project.tracing import RunTrace, trace_run
-from protocols.families import with_scripts
+from protocols.families import Script, identify, with_scripts
 from training.config_options import PROJECT_TABLE
 from training.features.composing import options_reaching
-from training.reports.history import history_path
+from training.reports.history import history_path, read_history, read_session
 from training.saving.files import recover_states, state_pattern
 
 ARCHITECTURE = "modelspec.architecture"  # metadata key of trained files
 # kinds of errors that a check finds
 NO_CAPTIONS = ("have no caption",)
 BAD_CAPTIONS = ("have a caption that cannot be used",)
+PLACES = ("output_dir", "output_name", "logging_dir")  # where a run writes, not how it trains
 UNREADABLE = "cannot be read"  # kind of error that does not end a run: these files are left out
 
 
@@ -247,7 +252,7 @@ def check_project(project: Project, options: RunOptions) -> None:
             [f"{project.missing_model_files[0]} is missing{size}: its options are checked once it exists."]
         )
     else:
-        _check_training(project)
+        _check_training(project, is_alone=True)
     checks = [_run_check(argv, project) for argv in project.commands if "--check" in argv]
     if any(check.has_errors for check in checks):
         raise SystemExit(1)
@@ -272,7 +277,7 @@ def _run_check(argv: Sequence[str], project: Project) -> CheckOutcome:
     """Run a command that only checks the dataset, and print how to fix the errors that it finds in media."""
     _print_command(argv, project.folder)
     if not _is_media_check(argv):
-        return CheckOutcome(has_errors=bool(run_command(argv, project.folder)))
+        return CheckOutcome(has_errors=bool(_run_here(argv, project.folder, mode="1")))
     outcome = _check_media(argv, project.folder, project.validation_split)
     if outcome.fatal_error_kinds:
         _print_remedies(argv, project.folder, outcome.fatal_error_kinds)
@@ -431,12 +436,52 @@ def _describe_finished_training(project: Project, options: RunOptions) -> list[s
     is_whole = project.total_steps is not None and trained_steps >= project.total_steps
     if options.dry_run or not (is_whole or "ss_ended_early" in metadata):
         return []
+    changes = _list_changes_since(project)
+    changed = [f"- {RUN_FILE} has changed since: {list_some(changes)}. This has no effect on {file.name}."]
     return [
         f"{file} is trained already: {trained_steps} of {project.total_steps} steps.",
+        *(changed if changes else []),
         f"- Train longer: raise max_train_steps in {project.folder / RUN_FILE}, then run this again.",
         f"- Generate: the commands are on its page, {project.output_folder / project.output_name}.html",
         f"- Train anew under another name: set output_name in {RUN_FILE}.",
     ]
+
+
+def _list_changes_since(project: Project) -> list[str]:
+    """Return the options whose values in run.toml differ from those of the last run: NAME OLD -> NEW."""
+    path = history_path(project.output_folder, project.output_name)
+    try:
+        session = read_session(path)
+        start = None if session is None else read_history(path, session).start
+        training = parse_toml(read_text(project.folder / RUN_FILE))["training"]
+    except (OSError, ValueError, KeyError):
+        return []
+    if start is None:
+        return []
+    trained_with = {**dict(start.unchanged), **dict(start.changed)}  # as texts
+    known = read_script_options(project.commands[-1][1]).accepted
+    changes = []
+    for name, value in training.items():
+        if name in PLACES:
+            continue
+        if name not in known:
+            meant = did_you_mean(name, known, min_similar=0.9)
+            changes += [f"{name} (no option:{meant.lower()})"] if meant else []
+        elif not _is_same_value(trained_with.get(name, known[name].default), value):
+            changes.append(f"{name} {trained_with.get(name, known[name].default)} -> {value}")
+    return changes
+
+
+def _is_same_value(before: Any, now: Any) -> bool:
+    """Return whether an option's value in a history, which is a text, is that of a run.toml."""
+    texts = [
+        " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+        for value in (before, now)
+    ]
+    try:
+        return float(texts[0]) == float(texts[1])
+    except ValueError:
+        return texts[0] == texts[1]
 
 
 def _find_model_difference(project: Project, metadata: Mapping[str, str]) -> str | None:
@@ -490,9 +535,18 @@ def _is_media_check(argv: Sequence[str]) -> bool:
     return False
 
 
-def _check_training(project: Project) -> None:
+def _check_training(project: Project, is_alone: bool = False) -> None:
     """Let the training script check its options and files, before hours of caching."""
+    # With `is_alone`, nothing follows: this process may keep what the check leaves on a GPU, and loads torch
+    # once for all checks. Otherwise the check is a process of its own.
     argv = project.commands[-1]  # the last command trains
+    if is_alone:
+        errors = io.StringIO()
+        with quiet(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
+            code = _run_here(argv, project.folder, mode=installation.RUN_CHECKS)
+        if code:
+            raise OptionError(extract_error_message(errors.getvalue()))
+        return
     process = subprocess.run(
         [sys.executable, *installation.program_words(_require_script(argv)), *argv[2:]],
         cwd=project.folder,
@@ -504,6 +558,25 @@ def _check_training(project: Project) -> None:
     )
     if process.returncode:
         raise OptionError(extract_error_message(process.stderr))
+
+
+def _run_here(argv: Sequence[str], folder: Path, mode: str) -> int:
+    """Run one of our scripts in this process, and return its exit code; `mode` is for RUN_GOES_ON."""
+    main: Script = installation.import_own(".".join(_require_script(argv).with_suffix("").parts)).main
+    interrupt = signal.getsignal(signal.SIGINT)
+    os.environ[installation.RUN_GOES_ON] = mode
+    try:
+        with contextlib.chdir(folder):
+            command_line(partial(main, argv[2:]), explain=partial(identify, family=main.family))
+    except SystemExit as end:
+        code = 0 if end.code is None else int(end.code)
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt from None
+        return code
+    finally:
+        del os.environ[installation.RUN_GOES_ON]
+        signal.signal(signal.SIGINT, interrupt)  # `command_line` has set it for the end of a process
+    return 0
 
 
 def _check_media(argv: Sequence[str], folder: Path, validation: tuple[float, int] = (0.0, 0)) -> MediaCheck:

@@ -119,8 +119,14 @@ def _prepare(page: Any, url: str) -> None:
     page.problems = []
     page.origins = set()
     page.on("pageerror", lambda error: page.problems.append(f"error: {error}"))
-    page.on("console", lambda message: page.problems.append(f"console: {message.text}"))
+    page.on("console", lambda message: _note(page.problems, message.text))
     page.on("request", lambda request: _note_request(page, request.url, url))
+
+
+def _note(problems: list[str], text: str) -> None:
+    """Note what the console says, but not that the page had the data of its address cleared."""
+    if not text.startswith("Clear-Site-Data header on"):
+        problems.append(f"console: {text}")
 
 
 STARTED: list[Any] = []  # Playwright and its browsers, which files share that follow each other

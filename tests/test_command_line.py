@@ -260,3 +260,17 @@ def test_help_shows_defaults_and_colours_on_a_terminal_only(
     assert "\x1b" not in plain
     assert "\x1b[36m--codec\x1b[0m" in colored
     assert re.sub(r"\x1b\[\d+m", "", colored) == plain
+
+
+def test_an_abbreviated_option_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    parser = parsing.Parser(prog="x")
+    parser.add_argument("--extend_prefix_frames", type=int)
+    parser.add_argument("--other", default="")
+
+    arguments = parser.parse_args(["--extend_prefix_frame", "8"])
+
+    assert arguments.extend_prefix_frames == 8
+    assert caplog.messages == ["--extend_prefix_frame is taken as --extend_prefix_frames. Write it in full"]
+    caplog.clear()
+    parser.parse_args(["--extend_prefix_frames=8", "--other", "x"])
+    assert not caplog.messages

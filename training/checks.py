@@ -16,6 +16,7 @@ from modules.atomic_write import check_space
 from modules.console import quiet
 from modules.devices import DTYPES, dtype_name
 from modules.errors import CheckpointError, OptionError
+from modules.private_torch import without_dynamo
 from networks.adapter import check_network
 from networks.formats import LoraFormat, select_format
 from networks.kinds.composing import RANKED_NETWORKS, ROTATING, find_network_kind
@@ -148,7 +149,7 @@ def check_schedule(options: TrainingOptions, total_steps: int | None) -> None:
         total_steps: Steps of the whole run; None if unknown: the maximum is assumed, for which no schedule is
             too long.
     """
-    with quiet():
+    with quiet(), without_dynamo():
         dummy_group: Mapping[str, object] = {
             "params": [Parameter(torch.zeros(2, 2))],
             "lr": options.optimizer.learning_rate,

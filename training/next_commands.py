@@ -1,6 +1,7 @@
 """Make the command lines that can follow a training: continue, generate, convert."""
 
 import shlex
+import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
@@ -12,6 +13,8 @@ from dataset.batches.items import NO_COMMANDS, CachingCommands
 from dataset.cache.commands import recall_options
 from modules.command import quote_for_powershell, typed_words
 from modules.console import quiet
+from modules.extensions import list_named
+from modules.installation import EXTENSIONS, find_script
 from modules.limits import MAX_EXAMPLE_CHARACTERS
 from modules.option_values import Placeholder, missing_words, option_argv
 from modules.options import STARTS, option_name, option_values, options_with
@@ -130,8 +133,11 @@ class NextSteps:
         for name in options_with(type(self.plan.options), "reach", STARTS["reach"]):
             if values[name] is not None:
                 notes.append(f"--{name} is written into no file: add it if you want it again.")
+        if self._is_of_extension:
+            notes.append(f"They need {EXTENSIONS}={','.join(list_named())} in the environment.")
         commands = [replace(resume, note=" ".join(filter(None, notes)))]
-        if self.command.family_entry is not None:
+        entry = self.command.family_entry
+        if entry is not None and find_script(f"{entry.generation_script}.py") is not None:
             generate = self._generate(file)
             if saved is None and not file.exists():
                 generate = replace(generate, note=f"{generate.note} {file.name} is not saved yet.".lstrip())
@@ -277,7 +283,17 @@ class NextSteps:
             if option.is_changed and option.is_typed and option.name not in without
         ]
         arguments = [word for option in options for word in option.arguments]
-        return [*self._launcher(), self.command.script, *arguments]
+        script = [self.command.script]
+        if self._is_of_extension:
+            spec = sys.modules["__main__"].__spec__  # None: it was not started by -m
+            script = [sys.argv[0]] if spec is None else ["-m", spec.name]
+        return [*self._launcher(), *script, *arguments]
+
+    @property
+    def _is_of_extension(self) -> bool:
+        """Whether the running script is one of an extension's family, which no command of ours names."""
+        entry = self.command.family_entry
+        return entry is not None and find_script(f"{entry.training_script}.py") is None
 
     def _launcher(self) -> list[str]:
         processes = self.plan.accelerator.num_processes
@@ -435,8 +451,8 @@ def plan_next_steps(plan: TrainingPlan, sampler: "Sampler | None", command: Trai
 def example_values(plan: TrainingPlan, cached_with: Mapping[str, Any]) -> dict[str, Any]:
     """Return the caption and the files of the first training item, which a command can generate from.
 
-    Keys are field names of `Request`, and two that only some families read: `example`, with all files of the
-    item, and `cached_with`, the options that made the caches.
+    Keys are field names of `Request`, and three that only some families read: `example`, with all files of
+    the item, `cached_with`, the options that made the caches, and `takes_mask`, whether masks are inputs.
     """
     item = plan.training[0]
     example = find_example(item, plan.sources.stores)
@@ -447,4 +463,5 @@ def example_values(plan: TrainingPlan, cached_with: Mapping[str, Any]) -> dict[s
         "control_images": example.controls if has_references else (),
         "example": example,
         "cached_with": cached_with,
+        "takes_mask": bool(plan.features.mask_input_option),
     }

@@ -108,7 +108,9 @@ class JsonCaptioner:
                         yield location, caption
                     elif attempt < MAX_ATTEMPTS:
                         logger.warning("%s: %s. Asking again", location.display_path, caption)
-                        retries[_add_error(prompted_location, caption)] = location
+                        # the next prompt says what was wrong with this answer
+                        prompt = f"{prompted_location.prompt}\n{_CORRECTION.format(fault=caption)}"
+                        retries[dataclasses.replace(prompted_location, prompt=prompt)] = location
                     else:
                         text = f"{attempt} answers are wrong, the last: {caption}"
                         yield location, NoCaptionError(text)
@@ -125,11 +127,6 @@ class JsonCaptioner:
         """Return the JSON keys that answers lacked, with counts, as text; None if no key was missing."""
         counts = ", ".join(f"{name} in {count}" for name, count in self.missing_keys.most_common())
         return counts or None
-
-
-def _add_error(location: CaptionLocation, error: NoCaptionError) -> CaptionLocation:
-    """Return the location with the error of the model's last answer appended to its prompt."""
-    return dataclasses.replace(location, prompt=f"{location.prompt}\n{_CORRECTION.format(fault=error)}")
 
 
 def write_object(caption: dict[str, Any]) -> str:

@@ -289,7 +289,12 @@ def _load_model_and_processor(
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(folder, **SAFE_LOADING)
-    _reject_quantized(folder, config)
+    if getattr(config, "quantization_config", None) is not None:
+        raise _unusable(
+            folder,
+            "its weights are quantized, for which transformers may fetch code. Pass the model in 16 or 32 "
+            "bits, or let a server run it: --api_base.",
+        )
     empty_model = build_on_meta(transformers.AutoModelForImageTextToText.from_config, config)
     require_matching_shapes(folder, "--model", empty_model, shapes, is_exact=False)
     with catch_panics():
@@ -364,16 +369,6 @@ def _without_videos(folder: Path, model_type: str) -> Any:
         )
     except (ImportError, TypeError):  # the class takes no video processor, or another part is missing
         return None
-
-
-def _reject_quantized(folder: Path, config: Any) -> None:
-    """Raise CheckpointError if the weights of a model are quantized."""
-    if getattr(config, "quantization_config", None) is not None:
-        raise _unusable(
-            folder,
-            "its weights are quantized, for which transformers may fetch code. Pass the model in 16 or 32 "
-            "bits, or let a server run it: --api_base.",
-        )
 
 
 def _load_network(folder: Path, config: Any, dtype: torch.dtype | None) -> Any:

@@ -220,7 +220,18 @@ class CaptioningOptions(WritingOptions, title="what to do"):
             )
         self._check_model_or_server()
         if self.edit_only:
-            self._check_edit_only()
+            for name, value in (
+                ("model", self.model.model),
+                ("api_base", self.api.api_base),
+                ("prompt", self.ask.prompt),
+            ):
+                if value is not None:
+                    raise OptionError(f"--edit_only makes no captions: omit --{name}")
+            if not self.wording.changes_something:
+                raise OptionError(
+                    "--edit_only changes nothing by itself: add --replace, --replace_regex, --trigger_word, "
+                    "--caption_prefix or --caption_suffix"
+                )
 
     def _check_model_or_server(self) -> None:
         """Raise OptionError if --model and --api_base are both given, or neither although one is needed."""
@@ -237,18 +248,4 @@ class CaptioningOptions(WritingOptions, title="what to do"):
             raise OptionError(
                 "--model or --api_base is missing: pass the folder of a model, or a server and --api_model. "
                 "--dry_run and --edit_only need neither"
-            )
-
-    def _check_edit_only(self) -> None:
-        for name, value in (
-            ("model", self.model.model),
-            ("api_base", self.api.api_base),
-            ("prompt", self.ask.prompt),
-        ):
-            if value is not None:
-                raise OptionError(f"--edit_only makes no captions: omit --{name}")
-        if not self.wording.changes_something:
-            raise OptionError(
-                "--edit_only changes nothing by itself: add --replace, --replace_regex, --trigger_word, "
-                "--caption_prefix or --caption_suffix"
             )

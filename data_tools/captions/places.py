@@ -56,7 +56,7 @@ class CaptionList:
         self.path, self._key = table.jsonl_file, table.path_key
         self._lines: list[str] = []
         self._line_indices: dict[str, int] = {}  # by the path in the line
-        self._stamp: _Stamp | None = None  # time and size of the file when it was read
+        self._stamp: tuple[int, int] | None = None  # time and size of the file when it was read
         self._has_backup = False  # whether the state before this run is backed up
         # fills _lines and _line_indices
         self._read()
@@ -75,7 +75,13 @@ class CaptionList:
         Raises:
             OutputError: If the list cannot be written.
         """
-        pending_lines = _read_pending_lines(pending_file)
+        pending_lines: dict[str, dict[str, Any]] = {}  # the last line for each path
+        # the last line may be unfinished, even within a character
+        content = pending_file.read_bytes().decode("utf-8", "replace")
+        for text in content.split("\n"):
+            with contextlib.suppress(ValueError, LookupError, TypeError):
+                line = parse_json(text)
+                pending_lines[line["path"]] = line
         changes: dict[str, LineChange] = {}
         is_hand_written = False  # whether any replaced caption was written by a person
         for listed_path in self._line_indices:
@@ -118,7 +124,12 @@ class CaptionList:
                 lines, count = self._change_lines(changes)
                 if not count:
                     return 0
-                self._back_up_once(is_hand_written)
+                # Backed up as .bak at the first write of a run. An existing backup is replaced only if a
+                # person wrote the captions that are now replaced.
+                has_older_backup = self.path.with_name(self.path.name + BACKUP).exists()
+                if not self._has_backup and (is_hand_written or not has_older_backup):
+                    keep_backup(self.path)
+                    self._has_backup = True
                 self._replace_file(lines)
             except (_ListChanged, FileNotFoundError):  # an editor may move the old file away first
                 time.sleep(RETRY_SECONDS)
@@ -130,14 +141,6 @@ class CaptionList:
             f"{self.path}: the list is gone, or another program keeps writing it. Put it back, or close that "
             "program, then run again."
         )
-
-    def _back_up_once(self, is_hand_written: bool) -> None:
-        """Back up the list as .bak at the first write of a run."""
-        # An existing backup is replaced only if a person wrote the captions that are now replaced.
-        has_older_backup = self.path.with_name(self.path.name + BACKUP).exists()
-        if not self._has_backup and (is_hand_written or not has_older_backup):
-            keep_backup(self.path)
-            self._has_backup = True
 
     def _change_lines(self, changes: Mapping[str, LineChange]) -> tuple[list[str], int]:
         """Return all lines of the list after the changes, and the number of changed lines."""
@@ -162,7 +165,8 @@ class CaptionList:
         """Replace the list file atomically. Raises _ListChanged if it changed after it was read."""
         path = real_path(self.path)  # so that a symbolic link is not replaced by a file
         assert self._stamp is not None
-        with atomic_path(path, self._stamp.size_bytes) as temporary:
+        _, size_bytes = self._stamp
+        with atomic_path(path, size_bytes) as temporary:
             temporary.write_bytes("".join(lines).encode("utf-8"))
             shutil.copymode(path, temporary)
             if _read_stamp(self.path) != self._stamp:
@@ -180,33 +184,14 @@ class CaptionList:
                 self._line_indices[str(parse_json(line.strip("\ufeff"))[self._key])] = index
 
 
-def _read_pending_lines(pending_file: Path) -> dict[str, dict[str, Any]]:
-    """Read a file of pending captions; return its lines by their `path`, the last line for each path."""
-    lines: dict[str, dict[str, Any]] = {}
-    # the last line may be unfinished, even within a character
-    content = pending_file.read_bytes().decode("utf-8", "replace")
-    for text in content.split("\n"):
-        with contextlib.suppress(ValueError, LookupError, TypeError):
-            line = parse_json(text)
-            lines[line["path"]] = line
-    return lines
-
-
 class _ListChanged(Exception):
     """The list was changed by another program after it was read."""
 
 
-class _Stamp(NamedTuple):
-    """Modification time and size of a file, for detecting changes."""
-
-    mtime_ns: int
-    size_bytes: int
-
-
-def _read_stamp(path: Path) -> _Stamp:
-    """Return a file's modification time and size."""
+def _read_stamp(path: Path) -> tuple[int, int]:
+    """Return a file's modification time and size in bytes, which differ if another program changed it."""
     state = path.stat()
-    return _Stamp(state.st_mtime_ns, state.st_size)
+    return state.st_mtime_ns, state.st_size
 
 
 def _hide_address(listed_path: str) -> str:
@@ -292,10 +277,32 @@ def find_caption_locations(config: DatasetConfig, reads_captions: bool) -> list[
     locations: dict[tuple[Path, str], CaptionLocation] = {}
     for source in find_all_sources(dataclasses.replace(config, datasets=tables)):
         if source.caption_path is not None:
-            location = _locate_in_file(source, source.caption_path, reads_captions)
+            has_caption = source.caption is not None
+            caption = read_caption(source.caption_path) if reads_captions and has_caption else None
+            location = CaptionLocation(
+                source,
+                source.caption_path,
+                caption_list=None,
+                listed_path="",
+                caption=caption,
+                has_caption=has_caption,
+            )
         else:
             assert source.table.jsonl_file is not None  # else the source would have a caption file
-            location = _locate_in_list(source, caption_lists[source.table.jsonl_file])
+            caption_list = caption_lists[source.table.jsonl_file]
+            listed_path = caption_list.listed_paths.get(source.path)
+            if listed_path is None:
+                raise DatasetError(
+                    f"{caption_list.path}: the line of {source.path} cannot be found again. Run again."
+                )
+            location = CaptionLocation(
+                source,
+                caption_list.path,
+                caption_list=caption_list,
+                listed_path=listed_path,
+                caption=caption_list.read_line(listed_path).get("caption"),
+                has_caption=source.caption is not None,
+            )
         # tables may share files; each caption is located once
         locations.setdefault((location.file, location.listed_path), location)
     return list(locations.values())
@@ -311,32 +318,6 @@ def _with_media_only(table: DatasetTable) -> DatasetTable:
         audio_directory=None,
         class_tokens=None,
         reads_listed_controls=False,
-    )
-
-
-def _locate_in_file(source: MediaSource, file: Path, reads_caption: bool) -> CaptionLocation:
-    """Return the location of a caption that has its own text file."""
-    has_caption = source.caption is not None
-    caption = read_caption(file) if reads_caption and has_caption else None
-    return CaptionLocation(
-        source, file, caption_list=None, listed_path="", caption=caption, has_caption=has_caption
-    )
-
-
-def _locate_in_list(source: MediaSource, caption_list: CaptionList) -> CaptionLocation:
-    """Return the location of a caption that is in a line of a list."""
-    listed_path = caption_list.listed_paths.get(source.path)
-    if listed_path is None:
-        raise DatasetError(
-            f"{caption_list.path}: the line of {source.path} cannot be found again. Run again."
-        )
-    return CaptionLocation(
-        source,
-        caption_list.path,
-        caption_list=caption_list,
-        listed_path=listed_path,
-        caption=caption_list.read_line(listed_path).get("caption"),
-        has_caption=source.caption is not None,
     )
 
 

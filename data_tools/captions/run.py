@@ -88,7 +88,14 @@ def run_captioning(config: DatasetConfig, options: CaptioningOptions) -> None:
     Raises:
         UserError: If an option or the dataset is invalid, or if captions failed.
     """
-    _reject_repeated_affixes(config, options.wording)
+    for table in config.datasets:
+        for name in ("caption_prefix", "caption_suffix"):
+            text = getattr(options.wording, name).strip()
+            if text and getattr(table, name) == text:
+                raise OptionError(
+                    f"--{name} {text!r}: {table.name} has {name} = {text!r}, which does this without "
+                    "touching files; it would be there twice. Omit one of the two."
+                )
     format = None if options.caption_format is None else caption_formats()[options.caption_format]
     if options.edit_only:
         edit_captions(config, options.wording, options.dry_run, format)
@@ -102,18 +109,6 @@ def run_captioning(config: DatasetConfig, options: CaptioningOptions) -> None:
         try_captions(config, backend, options.try_on)
     else:
         write_captions(config, backend, options.dry_run)
-
-
-def _reject_repeated_affixes(config: DatasetConfig, wording: WordingOptions) -> None:
-    """Raise OptionError if a dataset key makes training add the same prefix or suffix a second time."""
-    for table in config.datasets:
-        for name in ("caption_prefix", "caption_suffix"):
-            text = getattr(wording, name).strip()
-            if text and getattr(table, name) == text:
-                raise OptionError(
-                    f"--{name} {text!r}: {table.name} has {name} = {text!r}, which does this without "
-                    "touching files; it would be there twice. Omit one of the two."
-                )
 
 
 def _make_text_backend(options: CaptioningOptions, default_max_tokens: int) -> CaptionBackend:
@@ -443,7 +438,12 @@ def edit_captions(
     edits = [edit for edit in all_edits if edit.new]
     emptied = [edit for edit in all_edits if not edit.new]
     if dry_run:
-        _print_edits(edits)
+        lines = [
+            f"{edit.location.display_path}: {_shorten(edit.old)!r} -> {_shorten(edit.new)!r}"
+            for edit in edits
+        ]
+        head = f"{format_count(len(edits), 'caption')} would be changed. Nothing is written."
+        _print([head, *first_lines(lines, LISTED_EDITS)])
     else:
         _write_edits(edits, records)
         unchanged = f"{len(locations) - len(edits)} are unchanged"
@@ -454,15 +454,6 @@ def edit_captions(
             f"{emptied[0].location.display_path}: {shorten(emptied[0].old, SHOWN)!r}. Write them by hand, "
             "or remove them and generate new ones."
         )
-
-
-def _print_edits(edits: Sequence[_CaptionEdit]) -> None:
-    """Print the captions before and after editing, for --dry_run."""
-    lines = [
-        f"{edit.location.display_path}: {_shorten(edit.old)!r} -> {_shorten(edit.new)!r}" for edit in edits
-    ]
-    head = f"{format_count(len(edits), 'caption')} would be changed. Nothing is written."
-    _print([head, *first_lines(lines, LISTED_EDITS)])
 
 
 def _shorten(caption: str) -> str:

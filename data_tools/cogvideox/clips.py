@@ -152,19 +152,15 @@ def find_items(source: ClipSourceOptions, folder: Path, seed: int) -> list[Prepa
     for row in rows:
         num_rows[row.video] += 1
         path = row.video.relative_to(root) if row.video.is_relative_to(root) else row.video
-        name = _make_item_name(seed, path, row_number=num_rows[row.video])
+        # a reproducible UUID: a hash of the seed, the path of the clip, and the number of its row
+        text = json.dumps([seed, path.as_posix(), num_rows[row.video]])
+        # file names may contain bytes that are not UTF-8
+        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+        name = str(uuid.UUID(bytes=digest[:16], version=4))
         # a caption file has one line
         caption = " ".join(row.caption.splitlines())
         items.append(PreparedItem(name, caption, row.video, folder))
     return items
-
-
-def _make_item_name(seed: int, path: Path, row_number: int) -> str:
-    """Return a reproducible UUID for a row: a hash of the seed, the path of its clip, and its number."""
-    text = json.dumps([seed, path.as_posix(), row_number])
-    # file names may contain bytes that are not UTF-8
-    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
-    return str(uuid.UUID(bytes=digest[:16], version=4))
 
 
 def make_list_contents(items: Sequence[tuple[PreparedItem, Mapping[str, Any]]]) -> dict[str, str]:

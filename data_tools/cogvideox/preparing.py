@@ -86,7 +86,9 @@ def _conclude(
     """Write the lists of all items that are complete, and show the results; this run made `num_prepared`."""
     # items whose files all exist now, from this run or earlier ones
     complete = [item for item in items if _find_missing_files([item], options, networks).num_items == 0]
-    _write_lists(complete, options.output_dir)
+    for name, text in clips.make_list_contents([(item, item.read_info()) for item in complete]).items():
+        write_text(options.output_dir / name, text)
+    logger.info("%s in the lists of %s", format_count(len(complete), "item"), options.output_dir)
     rows: list[Row] = [
         ("items", f"{len(complete)}, {num_prepared} of them prepared by this run"),
         ("lists", f"prompts.txt, videos.txt, data.jsonl in {options.output_dir}"),
@@ -96,7 +98,23 @@ def _conclude(
 
 def _begin_folder(options: PrepareOptions, networks: PipelineNetworks | None) -> None:
     """Record the settings of the output folder, remove unfinished files, and make the folders in it."""
-    _record_settings(options, networks)
+    # all runs into a folder share its settings and encoders
+    record = _make_record(options.shape, networks)
+    earlier = read_prepared(options.output_dir)
+    if earlier is not None:
+        if networks is None and earlier.architecture is not None:
+            # a run that encodes nothing keeps the record of the encoders
+            record = dataclasses.replace(record, architecture=earlier.architecture, vae=earlier.vae)
+        # the first setting, else encoder, that changed
+        changed = difference(earlier.settings, record.settings)
+        if changed is None and earlier.architecture is not None:
+            changed = difference(_describe_encoders(earlier), _describe_encoders(record))
+        if changed is not None:
+            raise OptionError(
+                f"--output_dir {options.output_dir} was begun with other settings: {changed}. Use the same "
+                "ones to continue, or another folder."
+            )
+    write_prepared(options.output_dir, record)
     _remove_unfinished_files(options.output_dir)
     for name in clips.FOLDERS:
         (options.output_dir / name).mkdir(exist_ok=True)
@@ -146,13 +164,6 @@ def _find_missing_files(
     return _MissingFiles(without_texts, without_media)
 
 
-def _write_lists(items: Sequence[clips.PreparedItem], folder: Path) -> None:
-    """Write the list files with the names of all finished items."""
-    for name, text in clips.make_list_contents([(item, item.read_info()) for item in items]).items():
-        write_text(folder / name, text)
-    logger.info("%s in the lists of %s", format_count(len(items), "item"), folder)
-
-
 def round_frame_buckets(shape: ShapeOptions, networks: PipelineNetworks | None) -> ShapeOptions:
     """Return the options with frame buckets rounded down, with a warning, to lengths that the VAE accepts.
 
@@ -176,31 +187,6 @@ def round_frame_buckets(shape: ShapeOptions, networks: PipelineNetworks | None) 
             " ".join(map(str, rounded)),
         )
     return dataclasses.replace(shape, frame_buckets=rounded)
-
-
-def _record_settings(options: PrepareOptions, networks: PipelineNetworks | None) -> None:
-    """Record the settings and encoders of the output folder, which all runs into it share."""
-    record = _make_record(options.shape, networks)
-    earlier = read_prepared(options.output_dir)
-    if earlier is not None:
-        if networks is None and earlier.architecture is not None:
-            # a run that encodes nothing keeps the record of the encoders
-            record = dataclasses.replace(record, architecture=earlier.architecture, vae=earlier.vae)
-        changed = _describe_change(earlier, record)
-        if changed is not None:
-            raise OptionError(
-                f"--output_dir {options.output_dir} was begun with other settings: {changed}. Use the same "
-                "ones to continue, or another folder."
-            )
-    write_prepared(options.output_dir, record)
-
-
-def _describe_change(earlier: PreparedFolder, record: PreparedFolder) -> str | None:
-    """Describe the first setting (else encoder) that changed since the earlier record; None if none did."""
-    changed = difference(earlier.settings, record.settings)
-    if changed is None and earlier.architecture is not None:
-        changed = difference(_describe_encoders(earlier), _describe_encoders(record))
-    return changed
 
 
 def _make_record(shape: ShapeOptions, networks: PipelineNetworks | None) -> PreparedFolder:
@@ -234,7 +220,13 @@ def _prepare_items(
     device = process.device
     is_main = process.rank == 0
     if networks is None:
-        _write_captions(missing.without_texts, options, show_progress=is_main)
+        # without embeddings
+        items = missing.without_texts
+        bar = Bar(len(items), "Writing captions", "caption", is_main)
+        with write_behind(options.workers.num_artifact_workers) as write, bar:
+            for item in items:
+                write(partial(clips.write_caption_files, item, architecture="", identities={}, tensors={}))
+                bar.update()
     elif missing.without_texts:
         _encode_captions(missing.without_texts, networks, device, options, show_progress=is_main)
     # after the captions, whose text encoders are freed by now
@@ -245,17 +237,6 @@ def _prepare_items(
     if encode is not None:
         free_memory(device)
     return failures
-
-
-def _write_captions(
-    items: Sequence[clips.PreparedItem], options: PrepareOptions, show_progress: bool
-) -> None:
-    """Write the captions of `items` without embeddings."""
-    bar = Bar(len(items), "Writing captions", "caption", show_progress)
-    with write_behind(options.workers.num_artifact_workers) as write, bar:
-        for item in items:
-            write(partial(clips.write_caption_files, item, architecture="", identities={}, tensors={}))
-            bar.update()
 
 
 def _encode_captions(

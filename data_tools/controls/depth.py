@@ -47,7 +47,10 @@ class DepthModel:
             raise MemoryPlanError(
                 "An image does not fit into the memory of the device with this model. Pass --device cpu"
             ) from None
-        if _gives_distances(self.network.config):
+        # most models predict inverse depth, others distances
+        config = self.network.config
+        is_metric = getattr(config, "depth_estimation_type", "relative") == "metric"  # of Depth Anything
+        if is_metric or config.model_type in DISTANCE_MODELS:
             # this model returns distances, which are large for far points
             depth = 1 / depth.clamp(min=MIN_DISTANCE)
         depth = interpolate(depth[:, None], size=image.shape[:2], mode="bicubic", align_corners=False)[0, 0]
@@ -55,12 +58,6 @@ class DepthModel:
         gray = (depth - low) / (high - low).clamp(min=torch.finfo(depth.dtype).tiny)
         pixels = (gray * 255).round().to("cpu", torch.uint8).numpy()
         return np.repeat(pixels[..., None], 3, axis=2)
-
-
-def _gives_distances(config: Any) -> bool:
-    """Return whether a depth model predicts distances; most models predict inverse depth instead."""
-    is_metric = getattr(config, "depth_estimation_type", "relative") == "metric"  # of Depth Anything
-    return is_metric or config.model_type in DISTANCE_MODELS
 
 
 def load_depth_model(folder: Path, device: str | None) -> DepthModel:

@@ -1,7 +1,7 @@
 """Write the control images that a folder lacks, after the options of tools/control_pictures.py are read."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -106,7 +106,14 @@ def make_control_images(options: ControlImageOptions) -> None:
     failures: list[Failure] = []
     if plan.to_draw:
         make_folder(output, "--output")
-        failures = _draw_control_images(plan.to_draw, _select_drawing(options), method)
+        draw = _select_drawing(options)
+        for path, target in track(plan.to_draw.items(), "Control images", len(plan.to_draw), unit="image"):
+            try:
+                image = read_image(path)
+            except MediaError as error:
+                failures.append(Failure(path, reason=str(error), table=0, stem=path.stem))
+                continue
+            write_png(target, draw(image), {METHOD_TEXT: method})
     num_kept = len(plan.up_to_date) + len(plan.made_with_other_options) + len(plan.made_by_other_programs)
     num_made = len(plan.to_draw) - len(failures)
     rows: list[Row] = [
@@ -117,22 +124,6 @@ def make_control_images(options: ControlImageOptions) -> None:
     show_box("Control images", rows)
     if failures:
         raise failure_error(failures, format_count(len(plan.to_draw), "image"))
-
-
-def _draw_control_images(
-    targets: Mapping[Path, Path], draw: Callable[[Frame], Frame], method: str
-) -> list[Failure]:
-    """Draw the control image of each image, and write it with a description of the method."""
-    # draw: Draws the control image of an image, both H W 3.
-    failures: list[Failure] = []
-    for path, target in track(targets.items(), "Control images", len(targets), unit="image"):
-        try:
-            image = read_image(path)
-        except MediaError as error:
-            failures.append(Failure(path, reason=str(error), table=0, stem=path.stem))
-            continue
-        write_png(target, draw(image), {METHOD_TEXT: method})
-    return failures
 
 
 def _find_images(folder: Path) -> list[Path]:

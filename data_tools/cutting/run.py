@@ -13,7 +13,7 @@ from fractions import Fraction
 from pathlib import Path
 from threading import Event
 
-from data_tools.cutting.clips import PlannedClip, VideoAnalysis, analyze_video, plan_clips
+from data_tools.cutting.clips import PlannedClip, analyze_video, plan_clips
 from data_tools.cutting.options import CuttingOptions
 from data_tools.cutting.records import (
     RECORD_FOLDER,
@@ -109,23 +109,19 @@ def _cut_and_list(
                 failures.append((source, result))
                 continue
             results.append(result)
-            _report_cut(source, result)
+            # in a dry run, the clips are printed
+            summary = f"{source}: {_count_in_words(result.clips)}"
+            is_dry_run = result.record is None
+            if is_dry_run:
+                lines = [summary, *map(_format_scene_line, result.clips)]
+                sys.stdout.write(escape_control_codes("\n".join(lines)) + "\n")
+            elif result.is_new:
+                logger.info("%s", summary)
             if result.record is not None:
                 cutter.clip_list.add(result.record, result.is_new)
     finally:
         cutter.clip_list.write()
     return results, failures
-
-
-def _report_cut(source: Path, result: CutResult) -> None:
-    """Log which clips of a video this run has cut; in a dry run, print them."""
-    summary = f"{source}: {_count_in_words(result.clips)}"
-    is_dry_run = result.record is None
-    if is_dry_run:
-        lines = [summary, *map(_format_scene_line, result.clips)]
-        sys.stdout.write(escape_control_codes("\n".join(lines)) + "\n")
-    elif result.is_new:
-        logger.info("%s", summary)
 
 
 def _raise_failures(failures: Sequence[tuple[Path, Exception]], num_sources: int) -> None:
@@ -242,11 +238,20 @@ class Cutter:
 
     def _cut_anew(self, job: CuttingJob, reason_to_recut: str) -> CutResult:
         """Find the clips of a video, and write them, except in a dry run."""
-        analysis = self._analyze(job.source)
+        # the video is decoded once for its frame times, scene changes and measures
+        info = source_info(job.source)
+        detector = SceneDetector(self.options.scenes.scene_threshold, float(info.rate))
+        with contextlib.closing(self._decode_frames(job.source, "scenes of")) as frames:
+            analysis = analyze_video(info, frames, detector, self.options.choice.black_threshold)
         clips = plan_clips(analysis, self.options.lengths, self.options.choice)
         if self.options.dry_run:
             return CutResult(None, clips)
-        record = self._start_cut(job, analysis, clips, reason_to_recut)
+        record = start_record(job.source, job.stem, self.options, analysis=analysis, clips=clips)
+        if job.record is not None:
+            # checked again, because reading took long enough for a user to change clips
+            self._reject_edited_clips(job.source, job.record, reason_to_recut)
+        self._remove_old_clips(record, job.record)
+        write_record(self.output, record)
         return self._write_recorded_clips(job.source, record, clips)
 
     def _write_recorded_clips(
@@ -265,26 +270,6 @@ class Cutter:
             size_bytes = (self.output / clip.name).stat().st_size
             clips.append(replace(clip, size_bytes=size_bytes))
         record = replace(record, clips=tuple(clips), is_done=True)
-        write_record(self.output, record)
-        return record
-
-    def _analyze(self, path: Path) -> VideoAnalysis:
-        """Decode a video once for its frame times, scene changes and measures."""
-        info = source_info(path)
-        detector = SceneDetector(self.options.scenes.scene_threshold, float(info.rate))
-        with contextlib.closing(self._decode_frames(path, "scenes of")) as frames:
-            return analyze_video(info, frames, detector, self.options.choice.black_threshold)
-
-    def _start_cut(
-        self, job: CuttingJob, analysis: VideoAnalysis, clips: Sequence[PlannedClip], why: str
-    ) -> CutRecord:
-        """Record how a source will be cut, and remove the clips of an earlier cut."""
-        # `why` is the reason for cutting again.
-        record = start_record(job.source, job.stem, self.options, analysis=analysis, clips=clips)
-        if job.record is not None:
-            # checked again, because reading took long enough for a user to change clips
-            self._reject_edited_clips(job.source, job.record, why)
-        self._remove_old_clips(record, job.record)
         write_record(self.output, record)
         return record
 

@@ -166,7 +166,15 @@ class _Dissolves:
         offset = len(self._frames) - 2 * half_length - 1
         if not self._loses_contrast(offset, half_length):
             return
-        weights = self._measure_second_weights(offset, half_length)
+        # The share of the second scene in each frame from `offset` on, about 0..1.
+        # It is the frame's position on the line from the frame at `offset` (0) to the last frame (1).
+        begin = self._frames[offset].gray
+        direction = self._frames[-1].gray - begin
+        squared_length = max(float(np.square(direction).sum()), 1e-12)
+        weights = []
+        for step in range(2 * half_length + 1):
+            projection = ((self._frames[offset + step].gray - begin) * direction).sum()
+            weights.append(float(projection) / squared_length)
         for position, _ in VARIANCE_LIMITS:
             if abs(weights[round(2 * half_length * position)] - position) > MAX_WEIGHT_ERROR:
                 return
@@ -189,15 +197,3 @@ class _Dissolves:
             if self._variances[offset + round(2 * half_length * position)] > max_fraction * unmixed_variance:
                 return False
         return True
-
-    def _measure_second_weights(self, offset: int, half_length: int) -> list[float]:
-        """Return the share of the second scene in each frame from `offset` on, about 0..1."""
-        # It is the frame's position on the line from the frame at `offset` (0) to the last frame (1).
-        begin = self._frames[offset].gray
-        direction = self._frames[-1].gray - begin
-        squared_length = max(float(np.square(direction).sum()), 1e-12)
-        weights = []
-        for step in range(2 * half_length + 1):
-            projection = ((self._frames[offset + step].gray - begin) * direction).sum()
-            weights.append(float(projection) / squared_length)
-        return weights

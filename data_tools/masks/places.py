@@ -39,6 +39,7 @@ from modules.media.reading import (
     video_frames,
 )
 from modules.media.writing import write_png
+from modules.paths import compose_name
 from modules.text_files import real_path
 
 Gray = NDArray[np.uint8]  # H W, white is learned
@@ -160,7 +161,7 @@ def _list_entries(media: Sequence[tuple[Path, Kind]], folder: Path) -> list[Mask
     label = MASK_LABEL if is_next_to_media else ""
     entries = []
     for media_path, kind in media:
-        masks = tuple(masks_by_kind[kind].get(media_path.stem, ()))
+        masks = tuple(masks_by_kind[kind].get(compose_name(media_path.stem), ()))
         entries.append(MaskEntry(media_path, kind, masks, folder, mask_stem=media_path.stem + label))
     return entries
 
@@ -358,17 +359,14 @@ def replace_mask(entry: MaskEntry, pixels: NDArray[np.uint8], frame_index: int |
         )
     frames: Iterable[Gray] = [drawn_mask]
     if frame_index is not None:
-        frames = _replace_frame(_require_mask(entry), drawn_mask, frame_index)
+        # a clip's frames are read one by one, and one of them is replaced
+        mask = _require_mask(entry)
+        if is_single_image(mask) or not 0 <= frame_index < count_frames(mask):
+            raise DatasetError(f"{mask} has no frame {frame_index}, so it cannot be replaced")
+        frames = (drawn_mask if index == frame_index else old for index, old in enumerate(read_frames(mask)))
     # without a recorded method the mask counts as drawn by a person
     if not write_mask(entry, frames, is_folder=frame_index is not None, texts={}):
         raise DatasetError(f"The mask of {entry.media_path.name} is all black: nothing would be learned")
-
-
-def _replace_frame(mask: Path, new_frame: Gray, frame_index: int) -> Iterable[Gray]:
-    """Return the frames of a clip's mask, read one by one, with one of them replaced."""
-    if is_single_image(mask) or not 0 <= frame_index < count_frames(mask):
-        raise DatasetError(f"{mask} has no frame {frame_index}, so it cannot be replaced")
-    return (new_frame if index == frame_index else old for index, old in enumerate(read_frames(mask)))
 
 
 def undo_change(entry: MaskEntry) -> bool:

@@ -3,7 +3,7 @@
 import itertools
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -80,7 +80,9 @@ def make_masks(options: MaskOptions) -> None:
     plan = _make_plan(entries, options, method)
     _warn_of_remaining_masks(plan)
     if options.dry_run:
-        _show_plan(plan, method)
+        names = list_some([entry.media_path.name for entry in plan.to_make])
+        text = f"{format_count(len(plan.to_make), 'mask')} would be made{': ' if names else ''}{names}"
+        show_box("Masks", [("masks", f"{text}. Nothing is written"), ("by", method)])
         return
     outcome = MaskOutcome()
     if plan.to_make:
@@ -88,7 +90,16 @@ def make_masks(options: MaskOptions) -> None:
         for entry in track(plan.to_make, "Masks", len(plan.to_make), unit="file"):
             mask_frames = _generate_masks(entry, finder, shaping, options)
             png_texts = _make_texts(entry, method, options.mode)
-            _write_generated_mask(entry, mask_frames, png_texts, outcome)
+            try:
+                is_written = write_mask(entry, mask_frames, entry.kind == "video", png_texts)
+            except MediaError as error:
+                outcome.failures.append(
+                    Failure(entry.media_path, reason=str(error), table=0, stem=entry.media_path.stem)
+                )
+            except _NothingFoundError:
+                outcome.nothing_found.append(entry)
+            else:
+                (outcome.written if is_written else outcome.all_black).append(entry)
     _show_outcome(outcome, entries, num_unchanged=len(entries) - len(plan.to_make), method=method)
     if outcome.failures:
         raise failure_error(outcome.failures, format_count(len(plan.to_make), "file"))
@@ -112,13 +123,6 @@ def _find_all_entries(options: MaskOptions) -> list[MaskEntry]:
     return entries
 
 
-def _show_plan(plan: MaskPlan, method: str) -> None:
-    """Print which masks would be made, for --dry_run."""
-    names = list_some([entry.media_path.name for entry in plan.to_make])
-    text = f"{format_count(len(plan.to_make), 'mask')} would be made{': ' if names else ''}{names}"
-    show_box("Masks", [("masks", f"{text}. Nothing is written"), ("by", method)])
-
-
 def _show_outcome(
     outcome: MaskOutcome, entries: Sequence[MaskEntry], num_unchanged: int, method: str
 ) -> None:
@@ -132,22 +136,6 @@ def _show_outcome(
     made = f"{format_count(len(outcome.written), 'mask')}, {num_unchanged} left as they were"
     rows: list[Row] = [("made", made), ("by", method)]
     show_box("Masks", rows, [("In dataset.toml", mask_line(folder)) for folder in mask_folders])
-
-
-def _write_generated_mask(
-    entry: MaskEntry, frames: Iterator[Gray], texts: Mapping[str, str], outcome: MaskOutcome
-) -> None:
-    """Write a mask and record the outcome. Raises OutputError if it cannot be written."""
-    try:
-        is_written = write_mask(entry, frames, entry.kind == "video", texts)
-    except MediaError as error:
-        outcome.failures.append(
-            Failure(entry.media_path, reason=str(error), table=0, stem=entry.media_path.stem)
-        )
-    except _NothingFoundError:
-        outcome.nothing_found.append(entry)
-    else:
-        (outcome.written if is_written else outcome.all_black).append(entry)
 
 
 def _find_mask_folder(folder: Path, options: MaskOptions) -> Path:

@@ -285,19 +285,6 @@ def find_table(config: DatasetConfig, table: DatasetTable, folders: TableFolders
         findings.warnings += find_unused(table)
     if table.references is not None:
         _add_references(findings)
-    _add_companions(findings)
-    unused_files = folders.left_out_files(table)
-    if unused_files is not None:
-        findings.warnings.append(Fault("folders have files that are not used", unused_files))
-    # folders that no table uses are reported once, with the first table
-    if table is config.datasets[0]:
-        lines = folders.left_out_folders(config.datasets)
-        findings.warnings += [Fault("folders are not searched", line) for line in lines]
-    return findings
-
-
-def _add_companions(findings: TableFindings) -> None:
-    """Add lines about the reference media, control masks and preference pairs of a dataset table."""
     if any(source.references or source.control_mask for source in findings.sources):
         from dataset.sources.companions import companion_lines  # only with companions
 
@@ -306,6 +293,14 @@ def _add_companions(findings: TableFindings) -> None:
     num_pairs = sum(source.rejected is not None for source in findings.sources)
     if num_pairs:
         findings.info_lines.append(f"pairs of a better and a worse one: {num_pairs}")
+    unused_files = folders.left_out_files(table)
+    if unused_files is not None:
+        findings.warnings.append(Fault("folders have files that are not used", unused_files))
+    # folders that no table uses are reported once, with the first table
+    if table is config.datasets[0]:
+        lines = folders.left_out_folders(config.datasets)
+        findings.warnings += [Fault("folders are not searched", line) for line in lines]
+    return findings
 
 
 def _add_references(findings: TableFindings) -> None:
@@ -376,22 +371,14 @@ def check_captions(
     findings.warnings += warnings
     if are_cached:
         sees_references = findings.table.texts_see_references
-        findings.info_lines += _describe_embedding_sizes(sizes_by_encoder, sees_references)
-
-
-def _describe_embedding_sizes(
-    sizes_by_encoder: Mapping[str, Sequence[int]], sees_references: bool
-) -> list[str]:
-    """Return a line for each text encoder with the size of its cached embeddings."""
-    references = ", more with what it sees of references" if sees_references else ""
-    lines = []
-    for name, sizes in sizes_by_encoder.items():
-        longest = max(sizes)
-        if longest:
-            total = format_size(sum(sizes))
-            sizes_text = f"{total}, that of the longest caption {format_size(longest)}{references}"
-            lines.append(f"text caches of {name}: about {sizes_text}")
-    return lines
+        # the size of the cached embeddings of each text encoder
+        references = ", more with what it sees of references" if sees_references else ""
+        for name, sizes in sizes_by_encoder.items():
+            longest = max(sizes)
+            if longest:
+                total = format_size(sum(sizes))
+                sizes_text = f"{total}, that of the longest caption {format_size(longest)}{references}"
+                findings.info_lines.append(f"text caches of {name}: about {sizes_text}")
 
 
 def has_unreadable_caption(source: MediaSource) -> bool:
@@ -426,7 +413,9 @@ def repair_captions(config: DatasetConfig, encoding: str) -> list[str]:
             reason = _find_reason_not_to_convert(path, guess)
             if reason is None:
                 assert guess is not None
-                converted.append(_convert_caption(path, guess))
+                write_bytes(_get_backup_path(path), read_content(path, MAX_CAPTION_BYTES))
+                write_text(path, guess.text.removeprefix("\ufeff"))
+                converted.append(f"  {path}: was {guess.name}, now UTF-8: {_shorten(guess.text)!r}")
             else:
                 left_unchanged.append(f"  {path}: unchanged: {reason}")
     counts = f"{format_count(len(converted), 'caption')} converted to UTF-8 (the old files end in {BACKUP})"
@@ -453,14 +442,6 @@ def _find_reason_not_to_convert(path: Path, guess: EncodingGuess | None) -> str 
         )
     backup = _get_backup_path(path)
     return f"{backup.name} exists already; move it away" if backup.exists() else None
-
-
-def _convert_caption(path: Path, guess: EncodingGuess) -> str:
-    """Back up a caption file, and write its text as UTF-8; return a line for the report."""
-    # the backup first, so that the old text is never lost
-    write_bytes(_get_backup_path(path), read_content(path, MAX_CAPTION_BYTES))
-    write_text(path, guess.text.removeprefix("\ufeff"))
-    return f"  {path}: was {guess.name}, now UTF-8: {_shorten(guess.text)!r}"
 
 
 def _get_backup_path(path: Path) -> Path:

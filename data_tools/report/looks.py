@@ -139,7 +139,9 @@ def inspect_and_measure(source: MediaSource, fps: float, latent: LatentSpec) -> 
         """Downscale a frame for measuring; the first frame determines the size."""
         nonlocal size
         if size is None:
-            size = _select_measured_size(frame)
+            height, width = frame.shape[:2]
+            factor = min(1.0, SHARP_SIDE / max(height, width))
+            size = max(1, round(width * factor)), max(1, round(height * factor))
         if (frame.shape[1], frame.shape[0]) == size:
             return frame
         return np.asarray(cv2.resize(frame, size, interpolation=cv2.INTER_AREA), np.uint8)
@@ -177,13 +179,6 @@ def _check_companions(
         # a source with an error has no items, and no other reason for that
         return replace(inspection, read_error=str(error), items_by_length=(), no_item_reason=None)
     return inspection
-
-
-def _select_measured_size(frame: Frame) -> tuple[int, int]:
-    """Return the (width, height) to which a frame is reduced for measuring."""
-    height, width = frame.shape[:2]
-    factor = min(1.0, SHARP_SIDE / max(height, width))
-    return max(1, round(width * factor)), max(1, round(height * factor))
 
 
 def inspect_and_draw(
@@ -281,7 +276,15 @@ def _inspect_frames(
     inspection_fields: dict[str, Any] = {}  # of `Inspection`; filled while the file is read
     try:
         if source.precomputed is not None:  # the clip itself is not read and may be missing
-            inspection_fields |= _inspect_precomputed(source, latent)
+            tensors = measure_source(source, latent)
+            inspection_fields |= {
+                "spans": (full_span(tensors, latent.lengths),),
+                "size": tensors.size,
+                "fit": fit_cover(tensors.size, tensors.size),
+                "frames": tensors.kept_frames,
+                "num_used_frames": tensors.kept_frames,
+                "file_bytes": _read_file_size(source),
+            }
         else:
             with fetch(source) as local_source:
                 _read_frames(
@@ -292,19 +295,6 @@ def _inspect_frames(
     except (MediaError, DatasetError, OSError) as error:
         inspection_fields["read_error"] = str(error)
     return Inspection(**inspection_fields)
-
-
-def _inspect_precomputed(source: MediaSource, latent: LatentSpec) -> dict[str, Any]:
-    """Return fields of `Inspection` from the header of precomputed latents."""
-    tensors = measure_source(source, latent)
-    return {
-        "spans": (full_span(tensors, latent.lengths),),
-        "size": tensors.size,
-        "fit": fit_cover(tensors.size, tensors.size),
-        "frames": tensors.kept_frames,
-        "num_used_frames": tensors.kept_frames,
-        "file_bytes": _read_file_size(source),
-    }
 
 
 def _select_spans(table: DatasetTable, latent: LatentSpec, known_fields: Mapping[str, Any]) -> dict[str, Any]:

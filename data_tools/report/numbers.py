@@ -4,7 +4,7 @@ import math
 import re
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -363,6 +363,8 @@ def count_captions(sources: Iterable[MediaSource]) -> JsonObject:
     for text, paths in captions.paths_of_text.items():
         if len(paths) > 1:
             paths_by_repeated_text[text] = list(paths.values())
+    # captions that several files share, the most frequent first
+    by_frequency = sorted(paths_by_repeated_text.items(), key=lambda item: (-len(item[1]), item[1][0]))
     return {
         "total": len(captions.num_words) + num_without["empty"],  # `num_words` has only the other captions
         **num_without,
@@ -373,7 +375,10 @@ def count_captions(sources: Iterable[MediaSource]) -> JsonObject:
         "distinct_words": len(captions.words),
         "frequent_words": captions.list_frequent_words(),
         "trigger_words": captions.list_trigger_words(),
-        "duplicate_texts": _list_repeated(paths_by_repeated_text),
+        "duplicate_texts": [
+            {"text": shorten(text, SHOWN_TEXT), "count": len(paths), "paths": paths[:MAX_PATHS]}
+            for text, paths in by_frequency[:MAX_DUPLICATES]
+        ],
         **{f"{reason}_paths": paths for reason, paths in captions.paths_without.items()},
     }
 
@@ -402,7 +407,11 @@ class _CaptionCounts:
             self.paths_without[reason].append(path)
             return
         for caption in (source.caption, *source.more_captions):
-            self._count_trigger(source.table.trigger_word, caption)
+            trigger = source.table.trigger_word
+            if trigger:
+                self.num_captions_of_trigger[trigger] += 1
+                is_present = re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption) is not None
+                self.num_captions_with_trigger[trigger] += is_present
             if not caption.strip():
                 self.paths_without["empty"].append(path)
                 continue
@@ -413,13 +422,6 @@ class _CaptionCounts:
             self.num_characters.append(len(caption))
             # a file that is reached by two paths counts once
             self.paths_of_text[caption].setdefault(Path(path).absolute(), path)
-
-    def _count_trigger(self, trigger: str | None, caption: str) -> None:
-        """Count a caption from a table with a trigger word, and whether it contains the word."""
-        if trigger:
-            self.num_captions_of_trigger[trigger] += 1
-            is_present = re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption) is not None
-            self.num_captions_with_trigger[trigger] += is_present
 
     def list_trigger_words(self) -> list[JsonObject]:
         """List the trigger words, each with the number of captions in its tables that contain it."""
@@ -436,12 +438,3 @@ class _CaptionCounts:
             {"word": word, "count": self.words[word], "captions": self.num_captions_with[word]}
             for word in words[:MAX_WORDS]
         ]
-
-
-def _list_repeated(repeated: Mapping[str, list[str]]) -> list[JsonObject]:
-    """List captions that several files share, the most frequent first."""
-    by_frequency = sorted(repeated.items(), key=lambda item: (-len(item[1]), item[1][0]))
-    return [
-        {"text": shorten(text, SHOWN_TEXT), "count": len(paths), "paths": paths[:MAX_PATHS]}
-        for text, paths in by_frequency[:MAX_DUPLICATES]
-    ]

@@ -91,7 +91,10 @@ def _apply_options(config: DatasetConfig, options: ReportOptions, latent: Latent
     if options.references:
         config = with_references(config, ReferenceRules(options.references, options.pixel_step))
     if options.no_download:
-        _reject_downloads(config)
+        for table in config.datasets:
+            for address in get_source_format(table).list_addresses(table):
+                text = f"{hide_secrets(address)} is downloaded to be listed: omit --no_download"
+                raise DatasetError(text)
     return config
 
 
@@ -128,14 +131,6 @@ def _find_copies(tables: Sequence[TableFindings]) -> list[list[Path]]:
     return copies
 
 
-def _reject_downloads(config: DatasetConfig) -> None:
-    """Raise DatasetError if a table's files can be listed only after downloading a list."""
-    for table in config.datasets:
-        for address in get_source_format(table).list_addresses(table):
-            text = f"{hide_secrets(address)} is downloaded to be listed: omit --no_download"
-            raise DatasetError(text)
-
-
 def _select_latents(options: ReportOptions) -> LatentSpec:
     """Return the latent format of models that have the given --pixel_step and --frame_step."""
     if options.frame_step == LATENT_H3.clip_frames:
@@ -155,16 +150,6 @@ def _write_json(path: Path, statistics: JsonObject, prints: bool) -> None:
         logger.info("wrote %s", path)
 
 
-def _find_warnings(sources: Sequence[MediaSource], fps: float) -> list[Fault]:
-    """Return warnings that follow from file headers and folder listings alone."""
-    # `fps` is the frame rate of the model.
-    remarks = find_other_lengths(sources, fps) + find_reordered(sources)
-    for remark in find_colors(sources):
-        # the page shows only the text of a warning, so the kind is added to it
-        remarks.append(replace(remark, text=f"{remark.text} ({remark.kind})"))
-    return remarks
-
-
 def _measure_table(
     config: DatasetConfig,
     table: DatasetTable,
@@ -178,7 +163,12 @@ def _measure_table(
     if not findings.sources:
         return findings
     check_captions(findings)
-    findings.warnings += _find_warnings(findings.sources, options.fps)
+    # from file headers and folder listings alone
+    remarks = find_other_lengths(findings.sources, options.fps) + find_reordered(findings.sources)
+    for remark in find_colors(findings.sources):
+        # the page shows only the text of a warning, so the kind is added to it
+        remarks.append(replace(remark, text=f"{remark.text} ({remark.kind})"))
+    findings.warnings += remarks
     try:
         check_resolution(table, latent.pixel_step)
     except DatasetError as error:

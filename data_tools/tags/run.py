@@ -15,8 +15,8 @@ from data_tools.captions.places import DEFAULT_EXTENSION, CaptionLocation, Overw
 from data_tools.captions.run import CaptionBackend, fetch_frames, try_captions, write_captions
 from data_tools.folder_dataset import make_folder_dataset
 from data_tools.tags.labels import has_mapping
-from data_tools.tags.model import Tagger, load_tagger
-from data_tools.tags.options import TaggerOptions, TaggingOptions
+from data_tools.tags.model import load_tagger
+from data_tools.tags.options import TaggingOptions
 from data_tools.tags.words import extend_caption, make_tag_selection
 from dataset.config import DatasetConfig, load_dataset_config
 from dataset.sources.captions import split_lines
@@ -44,7 +44,13 @@ def tag_folder(options: TaggingOptions) -> None:
 
     def load_captioner() -> Captioner:
         """Load the tagger; return the function that tags files, which also updates `tag_counts`."""
-        captioner = _load_tagger(options.tagger).make_captioner(selection, separator)
+        tagger = load_tagger(
+            options.tagger.model_dir,
+            batch_size=options.tagger.batch_size,
+            averages_frames=options.tagger.join_frames == "mean",
+            max_frames=options.tagger.num_frames,
+        )
+        captioner = tagger.make_captioner(selection, separator)
         return partial(_caption_and_count, captioner, separator, tag_counts)
 
     def postprocess(location: CaptionLocation, tags: str) -> str:
@@ -72,16 +78,6 @@ def tag_folder(options: TaggingOptions) -> None:
         if options.frequency_tags:
             lines = [f"{count:6} {tag}" for tag, count in tag_counts.most_common()]
             sys.stdout.write(escape_control_codes("\n".join(["tags found in this run:", *lines])) + "\n")
-
-
-def _load_tagger(options: TaggerOptions) -> Tagger:
-    """Load the tagger that the options select."""
-    return load_tagger(
-        options.model_dir,
-        batch_size=options.batch_size,
-        averages_frames=options.join_frames == "mean",
-        max_frames=options.num_frames,
-    )
 
 
 def _append_tags(location: CaptionLocation, new_tags: str, separator: str) -> str:

@@ -104,11 +104,19 @@ def make_tag_selection(options: TaggingOptions, sorts_by_probability: bool) -> T
         QUALITY: _select_position(filters.use_quality_tags, filters.use_quality_tags_as_last_tag),
         RATING: _select_position(filters.use_rating_tags, filters.use_rating_tags_as_last_tag),
     }
+    # such as `a,b;c,d`
+    replacements = {}
+    for pair in filter(None, re.split(r"(?<!\\);", spelling.tag_replacement)):
+        tags = [re.sub(r"\\([,;])", r"\1", tag).strip() for tag in re.split(r"(?<!\\),", pair)]
+        if len(tags) != 2 or not all(tags):
+            raise OptionError(f"--tag_replacement: {pair!r} must be two tags, the old and the new one")
+        old_tag, new_tag = tags
+        replacements[old_tag] = new_tag
     return TagSelection(
         thresholds=thresholds,
         tag_positions=tag_positions,
         excluded_tags=frozenset(split_tags(filters.undesired_tags, separator)),
-        replacements=_read_replacements(spelling.tag_replacement),
+        replacements=replacements,
         removes_underscores=spelling.remove_underscore,
         expands_characters=spelling.character_tag_expand,
         characters_first=spelling.character_tags_first,
@@ -140,15 +148,3 @@ def extend_caption(caption: str, tags: Sequence[str], separator: str) -> str:
         return caption
     before = caption.strip().removesuffix(separator.strip()).rstrip()
     return separator.join([before, *missing] if before else missing)
-
-
-def _read_replacements(text: str) -> dict[str, str]:
-    """Parse replacements such as `a,b;c,d`. Raises OptionError if they are malformed."""
-    replacements = {}
-    for pair in filter(None, re.split(r"(?<!\\);", text)):
-        tags = [re.sub(r"\\([,;])", r"\1", tag).strip() for tag in re.split(r"(?<!\\),", pair)]
-        if len(tags) != 2 or not all(tags):
-            raise OptionError(f"--tag_replacement: {pair!r} must be two tags, the old and the new one")
-        old_tag, new_tag = tags
-        replacements[old_tag] = new_tag
-    return replacements

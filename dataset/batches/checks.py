@@ -110,22 +110,17 @@ def text_errors(
     yield from _find_seen_reference_errors(item, records)
     if item.table.directory is not None:  # files that a list or a table of files names are not compared
         for record in records.values():
-            yield from _find_text_file_changes(item.table, item.table.directory, number, record, checks)
-
-
-def _find_text_file_changes(
-    table: DatasetTable, directory: Path, number: int, record: TextRecord, checks: CacheChecks
-) -> Iterator[str]:
-    """Yield a line for each file in the folder of a table that has changed since a text encoder read it."""
-    # These are the images or clips that the encoder saw, and the file with the caption at index `number`.
-    folders = [table.control_directory] * len(record.references)
-    if CLIP in record.settings:
-        folders[0] = directory  # the first reference is the clip or image itself
-    file = checks.changed_file(folders, record.references)
-    if file is not None:
-        yield f"{file} has changed since its encoder saw it"
-    if record.file is not None:
-        yield from _find_caption_change(table, directory / record.file.name, number, record, checks)
+            # the images or clips that the encoder saw, and the file with the caption at index `number`
+            folders = [item.table.control_directory] * len(record.references)
+            if CLIP in record.settings:
+                folders[0] = item.table.directory  # the first reference is the clip or image itself
+            file = checks.changed_file(folders, record.references)
+            if file is not None:
+                yield f"{file} has changed since its encoder saw it"
+            if record.file is not None:
+                yield from _find_caption_change(
+                    item.table, item.table.directory / record.file.name, number, record, checks
+                )
 
 
 def _find_text_setting_changes(
@@ -216,7 +211,17 @@ def latent_errors(
     channels = tensors["latents"].shape[0]
     if channels != latent.channels:
         yield explain_wrong_channels(channels, latent)
-    yield from _find_mask_errors(item, tensors, record, is_shared)
+    # the loss mask must come from where the table says: alpha, a file, or none
+    if record is not None:
+        mask_origin = record.options.get("mask")
+    else:  # other programs make masks only from transparency
+        mask_origin = FROM_ALPHA if is_shared and data.LOSS_MASK in tensors else None
+    allowed_origins = _list_allowed_mask_origins(item)
+    if mask_origin not in allowed_origins:
+        expected = "no mask" if allowed_origins == {None} else "a mask for it"
+        if item.table.alpha_mask:
+            expected = "alpha_mask = true"
+        yield f"its loss mask is from {mask_origin or 'nowhere'}, but {item.table.name} has {expected}"
     if table.augmentation.flip and "latents" + FLIPPED not in tensors:
         yield "it has no mirrored latents, which flip_aug needs"
     if table.references is not None or table.clip_references is not None:
@@ -231,22 +236,6 @@ def latent_errors(
             yield f"its clip was cached in {record.parts} files, but {item.num_latent_files} of them exist"
         yield from _find_source_changes(item, source_folders(table, record), record, checks)
     yield from _find_shape_errors(item, tensors, latent)
-
-
-def _find_mask_errors(
-    item: TrainingItem, tensors: Mapping[str, Tensor], record: LatentRecord | None, is_shared: bool
-) -> Iterator[str]:
-    """Yield an error if the loss mask does not come from where the table requires: alpha, a file, or none."""
-    if record is not None:
-        mask_origin = record.options.get("mask")
-    else:  # other programs make masks only from transparency
-        mask_origin = FROM_ALPHA if is_shared and data.LOSS_MASK in tensors else None
-    allowed_origins = _list_allowed_mask_origins(item)
-    if mask_origin not in allowed_origins:
-        expected = "no mask" if allowed_origins == {None} else "a mask for it"
-        if item.table.alpha_mask:
-            expected = "alpha_mask = true"
-        yield f"its loss mask is from {mask_origin or 'nowhere'}, but {item.table.name} has {expected}"
 
 
 def _list_allowed_mask_origins(item: TrainingItem) -> set[str | None]:
@@ -322,20 +311,15 @@ def _find_changed_keys(
         if change_text is not None:
             yield f"{change_text} in {table.name}"
     if table.clip_references is not None and CLIP_REFERENCES in options:
-        yield from _find_factor_errors(options[CLIP_REFERENCES], table.clip_references.factors)
-
-
-def _find_factor_errors(recorded: Sequence[int], factors_now: Sequence[int]) -> Iterator[str]:
-    """Yield an error if size factor, time factor or frame limit of references differ from the recorded ones.
-
-    `recorded` is the number of references, followed by these factors; see `ReferenceRules.factors`.
-    """
-    _, *factors = recorded
-    if factors != [*factors_now]:
-        yield (
-            f"its references were made with {_describe_factors(factors)}, this run has "
-            f"{_describe_factors(factors_now)}"
-        )
+        # the number of references, followed by size factor, time factor and frame limit: see
+        # `ReferenceRules.factors`
+        factors_now = table.clip_references.factors
+        _, *factors = options[CLIP_REFERENCES]
+        if factors != [*factors_now]:
+            yield (
+                f"its references were made with {_describe_factors(factors)}, this run has "
+                f"{_describe_factors(factors_now)}"
+            )
 
 
 def _describe_factors(factors: Sequence[int]) -> str:
@@ -369,20 +353,16 @@ def audio_errors(
             f"{item.audio_latent_shape}"
         )
     if record is not None:
-        yield from _find_reference_audio_errors(item, HAS_REFERENCE in record.options)
+        # a reference file that was only deleted is not an error
+        has_reference = HAS_REFERENCE in record.options
+        table = item.table
+        if has_reference and table.reference_audio_directory is None:
+            yield f"it was made with a reference, but {table.name} has no reference_audio_directory"
+        elif not has_reference and table.reference_audio_directory is not None:
+            companions = _current_companions(item)
+            if companions is not None and companions.has_reference_audio:
+                yield f"it was made without a reference, but {table.name} now has one for it"
         yield from _find_audio_source_changes(item, record, checks)
-
-
-def _find_reference_audio_errors(item: TrainingItem, has_reference: bool) -> Iterator[str]:
-    """Yield an error if a cache was made without the clip's reference audio, or with one no longer in use."""
-    # A reference file that was only deleted is not an error.
-    table = item.table
-    if has_reference and table.reference_audio_directory is None:
-        yield f"it was made with a reference, but {table.name} has no reference_audio_directory"
-    elif not has_reference and table.reference_audio_directory is not None:
-        companions = _current_companions(item)
-        if companions is not None and companions.has_reference_audio:
-            yield f"it was made without a reference, but {table.name} now has one for it"
 
 
 def _find_audio_source_changes(
@@ -528,7 +508,12 @@ class SameEncoders:
             first = self._first.setdefault(origin.part, origin)
             if origin.encoder == first.encoder or origin.part in self._warned:
                 continue
-            keys = _list_different_keys(first, origin)
+            # the keys by which the identities of the two caches' encoders differ
+            compared = first.encoder.keys() | origin.encoder.keys()
+            if origin.part == data.LATENTS_PART:
+                # only the keys of both: not all tables have image conditions
+                compared = (first.encoder.keys() & origin.encoder.keys()) - _OPTIONAL_CONDITIONS
+            keys = [key for key in sorted(compared) if first.encoder.get(key) != origin.encoder.get(key)]
             if keys:
                 self._warned.add(origin.part)
                 differences.append(_EncoderDifference(first, origin, keys))
@@ -565,15 +550,6 @@ class _EncoderDifference(NamedTuple):
         """Return whether a fingerprint differs: only network files have one, a dtype has none."""
         values = [value for identity in self.identities() for value in identity.values()]
         return any(map(_FINGERPRINT.fullmatch, values))
-
-
-def _list_different_keys(first: data.CacheOrigin, other: data.CacheOrigin) -> list[str]:
-    """Return the sorted keys by which the identities of two caches' encoders differ."""
-    keys = first.encoder.keys() | other.encoder.keys()
-    if other.part == data.LATENTS_PART:
-        # only the keys of both: not all tables have image conditions
-        keys = (first.encoder.keys() & other.encoder.keys()) - _OPTIONAL_CONDITIONS
-    return [key for key in sorted(keys) if first.encoder.get(key) != other.encoder.get(key)]
 
 
 def _describe_differences(differences: Sequence[_EncoderDifference], commands: CachingCommands) -> str:

@@ -65,11 +65,7 @@ def _add_files(example: ExampleItem, item: TrainingItem, stores: Stores, has_com
             return replace(example, image=image)
     if _is_large(item.table.directory):  # listing it would take long
         return example
-    return _add_listed_files(example, item)
-
-
-def _add_listed_files(example: ExampleItem, item: TrainingItem) -> ExampleItem:
-    """Add an item's local files, found by listing its table; tar members and downloads are omitted."""
+    # local files are found by listing the table; tar members and downloads are omitted
     from dataset.listing import find_sources  # only for lists and companions
 
     sources = find_sources(item.table, captions=False, faults=[])

@@ -149,7 +149,12 @@ def _add_table(
             found.left_out[table.index] = index.left_out
             return
     if in_own_folder and may_have_both_formats(table, names):
-        _add_format_errors(found, table, cache_info.tag)
+        # caches that are not in the table's cache_format, and broken shards; imported here, because few
+        # folders have caches in two formats
+        from dataset.cache.form import list_format_errors, list_shard_errors
+
+        for line in (*list_format_errors(table, cache_info.tag), *list_shard_errors(table)):
+            found.incomplete_tables.append((table, line))
     caches = _list_caches(found, table, cache_info=cache_info, names=names, stores=stores, audio=audio)
     del names  # frees memory: there may be a million names, which are no longer needed
     has_latents = _add_items(found, table, cache_info=cache_info, caches=caches, latent=latent)
@@ -177,7 +182,10 @@ def _list_caches(
     """Sort a table's cache files, whose latents and audio are in `names`, by what they contain."""
     # Caches without a media file, and unfinished text caches, are added to `found`.
     store = stores.latent_store(table)
-    latent_files = _latent_files(names, cache_info)
+    # if latents are encoded on the fly, these are the names that their caches would have
+    ending = f"_{cache_info.tag}{cache_files.SUFFIX}"
+    candidates = names if cache_info.on_the_fly_buckets is None else cache_info.latent_names()
+    latent_files = sorted([name for name in candidates if name.endswith(ending)])
     # a shared folder may also have caches of other tables
     if cache_info.on_the_fly_sources or store.is_shared:
         latent_files = _leave_out_unlisted(found, table, cache_info, latent_files)
@@ -272,22 +280,6 @@ def _leave_out_unlisted(
     return selected
 
 
-def _add_format_errors(found: FoundItems, table: DatasetTable, tag: str) -> None:
-    """Add error lines about caches that are not in the table's cache_format, and about broken shards."""
-    # imported here, because few folders have caches in two formats
-    from dataset.cache.form import list_format_errors, list_shard_errors
-
-    for line in (*list_format_errors(table, tag), *list_shard_errors(table)):
-        found.incomplete_tables.append((table, line))
-
-
-def _latent_files(names: Collection[str], cache_info: TableCacheInfo) -> list[str]:
-    """Return the sorted names of a table's latent caches, or those they would have if encoded on the fly."""
-    ending = f"_{cache_info.tag}{cache_files.SUFFIX}"
-    candidates = names if cache_info.on_the_fly_buckets is None else cache_info.latent_names()
-    return sorted([name for name in candidates if name.endswith(ending)])
-
-
 class _AudioCaches:
     """Names of a table's audio cache files, to be added to the table's training items."""
 
@@ -317,7 +309,12 @@ class _AudioCaches:
         reference_length = 0
         if item.table.batch_size > 1:
             num_frames = item.bucket[2]
-            shape = _audio_shape(store, item.file_name, self.spec, num_frames)
+            # C T M; () if the cached latents do not record their frame rate, which is reported when a batch
+            # is read
+            rate: float | None = None
+            with contextlib.suppress(CacheError, KeyError, ValueError):
+                rate = float(store.read(item.file_name, is_full=False).metadata[FPS])
+            shape = () if rate is None else self.spec.shape(num_frames, rate)
             shape = self._shared_shapes.setdefault(shape, shape)
             if shape and is_cached and item.table.reference_audio_directory is not None:
                 reference_length = _reference_length(store, name)
@@ -327,15 +324,6 @@ class _AudioCaches:
             has_cached_audio=is_cached,
             audio_reference_length=reference_length,
         )
-
-
-def _audio_shape(store: CacheStore, latents: str, audio: AudioSpec, frames: int) -> tuple[int, ...]:
-    """Return the shape of an item's audio latents, C T M."""
-    # Returns () if the cached latents do not record their frame rate; this is reported when a batch is read.
-    rate: float | None = None
-    with contextlib.suppress(CacheError, KeyError, ValueError):
-        rate = float(store.read(latents, is_full=False).metadata[FPS])
-    return () if rate is None else audio.shape(frames, rate)
 
 
 def _reference_length(store: CacheStore, name: str) -> int:
@@ -405,30 +393,23 @@ class _TextCaches:
         # of other captions and of empty prompts have one part more
         self._first_captions = {name for name in names if name.endswith(self._ending)}
         if not self._first_captions:
-            self._record_other_model(names)
+            # an example of the text caches of another model, if there are any
+            foreign_name = next((name for name in sorted(names) if _TEXT_CACHE_NAME.search(name)), None)
+            if foreign_name is not None:
+                self._found.foreign_texts[self._table.cache_directory] = foreign_name
         unfinished = [name for name in names if name.endswith(cache_files.PART)]
         unfinished_ending = self._ending + cache_files.PART
         # added to `found` by `count_or_report` if their source has latents
         self._unfinished_first_captions = {name for name in unfinished if name.endswith(unfinished_ending)}
-        self._record_unfinished(unfinished)
+        for name in unfinished:
+            if self._is_used(name.removesuffix(cache_files.PART)):
+                self._found.unfinished_text[self._table.cache_directory / name] = None
         # number of captions by stem, for stems with several
         self._num_captions = _count_captions(names, tag) if table.multi_caption else {}
         # names of caches of empty prompts; None: not needed, or a missing one has already been reported
         self._empty_prompts: set[str] | None = None
         if table.caches_empty_prompt:
             self._empty_prompts = {name for name in names if cache_files.is_empty_text_name(name, tag)}
-
-    def _record_other_model(self, names: Iterable[str]) -> None:
-        """Add a text cache of another model to `found` as an example, if there is one."""
-        foreign_name = next((name for name in sorted(names) if _TEXT_CACHE_NAME.search(name)), None)
-        if foreign_name is not None:
-            self._found.foreign_texts[self._table.cache_directory] = foreign_name
-
-    def _record_unfinished(self, unfinished: Iterable[str]) -> None:
-        """Add unfinished caches to `found`: those of further captions and empty prompts in use."""
-        for name in unfinished:
-            if self._is_used(name.removesuffix(cache_files.PART)):
-                self._found.unfinished_text[self._table.cache_directory / name] = None
 
     def _is_used(self, name: str) -> bool:
         """Return whether the table uses this text cache of a further caption or of the empty prompt."""
@@ -508,11 +489,29 @@ def require_items(found: FoundItems, commands: CachingCommands = NO_COMMANDS) ->
         CacheError: If a table has no usable cache, or text caching has not finished. The message lists
             the caching commands.
     """
-    if found.incomplete_tables or found.unfinished_text:
-        _reject_unfinished(found, commands)
+    if found.incomplete_tables:
+        lines = [line for _, line in found.incomplete_tables]
+        if any("convert_cache" not in line for line in lines):
+            lines += ["Shards are made whole by:", commands.latents, commands.text]
+        raise CacheError("\n  ".join(lines))
+    if found.unfinished_text:
+        count = pluralize(len(found.unfinished_text), "text caches are unfinished")
+        first = next(iter(found.unfinished_text))
+        raise CacheError(
+            f"{count}, such as {first}: text caching was stopped before all text encoders had written.\n"
+            f"  Finish it with: {commands.text}"
+        )
     errors = _explain_missing_caches(found)
     if errors:
-        needed_commands = _list_needed_commands(found, commands)
+        needed_commands = []
+        lacks_all_audio = found.trained_but_absent_audio is not None
+        if found.empty_tables or lacks_all_audio or found.missing_audio:
+            needed_commands.append(commands.latents)
+        text_command = commands.text
+        if found.missing_empty_prompts:
+            text_command += " --empty_prompt"
+        if found.empty_tables or found.missing_text or found.missing_empty_prompts:
+            needed_commands.append(text_command)
         raise CacheError("\n  ".join([*errors, "Make the caches first:", *needed_commands]))
     if found.missing_text or found.unlisted_caches:
         _warn_left_out(found, commands)
@@ -538,36 +537,6 @@ def _explain_missing_caches(found: FoundItems) -> list[str]:
     for path in found.missing_empty_prompts:
         errors.append(f"the cache of the empty prompt is missing, {path}: {_EMPTY_IS_FOR}")
     return errors
-
-
-def _list_needed_commands(found: FoundItems, commands: CachingCommands) -> list[str]:
-    """Return the caching commands that create the missing caches."""
-    needed_commands = []
-    lacks_all_audio = found.trained_but_absent_audio is not None
-    if found.empty_tables or lacks_all_audio or found.missing_audio:
-        needed_commands.append(commands.latents)
-    text_command = commands.text
-    if found.missing_empty_prompts:
-        text_command += " --empty_prompt"
-    if found.empty_tables or found.missing_text or found.missing_empty_prompts:
-        needed_commands.append(text_command)
-    return needed_commands
-
-
-def _reject_unfinished(found: FoundItems, commands: CachingCommands) -> None:
-    """Raise CacheError if caches may be incomplete or some text encoders have not run yet."""
-    if found.incomplete_tables:
-        lines = [line for _, line in found.incomplete_tables]
-        if any("convert_cache" not in line for line in lines):
-            lines += ["Shards are made whole by:", commands.latents, commands.text]
-        raise CacheError("\n  ".join(lines))
-    if found.unfinished_text:
-        count = pluralize(len(found.unfinished_text), "text caches are unfinished")
-        first = next(iter(found.unfinished_text))
-        raise CacheError(
-            f"{count}, such as {first}: text caching was stopped before all text encoders had written.\n"
-            f"  Finish it with: {commands.text}"
-        )
 
 
 def _explain_empty(table: DatasetTable) -> str:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from dataset.batches.items import TrainingItem
 from dataset.cache_files import parse_latent_name
-from dataset.config import DatasetTable
 from modules.errors import DatasetError
 from modules.text_files import parse_json, read_text
 from protocols import data
@@ -36,27 +35,24 @@ def add_clean_conditions(batch: data.Batch, items: Sequence[TrainingItem]) -> da
         clean_audio_spans.append(read_clean_audio_spans(item, fps))
     tensors = dict(batch.tensors)
     if items[0].table.guides:  # all items of a batch have the same table
-        tensors[data.GUIDES] = _make_guides(batch, items[0].table)
+        # index and strength of each guide image, B G 2
+        table = items[0].table
+        starts = (data.KEYFRAME_LATENTS, data.LATENT_GUIDE)
+        num_cached = sum(name.startswith(starts) for name in batch.tensors)
+        if num_cached != len(table.guides):
+            raise DatasetError(
+                f"{batch.keys[0]}: its cache has {num_cached} guides, but {table.name} has "
+                f"{len(table.guides)}. Cache again"
+            )
+        # strengths 0..1 become integers 0..FULLY_CLEAN, which keep their values when a batch is cast
+        indices_and_strengths = [[guide.index, round(FULLY_CLEAN * guide.strength)] for guide in table.guides]
+        tensors[data.GUIDES] = torch.tensor(indices_and_strengths).expand(len(batch), -1, -1)
     return replace(
         batch,
         tensors=tensors,
         crop_regions=regions if any(regions) else (),
         clean_times=tuple(clean_audio_spans) if any(spans is not None for spans in clean_audio_spans) else (),
     )
-
-
-def _make_guides(batch: data.Batch, table: DatasetTable) -> Tensor:
-    """Return the index and strength of each guide image of a table, B G 2, for a batch of its clips."""
-    starts = (data.KEYFRAME_LATENTS, data.LATENT_GUIDE)
-    num_cached = sum(name.startswith(starts) for name in batch.tensors)
-    if num_cached != len(table.guides):
-        raise DatasetError(
-            f"{batch.keys[0]}: its cache has {num_cached} guides, but {table.name} has "
-            f"{len(table.guides)}. Cache again"
-        )
-    # strengths 0..1 become integers 0..FULLY_CLEAN, which keep their values when a batch is cast
-    indices_and_strengths = [[guide.index, round(FULLY_CLEAN * guide.strength)] for guide in table.guides]
-    return torch.tensor(indices_and_strengths).expand(len(batch), -1, -1)
 
 
 def read_clean_audio_spans(item: TrainingItem, fps: float | None) -> Spans | None:

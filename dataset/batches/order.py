@@ -47,7 +47,15 @@ class BatchOrder:
         self._items.sort(key=lambda item: item.table.index)
         self._repeated_items = repeat_items(self._items)  # items of an epoch, by group
         if any(item.table.is_reg for item in self._items):
-            self._warn_of_unused_images()
+            # regularization images that no epoch contains
+            used = {id(item) for group_items in self._repeated_items.values() for item in group_items}
+            unused = len(self._items) - len(used)
+            if unused:
+                logger.warning(
+                    "%d regularization images are not used because fewer other images are trained in an "
+                    "epoch. Raise their num_repeats to use more.",
+                    unused,
+                )
         self.num_items = sum(map(len, self._repeated_items.values()))  # items of an epoch, including repeats
         group_sizes = [(len(group), group[0].table.batch_size) for group in self._repeated_items.values()]
         self.num_batches = sum(ceil_div(size, batch_size) for size, batch_size in group_sizes)
@@ -56,17 +64,6 @@ class BatchOrder:
         self._starts = array("q")  # for each batch: number of items of the epoch before it
         # for each batch: number of items of its group of tables before it; empty until it is needed
         self._group_starts = array("q")
-
-    def _warn_of_unused_images(self) -> None:
-        """Log a warning about regularization images that no epoch contains."""
-        used = {id(item) for group_items in self._repeated_items.values() for item in group_items}
-        unused = len(self._items) - len(used)
-        if unused:
-            logger.warning(
-                "%d regularization images are not used because fewer other images are trained in an "
-                "epoch. Raise their num_repeats to use more.",
-                unused,
-            )
 
     @property
     def learning_keys(self) -> list[str]:

@@ -129,22 +129,6 @@ def _make_batch(
     )
 
 
-def _unpack_inner_audio(
-    tensors: dict[str, Tensor | list[Tensor]], path: Path, commands: CachingCommands
-) -> None:
-    """Rename and reshape audio that latent caches contain, to the layout of separate audio caches."""
-    audio = tensors.pop(data.INNER_AUDIO, None)  # B C T M, or B C 1 T M
-    is_heard = tensors.pop(data.AUDIO_PRESENT, None)  # for each sample: 1, or 0 for a silent clip
-    if not isinstance(audio, Tensor) or not isinstance(is_heard, Tensor):
-        missing_key = data.INNER_AUDIO if audio is None else data.AUDIO_PRESENT
-        raise CacheError(
-            f"{path}: it has no {missing_key}, which the model needs for every clip, even a silent one. "
-            f"Cache again with: {commands.latents}"
-        )
-    tensors[data.AUDIO_LATENTS] = audio.squeeze(2) if audio.ndim > 4 else audio  # B C T M
-    tensors[data.HAS_AUDIO] = is_heard.flatten() != 0
-
-
 def _check_rejected(media: Sequence["_ItemTensors"], commands: CachingCommands) -> None:
     """Raise CacheError if an item has no latents of the rejected clip, which preference training needs."""
     for item in media:
@@ -170,14 +154,34 @@ def _join_media_and_texts(
     # items without audio or masks get placeholders, so that tensors can be stacked
     has_audio = [data.AUDIO_LATENTS in item.tensors for item in media]  # before silent items get zeros
     if len(media) > 1:
-        _fill_gaps(media)
+        # tensors that only some items have are added to the others: silent audio (not learned), white masks
+        fillings = {data.AUDIO_LATENTS: 0, data.CONTROL_MASK: 255}  # white: the whole clip is generated
+        for name, filling in fillings.items():
+            template = next((item.tensors[name] for item in media if name in item.tensors), None)
+            if template is not None:
+                for item in media:
+                    item.tensors.setdefault(name, torch.full_like(template, filling))
+        if any(data.LOSS_MASK in item.tensors for item in media):  # its size depends on the item's latents
+            for item in media:
+                ones = torch.ones(item.tensors["latents"].shape[1:], dtype=torch.float16)
+                item.tensors.setdefault(data.LOSS_MASK, ones)
     tensors = {**_stack(media, commands, is_text=False), **_stack(texts, commands, is_text=True)}
     if latent.references_first:  # the model gets references as the first frames of the clip
         _prepend_references(tensors)
     if any(has_audio):
         tensors[data.HAS_AUDIO] = torch.tensor(has_audio)
     if latent.caches_audio and media:
-        _unpack_inner_audio(tensors, media[0].path, commands)
+        # audio that latent caches contain gets the layout of separate audio caches
+        audio = tensors.pop(data.INNER_AUDIO, None)  # B C T M, or B C 1 T M
+        is_heard = tensors.pop(data.AUDIO_PRESENT, None)  # for each sample: 1, or 0 for a silent clip
+        if not isinstance(audio, Tensor) or not isinstance(is_heard, Tensor):
+            missing_key = data.INNER_AUDIO if audio is None else data.AUDIO_PRESENT
+            raise CacheError(
+                f"{media[0].path}: it has no {missing_key}, which the model needs for every clip, even a "
+                f"silent one. Cache again with: {commands.latents}"
+            )
+        tensors[data.AUDIO_LATENTS] = audio.squeeze(2) if audio.ndim > 4 else audio  # B C T M
+        tensors[data.HAS_AUDIO] = is_heard.flatten() != 0
     rates = tensors.get(data.FPS)
     if isinstance(rates, Tensor):
         # thousandths of a frame per second: integers keep their values when a batch is cast to bfloat16
@@ -234,7 +238,14 @@ class _Reader:
         self.checks.add(item.table.index, item.key)
         tensors = {key: tensor for key, tensor in media.tensors.items() if not key.endswith(FLIPPED)}
         if is_mirrored:
-            tensors |= _select_mirrored(media.tensors)
+            # mirrored tensors take the names of those that they replace
+            mirrored = {}
+            for key, tensor in media.tensors.items():
+                if key.endswith(FLIPPED):
+                    mirrored[key.removesuffix(FLIPPED)] = tensor
+            if data.LOSS_MASK in media.tensors:  # caches have no mirrored masks
+                mirrored[data.LOSS_MASK] = media.tensors[data.LOSS_MASK].flip(-1)
+            tensors |= mirrored
         if not self.reads_rejected:  # items with and without rejected latents may share a batch
             tensors.pop(data.REJECTED_LATENTS, None)
         # always removed, because few models are conditioned on sizes
@@ -254,25 +265,21 @@ class _Reader:
             find_errors=latent_errors,
         )
         if item.has_cached_audio:
-            self._add_cached_audio(media, item)
+            audio = self._read_entry(
+                item,
+                path=item.audio_path,
+                part=data.AUDIO_PART,
+                key=data.AUDIO_LATENTS,
+                find_errors=audio_errors,
+            )
+            for name in (data.AUDIO_LATENTS, data.REFERENCE_AUDIO):
+                if name in audio.tensors:
+                    media.tensors[name] = audio.tensors[name]
+            media.origins += audio.origins
         # other programs do not record the frame rate, so the rate that the family assumes is used
         if self.latent.default_fps is not None and data.FPS not in media.tensors:
             media.tensors[data.FPS] = torch.tensor(self.latent.default_fps)
         return media
-
-    def _add_cached_audio(self, media: _ItemTensors, item: TrainingItem) -> None:
-        """Add an item's audio latents, and those of its reference audio, to its latents."""
-        audio = self._read_entry(
-            item,
-            path=item.audio_path,
-            part=data.AUDIO_PART,
-            key=data.AUDIO_LATENTS,
-            find_errors=audio_errors,
-        )
-        for name in (data.AUDIO_LATENTS, data.REFERENCE_AUDIO):
-            if name in audio.tensors:
-                media.tensors[name] = audio.tensors[name]
-        media.origins += audio.origins
 
     def read_texts(self, items: Sequence[TrainingItem], caption_indices: Sequence[int]) -> list[_ItemTensors]:
         """Read one caption of each item: its cached embeddings, or only the text if it is not cached.
@@ -301,7 +308,12 @@ class _Reader:
         with _add_caching_command(self.commands, store, is_text=True):
             entry = store.read(path.name)
             if not item.cache_info.text_keys <= entry.tensors.keys():
-                _reject_incomplete_text(entry, path, item.cache_info.text_keys)
+                absent = sorted(item.cache_info.text_keys - entry.tensors.keys())
+                maker = entry.metadata.get("architecture", "")
+                made_for = f" (made for {maker})" if maker else ""
+                raise CacheError(
+                    f"{path}: the text cache is incomplete; it has no {', '.join(absent)}{made_for}"
+                )
             records = text_records(entry)
             for record in records.values():
                 verify_tensors(entry, record.crc32)
@@ -397,25 +409,6 @@ def _reject_outdated(path: Path, errors: Iterator[str]) -> None:
         raise CacheError(f"{path}: {error}")
 
 
-def _reject_incomplete_text(entry: Entry, path: Path, required: frozenset[str]) -> None:
-    """Raise CacheError: a text cache lacks some of the `required` tensors."""
-    absent = sorted(required - entry.tensors.keys())
-    maker = entry.metadata.get("architecture", "")
-    made_for = f" (made for {maker})" if maker else ""
-    raise CacheError(f"{path}: the text cache is incomplete; it has no {', '.join(absent)}{made_for}")
-
-
-def _select_mirrored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the mirrored tensors of a cache under the names of the tensors that they replace."""
-    mirrored = {}
-    for key, tensor in tensors.items():
-        if key.endswith(FLIPPED):
-            mirrored[key.removesuffix(FLIPPED)] = tensor
-    if data.LOSS_MASK in tensors:  # caches have no mirrored masks
-        mirrored[data.LOSS_MASK] = tensors[data.LOSS_MASK].flip(-1)
-    return mirrored
-
-
 def _size_conditions(item: TrainingItem, cached_sizes: Tensor | None, is_mirrored: bool) -> Tensor:
     """Return SDXL's size conditions for an image: original size, crop corner, target size."""
     # `cached_sizes` are those that another trainer wrote into the cache: width, height, and the edges of the
@@ -437,20 +430,6 @@ def _size_conditions(item: TrainingItem, cached_sizes: Tensor | None, is_mirrore
 def stores_for(item: TrainingItem, latent: data.LatentSpec) -> Stores:
     """Return the stores that read the cache files of the item's model family."""
     return Stores(NpzNames(item.cache_info.tag, latent, item.cache_info.text_keys))
-
-
-def _fill_gaps(media: Sequence[_ItemTensors]) -> None:
-    """Add tensors that only some items have to the others: silent audio (not learned) and white masks."""
-    fillings = {data.AUDIO_LATENTS: 0, data.CONTROL_MASK: 255}  # white: the whole clip is generated
-    for name, filling in fillings.items():
-        template = next((item.tensors[name] for item in media if name in item.tensors), None)
-        if template is not None:
-            for item in media:
-                item.tensors.setdefault(name, torch.full_like(template, filling))
-    if any(data.LOSS_MASK in item.tensors for item in media):  # its size depends on the item's latents
-        for item in media:
-            ones = torch.ones(item.tensors["latents"].shape[1:], dtype=torch.float16)
-            item.tensors.setdefault(data.LOSS_MASK, ones)
 
 
 def _stack(

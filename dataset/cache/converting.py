@@ -47,7 +47,12 @@ def convert_caches(options: ConvertCacheOptions, config: DatasetConfig | None) -
     """
     folders = options.cache_directory or ()
     if config is not None:
-        _reject_shared_caches(config)
+        for table in config.datasets:
+            if table.cache_format in SHARED_CACHES:
+                raise OptionError(
+                    f'{table.name}: cache_format = "{table.cache_format}": only a caching script knows which '
+                    "of the sizes in a file are this table's. Set another cache_format and cache again"
+                )
         folders = tuple(table.cache_directory for table in config.datasets)
     convert = files_to_shards if options.to == "shards" else shards_to_files
     for folder in folders:
@@ -63,16 +68,6 @@ def convert_caches(options: ConvertCacheOptions, config: DatasetConfig | None) -
         )
     if config is not None and any(table.cache_format != options.to for table in config.datasets):
         logger.info('Set cache_format = "%s" in %s.', options.to, config.path)
-
-
-def _reject_shared_caches(config: DatasetConfig) -> None:
-    """Raise OptionError if a table's caches have a format that they share with other trainers."""
-    for table in config.datasets:
-        if table.cache_format in SHARED_CACHES:
-            raise OptionError(
-                f'{table.name}: cache_format = "{table.cache_format}": only a caching script knows which of '
-                "the sizes in a file are this table's. Set another cache_format and cache again"
-            )
 
 
 def files_to_shards(folder: Path, keep: bool = False, dry_run: bool = False) -> Converted:

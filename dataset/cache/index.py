@@ -8,21 +8,29 @@ and without an index, training lists the caches and compares them with their sou
 
 A cache file counts as compared only if its record still has the checksum in the index. Therefore an index
 that was copied, or left behind by a killed run, is never trusted alone.
+
+Which fields of a table make a part stale is said where they are declared: see `dataset.config_keys.Indexed`.
 """
 
+import contextlib
 import dataclasses
 import hashlib
+import json
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dataset import cache_files
-from dataset.cache.latent_files import LatentFile
-from dataset.cache.records import size_and_mtime
-from dataset.config_keys import IGNORE
-from dataset.table import DatasetTable
-from modules.errors import MediaError
+from dataset.cache.latent_files import LatentFile, list_latent_files
+from dataset.cache.records import CHECK_KEY, latent_record, size_and_mtime, source_folders, text_records
+from dataset.cache.store import SingleFiles
+from dataset.config_keys import IGNORE, Indexed
+from dataset.sources.media_source import FileIdentity
+from dataset.table import CLIP, MEDIA, DatasetTable
+from modules.atomic_write import write_text
+from modules.errors import CacheError, MediaError, OutputError
+from modules.file_locks import only_one
 from modules.limits import MAX_INDEX_BYTES
 from modules.text_files import parse_json, read_text
 from protocols.data import AudioSpec, LatentSpec
@@ -33,24 +41,6 @@ LATENTS, TEXTS = "latents", "texts"
 MAX_FILES = 50_000  # files of a folder or a table; listing more is faster than reading an index of them
 # errors if an index is missing, damaged, or was changed by another program
 DAMAGES = (OSError, ValueError, KeyError, TypeError, AttributeError)
-# table keys that do not affect caches, because they say how items are learned
-_NOT_COMPARED = frozenset(
-    {
-        *("config_path", "index", "attributes", "num_repeats", "validation", "validation_split"),
-        *("validation_seed", "is_reg", "caption_dropout_rate", "uses_empty_prompt", "prior_loss_weight"),
-        *("network_multiplier", "min_timestep", "max_timestep", "discrete_flow_shift"),
-        *("spatial_crop_region", "audio_cond_mask_directory", "has_conditioned_parts"),
-        *("keyframe_guide_frame_idx", "keyframe_guide_extra_frame_idxs", "latent_idx_guide_frame_idx"),
-        *("keyframe_guide_strength", "keyframe_guide_extra_strengths", "latent_idx_guide_strength"),
-    }
-)
-# fields that `for_family` sets: they differ between a family's scripts, and text caches do not depend on them
-_SET_BY_FAMILY = (
-    *("finds_audio_by_name", "reads_row_references", "source_fps", "target_frames"),
-    *("references", "clip_references", "reference_dropout_rate"),
-)
-# folders that are not listed: they have no sources, or their files are named in a list
-_NOT_LISTED = frozenset({"cache_directory", "download_directory", "image_folder", "conditioning_directory"})
 
 
 def has_audio_caches(table: DatasetTable, audio: AudioSpec) -> bool:
@@ -78,22 +68,22 @@ def fingerprint_table(table: DatasetTable) -> str | None:
     try:
         for field in dataclasses.fields(table):
             value = getattr(table, field.name)
+            indexed = field.metadata.get("indexed", Indexed.LATENTS_AND_TEXTS)
             # fields that are not set by __init__ follow from the other fields
-            if field.name in _NOT_COMPARED or field.name in _SET_BY_FAMILY or not field.init:
+            if indexed in (Indexed.LATENTS_ONLY, Indexed.NEITHER) or not field.init:
                 continue
             lines.append(f"{field.name} {value!r}")
-            if isinstance(value, Path) and field.name not in _NOT_LISTED:
+            if isinstance(value, Path) and indexed is not Indexed.PATH_ONLY:
                 lines += _list_path(value, only_files=field.name == "directory")
     except (OSError, ValueError):
         return None
     return _hash("\n".join(lines))
 
 
-def fingerprint_latents(table: DatasetTable, latent: LatentSpec) -> str:
+def _fingerprint_latents(table: DatasetTable, latent: LatentSpec) -> str:
     """Return a hash of the latent space and of the table keys that the family fills in."""
-    set_by_family = [getattr(table, name) for name in _SET_BY_FAMILY]
     # without `npz`, which contains sets, whose order in a text varies
-    return _hash(repr((dataclasses.replace(latent, npz=None), set_by_family)))
+    return _hash(repr((dataclasses.replace(latent, npz=None), table.family_settings)))
 
 
 def _hash(text: str) -> str:
@@ -139,13 +129,13 @@ def read_index(table: DatasetTable, names: Collection[str], tag: str, latent: La
     """
     if NAME not in names:
         return None
-    latent_files, text_files = split_names(names, tag)
+    latent_files, text_files = _split_names(names, tag)
     try:
-        parts = read_parts(table.cache_directory)
+        parts = _read_parts(table.cache_directory)
         latents, texts = parts[tag, LATENTS], parts[tag, TEXTS]
         if [*latents.lines] != latent_files or [*texts.lines] != text_files:  # files were added or removed
             return None
-        if latents.latent_fingerprint != fingerprint_latents(table, latent):
+        if latents.latent_fingerprint != _fingerprint_latents(table, latent):
             return None
         if latents.table_fingerprint != texts.table_fingerprint:  # the table changed between the two commands
             return None
@@ -162,7 +152,7 @@ def read_index(table: DatasetTable, names: Collection[str], tag: str, latent: La
         return None
 
 
-def split_names(names: Collection[str], tag: str) -> tuple[list[str], list[str]]:
+def _split_names(names: Collection[str], tag: str) -> tuple[list[str], list[str]]:
     """Return the sorted names of a family's latent caches, and of its text caches (also unfinished ones)."""
     latents = [name for name in names if name.endswith(f"_{tag}{cache_files.SUFFIX}")]
     texts = [name for name in names if f"{tag}_te." in name]
@@ -225,7 +215,7 @@ class IndexPart(NamedTuple):
     lines: dict[str, dict[str, Any]]  # by name of the cache file, in the order of the index
 
 
-def read_parts(folder: Path) -> dict[tuple[str, str], IndexPart]:
+def _read_parts(folder: Path) -> dict[tuple[str, str], IndexPart]:
     """Return the parts of an index file, keyed by cache_tag and LATENTS or TEXTS.
 
     Raises one of `DAMAGES` if the index cannot be read.
@@ -242,3 +232,137 @@ def read_parts(folder: Path) -> dict[tuple[str, str], IndexPart]:
         else:
             part.lines[line["file"]] = line
     return parts
+
+
+def _write_parts(folder: Path, parts: Mapping[tuple[str, str], IndexPart]) -> None:
+    """Write an index file of these parts, as `_read_parts` reads it."""
+    lines = []
+    for (tag, name), part in sorted(parts.items(), key=lambda pair: pair[0]):
+        head = {
+            "version": VERSION,
+            "tag": tag,
+            "part": name,
+            "table": part.table_fingerprint,
+            "space": part.latent_fingerprint,
+            "left_out": part.left_out,
+        }
+        lines += [json.dumps(line) + "\n" for line in (head, *part.lines.values())]
+    write_text(folder / NAME, "".join(lines))
+
+
+def write_index(
+    table: DatasetTable,
+    part: str,
+    tag: str,
+    latent: LatentSpec,
+    table_fingerprint: str | None,
+    valid: Collection[str],
+    left_out: Mapping[str, str],
+) -> None:
+    """Write the LATENTS or TEXTS part of a table's index file, with a line for each cache file.
+
+    If the process is killed, the previous index remains. Another process that writes at the same time waits.
+    If the index cannot be written, there is none, and training lists the caches instead.
+
+    Args:
+        table: Table of the dataset file.
+        part: LATENTS or TEXTS.
+        tag: The family's cache_tag.
+        latent: The family's latent space.
+        table_fingerprint: Hash of the table, taken before its media were listed; None: write no index.
+        valid: Names of the cache files that this run made, or compared with their sources.
+        left_out: Paths of the media files that could not be cached, by stem.
+    """
+    store = SingleFiles(table.cache_directory)
+    latent_files, text_files = _split_names(store.names(), tag)
+    is_small = len(latent_files) + len(text_files) <= MAX_FILES
+    if table_fingerprint is None or not is_small or not store.folder.is_dir():
+        return
+    with contextlib.suppress(OSError, OutputError), only_one(store.folder / f".{NAME}.lock"):
+        parts: dict[tuple[str, str], IndexPart] = {}
+        with contextlib.suppress(*DAMAGES):
+            parts = _read_parts(store.folder)
+        previous_lines = parts[tag, part].lines if (tag, part) in parts else {}
+        latent_fingerprint = ""
+        if part == LATENTS:
+            lines = list(_describe_latents(table, latent_files, tag, latent=latent, store=store))
+            latent_fingerprint = _fingerprint_latents(table, latent)
+        else:
+            lines = list(_describe_texts(text_files, tag))
+        for line in lines:
+            name = line["file"]
+            line["stamp"] = list(size_and_mtime(store.folder / name))
+            previous = previous_lines.get(name, {})
+            is_known = previous.get("record") is not None and "sources" in previous
+            if name not in valid:  # for example, the cache of a deleted source: its origin is unknown
+                line |= {"record": None, "sources": {}}
+            elif is_known and previous.get("stamp") == line["stamp"]:  # the cache file has not changed
+                line |= {"record": previous["record"], "sources": previous["sources"]}
+            else:
+                line |= _describe_origin(table, store, name, part)
+        cached_stems = {line["source"] for line in lines}
+        parts[tag, part] = IndexPart(
+            table_fingerprint,
+            latent_fingerprint,
+            left_out=sorted(left_out[stem] for stem in left_out.keys() - cached_stems),
+            lines={line["file"]: line for line in lines},
+        )
+        _write_parts(store.folder, parts)
+
+
+def _describe_latents(
+    table: DatasetTable, names: Sequence[str], tag: str, latent: LatentSpec, store: SingleFiles
+) -> Iterator[dict[str, Any]]:
+    """Yield an index line for each latent cache file; the file's origin is added later."""
+    for file in list_latent_files(table, names, tag=tag, latent=latent, store=store):
+        yield {
+            "file": file.file,
+            "source": file.stem,
+            "bucket": file.bucket,
+            "parts": file.num_parts,
+            "references": file.references,
+        }
+
+
+def _describe_texts(files: Sequence[str], tag: str) -> Iterator[dict[str, Any]]:
+    """Yield an index line for each text cache file; the file's origin is added later."""
+    for file in files:
+        stem = cache_files.parse_text_name(file, tag)
+        if stem is not None:
+            yield {"file": file, "source": stem, "number": 0}
+            continue
+        further = cache_files.parse_more_text_name(file, tag)
+        if further is not None:
+            source, number = further
+            yield {"file": file, "source": source, "number": number}
+        elif cache_files.is_empty_text_name(file, tag):
+            yield {"file": file, "source": "", "number": cache_files.EMPTY}
+
+
+def _describe_origin(table: DatasetTable, store: SingleFiles, file: str, part: str) -> dict[str, Any]:
+    """Return the fields of a cache file's index line that say what it was made from."""
+    # These are the checksum of its record, and size and time of the media files. If they cannot be determined
+    # here, training reads the cache to compare it with its media. `part` is LATENTS or TEXTS.
+    unknown_origin: dict[str, Any] = {"record": None, "sources": {}}
+    source_files: list[tuple[Path | None, FileIdentity]] = []  # folder and identity of each file
+    try:
+        entry = store.read(file, is_full=False)
+        if part == LATENTS:
+            record = latent_record(entry)
+            if record is not None:
+                # not strict: records of early versions have no files
+                source_files += zip(source_folders(table, record), record.files, strict=False)
+        else:
+            for text_record in text_records(entry).values():
+                saw_media = bool({CLIP, MEDIA} & text_record.settings.keys())
+                if text_record.references or saw_media:  # the record does not say in which folders they are
+                    return unknown_origin
+                if text_record.file is not None:
+                    source_files.append((table.directory, text_record.file))
+    except CacheError:
+        return unknown_origin
+    sources = {}
+    for folder, identity in source_files:
+        if folder is not None:
+            sources[str(folder / identity.name)] = [identity.size_bytes, identity.mtime_ns]
+    return {"record": entry.metadata.get(CHECK_KEY), "sources": sources}

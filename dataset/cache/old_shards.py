@@ -41,7 +41,12 @@ def read_old_shard(path: Path) -> list[ShardRow]:
         for header, start in _read_headers(file, path.stat().st_size):
             is_comment = header.type in (tarfile.XHDTYPE, tarfile.XGLTYPE)
             if is_comment and header.size <= _MAX_COMMENT:
-                comment = _read_comment(file.read(header.size))
+                # None if the pax header has no comment in this program's format
+                comment = _COMMENT.search(file.read(header.size))
+                if comment is not None:
+                    checksum = zlib.crc32(comment["facts"] + comment["name"])
+                    if checksum != int(comment["check"], 16):
+                        raise tarfile.HeaderError("a wrong comment")
                 if comment is not None and comment["kind"] == b"removed":
                     generation = int(comment["generation"])
                     # a removed entry has no bytes: no offset, no size, and -1 (REMOVED_CRC32) as checksum
@@ -71,11 +76,3 @@ def _read_headers(file: BinaryIO, size: int) -> Iterator[tuple[tarfile.TarInfo, 
             raise tarfile.HeaderError("a wrong size")
         yield header, start
         file.seek(end)
-
-
-def _read_comment(content: bytes) -> re.Match[bytes] | None:
-    """Parse the comment of a tar's pax header; None if it has no comment in this program's format."""
-    comment = _COMMENT.search(content)
-    if comment is not None and zlib.crc32(comment["facts"] + comment["name"]) != int(comment["check"], 16):
-        raise tarfile.HeaderError("a wrong comment")
-    return comment

@@ -1,7 +1,6 @@
 """The caching loop and its two halves.
 
 precomputed: moments and embeddings that other programs computed
-indexing: write the index of a cache folder
 latents: from a source to entries: decode, batch, encode, write
 loop: encode media and captions; run the commands
 on_ray: cache on a Ray cluster, by shards of the work

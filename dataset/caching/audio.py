@@ -5,7 +5,7 @@ If audio is turned on later, only audio is encoded; and a changed audio file mak
 
 import contextlib
 import itertools
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -131,7 +131,16 @@ class AudioWork:
                     continue
                 files = [*plan.valid_files, *self._encode_missing(plan, write)]
                 valid |= {(job.source.table.index, file) for file in files}
-                report = _add_plan(report, plan)
+                silent = (
+                    () if plan.silence_reason is None else (Failure.of(plan.source, plan.silence_reason),)
+                )
+                report = replace(
+                    report,
+                    written=report.written + len(plan.samples),
+                    reused=report.reused + len(plan.valid_files),
+                    num_without_record=report.num_without_record + plan.num_without_record,
+                    silent=report.silent + silent,
+                )
                 del plan  # frees its samples before waiting for the next source
         return replace(report, valid=frozenset(valid))
 
@@ -155,7 +164,27 @@ class AudioWork:
         for index, name in enumerate(items_with_audio):
             file = name.file_name(self._tag)
             tensors = self._encode(name, index, plan)
-            write(self._make_writer(file, name, plan, tensors))
+            record = records.LatentRecord(
+                encoder=self._family.audio_identity,
+                options=self._options(plan.source, name),
+                files=plan.files,
+                clip=None,
+                parts=1,
+                crc32={},  # filled in by `write_entry`
+            )
+            assert name.span is not None
+            _, frames = name.span
+            write(
+                partial(
+                    write_entry,
+                    self._stores.latent_store(plan.source.table),
+                    self._family,
+                    file=file,
+                    named={cache_files.tensor_name(key, tensor): tensor for key, tensor in tensors.items()},
+                    record=record,
+                    additional_metadata={"frame_count": str(frames)},
+                )
+            )
             files.append(file)
         return files
 
@@ -309,42 +338,6 @@ class AudioWork:
             (encoded,) = self._family.encode_audio(self._networks, samples, samples.shape[-1], self.spec.rate)
             tensors[REFERENCE_AUDIO] = encoded.detach().cpu().contiguous()
         return tensors
-
-    def _make_writer(
-        self, file: str, name: cache_files.LatentName, plan: AudioPlan, tensors: Mapping[str, Tensor]
-    ) -> Callable[[], None]:
-        """Return a function that writes the audio cache file of an item, with its record."""
-        record = records.LatentRecord(
-            encoder=self._family.audio_identity,
-            options=self._options(plan.source, name),
-            files=plan.files,
-            clip=None,
-            parts=1,
-            crc32={},  # filled in by `write_entry`
-        )
-        assert name.span is not None
-        _, frames = name.span
-        return partial(
-            write_entry,
-            self._stores.latent_store(plan.source.table),
-            self._family,
-            file=file,
-            named={cache_files.tensor_name(key, tensor): tensor for key, tensor in tensors.items()},
-            record=record,
-            additional_metadata={"frame_count": str(frames)},
-        )
-
-
-def _add_plan(report: CacheReport, plan: AudioPlan) -> CacheReport:
-    """Return the report with a clip's audio cache files counted, and the clip listed if it has no audio."""
-    silent = () if plan.silence_reason is None else (Failure.of(plan.source, plan.silence_reason),)
-    return replace(
-        report,
-        written=report.written + len(plan.samples),
-        reused=report.reused + len(plan.valid_files),
-        num_without_record=report.num_without_record + plan.num_without_record,
-        silent=report.silent + silent,
-    )
 
 
 def _source_files(source: MediaSource) -> list[tuple[Path, Origin | None]]:

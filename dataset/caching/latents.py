@@ -19,7 +19,7 @@ from dataset.caching.planning import LatentCacheSettings, SourcePlan, SourcePlan
 from dataset.caching.prefetch import check_memory
 from dataset.sources.decoding import DecodedMedia, decode_source
 from dataset.sources.fetching import fetch
-from dataset.sources.frames import Span, kept_rate, media_table, shrink_mask
+from dataset.sources.frames import kept_rate, media_table, shrink_mask
 from dataset.sources.media_source import MediaSource
 from modules.devices import warn_if_emulated
 from modules.errors import MediaError
@@ -59,7 +59,12 @@ def decode(
     spans_to_encode = plan.missing_spans or ()
     audios: SpanAudios | None = None
     if cache_settings.stores_audio and spans_to_encode and source.table.kind == "video":
-        audios = _read_audios(source, spans_to_encode, cache_settings)
+        # for a model that stores audio with latents
+        from dataset.sources.audio import read_span_audios  # only of families with audio
+
+        assert cache_settings.audio is not None  # implied by `stores_audio`
+        with fetch(source) as local:
+            audios = read_span_audios(local, spans_to_encode, cache_settings.fps, cache_settings.audio)
         plan = dataclasses.replace(plan, silence_reason=audios.silence_reason)
     # identities of the source files, for the record
     files = tuple(itertools.starmap(identify, cache_settings.source_files(source))) if spans_to_encode else ()
@@ -101,17 +106,6 @@ def _decode_frames(source: MediaSource, cache_settings: LatentCacheSettings) -> 
             f"{SMALLEST_SIDE}"
         )
     return dataclasses.replace(media, rate=rate)
-
-
-def _read_audios(
-    source: MediaSource, spans: Sequence[Span], cache_settings: LatentCacheSettings
-) -> "SpanAudios":
-    """Read the audio of these spans of a clip, for a model that stores audio with latents."""
-    from dataset.sources.audio import read_span_audios  # only of families with audio
-
-    assert cache_settings.audio is not None  # implied by `stores_audio`
-    with fetch(source) as local:
-        return read_span_audios(local, spans, cache_settings.fps, cache_settings.audio)
 
 
 def _add_audios(items: Iterable[DecodedMedia], audios: "SpanAudios") -> Iterator[DecodedMedia]:

@@ -20,9 +20,8 @@ import torch
 import torch.distributed as dist
 
 from dataset.cache import index
-from dataset.cache.index import fingerprint_table, is_indexed
+from dataset.cache.index import fingerprint_table, is_indexed, write_index
 from dataset.cache.store import Stores
-from dataset.caching.indexing import write_index
 from dataset.caching.prefetch import CacheReport, conclude, count_workers, join_reports
 from dataset.config import DatasetConfig
 from dataset.options import CachingOptions, DebugOptions, ShardOptions

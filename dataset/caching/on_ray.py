@@ -78,7 +78,12 @@ class CachingActor:
         error = ""
         report = CacheReport()
         try:
-            work: Any = self._load_work()
+            # the first call parses the arguments and reads the dataset file
+            if self._work is None:
+                if self._folder is not None and Path(self._folder).is_dir():
+                    os.chdir(self._folder)  # relative paths refer to the folder in which they were typed
+                self._read_dataset()  # calls `_create_work`
+            work: Any = self._work
             report = work.encode(work.work_items[index :: self._num_shards], None)
             work.stores.close(self._tables)
         except UserError as failure:
@@ -86,14 +91,6 @@ class CachingActor:
         counts = {"written": report.written, "kept": report.reused, "sources": report.num_assigned}
         failures = json.dumps([str(failure) for failure in report.failures])
         return {"shard_index": index, **counts, "failures": failures, "error": error}
-
-    def _load_work(self) -> MediaWork | TextWork | None:
-        """Return the caching work; the first call parses the arguments and reads the dataset file."""
-        if self._work is None:
-            if self._folder is not None and Path(self._folder).is_dir():
-                os.chdir(self._folder)  # relative paths refer to the folder in which they were typed
-            self._read_dataset()  # calls `_create_work`
-        return self._work
 
     def _create_work(
         self, family: Caches, config: DatasetConfig, options: CachingOptions, *_: object
@@ -133,7 +130,25 @@ def run_on_ray(main: Main, options: RayOptions) -> None:
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
         raise DatasetError(f"the Ray cluster {options.address or 'of this machine'}: {error}") from error
     try:
-        actors = _plan_actors(options, ray.cluster_resources())
+        # how many actors and shards the cluster has room for
+        available = ray.cluster_resources()
+        gpus, cpus = options.gpus_per_actor, options.cpus_per_actor
+        if gpus is None:
+            gpus = 1.0 if available.get("GPU", 0) >= 1 else 0.0
+        default_actors = 1
+        if gpus:  # as many as the cluster has GPUs for
+            default_actors = max(1, int(available.get("GPU", 0) / gpus))
+        num_actors = options.num_actors or default_actors
+        for name, needed in (("GPU", num_actors * gpus), ("CPU", num_actors * cpus)):
+            if needed > available.get(name, 0):
+                raise DatasetError(
+                    f"{num_actors} actors need {needed:g} {name}s, the cluster has "
+                    f"{available.get(name, 0):g}. Use a smaller --num_actors or --{name.lower()}s_per_actor."
+                )
+        # each shard of texts loads all text encoders, so an actor gets only one
+        shards_per_actor = SHARDS_PER_ACTOR if options.is_latents else 1
+        num_shards = options.num_shards or num_actors * shards_per_actor
+        actors = ActorPlan(num_actors, num_shards, gpus, cpus)
         rows = _cache_shards(ray, main, arguments, options, actors)
     finally:
         ray.shutdown()
@@ -147,27 +162,6 @@ class ActorPlan(NamedTuple):
     num_shards: int
     gpus_per_actor: float
     cpus_per_actor: int
-
-
-def _plan_actors(options: RayOptions, available: Mapping[str, float]) -> ActorPlan:
-    """Return how many actors and shards to use on a cluster with these resources ("GPU" and "CPU")."""
-    gpus, cpus = options.gpus_per_actor, options.cpus_per_actor
-    if gpus is None:
-        gpus = 1.0 if available.get("GPU", 0) >= 1 else 0.0
-    default_actors = 1
-    if gpus:  # as many as the cluster has GPUs for
-        default_actors = max(1, int(available.get("GPU", 0) / gpus))
-    num_actors = options.num_actors or default_actors
-    for name, needed in (("GPU", num_actors * gpus), ("CPU", num_actors * cpus)):
-        if needed > available.get(name, 0):
-            raise DatasetError(
-                f"{num_actors} actors need {needed:g} {name}s, the cluster has "
-                f"{available.get(name, 0):g}. Use a smaller --num_actors or --{name.lower()}s_per_actor."
-            )
-    # each shard of texts loads all text encoders, so an actor gets only one
-    shards_per_actor = SHARDS_PER_ACTOR if options.is_latents else 1
-    num_shards = options.num_shards or num_actors * shards_per_actor
-    return ActorPlan(num_actors, num_shards, gpus, cpus)
 
 
 def _cache_shards(

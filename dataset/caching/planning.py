@@ -356,7 +356,15 @@ class SourcePlanner:
             # if decoding stopped early, the recorded frames must be enough for this run's spans
             needed_frames = max_decoded_frames(self.source.table)
             if clip.complete or (needed_frames is not None and clip.kept_frames >= needed_frames):
-                return self._compare_clip(clip)
+                # its recorded size and frame count give the spans, whose cache files are compared
+                table = self.source.table
+                clip_spans = spans(table, clip.kept_frames, self.cache_settings.latent.lengths)
+                why_no_items = None
+                if not clip_spans:
+                    targets = ", ".join(map(str, table.target_frames))
+                    why_no_items = f"{format_count(clip.kept_frames, 'frame')}, target_frames are {targets}"
+                plan = self.compare(clip.size, clip_spans, clip.kept_frames, why_no_items)
+                return replace(plan, size_changes=clip.size_changes)
         if self.existing_files and self.cache_settings.stores.skip_existing:
             return self._plan_by_header() or unknown
         return unknown
@@ -401,17 +409,6 @@ class SourcePlanner:
                 recorded.append(record.clip)
         # decoding for an earlier cache may have stopped before the end: prefer a complete count of frames
         return max(recorded, key=lambda clip: (clip.complete, clip.kept_frames), default=None)
-
-    def _compare_clip(self, clip: ClipInfo) -> SourcePlan:
-        """Compare a clip's cache files with the spans that its recorded size and frame count give."""
-        table = self.source.table
-        clip_spans = spans(table, clip.kept_frames, self.cache_settings.latent.lengths)
-        why_no_items = None
-        if not clip_spans:
-            targets = ", ".join(map(str, table.target_frames))
-            why_no_items = f"{format_count(clip.kept_frames, 'frame')}, target_frames are {targets}"
-        plan = self.compare(clip.size, clip_spans, clip.kept_frames, why_no_items)
-        return replace(plan, size_changes=clip.size_changes)
 
     def compare(
         self,
@@ -521,7 +518,24 @@ class SourcePlanner:
             header = self._read_header(file)
             record = self._record(file)
         if record is None:  # another program wrote the file
-            self._check_unrecorded(path, header, name=files[file], bucket=bucket, span=span)
+            # its header has to match this run
+            name = files[file]
+            missing = next(self._find_missing_tensors(header.keys), None)
+            if missing is not None:
+                raise IncompatibleCache(f"{path}: {missing}")
+            # a key that the file lacks is no reason to reject it
+            for key, value in self.cache_settings.latent.required_metadata:
+                if header.metadata.get(key, value) != value:
+                    made_for = f"it was made for {key} {header.metadata[key]}"
+                    raise IncompatibleCache(f"{path}: {made_for}, but this run has {value}")
+            if not (self.cache_settings.stores.skip_existing or self.store.is_shared):
+                raise IncompatibleCache(f"{path}: it has no record of what it was made from")
+            grid = self._grid(name, bucket, span)
+            if grid not in header.grids:
+                stored = ", ".join(format_shape(stored) for stored in sorted(header.grids)) or "no latents"
+                raise IncompatibleCache(
+                    f"{path}: it contains {stored}, but this configuration writes {format_shape(grid)}"
+                )
             return False
         if record.parts != len(files):
             raise CacheError(f"{path}: {record.parts} files belong together, {len(files)} were found")
@@ -537,27 +551,6 @@ class SourcePlanner:
             records.verify_tensors(entry, record.crc32)
         return True
 
-    def _check_unrecorded(
-        self, path: Path, header: Entry, name: LatentName, bucket: Size, span: Span
-    ) -> None:
-        """Raise IncompatibleCache if the header of a cache file without a record does not match this run."""
-        missing = next(self._find_missing_tensors(header.keys), None)
-        if missing is not None:
-            raise IncompatibleCache(f"{path}: {missing}")
-        # a key that the file lacks is no reason to reject it
-        for key, value in self.cache_settings.latent.required_metadata:
-            if header.metadata.get(key, value) != value:
-                made_for = f"it was made for {key} {header.metadata[key]}"
-                raise IncompatibleCache(f"{path}: {made_for}, but this run has {value}")
-        if not (self.cache_settings.stores.skip_existing or self.store.is_shared):
-            raise IncompatibleCache(f"{path}: it has no record of what it was made from")
-        grid = self._grid(name, bucket, span)
-        if grid not in header.grids:
-            stored = ", ".join(format_shape(stored) for stored in sorted(header.grids)) or "no latents"
-            raise IncompatibleCache(
-                f"{path}: it contains {stored}, but this configuration writes {format_shape(grid)}"
-            )
-
     def _find_missing_tensors(self, keys: Collection[str]) -> Iterator[str]:
         """Yield what a cache file without a record lacks that this run needs, given the keys of its tensors.
 
@@ -572,14 +565,6 @@ class SourcePlanner:
         needs_frame_rate = self.cache_settings.stores_frame_rate and latent.default_fps is None
         if needs_frame_rate and FPS not in keys:
             yield "it does not contain its frame rate"
-        yield from self._find_missing_control(keys)
-        needed_keys = (INNER_AUDIO, AUDIO_PRESENT) if latent.caches_audio else ()
-        for key in needed_keys:
-            if key not in keys:
-                yield f"it has no {key}, which this model needs with every clip"
-
-    def _find_missing_control(self, keys: Collection[str]) -> Iterator[str]:
-        """Yield which latents of control images a cache file without a record lacks."""
         # control images are the reference images of an editing model
         if self.source.table.references is not None:
             num_references = len(self.source.control)
@@ -589,6 +574,10 @@ class SourcePlanner:
             has_control = any(key.startswith((CONTROL, CONTROL_PIXELS)) for key in keys)
             if not has_control:
                 yield "it has no control image"
+        needed_keys = (INNER_AUDIO, AUDIO_PRESENT) if latent.caches_audio else ()
+        for key in needed_keys:
+            if key not in keys:
+                yield f"it has no {key}, which this model needs with every clip"
 
     def _grid(self, name: LatentName, bucket: Size, span: Span) -> tuple[int, ...]:
         """Return F, H, W of an item's latents, or of one section of them."""

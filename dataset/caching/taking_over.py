@@ -65,7 +65,9 @@ class OtherCaches:
         for rejection in rejections:
             self._rejected[rejection.file] = rejection.reason
             self._has_incompatible = self._has_incompatible or rejection.is_incompatible
-            self._makers.add(self._read_maker(store, rejection.file))
+            self._makers.add(
+                store.read(rejection.file, is_full=False).metadata.get("architecture", "another program")
+            )
         return plan
 
     def _plan_as_ours(
@@ -122,10 +124,6 @@ class OtherCaches:
             return False
         channels = {shape[0] for name, shape in header.shapes.items() if name.startswith("latents_")}
         return channels == {self._cache_settings.latent.channels}
-
-    def _read_maker(self, store: CacheStore, file: str) -> str:
-        """Return the name of the program or model that made a cache file."""
-        return store.read(file, is_full=False).metadata.get("architecture", "another program")
 
     def _copy(self, store: CacheStore, file: str, tag: str) -> str:
         """Copy a cache file of another model; return the copy's name, which contains this model's tag."""

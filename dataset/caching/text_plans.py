@@ -141,37 +141,31 @@ def _list_table_files(
         first_captions.append(next(captions))
         further_captions += captions
         if table.caches_empty_prompt and table.texts_see_references:
-            empty_prompts.append(_make_source_empty_prompt(source, seen, tag))
+            empty_prompts.append(
+                CaptionFile(
+                    table=source.table,
+                    file_name=text_file_name(source.stem, tag, EMPTY),
+                    name=f"the empty prompt of {source.stem}",
+                    caption="",
+                    caption_path=None,
+                    settings={} if seen.source is None else _list_reference_settings(source),
+                    encoding_round=2,
+                    source=seen.source,
+                    references=seen.files,
+                )
+            )
     if table.caches_empty_prompt and not table.texts_see_references:
-        empty_prompts.append(_make_table_empty_prompt(table, tag))
+        empty_prompts.append(
+            CaptionFile(
+                table=table,
+                file_name=empty_text_name(tag),
+                name="the empty prompt",
+                caption="",
+                caption_path=None,
+                encoding_round=2,
+            )
+        )
     return [*first_captions, *further_captions, *empty_prompts]
-
-
-def _make_source_empty_prompt(source: MediaSource, seen: "_SeenMedia", tag: str) -> CaptionFile:
-    """Return the text cache of the empty prompt as encoded together with an item's reference images."""
-    return CaptionFile(
-        table=source.table,
-        file_name=text_file_name(source.stem, tag, EMPTY),
-        name=f"the empty prompt of {source.stem}",
-        caption="",
-        caption_path=None,
-        settings={} if seen.source is None else _list_reference_settings(source),
-        encoding_round=2,
-        source=seen.source,
-        references=seen.files,
-    )
-
-
-def _make_table_empty_prompt(table: DatasetTable, tag: str) -> CaptionFile:
-    """Return the text cache of the empty prompt, which all sources of a table share."""
-    return CaptionFile(
-        table=table,
-        file_name=empty_text_name(tag),
-        name="the empty prompt",
-        caption="",
-        caption_path=None,
-        encoding_round=2,
-    )
 
 
 class _SeenMedia(NamedTuple):

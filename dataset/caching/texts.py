@@ -122,7 +122,6 @@ class TextWork:
         self._files = distinct_texts(files, stores)
         self.work_items: Sequence[TextBatch] = _make_batches(self._files, options.batch_size)
         self._encoders = [(encoder, dict(encoder.identity)) for encoder in encoders]
-        self._find_outputs = partial(find_outputs, encoders=self._encoders, stores=stores)
         self._loaded_encoder: TextEncoder | None = None
         # texts that cannot be encoded, or whose reference images are unusable
         self._failures_by_file: dict[CaptionFile, Failure] = {}
@@ -148,7 +147,14 @@ class TextWork:
         self._failures_by_file.clear()
         for file in files:
             if not file.encoders_to_run:  # nothing to encode, but an earlier run may have left a `.part`
-                self._complete_from_part(file)
+                # If some outputs are only in the unfinished `.part` file, the complete file is written from
+                # it. An unneeded `.part` file is removed.
+                part = file.file_name + PART
+                if file.has_partial_outputs:  # an earlier run was stopped before it wrote the file
+                    unfinished, encoders = find_outputs(file, self._encoders, self.stores, in_part=True)
+                    self._write_complete(file, unfinished, encoders)
+                elif part in self._parts and not self.stores.trusts_shared_caches:
+                    self.stores.text_store(file.table).remove(part)
         for encoder, identity in self._encoders:
             to_do = [file for file in files if encoder.name in file.encoders_to_run]
             to_do = [file for file in to_do if file not in self._failures_by_file]
@@ -176,17 +182,6 @@ class TextWork:
             num_total=len(self._files),
             valid=frozenset((file.table.index, file.file_name) for file in valid),
         )
-
-    def _complete_from_part(self, file: CaptionFile) -> None:
-        """Finish the text cache file of a caption for which all encoders have run."""
-        # If some outputs are only in the unfinished `.part` file, the complete file is written from it. An
-        # unneeded `.part` file is removed.
-        part = file.file_name + PART
-        if file.has_partial_outputs:  # an earlier run was stopped before it wrote the file
-            unfinished, encoders = self._find_outputs(file, in_part=True)
-            self._write_complete(file, unfinished, encoders)
-        elif part in self._parts and not self.stores.trusts_shared_caches:
-            self.stores.text_store(file.table).remove(part)
 
     def remove_stale(
         self, table: DatasetTable, valid: object, failed: Collection[str], keep_cache: bool
@@ -295,37 +290,32 @@ class TextWork:
             prompt = dataclasses.replace(prompt, images=references)
         rules = self._family.references
         if rules is not None and rules.text_sees_vae_input:
-            prompt = dataclasses.replace(prompt, image_pixels=self._decode_references(source))
-        if self._visible_media.frames:
-            prompt = self._add_frames(prompt, source)
-        return prompt
-
-    def _add_frames(self, prompt: Prompt, source: MediaSource) -> Prompt:
-        """Return the prompt with the frames, control images and reference media of an item."""
-        decoded = self._decode(source)
-        if len(decoded.spans) != 1:
-            problem = f"{len(decoded.spans)} items are cut out of it" if decoded.spans else decoded.reason
-            raise MediaError(
-                f"{source.path}: {problem}, but the text encoder needs the frames of exactly one. Set "
-                'frame_extraction = "head" and one length in target_frames in the table, or cut the file.'
+            # reference images at the size that the VAE encodes, each H W C
+            media = self._decode(source)
+            prompt = dataclasses.replace(
+                prompt, image_pixels=tuple(torch.from_numpy(frames[0]) for frames in media.control)
             )
-        (span,) = decoded.spans
-        item = decoded.cut(span)
-        first_frames = [control[0] for control in item.control]  # each H W C
-        control_images = tuple(torch.from_numpy(frame) for frame in first_frames)
-        return dataclasses.replace(
-            prompt,
-            clip=torch.from_numpy(item.frames),
-            # set already if encoders see references as the VAE does
-            image_pixels=prompt.image_pixels or control_images,
-            media=source.row_references if self._visible_media.reference_media else (),
-            text_with_references=source.further_text,
-        )
-
-    def _decode_references(self, source: MediaSource) -> tuple[Tensor, ...]:
-        """Return an item's reference images at the size that the VAE encodes, each H W C."""
-        media = self._decode(source)
-        return tuple(torch.from_numpy(frames[0]) for frames in media.control)
+        if self._visible_media.frames:
+            decoded = self._decode(source)
+            if len(decoded.spans) != 1:
+                problem = f"{len(decoded.spans)} items are cut out of it" if decoded.spans else decoded.reason
+                raise MediaError(
+                    f"{source.path}: {problem}, but the text encoder needs the frames of exactly one. Set "
+                    'frame_extraction = "head" and one length in target_frames in the table, or cut the file.'
+                )
+            (span,) = decoded.spans
+            item = decoded.cut(span)
+            first_frames = [control[0] for control in item.control]  # each H W C
+            control_images = tuple(torch.from_numpy(frame) for frame in first_frames)
+            prompt = dataclasses.replace(
+                prompt,
+                clip=torch.from_numpy(item.frames),
+                # set already if encoders see references as the VAE does
+                image_pixels=prompt.image_pixels or control_images,
+                media=source.row_references if self._visible_media.reference_media else (),
+                text_with_references=source.further_text,
+            )
+        return prompt
 
     def _decode(self, source: MediaSource) -> DecodedMedia:
         """Decode the frames of an item as the VAE encodes them."""
@@ -347,12 +337,24 @@ class TextWork:
         file: CaptionFile,
         conditions: Conditions,
     ) -> None:
-        """Create the record of an encoder's outputs for a caption, and write both in the background."""
+        """Bring an encoder's outputs for a caption into main memory, and write them in the background."""
         tensors = {}  # by name in the file
         for key, output in conditions.items():
             tensor = (output[0] if isinstance(output, list) else output).detach().cpu()
             require_finite(tensor, file.name, key)
             tensors[tensor_name(key, tensor, variable=key in encoder.variable_length)] = tensor
+        write(partial(self._write, file, encoder, identity, tensors))
+
+    def _write(
+        self,
+        file: CaptionFile,
+        encoder: TextEncoder,
+        identity: Mapping[str, str],
+        tensors: Mapping[str, Tensor],
+    ) -> None:
+        """Add an encoder's outputs and their record to the `.part` file, or write the complete file."""
+        # Tensors, metadata and records of other encoders are kept.
+        caption = file.caption or ""
         caption_file = None
         # without a caption file, the caption is the class_tokens of the table
         if file.caption_path is not None and path_exists(file.caption_path):
@@ -360,55 +362,27 @@ class TextWork:
         references = tuple(identify(path, origin) for path, origin in file.references)
         record = TextRecord(
             encoder=identity,
-            caption=file.caption or "",
+            caption=caption,
             file=caption_file,
-            crc32={},  # filled in by `_write`
+            crc32={name: checksum(name, tensor) for name, tensor in tensors.items()},
             settings=file.settings,
             references=references,
             # 0: no image was decoded, so later versions cannot decode it differently
             decoding_version=AS_SHOWN if references else 0,
         )
-        encoder_metadata: Mapping[str, str] = {}
+        metadata = {"architecture": self._family.name, "caption1": caption, "format_version": FORMAT_VERSION}
         if has_cache_metadata(encoder):
-            encoder_metadata = encoder.cache_metadata(record.caption, [image.sha256 for image in references])
-        write(
-            partial(
-                self._write,
-                file,
-                tensors=tensors,
-                encoder=encoder.name,
-                record=record,
-                encoder_metadata=encoder_metadata,
-            )
-        )
-
-    def _write(
-        self,
-        file: CaptionFile,
-        tensors: Mapping[str, Tensor],
-        encoder: str,
-        record: TextRecord,
-        encoder_metadata: Mapping[str, str],
-    ) -> None:
-        """Add one encoder's outputs to the unfinished `.part` file, or write the complete file."""
-        # Tensors, metadata and records of other encoders are kept.
+            metadata |= encoder.cache_metadata(caption, [image.sha256 for image in references])
+        metadata |= record_metadata({encoder.name: record})
         store = self.stores.text_store(file.table)
-        checksums = {name: checksum(name, tensor) for name, tensor in tensors.items()}
-        metadata = {
-            "architecture": self._family.name,
-            "caption1": record.caption,
-            "format_version": FORMAT_VERSION,
-            **encoder_metadata,
-            **record_metadata({encoder: dataclasses.replace(record, crc32=checksums)}),
-        }
         entry = Entry.of(store.folder / file.file_name, metadata, tensors)
         # outputs of the encoders before this one. The unfinished file is read before the finished one (in
         # `_write_complete`), because another process may finish it in between
-        unfinished_entry, earlier_encoders = self._find_outputs(file, in_part=True)
+        unfinished_entry, earlier_encoders = find_outputs(file, self._encoders, self.stores, in_part=True)
         if unfinished_entry is not None:
             entry = _merge_entries(unfinished_entry, entry)
-        if encoder == file.encoders_to_run[-1]:  # the last encoder that adds outputs
-            self._write_complete(file, entry, {encoder, *earlier_encoders})
+        if encoder.name == file.encoders_to_run[-1]:  # the last encoder that adds outputs
+            self._write_complete(file, entry, {encoder.name, *earlier_encoders})
         else:
             store.write(file.file_name + PART, entry.named, entry.metadata)
 
@@ -418,7 +392,7 @@ class TextWork:
         # a warning.
         store = self.stores.text_store(file.table)
         path = store.folder / file.file_name
-        existing, encoders_in_file = self._find_outputs(file)
+        existing, encoders_in_file = find_outputs(file, self._encoders, self.stores)
         if existing is not None:
             caption = file.caption or ""
             old_caption = existing.metadata.get("caption1", caption)

@@ -12,7 +12,6 @@ from collections import defaultdict
 from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -35,7 +34,7 @@ from dataset.listing import warn_captions, warn_unused
 from dataset.options import CachingOptions
 from dataset.sources.decoding import DecodedMedia, check_resolution
 from dataset.sources.frames import find_wrong_rates, media_table
-from dataset.sources.media_source import LISTED, Fault, FileIdentity, MediaSource
+from dataset.sources.media_source import LISTED, Fault, MediaSource
 from dataset.sources.remarks import find_media_warnings, log_warnings
 from dataset.subsets import reject_changing
 from modules.atomic_write import free_bytes
@@ -254,7 +253,11 @@ class MediaWork:
             self._encode_missing(to_do, results, workers=workers, shows=shows)
         outdated = [plan for plan in results.finished if plan.outdated_reason is not None]
         if len(outdated) > len(incompatible):  # some have not been logged
-            _log_outdated(outdated)
+            logger.info(
+                "%d sources had outdated cache files, which were replaced. The first: %s",
+                len(outdated),
+                outdated[0].outdated_reason,
+            )
         report = _make_report(results, num_assigned=len(sources), num_total=len(self.work_items))
         if self._audio is None:
             return report
@@ -384,7 +387,16 @@ class MediaWork:
             existing = self._existing[item.source.table.index].of(item.source.stem)
             if existing:
                 surplus = _list_surplus(existing, cache_name, files)
-                self._schedule_removals(item.source.table, surplus, write)
+                if surplus:
+                    is_family_cache = partial(is_latent_cache, architecture=self._family.name)
+                    write(
+                        partial(
+                            remove_caches,
+                            self.stores.latent_store(item.source.table),
+                            surplus,
+                            is_family_cache,
+                        )
+                    )
         return written
 
     def _schedule_writes(
@@ -407,7 +419,11 @@ class MediaWork:
         fingerprints = {}
         if self._family.latent.required_metadata:  # other programs that read these caches require them
             paths_and_origins = self._cache_settings.source_files(item.source)
-            fingerprints["media_fingerprints"] = _join_fingerprints(item.files, paths_and_origins)
+            # sizes and modification times by path
+            stamps = {}
+            for identity, (path, _) in zip(item.files, paths_and_origins, strict=True):
+                stamps[str(path.absolute())] = f"{identity.size_bytes}-{identity.mtime_ns}"
+            fingerprints["media_fingerprints"] = json.dumps(stamps, sort_keys=True)
         files = []
         for entry in entries:
             file = dataclasses.replace(name, section=entry.section).file_name(self._cache_settings.tag)
@@ -423,12 +439,6 @@ class MediaWork:
             write(write_file)
             files.append(file)
         return files
-
-    def _schedule_removals(self, table: DatasetTable, files: Sequence[str], write: prefetch.Write) -> None:
-        """Schedule the removal of a table's cache files for sections that an item no longer has."""
-        if files:
-            is_family_cache = partial(is_latent_cache, architecture=self._family.name)
-            write(partial(remove_caches, self.stores.latent_store(table), files, is_family_cache))
 
     def _show_start(self, to_do: Sequence[SourcePlan], num_sources: int, label: str) -> None:
         """Show how many media files will be encoded; `label` names this run's share of the work."""
@@ -466,14 +476,6 @@ MASKS_HINT = (
     " If conditioning_data_dir holds masks of the loss, train with --masked_loss, or call the key "
     "mask_directory."
 )
-
-
-def _join_fingerprints(files: Sequence[FileIdentity], parts: Sequence[tuple[Path, object]]) -> str:
-    """Return sizes and modification times of an item's files by path, as JSON for other programs."""
-    stamps = {}
-    for identity, (path, _) in zip(files, parts, strict=True):
-        stamps[str(path.absolute())] = f"{identity.size_bytes}-{identity.mtime_ns}"
-    return json.dumps(stamps, sort_keys=True)
 
 
 def _list_surplus(existing: Names, item: LatentName, files: Collection[str]) -> list[str]:
@@ -522,15 +524,6 @@ def _make_report(results: _EncodedMedia, num_assigned: int, num_total: int) -> p
         num_assigned=num_assigned,
         num_total=num_total,
         valid=frozenset(reused | written),
-    )
-
-
-def _log_outdated(plans: Sequence[SourcePlan]) -> None:
-    """Log how many media files had outdated caches, which have been replaced."""
-    logger.info(
-        "%d sources had outdated cache files, which were replaced. The first: %s",
-        len(plans),
-        plans[0].outdated_reason,
     )
 
 

@@ -102,7 +102,17 @@ class NpzStore:
     def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         """Write a text to its file, or add latents of one resolution to the image's file."""
         if self._is_text(name):
-            self._write_text(name, tensors, metadata)
+            # the outputs of text encoders, and the constant arrays that other trainers expect
+            tensor_names = {cache_files.tensor_key(tensor_name): tensor_name for tensor_name in tensors}
+            arrays: dict[str, Array] = {}
+            for key, tensor_name in tensor_names.items():
+                arrays[key] = as_array(tensors[tensor_name], keep_half=True)
+            members = {key: format_array(array) for key, array in arrays.items()}
+            members[OURS] = format_array(describe_tensors(tensors, tensor_names, metadata, members))
+            for key, array in self._make_constants(arrays).items():
+                if key not in members:
+                    members[key] = format_array(array)
+            write_members(self._path(name), members)
         else:
             self._write_latents(name, tensors, metadata)
 
@@ -406,19 +416,6 @@ class NpzStore:
             if stored != expected:
                 shown = "nothing" if stored is None else stored
                 raise CacheError(f"{path}: it was made with {name} {shown}, this training has {expected}")
-
-    def _write_text(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Write the outputs of text encoders, and the constant arrays that other trainers expect."""
-        tensor_names = {cache_files.tensor_key(tensor_name): tensor_name for tensor_name in tensors}
-        arrays: dict[str, Array] = {}
-        for key, tensor_name in tensor_names.items():
-            arrays[key] = as_array(tensors[tensor_name], keep_half=True)
-        members = {key: format_array(array) for key, array in arrays.items()}
-        members[OURS] = format_array(describe_tensors(tensors, tensor_names, metadata, members))
-        for key, array in self._make_constants(arrays).items():
-            if key not in members:
-                members[key] = format_array(array)
-        write_members(self._path(name), members)
 
     def _make_constants(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
         """Return constant arrays that other trainers expect besides encoder outputs, such as zeros."""

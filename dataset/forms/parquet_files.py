@@ -15,8 +15,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from dataset.forms.composing import FORMAT_BY_SUFFIX, row_format
 from dataset.forms.contract import FindCell
+from dataset.forms.parquet_parts import parquet_parts
 from modules.errors import DatasetError, MediaError
 from modules.limits import MAX_GROUP_BYTES, MAX_UNPACKED_TIMES, MIN_UNPACKED_BYTES
 from modules.text_files import require_regular_file
@@ -35,28 +35,6 @@ _BINARY, _STRUCT = 8, 12
 _INTEGERS = (4, 5, 6)  # i16, i32, i64
 _BOOLEANS = (1, 2)  # true and false; they have no further bytes
 _ONE_AT_A_TIME = threading.Lock()  # otherwise all threads would load the same row group at once
-
-
-def parquet_parts(path: Path) -> list[Path]:
-    """Return the Parquet file itself, or those in a folder, sorted by name.
-
-    Raises:
-        DatasetError: If a folder contains none.
-    """
-    if not path.is_dir():
-        return [path]
-    parts = sorted(
-        part
-        for part in path.iterdir()
-        if FORMAT_BY_SUFFIX.get(part.suffix.lower()) is row_format(path)
-        and not part.name.startswith((".", "_"))
-    )
-    if not parts:
-        raise DatasetError(
-            f"{path} is a folder without .parquet files. Name a .parquet, .csv, .tsv or .jsonl file, or a "
-            "folder of .parquet parts."
-        )
-    return parts
 
 
 @contextlib.contextmanager
@@ -338,7 +316,12 @@ class CellFinder:
                 leaf_columns |= {chunk.path_in_schema for chunk in chunks}
                 cells = [chunk for chunk in chunks if chunk.path_in_schema == column]
                 size_bytes = sum(chunk.total_uncompressed_size for chunk in cells)
-                _check_group_size(path, column, size_bytes)
+                if size_bytes > MAX_GROUP_BYTES:
+                    raise DatasetError(
+                        f"{path}: a row group contains {size_bytes / 1e9:.1f} GB of {column}, at most "
+                        f"{MAX_GROUP_BYTES / 1e9:.1f} GB are read at a time. Write it again with "
+                        "row_group_size=100."
+                    )
                 self._may_be_null.append(finds_nulls and _may_have_nulls(cells))
         # in datasets of the Hugging Face hub, a cell has `bytes` or `path`; it is null only if both are
         path_column = f"{column.rpartition('.')[0]}.path"
@@ -366,16 +349,6 @@ class CellFinder:
             return [any(row) for row in zip(*are_valid, strict=True)]
         except (DatasetError, OSError, ValueError, IndexError):  # reported where cells are read
             return [True] * (self._group_starts[group + 1] - self._group_starts[group])
-
-
-def _check_group_size(path: Path, column: str, size_bytes: int) -> None:
-    """Raise DatasetError if the cells of a Parquet row group are too large to be read at once."""
-    if size_bytes > MAX_GROUP_BYTES:
-        raise DatasetError(
-            f"{path}: a row group contains {size_bytes / 1e9:.1f} GB of {column}, at most "
-            f"{MAX_GROUP_BYTES / 1e9:.1f} GB are read at a time. Write it again with "
-            "row_group_size=100."
-        )
 
 
 def _may_have_nulls(chunks: Sequence[Any]) -> bool:

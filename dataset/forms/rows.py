@@ -21,7 +21,15 @@ from dataset.table import FURTHER_TEXT, DatasetTable
 from modules.control_codes import shorten
 from modules.errors import DatasetError
 from modules.limits import MAX_CAPTION_BYTES
-from modules.paths import address_identity, expand_path, get_scheme, hide_secrets, is_address, split_address
+from modules.paths import (
+    address_identity,
+    expand_path,
+    find_spelling,
+    get_scheme,
+    hide_secrets,
+    is_address,
+    split_address,
+)
 from modules.text_files import bad_character
 
 logger = logging.getLogger(__name__)
@@ -128,7 +136,14 @@ class RowReader:
                 source, row_references=read_row_references(values["references"], self.file, position)
             )
         if values.get(FURTHER_TEXT.key) is not None:
-            source = replace(source, further_text=self._read_further_text(values[FURTHER_TEXT.key], position))
+            value = values[FURTHER_TEXT.key]
+            if not isinstance(value, str) or not value.strip():
+                raise DatasetError(
+                    f"{position}: {FURTHER_TEXT.key} = {_show(value)} is not text. Write what "
+                    f"{FURTHER_TEXT.reader} reads, or omit it"
+                )
+            check_text(value, f"{position}: {FURTHER_TEXT.key}")
+            source = replace(source, further_text=value)
         return source
 
     def _add_audio(
@@ -319,16 +334,6 @@ class RowReader:
             captions[:1] = split_lines(captions[0]) or [""]
         return captions
 
-    def _read_further_text(self, value: Any, position: str) -> str:
-        """Return a row's `FURTHER_TEXT` value. Raises DatasetError if it is empty or not a string."""
-        if not isinstance(value, str) or not value.strip():
-            raise DatasetError(
-                f"{position}: {FURTHER_TEXT.key} = {_show(value)} is not text. Write what "
-                f"{FURTHER_TEXT.reader} reads, or omit it"
-            )
-        check_text(value, f"{position}: {FURTHER_TEXT.key}")
-        return value
-
     def _further_captions(self, values: Mapping[str, Any], position: str) -> list[str]:
         """Return the further captions of a row, its list `captions`; only used with multi_caption."""
         texts = values.get("captions") if self.table.multi_caption else None
@@ -469,7 +474,7 @@ def locate(text: str, base: Path | None, position: str) -> Path:
         DatasetError: If the text cannot be a path.
     """
     try:
-        return expand_path(text, base)
+        return find_spelling(expand_path(text, base))
     except ValueError as error:
         raise DatasetError(f"{position}: {shorten(text, MAX_SHOWN)!r}: {error}.") from None
 

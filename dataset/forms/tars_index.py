@@ -113,7 +113,14 @@ def read_index(tar: Path, rules: TarRules, cache_directory: Path) -> TarIndex:
         index = _scan_tar(file, stat.st_size, rules, tar)
     # no index of a damaged tar: another process may still be writing it without changing its size or time
     if len(index.samples) >= MIN_SAMPLES and index.damage is None and not index.faults:
-        _write_index(path, index, validity_key)
+        # the stored index is valid only while `validity_key` stays the same
+        rows = [(sample.key, sample.media, sample.caption, sample.extras) for sample in index.samples]
+        try:
+            write_text(
+                path, json.dumps([validity_key, index.keys_without_media, index.num_without_media, rows])
+            )
+        except OutputError as error:  # the tar is read again next time
+            logger.info("the index of a tar is not kept: %s", error)
     return index
 
 
@@ -129,15 +136,6 @@ def _load_index(path: Path, validity_key: str) -> TarIndex | None:
     return None
 
 
-def _write_index(path: Path, index: TarIndex, validity_key: str) -> None:
-    """Store a tar's index for the next run; it is valid only while `validity_key` stays the same."""
-    rows = [(sample.key, sample.media, sample.caption, sample.extras) for sample in index.samples]
-    try:
-        write_text(path, json.dumps([validity_key, index.keys_without_media, index.num_without_media, rows]))
-    except OutputError as error:  # the tar is read again next time
-        logger.info("the index of a tar is not kept: %s", error)
-
-
 def _unpack_sample(key: str, media: Any, caption: str | None, extras: Any) -> TarSample:
     """Restore a tar sample from a stored index; `media` and `extras` are JSON values."""
     members = tuple((role, number, Member(*member)) for role, number, member in extras)
@@ -146,7 +144,14 @@ def _unpack_sample(key: str, media: Any, caption: str | None, extras: Any) -> Ta
 
 def _scan_tar(file: BinaryIO, size_bytes: int, rules: TarRules, tar: Path) -> TarIndex:
     """Return the samples and errors in an open tar, up to its end or to the first damage."""
-    _reject_compressed(file, tar)
+    first_bytes = file.read(8)
+    file.seek(0)
+    for magic, (compression, command) in COMPRESSED.items():
+        if first_bytes.startswith(magic):
+            raise DatasetError(
+                f"{tar} is compressed with {compression}, so that single files of it cannot be read. Unpack "
+                f"it once: {command} {tar.name}"
+            )
     index = TarIndex()
     # a sample is all files with an equal name before the first dot, its key
     files_by_key: dict[str, _SampleFiles] = {}
@@ -169,7 +174,14 @@ def _scan_tar(file: BinaryIO, size_bytes: int, rules: TarRules, tar: Path) -> Ta
             raise DatasetError(
                 f"{tar} is not a tar, or is damaged at its beginning. Make it again."
             ) from None
-        index.damage = _describe_damage(damage, files_by_key, last_key)
+        # the last sample of a damaged tar is dropped unless it seems complete
+        last_files = files_by_key.pop(last_key, {})
+        lost = f"{last_key} and what follows"
+        # it is complete if it has the same kinds of files as another sample
+        if any(sample_files.keys() == last_files.keys() for sample_files in files_by_key.values()):
+            files_by_key[last_key] = last_files
+            lost = "what follows"
+        index.damage = f"{damage}. {len(files_by_key)} samples before that are used, {lost} cannot be read"
     _add_samples(index, files_by_key, rules)
     return index
 
@@ -208,29 +220,6 @@ def _add_samples(index: TarIndex, files_by_key: Mapping[str, _SampleFiles], rule
             index.num_without_media += 1
             if not index.keys_without_media:
                 index.keys_without_media.append(key)
-
-
-def _reject_compressed(file: BinaryIO, tar: Path) -> None:
-    """Raise DatasetError if the first bytes of a tar show that it is compressed."""
-    first_bytes = file.read(8)
-    file.seek(0)
-    for magic, (compression, command) in COMPRESSED.items():
-        if first_bytes.startswith(magic):
-            raise DatasetError(
-                f"{tar} is compressed with {compression}, so that single files of it cannot be read. Unpack "
-                f"it once: {command} {tar.name}"
-            )
-
-
-def _describe_damage(damage: TarDamage, files_by_key: dict[str, _SampleFiles], last_key: str) -> str:
-    """Return which part of a damaged tar is usable; the last sample is dropped unless it seems complete."""
-    last_files = files_by_key.pop(last_key, {})
-    lost = f"{last_key} and what follows"
-    # it is complete if it has the same kinds of files as another sample
-    if any(sample_files.keys() == last_files.keys() for sample_files in files_by_key.values()):
-        files_by_key[last_key] = last_files
-        lost = "what follows"
-    return f"{damage}. {len(files_by_key)} samples before that are used, {lost} cannot be read"
 
 
 def _read_text(file: BinaryIO, member: Member) -> _MemberText:
@@ -273,20 +262,14 @@ def _make_sample(key: str, sample_files: _SampleFiles, rules: TarRules) -> TarSa
     if len(media) > 1:
         raise ValueError(f"it has several files to train on: {', '.join(media)}; keep one")
     caption = _select_caption(texts_by_extension, rules)
-    return TarSample(key, candidates[media[0]], caption, _select_extras(by_role))
-
-
-def _select_extras(
-    by_role: Mapping[tuple[str, int], Mapping[str, Member]],
-) -> tuple[tuple[str, int, Member], ...]:
-    """Return the role, number and member of each companion file in a tar sample."""
+    # role, number and member of each companion file
     extras = []
     for (role_name, number), members in sorted(by_role.items()):
         if len(members) > 1:
             raise ValueError(f"it has several files of one kind: {', '.join(members)}; keep one")
         (member,) = members.values()
         extras.append((role_name, number, member))
-    return tuple(extras)
+    return TarSample(key, candidates[media[0]], caption, tuple(extras))
 
 
 def _find_role(extension: str, rules: TarRules) -> tuple[str, int] | None:
@@ -394,7 +377,11 @@ def read_members(file: BinaryIO, size_bytes: int) -> Iterator[Member]:
     while True:
         try:
             if tar is None:
-                tar = _open_tar(file)  # reads the first header
+                tar = tarfile.TarFile(  # reads the first header
+                    fileobj=_HeaderFile(file),  # type: ignore[arg-type]  # all that it asks for
+                    encoding="utf-8",
+                    errors="backslashreplace",
+                )
             info = tar.next()
         except TarDamage:
             raise
@@ -414,15 +401,6 @@ def read_members(file: BinaryIO, size_bytes: int) -> Iterator[Member]:
         if info.isreg() and not info.issparse():
             yield _make_member(info, file, size_bytes)
     _check_end(file, tar.offset, size_bytes)
-
-
-def _open_tar(file: BinaryIO) -> tarfile.TarFile:
-    """Return a reader of a tar's headers."""
-    return tarfile.TarFile(
-        fileobj=_HeaderFile(file),  # type: ignore[arg-type]  # all that it asks for
-        encoding="utf-8",
-        errors="backslashreplace",
-    )
 
 
 def _describe_cut(size_bytes: int) -> str:

@@ -311,9 +311,19 @@ def _read_clip_companions(
     control: list[Clip] = []
     control_changes: list[str] = []
     if local.control:
-        control, control_changes = _read_control_clips(
-            local, bucket, count=count, fps=fps, frame_times=frame_times
-        )
+        # only `count` frames of a longer control clip are read; a shorter one repeats its last frame
+        for path in local.control:
+            sizes = FrameSizes()
+            frames = sizes.watch(
+                companion_frames(path, local.path, table=local.table, fps=fps, frame_times=frame_times)
+            )
+            clip, _ = _collect_frames(frames, bucket, count)
+            if sizes.change is not None:
+                control_changes.append(f"{path.name}: {sizes.change}")
+            missing = count - len(clip)
+            if missing:
+                clip = np.concatenate([clip, *[clip[-1:]] * missing])
+            control.append(clip)
     companions = ClipCompanions()
     if local.references or local.guides or local.control_mask is not None:
         from dataset.sources.companions import read_companions  # few clips have any
@@ -331,35 +341,6 @@ def _read_clip_companions(
         rejected=rejected,
         size_changes=(*control_changes, *companions.size_changes),
     )
-
-
-def _read_control_clips(
-    local: MediaSource,
-    bucket: Size,
-    count: int,
-    fps: float,
-    frame_times: Sequence[tuple[int, float]],
-) -> tuple[list[Clip], list[str]]:
-    """Read a clip's control clips, each with `count` frames."""
-    # A shorter control clip repeats its last frame.
-    clips = []
-    size_changes = []
-    for path in local.control:
-        sizes = FrameSizes()
-        frames = sizes.watch(
-            companion_frames(path, local.path, table=local.table, fps=fps, frame_times=frame_times)
-        )
-        clip, _ = _collect_frames(frames, bucket, count)
-        if sizes.change is not None:
-            size_changes.append(f"{path.name}: {sizes.change}")
-        clips.append(_lengthen(clip, count))  # only `count` frames of a longer control clip were read
-    return clips, size_changes
-
-
-def _lengthen(clip: Clip, count: int) -> Clip:
-    """Repeat a clip's last frame until it has `count` frames."""
-    missing = count - len(clip)
-    return np.concatenate([clip, *[clip[-1:]] * missing]) if missing else clip
 
 
 def planned_bytes(source: MediaSource) -> int:
@@ -454,7 +435,14 @@ def _read_image_companions(
 
         companions = read_companions(source, size, bucket=bucket, count=1)
     if source.rejected is not None:
-        rejected = _read_rejected(source, size, fit_image=fit_image, has_alpha=has_alpha)
+        from dataset.sources.pairs import require_equal_size  # few images have a rejected one
+
+        # the rejected image of a preference pair, 1 H W C, is resized like the chosen one
+        keeps_alpha = has_alpha and not source.table.alpha_mask  # with alpha_mask, alpha is the loss mask
+        rejected = read_image(source.rejected, keeps_alpha)
+        require_equal_size(source, size, (rejected.shape[1], rejected.shape[0]))
+        fitted = fit_image(rejected)
+        rejected = (add_alpha(fitted) if has_alpha else fitted)[None]
         companions = companions._replace(rejected=rejected)
     return companions
 
@@ -505,21 +493,6 @@ def _read_references(
         )
         references.append(reference)
     return references
-
-
-def _read_rejected(
-    source: MediaSource, size: Size, fit_image: Callable[[Frame], Frame], has_alpha: bool
-) -> Clip:
-    """Read the rejected image of a preference pair, 1 H W C, resized like the chosen one."""
-    # `size` is the original size of the chosen image.
-    from dataset.sources.pairs import require_equal_size  # few images have a rejected one
-
-    assert source.rejected is not None
-    keeps_alpha = has_alpha and not source.table.alpha_mask  # with alpha_mask, alpha is the loss mask
-    rejected = read_image(source.rejected, keeps_alpha)
-    require_equal_size(source, size, (rejected.shape[1], rejected.shape[0]))
-    fitted = fit_image(rejected)
-    return (add_alpha(fitted) if has_alpha else fitted)[None]
 
 
 def _fit_like(frame: Frame, size: Size, fit: Fit, table: DatasetTable, is_mirrored: bool) -> Frame:

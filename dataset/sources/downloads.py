@@ -84,7 +84,11 @@ def download(
         with atomic_path(target) as temporary:
             _download_to(temporary, address, wait)
             if check is not None:
-                _check_downloaded(check, temporary, hide_secrets(address))
+                try:
+                    check(temporary)
+                except MediaError as error:
+                    reason = str(error).replace(str(temporary), "it")
+                    raise MediaError(f"{hide_secrets(address)}: {reason} Nothing of it is kept.") from None
 
 
 def _download_to(path: Path, address: str, wait: Callable[[float], None]) -> None:
@@ -120,15 +124,6 @@ def _reject_if_disk_is_full(path: Path, answer: Answer) -> None:
     except OutputError:  # only reported: another file may have room
         size = f"{answer.size_bytes / 1e9:,.1f} GB"
         raise DownloadRejected(f"it says that it has {size}, for which the disk has no room") from None
-
-
-def _check_downloaded(check: Callable[[Path], None], path: Path, address: str) -> None:
-    """Run `check` on a downloaded file with a temporary name; error messages show its URL instead."""
-    try:
-        check(path)
-    except MediaError as error:
-        reason = str(error).replace(str(path), "it")
-        raise MediaError(f"{address}: {reason} Nothing of it is kept.") from None
 
 
 def check_media(path: Path) -> None:

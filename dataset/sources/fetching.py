@@ -67,7 +67,11 @@ class _LocalFiles:
             download(origin.address, path, check=check_media)
             return path
         if self._folder is None:
-            self._folder = _make_temporary_folder(self._stack)
+            # deleted when the exit stack is closed
+            _remove_leftovers(tempfile.gettempdir())
+            # Windows cannot remove a file that is still open; a later run removes it as a leftover
+            temporary = tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True)
+            self._folder = Path(self._stack.enter_context(temporary))
         copy = _extract(origin, path, self._folder / str(len(self._original_paths)))
         self._original_paths[copy] = path
         return copy
@@ -103,14 +107,6 @@ def _remove_leftovers(folder: str) -> None:
         with contextlib.suppress(OSError):
             if leftover.stat().st_mtime < time.time() - LEFTOVER_SECONDS:
                 shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _make_temporary_folder(stack: contextlib.ExitStack) -> Path:
-    """Make a temporary folder that is deleted when the exit stack is closed."""
-    _remove_leftovers(tempfile.gettempdir())
-    # Windows cannot remove a file that is still open; a later run removes it as a leftover
-    temporary = tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True)
-    return Path(stack.enter_context(temporary))
 
 
 def _extract(origin: PackedFile, path: Path, copy: Path) -> Path:

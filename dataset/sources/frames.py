@@ -20,7 +20,7 @@ from torch import Tensor
 from dataset.config_keys import AUTO
 from dataset.sources.mask_files import has_same_aspect
 from dataset.sources.media_source import Fault, MediaSource
-from dataset.table import DatasetTable, Guide
+from dataset.table import DatasetTable
 from modules.console import format_count
 from modules.errors import DatasetError, MediaError
 from modules.integers import ceil_div, round_up
@@ -116,6 +116,10 @@ def media_table(
         max_frames = table.max_frames  # lengths vary
     elif table.kind == "video":
         target_frames = table.target_frames
+    guides = [
+        f"{KEYFRAME_LATENTS}_{number}" if guide.is_keyframe else LATENT_GUIDE
+        for number, guide in enumerate(table.guides)
+    ]
     return MediaTable(
         name=table.name,
         kind=table.kind,
@@ -128,16 +132,8 @@ def media_table(
         target_index=table.fp_1f_target_index,
         has_post=not table.fp_1f_no_post,
         flips=table.augmentation.flip,
-        guides=name_guides(table.guides) if has_guides else (),
+        guides=tuple(guides) if has_guides else (),
         reference_media=reference_media if any(reference_media) else (),  # empty if no row has any
-    )
-
-
-def name_guides(guides: Sequence[Guide]) -> tuple[str, ...]:
-    """Return the name of each guide's latents in cache files."""
-    return tuple(
-        f"{KEYFRAME_LATENTS}_{number}" if guide.is_keyframe else LATENT_GUIDE
-        for number, guide in enumerate(guides)
     )
 
 

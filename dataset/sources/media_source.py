@@ -252,7 +252,19 @@ def number_repeats(sources: Sequence[MediaSource]) -> list[MediaSource]:
             numbered.append(source)
             continue
         stems = stems_by_file.setdefault(file, {})
-        other_values = _list_other_values(source)
+        other_values = (
+            source.caption,
+            source.more_captions,
+            source.control,
+            source.mask,
+            source.audio,
+            source.references,
+            source.control_mask,
+            source.rejected,
+            source.row_references,
+            source.further_text,
+            source.layers,
+        )
         if other_values not in stems:
             # the first row of a file keeps the file's stem
             stem = _number_stem(source.stem, len(stems) + 1, used_stems) if stems else source.stem
@@ -268,23 +280,6 @@ def _number_stem(stem: str, number: int, used_stems: Container[str]) -> str:
     while f"{stem}-{number}".casefold() in used_stems:
         number += 1
     return f"{stem}-{number}"
-
-
-def _list_other_values(source: MediaSource) -> tuple[object, ...]:
-    """Return all values of a row except the path of its media file, to tell rows with equal paths apart."""
-    return (
-        source.caption,
-        source.more_captions,
-        source.control,
-        source.mask,
-        source.audio,
-        source.references,
-        source.control_mask,
-        source.rejected,
-        source.row_references,
-        source.further_text,
-        source.layers,
-    )
 
 
 # suffixes of images, clips, audio and tars. Downloads get no other suffix, because it could make a system

@@ -16,6 +16,7 @@ from modules.media.buckets import Size
 from modules.media.decoding import ANIMATION_SUFFIXES
 from modules.media.reading import VIDEO_SUFFIXES, image_suffixes, resize_cover
 from modules.option_values import format_shape
+from modules.paths import compose_name
 
 Clip = NDArray[np.uint8]  # F H W C
 
@@ -32,13 +33,22 @@ def add_rejected(
     assert folder is not None
     kind = f"problems with worse_directory of {table.name}"
     try:
-        by_stem = _rejected_by_stem(table, folder)
+        # the files of worse_directory; for clips, a folder of frames counts as one file
+        suffixes = image_suffixes() if table.kind == "image" else VIDEO_SUFFIXES | ANIMATION_SUFFIXES
+        by_stem: dict[str, list[Path]] = {}
+        for entry in list_entries(folder, "worse_directory", table.config_path):
+            path = folder / entry.name
+            if entry.is_dir():
+                if table.kind == "video":
+                    by_stem.setdefault(compose_name(entry.name), []).append(path)
+            elif path.suffix.lower() in suffixes:
+                by_stem.setdefault(compose_name(path.stem), []).append(path)
     except DatasetError as error:
         faults.append(Fault(kind, str(error)))
         return list(sources)
     paired = []
     for source in sources:
-        paths = by_stem.get(source.stem, [])
+        paths = by_stem.get(compose_name(source.stem), [])
         if len(paths) > 1:
             text = f"{paths[0]} and {paths[1].name} are both the worse one of {source.path.name}. Keep one"
             faults.append(Fault(kind, text, source.stem))
@@ -48,20 +58,6 @@ def add_rejected(
             faults.append(Fault(kind, text, source.stem))
         paired.append(replace(source, rejected=paths[0]) if len(paths) == 1 else source)
     return paired
-
-
-def _rejected_by_stem(table: DatasetTable, folder: Path) -> dict[str, list[Path]]:
-    """Return the files of worse_directory by stem; for clips, a folder of frames counts as one file."""
-    suffixes = image_suffixes() if table.kind == "image" else VIDEO_SUFFIXES | ANIMATION_SUFFIXES
-    by_stem: dict[str, list[Path]] = {}
-    for entry in list_entries(folder, "worse_directory", table.config_path):
-        path = folder / entry.name
-        if entry.is_dir():
-            if table.kind == "video":
-                by_stem.setdefault(entry.name, []).append(path)
-        elif path.suffix.lower() in suffixes:
-            by_stem.setdefault(path.stem, []).append(path)
-    return by_stem
 
 
 def require_equal_size(source: MediaSource, size: Size, rejected_size: Size) -> None:

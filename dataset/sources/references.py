@@ -18,7 +18,6 @@ from modules.errors import DatasetError, MediaError
 from modules.media.augmenting import mirror
 from modules.media.buckets import Fit, Size, bucket_sizes, fit_cover, fit_within, select_bucket
 from modules.media.reading import Frame, add_alpha, fit_frame, image_size, read_image
-from protocols.rules import ReferenceRules
 
 logger = logging.getLogger(__name__)
 
@@ -201,20 +200,14 @@ def fit_reference(table: DatasetTable, size: Size, path: Path, bucket: Size | No
         cropped = (width // step * step, height // step * step)
         return Fit(size, (0, 0), cropped, "none")
     if resolution is None:
-        return _fit_by_rules(rules, size, bucket)
+        # the model's rules, which keep the aspect ratio
+        if not rules.keeps_aspect_ratio or bucket is None:
+            return None
+        area = bucket[0] * bucket[1] if rules.max_area is None else rules.max_area
+        return fit_within(size, area, rules.step)
     try:
         sizes = _bucket_sizes(*resolution, step)
     except ValueError as error:
         raise DatasetError(f"{table.name}: control_resolution: {error}. Enlarge it.") from None
     chosen = select_bucket(size, sizes, resolution[0] * resolution[1], step, no_upscale=False)
     return fit_cover(size, chosen)
-
-
-def _fit_by_rules(rules: ReferenceRules, size: Size, bucket: Size | None) -> Fit | None:
-    """Return how a reference is resized by the model's rules, which keep its aspect ratio."""
-    # `bucket` is the bucket of the image, or None if it is unknown yet. The result is None if the reference
-    # is treated like its image.
-    if not rules.keeps_aspect_ratio or bucket is None:
-        return None
-    area = bucket[0] * bucket[1] if rules.max_area is None else rules.max_area
-    return fit_within(size, area, rules.step)

@@ -18,7 +18,7 @@ import uvicorn
 from browser.jobs import open_queue
 from browser.runs import Runs
 from browser.server import make_app
-from browser.serving import open_socket
+from browser.serving import make_server_config, open_socket
 from modules.command import quote_for_shell
 from modules.installation import FRONT_SCRIPT, PREFIX
 from modules.script_words import console_words
@@ -123,8 +123,7 @@ def serve_runs(*folders: Path, **options: Any) -> Iterator[Served]:
     runs, listener = Runs(folders), open_socket("127.0.0.1", 0)
     queue = options.pop("queue", None) or open_queue(runs, bool(options.get("read_only")))
     app = make_app(runs, queue=queue, **options)
-    config = uvicorn.Config(app, log_level="critical", lifespan="off", ws="none")
-    server = QuickServer(config)
+    server = QuickServer(make_server_config(app, log_level="critical"))
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
     try:

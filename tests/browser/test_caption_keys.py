@@ -9,7 +9,7 @@ from urllib.parse import quote
 import pytest
 
 from browser.caption_keys import describe_formats, find_folder_caption_format
-from browser.page_language import read_texts
+from browser.language_tables import read_texts
 from fibo_2.captions import FORMAT, find_caption_errors
 from modules.pages.language import Language, speaking
 from protocols.families import FAMILIES

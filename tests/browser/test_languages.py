@@ -13,8 +13,9 @@ pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 
 from jinja2 import nodes
 
-from browser import page_language
-from browser.page_language import CODES, NAMES, find_accepted, find_return_address, read_table, read_texts
+from browser import language_tables
+from browser.language_tables import CODES, NAMES, read_table, read_texts
+from browser.page_language import find_accepted, find_return_address
 from downloads.catalogue import model_sets
 from modules.pages.language import Language, TranslatableText, join, say, say_count, show_all, speaking
 from project.recipes.reading import list_shipped
@@ -47,8 +48,8 @@ def test_each_text_of_the_page_stands_in_the_table_once(code: str) -> None:
 
     assert len(keys) == len({*keys})
     assert {*keys} == {*list_texts()} | list_all_script_texts()
-    assert {*sections[page_language.SCRIPTS]} == list_all_script_texts()
-    assert {*sections[page_language.HELPS]} == {*list_helps()}
+    assert {*sections[language_tables.SCRIPTS]} == list_all_script_texts()
+    assert {*sections[language_tables.HELPS]} == {*list_helps()}
     assert all(text for section in sections.values() for text in section.values())
 
 
@@ -59,7 +60,7 @@ def test_a_translation_has_the_values_and_the_tags_of_its_text(code: str) -> Non
         assert sorted(TAG.findall(key)) == sorted(TAG.findall(text)), key
         if "<" not in key and key not in list_helps():  # texts of attributes
             assert '"' not in text.replace(' = "%(prompts_file)s"', ""), key
-        if PLACE.search(text) and key not in read_table(code)[page_language.SCRIPTS]:
+        if PLACE.search(text) and key not in read_table(code)[language_tables.SCRIPTS]:
             assert text % dict.fromkeys(PLACE.findall(text), "1"), key  # with %% for a sign
 
 
@@ -69,7 +70,7 @@ IN_A_HELP = re.compile(r"--\w+|\w*[A-Za-z]_\w+|\d+(?:\.\d+)?", re.ASCII)
 
 @pytest.mark.parametrize("code", TABLES)
 def test_a_translated_help_names_the_options_values_and_numbers_of_its_text(code: str) -> None:
-    for key, text in read_table(code)[page_language.HELPS].items():
+    for key, text in read_table(code)[language_tables.HELPS].items():
         assert {*IN_A_HELP.findall(key)} <= {*IN_A_HELP.findall(text)}, key
         assert {*re.findall(r"--\w+", key)} == {*re.findall(r"--\w+", text, re.ASCII)}, key
 

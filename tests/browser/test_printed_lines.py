@@ -12,7 +12,7 @@ pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 import torch
 from PIL import Image
 
-from browser.page_language import read_texts
+from browser.language_tables import read_texts
 from browser.printed_lines import (
     is_for_terminal,
     translate_command,

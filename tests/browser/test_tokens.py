@@ -1,5 +1,7 @@
 """The word of the page: of its own making, for one user, and in no log, list of processes or other place."""
 
+import hashlib
+import json
 import os
 import re
 import secrets
@@ -7,19 +9,22 @@ import socket
 import stat
 import subprocess
 import sys
+from base64 import b64encode
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from browser.options import BrowserOptions
-from browser.page_access import COOKIE
-from browser.serving import make_address, show_address
+from browser.page_access import COOKIE, derive_access
+from browser.serving import make_address, make_start_name, show_address
 from browser.tokens import (
     CLOSED_CONNECTION,
     Connection,
     PageToken,
+    PrintedWord,
     Ticket,
+    choose_account_port,
     find_owner,
     is_own_connection,
     select_token,
@@ -35,9 +40,9 @@ AS_ROOT = pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reas
 TOKEN = "a-secret-word-of-letters"
 NOBODY = 65534
 ASK = """
-import http.client, sys
+import http.client, json, sys
 link = http.client.HTTPConnection("127.0.0.1", int(sys.argv[1]), timeout=300)
-link.request("GET", sys.argv[2], headers={"Cookie": sys.argv[3]})
+link.request("GET", sys.argv[2], headers=json.loads(sys.argv[3]))
 print(link.getresponse().status)
 """
 
@@ -109,6 +114,56 @@ def test_a_job_prints_no_word(capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert str(token.path) in printed
 
 
+def test_the_printed_word_lets_one_browser_in_and_the_next_is_shown(tmp_path: Path) -> None:
+    shown: list[str] = []
+    word = PrintedWord(shown.append)
+    first = word.secret
+    with serve_runs(tmp_path, token=TOKEN, word=word, start_name="0123456789ab.localhost") as served:
+        assert served.ask(f"/?token={first[:-1]}").status == 401
+        opened = served.ask(f"/?token={first}", Host="0123456789ab.localhost")
+        assert opened.headers["clear-site-data"] == '"storage"'
+        assert opened.headers["set-cookie"].startswith(f"{COOKIE}=")
+        assert served.ask(f"/?token={first}").status == 401
+        assert shown == [word.secret]
+        assert word.secret != first
+        enter(served, word.secret)  # another browser
+        earlier = served.ask("/", Host=f"ba9876543210.localhost:{served.port}")
+        assert (earlier.status, "earlier start" in earlier.text) == (421, True)
+    assert len(shown) == 2
+
+
+def test_each_start_has_an_origin_of_its_own(tmp_path: Path) -> None:
+    """What a browser keeps for the address of an earlier start reaches no later one."""
+    names = {make_start_name() for _ in range(2)}
+    assert len(names) == 2
+    assert all(re.fullmatch(r"[0-9a-f]{12}\.localhost", name) for name in names)
+    kept = [derive_access(TOKEN, 8765, name) for name in names]
+    assert kept[0].root != kept[1].root
+    assert not kept[1].has_valid_cookie(f"{COOKIE}={kept[0].make_cookie_value(1000)}", 1000)
+
+
+def test_a_script_of_another_server_at_this_address_does_not_run(tmp_path: Path) -> None:
+    """Each script is named with its digest, so that a browser refuses another content."""
+    with serve_runs(tmp_path) as served:
+        for address in ("/", "/new", "/generate", "/models", "/queue", "/settings"):
+            text = served.ask(address).text
+            named = re.findall(r'<(?:script src|link rel="stylesheet" href)="([^"]+)"([^>]*)>', text)
+            assert named, address
+            for path, attributes in named:
+                digest = hashlib.sha256(served.ask(path).body).digest()
+                assert f'integrity="sha256-{b64encode(digest).decode()}"' in attributes, path
+
+
+def test_accounts_have_ports_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    ports = set()
+    for number in range(20):
+        monkeypatch.setattr(Path, "home", lambda number=number: Path(f"/home/{number}"))
+        ports.add(choose_account_port())
+        assert choose_account_port() in ports
+    assert len(ports) > 15
+    assert all(20_000 <= port < 30_000 for port in ports)
+
+
 def test_a_ticket_lets_one_browser_in(tmp_path: Path) -> None:
     ticket = Ticket()
     with serve_runs(tmp_path, token=TOKEN, ticket=ticket) as served:
@@ -141,9 +196,9 @@ def test_connections_of_this_user_are_told_apart(host: str) -> None:
     assert not is_own_connection(Connection(host, 1, host, 2))
 
 
-def ask_as_nobody(port: int, address: str, cookie: str = "") -> str:
+def ask_as_nobody(port: int, address: str, **headers: str) -> str:
     done = subprocess.run(
-        ["/usr/bin/env", "python3", "-I", "-c", ASK, str(port), address, cookie],
+        ["/usr/bin/env", "python3", "-I", "-c", ASK, str(port), address, json.dumps(headers)],
         user=NOBODY,
         cwd="/",
         capture_output=True,
@@ -164,8 +219,22 @@ def test_another_user_gets_in_neither_with_nor_without_a_ticket(tmp_path: Path) 
             assert ask_as_nobody(served.port, address) == "401\n"
         # nor with all that a browser of this user sends
         browser = enter(served, TOKEN)
-        assert ask_as_nobody(served.port, f"{browser.root}/", browser.cookie) == "401\n"
+        assert ask_as_nobody(served.port, f"{browser.root}/", Cookie=browser.cookie) == "401\n"
         assert browser.ask("/").status == 200
+
+
+@ON_LINUX
+@AS_ROOT
+@pytest.mark.parametrize("name", ["X-Forwarded-For", "X-Real-IP", "X-Client-IP", "Forwarded"])
+def test_no_header_makes_another_user_pass_for_this_one(name: str, tmp_path: Path) -> None:
+    with serve_runs(tmp_path, token=TOKEN) as served:
+        browser = enter(served, TOKEN)
+        # every account sees this user's open connections and their ports
+        with socket.create_connection(("127.0.0.1", served.port)) as own:
+            host, port = own.getsockname()
+            address = f"for={host}:{port}" if name == "Forwarded" else f"{host}:{port}"
+            headers = {"Cookie": browser.cookie, name: address, "X-Forwarded-Proto": "http"}
+            assert ask_as_nobody(served.port, f"{browser.root}/", **headers) == "401\n"
 
 
 def test_a_browser_that_was_let_in_sees_all_pages(tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def test_commands_are_quoted_for_the_shell_of_the_system(
     monkeypatch: pytest.MonkeyPatch, system: str, typed: str
 ) -> None:
     # of this module alone: a path that another thread makes would be of a system that is not here
-    monkeypatch.setattr(command, "os", SimpleNamespace(name=system))
+    monkeypatch.setattr(command, "os", SimpleNamespace(name=system, environ={}))
     words = ["python", "x.py", "--vae", "models/my vae.pt", "--dataset_config", r"C:\d.toml"]
     assert command.quote_command(words) == typed
 

@@ -20,6 +20,7 @@ from modules.environment import _install, create_environment, provide_pip
 from modules.errors import OptionError, UserError
 from modules.installation import hide_packages
 from modules.nvidia_driver import NvidiaCard
+from tests.commands import ROOT
 from tests.test_size import NOT_PRODUCT, product_files
 
 
@@ -315,3 +316,26 @@ def test_a_hidden_package_is_missing_inside_the_block_only() -> None:
     assert importlib.util.find_spec("this") is not None
     with hide_packages("pytest"):
         assert sys.modules["pytest"] is pytest  # what is loaded stays
+
+
+DYNAMO = """
+import sys, torch
+from modules.private_torch import without_dynamo
+weight = torch.nn.Parameter(torch.zeros(2))
+with without_dynamo():
+    torch.optim.AdamW([weight])
+print("torch._dynamo" in sys.modules)
+torch.optim.AdamW([weight])
+print("torch._dynamo" in sys.modules)
+with without_dynamo():
+    torch.optim.AdamW([weight])
+"""
+
+
+def test_an_optimizer_is_made_for_a_check_without_the_compiler() -> None:
+    """Its import takes as long as torch's. Outside of the block torch excludes what it wants as before."""
+    done = subprocess.run(
+        [sys.executable, "-c", DYNAMO], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+
+    assert done.stdout.split() == ["False", "True"]

@@ -181,6 +181,7 @@ def test_a_build_that_was_replaced_by_half_is_replaced_again(
     [
         (["--build", "cpu", "update"], "--build: it chooses torch for the start, and update starts nothing"),
         (["upgrade"], "upgrade: unknown. Type update"),
+        (["back"], "back: unknown. Type update"),
         (["update", "a.zip", "b.zip"], "update a.zip b.zip: unknown"),
     ],
 )
@@ -362,8 +363,8 @@ def test_an_environment_that_exists_is_used_without_uv(tmp_path: Path) -> None:
     python.parent.mkdir(parents=True)
     python.write_text('#!/bin/sh\necho "$@" "$REELSMITH_STARTED_IN"\n', encoding="utf-8")
     python.chmod(0o755)
-    done = start(tmp_path, "http://127.0.0.1:9", "back")
-    assert done.stdout == f"set_up.py back {Path.cwd()}\n"
+    done = start(tmp_path, "http://127.0.0.1:9", "update")
+    assert done.stdout == f"set_up.py update {Path.cwd()}\n"
     assert not (tmp_path / ".reelsmith").exists()
 
 
@@ -418,11 +419,10 @@ def test_a_uv_that_cannot_be_run_is_named_and_deleted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["back"], "There is no version to go back to: nothing was updated here"),
         (["--build", "nix"], "--build nix: there is no such build of torch. Type one of"),
         (["--build=nix"], "--build nix: there is no such build of torch. Type one of"),
         (["--build"], "--build nothing: there is no such build"),
-        (["upgrade"], "upgrade: unknown. Type update, update NEW.zip, back, or nothing to start"),
+        (["upgrade"], "upgrade: unknown. Type update, update NEW.zip, or nothing to start"),
     ],
 )
 def test_a_slip_is_told_before_anything_is_downloaded(tmp_path: Path, words: list[str], message: str) -> None:

@@ -1,5 +1,6 @@
 """From a folder of mixed files to a LoRA and a page, through the commands that a user types."""
 
+import io
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,7 @@ from tests.tiny.new_models import MODELS as TINY
 from tests.tiny.project import moving_square
 from tests.waiting import PATIENCE
 from training.config_options import toml_value
-from training.reports.history import history_path
+from training.reports.history import History, Start, history_path
 
 MODEL = ["--family", "wan", "--task", "t2v-1.3B", "--memory", "0"]
 for _name in ("dit", "vae", "t5"):
@@ -156,7 +158,7 @@ def test_a_run_goes_on_without_unreadable_files_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = copy(collected, tmp_path / "clips")
-    monkeypatch.setattr(running, "_check_training", lambda _: None)
+    monkeypatch.setattr(running, "_check_training", lambda *_, **__: None)
     monkeypatch.setattr(running, "_check_media", lambda *_: MediaCheck([], ["damaged.jpg is damaged"]))
     monkeypatch.setattr(
         running,
@@ -220,6 +222,36 @@ def test_a_finished_run_says_what_can_be_done(collected: Path, tmp_path: Path) -
         save_tensors(output / "my_clips.safetensors", {"a": torch.zeros(1)}, {"ss_steps": "2", key: value})
         told = run_here("run_project.py", output.parent, folder=tmp_path)
         assert_one_message(*told, f"belongs to a different model ({value})")
+
+
+def test_a_finished_run_says_what_was_changed_after_it(collected: Path, tmp_path: Path) -> None:
+    output = tmp_path / "my clips" / "output"
+    output.mkdir(parents=True)
+    shutil.copy(collected / "run.toml", output.parent)
+    text = (output.parent / "run.toml").read_text(encoding="utf-8")
+    save_tensors(output / "my_clips.safetensors", {"a": torch.zeros(1)}, {"ss_steps": "2"})
+    trained_with = parse_toml(text)["training"]
+    changed = [
+        (name, str(float(value) if name == "network_alpha" else value))
+        for name, value in trained_with.items()
+    ]
+    history = History(history_path(output, "my_clips"), session=1)
+    history.add(0, started=asdict(Start(model="", total_steps=2, changed=changed)))
+    history.flush()
+
+    def run() -> str:
+        printed = io.StringIO()
+        assert run_here("run_project.py", output.parent, folder=tmp_path, printed=printed)[0] == 0
+        return " ".join(printed.getvalue().split())
+
+    assert "changed since" not in run()
+    added = "network_dim = 8\nnetwrk_alpha = 4\nlr_warmup_steps = 7\nmax_grad_norm = 1.0"
+    changed_text = re.sub("^network_dim = .*$", added, text, flags=re.MULTILINE)
+    (output.parent / "run.toml").write_text(changed_text, encoding="utf-8")
+    assert (
+        "run.toml has changed since: network_dim 32 -> 8, netwrk_alpha (no option: did you mean "
+        "network_alpha?), lr_warmup_steps 0 -> 7. This has no effect on my_clips.safetensors." in run()
+    )
 
 
 @pytest.mark.slow
@@ -389,8 +421,30 @@ def test_a_misspelt_option_ends_the_run_before_anything_is_cached(collected: Pat
     folder = copy(collected, tmp_path / "clips")
     text = (folder / "run.toml").read_text(encoding="utf-8").replace("learning_rate", "learning_rat")
     (folder / "run.toml").write_text(text, encoding="utf-8")
-    assert_one_message(*run_here("run_project.py", folder, folder=tmp_path), "Did you mean learning_rate?")
+    told = run_here("run_project.py", folder, folder=tmp_path)
+    assert_one_message(*told, "Did you mean learning_rate?")
+    assert run_here("run_project.py", folder, "--check", folder=tmp_path) == told
     assert not (folder / "cache").exists()
+
+
+def test_a_check_loads_torch_once_and_starts_no_process(
+    collected: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copy(collected, tmp_path / "clips")
+    printed = io.StringIO()
+    interrupt = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(subprocess, "Popen", None)
+
+    code, said = run_here("run_project.py", folder, "--check", folder=tmp_path, printed=printed)
+
+    assert code == 0, said
+    assert printed.getvalue().count("Nothing is wrong.") == 2
+    assert RUN_GOES_ON not in os.environ
+    assert signal.getsignal(signal.SIGINT) == interrupt
+    assert "WARNING" not in said
+    (folder / "b.txt").unlink()
+    code, said = run_here("run_project.py", folder, "--check", folder=tmp_path, printed=printed)
+    assert code == 1
 
 
 @pytest.mark.slow
@@ -690,9 +744,10 @@ def test_what_a_check_has_found_good_is_not_checked_again(
 ) -> None:
     folder = copy(collected, tmp_path / "clips")
     done: list[str] = []
-    monkeypatch.setattr(running, "_check_training", lambda _: done.append("options"))
+    monkeypatch.setattr(running, "_check_training", lambda *_, **__: done.append("options"))
     monkeypatch.setattr(running, "_check_media", lambda *_: (done.append("media"), MediaCheck([], []))[1])
     monkeypatch.setattr(running, "run_command", lambda words, *_: 0)
+    monkeypatch.setattr(running, "_run_here", lambda words, *_, **__: 0)
 
     def run(**options: bool) -> list[str]:
         done.clear()
@@ -720,7 +775,7 @@ def test_a_check_that_left_files_out_is_made_again(
     collected: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = copy(collected, tmp_path / "clips")
-    monkeypatch.setattr(running, "_check_training", lambda _: None)
+    monkeypatch.setattr(running, "_check_training", lambda *_, **__: None)
     monkeypatch.setattr(running, "_check_media", lambda *_: MediaCheck([], ["a.jpg is damaged"]))
     running.run_project(RunOptions(folder=folder, check=True))
     assert not (folder / "cache" / "checked.json").exists()

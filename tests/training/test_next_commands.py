@@ -36,6 +36,8 @@ from training.run import train_network
 from training.saving.files import Names
 from wan.options import WanTrainingOptions
 
+# of an entry whose family has scripts here
+SCRIPTS = {"training_script": "wan_train_network", "generation_script": "wan_generate_video"}
 NEEDED = ["--dataset_config", "my data.toml", "--output_dir", "out put", "--output_name", "it's \u00fc"]
 EVERY_KIND = [
     *("--task", "i2v-14B", "--dit", "mo dels/dit.safetensors", "--vae", "v.pth", "--vae_tiling"),
@@ -186,7 +188,7 @@ def test_two_transformers_are_generated_with_by_the_files_for_each(
     generation = ["wan_generate_video.py", "--dit", "low", "--dit_high_noise", "high"]
     steps = next_steps(tmp_path, ["--ema_decay", "0.9", "--sample_ema"], guidance_scale_high_noise=4.0)
     loras = [(Path("distilled.safetensors"), 0.8)]
-    entry: Any = SimpleNamespace(generation_argv=lambda *_: generation, spellings={})
+    entry: Any = SimpleNamespace(generation_argv=lambda *_: generation, spellings={}, **SCRIPTS)
     steps = replace(steps, command=replace(steps.command, family_entry=entry), sample_loras=loras)
     steps.plan.family.experts = TWO_EXPERTS
     steps.plan.names = Names(tmp_path, "x", parts)
@@ -206,7 +208,7 @@ def test_two_transformers_are_generated_with_by_the_files_for_each(
 
 def test_a_network_with_its_own_command_is_generated_with_as_the_samples_show_it(tmp_path: Path) -> None:
     steps = next_steps(tmp_path, ["--ema_decay", "0.9", "--sample_ema"])
-    entry: Any = SimpleNamespace(generation_argv=lambda *_: ["generate.py"], spellings={})
+    entry: Any = SimpleNamespace(generation_argv=lambda *_: ["generate.py"], spellings={}, **SCRIPTS)
     steps = replace(steps, command=replace(steps.command, family_entry=entry))
     steps.plan.network_spec = replace(
         steps.plan.network_spec, generation_command=lambda file, _, base: [*base, "--own", str(file)]
@@ -249,7 +251,7 @@ def test_a_file_with_its_own_option_is_generated_with_next_to_the_loras_of_sampl
     tmp_path: Path, further: list[str]
 ) -> None:
     generation = ["wan_generate_video.py", "--dit", "low", *further]
-    entry: Any = SimpleNamespace(generation_argv=lambda *_: generation, spellings={})
+    entry: Any = SimpleNamespace(generation_argv=lambda *_: generation, spellings={}, **SCRIPTS)
     steps = next_steps(tmp_path, WORD_ALONE)
     loras = [(Path("distilled.safetensors"), 0.8), (Path("style.safetensors"), 1.0)]
     steps = replace(steps, command=replace(steps.command, family_entry=entry), sample_loras=loras)
@@ -357,7 +359,8 @@ def test_a_caption_that_no_terminal_takes_is_left_out(
 ) -> None:
     caption = "x" * length
     item = SimpleNamespace(table=SimpleNamespace(references=None))
-    plan: Any = SimpleNamespace(training=[item], sources=SimpleNamespace(stores=None))
+    features = SimpleNamespace(mask_input_option="")
+    plan: Any = SimpleNamespace(training=[item], sources=SimpleNamespace(stores=None), features=features)
     monkeypatch.setattr(following, "find_example", lambda *_: ExampleItem(caption))
 
     assert following.example_values(plan, {})["prompt"] == (caption if is_told else None)
@@ -373,6 +376,7 @@ def test_a_killed_run_names_the_file_that_was_saved_last(removed: tuple[object, 
         caching_commands=lambda *_: ("cache", "cache"),
         generation_argv=lambda *_: ["toy_generate.py"],
         spellings={},
+        **SCRIPTS,
     )
 
     with pytest.raises(Killed):

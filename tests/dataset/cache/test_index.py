@@ -1,12 +1,13 @@
 """Training from the index of a cache folder is training from the caches themselves, and reads no source."""
 
+import copy
 import json
 import logging
 import os
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,12 +18,13 @@ from dataset.batches.finding import FoundItems, find_items, require_items
 from dataset.batches.items import CachingCommands, TrainingItem
 from dataset.batches.reading import read_batch
 from dataset.batches.starting import check_caches, compare_sources
-from dataset.cache.index import NAME, TEXTS, fingerprint_table
+from dataset.cache.index import NAME, TEXTS, fingerprint_table, write_index
 from dataset.cache.store import Stores
-from dataset.caching.indexing import write_index
 from dataset.caching.loop import LATENTS, NextCommand, run_caching
 from dataset.caching.loop import TEXTS as TEXT_WORK
 from dataset.config import DatasetConfig
+from dataset.config_keys import Indexed
+from dataset.table import DatasetTable
 from modules.errors import DatasetError, UserError
 from tests.dataset.caching.test_loop import make_config
 from tests.dataset.making import make_clip
@@ -196,6 +198,33 @@ def test_a_changed_key_is_told_as_without_an_index(
 
     assert start(changed) == said
     assert expected in "\n".join(said)
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(DatasetTable) if field.init])
+def test_each_field_of_a_table_makes_the_parts_stale_that_it_declares(tmp_path: Path, name: str) -> None:
+    table = make_config(tmp_path).datasets[0]
+    (declared,) = (field for field in fields(table) if field.name == name)
+    indexed = declared.metadata.get("indexed", Indexed.LATENTS_AND_TEXTS)
+    value = Path("other") if name.endswith(("directory", "folder", "_file")) else object()
+    changed = copy.copy(table)
+    object.__setattr__(changed, name, value)  # no check of the value, and no derived fields
+
+    assert (changed.family_settings != table.family_settings) == (indexed is Indexed.LATENTS_ONLY)
+    if indexed in (Indexed.LATENTS_ONLY, Indexed.NEITHER):
+        assert fingerprint_table(changed) == fingerprint_table(table)
+    else:
+        assert fingerprint_table(changed) != fingerprint_table(table)
+
+
+@pytest.mark.parametrize("name", ["mask_directory", "cache_directory"])
+def test_files_of_a_folder_count_unless_a_field_declares_its_path_only(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    changes: dict[str, Any] = {name: folder}
+    table = replace(make_config(tmp_path).datasets[0], **changes)
+    before = fingerprint_table(table)
+    (folder / "new.png").touch()
+    assert (fingerprint_table(table) == before) == (name == "cache_directory")
 
 
 @pytest.mark.parametrize("folder", [".", "elsewhere"])
