@@ -216,7 +216,7 @@ def _select_supported_kind(name: str, model: ModelSet | None) -> str:
 def list_fitting_recipes(family: str, task: str, train: str) -> list[TrainingRecipe]:
     """Return the training recipes for a model and a kind of training, the value `train`."""
     recipes = []
-    for path in list_paths().values():
+    for path in list_paths():
         with contextlib.suppress(OptionError):  # a file in the user's folder that is not a recipe
             recipes.append(read_recipe(path))
     kind = train or LORA.name

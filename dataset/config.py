@@ -100,7 +100,7 @@ def load_dataset_config(path: Path, typed: SubsetOptions | None = None) -> Datas
                     "%s: ignored because the tables of %s have no subsets", ", ".join(unused), path
                 )
         tables = _read_tables(path, content, errors)
-    _check_cache_folders(tables, errors)
+    errors += _find_cache_folder_errors(tables)
     if len(tables) > 1:
         # animations in a folder of both an image and a video table belong to the video table only
         clip_folders = {
@@ -162,42 +162,33 @@ def _read_tables(path: Path, content: Table, errors: list[str]) -> tuple[Dataset
     return tuple(tables)
 
 
-def _check_cache_folders(tables: Sequence[DatasetTable], errors: list[str]) -> None:
-    """Add an error for each cache folder that is a file, is forbidden, or belongs to another table."""
+def _find_cache_folder_errors(tables: Sequence[DatasetTable]) -> list[str]:
+    """Return an error for each cache folder that is a file, is forbidden, or belongs to another table."""
+    errors = []
     first_tables: dict[str, DatasetTable] = {}  # first table of each cache directory, by its `folder_id`
     for table in tables:
-        errors += _find_cache_folder_errors(table)
         folder = table.cache_directory
+        nearest_existing = next((path for path in (folder, *folder.parents) if path.exists()), None)
+        if nearest_existing is not None and not nearest_existing.is_dir():
+            errors.append(
+                f"{table.label}: cache_directory = {folder}: {nearest_existing} is a file; name a "
+                "folder, which is created if it does not exist"
+            )
+        if table.download_directory is not None or is_limited():
+            errors += _find_forbidden_folders(table)
+        has_shared_format = table.cache_format in SHARED_CACHES  # another program's
+        if has_shared_format and table.kind == "video":
+            key = f'cache_format = "{table.cache_format}"'
+            errors.append(f'{table.label}: {key} is for image tables; use "files" or "shards"')
         first_table = first_tables.setdefault(folder_id(folder), table)
-        if first_table is not table and not _may_share_caches(first_table, table):
+        may_share = has_shared_format and first_table.cache_format == table.cache_format
+        if first_table is not table and not may_share:
             second_number = table.label.removeprefix("[[datasets]] ")
             errors.append(
                 f"{first_table.label} and {second_number} share the cache directory {folder}; "
                 "give each its own cache_directory (the default is the folder of the images or videos)"
             )
-
-
-def _find_cache_folder_errors(table: DatasetTable) -> list[str]:
-    """Return an error line for each reason why a table's caches cannot be in its cache_directory."""
-    errors = []
-    folder = table.cache_directory
-    nearest_existing = next((path for path in (folder, *folder.parents) if path.exists()), None)
-    if nearest_existing is not None and not nearest_existing.is_dir():
-        errors.append(
-            f"{table.label}: cache_directory = {folder}: {nearest_existing} is a file; name a "
-            "folder, which is created if it does not exist"
-        )
-    if table.download_directory is not None or is_limited():
-        errors += _find_forbidden_folders(table)
-    if table.cache_format in SHARED_CACHES and table.kind == "video":
-        key = f'cache_format = "{table.cache_format}"'
-        errors.append(f'{table.label}: {key} is for image tables; use "files" or "shards"')
     return errors
-
-
-def _may_share_caches(first: DatasetTable, second: DatasetTable) -> bool:
-    """Return whether two tables may have the same cache folder: both have another program's cache format."""
-    return second.cache_format in SHARED_CACHES and first.cache_format == second.cache_format
 
 
 def _find_forbidden_folders(table: DatasetTable) -> list[str]:
@@ -283,8 +274,14 @@ def for_family(config: DatasetConfig, family: "Caches", for_texts: bool = False)
                 " and ".join(section_keys),
             )
     config = with_lengths(config, latent.lengths)
-    tables = tuple(_with_family_fields(table, family) for table in config.datasets)
-    config = replace(config, datasets=tables)
+    tables = []
+    for table in config.datasets:
+        if table.kind == "video" and abilities.match_audio_schedule and table.source_fps is None:
+            table = replace(table, source_fps=forms.AUTO)  # each file has its own frame rate
+        finds_audio = latent.caches_audio and table.kind == "video"
+        reads_references = abilities.takes_row_references
+        tables.append(replace(table, finds_audio_by_name=finds_audio, reads_row_references=reads_references))
+    config = replace(config, datasets=tuple(tables))
     if latent.has_layers or any(table.multiple_target for table in tables):
         from dataset.sources.layers import check_layers  # few models learn layers
 
@@ -298,17 +295,6 @@ def for_family(config: DatasetConfig, family: "Caches", for_texts: bool = False)
     config = with_references(config, family.references, abilities.references)
     has_audio_references = any(table.reference_audio_directory is not None for table in tables)
     return _with_audio_references(config, family) if has_audio_references and not for_texts else config
-
-
-def _with_family_fields(table: DatasetTable, family: "Caches") -> DatasetTable:
-    """Return a table with the fields that the family decides: where audio and references come from."""
-    if table.kind == "video" and family.abilities.match_audio_schedule and table.source_fps is None:
-        table = replace(table, source_fps=forms.AUTO)  # each file has its own frame rate
-    return replace(
-        table,
-        finds_audio_by_name=family.latent.caches_audio and table.kind == "video",
-        reads_row_references=family.abilities.takes_row_references,
-    )
 
 
 def _with_audio_references(config: DatasetConfig, family: "Caches") -> DatasetConfig:
@@ -614,35 +600,22 @@ def _find_conflict(fields: Mapping[str, Any], source_key: str, source_format: So
     if not fields["cache_directory"]:
         return f"cache_directory is required with {source_key}"
     conflict = source_format.find_conflict(fields) if source_format.has_dependent_keys else None
-    if conflict is None and fields["mask_directory"] and fields["alpha_mask"]:
-        conflict = "mask_directory cannot be used here; omit it or alpha_mask"
-    if conflict is None and fields["multiple_target"]:
-        conflict = _find_layer_conflict(fields)
-    if conflict is None and fields["is_audio_only"]:
-        conflict = _find_audio_conflict(fields)
+    if conflict is not None:
+        return conflict
+    if fields["mask_directory"] and fields["alpha_mask"]:
+        return "mask_directory cannot be used here; omit it or alpha_mask"
+    for key in ("alpha_mask", "worse_directory"):
+        if fields["multiple_target"] and fields[key]:
+            return f"{key} cannot be used with multiple_target, whose layers are learned with their alpha"
+    if fields["is_audio_only"] and fields["worse_directory"]:
+        return "worse_directory is for images and clips, not for audio alone; omit it"
+    if fields["is_audio_only"] and fields["audio"] == forms.IGNORE:
+        return 'audio = "ignore" leaves nothing to learn of audio files; omit it'
     guide_keys = [key for key in GUIDE_KEYS if fields[key] != KEYS[key].default]
-    if conflict is None and guide_keys:
-        conflict = _find_guide_conflict(fields, guide_keys)
+    conflict = _find_guide_conflict(fields, guide_keys)
     if conflict is None and None not in (fields["min_timestep"], fields["max_timestep"]):
         conflict = find_window_error(fields)
     return conflict
-
-
-def _find_layer_conflict(fields: Mapping[str, Any]) -> str | None:
-    """Return the key that cannot be used in a table of layers, as an error; None if there is none."""
-    for key in ("alpha_mask", "worse_directory"):
-        if fields[key]:
-            return f"{key} cannot be used with multiple_target, whose layers are learned with their alpha"
-    return None
-
-
-def _find_audio_conflict(fields: Mapping[str, Any]) -> str | None:
-    """Return the key that cannot be used in a table of audio files, as an error; None if there is none."""
-    if fields["worse_directory"]:
-        return "worse_directory is for images and clips, not for audio alone; omit it"
-    if fields["audio"] == forms.IGNORE:
-        return 'audio = "ignore" leaves nothing to learn of audio files; omit it'
-    return None
 
 
 def _find_guide_conflict(fields: Mapping[str, Any], changed_keys: Sequence[str]) -> str | None:

@@ -314,7 +314,7 @@ def key(
     return dataclasses.field(default=default, metadata={"key": table_key, "indexed": indexed})
 
 
-def own_field(indexed: Indexed, default: Any = dataclasses.MISSING) -> Any:
+def own_field(indexed: Indexed, default: Any) -> Any:
     """Declare a dataclass field that is no key of dataset files and affects an index as `indexed` says."""
     return dataclasses.field(default=default, metadata={"indexed": indexed})
 

@@ -154,8 +154,8 @@ class DatasetTable:
     Keys for the other kind of table have defaults, too. A field made by `key` also declares allowed values.
     """
 
-    config_path: Path = forms.own_field(NEITHER)
-    index: int = forms.own_field(NEITHER)  # index of the table in the file
+    config_path: Path = field(metadata={"indexed": NEITHER})
+    index: int = field(metadata={"indexed": NEITHER})  # index of the table in the file
     kind: Literal["image", "video"]
     # exactly one of `directory`, `jsonl_file` and `format_keys` is set
     directory: Path | None = forms.source_field(forms.PATH)

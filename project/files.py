@@ -197,7 +197,7 @@ def _write_files(setup: describing.RunSetup) -> dict[Path, str]:
     # Captions from lists and first frames of clips are written first.
     options = setup.options
     text_by_name = _make_project_texts(setup, describing.list_commands(setup))
-    if setup.kind.makes_training_adapter and find_origin(setup.content) == REAL_MEDIA:
+    if setup.kind.makes_training_adapter and _can_be_made_anew(setup):
         # the model will generate images from these captions, to learn from
         text_by_name[OWN_PROMPTS] = write_prompts(list_distinct_captions(setup))
     text_by_path = {options.folder / name: text for name, text in text_by_name.items()}
@@ -413,7 +413,7 @@ def _select_kind(options: NewOptions, chosen: ModelChoice, memory: float, kind_s
     # project that requests this kind; "" if the user typed the kind.
     model = chosen.model
     if options.trains is None:
-        return _find_folder_kind(options.folder, model, has_word=chosen.trigger is not None)
+        return find_folder_kind(options.folder, model, has_word=chosen.trigger is not None)
     kind = BY_NAME[options.trains]
     rejection = kind.why_unsupported(model, memory)
     if rejection is not None:
@@ -429,7 +429,7 @@ def _select_kind(options: NewOptions, chosen: ModelChoice, memory: float, kind_s
     return kind
 
 
-def _find_folder_kind(folder: Path, model: ModelSet, has_word: bool) -> RunKind:
+def find_folder_kind(folder: Path, model: ModelSet, has_word: bool) -> RunKind:
     """Return the model's control network if the folder has control images for it, otherwise a LoRA."""
     control_kind = find_control_kind(model)
     if control_kind is not None and has_control_pairs(folder, has_word):
@@ -621,10 +621,17 @@ def _describe_adapter_training(setup: describing.RunSetup) -> list[str]:
     if not setup.kind.makes_training_adapter:
         return []
     lines = describe_length(setup)
-    is_own = setup.folder.name == OWN_FOLDER and (setup.folder.parent / OWN_PROMPTS).exists()
-    if find_origin(setup.content) == REAL_MEDIA and not is_own:
+    if _can_be_made_anew(setup):
         lines += describe_own_images_commands(setup.options, setup.model, setup.model_files)
     return lines
+
+
+def _can_be_made_anew(setup: describing.RunSetup) -> bool:
+    """Return whether the model can generate images from captions of real ones, to learn from its own."""
+    # in the folder of such images, those of other programs hold no prompt
+    is_own = setup.folder.name == OWN_FOLDER and (setup.folder.parent / OWN_PROMPTS).exists()
+    is_real = find_origin(setup.content) == REAL_MEDIA and not is_own
+    return is_real and bool(list_distinct_captions(setup))
 
 
 def _describe_reference_folders(setup: describing.RunSetup) -> list[str]:

@@ -196,11 +196,13 @@ def caching_options(options: StableDiffusionTrainingOptions) -> tuple[dict[str, 
 
 
 def _inpainting_options(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options, by flag, for a sample image to repaint and its mask; {} without an image."""
+    """Return the options, by flag, for an image to repaint and its mask; {} if nothing is repainted."""
     path = sample.get("image_path")
-    if path is None:
-        return {}
-    return {"--i2i_path": path, "--strength": 1, "--mask_path": (sample.get("extra") or {}).get("mask_path")}
+    mask = (sample.get("extra") or {}).get("mask_path")
+    if path is None and sample.get("takes_mask"):  # an image of the training, with a mask to be made
+        path = sample["example"].image or Placeholder("IMAGE_FILE")
+        mask = Placeholder("MASK_FILE")
+    return {} if path is None else {"--i2i_path": path, "--strength": 1, "--mask_path": mask}
 
 
 def generation_options(options: StableDiffusionTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:

@@ -402,3 +402,24 @@ def test_after_a_stop_the_command_names_a_file_that_is_there(tmp_path: Path) -> 
     assert not (output / "lora.safetensors").exists()
     typed(page_commands(tmp_path)["Generate with it"][1], tmp_path)
     assert any((output / "generated").iterdir())
+
+
+@pytest.mark.slow
+def test_a_lora_that_continues_clips_is_given_a_clip_by_the_printed_command(tmp_path: Path) -> None:
+    family = family_called("ltx_2")
+    folder = tmp_path / "a folder \u00fc"
+    folder.mkdir()
+    family.prepare(folder)
+    succeed_here(*family.cache_latents, folder=folder)
+    succeed_here(*family.cache_texts, folder=folder)
+    train = [*without_encoders(family.train), "--ltx2_extend_prefix_frames", "1"]
+
+    succeed_here(*train, *OUTPUT, "--max_train_steps", "1", folder=folder)
+
+    note, line = page_commands(folder)["Generate with it"]
+    assert note.startswith("Fill in CLIP_FILE first")
+    assert is_row(["--extend_prefix", "CLIP_FILE", "--extend_prefix_frames", "1"], shlex.split(line))
+    clip = next((folder / "clips").glob("*.mp4"))
+    small = ["--video_size", "32", "32", "--infer_steps", "1", "--video_length", "9"]
+    typed(line.replace("CLIP_FILE", shlex.quote(str(clip))), folder, small)
+    assert any((folder / "output" / "generated").iterdir())

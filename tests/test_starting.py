@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import quickstart
 import run_tests
 from browser.launch import find_program
+from modules import installation
 from modules.command import typed_words
 from modules.environment import TORCH
 from modules.errors import INTERRUPTED, InstallationError, UserError
@@ -399,6 +400,16 @@ def test_the_help_of_a_command_with_extensions_names_them(monkeypatch: pytest.Mo
     monkeypatch.setattr(sys, "argv", ["wan_train_network.py", "--seed", "1"])
 
     assert find_front_words() == words[1:6]
+
+
+def test_the_installed_package_names_them_behind_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(installation, "PREFIX", "reelsmith.")
+    monkeypatch.setenv(EXTENSIONS, "glow")
+    front = ["--extensions", "glow", "train", "wan", "--x"]
+
+    assert typed_words(["python", "wan_train_network.py", "--x"]) == ["reelsmith", *front]
+    launched = typed_words(["accelerate", "launch", "--quiet", "wan_train_network.py", "--x"])
+    assert launched == ["accelerate", "launch", "--quiet", "-m", "reelsmith", *front]
 
 
 def test_other_programs_get_no_extension(monkeypatch: pytest.MonkeyPatch) -> None:

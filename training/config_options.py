@@ -70,7 +70,7 @@ def read_config_file(name: str, parser: argparse.ArgumentParser) -> dict[str, An
         if _is_empty(value):
             continue
         _reject_program_start(path, key, action)
-        values[action.dest] = _convert(path, action, value)
+        values[action.dest] = convert_value(str(path), action, value)
         _require_log_suffix(path, action, values[action.dest])
         if isinstance(parser, Parser) and f"--{key}" in action.option_strings:
             parser.typed_flags.setdefault(action.dest, f"--{key}")  # messages use the name in the file
@@ -221,48 +221,57 @@ def _flatten(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield key, value
 
 
-def _convert(path: Path, action: argparse.Action, value: Any) -> Any:
-    """Convert a TOML value to the type that the command line would give."""
+def convert_value(place: str, action: argparse.Action, value: Any) -> Any:
+    """Return a TOML value as the type that the command line would give.
+
+    Args:
+        place: The file, for the message.
+        action: The option of the script's parser.
+        value: The value in the file.
+
+    Raises:
+        OptionError: If the value has a wrong type, or is not one of the option's choices.
+    """
     if action.nargs == 0:  # a switch, which other programs also write as 0 or 1
         if not isinstance(value, (bool, int)) or value not in (0, 1):
-            raise _explain_wrong_value(path, action, value)
+            raise _explain_wrong_value(place, action, value)
         return bool(value)
     if action.nargs is None:
-        return _convert_single(path, action, value)
+        return _convert_single(place, action, value)
     items = value if isinstance(value, list) else [value]
     if isinstance(action.nargs, int) and len(items) != action.nargs:
-        raise _explain_wrong_value(path, action, value)
-    return [_convert_single(path, action, item) for item in items]
+        raise _explain_wrong_value(place, action, value)
+    return [_convert_single(place, action, item) for item in items]
 
 
-def _convert_single(path: Path, action: argparse.Action, value: Any) -> Any:
+def _convert_single(place: str, action: argparse.Action, value: Any) -> Any:
     """Convert one value of a file to the value that the option has if it is typed on the command line."""
     if value is False and action.default in (None, ""):  # other programs write false for "not set"
         return action.default
     if isinstance(value, (bool, list)) or (action.type is None and not isinstance(value, str)):
-        raise _explain_wrong_value(path, action, value)
+        raise _explain_wrong_value(place, action, value)
     # some programs write 64 as 64.0
     if action.type is int and isinstance(value, float) and value.is_integer():
         value = int(value)
     try:
         converted = value if action.type is None else action.type(str(value))  # type: ignore[operator]
     except (ValueError, TypeError, argparse.ArgumentTypeError):
-        raise _explain_wrong_value(path, action, value) from None
+        raise _explain_wrong_value(place, action, value) from None
     if action.choices is not None and converted not in action.choices:
-        raise _explain_wrong_choice(path, action, value, converted)
+        raise _explain_wrong_choice(place, action, value, converted)
     return converted
 
 
-def _explain_wrong_choice(path: Path, action: argparse.Action, value: Any, converted: Any) -> OptionError:
+def _explain_wrong_choice(place: str, action: argparse.Action, value: Any, converted: Any) -> OptionError:
     """Return the error for a value that is not among the option's choices; `converted` is the value read."""
     choices = [str(choice) for choice in action.choices or ()]
     return OptionError(
-        f"{path}: {action.dest} = {value!r}: choose from {', '.join(choices)}."
+        f"{place}: {action.dest} = {value!r}: choose from {', '.join(choices)}."
         f"{did_you_mean(str(converted), choices)}"
     )
 
 
-def _explain_wrong_value(path: Path, action: argparse.Action, value: Any) -> OptionError:
+def _explain_wrong_value(place: str, action: argparse.Action, value: Any) -> OptionError:
     """Return the error for a value whose type or number of values does not fit the option."""
     kind = bool if action.nargs == 0 else action.type  # an option without values is a switch
     names: dict[Any, str] = {
@@ -278,5 +287,5 @@ def _explain_wrong_value(path: Path, action: argparse.Action, value: Any) -> Opt
     else:
         count_text = ", or a list of them"
     return OptionError(
-        f"{path}: {action.dest} = {value!r}: expected {names.get(kind, 'text in quotes')}{count_text}"
+        f"{place}: {action.dest} = {value!r}: expected {names.get(kind, 'text in quotes')}{count_text}"
     )

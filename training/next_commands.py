@@ -451,8 +451,8 @@ def plan_next_steps(plan: TrainingPlan, sampler: "Sampler | None", command: Trai
 def example_values(plan: TrainingPlan, cached_with: Mapping[str, Any]) -> dict[str, Any]:
     """Return the caption and the files of the first training item, which a command can generate from.
 
-    Keys are field names of `Request`, and two that only some families read: `example`, with all files of the
-    item, and `cached_with`, the options that made the caches.
+    Keys are field names of `Request`, and three that only some families read: `example`, with all files of
+    the item, `cached_with`, the options that made the caches, and `takes_mask`, whether masks are inputs.
     """
     item = plan.training[0]
     example = find_example(item, plan.sources.stores)
@@ -463,4 +463,5 @@ def example_values(plan: TrainingPlan, cached_with: Mapping[str, Any]) -> dict[s
         "control_images": example.controls if has_references else (),
         "example": example,
         "cached_with": cached_with,
+        "takes_mask": bool(plan.features.mask_input_option),
     }

@@ -56,7 +56,7 @@ class CaptionList:
         self.path, self._key = table.jsonl_file, table.path_key
         self._lines: list[str] = []
         self._line_indices: dict[str, int] = {}  # by the path in the line
-        self._stamp: _Stamp | None = None  # time and size of the file when it was read
+        self._stamp: tuple[int, int] | None = None  # time and size of the file when it was read
         self._has_backup = False  # whether the state before this run is backed up
         # fills _lines and _line_indices
         self._read()
@@ -165,7 +165,8 @@ class CaptionList:
         """Replace the list file atomically. Raises _ListChanged if it changed after it was read."""
         path = real_path(self.path)  # so that a symbolic link is not replaced by a file
         assert self._stamp is not None
-        with atomic_path(path, self._stamp.size_bytes) as temporary:
+        _, size_bytes = self._stamp
+        with atomic_path(path, size_bytes) as temporary:
             temporary.write_bytes("".join(lines).encode("utf-8"))
             shutil.copymode(path, temporary)
             if _read_stamp(self.path) != self._stamp:
@@ -187,17 +188,10 @@ class _ListChanged(Exception):
     """The list was changed by another program after it was read."""
 
 
-class _Stamp(NamedTuple):
-    """Modification time and size of a file, for detecting changes."""
-
-    mtime_ns: int
-    size_bytes: int
-
-
-def _read_stamp(path: Path) -> _Stamp:
-    """Return a file's modification time and size."""
+def _read_stamp(path: Path) -> tuple[int, int]:
+    """Return a file's modification time and size in bytes, which differ if another program changed it."""
     state = path.stat()
-    return _Stamp(state.st_mtime_ns, state.st_size)
+    return state.st_mtime_ns, state.st_size
 
 
 def _hide_address(listed_path: str) -> str:

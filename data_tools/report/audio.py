@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 from markupsafe import Markup
@@ -93,14 +92,6 @@ class AudioFindings:
     warnings: list[Fault]
 
 
-class _CheckedClip(NamedTuple):
-    """A clip's audio properties, and how many of its training items have a valid audio cache."""
-
-    audio: AudioInspection
-    num_valid: int
-    num_items: int
-
-
 def check_audio(
     table: DatasetTable, plans: Sequence[SourcePlan], work: AudioWork, workers: int
 ) -> AudioFindings:
@@ -109,50 +100,44 @@ def check_audio(
     bar = Bar(len(plans), "Reading headers", "clip", shown=False)
     errors: list[Fault] = []
     warnings: list[Fault] = []
-    checked_clips: list[_CheckedClip] = []
+    tracks: list[TrackInfo] = []
+    num_valid = num_missing = 0  # audio caches
     needs_audio = table.audio == REQUIRED or work.spec.audio_only  # else missing audio is only a warning
     for plan, result in zip(plans, map_ahead(plans, check_clip, workers, bar), strict=True):
         stem = plan.source.stem
         if isinstance(result, Failure):
             errors.append(Fault("have sound that cannot be read", str(result), stem))
             continue
-        checked_clips.append(result)
-        if result.audio.missing_reason is not None:
-            silence = Fault("have no sound", result.audio.missing_reason, stem)
+        audio, num_valid_of_clip = result
+        if audio.track is not None:
+            tracks.append(audio.track)
+            num_valid += num_valid_of_clip
+            num_missing += len(plan.item_sizes) - num_valid_of_clip
+        if audio.missing_reason is not None:
+            silence = Fault("have no sound", audio.missing_reason, stem)
             if needs_audio:
                 errors.append(silence)
             else:
                 warnings.append(silence)
-        if result.audio.mismatch is not None:
-            text = f"{plan.source.path}: {result.audio.mismatch}"
+        if audio.mismatch is not None:
+            text = f"{plan.source.path}: {audio.mismatch}"
             warnings.append(Fault("have sound that does not fit", text, stem))
-    return AudioFindings(_describe_audio(table, checked_clips, len(plans)), errors, warnings)
-
-
-def _describe_audio(table: DatasetTable, checked_clips: Sequence[_CheckedClip], num_clips: int) -> list[str]:
-    """Return lines about how many of a table's clips have audio, and how many audio caches are valid."""
-    tracks: list[TrackInfo] = []
-    num_valid = num_missing = 0
-    for clip in checked_clips:
-        if clip.audio.track is not None:
-            tracks.append(clip.audio.track)
-            num_valid += clip.num_valid
-            num_missing += clip.num_items - clip.num_valid
     description = "can be heard" if table.is_audio_only else "clips have it"
-    return [
-        f"sound: {len(tracks)} of {num_clips} {description}{_describe_tracks(tracks)}",
+    lines = [
+        f"sound: {len(tracks)} of {len(plans)} {description}{_describe_tracks(tracks)}",
         f"caches of sound: {num_valid} files are valid, {pluralize(num_missing, 'items need encoding')}",
     ]
+    return AudioFindings(lines, errors, warnings)
 
 
-def _check_clip(plan: SourcePlan, work: AudioWork) -> _CheckedClip | Failure:
+def _check_clip(plan: SourcePlan, work: AudioWork) -> tuple[AudioInspection, int] | Failure:
     """Read a clip's audio properties from its headers, and count its valid audio caches."""
     try:
         audio = inspect_audio(plan.source)
         num_valid = 0 if audio.track is None else work.count_valid(plan.source, plan.valid_files)
     except (MediaError, OSError) as error:
         return Failure.of(plan.source, error)
-    return _CheckedClip(audio, num_valid, num_items=len(plan.item_sizes))
+    return audio, num_valid
 
 
 def _describe_tracks(tracks: Sequence[TrackInfo]) -> str:

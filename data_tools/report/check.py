@@ -52,7 +52,7 @@ from dataset.sources.decoding import check_resolution, decode_source
 from dataset.sources.folders import log_lone_controls
 from dataset.sources.frames import find_wrong_rates, media_table
 from dataset.sources.left_out import TableFolders
-from dataset.sources.media_source import NO_REFERENCE, Fault
+from dataset.sources.media_source import NO_REFERENCE, Fault, MediaSource
 from dataset.sources.references import lack_references, reference_buckets
 from dataset.sources.remarks import find_media_warnings
 from modules.bars import Bar
@@ -63,7 +63,15 @@ from modules.integers import ceil_div
 from modules.media.buckets import Size
 from modules.media.reading import image_size
 from protocols.data import AudioSpec, LatentSpec, MediaTable
-from protocols.family import Caches, Described, TextEncoder, fits_captions, get_audio_spec, trains_audio
+from protocols.family import (
+    Caches,
+    Described,
+    FitsCaptions,
+    TextEncoder,
+    fits_captions,
+    get_audio_spec,
+    trains_audio,
+)
 
 MEDIA, LATENTS, TEXTS = "media", "latents", "texts"  # the parts to check
 NO_ITEM = "tables have no item to train on"
@@ -141,15 +149,6 @@ class _Scope(NamedTuple):
 IdentifiedEncoders = list[tuple[TextEncoder, dict[str, str]]]  # each encoder with its identity
 
 
-@dataclass(frozen=True)
-class _EncoderIdentities:
-    """Names and files of the current encoders, which caches are compared with, and log lines on them."""
-
-    media_identity: Mapping[str, str]  # of the media encoders; empty if not needed
-    text_encoders: IdentifiedEncoders
-    lines: Sequence[str]
-
-
 def check_caching(
     family: Caches,
     config: DatasetConfig,
@@ -183,13 +182,13 @@ def check_caching(
     scope = _Scope(media=MEDIA in parts, latents=LATENTS in parts, texts=TEXTS in parts)
     if counters is None:
         counters = load_token_counters(family.text_encoders) if scope.texts else NO_TOKEN_COUNTERS
-    identities = _read_encoder_identities(family, scope)
+    media_identity, text_encoders, encoder_lines = _read_encoder_identities(family, scope)
     stores = Stores(npz_names(family), skip_existing=skip_existing, verify=verify)
     checker = _CachingChecker(
         family=family,
         scope=scope,
-        identities=identities,
-        cache_settings=_make_cache_settings(family, identities.media_identity, stores, scope),
+        text_encoders=text_encoders,
+        cache_settings=_make_cache_settings(family, media_identity, stores, scope),
         counters=counters,
         workers=workers,
     )
@@ -205,7 +204,7 @@ def check_caching(
     count_validation_items(tables, *validation)
     balance_regularization(tables)
     return CheckResult(
-        head=(RECOGNIZED, *indent([*identities.lines, *counters.missing_lines])),
+        head=(RECOGNIZED, *indent([*encoder_lines, *counters.missing_lines])),
         tables=tuple(tables),
         tail=(_describe_training_epoch(tables),) if scope.media else (),
         counters=counters,
@@ -218,7 +217,7 @@ class _CachingChecker:
 
     family: Caches
     scope: _Scope
-    identities: _EncoderIdentities
+    text_encoders: IdentifiedEncoders
     cache_settings: LatentCacheSettings
     counters: TokenCounters
     workers: int
@@ -233,13 +232,14 @@ class _CachingChecker:
             self._check_media(findings)
         if self.scope.texts:
             self._check_text_caches(findings)
-        compares_latents = bool(findings.sources and self.identities.media_identity)
+        compares_latents = bool(findings.sources and self.cache_settings.encoder_identity)
         if self.scope.texts or compares_latents:
             # only if caches are checked: other checks do not depend on the cache folder
             kind = "shards or folders are incomplete; caching repairs them"
             findings.warnings += [Fault(kind, line) for line in list_shard_errors(table)]
         check_captions(findings, self.counters, are_cached=self.scope.texts)
-        _check_json_captions(findings, self.family)
+        if fits_captions(self.family):
+            findings.errors += _find_json_caption_errors(findings.sources, self.family)
         findings.title = f"{table.name}: {format_count(len(findings.sources), table.media_kind)}"
         if self.scope.media:
             findings.title += f", {format_count(findings.num_items, 'item')}"
@@ -247,19 +247,25 @@ class _CachingChecker:
 
     def _check_media(self, findings: TableFindings) -> None:
         """Check the media of a table against the family and their latent caches."""
-        settings = self.cache_settings
+        settings, table, sources = self.cache_settings, findings.table, findings.sources
         try:
-            check_resolution(findings.table, settings.latent.pixel_step)
-            if self.scope.latents:
-                _check_media_by_family(findings, self.family)
+            check_resolution(table, settings.latent.pixel_step)
+            if self.scope.latents:  # the family has rules of its own
+                has_control = any(source.control for source in sources)
+                has_references = any(source.references for source in sources)
+                rows = (
+                    tuple(source.row_references for source in sources) if table.reads_row_references else ()
+                )
+                facts = media_table(table, has_control, has_references, table.has_guides, tuple(rows))
+                self.family.check_table(facts)
+                reject_companions(table, sources)
+                findings.sources = use_moments(self.family, sources)
             plans = _check_sources(findings, settings, self.workers)
             # otherwise the latent caches contain the audio too
             has_separate_audio_caches = trains_audio(self.family) and not settings.stores_audio
             compares_caches = bool(settings.encoder_identity)  # empty: latents are not checked
-            if compares_caches and has_separate_audio_caches and uses_audio(findings.table):
+            if compares_caches and has_separate_audio_caches and uses_audio(table):
                 family = cast(AudioCachingFamily, self.family)
-                # `plans` say how the latents of the clips are cached
-                table = findings.table
                 work = AudioWork(family, [table], settings.stores, torch.device("cpu"))
                 audio = check_audio(table, plans, work, self.workers)
                 findings.info_lines += audio.lines
@@ -274,11 +280,11 @@ class _CachingChecker:
 
     def _check_text_caches(self, findings: TableFindings) -> None:
         """Report valid and missing text caches by encoder; add an error if a needed tokenizer is missing."""
-        visible_media = find_visible_media([encoder for encoder, _ in self.identities.text_encoders])
+        visible_media = find_visible_media([encoder for encoder, _ in self.text_encoders])
         captions = list_caption_files(findings.sources, self.family.cache_tag, visible_media, self.family)
-        plans = plan_texts(captions, self.identities.text_encoders, self.cache_settings.stores)
+        plans = plan_texts(captions, self.text_encoders, self.cache_settings.stores)
         num_missing = Counter(name for plan in plans for name in plan.encoders_to_run)
-        for encoder, _ in self.identities.text_encoders:
+        for encoder, _ in self.text_encoders:
             num_valid = len(captions) - num_missing[encoder.name]
             missing = pluralize(num_missing[encoder.name], "captions need encoding")
             findings.info_lines.append(f"caches of {encoder.name}: {num_valid} are valid, {missing}")
@@ -320,8 +326,13 @@ def _describe_training_epoch(tables: Sequence[TableFindings]) -> str:
     return f"Training on {items}: {batches} an epoch, as many steps without accumulation"
 
 
-def _read_encoder_identities(family: Caches, scope: _Scope) -> _EncoderIdentities:
-    """Return what identifies the family's encoders, such as their files, to compare caches with them."""
+def _read_encoder_identities(
+    family: Caches, scope: _Scope
+) -> tuple[Mapping[str, str], IdentifiedEncoders, list[str]]:
+    """Return the identity of the media encoders, the text encoders with theirs, and lines about both.
+
+    Caches are compared with these identities; that of the media encoders is empty if it is not needed.
+    """
     media_identity: Mapping[str, str] = {}
     text_encoders: IdentifiedEncoders = []
     lines: list[str] = []
@@ -337,31 +348,18 @@ def _read_encoder_identities(family: Caches, scope: _Scope) -> _EncoderIdentitie
             text_encoders = [(encoder, dict(encoder.identity)) for encoder in family.text_encoders()]
         for _, identity in text_encoders:
             lines += describe_identity(identity)
-    return _EncoderIdentities(media_identity, text_encoders, lines)
+    return media_identity, text_encoders, lines
 
 
-def _check_json_captions(findings: TableFindings, family: Caches) -> None:
-    """Add an error for each caption that has to be a JSON object and is not valid."""
-    if not fits_captions(family):
-        return
-    for source in findings.sources:
+def _find_json_caption_errors(sources: Sequence[MediaSource], family: FitsCaptions) -> Iterator[Fault]:
+    """Yield an error for each caption that has to be a JSON object and is not valid."""
+    for source in sources:
         captions = [] if source.caption is None else [source.caption, *source.more_captions]
         for caption in filter(family.has_coordinates, captions):
             with contextlib.suppress(MediaError, OSError):  # the check of media reports errors
                 path = source.caption_path or source.path
                 for line in family.find_caption_errors(caption, image_size(source.path)):
-                    findings.errors.append(Fault(WRONG_JSON_CAPTIONS, f"{path}: {line}", source.stem))
-
-
-def _check_media_by_family(findings: TableFindings, family: Caches) -> None:
-    """Check with the model family's own rules whether it can cache a table's media."""
-    table, sources = findings.table, findings.sources
-    has_control = any(source.control for source in sources)
-    has_references = any(source.references for source in sources)
-    row_references = tuple(source.row_references for source in sources) if table.reads_row_references else ()
-    family.check_table(media_table(table, has_control, has_references, table.has_guides, row_references))
-    reject_companions(table, sources)
-    findings.sources = use_moments(family, sources)
+                    yield Fault(WRONG_JSON_CAPTIONS, f"{path}: {line}", source.stem)
 
 
 def _check_sources(
@@ -393,16 +391,11 @@ def _check_sources(
         findings.info_lines.append(f"{counts} have a mask; the others are used completely")
         check_masks(findings, plans, cache_settings.latent, workers)
     if cache_settings.encoder_identity:  # empty: latents are not checked
-        findings.info_lines.append(_count_caches(plans))
+        num_valid = sum(len(plan.valid_files) for plan in plans)
+        num_missing = sum(len(plan.missing_spans or ()) for plan in plans)
+        needs = pluralize(num_missing, "items need encoding")
+        findings.info_lines.append(f"caches: {num_valid} files are valid, {needs}")
     return plans
-
-
-def _count_caches(plans: Sequence[SourcePlan]) -> str:
-    """Return a line with the numbers of valid and of missing latent caches."""
-    num_valid = sum(len(plan.valid_files) for plan in plans)
-    num_missing = sum(len(plan.missing_spans or ()) for plan in plans)
-    needs = pluralize(num_missing, "items need encoding")
-    return f"caches: {num_valid} files are valid, {needs}"
 
 
 def _plan_sources(

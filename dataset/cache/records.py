@@ -122,7 +122,17 @@ def latent_record(entry: Entry) -> LatentRecord | None:
     record = None
     with _read_record(entry, "latents") as content:  # raises CacheError for a damaged record
         if content is not None:
-            clip = None if content["clip"] is None else _clip_info(content["clip"])
+            clip = None
+            if content["clip"] is not None:
+                kept_frames = content["clip"]["kept_frames"]
+                if type(kept_frames) is not int or not 0 <= kept_frames <= MAX_FRAMES:
+                    raise ValueError(f"a clip of {kept_frames!r} frames")
+                clip = ClipInfo(
+                    size=tuple(content["clip"]["size"]),
+                    kept_frames=kept_frames,
+                    complete=content["clip"]["complete"],
+                    size_changes=tuple(map(str, content["clip"].get("size_changes", ()))),
+                )
             record = LatentRecord(
                 encoder=dict(content["encoder"]),
                 options=dict(content["options"]),
@@ -133,15 +143,6 @@ def latent_record(entry: Entry) -> LatentRecord | None:
                 decoding_version=int(content.get("as_shown", 0)),
             )
     return record
-
-
-def _clip_info(content: Any) -> ClipInfo:
-    """Return the clip's size and frame count from a record."""
-    kept_frames = content["kept_frames"]
-    if type(kept_frames) is not int or not 0 <= kept_frames <= MAX_FRAMES:
-        raise ValueError(f"a clip of {kept_frames!r} frames")
-    changes = tuple(map(str, content.get("size_changes", ())))
-    return ClipInfo(tuple(content["size"]), kept_frames, content["complete"], changes)
 
 
 def split_record(entry: Entry) -> tuple[Sequence[str], tuple[FileIdentity, ...]] | None:

@@ -122,7 +122,6 @@ class TextWork:
         self._files = distinct_texts(files, stores)
         self.work_items: Sequence[TextBatch] = _make_batches(self._files, options.batch_size)
         self._encoders = [(encoder, dict(encoder.identity)) for encoder in encoders]
-        self._find_outputs = partial(find_outputs, encoders=self._encoders, stores=stores)
         self._loaded_encoder: TextEncoder | None = None
         # texts that cannot be encoded, or whose reference images are unusable
         self._failures_by_file: dict[CaptionFile, Failure] = {}
@@ -152,7 +151,7 @@ class TextWork:
                 # it. An unneeded `.part` file is removed.
                 part = file.file_name + PART
                 if file.has_partial_outputs:  # an earlier run was stopped before it wrote the file
-                    unfinished, encoders = self._find_outputs(file, in_part=True)
+                    unfinished, encoders = find_outputs(file, self._encoders, self.stores, in_part=True)
                     self._write_complete(file, unfinished, encoders)
                 elif part in self._parts and not self.stores.trusts_shared_caches:
                     self.stores.text_store(file.table).remove(part)
@@ -338,12 +337,24 @@ class TextWork:
         file: CaptionFile,
         conditions: Conditions,
     ) -> None:
-        """Create the record of an encoder's outputs for a caption, and write both in the background."""
+        """Bring an encoder's outputs for a caption into main memory, and write them in the background."""
         tensors = {}  # by name in the file
         for key, output in conditions.items():
             tensor = (output[0] if isinstance(output, list) else output).detach().cpu()
             require_finite(tensor, file.name, key)
             tensors[tensor_name(key, tensor, variable=key in encoder.variable_length)] = tensor
+        write(partial(self._write, file, encoder, identity, tensors))
+
+    def _write(
+        self,
+        file: CaptionFile,
+        encoder: TextEncoder,
+        identity: Mapping[str, str],
+        tensors: Mapping[str, Tensor],
+    ) -> None:
+        """Add an encoder's outputs and their record to the `.part` file, or write the complete file."""
+        # Tensors, metadata and records of other encoders are kept.
+        caption = file.caption or ""
         caption_file = None
         # without a caption file, the caption is the class_tokens of the table
         if file.caption_path is not None and path_exists(file.caption_path):
@@ -351,55 +362,27 @@ class TextWork:
         references = tuple(identify(path, origin) for path, origin in file.references)
         record = TextRecord(
             encoder=identity,
-            caption=file.caption or "",
+            caption=caption,
             file=caption_file,
-            crc32={},  # filled in by `_write`
+            crc32={name: checksum(name, tensor) for name, tensor in tensors.items()},
             settings=file.settings,
             references=references,
             # 0: no image was decoded, so later versions cannot decode it differently
             decoding_version=AS_SHOWN if references else 0,
         )
-        encoder_metadata: Mapping[str, str] = {}
+        metadata = {"architecture": self._family.name, "caption1": caption, "format_version": FORMAT_VERSION}
         if has_cache_metadata(encoder):
-            encoder_metadata = encoder.cache_metadata(record.caption, [image.sha256 for image in references])
-        write(
-            partial(
-                self._write,
-                file,
-                tensors=tensors,
-                encoder=encoder.name,
-                record=record,
-                encoder_metadata=encoder_metadata,
-            )
-        )
-
-    def _write(
-        self,
-        file: CaptionFile,
-        tensors: Mapping[str, Tensor],
-        encoder: str,
-        record: TextRecord,
-        encoder_metadata: Mapping[str, str],
-    ) -> None:
-        """Add one encoder's outputs to the unfinished `.part` file, or write the complete file."""
-        # Tensors, metadata and records of other encoders are kept.
+            metadata |= encoder.cache_metadata(caption, [image.sha256 for image in references])
+        metadata |= record_metadata({encoder.name: record})
         store = self.stores.text_store(file.table)
-        checksums = {name: checksum(name, tensor) for name, tensor in tensors.items()}
-        metadata = {
-            "architecture": self._family.name,
-            "caption1": record.caption,
-            "format_version": FORMAT_VERSION,
-            **encoder_metadata,
-            **record_metadata({encoder: dataclasses.replace(record, crc32=checksums)}),
-        }
         entry = Entry.of(store.folder / file.file_name, metadata, tensors)
         # outputs of the encoders before this one. The unfinished file is read before the finished one (in
         # `_write_complete`), because another process may finish it in between
-        unfinished_entry, earlier_encoders = self._find_outputs(file, in_part=True)
+        unfinished_entry, earlier_encoders = find_outputs(file, self._encoders, self.stores, in_part=True)
         if unfinished_entry is not None:
             entry = _merge_entries(unfinished_entry, entry)
-        if encoder == file.encoders_to_run[-1]:  # the last encoder that adds outputs
-            self._write_complete(file, entry, {encoder, *earlier_encoders})
+        if encoder.name == file.encoders_to_run[-1]:  # the last encoder that adds outputs
+            self._write_complete(file, entry, {encoder.name, *earlier_encoders})
         else:
             store.write(file.file_name + PART, entry.named, entry.metadata)
 
@@ -409,7 +392,7 @@ class TextWork:
         # a warning.
         store = self.stores.text_store(file.table)
         path = store.folder / file.file_name
-        existing, encoders_in_file = self._find_outputs(file)
+        existing, encoders_in_file = find_outputs(file, self._encoders, self.stores)
         if existing is not None:
             caption = file.caption or ""
             old_caption = existing.metadata.get("caption1", caption)

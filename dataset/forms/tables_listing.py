@@ -2,11 +2,10 @@
 
 from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-from dataset.forms import JSON_LINES
-from dataset.forms.composing import column_names, find_cells, plain_columns, read_columns, row_format
 from dataset.forms.contract import FindCell, InspectedColumns
+from dataset.forms.jsonl import JSON_LINES
+from dataset.forms.row_formats import column_names, find_cells, plain_columns, read_columns, row_format
 from dataset.forms.rows import (
     CAPTION_COLUMNS,
     PATH_COLUMNS,
@@ -61,15 +60,11 @@ def _make_cell_finders(path: Path, names: Iterable[str], media_column: str) -> d
     return cell_finders
 
 
-class _ReadColumns(NamedTuple):
-    """The columns from which a table's media and captions are read."""
-
-    media: str
-    caption: str | None  # None: the table has no captions
-
-
-def _select_columns(table: DatasetTable, path_column: str | None, columns: Sequence[str]) -> _ReadColumns:
-    """Return the media and caption columns; `path_column` is the value in the dataset file."""
+def _select_columns(
+    table: DatasetTable, path_column: str | None, columns: Sequence[str]
+) -> tuple[str, str | None]:
+    """Return the media column and the caption column; the second is None if the table has no captions."""
+    # `path_column` is the value in the dataset file.
     columns_by_key = {
         "path_column": path_column,
         "control_column": table.control_column,
@@ -88,7 +83,7 @@ def _select_columns(table: DatasetTable, path_column: str | None, columns: Seque
             raise DatasetError(f"{table.name}: {key} = {name!r} is not a column. It has {_shown(columns)}.")
     caption = table.caption_column or _find_first(CAPTION_COLUMNS, columns)
     # a column called "image" or "video" contains the files themselves, or their paths
-    return _ReadColumns(media_column or table.kind, caption)
+    return media_column or table.kind, caption
 
 
 def _find_first(names: Iterable[str], columns: Container[str]) -> str | None:

@@ -7,6 +7,7 @@ FFmpeg and Pillow choose a reader by a file's content, not by its suffix: a clip
 import contextlib
 import struct
 import sys
+import traceback
 import zlib
 from collections.abc import Iterator, Sequence
 from importlib import import_module
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image, UnidentifiedImageError
 
-from modules.errors import InstallationError, MediaError
+from modules.errors import InstallationError, MediaError, UserError
 from modules.limits import (
     MAX_DECODED_BYTES,
     MAX_FRAME_BYTES,
@@ -59,7 +60,7 @@ LARGE_FRAME_BYTES = 1 << 25  # of a decoded frame; larger than 10-bit 4K
 _LONE_CODECS = frozenset({"png", "ffv1"})  # intra-only codecs that FFmpeg does not mark as such
 ATTACHED_IMAGE = 1 << 10  # FFmpeg's flag of cover images, which it treats as video streams
 
-# errors of Pillow and its plugins for damaged or malicious files
+# errors that damaged files cause wherever they are read; of decoders, every error counts
 _DAMAGE: tuple[type[Exception], ...] = (
     OSError, ValueError, SyntaxError, EOFError, LookupError, OverflowError, struct.error, zlib.error,
 )  # fmt: skip
@@ -266,12 +267,25 @@ def reading(path: Path) -> Iterator[None]:
             f"{path} has more than {MAX_PIXELS / 1e6:.0f} million pixels, which is the limit. Make the "
             "image smaller."
         ) from None
-    # catch FFmpeg's errors only if its package has been imported
-    except (*_DAMAGE, getattr(sys.modules.get("av"), "FFmpegError", OSError)) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+    except UserError:
+        raise
+    except Exception as error:
+        if not isinstance(error, _DAMAGE) and not _is_from_decoder(error):
+            raise  # a mistake of ours, or memory of the graphics card
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         if "truncated" in reason.lower():  # Pillow's message: Truncated File Read
             reason = "the file is cut short"
         raise MediaError(f"{path} cannot be read: {reason}") from error
+
+
+def _is_from_decoder(error: Exception) -> bool:
+    """Return whether FFmpeg, Pillow or one of its plugins has raised the error, whatever its type."""
+    # the class of FFmpeg's errors exists only if its package has been imported
+    if isinstance(error, getattr(sys.modules.get("av"), "FFmpegError", ())):
+        return True
+    packages = {"PIL"} | {factory.__module__.partition(".")[0] for factory, _ in Image.OPEN.values()}
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_globals.get("__name__", "").partition(".")[0] in packages for frame, _ in frames)
 
 
 def _is_video(path: Path) -> bool:
@@ -281,7 +295,9 @@ def _is_video(path: Path) -> bool:
             path, [name for name in VIDEO_FORMATS if not name.endswith("_pipe")]
         ) as container:
             return bool(container.streams.video)
-    except (MediaError, OSError, ValueError, InstallationError):
+    except Exception as error:
+        if not isinstance(error, (UserError, *_DAMAGE)) and not _is_from_decoder(error):
+            raise
         return False
 
 

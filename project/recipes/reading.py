@@ -6,6 +6,7 @@ key is refused by its name, so a recipe cannot name a path, a program, a module 
 
 import argparse
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from project.new_options import NewOptions
 from project.options import KIND_NAMES, find_models
 from protocols.families import with_scripts
 from runtime.options import TrainingSpeedOptions
+from training.config_options import convert_value
 from training.options import TrainingOptions
 from training.run_options import AcceleratorOptions
 
@@ -38,6 +40,7 @@ OWN = Path("recipes")  # folder of own recipes in the working folder, where `rec
 MAX_BYTES = 1 << 16
 MAX_TEXT_LENGTH = 300  # characters
 MAX_FIGURES = 20
+MAX_NAMED = 20  # names in a message
 TEXT_KEYS = ("title", "family", "task", "train", "tried_on")
 TABLE_KEYS = ("training", "figures")
 # options that any resumed run may change, although they affect what is learned
@@ -74,18 +77,28 @@ class TrainingRecipe:
 
 
 def find_recipe(name: str) -> TrainingRecipe:
-    """Return a recipe by its name (the user's recipes come first) or file path.
+    """Return a recipe by its name or file path.
 
     Raises:
-        OptionError: If there is no such recipe, or if it contains something that a recipe must not set.
+        OptionError: If there is no such recipe, if one of the user's has the name of a shipped one, or if it
+            contains something that a recipe must not set.
     """
     if name.endswith(".toml"):
         return read_recipe(Path(name))
-    paths = list_paths()
-    if name not in paths:
-        near = did_you_mean(name, paths)
-        raise OptionError(f"--recipe {name}: there is no such recipe.{near} There are {', '.join(paths)}")
-    return read_recipe(paths[name])
+    paths = [path for path in list_paths() if path.stem == name]
+    if not paths:
+        names = list(dict.fromkeys(path.stem for path in list_paths()))
+        near = did_you_mean(name, names)
+        more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+        raise OptionError(
+            f"--recipe {name}: there is no such recipe.{near} There are {', '.join(names[:MAX_NAMED])}{more}"
+        )
+    if len(paths) > 1:
+        raise OptionError(
+            f"--recipe {name}: a recipe of this program has that name, and {paths[-1].as_posix()} too. Pass "
+            f"the path of the one that you want, {' or '.join(path.as_posix() for path in paths)}"
+        )
+    return read_recipe(paths[0])
 
 
 def complete_options_from_recipe(recipe: TrainingRecipe, options: NewOptions) -> NewOptions:
@@ -116,10 +129,9 @@ def complete_options_from_recipe(recipe: TrainingRecipe, options: NewOptions) ->
     )
 
 
-def list_paths() -> dict[str, Path]:
-    """Return the paths of all recipes by name; the user's recipes override shipped ones."""
-    files = [path for folder in (OWN, SHIPPED) for path in sorted(folder.glob("*.toml"))]
-    return {path.stem: path for path in reversed(files)}
+def list_paths() -> list[Path]:
+    """Return the paths of all recipes: the shipped ones, then the user's."""
+    return [path for folder in (SHIPPED, OWN) for path in sorted(folder.glob("*.toml"))]
 
 
 def describe_recipe(recipe: TrainingRecipe) -> list[str]:
@@ -150,13 +162,14 @@ def read_recipe(path: Path) -> TrainingRecipe:
         reason = shorten(" ".join(str(error).split()), MAX_TEXT_LENGTH).rstrip(".")
         raise OptionError(f"recipe {path} cannot be read: {reason}. Pass a file of `recipe save`") from None
     try:
-        return _parse_recipe(path.stem, content)
+        return _parse_recipe(path, content)
     except ValueError as error:
         raise OptionError(f"recipe {path}: {error}") from None
 
 
-def _parse_recipe(name: str, content: Mapping[str, Any]) -> TrainingRecipe:
+def _parse_recipe(path: Path, content: Mapping[str, Any]) -> TrainingRecipe:
     """Check the keys of a parsed recipe file, and return the recipe."""
+    name = path.stem
     if _NAME.fullmatch(name) is None:
         raise ValueError("its name has to be of letters, digits, _ and -")
     for key in content:
@@ -172,7 +185,9 @@ def _parse_recipe(name: str, content: Mapping[str, Any]) -> TrainingRecipe:
             raise ValueError(f"{key} is not a table: write [{key}] and its keys below")
     return TrainingRecipe(
         name=name,
-        training=check_values(tables["training"], texts["family"], texts["task"], texts["train"]),
+        training=check_values(
+            f"recipe {path}", tables["training"], texts["family"], texts["task"], texts["train"]
+        ),
         figures=_read_figures(tables["figures"]),
         **texts,
     )
@@ -215,18 +230,21 @@ def find_recipe_model(family: str, task: str) -> ModelSet:
     return models[family, task]
 
 
-def check_values(training: Mapping[str, Any], family: str, task: str, train: str) -> dict[str, Any]:
-    """Check the values of a recipe against the options of the script that trains its kind of run.
+def check_values(
+    place: str, training: Mapping[str, Any], family: str, task: str, train: str
+) -> dict[str, Any]:
+    """Check the values of a recipe as those of a run.toml, for the script that trains its kind of run.
 
     Args:
+        place: The recipe, for messages.
         training: Values by option.
         family: Family of the model, as `new --family` names it.
         task: Its task.
         train: Kind of run, as `new --train` names it.
 
     Raises:
-        ValueError: If there is no such model or kind, or for a key that no recipe may set.
-        OptionError: If a number is beyond the limits of its option.
+        ValueError: If there is no such model or kind, or for a key or value that no recipe may have.
+        OptionError: If run.toml could not have the value either.
     """
     model = find_recipe_model(family, task)
     if train not in KIND_NAMES:
@@ -234,7 +252,7 @@ def check_values(training: Mapping[str, Any], family: str, task: str, train: str
     argv = BY_NAME[train].find_training_command(model)
     if not argv:
         raise ValueError(f"train = {train!r}: {family} {task} has no script for it")
-    recipe_options = _find_recipe_options(argv[0])
+    recipe_options = find_recipe_options(argv[0])
     modules = {*RANKED_NETWORKS, *_list_own_modules(model)}
     values = {}
     for name, value in training.items():
@@ -246,7 +264,9 @@ def check_values(training: Mapping[str, Any], family: str, task: str, train: str
                 "what is learned: no paths or programs, and nothing about the graphics card, saving or "
                 "logging"
             )
-        values[name] = _read_value(option, name, value, modules)
+        _reject_reach(option, name, value, modules)
+        convert_value(place, option, value)
+        values[name] = value
         check_value(name, values[name], getattr(option, "facts", {}))
     return values
 
@@ -275,7 +295,8 @@ def _list_own_modules(model: ModelSet) -> list[str]:
     return [after for word, after in zip(argv, argv[1:], strict=False) if word == "--network_module"]
 
 
-def _find_recipe_options(script: str) -> dict[str, argparse.Action]:
+@cache
+def find_recipe_options(script: str) -> Mapping[str, argparse.Action]:
     """Return the options that a recipe may set, by name, including those that this script rejects."""
     table = find_table(find_script(script))
     assert table is not None, script
@@ -283,62 +304,31 @@ def _find_recipe_options(script: str) -> dict[str, argparse.Action]:
     return {name: actions[name] for name in sorted(list_allowed(script) & actions.keys())}
 
 
-def _read_value(action: argparse.Action, name: str, value: Any, modules: set[str]) -> Any:
-    """Check one value of a recipe against its training option, and return it as run.toml stores it."""
+def _reject_reach(action: argparse.Action, name: str, value: Any, modules: set[str]) -> None:
+    """Raise ValueError if a value may do more than decide what is learned, as recipes come from strangers."""
+    items = value if isinstance(value, list) else [value]
+    shown = _show(str(value))
     if name in ("optimizer_args", "network_args", "lr_scheduler_args"):
-        return [_read_pair(name, text) for text in _as_list(value)]
-    if name == "network_module":
-        return _choose(name, value, sorted(modules))
-    if name == "optimizer_type":
-        return _read_listed(name, value, read_optimizer(value))
-    if name == "lr_scheduler":
-        return _read_listed(name, value, read_scheduler(value))
-    # recipes come from strangers: they may not set paths, URLs, programs or secrets
-    if getattr(action, "reach", "") or getattr(action, "is_secret", False):
+        wrong = [item for item in items if not isinstance(item, str) or _PAIR.fullmatch(item) is None]
+        if wrong:
+            raise ValueError(
+                f"{name} = {_show(str(wrong[0]))}: write NAME=VALUE, the value a number or a word"
+            )
+    elif name == "network_module":
+        if value not in modules:
+            raise ValueError(f"{name} = {shown}: use {', '.join(sorted(modules))}")
+    elif name in ("optimizer_type", "lr_scheduler"):
+        try:
+            ours = read_optimizer(value) if name == "optimizer_type" else read_scheduler(value)
+        except ValueError as error:
+            raise ValueError(f"{name} = {shown}: {error}") from None
+        if value != ours:
+            raise ValueError(f"{name} = {shown}: write {ours}")
+    elif getattr(action, "reach", "") or getattr(action, "is_secret", False):
         raise ValueError(f"{name} can only be set on the command line: it may affect more than the training")
-    if action.nargs == 0:  # a flag, which has no value on a command line
-        return _read_switch(name, value)
-    if action.choices is not None:
-        return _choose(name, value, [str(choice) for choice in action.choices])
-    if action.nargs is None:
-        return _read_number(name, value, action.type)
-    return [_read_number(name, item, action.type) for item in _as_list(value)]
-
-
-def _read_switch(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} = {_show(str(value))}: pass true or false")
-    return value
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
-def _read_listed(name: str, value: Any, ours: str) -> str:
-    if value != ours:
-        raise ValueError(f"{name} = {_show(str(value))}: write {ours}")
-    return ours
-
-
-def _choose(name: str, value: Any, choices: list[str]) -> str:
-    if value not in choices:
-        raise ValueError(f"{name} = {_show(str(value))}: use {', '.join(choices)}")
-    return str(value)
-
-
-def _read_pair(name: str, text: Any) -> str:
-    if not isinstance(text, str) or _PAIR.fullmatch(text) is None:
-        raise ValueError(f"{name} = {_show(str(text))}: write NAME=VALUE, the value a number or a word")
-    return text
-
-
-def _read_number(name: str, value: Any, kind: Any) -> float | int:
-    """Return a recipe's value if it is a number, and an integer if `kind` is int; else raise ValueError."""
-    if type(value) not in (int, float):
-        raise ValueError(f"{name} = {_show(str(value))}: a recipe gives a number here")
-    if kind is int and type(value) is not int:
-        raise ValueError(f"{name} = {value}: use a whole number")
-    if value != value or value in (float("inf"), float("-inf")):
-        raise ValueError(f"{name} = {value} is not a number")
-    return value
+    elif action.nargs != 0 and action.choices is None:  # free text may be a path, a URL or a program
+        for item in items:
+            if type(item) not in (int, float):
+                raise ValueError(f"{name} = {_show(str(item))}: a recipe gives a number here")
+            if not math.isfinite(item):
+                raise ValueError(f"{name} = {item} is not a number")

@@ -9,23 +9,23 @@ from typing import Any
 
 from downloads.listing import print_lines
 from modules.atomic_write import write_text
+from modules.control_codes import shorten
 from modules.errors import OptionError, OutputError
-from modules.installation import find_script
-from modules.option_tables import find_table
 from modules.options import find_rejection
-from modules.table_parser import build_parser
 from modules.text_files import parse_toml, read_text
 from project.kinds.composing import BY_NAME, find_run_kind
 from project.options import RUN_FILE, find_models, own_command
 from project.recipes.options import LIST, RecipeOptions
 from project.recipes.reading import (
+    MAX_TEXT_LENGTH,
     OWN,
     TrainingRecipe,
     check_values,
     describe_recipe,
     find_recipe_model,
-    list_allowed,
+    find_recipe_options,
     list_paths,
+    list_shipped,
     read_recipe,
 )
 from training.config_options import PROJECT_TABLE, toml_value
@@ -41,7 +41,17 @@ def run_recipe_command(options: RecipeOptions) -> None:
         UserError: If the run has not ended, or if its recipe cannot be written.
     """
     if options.action == LIST:
-        print_lines([line for path in list_paths().values() for line in describe_recipe(read_recipe(path))])
+        shipped_names = {recipe.name for recipe in list_shipped()}
+        for path in list_paths():
+            try:
+                lines = describe_recipe(read_recipe(path))
+            except OptionError as error:  # one file, which may be somebody else's, hides no other
+                lines = [str(error)]
+            if path.parent == OWN and path.stem in shipped_names:
+                lines.append(
+                    f"  It has the name of a recipe of this program: pass its path, {path.as_posix()}"
+                )
+            print_lines(lines)
         return
     assert options.run is not None  # checked by the options
     save_recipe(options, find_history(options.run))
@@ -76,16 +86,21 @@ def save_recipe(options: RecipeOptions, history: Path) -> None:
         OutputError: If the file exists and may not be replaced.
     """
     run_history, start = _read_finished_run(history)
-    recipe = _make_recipe(options, history, run_history, start)
+    try:
+        recipe, reasons = _make_recipe(options, history, run_history, start)
+    except ValueError as error:  # the history or run.toml, which may be a stranger's, names no model of ours
+        raise OptionError(f"{history}: {error}") from None
     path = options.to / f"{recipe.name}.toml"
     if path.exists() and not options.overwrite:
         raise OutputError(f"{path} already exists. Pass another --name, or --overwrite")
     options.to.mkdir(parents=True, exist_ok=True)
     write_text(path, write_recipe(recipe))
     read_recipe(path)  # verify that the written file can be read
-    operand = recipe.name if options.to == OWN else path.as_posix()
+    is_found_by_name = options.to == OWN and recipe.name not in {one.name for one in list_shipped()}
+    operand = recipe.name if is_found_by_name else path.as_posix()
     # without the first line, the title of the recipe
     lines = [f"written: {path}", *describe_recipe(recipe)[1:]]
+    lines += [f"  left out: {reason}" for reason in reasons]
     lines.append(f"{own_command('new', 'FOLDER', '--recipe', operand)} trains another folder with it")
     print_lines(lines)
 
@@ -102,21 +117,25 @@ def _read_finished_run(history: Path) -> tuple[RunHistory, Start]:
 
 def _make_recipe(
     options: RecipeOptions, history: Path, run_history: RunHistory, start: Start
-) -> TrainingRecipe:
-    """Return the recipe of a finished training run: its model, reusable options and figures."""
+) -> tuple[TrainingRecipe, list[str]]:
+    """Return the recipe of a finished run, and why it lacks options that it would have with other values."""
     changed_options = dict(start.changed)
     family, task, train = _find_trained_model(history, changed_options, start)
     name = options.name or history_name(history)
-    return TrainingRecipe(
+    values, reasons = _select_recipe_options(changed_options, family, task=task, train=train)
+    # a run that a feature ended early has taken fewer steps than it was started for
+    values["max_train_steps"] = max(run_history.loss, default=start.total_steps)
+    recipe = TrainingRecipe(
         name=name,
         title=options.title or f"{family} {task}: {name}",
         family=family,
         task=task,
         train=train,
         tried_on=options.tried_on or _name_model_file(changed_options, family, task),
-        training=_select_recipe_options(changed_options, family, task=task, train=train, start=start),
+        training=values,
         figures=_list_figures(run_history, start),
     )
+    return recipe, reasons
 
 
 def write_recipe(recipe: TrainingRecipe) -> str:
@@ -171,9 +190,23 @@ def _read_commands(history: Path) -> list[list[str]]:
     """Return the commands in the run.toml of a run's folder or its parent; [] if there is none."""
     for folder in (history.absolute().parent, history.absolute().parent.parent):
         path = folder / RUN_FILE
-        if path.is_file():
-            commands = parse_toml(read_text(path)).get(PROJECT_TABLE, {}).get("commands", [])
-            return [[str(word) for word in words] for words in commands]
+        if not path.is_file():
+            continue
+        try:
+            tables = parse_toml(read_text(path))
+        except (OSError, ValueError, RecursionError) as error:
+            reason = shorten(" ".join(str(error).split()), MAX_TEXT_LENGTH).rstrip(".")
+            raise OptionError(
+                f"{path} cannot be read: {reason}. Mend it, or move the run elsewhere"
+            ) from None
+        table = tables.get(PROJECT_TABLE, {})
+        commands = table.get("commands", []) if isinstance(table, dict) else None
+        if not isinstance(commands, list) or not all(isinstance(words, list) for words in commands):
+            raise OptionError(
+                f"{path}: [{PROJECT_TABLE}] has no list of commands, as `new` writes it. Mend it, or move "
+                "the run"
+            )
+        return [[str(word) for word in words] for words in commands]
     return []
 
 
@@ -187,38 +220,35 @@ def _name_model_file(changed_options: Mapping[str, str], family: str, task: str)
 
 
 def _select_recipe_options(
-    changed_options: Mapping[str, str], family: str, task: str, train: str, start: Start
-) -> dict[str, Any]:
-    """Return those options of a finished run that a recipe may contain, parsed from its history."""
-    script = BY_NAME[train].find_training_command(find_recipe_model(family, task))[0]
-    table = find_table(find_script(script))
-    assert table is not None, script
-    actions = {action.dest: action for action in build_parser(table, script)._actions}
+    changed_options: Mapping[str, str], family: str, task: str, train: str
+) -> tuple[dict[str, Any], list[str]]:
+    """Return those options of a run that a recipe may have, and the reasons against the values of others."""
+    model = find_recipe_model(family, task)
+    argv = BY_NAME[train].find_training_command(model)
+    if not argv:
+        raise ValueError(f"{family} {task} has no script for --train {train}")
+    recipe_options = find_recipe_options(argv[0])
     values: dict[str, Any] = {}
+    reasons = []
     for name, text in changed_options.items():
-        action = actions.get(name)
-        if name not in list_allowed(script) or action is None or find_rejection(action):
+        action = recipe_options.get(name)
+        if action is None or find_rejection(action):
             continue
-        value = _parse_history_value(action, text)
+        if action.nargs == 0:
+            value: Any = True
+        elif action.nargs in (None, "?"):
+            value = _parse_history_value(action, text)
+        else:
+            value = [_parse_history_value(action, word) for word in shlex.split(text)]
         try:
-            values |= check_values({name: value}, family, task, train)
-        except (ValueError, OptionError):
-            continue  # a path, or the user's own code
-    values["max_train_steps"] = start.total_steps
-    return values
+            values |= check_values("", {name: value}, family, task, train)
+        except (ValueError, OptionError) as error:  # a path, or the user's own code
+            reasons.append(str(error).removeprefix(": "))
+    return values, reasons
 
 
-def _parse_history_value(action: argparse.Action, text: str) -> Any:
-    """Parse an option's value from a run's history: a flag, one value, or several values."""
-    if action.nargs == 0:
-        return True
-    if action.nargs in (None, "?"):
-        return _read_number(text)
-    return [_read_number(word) for word in shlex.split(text)]
-
-
-def _read_number(text: str) -> int | float | str:
-    for kind in (int, float):
+def _parse_history_value(action: argparse.Action, text: str) -> int | float | str:
+    for kind in (int, float) if action.type is not None else ():
         try:
             return kind(text)
         except ValueError:

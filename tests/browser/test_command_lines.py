@@ -11,7 +11,7 @@ from urllib.parse import urlencode
 import pytest
 
 from browser.command_lines import format_cd, format_command
-from modules.installation import program_words
+from modules.installation import EXTENSIONS, program_words
 from tests.browser.serving import python_of, serve_runs
 from tests.browser.test_new_page import describe, write_images
 from tests.chromium import open_page, wait_until
@@ -34,6 +34,14 @@ from tests.commands import QUIET
 def test_a_command_has_the_path_of_its_script(words: list[str], line: str) -> None:
     assert format_command(words) == line
     assert format_command(words, Path("/my set")) == f"cd '/my set' && {line}"
+
+
+def test_a_command_names_the_extensions_of_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(EXTENSIONS, "glow")
+    front = f"{python_of('reelsmith.py')} --extensions glow"
+
+    assert format_command(["reelsmith", "run", "/a b"]) == f"{front} run '/a b'"
+    assert format_command(["python", "tools/compare.py", "x"]) == f"{front} compare x"
 
 
 def test_a_folder_stands_before_a_command_of_relative_paths() -> None:

@@ -153,6 +153,20 @@ def test_what_new_and_run_print_is_typed_as_it_is(tmp_path: Path) -> None:
     assert "--extensions glow" in generate
     paste(target, place / "my clips", generate)
 
+    recipe = run(target, place, *front, "recipe", "save", place / "out put").stdout
+    (again,) = re.findall("^(python .*) trains another folder with it$", recipe, re.MULTILINE)
+    shutil.copytree(place / "my clips", place / "FOLDER", ignore=shutil.ignore_patterns("run.toml"))
+    said = paste(
+        target, place, again, "--overwrite", "--memory", "0", *models, "--trigger_word", "zorb"
+    ).stdout
+    assert "network_dim = 32" in (place / "FOLDER" / "run.toml").read_text(encoding="utf-8")
+    packed = run(target, place, *front, "pack", "my clips", "--output", "other/p k.zip").stdout
+    (unpack,) = re.findall("^On the other machine: (.*)$", packed, re.MULTILINE)
+    said = paste(target, place / "other", unpack).stdout
+    (next_line,) = re.findall("^Next: (.*)$", said, re.MULTILINE)
+    assert "--extensions glow run 'my clips'" in next_line
+    paste(target, place / "other", next_line, "--dry_run")
+
 
 def test_options_of_an_extension_are_in_the_help_and_are_checked(tmp_path: Path) -> None:
     install(tmp_path, "glow")

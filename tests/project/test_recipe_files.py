@@ -2,13 +2,17 @@
 
 import json
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from docs.model_tables import recipe_table
 from modules.errors import OptionError, OutputError
+from modules.parser import Parser
 from modules.script_options import parse_options
+from modules.table_parser import build_parser
 from modules.text_files import parse_toml
 from project.files import write_project
 from project.new_options import NewOptions
@@ -107,13 +111,13 @@ HOSTILE = {
     "learning_rate = '1e-4; rm'": "learning_rate = 1e-4; rm: a recipe gives a number here",
     "learning_rate = nan": "learning_rate = nan is not a number",
     "learning_rate = true": "learning_rate = True: a recipe gives a number here",
-    "network_dim = 4.5": "network_dim = 4.5: use a whole number",
+    "network_dim = 4.5": "mine.toml: network_dim = 4.5: expected a whole number",
     "network_dim = 0": "--network_dim 0: use a number of at least 1",
-    "network_dim = [4, 4]": "network_dim = [4, 4]: a recipe gives a number here",
-    "timestep_sampling = 'x/y'": "timestep_sampling = x/y: use",
+    "network_dim = [4, 4]": "network_dim = [4, 4]: expected a whole number",
+    "timestep_sampling = 'x/y'": "mine.toml: timestep_sampling = 'x/y': choose from",
     "network_train_unet_only = 1": "cannot be set by a recipe",
     "tread = 'x.py'": "tread = x.py",
-    "teacher = '/x'": "teacher = /x: use",
+    "teacher = '/x'": "teacher = '/x': choose from",
     '"a\\u001b[31mb" = 1': "cannot be set by a recipe",
 }
 
@@ -283,7 +287,7 @@ def test_a_finished_run_becomes_a_recipe_without_its_paths(
     assert (recipe.family, recipe.task, recipe.train) == ("wan", "t2v-1.3B", "lora")
     assert "somebody" not in text
     assert "new FOLDER --recipe cat" in capsys.readouterr().out
-    assert list(list_paths())[-1] == "cat"
+    assert list_paths()[-1] == Path("recipes/cat.toml")
     with pytest.raises(OutputError, match="already exists. Pass another --name, or --overwrite"):
         save("clips/output")
     save("clips/output/cat-history.jsonl", "--overwrite")
@@ -362,3 +366,134 @@ def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
 
     said = capsys.readouterr().out
     assert all(f"recipe {recipe.name}: {recipe.title}" in said for recipe in list_shipped())
+
+
+def test_one_bad_file_hides_no_other_recipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "a.toml").write_text("[", encoding="utf-8")
+    write_recipe_file(tmp_path).rename(tmp_path / "recipes" / "b.toml")
+    (options,) = parse_options("", ["list"], RecipeOptions)
+    run_recipe_command(options)
+
+    said = " ".join(capsys.readouterr().out.split())
+    assert "recipe recipes/a.toml cannot be read" in said
+    assert "recipe b: A test" in said
+
+
+def test_many_recipes_are_listed_with_one_parser_a_script(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").mkdir()
+    for number in range(100):
+        write_recipe_file(tmp_path).rename(tmp_path / "recipes" / f"r{number}.toml")
+    reading.find_recipe_options.cache_clear()
+    scripts = []
+
+    def build_counted(table: Mapping[str, Any], script: str) -> Parser:
+        scripts.append(script)
+        return build_parser(table, script)
+
+    monkeypatch.setattr(reading, "build_parser", build_counted)
+    (options,) = parse_options("", ["list"], RecipeOptions)
+    run_recipe_command(options)
+
+    assert capsys.readouterr().out.count("A test") == 100
+    assert scripts == ["wan_train_network.py"]
+
+
+def test_a_recipe_of_the_folder_does_not_stand_for_a_shipped_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").mkdir()
+    write_recipe_file(tmp_path).rename(tmp_path / "recipes" / "pocket-shape.toml")
+
+    with pytest.raises(OptionError, match="has that name, and recipes/pocket-shape.toml too. Pass the path"):
+        find_recipe("pocket-shape")
+    assert find_recipe("recipes/pocket-shape.toml").title == "A test"
+    (options,) = parse_options("", ["list"], RecipeOptions)
+    run_recipe_command(options)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "It has the name of a recipe of this program: pass its path, recipes/pocket-shape.toml" in said
+    write_history(tmp_path, CHANGED)
+    save("cat-history.jsonl", "--name", "pocket-shape", "--overwrite")
+    assert "new FOLDER --recipe recipes/pocket-shape.toml" in capsys.readouterr().out
+
+
+def test_numbers_that_an_option_lists_are_values_of_a_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for family, task in (("stable_diffusion", "xl"), ("stable_diffusion", "1.5")):
+        text = RECIPE.replace('"wan"', f'"{family}"').replace('"t2v-1.3B"', f'"{task}"')
+        path = write_recipe_file(tmp_path, "max_token_length = 150", text=text)
+        assert read_recipe(path).training == {"max_token_length": 150}
+        path.write_text(path.read_text(encoding="utf-8").replace("150", "151"), encoding="utf-8")
+        with pytest.raises(OptionError, match="max_token_length = 151: choose from 75, 150, 225"):
+            read_recipe(path)
+    changed = [["network_module", "networks.lora"], ["max_token_length", "150"], ["clip_skip", "2"]]
+    write_history(tmp_path / "clips" / "output", changed)
+    commands = [["python", "tools/download.py", "--family", "stable_diffusion", "--task", "xl"]]
+    commands += [["python", "sdxl_train_network.py"]]
+    text = f"[reelsmith]\ncommands = {toml_value(commands)}\n"
+    (tmp_path / "clips" / "run.toml").write_text(text, encoding="utf-8")
+    save("clips")
+    assert find_recipe("cat").training["max_token_length"] == 150
+
+
+def test_values_that_no_recipe_may_have_are_named_when_it_is_saved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    changed = [*CHANGED, ["optimizer_type", "mine.Optimizer"]]
+    save(str(write_history(tmp_path, changed)))
+
+    said = " ".join(capsys.readouterr().out.split())
+    assert "left out: " in said
+    assert "mine.Optimizer" in said
+    assert "somebody" not in said
+
+
+def test_a_run_that_ended_early_gives_its_recipe_the_steps_that_it_took(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    history = write_history(tmp_path, CHANGED)
+    text = history.read_text(encoding="utf-8").replace('"total_steps": 2', '"total_steps": 500')
+    history.write_text(text, encoding="utf-8")
+    save(str(history))
+
+    assert find_recipe("cat").training["max_train_steps"] == 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "reelsmith = 5",
+            "reelsmith = [1]",
+            "[reelsmith]\ncommands = 5",
+            "[[reelsmith]]\na = 1",
+            "[",
+            "\x00",
+        ),
+        *("[reelsmith]\ncommands = [5]", "[reelsmith]\ncommands = [['--family', 'x', '--task', 'y']]"),
+        *("a = " + "[" * 5000, "a." * 5000 + "a = 1", "[reelsmith]\ncommands = {}"),
+    ],
+)
+def test_a_run_of_a_stranger_is_refused_in_a_sentence(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_history(tmp_path / "clips" / "output", CHANGED)
+    (tmp_path / "clips" / "run.toml").write_text(text, encoding="utf-8")
+
+    with pytest.raises(OptionError) as raised:
+        save("clips")
+
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "recipes").exists()

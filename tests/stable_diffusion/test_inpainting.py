@@ -2,6 +2,7 @@
 
 import json
 import random
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -48,6 +49,7 @@ from tests.stable_diffusion.test_training_step import CPU, KINDS, make_batch, ma
 from tests.tiny.stable_diffusion import WRITERS, tokenizer_folder, unet_state, write_folder
 from training.features.inpainting import InpaintingOptions, add_inputs
 from training.loss import NoisyBatch
+from training.reports.history import history_path, read_history, read_session
 from training.targets.passes import training_loss
 
 DATASET = """[general]
@@ -318,6 +320,27 @@ def test_a_lora_learns_on_an_inpainting_model_and_its_samples_are_the_images_of_
     assert torch.equal(picture(sample), picture(first))
     # added to outputs, or to weights, which rounds once more
     assert (picture(first) - picture(second)).abs().max() <= 1
+
+
+def test_the_printed_command_repaints_an_image_of_the_training(folder: Path) -> None:
+    model = WRITERS["sd1"](folder, channels=9, name="nine.safetensors")
+    lora: list[object] = ["--train_inpainting", "--network_dim", 2, "--network_train_unet_only"]
+
+    succeed_here("train_network.py", *words(model, *lora, "--max_train_steps", 1), folder=folder)
+
+    path = history_path(folder / "output", "it")
+    session = read_session(path)
+    assert session is not None
+    commands = {command.title: command for command in read_history(path, session).commands}
+    generate = commands["Generate with it"]
+    assert "MASK_FILE" in generate.missing
+    argv = shlex.split(generate.bash)
+    image = folder / argv[argv.index("--i2i_path") + 1]
+    assert image.is_file()
+    assert image.parent == folder / "pictures"
+    filled = [word.replace("MASK_FILE", "mask.png") for word in argv[2:]]
+    succeed_here(Path(argv[1]).name, *filled, "--steps", "2", folder=folder)
+    assert any((folder / "output" / "generated").iterdir())
 
 
 @pytest.mark.slow

@@ -359,7 +359,8 @@ def test_a_caption_that_no_terminal_takes_is_left_out(
 ) -> None:
     caption = "x" * length
     item = SimpleNamespace(table=SimpleNamespace(references=None))
-    plan: Any = SimpleNamespace(training=[item], sources=SimpleNamespace(stores=None))
+    features = SimpleNamespace(mask_input_option="")
+    plan: Any = SimpleNamespace(training=[item], sources=SimpleNamespace(stores=None), features=features)
     monkeypatch.setattr(following, "find_example", lambda *_: ExampleItem(caption))
 
     assert following.example_values(plan, {})["prompt"] == (caption if is_told else None)

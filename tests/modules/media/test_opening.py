@@ -25,6 +25,7 @@ from modules.media.buckets import (
     select_bucket,
     select_interpolation,
 )
+from modules.media.opening import open_image
 from modules.media.reading import fit_frame, image_size, read_image, video_frames, video_info
 from tests.dataset.making import subset_table
 from tests.golden_cases import read_case
@@ -281,3 +282,44 @@ def test_a_crop_around_a_face_holds_it(anywhere: bool) -> None:
             assert 0 <= start <= full - 128
             assert start / scale <= middle - half + 1
             assert (start + 128) / scale >= middle + half - 1
+
+
+@pytest.mark.parametrize("form", ["AVIF", "GIF", "JPEG", "JPEG2000", "PNG", "TIFF", "WEBP"])
+def test_whatever_a_decoder_says_of_a_damaged_picture_is_a_fault_of_that_file(
+    form: str, tmp_path: Path
+) -> None:
+    """A damaged AVIF is a RuntimeError of Pillow, a cut GIF an EOFError of FFmpeg, which is asked too."""
+    if form not in Image.registered_extensions().values():
+        pytest.skip(f"this Pillow writes no {form}")
+    noise = np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8)
+    path = tmp_path / "a.img"
+    Image.fromarray(noise).save(path, form)
+    whole = path.read_bytes()
+    draw = random.Random(3)
+    refused = 0
+    for number in range(60):
+        content = bytearray(whole)
+        if number % 2:
+            content = content[: draw.randrange(1, len(content))]
+        else:
+            place = draw.randrange(len(content))
+            content[place : place + 8] = b"\xff" * 8
+        path.write_bytes(content)
+        try:
+            read_image(path)
+        except MediaError:
+            refused += 1
+    assert refused > 10
+
+
+def test_an_error_of_ours_is_no_fault_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.new("RGB", (8, 8)).save(path)
+
+    def run_out_of_memory() -> None:
+        with open_image(path) as image:
+            image.load()
+            raise RuntimeError("CUDA out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run_out_of_memory()
