@@ -29,6 +29,7 @@ from project.foreign.checking import check_run
 from project.foreign.counting import count_epoch_steps, find_pixel_step
 from project.foreign.lengths import select_length
 from project.foreign.naming import explain_model
+from project.foreign.own_files import use_own_files
 from project.foreign.places import find_table_keys, omit_table_keys
 from project.foreign.project import ForeignProject
 from project.foreign.reading import read_foreign
@@ -117,6 +118,8 @@ def write_project(options: NewOptions) -> None:
     template = _read_template(options)
     completed = template.complete_options(options)
     model_choice = _select_model(completed, memory, template)
+    if template.foreign is not None:
+        completed = use_own_files(template.foreign, completed, model_choice.model, options)
     # first, because building the family takes seconds
     kind = _select_kind(completed, model_choice, memory, template.name_kind_setting(options))
     if kind.makes_training_adapter and lacks_media(completed.folder):
@@ -368,10 +371,28 @@ def _apply_foreign_project(setup: describing.RunSetup, foreign: ForeignProject) 
     )
     if setup.has_subsets:  # subsets accept fewer keys
         omit_table_keys(foreign)
+    setup = _use_foreign_samples(setup, foreign)
     # the project may give its length in epochs, whose steps depend on the media
     steps_per_epoch = count_epoch_steps(setup)
     options = select_length(foreign, setup.options, steps_per_epoch, len(content.media))
     return dataclasses.replace(setup, options=options)
+
+
+def _use_foreign_samples(setup: describing.RunSetup, foreign: ForeignProject) -> describing.RunSetup:
+    """Return the setup with the project's samples, unless samples need images of the folder; report which."""
+    if not foreign.sample_keys:
+        return setup
+    if not foreign.samples:
+        reason = "there is no prompt; prompts.txt has some of your captions"
+    elif not setup.has_text_samples:
+        reason = "samples need images of the folder here; prompts.txt has some with them"
+    else:
+        count = format_count(len(foreign.samples), "prompt")
+        foreign.change_lines.append(f"{', '.join(foreign.sample_keys)}: {count} in prompts.txt")
+        return dataclasses.replace(setup, foreign_samples=foreign.samples)
+    for key in foreign.sample_keys:
+        foreign.report_omitted_key(key, reason)
+    return setup
 
 
 def _remove_rejected_options(setup: describing.RunSetup, foreign: ForeignProject) -> describing.RunSetup:
