@@ -9,6 +9,7 @@ import difflib
 import itertools
 import os
 import re
+import unicodedata
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path, PurePath
@@ -113,6 +114,22 @@ def number_key(name: str) -> tuple[tuple[str | int, ...], str, str]:
 def sort_by_numbers(paths: Iterable[Path]) -> list[Path]:
     """Return the paths sorted by file name, with numbers in natural order: `a2` before `a10`."""
     return sorted(paths, key=lambda path: number_key(path.name))
+
+
+def compose_name(name: str) -> str:
+    """Return a file name with each accented letter as one character (NFC), as most programs write it.
+
+    Names from a Mac's disk or zip may have a letter and its accent as two characters, and look the same.
+    """
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+def find_spelling(path: Path) -> Path:
+    """Return the path or, if only a file exists whose name has its accents written otherwise, that path."""
+    if path.name.isascii() or path_exists(path):
+        return path
+    spellings = [path.with_name(unicodedata.normalize(form, path.name)) for form in ("NFC", "NFD")]
+    return next(filter(path_exists, spellings), path)
 
 
 def path_exists(path: Path) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dataset.forms.composing import FORMAT_BY_SUFFIX, column_names, read_columns
+from dataset.forms.row_formats import FORMAT_BY_SUFFIX, column_names, read_columns
 from dataset.forms.rows import CAPTION_COLUMNS, PATH_COLUMNS, check_text
 from dataset.sources.captions import guess_windows_encoding
 from modules.console import format_count, list_some

@@ -15,10 +15,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from dataset.forms import CACHES, FOLDER, FORMS, JSON_LINES, JSONL, ROWS
+from dataset.forms import CACHES, FOLDER, FORMS, JSONL
 from dataset.forms.composing import FORMAT_BY_SOURCE
 from dataset.forms.contract import SourceFormat
+from dataset.forms.jsonl import JSON_LINES
 from dataset.forms.metadata import METADATA
+from dataset.forms.row_formats import ROWS
 from dataset.table import declared_keys
 from modules.options import option_name
 from networks.kinds import KINDS
@@ -106,7 +108,7 @@ def copy_tree(target: Path, *parts: str) -> None:
 
 
 def delete_from(tree: Path, name: str) -> list[str]:
-    """Delete the files of one of FOLDERS and its lines in the list; return the names of the files."""
+    """Delete the files of one of FOLDERS and its lines in the lists; return the names of the files."""
     folder = tree / FOLDERS[name]
     room = FOLDERS[name].replace("/", r"\.")
     paths = [folder / f"{name}.py", *folder.glob(f"{name}_*.py")]
@@ -117,11 +119,14 @@ def delete_from(tree: Path, name: str) -> list[str]:
             shutil.rmtree(tree / writer)
         else:
             (tree / writer).unlink()
-    listing = folder / "__init__.py"
-    lines = listing.read_text(encoding="utf-8").splitlines(keepends=True)
+    listings = [folder / "__init__.py"]
+    if name in FORM_FILES:
+        listings.append(folder / "row_formats.py")
     named = re.compile(rf"from {room}\.{name} |{name}(_\w+)?: |    {name.upper()},$")
-    kept = [line for line in lines if not named.match(line)]
-    listing.write_text("".join(kept), encoding="utf-8", newline="\n")
+    for listing in listings:
+        lines = listing.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if not named.match(line)]
+        listing.write_text("".join(kept), encoding="utf-8", newline="\n")
     return [path.name for path in paths]
 
 

@@ -39,6 +39,7 @@ from modules.media.reading import (
     video_frames,
 )
 from modules.media.writing import write_png
+from modules.paths import compose_name
 from modules.text_files import real_path
 
 Gray = NDArray[np.uint8]  # H W, white is learned
@@ -160,7 +161,7 @@ def _list_entries(media: Sequence[tuple[Path, Kind]], folder: Path) -> list[Mask
     label = MASK_LABEL if is_next_to_media else ""
     entries = []
     for media_path, kind in media:
-        masks = tuple(masks_by_kind[kind].get(media_path.stem, ()))
+        masks = tuple(masks_by_kind[kind].get(compose_name(media_path.stem), ()))
         entries.append(MaskEntry(media_path, kind, masks, folder, mask_stem=media_path.stem + label))
     return entries
 

@@ -22,6 +22,7 @@ from modules.console import format_count
 from modules.errors import DatasetError, MediaError
 from modules.integers import ceil_div
 from modules.media import reading
+from modules.paths import compose_name
 from protocols.data import LatentSpec
 
 LEARNED = 0.5  # a latent whose mask lies above counts as learned
@@ -110,7 +111,9 @@ def find_lone_masks(tables: Sequence[TableFindings]) -> None:
         folder = findings.table.mask_directory
         if folder is not None:
             key = folder_id(folder)
-            media_stems.setdefault(key, set()).update(source.stem for source in findings.sources)
+            media_stems.setdefault(key, set()).update(
+                compose_name(source.stem) for source in findings.sources
+            )
             first_tables.setdefault(key, findings)
     for key, findings in first_tables.items():
         findings.warnings += _find_lone_masks(findings.table, media_stems[key])

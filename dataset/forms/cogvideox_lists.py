@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from dataset.forms import JSON_LINES
 from dataset.forms.cogvideox_keys import CogVideoXKeys
 from dataset.forms.columns import table_lines
-from dataset.forms.composing import column_names, read_columns, row_format
 from dataset.forms.contract import TableRow
+from dataset.forms.jsonl import JSON_LINES
+from dataset.forms.row_formats import column_names, read_columns, row_format
 from dataset.forms.rows import check_text, locate
 from dataset.sources.captions import complete_captions
 from dataset.sources.media_source import Fault, MediaSource, number_repeats

@@ -1,9 +1,10 @@
 """Base classes of data forms: where the items of a table are, how rows are written, how caches are stored.
 
 Each form is a file that imports quickly, in some cases with a second file that loads heavy libraries, and its
-lines in `dataset/forms/__init__.py`. All other code works unchanged if these are deleted. Only folders and
-JSONL lists are named elsewhere; other forms are found by the keys of a table (`SourceFormat`), the suffix of
-a file (`RowFormat`) or the value of `cache_format` (`SharedCaches`), see `composing.py`.
+lines in `dataset/forms/__init__.py` or `row_formats.py`. All other code works unchanged if these are deleted.
+Only folders and JSONL lists are named elsewhere; other forms are found by the keys of a table
+(`SourceFormat`), the suffix of a file (`RowFormat`) or the value of `cache_format` (`SharedCaches`), see
+`composing.py` and `row_formats.py`.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping

@@ -12,7 +12,7 @@ from dataset.table import DatasetTable
 from modules.errors import DatasetError
 from modules.limits import MAX_METADATA_BYTES
 from modules.media.reading import image_suffixes
-from modules.paths import check_length
+from modules.paths import check_length, compose_name, find_spelling
 from modules.text_files import bad_character, parse_json, read_text
 
 logger = logging.getLogger(__name__)
@@ -106,23 +106,24 @@ def find_image(key: str, folder: Path | None, images_by_folder: dict[Path, dict[
     if folder is not None and Path(key).is_relative_to(folder) and not path.parent.is_dir():
         path = Path(key)  # the key begins with the folder, spelled as in the dataset file
     check_length(path)
-    if path.suffix.lower() in image_suffixes() and path.is_file():
-        return path
+    image = find_spelling(path)
+    if path.suffix.lower() in image_suffixes() and image.is_file():
+        return image
     # the key has no suffix
     if path.parent not in images_by_folder:
         images_by_folder[path.parent] = _list_images(path.parent)
     image_by_stem = images_by_folder[path.parent]
-    if path.name not in image_by_stem:
+    if compose_name(path.name) not in image_by_stem:
         in_folder = "" if folder is None else f" in {folder}"
         raise ValueError(f"there is no such image{in_folder}: fix the key or remove the entry")
-    return image_by_stem[path.name]
+    return image_by_stem[compose_name(path.name)]
 
 
 def _list_images(folder: Path) -> dict[str, Path]:
     """Return the images in a folder by their names without suffix; {} if there is no such folder."""
     # in reverse order, so that the first of the files with the same stem stays
     entries = sorted(folder.iterdir(), reverse=True) if folder.is_dir() else []
-    return {entry.stem: entry for entry in entries if entry.suffix.lower() in image_suffixes()}
+    return {compose_name(entry.stem): entry for entry in entries if entry.suffix.lower() in image_suffixes()}
 
 
 def _join_caption_and_tags(entry: Any, table: DatasetTable) -> str | None:

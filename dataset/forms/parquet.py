@@ -4,12 +4,13 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from dataset.forms.contract import FindCell, RowFormat, TableRow
+from dataset.forms.parquet_parts import SUFFIXES
 
 
 class Parquet(RowFormat):
     """Parquet format: one file, or a folder of files that together form one table."""
 
-    suffixes = (".parquet", ".pq")
+    suffixes = SUFFIXES
     is_text = False
 
     def reads(self, path: Path) -> bool:

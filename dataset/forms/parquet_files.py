@@ -15,8 +15,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from dataset.forms.composing import FORMAT_BY_SUFFIX, row_format
 from dataset.forms.contract import FindCell
+from dataset.forms.parquet_parts import parquet_parts
 from modules.errors import DatasetError, MediaError
 from modules.limits import MAX_GROUP_BYTES, MAX_UNPACKED_TIMES, MIN_UNPACKED_BYTES
 from modules.text_files import require_regular_file
@@ -35,28 +35,6 @@ _BINARY, _STRUCT = 8, 12
 _INTEGERS = (4, 5, 6)  # i16, i32, i64
 _BOOLEANS = (1, 2)  # true and false; they have no further bytes
 _ONE_AT_A_TIME = threading.Lock()  # otherwise all threads would load the same row group at once
-
-
-def parquet_parts(path: Path) -> list[Path]:
-    """Return the Parquet file itself, or those in a folder, sorted by name.
-
-    Raises:
-        DatasetError: If a folder contains none.
-    """
-    if not path.is_dir():
-        return [path]
-    parts = sorted(
-        part
-        for part in path.iterdir()
-        if FORMAT_BY_SUFFIX.get(part.suffix.lower()) is row_format(path)
-        and not part.name.startswith((".", "_"))
-    )
-    if not parts:
-        raise DatasetError(
-            f"{path} is a folder without .parquet files. Name a .parquet, .csv, .tsv or .jsonl file, or a "
-            "folder of .parquet parts."
-        )
-    return parts
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from dataset.forms import parquet_files
 from dataset.forms.columns import check_names
 from dataset.forms.contract import TableRow
+from dataset.forms.parquet_parts import parquet_parts
 from modules.errors import DatasetError
 
 BATCH_ROWS, BATCH_BYTES = 4096, 1 << 26  # maximum number of rows, and of bytes, in memory at a time
@@ -18,7 +19,7 @@ def read_column_names(path: Path) -> tuple[str, ...]:
     Raises:
         DatasetError: If the file cannot be read.
     """
-    return _find_columns(parquet_files.parquet_parts(path)[0], None).names
+    return _find_columns(parquet_parts(path)[0], None).names
 
 
 def read_parts(path: Path, names: Collection[str] | None) -> Iterator[TableRow]:
@@ -27,13 +28,13 @@ def read_parts(path: Path, names: Collection[str] | None) -> Iterator[TableRow]:
     Raises:
         DatasetError: If a file cannot be read.
     """
-    for part in parquet_files.parquet_parts(path):
+    for part in parquet_parts(path):
         yield from _read_rows(part, names)
 
 
 def split_columns(path: Path, names: Collection[str]) -> tuple[list[str], list[str]]:
     """Return the columns among `names` that contain small values, and those that contain files."""
-    part = parquet_files.parquet_parts(path)[0]
+    part = parquet_parts(path)[0]
     cells = [name for name in names if parquet_files.cell_column(part, name) is not None]
     nested_types = _find_columns(part, names).nested_types
     plain = [name for name in names if name not in nested_types and name not in cells]

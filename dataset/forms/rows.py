@@ -21,7 +21,15 @@ from dataset.table import FURTHER_TEXT, DatasetTable
 from modules.control_codes import shorten
 from modules.errors import DatasetError
 from modules.limits import MAX_CAPTION_BYTES
-from modules.paths import address_identity, expand_path, get_scheme, hide_secrets, is_address, split_address
+from modules.paths import (
+    address_identity,
+    expand_path,
+    find_spelling,
+    get_scheme,
+    hide_secrets,
+    is_address,
+    split_address,
+)
 from modules.text_files import bad_character
 
 logger = logging.getLogger(__name__)
@@ -466,7 +474,7 @@ def locate(text: str, base: Path | None, position: str) -> Path:
         DatasetError: If the text cannot be a path.
     """
     try:
-        return expand_path(text, base)
+        return find_spelling(expand_path(text, base))
     except ValueError as error:
         raise DatasetError(f"{position}: {shorten(text, MAX_SHOWN)!r}: {error}.") from None
 

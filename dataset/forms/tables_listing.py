@@ -3,9 +3,9 @@
 from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 
-from dataset.forms import JSON_LINES
-from dataset.forms.composing import column_names, find_cells, plain_columns, read_columns, row_format
 from dataset.forms.contract import FindCell, InspectedColumns
+from dataset.forms.jsonl import JSON_LINES
+from dataset.forms.row_formats import column_names, find_cells, plain_columns, read_columns, row_format
 from dataset.forms.rows import (
     CAPTION_COLUMNS,
     PATH_COLUMNS,

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dataset.forms.composing import KEYS, find_cells, get_source_format
+from dataset.forms.composing import KEYS, get_source_format
 from dataset.forms.contract import FindCell, InspectedColumns, TableRow
+from dataset.forms.row_formats import find_cells
 from dataset.forms.rows import CAPTION_COLUMNS, control_number, is_companion, is_control, is_layer
 from dataset.sources.media_source import Fault
 from dataset.table import FURTHER_TEXT, DatasetTable

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dataset.table import CaptionChanges, DatasetTable
 from modules.errors import DatasetError
 from modules.limits import MAX_CAPTION_BYTES, MAX_CAPTIONS
+from modules.paths import find_spelling
 from modules.text_files import bad_character, read_content, read_if_object, read_text
 from protocols.families import caption_formats
 from protocols.rules import TokenCount
@@ -21,7 +22,7 @@ if TYPE_CHECKING:  # loaded only for files that are not UTF-8
 
 def caption_path(media: Path, extension: str) -> Path:
     """Return the path of the caption next to an image or a clip."""
-    return media.with_name(media.stem + extension)
+    return find_spelling(media.with_name(media.stem + extension))
 
 
 SHOWN = 60  # characters of a caption in a message

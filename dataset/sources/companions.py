@@ -3,7 +3,7 @@
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from modules.media.reading import (
     read_image,
     resize_cover,
 )
+from modules.paths import compose_name
 from protocols.rules import ReferenceRules
 
 Clip = NDArray[np.uint8]  # F H W C
@@ -122,6 +123,7 @@ def pair_by_name(
         DatasetError: If two files have the same stem and number, or the folder cannot be listed.
     """
     suffixes = image_suffixes() | ANIMATION_SUFFIXES | VIDEO_SUFFIXES
+    stem_by_name = {compose_name(stem): stem for stem in stems}
     numbered: dict[str, dict[int, Path]] = {}  # stem -> (number -> path)
     unmatched = []
     for entry in list_entries(folder, key, table.config_path):
@@ -129,7 +131,7 @@ def pair_by_name(
         is_folder = entry.is_dir()
         if not is_folder and path.suffix.lower() not in suffixes:
             continue
-        stem_and_number = _parse_name(entry.name if is_folder else path.stem, key, stems)
+        stem_and_number = _parse_name(entry.name if is_folder else path.stem, key, stem_by_name)
         if stem_and_number is None:
             unmatched.append(path)
             continue
@@ -145,16 +147,17 @@ def pair_by_name(
     return companions, unmatched
 
 
-def _parse_name(name: str, key: str, stems: Collection[str]) -> tuple[str, int] | None:
+def _parse_name(name: str, key: str, stem_by_name: Mapping[str, str]) -> tuple[str, int] | None:
     """Return the stem of the media file that a companion's name belongs to, and its number."""
     # The number is -1 without a suffix `_N`; only references can have one. None if the name fits no stem.
-    if name in stems:
-        return name, -1
+    name = compose_name(name)
+    if name in stem_by_name:
+        return stem_by_name[name], -1
     stem, _, number = name.rpartition("_")
     is_number = number.isdecimal() and number.isascii()
-    if key != REFERENCE or stem not in stems or not is_number:  # only references may be several
+    if key != REFERENCE or stem not in stem_by_name or not is_number:  # only references may be several
         return None
-    return stem, int(number)
+    return stem_by_name[stem], int(number)
 
 
 def reject_companions(table: DatasetTable, sources: Sequence[MediaSource]) -> None:

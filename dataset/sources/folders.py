@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import logging
 import os
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -21,6 +21,7 @@ from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
 from modules.media.labels import MASK_LABEL, find_stem_label
 from modules.media.opening import AUDIO_SUFFIXES, open_image
 from modules.media.reading import TIFF_SUFFIXES, TOOL_TAG, VIDEO_SUFFIXES, image_suffixes, read_tags
+from modules.paths import compose_name, find_spelling
 from modules.text_files import bad_character, require_regular_file
 
 logger = logging.getLogger(__name__)
@@ -146,7 +147,7 @@ def find_audio_beside(clip: Path) -> tuple[Path, None] | None:
     Raises:
         DatasetError: If there are several such files.
     """
-    paths = [clip.with_suffix(suffix) for suffix in sorted(AUDIO_SUFFIXES)]
+    paths = [find_spelling(clip.with_suffix(suffix)) for suffix in sorted(AUDIO_SUFFIXES)]
     files = [path for path in paths if path.exists()]
     if len(files) > 1:
         names = " and ".join(path.name for path in files)
@@ -181,7 +182,7 @@ def _find_captions(table: DatasetTable, stem: str, reads_file: bool) -> _Caption
     if not table.caption_extension:
         return _Captions()
     assert table.directory is not None
-    path = table.directory / (stem + table.caption_extension)
+    path = find_spelling(table.directory / (stem + table.caption_extension))
     if not reads_file:
         return _Captions(path)
     encoding = None
@@ -204,7 +205,8 @@ def _find_companions(
     # `what` is "mask" or "sound". A fault is added if two files have the same stem, or if no file matches.
     try:
         by_stem = _companions_by_stem(table, what, folder)
-        files_by_medium = {path: by_stem[path.stem] for path in media if path.stem in by_stem}
+        stems = {path: compose_name(path.stem) for path in media}
+        files_by_medium = {path: by_stem[stem] for path, stem in stems.items() if stem in by_stem}
         for files in files_by_medium.values():
             if len(files) > 1:
                 kinds = f"masks of the same {table.kind}" if what == "mask" else "sound of the same clip"
@@ -367,7 +369,7 @@ def log_lone_controls(sources: Sequence[MediaSource]) -> None:
 class ControlFolder:
     """The files in a `control_directory` by stem; the folder is listed only once."""
 
-    def __init__(self, folder: Path, stems: Container[str], config_path: Path | None = None) -> None:
+    def __init__(self, folder: Path, stems: Iterable[str], config_path: Path | None = None) -> None:
         """List the folder, and index its images by the stem of the image to which they belong.
 
         Args:
@@ -379,17 +381,18 @@ class ControlFolder:
             DatasetError: If the folder cannot be listed.
         """
         self._folder = folder
-        self._stems = stems
+        self._stems = frozenset(map(compose_name, stems))
         entries = [folder / entry.name for entry in list_entries(folder, "control_directory", config_path)]
-        self._by_name = {path.name: path for path in entries}
+        self._by_name = {compose_name(path.name): path for path in entries}
         # reversed, so that the first of the clips with the same stem stays
-        self._clips = {path.stem: path for path in reversed(entries) if _ends_in(path, ANIMATION_SUFFIXES)}
-        # videos take precedence over animations
-        self._clips |= {path.stem: path for path in reversed(entries) if _ends_in(path, VIDEO_SUFFIXES)}
+        self._clips: dict[str, Path] = {}
+        for suffixes in (ANIMATION_SUFFIXES, VIDEO_SUFFIXES):  # videos take precedence
+            clips = [path for path in reversed(entries) if _ends_in(path, suffixes)]
+            self._clips |= {compose_name(path.stem): path for path in clips}
         self._images: dict[str, list[Path]] = {}  # control images by the stem of their image
         for path in entries:
             if _ends_in(path, image_suffixes()) and find_stem_label(path.stem) != MASK_LABEL:
-                for image_stem in self._find_image_stems(path.stem):
+                for image_stem in self._find_image_stems(compose_name(path.stem)):
                     self._images.setdefault(image_stem, []).append(path)
         self.unmatched = self._images.get("", [])  # control images that belong to no image
 
@@ -418,7 +421,8 @@ class ControlFolder:
         """
         images = self._list_numbered_images(stem)
         if count is None:
-            return tuple(path for path in images if path.stem == stem or path.stem not in self._stems)
+            own = compose_name(stem)
+            return tuple(path for path in images if compose_name(path.stem) not in self._stems - {own})
         if len(images) < count:
             needed = f"{stem}.png" if count == 1 else f"{count} images {stem}_0.png, {stem}_1.png, ..."
             raise DatasetError(
@@ -430,19 +434,20 @@ class ControlFolder:
     def list_surplus(self, stem: str, count: int) -> list[Path]:
         """Return an image's control images after the first `count`, except those named like another image."""
         surplus = self._list_numbered_images(stem)[count:]
-        return [path for path in surplus if path.stem not in self._stems]
+        return [path for path in surplus if compose_name(path.stem) not in self._stems]
 
     def _list_numbered_images(self, stem: str) -> list[Path]:
         """Return an item's control images in order: NAME.png, then NAME_0.png, NAME_1.png, ..."""
         ranked = []
-        for path in self._images.get(stem, ()):
+        for path in self._images.get(compose_name(stem), ()):
+            is_unnumbered = compose_name(path.stem) == compose_name(stem)
             number = path.stem.rsplit("_", 1)[-1]
-            if path.stem != stem and not number.isdecimal():
+            if not is_unnumbered and not number.isdecimal():
                 raise DatasetError(
                     f"{path}: a control image of {stem} must be named {stem}{path.suffix} or "
                     f"{stem}_<number>{path.suffix}"
                 )
-            rank = -1 if path.stem == stem else int(number)
+            rank = -1 if is_unnumbered else int(number)
             ranked.append((rank, path))
         return [path for _, path in sorted(ranked)]
 
@@ -455,13 +460,14 @@ class ControlFolder:
         Raises:
             DatasetError: If the video has no control clip.
         """
-        if video.name in self._by_name:
-            return self._by_name[video.name]
-        folder = self._by_name.get(video.stem)
+        name, stem = compose_name(video.name), compose_name(video.stem)
+        if name in self._by_name:
+            return self._by_name[name]
+        folder = self._by_name.get(stem)
         if folder is not None and folder.is_dir():
             return folder
-        if video.stem in self._clips:
-            return self._clips[video.stem]
+        if stem in self._clips:
+            return self._clips[stem]
         raise DatasetError(
             f"{self._folder} has no control clip for {video.name}: neither {video.name} nor a folder "
             f"{video.stem}"

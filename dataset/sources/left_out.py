@@ -16,6 +16,7 @@ from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
 from modules.media.labels import MASK_FOLDERS, MASK_LABEL, find_stem_label
 from modules.media.opening import AUDIO_SUFFIXES
 from modules.media.remedies import find_remedy
+from modules.paths import compose_name
 
 MAX_SEARCHED_NAMES = 1000  # maximum number of names of a subfolder that are searched
 # files that are often next to media and are not reported: files of runs and caches, captions of other
@@ -139,7 +140,9 @@ def _count_unused(
     # 1. Count captions that are probably unread by mistake.
     # 2. Count images with a label in their names, such as masks, that no table reads.
     # 3. Count other files, except those that are expected next to media.
-    media_stems = {stem for _, stem, suffix in entries if suffix.lower() in rules.media_suffixes}
+    media_stems = {
+        compose_name(stem) for _, stem, suffix in entries if suffix.lower() in rules.media_suffixes
+    }
     unread_captions = _find_unread_captions(table, entries, rules)
     caption_names = {name for names in unread_captions.values() for name in names}
     counts: dict[str, Counter[str]] = {}  # hint -> number of files by suffix
@@ -149,7 +152,9 @@ def _count_unused(
         entry, stem, _ = split_entry
         if entry.name in caption_names:
             continue
-        unused = _explain_unused(split_entry, table, folder, rules, has_media=stem in media_stems)
+        unused = _explain_unused(
+            split_entry, table, folder, rules, has_media=compose_name(stem) in media_stems
+        )
         if unused is not None:
             hint, displayed = unused
             counts.setdefault(hint, Counter())[displayed] += 1
@@ -229,7 +234,7 @@ def _find_unread_captions(
         if media_name is None or not is_file(entry):
             continue
         media_stem, _ = split_name(media_name)
-        if media_stem != stem:
+        if compose_name(media_stem) != compose_name(stem):
             misnamed.append((entry.name, media_name))
         elif suffix not in rules.caption_suffixes:
             by_suffix.setdefault(suffix, []).append(entry.name)
@@ -238,10 +243,12 @@ def _find_unread_captions(
 
 def _list_uncaptioned(entries: Sequence[_SplitEntry], rules: "_FolderRules") -> Iterator[str]:
     """Yield the names of a folder's media files without a caption, except masks and conditioning images."""
-    names = {entry.name for entry, _, _ in entries}
+    names = {compose_name(entry.name) for entry, _, _ in entries}
     for entry, stem, suffix in entries:
         if suffix.lower() in rules.media_suffixes and find_stem_label(stem) is None:
-            caption_names = {f"{stem}{caption_suffix}" for caption_suffix in rules.caption_suffixes}
+            caption_names = {
+                compose_name(f"{stem}{caption_suffix}") for caption_suffix in rules.caption_suffixes
+            }
             if names.isdisjoint(caption_names):
                 yield entry.name
 

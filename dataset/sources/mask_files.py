@@ -7,6 +7,7 @@ from modules.media.buckets import Size
 from modules.media.decoding import ANIMATION_SUFFIXES
 from modules.media.labels import MASK_LABEL, find_stem_label, get_image_stem
 from modules.media.reading import VIDEO_SUFFIXES, image_suffixes
+from modules.paths import compose_name
 
 SAME_SHAPE = 0.02  # relative difference of aspect ratios that count as equal
 
@@ -25,7 +26,7 @@ def mask_suffixes(kind: str) -> frozenset[str]:
 
 
 def masks_by_stem(entries: Iterable[Path], kind: str, in_media_folder: bool) -> dict[str, list[Path]]:
-    """Return the mask files among a folder's paths, by the stem of their image or clip.
+    """Return the mask files among a folder's paths, by the stem of their image or clip (`compose_name`).
 
     Args:
         entries: Paths in the folder.
@@ -43,7 +44,7 @@ def masks_by_stem(entries: Iterable[Path], kind: str, in_media_folder: bool) -> 
 def files_by_stem(
     entries: Iterable[Path], suffixes: Container[str], with_folders: bool
 ) -> dict[str, list[Path]]:
-    """Return the files with these suffixes among the paths of a folder, by stem.
+    """Return the files with these suffixes among the paths of a folder, by stem as `compose_name` returns it.
 
     With `with_folders`, subfolders are included, by their full names.
     """
@@ -51,5 +52,5 @@ def files_by_stem(
     for path in entries:
         is_folder = with_folders and path.is_dir()
         if is_folder or (path.suffix.lower() in suffixes and path.is_file()):
-            by_stem.setdefault(path.name if is_folder else path.stem, []).append(path)
+            by_stem.setdefault(compose_name(path.name if is_folder else path.stem), []).append(path)
     return by_stem

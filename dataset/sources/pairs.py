@@ -16,6 +16,7 @@ from modules.media.buckets import Size
 from modules.media.decoding import ANIMATION_SUFFIXES
 from modules.media.reading import VIDEO_SUFFIXES, image_suffixes, resize_cover
 from modules.option_values import format_shape
+from modules.paths import compose_name
 
 Clip = NDArray[np.uint8]  # F H W C
 
@@ -39,15 +40,15 @@ def add_rejected(
             path = folder / entry.name
             if entry.is_dir():
                 if table.kind == "video":
-                    by_stem.setdefault(entry.name, []).append(path)
+                    by_stem.setdefault(compose_name(entry.name), []).append(path)
             elif path.suffix.lower() in suffixes:
-                by_stem.setdefault(path.stem, []).append(path)
+                by_stem.setdefault(compose_name(path.stem), []).append(path)
     except DatasetError as error:
         faults.append(Fault(kind, str(error)))
         return list(sources)
     paired = []
     for source in sources:
-        paths = by_stem.get(source.stem, [])
+        paths = by_stem.get(compose_name(source.stem), [])
         if len(paths) > 1:
             text = f"{paths[0]} and {paths[1].name} are both the worse one of {source.path.name}. Keep one"
             faults.append(Fault(kind, text, source.stem))

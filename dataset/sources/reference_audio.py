@@ -11,6 +11,7 @@ from dataset.sources.media_source import Fault, MediaSource
 from dataset.table import DatasetTable
 from modules.media.opening import AUDIO_SUFFIXES
 from modules.media.reading import VIDEO_SUFFIXES
+from modules.paths import compose_name
 
 KEY = "reference_audio_directory"
 
@@ -28,7 +29,7 @@ def add_reference_audio(
     assert folder is not None  # the caller checks it
     entries = map(Path, list_entries(folder, KEY, table.config_path))
     by_stem = files_by_stem(entries, AUDIO_SUFFIXES | VIDEO_SUFFIXES, with_folders=False)
-    stems = {source.stem for source in sources}
+    stems = {compose_name(source.stem) for source in sources}
     kind = f"problems with {KEY} of {table.name}"
     if not by_stem.keys() & stems:
         example = min(stems, default="clip")
@@ -43,7 +44,7 @@ def add_reference_audio(
     _warn_of_unmatched_audio(table, sources, by_stem)
     completed = []
     for source in sources:
-        paths = by_stem.get(source.stem)
+        paths = by_stem.get(compose_name(source.stem))
         completed.append(source if paths is None else replace(source, reference_audio=paths[0]))
     return completed
 
@@ -52,8 +53,8 @@ def _warn_of_unmatched_audio(
     table: DatasetTable, sources: Sequence[MediaSource], by_stem: Mapping[str, list[Path]]
 ) -> None:
     """Log how many clips have no reference audio, and how many of the files belong to no clip."""
-    without_reference = [source.path for source in sources if source.stem not in by_stem]
+    without_reference = [source.path for source in sources if compose_name(source.stem) not in by_stem]
     warn_about_paths(table, f"of {len(sources)} clips have no reference in {KEY}", without_reference)
-    stems = {source.stem for source in sources}
+    stems = {compose_name(source.stem) for source in sources}
     unmatched = [paths[0] for stem, paths in by_stem.items() if stem not in stems]
     warn_about_paths(table, f"files in {KEY} match no clip by name and are not read", unmatched)

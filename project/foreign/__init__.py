@@ -3,10 +3,12 @@
 contract: a program's record, readers of values
 rules: what keys mean that several trainers have
 reading: recognizes a file, reads its keys by their rules
+own_files: base model, other networks, LoRA to start from
 project: what a file asks for, what is told of it
 taking: takes a value by its rule, or says why not
 naming: the model that the keys name
 places: datasets of a list, and the described folders
+sample_prompts: samples as lines of prompts.txt, in our syntax
 settling: what becomes of values for a model and script
 learning: which networks learn, at which rates
 optimizing: the optimizer, and the arguments it has here

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modules.errors import OptionError
-from modules.options import FREE, HABIT, HABIT_BY_NAME, Options, option
+from modules.options import HABIT, HABIT_BY_NAME, Options, option
 from networks.use_options import AUTO, lora_rounding_option, multipliers_for, require_loras
 from protocols.families import HIGH_NOISE
 from training.features.contract import AT_NETWORK, Feature, FeatureOptions
@@ -34,7 +34,7 @@ class HighNoiseBaseOptions(Options, title="two transformers"):
     base_weights_multiplier_high_noise: tuple[float, ...] | None = option(
         "strength of each file of --base_weights_high_noise; missing ones are 1",
         needs="base_weights_high_noise",
-        facts=FREE,
+        facts=HABIT,
     )
 
     def multipliers(self) -> tuple[float, ...]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modules.errors import OptionError
-from modules.options import HABIT, option
+from modules.options import HABIT, HABIT_BY_NAME, option
 from training.features.contract import AT_NETWORK, PRESERVE_OUTPUT, Feature, FeatureOptions, given_values
 from training.features.slider_file import SliderFile, read_sliders
 from training.features.step_targets import PassCounts, StepTarget
@@ -31,6 +31,7 @@ class SliderOptions(FeatureOptions, title="slider", at=AT_NETWORK, facts=HABIT):
         "Adds three passes without gradients and one with gradients to each step",
         place="there",
         often=False,
+        facts=HABIT_BY_NAME,
         known_as=("slider_config", "leco", "concept_slider"),
     )
 

@@ -47,10 +47,14 @@ def _reject_live_encoders(options: TeacherOptions, live_encoders: "LiveTextEncod
     """Raise OptionError if captions are encoded during training instead of read from caches."""
     if live_encoders is not None:
         names = " and ".join(encoder.name for encoder in live_encoders.encoders)
+        alone = (
+            ", train the transformer alone (--network_train_unet_only)"
+            if live_encoders.trained_encoders
+            else ""
+        )
         raise OptionError(
             f"--teacher {options.teacher}: captions are encoded while training here, by {names}, and the "
-            "teacher's come from caches. Cache them (--cache_text_encoder_outputs), train the transformer "
-            "alone (--network_train_unet_only), or omit --teacher"
+            f"teacher's come from caches. Cache them (--cache_text_encoder_outputs){alone}, or omit --teacher"
         )
 
 

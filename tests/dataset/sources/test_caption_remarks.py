@@ -1,6 +1,5 @@
 """Captions that nothing reads, or that are learned otherwise than they are meant: what is said of them."""
 
-import unicodedata
 from pathlib import Path
 
 import pytest
@@ -65,7 +64,6 @@ def test_of_folders_without_a_file_the_option_is_named(tmp_path: Path) -> None:
     [
         ("a.png", "a.png.txt"),
         ("cat.png", "Cat.txt"),
-        (unicodedata.normalize("NFC", "é.png"), unicodedata.normalize("NFD", "é.txt")),
     ],
 )
 def test_captions_under_another_name_are_named_with_their_picture(

@@ -18,9 +18,9 @@ import pytest
 from dataset.cache.records import identify, is_unchanged
 from dataset.config import DatasetTable
 from dataset.forms import parquet_files as parquet
-from dataset.forms.composing import column_names, read_columns
 from dataset.forms.jsonl_rows import read_jsonl
 from dataset.forms.parquet_files import CellFinder, read_cell
+from dataset.forms.row_formats import column_names, read_columns
 from dataset.forms.unread import find_unused
 from dataset.listing import find_sources
 from dataset.sources.fetching import fetch
