@@ -136,9 +136,9 @@ from modules.pages.page import encode_address
 from modules.paths import complete_home
 from modules.text_encodings import NAMES
 from modules.text_files import read_content, real_path
-from project.files import find_folder_kind
 from project.kinds.composing import BY_NAME, LORA
 from project.kinds.whole_model import FULL
+from project.media import find_folder_kind
 from project.model_sizes import find_memory
 from project.options import CAPTION_MODEL, RUN_FILE, find_models
 from protocols.families import caption_formats
