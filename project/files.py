@@ -34,7 +34,7 @@ from project.foreign.places import find_table_keys, omit_table_keys
 from project.foreign.project import ForeignProject
 from project.foreign.reading import read_foreign
 from project.foreign.settling import DatasetLayout, complete_options, resolve_project
-from project.kinds.composing import BY_NAME, LORA, find_control_kind, list_kinds
+from project.kinds.composing import BY_NAME, find_control_kind, list_kinds
 from project.kinds.contract import RunKind
 from project.kinds.whole_model import FULL
 from project.known_folders import remember_folder
@@ -44,7 +44,7 @@ from project.media import (
     PlannedTraining,
     SuggestedModels,
     collect_content,
-    has_control_pairs,
+    find_folder_kind,
     name_some,
 )
 from project.model_choice import (
@@ -432,14 +432,6 @@ def _select_kind(options: NewOptions, chosen: ModelChoice, memory: float, kind_s
     if kind.trains_embedding:
         check_word(kind, chosen.trigger)
     return kind
-
-
-def find_folder_kind(folder: Path, model: ModelSet, has_word: bool) -> RunKind:
-    """Return the model's control network if the folder has control images for it, otherwise a LoRA."""
-    control_kind = find_control_kind(model)
-    if control_kind is not None and has_control_pairs(folder, has_word):
-        return control_kind
-    return LORA
 
 
 def _list_caption_texts(content: FolderContent) -> list[str]:

@@ -23,17 +23,19 @@ from modules.installation import find_script
 from modules.option_tables import find_table
 from modules.options import find_rejection
 from modules.table_parser import build_parser
+from tests.commands import MAX_SECONDS, ROOT, start_processes
 from tests.option_settings import SETTINGS
 from tests.sweeping import LINES, SLIDER, Setting, Variation, info_of_option, vary
 from tests.training import toy, toy_images
-from training.run_end import EndedRun, get_exit_code, start_command
+from training.run_end import EndedRun, get_exit_code
 from training.validation import Validation
 
 USED, WITHOUT, REFUSED = "used", "without effect", "refused"
 # what an ended run tells the command of --on_end; set for the whole run
-BASE = ("--validation_split", "0.4", "--validate_every_n_steps", "2", "--max_train_steps", "4")
-BASE += ("--sample_prompts", "prompts.txt", "--sample_at_first", "--on_end", "true", "--save_state")
-RESUME = ("--resume", "plain/x-state", "--max_train_steps", "5")
+BASE = (
+    *("--validation_split", "0.4", "--validate_every_n_steps", "2", "--max_train_steps", "4"),
+    *("--sample_prompts", "prompts.txt", "--sample_at_first", "--on_end", "true", "--save_state"),
+)
 _PLAIN = frozenset({"ss_training_started_at", "ss_training_finished_at", "modelspec.date", "ss_session_id"})
 _UNSTABLE = _PLAIN | {"ss_ss_session_id", "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"}
 
@@ -93,7 +95,6 @@ def probe(words: Sequence[str], output: str) -> Seen:
         place = {"folder": str(run.folder), "name": run.name, "steps": str(run.steps), "step": str(run.step)}
         seen.end = {**place, "finished": str(run.is_finished), "code": str(get_exit_code(error))}
 
-    assert start_command  # what is replaced
     with (
         patch.object(Validation, "measure", measured),
         patch("training.run_end.start_command", ended),
@@ -217,3 +218,18 @@ def image_cells(name: str, folder: Path) -> dict[str, str]:
         if CACHED in refusals:
             return {}
     return {layout: REFUSED if layout in refusals else USED for layout in (LIVE, SUBSETS)}
+
+
+TOY_SCRIPT = "tests/training/train_toy.py"
+
+
+def refusal_of_processes(name: str, folder: Path) -> str:
+    """Return why two processes refuse an option that one takes; "" if they train with it."""
+    action = training_options()[name]
+    variation = vary(BASE, action, info_of_option(action), SETTINGS.get(name, Setting()))
+    command = [str(ROOT / TOY_SCRIPT), str(folder), *variation.words, "--output_dir", f"several {name}"]
+    with start_processes([command] * 2, folder) as started:
+        for process in started:
+            process.wait(timeout=MAX_SECONDS)
+        done = [process.done() for process in started]
+    return "" if not any(one.returncode for one in done) else done[0].stderr or done[1].stderr

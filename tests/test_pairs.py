@@ -12,11 +12,13 @@ import pytest
 
 from dataset.config import KEYS, KNOWN_KEYS
 from dataset.config_keys import LIST_PATH, PATH, PATHS
+from dataset.subset_options import SUBSET_KEYS
 from modules.options import HABIT, Options, option, options_with
 from project.recipes.reading import list_allowed
 from project.relocating import MachinePaths, relocate_toml
 from protocols.families import with_scripts
 from tests.commands import ROOT
+from tests.dataset.making import subset_table
 from tests.pairing import (
     IMAGE_SCRIPT,
     LIVE,
@@ -26,6 +28,7 @@ from tests.pairing import (
     WITHOUT,
     Trials,
     image_cells,
+    refusal_of_processes,
     script_options,
     training_options,
     write_files,
@@ -213,6 +216,70 @@ def test_folders_of_other_trainers_set_what_the_table_says() -> None:
     assert wrong_cells(found) == []
 
 
+# keys of subsets whose value no rule makes; `enable_bucket` and others stand for what a key needs
+VALUES: dict[str, Any] = {
+    "cache_directory": "other",
+    "cache_format": "shards",
+    "caption_extension": ".words",
+    "caption_prefix": "word",
+    "caption_separator": ";",
+    "caption_suffix": "word",
+    "class_tokens": "cat",
+    "conditioning_data_dir": "other",
+    "custom_attributes": {"diff_output_preservation": True},
+    "discrete_flow_shift": 5.0,
+    "face_crop_aug_range": [1.0, 2.0],
+    "image_dir": "other",
+    "keep_tokens_separator": "|||",
+    "mask_directory": "other",
+    "max_bucket_reso": 128,
+    "max_timestep": 500,
+    "metadata_file": "other.json",
+    "min_bucket_reso": 32,
+    "min_timestep": 100,
+    "resize_interpolation": "area",
+    "resolution": 128,
+    "secondary_separator": ";;;",
+    "trigger_word": "word",
+    "validation_split": 0.5,
+}
+NEEDED: dict[str, dict[str, Any]] = {
+    "enable_bucket": {"min_bucket_reso": 32, "max_bucket_reso": 128},
+    "min_bucket_reso": {"enable_bucket": True, "max_bucket_reso": 128, "min_bucket_reso": 64},
+    "max_bucket_reso": {"enable_bucket": True, "min_bucket_reso": 32, "max_bucket_reso": 64},
+    "bucket_reso_steps": {"enable_bucket": True, "min_bucket_reso": 32, "max_bucket_reso": 128},
+    "bucket_no_upscale": {"enable_bucket": True, "min_bucket_reso": 32, "max_bucket_reso": 128},
+    "prior_loss_weight": {"is_reg": True},
+}
+COUNTED = (
+    "num_repeats",
+    "batch_size",
+    "validation_split",
+    "validation_seed",
+)
+LORA_OF_ONE_STRENGTH = "network_multiplier"  # other strengths are for tables of the plain layout
+
+
+@pytest.mark.parametrize("name", [name for name in SUBSET_KEYS if name != LORA_OF_ONE_STRENGTH])
+def test_keys_of_subsets_are_compared_and_recorded_as_the_table_says(name: str, tmp_path: Path) -> None:
+    for folder in ("pics", "other"):
+        (tmp_path / folder).mkdir()
+    default = SUBSET_KEYS[name].default
+    value = VALUES.get(name)
+    if value is None:
+        value = not default if isinstance(default, bool) else (default or 0) + 1
+    if isinstance(default, float) and name not in VALUES:
+        value = 0.5
+    needed = NEEDED.get(name, {})
+
+    plain, changed = (subset_table(tmp_path, **(needed | given)) for given in ({}, {name: value}))
+
+    cells = {"metadata": USED if plain.describe() != changed.describe() else WITHOUT}
+    if name not in COUNTED:
+        cells["resume"] = REFUSED if plain.learning_keys != changed.learning_keys else WITHOUT
+    assert wrong_cells({f"key:{name}": cells}) == []
+
+
 # --- cells that a toy's training shows
 
 
@@ -267,3 +334,12 @@ def test_all_options_go_with_live_texts_and_subsets_as_the_table_says(folder: Pa
     found = {name: image_cells(name, folder) for name in tried_by_pictures()}
     assert [name for name, cells in found.items() if cells.keys() != {LIVE, SUBSETS}] == []
     assert wrong_cells(found) == []
+
+
+@pytest.mark.slow
+def test_several_processes_train_with_the_options_that_the_table_says(folder: Path) -> None:
+    """Some that a training reads, of groups that differ; those that only save or log are alike."""
+    chosen = choose([name for name in tried_by_toy() if cells_by_row()[name]["metadata"] == USED], SHARE)
+    found = {name: refusal_of_processes(name, folder) for name in chosen}
+    verdicts = {name: {"processes": REFUSED if refusal else USED} for name, refusal in found.items()}
+    assert wrong_cells(verdicts) == [], "\n".join(found.values())
