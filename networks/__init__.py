@@ -20,7 +20,6 @@ deltas: group factors by module; ranks, alphas and biases
 extract_lora_from_models: command: a LoRA from any fine-tuned model
 extracting: extract a LoRA from a fine-tuned model
 factored: the trained layer of LoHa and LoKr
-factored_networks: build the layers of LoHa and LoKr
 flux_extract_lora: command: a LoRA from a fine-tuned FLUX.1 or Chroma
 flux_merge_lora: command: merge LoRAs of FLUX.1 or Chroma
 fused_rows: rows of fused weights, stacked or interleaved by head
@@ -34,6 +33,7 @@ lora_layer: one LoRA layer: its addition and its dropout
 lora_network: the trained network, in DiT and text encoders
 lora_products: compute LoRA layers: products in place, noise
 lora_settings: rank, alpha, dropout and arguments of a network
+magnitudes: convert DoRA magnitudes to ComfyUI's norms and back
 merge_lora: command: merge LoRAs of Stable Diffusion checkpoints, by another name
 merging: add LoRAs to model files or to each other
 metadata: expert, checksums and description of LoRA files
@@ -57,6 +57,7 @@ svd_merge_lora: command: merge LoRAs into one of a smaller rank
 svd_merging: merge LoRAs into one of a smaller rank
 tensor_names: prefixes and endings that programs add to module paths
 text_loras: merge LoRAs into text encoders and full checkpoints
+train/: the trained layers of each kind of network
 tool_options: options to merge and extract LoRAs
 use_options: options to add LoRAs to a model
 unmerged_loras: wrap quantized layers with LoRAs, and masked LoRAs
