@@ -38,8 +38,14 @@ download() {
     curl --fail --location --retry 3 --continue-at - --output "$part" \
         "https://github.com/astral-sh/uv/releases/download/$version/uv-$name.tar.gz"
 }
+is_uv() { case "$(.reelsmith/uv --version 2>/dev/null)" in "uv "*) ;; *) return 1 ;; esac; }
 # what was downloaded is deleted last: while it is there, uv may have been unpacked by half
-if [ ! -x .reelsmith/uv ] || [ ! -s .reelsmith/uv ] || [ -f "$part" ]; then
+if [ -f "$part" ] || ! is_uv; then
+    # a text is a program for the shell, which may do nothing and end well
+    if [ -e .reelsmith/uv ]; then
+        echo "$PWD/.reelsmith/uv is damaged: it is downloaded again." >&2
+        rm -rf .reelsmith/uv
+    fi
     echo "Downloading uv $version (about 25 MB) and with it Python 3.12 (about 30 MB) from github.com into $PWD/.reelsmith" >&2
     mkdir -p .reelsmith || exit 1
     if ! is_whole; then
@@ -65,11 +71,6 @@ if [ ! -x .reelsmith/uv ] || [ ! -s .reelsmith/uv ] || [ -f "$part" ]; then
 fi
 if ! .reelsmith/uv python find --system --managed-python 3.12 >/dev/null 2>&1; then
     .reelsmith/uv python install --no-bin 3.12 || {
-        if [ $? -ge 126 ]; then # the program cannot be run at all
-            rm -f .reelsmith/uv
-            echo "uv was damaged, so it was deleted. Start again: it is downloaded anew." >&2
-            exit 1
-        fi
         echo "Python 3.12 could not be downloaded. Check the connection and the room on the disk, and start again." >&2
         exit 1
     }

@@ -32,17 +32,28 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
 from benchmarks.child_process import run_child_process  # noqa: E402
-from benchmarks.gpu_results import (  # noqa: E402
+from benchmarks.gpu_rows import (  # noqa: E402
+    BY_NAME,
+    CACHING,
+    GENERATION,
+    GROUPS,
+    LOADING,
+    TRAINING,
     Results,
+    Row,
+    choose,
+    columns_of,
     continue_results,
     correction,
     expect,
     goals_of,
+    head_line,
+    line_of,
     missing,
     read_results,
+    table,
+    write_tables,
 )
-from benchmarks.gpu_rows import BY_NAME, CACHING, GENERATION, GROUPS, LOADING, TRAINING, Row, choose  # noqa: E402
-from benchmarks.gpu_tables import columns_of, head_line, line_of, table, write_tables  # noqa: E402
 
 DOCUMENTS = (ROOT / "benchmarks" / "RESULTS.md",)
 PATIENCE = 4.0  # times the expected seconds, after which a row is ended
@@ -149,7 +160,7 @@ class Job:
 
     def run_here(self, row: Row, limit: float) -> dict[str, Any]:
         """Return the figures of a row that is measured in this process, or why it failed."""
-        from benchmarks.gpu_measuring import forget_row
+        from benchmarks.gpu_steps import forget_row
         from modules.devices import select_device
 
         try:
@@ -162,7 +173,7 @@ class Job:
 
     def run(self, row: Row, limit: float) -> dict[str, Any]:
         """Return the figures of a row in a process of its own, or why it failed, within `limit` seconds."""
-        from benchmarks.gpu_files import folder_for
+        from benchmarks.gpu_steps import folder_for
 
         command = [sys.executable, __file__, "--child", row.name, "--device", self.device]
         command += ["--profiled"] if self.profiled else []
@@ -255,9 +266,7 @@ def expected_of(row: Row) -> Any:
     """Return what is expected of a row, from the header of a file without content."""
     if row.kind in (*CACHING, LOADING):
         return expect(row, 0, 0)
-    from benchmarks.gpu_families import generation_family, training_family
-    from benchmarks.gpu_files import folder_for, lay_out
-    from benchmarks.gpu_steps import call_operations
+    from benchmarks.gpu_steps import call_operations, folder_for, generation_family, lay_out, training_family
 
     with folder_for(row, None) as folder:
         path, high = lay_out(row, folder)
@@ -289,8 +298,7 @@ def print_plan(rows: Sequence[Row]) -> None:
 
 def measure_here(row: Row, folder: Path | None, device: str, profiled: bool) -> dict[str, Any]:
     """Return the figures of a row, in the process that loads its model."""
-    from benchmarks.gpu_files import folder_for, lay_out
-    from benchmarks.gpu_measuring import measure_row
+    from benchmarks.gpu_steps import folder_for, lay_out, measure_row
     from modules.devices import select_device
 
     with folder_for(row, folder) as where:
@@ -301,16 +309,14 @@ def measure_here(row: Row, folder: Path | None, device: str, profiled: bool) -> 
 
 def with_vae(row: Row, folder: Path) -> Row:
     """Return a row with the option that names its VAE, if the family reads sizes from it."""
-    from benchmarks.gpu_files import vae_of
+    from benchmarks.gpu_steps import vae_of
 
     return replace(row, options=(*row.options, *vae_of(row, folder)))
 
 
 def profile(row: Row, folder: Path | None, device: str) -> None:
     """Print where the time of two steps goes, or of the measured steps of a generation."""
-    from benchmarks.gpu_files import folder_for, lay_out
-    from benchmarks.gpu_measuring import prepare
-    from benchmarks.gpu_profile import profile_calls, report
+    from benchmarks.gpu_steps import folder_for, lay_out, prepare_row, profile_calls, report
     from modules.devices import select_device
 
     if row.kind == LOADING:
@@ -318,7 +324,7 @@ def profile(row: Row, folder: Path | None, device: str) -> None:
     with folder_for(row, folder) as where:
         chosen = select_device(device)  # as a script does, which also sets how float32 is computed
         path, high = lay_out(row, where)
-        bench = prepare(with_vae(row, where), path, high, chosen)
+        bench = prepare_row(with_vae(row, where), path, high, chosen)
         bench.warm_up()
         calls = 2 if row.kind != GENERATION else 1
         print(f"{row.name}: {row.model.name}, {row.about}\n")

@@ -1,7 +1,17 @@
-"""The rows of benchmarks/gpu.py, the most important first: models and options as a user types them."""
+"""The rows of benchmarks/gpu.py, the most important first; their results, goals and tables.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+A row is a model and options as a user types them.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from modules.atomic_write import write_text
 
 TRAINING, GENERATION, LATENTS, TEXTS, LOADING = "training", "generation", "latents", "texts", "loading"
 GROUPS = ("goals", "training", "generation", "caching", "loading")
@@ -28,7 +38,7 @@ class Model:
     """A released model. `manifest`: the list of its tensors in tests/data/checkpoints."""
 
     name: str
-    family: str  # in benchmarks/gpu_families.py
+    family: str  # in benchmarks/gpu_steps.py
     manifest: str
     words: tuple[str, ...] = ()  # options of both scripts that say which model it is
     high: str = ""  # manifest of the expert for much noise, if generation takes two
@@ -294,3 +304,387 @@ def _row(name: str) -> Row:
     if name not in BY_NAME:
         raise SystemExit(f"--rows {name}: there is no such row. The rows: {', '.join(BY_NAME)}")
     return BY_NAME[name]
+
+
+# --- The result file of benchmarks/gpu.py, how long rows will take, and the goals
+# ------------------------------------------------------------------------------------------------------------
+
+Figures = dict[str, Any]
+GIB = 1 << 30
+PEAK_SHARE, FP8_SPEED, SWAP_COST, PLAN_ERROR, LOSS_ERROR = 0.65, 1.2, 0.05, 0.07, 0.01
+# assumed for a prediction of how long a row takes, on a card of 790 TFLOP/s; all are guesses
+SPEED = 450e12  # operations per second
+COMPILING, STARTING, READING = 50.0, 25.0, 2e9  # seconds, seconds, bytes per second
+
+
+@dataclass
+class Results:
+    """Figures measured on one device. `head` has the device, torch, the date and the device's peaks."""
+
+    head: Figures
+    rows: dict[str, Figures] = field(default_factory=dict)
+    path: Path | None = None  # rewritten after each row
+
+    def note(self, name: str, figures: Figures) -> None:
+        """Store a row's figures, also in the file, so that an interruption loses at most one row."""
+        self.rows[name] = figures
+        if self.path is not None:
+            text = json.dumps({"head": self.head, "rows": self.rows}, indent=1)
+            write_text(self.path, text + "\n")
+
+    @property
+    def peak(self) -> float:
+        """Operations per second of a bf16 matrix product."""
+        return float(self.head["matmul"])
+
+
+def read_results(path: Path) -> Results:
+    """Read a result file. Raises SystemExit if it is not one."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return Results(found["head"], found["rows"], path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"{path} is not a result file of benchmarks/gpu.py: {error}") from None
+
+
+def continue_results(path: Path | None, head: Figures) -> Results:
+    """Return the content of a result file to be continued, or empty results.
+
+    The peaks are those of this run; each row keeps that of the run that measured it. Raises SystemExit if the
+    file is of another device or another torch.
+    """
+    if path is None or not path.exists():
+        return Results(head, path=path)
+    found = read_results(path)
+    for name in ("device", "torch"):
+        if found.head.get(name) != head[name]:
+            raise SystemExit(
+                f"{path} was measured with {found.head.get(name)}, this is {head[name]}: "
+                "give another --output"
+            )
+    return Results(head, found.rows, path)
+
+
+def missing(rows: Sequence[Row], results: Results, again: bool) -> list[Row]:
+    """Return the rows to measure; with `again`, also those that failed."""
+    return [
+        row for row in rows if row.name not in results.rows or (again and "failed" in results.rows[row.name])
+    ]
+
+
+# How long
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Estimate of a row before it is measured."""
+
+    operations: float  # of a timed call
+    size: float  # bytes of its file
+    seconds: float
+
+
+def expect(row: Row, operations: float, size: float, speed: float = SPEED) -> Expected:
+    """Estimate the seconds of a row from its operations and the bytes that it loads."""
+    if not operations:
+        return Expected(0.0, size, row.seconds)
+    call = operations / speed
+    calls = 1 + max(2, min(5, 1 + int(25 // call)))
+    compiling = COMPILING if "--compile" in row.options else 0.0
+    return Expected(operations, size, STARTING + size / READING + compiling + calls * call)
+
+
+def correction(results: Results) -> float:
+    """Return the factor for expected seconds, from the rows that are measured."""
+    found = [
+        row["took"] / row["expected"]
+        for row in results.rows.values()
+        if row.get("took") and row.get("expected") and "failed" not in row
+    ]
+    return min(max(statistics.median(found), 0.3), 3.0) if found else 1.0
+
+
+# Rates
+
+
+def rate(figures: Mapping[str, Any], which: str = "operations") -> float:
+    """Return operations per second; 0 if none are counted."""
+    return float(figures.get(which, 0)) / float(figures["seconds"])
+
+
+def per_unit(figures: Mapping[str, Any]) -> float:
+    """Return the seconds of a step, clip, text or GB."""
+    return float(figures["seconds"]) / float(figures["per"])
+
+
+def plan_error(figures: Mapping[str, Any]) -> float | None:
+    """Return how far the plan is off, as a fraction of the peak; None if either is not known."""
+    if not figures.get("planned") or not figures.get("device"):
+        return None
+    return float(figures["planned"]) / float(figures["device"]) - 1
+
+
+def difference(figures: Mapping[str, Any], other: Mapping[str, Any], which: str = "losses") -> float | None:
+    """Return the largest relative difference of losses or norms of the same steps; None without any.
+
+    It is infinite if one of them is NaN or infinite.
+    """
+    pairs = list(zip(figures.get(which, ()), other.get(which, ()), strict=False))
+    return max((_apart(one, two) for one, two in pairs), default=None)
+
+
+def _apart(one: float, two: float) -> float:
+    if one == two and math.isfinite(one):
+        return 0.0
+    return abs(one / two - 1) if math.isfinite(one) and math.isfinite(two) and two else math.inf
+
+
+# Goals
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A goal with the measured figure; `is_met` is None if the rows that it needs are not measured."""
+
+    text: str
+    is_met: bool | None
+    found: str
+
+    def __str__(self) -> str:
+        verdict = {True: "met", False: "missed", None: "not measured"}[self.is_met]
+        return f"{verdict}: {self.text}" + (f" ({self.found})" if self.found else "")
+
+
+PAIRS_FP8 = (
+    ("wan14b-fp8-products-compiled", "wan14b-bf16-compiled"),
+    ("wan14b-fp8-products", "wan14b-bf16"),
+    ("wan14b-short-fp8-products-compiled", "wan14b-short-bf16-compiled"),
+    ("hunyuan-fp8-products-compiled", "hunyuan-bf16-compiled"),
+    ("flux-fp8-products-compiled", "flux-bf16-compiled"),
+)
+PAIRS_SWAP = (
+    ("wan14b-bf16-swap30-compiled", "wan14b-bf16-compiled"),
+    ("wan14b-bf16-swap30", "wan14b-bf16"),
+    ("wan14b-short-bf16-swap30-compiled", "wan14b-short-bf16-compiled"),
+    ("wan14b-fp8-products-swap30-compiled", "wan14b-fp8-products-compiled"),
+    ("wan14b-fp8-weights-swap30-compiled", "wan14b-fp8-weights-compiled"),
+)
+
+
+def goals_of(results: Results) -> list[Goal]:
+    """Compare the figures with the goals."""
+    rows = {name: row for name, row in results.rows.items() if "failed" not in row}
+    found = [_peak_goal(rows, results.peak)]
+    for faster, plain in PAIRS_FP8:
+        if faster in rows and plain in rows:
+            found.append(_fp8_goal(faster, rows[faster], rows[plain]))
+    for swapped, plain in PAIRS_SWAP:
+        if swapped in rows and plain in rows:
+            found.append(_swap_goal(swapped, rows[swapped], rows[plain]))
+    return [*found, _plan_goal(rows)]
+
+
+def _peak_goal(rows: Mapping[str, Figures], peak: float) -> Goal:
+    """Compare the fastest row of Wan 14B in bf16."""
+    text = f"{PEAK_SHARE:.0%} of the bf16 peak in LoRA training of Wan 14B in bf16, recomputation counted"
+    shares = {
+        name: rate(row) / row.get("matmul", peak)
+        for name, row in rows.items()
+        if name.startswith("wan14b-bf16")
+    }
+    if not shares:
+        return Goal(text, None, "")
+    best = max(shares, key=lambda name: shares[name])
+    listed = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+    return Goal(text, shares[best] >= PEAK_SHARE, listed)
+
+
+def _fp8_goal(name: str, faster: Figures, plain: Figures) -> Goal:
+    speed, error = plain["seconds"] / faster["seconds"], difference(faster, plain)
+    norms = difference(faster, plain, "norms")
+    text = f"{name} at least {FP8_SPEED} times as fast as bf16, losses within {LOSS_ERROR:.0%}"
+    is_met = speed >= FP8_SPEED and error is not None and error <= LOSS_ERROR
+    parts = [
+        f"{name} {'unknown' if each is None else f'{each:.2%} apart'}"
+        for name, each in (("losses", error), ("norms of gradients", norms))
+    ]
+    return Goal(text, is_met, f"{speed:.2f} times, {', '.join(parts)}")
+
+
+def _swap_goal(name: str, swapped: Figures, plain: Figures) -> Goal:
+    cost = swapped["seconds"] / plain["seconds"] - 1
+    return Goal(f"{name} at most {SWAP_COST:.0%} slower than without", cost <= SWAP_COST, f"{cost:+.1%}")
+
+
+def _plan_goal(rows: Mapping[str, Figures]) -> Goal:
+    text = f"the plan within {PLAN_ERROR:.0%} of the peak in all rows"
+    errors = {
+        name: error
+        for name, row in rows.items()
+        if row["kind"] in (TRAINING, GENERATION) and (error := plan_error(row)) is not None
+    }
+    if not errors:
+        return Goal(text, None, "")
+    worst = max(errors, key=lambda name: abs(errors[name]))
+    return Goal(text, abs(errors[worst]) <= PLAN_ERROR, f"worst {worst}: {errors[worst]:+.1%}")
+
+
+# --- The tables of benchmarks/gpu.py: Markdown on the screen, and between two marks in the documents
+# ------------------------------------------------------------------------------------------------------------
+
+# figures of a row, the device's peak -> what stands in the column
+Cell = Callable[[Mapping[str, Any], float], str]
+BEGIN, END = "<!-- gpu.py: tables -->", "<!-- gpu.py: end -->"
+UNKNOWN = "-"
+
+
+def gib(size: float | None) -> str:
+    """Return bytes as GiB; a placeholder if they are not known."""
+    return f"{size / GIB:.1f}" if size else UNKNOWN
+
+
+def _share(which: str) -> Cell:
+    """Return a column of the rate and its fraction of the peak."""
+
+    def cell(row: Mapping[str, Any], peak: float) -> str:
+        found = rate(row, which)
+        return f"{found / 1e12:.0f} ({found / peak:.0%})" if found else UNKNOWN
+
+    return cell
+
+
+def _plan(row: Mapping[str, Any], peak: float) -> str:
+    error = plan_error(row)
+    return gib(row.get("planned")) + ("" if error is None else f" ({error:+.1%})")
+
+
+def _loading(row: Mapping[str, Any], peak: float) -> str:
+    return f"{row['loading']:.0f} ({row['loading'] / (row['loaded'] / 1e9):.2f} a GB)"
+
+
+def _video(row: Mapping[str, Any], peak: float) -> str:
+    return f"{per_unit(row) * row['whole']:.0f} for {row['whole']:.0f} steps ({row['per']:.0f} measured)"
+
+
+def _spread(row: Mapping[str, Any], peak: float) -> str:
+    return f"{row['spread']:.1%} of {row['calls']}"
+
+
+def _forgotten(row: Mapping[str, Any], peak: float) -> str:
+    return UNKNOWN if row["forgotten"] is None else f"{row['forgotten'] / row['per']:.2f}"
+
+
+MEMORY: dict[str, Cell] = {
+    "device GiB": lambda row, peak: gib(row["device"]),
+    "planned": _plan,
+    "host GiB": lambda row, peak: gib(row["host"]),
+}
+TIMES: dict[str, Cell] = {
+    "spread": _spread,
+    "first call s": lambda row, peak: f"{row['warm_up']:.0f}",
+}
+COLUMNS: dict[tuple[str, ...], dict[str, Cell]] = {
+    (TRAINING,): {
+        "seconds a step": lambda row, peak: f"{row['seconds']:.2f}",
+        "TFLOP/s, recomputation counted": _share("operations"),
+        "without": _share("model_operations"),
+        **MEMORY,
+        "loading s": _loading,
+        **TIMES,
+    },
+    (GENERATION,): {
+        "seconds": _video,
+        "seconds a step": lambda row, peak: f"{per_unit(row):.2f}",
+        "TFLOP/s": _share("operations"),
+        **MEMORY,
+        "loading s": _loading,
+        **TIMES,
+    },
+    (LATENTS, TEXTS): {
+        "a second": lambda row, peak: f"{1 / per_unit(row):.2f}",
+        "unit": lambda row, peak: "clips" if row["kind"] == LATENTS else "texts",
+        "device GiB": MEMORY["device GiB"],
+        "host GiB": MEMORY["host GiB"],
+        "loading s": _loading,
+        **TIMES,
+    },
+    (LOADING,): {
+        "seconds a GB, file in the system's cache": lambda row, peak: f"{per_unit(row):.2f}",
+        "after asking it to forget the file": _forgotten,
+        "file GB": lambda row, peak: f"{row['loaded'] / 1e9:.1f}",
+        "device GiB": MEMORY["device GiB"],
+        "host GiB": MEMORY["host GiB"],
+        **TIMES,
+    },
+}
+TITLES = {
+    (TRAINING,): "Training steps of a LoRA of rank 32, batch 1",
+    (GENERATION,): "Denoising, with the guidance that is usual; text encoders and VAE are not in the time",
+    (LATENTS, TEXTS): "Caching: the networks alone, without decoding videos and writing files",
+    (LOADING,): "Loading a transformer from a file of real bytes",
+}
+
+
+def tables(results: Results) -> str:
+    """Return all tables of a result file, with the device and the goals."""
+    parts = [head_line(results.head)]
+    for kinds, columns in COLUMNS.items():
+        rows = {name: row for name, row in ordered(results.rows).items() if row["kind"] in kinds}
+        if rows:
+            parts.append(f"{TITLES[kinds]}:\n\n{table(rows, columns, results.peak)}")
+    parts.append("\n".join(["Goals:", "", *(f"- {goal}" for goal in goals_of(results))]))
+    return "\n\n".join(parts) + "\n"
+
+
+def head_line(head: Mapping[str, Any]) -> str:
+    """Return the device, with the peaks of the same run."""
+    peaks = f"bf16 matrix product {head['matmul'] / 1e12:.0f} TFLOP/s, "
+    if head.get("copy"):
+        peaks += f"copy on the device {head['copy'] / 1e12:.1f} TB/s read and written, "
+    peaks += f"pinned upload {head['upload'] / 1e9:.0f} GB/s"
+    return f"{head['date']}, {head['device']}, torch {head['torch']}. Measured in the same run: {peaks}."
+
+
+def ordered(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Return the rows in the order of their list; unknown rows come last."""
+    known = [row.name for row in ROWS if row.name in rows]
+    return {name: rows[name] for name in [*known, *(name for name in rows if name not in BY_NAME)]}
+
+
+def table(rows: Mapping[str, Mapping[str, Any]], columns: Mapping[str, Cell], peak: float) -> str:
+    """Return a Markdown table."""
+    lines = [f"| model | size | options | {' | '.join(columns)} |", "|---|---|---|" + "---|" * len(columns)]
+    return "\n".join([*lines, *(line_of(row, columns, peak) for row in rows.values())])
+
+
+def line_of(row: Mapping[str, Any], columns: Mapping[str, Cell], peak: float) -> str:
+    """Return a row of a table; for a failed row the reason. `peak` is used unless the row has its own."""
+    start = [row["model"], row["size"], row["about"]]
+    if "failed" in row:
+        reason = row["failed"].replace("|", "/")
+        return f"| {' | '.join(start)} | failed: {reason[:160]} |" + " |" * (len(columns) - 1)
+    own = row.get("matmul", peak)
+    return f"| {' | '.join([*start, *(cell(row, own) for cell in columns.values())])} |"
+
+
+def columns_of(kind: str) -> Mapping[str, Cell]:
+    """Return the columns of the table for a kind of row."""
+    return next(columns for kinds, columns in COLUMNS.items() if kind in kinds)
+
+
+def write_tables(files: Sequence[Results], documents: Sequence[Path]) -> None:
+    """Put the tables of all result files between the marks of each document.
+
+    Raises SystemExit if a document does not have the marks once, in their order; then none is changed.
+    """
+    text = "\n".join(tables(results) for results in files)
+    changed = {}
+    for document in documents:
+        old = document.read_text(encoding="utf-8")
+        if old.count(BEGIN) != 1 or old.count(END) != 1 or old.index(BEGIN) > old.index(END):
+            raise SystemExit(f"{document} must have the lines {BEGIN} and {END} once each, in this order")
+        before, rest = old.split(BEGIN)
+        _, after = rest.split(END)
+        changed[document] = f"{before}{BEGIN}\n\n{text}\n{END}{after}"
+    for document, new in changed.items():
+        write_text(document, new)

@@ -7,7 +7,7 @@
     python benchmarks/gpu_session.py --output session --parts waiting further checks long \\
         --seconds 840 --check_seconds 200
 
-Parts run in the order of --parts. By default these are the probes (gpu_probes.py), the tests marked `gpu`
+Parts run in the order of --parts. By default these are the probes (gpu_steps.py), the tests marked `gpu`
 (gpu_checks.py), the rows of the goals, then the other rows (gpu_rows.py): first those that share least with
 what is measured. The last command above measures steps that waited for the host first; each part leaves the
 seconds of the parts behind it. Everything is written to the
@@ -34,16 +34,21 @@ if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
 from benchmarks import gpu, gpu_checks  # noqa: E402
-from benchmarks.gpu_results import (  # noqa: E402
+from benchmarks.gpu_rows import (  # noqa: E402
+    BY_NAME,
+    CACHING,
+    LOADING,
+    ROWS,
+    TRAINING,
     Expected,
     Results,
+    Row,
     continue_results,
     correction,
     expect,
     read_results,
+    tables,  # noqa: E402
 )
-from benchmarks.gpu_rows import BY_NAME, CACHING, LOADING, ROWS, TRAINING, Row  # noqa: E402
-from benchmarks.gpu_tables import tables  # noqa: E402
 from modules.atomic_write import write_text  # noqa: E402
 
 # rows of a part, in their order
@@ -199,9 +204,15 @@ def plan_row(row: Row) -> dict[str, float]:
     """Return the bytes that the plan predicts, the operations of a call, and the size of the file."""
     import torch
 
-    from benchmarks.gpu_families import generation_family, training_family
-    from benchmarks.gpu_files import folder_for, lay_out
-    from benchmarks.gpu_steps import call_operations, plan_of_generation, plan_of_training
+    from benchmarks.gpu_steps import (
+        call_operations,
+        folder_for,
+        generation_family,
+        lay_out,
+        plan_of_generation,
+        plan_of_training,
+        training_family,
+    )
 
     with folder_for(row, None) as folder:
         path, high = lay_out(row, folder)
@@ -273,7 +284,7 @@ class Session:
 
     def probe(self) -> None:
         """Run the probes that have no result yet."""
-        from benchmarks.gpu_probes import PROBES, run_probe
+        from benchmarks.gpu_steps import PROBES, run_probe
 
         found = read_json(self.files.probes)
         for probe in PROBES:

@@ -19,8 +19,6 @@ sys.path[0] = str(ROOT)
 
 import torch  # noqa: E402  # found from here on
 
-from benchmarks.gpu_families import training_family  # noqa: E402
-from benchmarks.gpu_files import lay_out, vae_of  # noqa: E402
 from benchmarks.gpu_rows import (  # noqa: E402
     CHECKPOINTED,
     FLUX,
@@ -46,7 +44,12 @@ from benchmarks.gpu_rows import (  # noqa: E402
     Row,
     Size,
 )
-from benchmarks.gpu_steps import random_batch  # noqa: E402
+from benchmarks.gpu_steps import (  # noqa: E402
+    lay_out,
+    random_batch,  # noqa: E402
+    training_family,  # noqa: E402
+    vae_of,
+)
 from modules.devices import GIB  # noqa: E402
 from modules.options import Options, option, read_options  # noqa: E402
 from modules.parser import Parser, add_options  # noqa: E402

@@ -24,10 +24,14 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch  # noqa: E402
 
-from benchmarks.gpu_families import generation_family, training_family  # noqa: E402
-from benchmarks.gpu_files import lay_out  # noqa: E402
 from benchmarks.gpu_rows import CACHING, GENERATION, LOADING, Row, choose  # noqa: E402
-from benchmarks.gpu_steps import random_batch, random_request  # noqa: E402
+from benchmarks.gpu_steps import (  # noqa: E402  # noqa: E402
+    generation_family,
+    lay_out,  # noqa: E402
+    random_batch,
+    random_request,
+    training_family,
+)
 from benchmarks.traffic_count import (  # noqa: E402
     AGAIN,
     ATTENTION,

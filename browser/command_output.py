@@ -19,10 +19,12 @@ MAX_LINKS = 3  # maximum number of linked files in a line
 MAX_SEARCHED = 3000  # folders up to this size are searched for names with spaces
 DIFF_START = re.compile(r"--- \S+")  # first line of a diff printed by `new --dry_run`
 NAMED_ENCODING = re.compile(r"name it: --repair_captions (\S+)$")
+OTHER_KIND = re.compile(r"\. --train (\w+) trains an? .*")  # last sentence of a line, which a button replaces
 # remedies of a line
 LEAVE_OUT_FILES = "out"
 REPAIR_CAPTIONS = "repair"  # convert them to UTF-8
 RUN_COMMAND = "run"
+TRAIN_KIND = "train"  # train something else
 UNREADABLE_PHRASES = ("left out: ", "cannot be read", "not an image that can be read", "is damaged")
 _SUFFIXES = "|".join(sorted(suffix.lstrip(".") for suffix in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)))
 FILE_NAME = re.compile(rf"[^\s/\\]+\.(?:{_SUFFIXES})\b", re.IGNORECASE)
@@ -51,6 +53,7 @@ class OutputLine:
     encoding: str = ""  # guessed encoding of captions, if a check names one
     depth: int = 0  # indentation in spaces
     kind: str = ""  # kind of line (modules/line_kinds.py)
+    other_kind: str = ""  # kind of run that TRAIN_KIND selects, as `new --train` names it
 
     @property
     def is_command(self) -> bool:
@@ -141,6 +144,10 @@ def _parse_line(line: str, names: Collection[str]) -> OutputLine:
         return OutputLine(text, found_names, remedy=REPAIR_CAPTIONS, encoding=encoding[1])
     if "not UTF-8" in text:
         return OutputLine(text, found_names, remedy=REPAIR_CAPTIONS)
+    other_kind = OTHER_KIND.search(text)
+    if other_kind is not None:
+        text = text[: other_kind.start()]
+        return OutputLine(text, found_names, remedy=TRAIN_KIND, other_kind=other_kind[1])
     is_error = text.startswith("left out: ") or "Something is wrong" in text
     remedy = LEAVE_OUT_FILES if _may_leave_out(text, found_names, names) else ""
     return OutputLine(text, found_names, remedy=remedy, is_error=is_error)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from modules.option_tables import find_table, read_entry
+from modules.option_tables import find_table
 from modules.text_files import read_text, real_path
 
 # of settings files, which may contain output paths
@@ -75,7 +75,7 @@ def _list_quoted(file: Path) -> list[str]:
 def _list_default_values(script: Path) -> list[str]:
     """Return the files and folders that a script uses by default, such as `models`."""
     table = find_table(script)
-    sections = [] if table is None else [read_entry("section", name) for name in table["sections"]]
-    options = [read_entry("option", name) for section in sections for name in section["options"]]
+    sections = [] if table is None else table["sections"]
+    options = [option for section in sections for option in section["options"]]
     defaults = [option.get("default") for option in options if option.get("metavar") == "PATH"]
     return [default for default in defaults if isinstance(default, str)]

@@ -184,6 +184,11 @@ class NewForm:
         return replace(self, folder=str(folder))
 
     @property
+    def subject(self) -> str:
+        """The folder and the model, on which the usual kind of training depends."""
+        return "|".join((self.folder, self.family, self.task))
+
+    @property
     def address(self) -> str:
         """URL of the page with these fields filled in."""
         fields = {"family": self.family, "task": self.task, "trigger": self.trigger, "name": self.name}

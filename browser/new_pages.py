@@ -136,9 +136,9 @@ from modules.pages.page import encode_address
 from modules.paths import complete_home
 from modules.text_encodings import NAMES
 from modules.text_files import read_content, real_path
-from project.kinds.composing import BY_NAME, LORA, find_control_kind
+from project.kinds.composing import BY_NAME, LORA
 from project.kinds.whole_model import FULL
-from project.media import has_control_pairs
+from project.media import find_folder_kind
 from project.model_sizes import find_memory
 from project.options import CAPTION_MODEL, RUN_FILE, find_models
 from protocols.families import caption_formats
@@ -244,7 +244,10 @@ class NewPages:
         """
         query = read_query(request)
         form = NewForm.from_fields(query)
-        if "train" not in query:
+        # a choice of a LoRA counts for the folder and the model for which it was shown
+        if "train" not in query or (
+            not form.train and query.get("train_of", [form.subject]) != [form.subject]
+        ):
             form = replace(form, train=self.suggest_kind(form))
         message = ""
         is_link = "folder" in query and set(query) <= {"folder", "name"}  # not a sent form
@@ -271,12 +274,9 @@ class NewPages:
     def suggest_kind(self, form: NewForm) -> str:
         """Return the value of `train` that `new` selects by default for a folder without a run.toml."""
         folder, model = find_folder(self.site.runs, form.folder), find_model(form.family, form.task)
-        kind = None if model is None else find_control_kind(model)
-        if folder is None or kind is None or is_described(folder):
+        if folder is None or model is None or is_described(folder):
             return ""
-        if not has_control_pairs(folder, has_trigger_word=bool(form.trigger)):
-            return ""
-        return name_field(kind)
+        return name_field(find_folder_kind(folder, model, has_word=bool(form.trigger)))
 
     def read_form(self, folder_text: str) -> NewForm:
         """Return a folder's form, read from its files or else from the last `new` command for the folder."""
@@ -559,6 +559,7 @@ class NewPages:
             **download_values,
             **self.collect_commands(folder, described),
             "folder_progress": replace(folder_progress, training_job=training_job, run_address=run_address),
+            "kind_titles": KIND_TITLES,
             "checklist": self.make_checklist(
                 folder, described, background_jobs, queue.jobs, command_output["new_lines"]
             ),

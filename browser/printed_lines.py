@@ -125,6 +125,10 @@ LINES = (
         "one there. --train %(option)s trains %(other)s on such pairs (docs/control.md)"
     ),
     say(
+        "%(folder)s: left out, as %(kind)s does not use control images. %(n)s of %(total)s images have "
+        "one there"
+    ),
+    say(
         "%(folder)s: %(n)s of %(total)s images have no reference in %(source)s, such as %(name)s: trained "
         "without one"
     ),

@@ -7,6 +7,7 @@ day, when the next file arrives in that folder. Across all servers, one request 
 
 import contextlib
 import os
+import stat
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,11 +57,13 @@ class PartialUpload:
 
         Raises OptionError if a link or folder has the name of the partial file.
         """
-        if not self.partial_path.exists() and not self.partial_path.is_symlink():
+        try:
+            status = self.partial_path.lstat()
+        except FileNotFoundError:
             return 0
-        if self.partial_path.is_symlink() or not self.partial_path.is_file():
+        if not stat.S_ISREG(status.st_mode):
             raise OptionError(say("%(path)s is in the way: remove it", path=self.partial_path))
-        return self.partial_path.stat().st_size
+        return status.st_size
 
 
 @dataclass(frozen=True)

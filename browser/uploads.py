@@ -247,6 +247,9 @@ class FileUploads:
         check_file_name(name)
         path = real_path(root) / name
         if path.exists() or path.is_symlink():
+            # an upload that began after the first look may have made it
+            if find_folder(self.runs, into) is not None:
+                return self.find_target(into)
             raise OptionError(
                 say("%(path)s is not inside the folders that are shown. Choose another name", path=path)
             )

@@ -5,14 +5,13 @@ The caches are npz files next to the images, which --cache_latents_to_disk of th
 """
 
 import logging
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 from data_tools.metadata import check_name, read_metadata, write_metadata
 from dataset.caching.loop import cache_media
 from dataset.caching.prefetch import conclude
-from dataset.config import DatasetConfig, DatasetTable, for_family
+from dataset.config import DatasetConfig, for_family
 from dataset.forms.metadata_listing import SIZE_KEY, find_image
 from dataset.options import MAX_AT_ONCE, CachingOptions
 from dataset.sources.frames import find_bucket
@@ -20,7 +19,6 @@ from dataset.subset_options import MAX_SIDE, SubsetOptions
 from dataset.subsets import folders_config
 from modules.console import format_count
 from modules.errors import MediaError
-from modules.media.buckets import Size
 from modules.media.reading import image_size
 from modules.options import Options, not_needed, option
 from protocols.families import FAMILIES
@@ -87,28 +85,22 @@ def prepare_bucket_latents(options: BucketLatentOptions) -> None:
         keep_cache=True,  # the folder may have caches of other metadata files
     )
     report = cache_media(family, config, caching)
-    buckets = _select_buckets(entry_by_key, options.train_data_dir, table, family.latent.pixel_step)
+    # the bucket (width, height) of each readable image; unreadable ones are reported by caching
+    paths_by_folder: dict[Path, dict[str, Path]] = {}  # filled by `find_image`, which lists each folder once
+    buckets = {}
+    for key in entry_by_key:
+        image = find_image(key, options.train_data_dir, paths_by_folder)
+        try:
+            size = image_size(image)
+        except MediaError:
+            continue
+        buckets[key] = find_bucket(table, size, family.latent.pixel_step, image)
     entries_with_size = {}
     for key, entry in entry_by_key.items():
         entries_with_size[key] = {**entry, SIZE_KEY: list(buckets[key])} if key in buckets else dict(entry)
     write_metadata(options.out_json, entries_with_size)
     logger.info("wrote %s: %s of %s", options.out_json, SIZE_KEY, format_count(len(buckets), "image"))
     conclude(report)
-
-
-def _select_buckets(keys: Iterable[str], folder: Path, table: DatasetTable, step: int) -> dict[str, Size]:
-    """Return the bucket (width, height) of each readable image, by its key in the metadata file."""
-    # The sides of buckets are multiples of `step`. Unreadable images are reported by caching.
-    paths_by_folder: dict[Path, dict[str, Path]] = {}  # filled by `find_image`, which lists each folder once
-    buckets = {}
-    for key in keys:
-        image = find_image(key, folder, paths_by_folder)
-        try:
-            size = image_size(image)
-        except MediaError:
-            continue
-        buckets[key] = find_bucket(table, size, step, image)
-    return buckets
 
 
 def _make_dataset(options: BucketLatentOptions) -> DatasetConfig:

@@ -144,14 +144,6 @@ class Portrait:
         self.image = self.image[top : top + height, left : left + width].copy()
         self.center = (self.center[0] - left, self.center[1] - top)
 
-    def draw_rectangle(self) -> None:
-        """Draw a rectangle around the face in the image."""
-        (x, y), (width, height) = self.center, self.size
-        corners = (round(x - width / 2), round(y - height / 2)), (round(x + width / 2), round(y + height / 2))
-        image = np.ascontiguousarray(self.image)
-        cv2.rectangle(image, *corners, FRAME_COLOR, thickness=max(1, round(width / 20)))
-        self.image = image
-
 
 def crop_faces(options: CropFacesOptions) -> None:
     """Crop the faces in a folder's images; the new file names contain the position of the face.
@@ -232,7 +224,14 @@ def _write_faces(
     for number, face in enumerate(faces, start=1):
         portrait = make_portrait(image, face, options)
         if options.debug:
-            portrait.draw_rectangle()
+            # a rectangle around the face
+            (x, y), (width, height) = portrait.center, portrait.size
+            corners = (
+                (round(x - width / 2), round(y - height / 2)),
+                (round(x + width / 2), round(y + height / 2)),
+            )
+            portrait.image = np.ascontiguousarray(portrait.image)
+            cv2.rectangle(portrait.image, *corners, FRAME_COLOR, thickness=max(1, round(width / 20)))
         which = f"_{number}" if options.multiple_faces else ""
         places = "_".join(f"{max(0, round(value)):04d}" for value in (*portrait.center, *portrait.size))
         write_png(folder / f"{path.stem}{which}_{places}.png", portrait.image)

@@ -373,13 +373,28 @@ def with_references(config: DatasetConfig, rules: "ReferenceRules | None", hint:
         DatasetError: If a table has a key that the family does not use.
     """
     if rules is not None and rules.seen_by_text:
-        _reject_flips(config)
+        for table in config.datasets:
+            if table.augmentation.flip:
+                raise DatasetError(
+                    f"{table.name}: flip_aug mirrors reference images, but the text encoder would still see "
+                    "the original ones. Omit it"
+                )
     errors: list[str] = []
     for table in config.datasets:
         if table.reference_directory is not None or table.control_mask_directory is not None:
             errors += _find_clip_reference_errors(table, rules, hint)
         if table.kind == "image" and (rules is None or rules.clips):
-            errors += _find_image_reference_errors(table)
+            if table.reference_dropout_rate:
+                errors.append(
+                    f"{table.name}: reference_dropout_rate: this model takes no reference images that could "
+                    "be dropped. Omit it"
+                )
+            changed_keys = table.non_default_values(forms.REFERENCES)
+            if changed_keys:
+                errors.append(
+                    f"{table.name}: {' and '.join(changed_keys)}: this model resizes control images to the "
+                    "size of their image; the keys are for models that take reference images. Omit them"
+                )
     if errors:
         raise DatasetError("\n".join(errors))
     if rules is None:
@@ -392,16 +407,6 @@ def with_references(config: DatasetConfig, rules: "ReferenceRules | None", hint:
             table = replace(table, references=rules)
         tables.append(table)
     return replace(config, datasets=tuple(tables))
-
-
-def _reject_flips(config: DatasetConfig) -> None:
-    """Raise a DatasetError if a table mirrors images, because text encoders see the reference images."""
-    for table in config.datasets:
-        if table.augmentation.flip:
-            raise DatasetError(
-                f"{table.name}: flip_aug mirrors reference images, but the text encoder would still see the "
-                "original ones. Omit it"
-            )
 
 
 def _find_clip_reference_errors(table: DatasetTable, rules: "ReferenceRules | None", hint: str) -> list[str]:
@@ -420,23 +425,6 @@ def _find_clip_reference_errors(table: DatasetTable, rules: "ReferenceRules | No
         errors.append(
             f"{table.name}: control_mask_directory: this model takes no masks of control clips; loss masks "
             f"are in mask_directory. {remedy}"
-        )
-    return errors
-
-
-def _find_image_reference_errors(table: DatasetTable) -> list[str]:
-    """Return an error line for each key about reference images; the table's model uses none."""
-    errors = []
-    if table.reference_dropout_rate:
-        errors.append(
-            f"{table.name}: reference_dropout_rate: this model takes no reference images that could be "
-            "dropped. Omit it"
-        )
-    changed_keys = table.non_default_values(forms.REFERENCES)
-    if changed_keys:
-        errors.append(
-            f"{table.name}: {' and '.join(changed_keys)}: this model resizes control images to the size of "
-            "their image; the keys are for models that take reference images. Omit them"
         )
     return errors
 

@@ -508,6 +508,8 @@ class DatasetTable:
         values = self.non_default_values(LEARNING)
         if self.is_reg:
             values["is_reg"] = True
+        if self.attributes:  # some select another target
+            values["custom_attributes"] = sorted(self.attributes)
         for name, subset_key in SUBSET_KEYS.items():  # random changes of captions and images
             record, _, field_name = subset_key.field.partition(".")
             if record in ("caption_changes", "augmentation"):

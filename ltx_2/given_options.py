@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.errors import OptionError
-from modules.options import HABIT, Options, option
+from modules.options import FREE, HABIT, Options, option
 from modules.text_files import parse_toml, read_text
 
 _CROP, _MASK, _SOUND_MASK = "ltx2_spatial_crop", "ltx2_inpaint_mask", "ltx2_audio_inpaint_mask"
@@ -136,7 +136,7 @@ class Ltx2GivenParts(Options, title="given parts of clips"):
     ltx2_conditioning_config: Path | None = option(
         "TOML file that sets these options, --ltx2_train_direction, --ltx2_first_frame_conditioning_p and "
         "--ic_lora_ref_probability",
-        facts=HABIT,
+        facts=FREE,  # the options that it sets are compared
         place="there",
     )
 

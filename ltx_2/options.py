@@ -599,8 +599,10 @@ def generation_options(options: Ltx2TrainingOptions, sample: Mapping[str, Any]) 
         f"--{name}": Repeated(value) if isinstance(value, tuple) else value
         for name, value in read_request_values(extra).items()
     }
-    learned_parts = apply_conditioning_config(options).given
-    given |= list_learned_media(learned_parts, options.ltx2_train_direction, sample)
+    learned = apply_conditioning_config(options)
+    given |= list_learned_media(learned.given, learned.ltx2_train_direction, sample)
+    # a LoRA that has always been given the first frame
+    first_frame = Placeholder("IMAGE_FILE") if learned.first_frame_probability >= 1 else None
     # a value of None leaves the option out of the command
     left_out = [
         *options.references.command_options(),  # these factors are in the LoRA's metadata
@@ -617,7 +619,7 @@ def generation_options(options: Ltx2TrainingOptions, sample: Mapping[str, Any]) 
         **texts,
         "--dit": options.dit,
         "--dit_dtype": options.dit_dtype,
-        "--image_path": sample.get("image_path"),
+        "--image_path": sample.get("image_path") or first_frame,
         "--video_length": sample.get("frames") or given.get("--video_length"),
         "--fps": None if rate is None else f"{rate:g}",  # without a decimal point, as --fps reads it
         "--sample_disable_audio": options.silent,

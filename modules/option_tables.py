@@ -1,35 +1,23 @@
-"""Read the options of every script from one file, which `make tables` compiles from the records of options.
+"""Read the options of a script from its table, which `make tables` compiles from the records of options.
 
 A table contains a script's complete parser (modules/table_parser.py). Standard library only.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-TABLES = Path(__file__).with_name("option_tables.txt")  # one entry per line: kind, name, tab, JSON
-
-
-@cache
-def _read_lines() -> Mapping[str, str]:
-    """Return the JSON text of each table entry by kind and name; only entries in use are parsed."""
-    lines = TABLES.read_text(encoding="utf-8").rstrip("\n").split("\n")
-    return dict(line.split("\t", 1) for line in lines)
-
-
-def read_entry(kind: str, name: str) -> Any:
-    """Return an entry of the compiled option tables; `kind` is "option", "section", "keys" or "script"."""
-    return json.loads(_read_lines()[f"{kind} {name}"])
+TABLES = Path(__file__).with_suffix("")  # folder with a JSON file per script, at the script's place
+NAMES = "names.txt"  # names of the options of all scripts, one per line, with _ instead of -
 
 
 @cache
 def list_option_names() -> tuple[str, ...]:
     """Return the option names of all scripts, sorted, with _ instead of -."""
-    rows = [json.loads(text) for key, text in _read_lines().items() if key.startswith("option ")]
-    flags = (flag for row in rows for flag in row["flags"])
-    return tuple(sorted({flag[2:].replace("-", "_") for flag in flags if flag[:2] == "--"}))
+    return tuple((TABLES / NAMES).read_text(encoding="utf-8").split())
 
 
 def find_table(script: Path | None) -> Mapping[str, Any] | None:
@@ -40,5 +28,15 @@ def find_table(script: Path | None) -> Mapping[str, Any] | None:
     """
     if script is None:
         return None
-    name = script.with_suffix("").as_posix()
-    return read_entry("script", name) if f"script {name}" in _read_lines() else None
+    try:
+        text = (TABLES / script.with_suffix(".json")).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    table: dict[str, Any] = json.loads(text)
+    return table
+
+
+def find_compile_time() -> float:
+    """Return when a table was last written, in seconds since 1970; an update writes those that differ."""
+    with os.scandir(TABLES) as entries:
+        return max(entry.stat().st_mtime for entry in entries)

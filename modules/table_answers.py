@@ -14,7 +14,7 @@ from typing import NamedTuple, NoReturn
 from modules.command import command_line, name_as_typed, start_logging
 from modules.errors import UserError
 from modules.installation import EXTENSIONS, PREFIX, ROOT, find_script
-from modules.option_tables import TABLES, find_table
+from modules.option_tables import find_compile_time, find_table
 from modules.options import Options
 from modules.parser import Parser, reject_unsupported, typed_names
 from modules.script_words import console_words
@@ -124,7 +124,7 @@ def _reject_outdated_tables() -> None:
     """Raise _OutdatedTablesError if a source file of a package is newer than the compiled tables."""
     if PREFIX:
         return
-    latest = TABLES.stat().st_mtime + CHECKOUT_SECONDS
+    latest = find_compile_time() + CHECKOUT_SECONDS
     for room in (folder for folder in ROOT.iterdir() if (folder / "__init__.py").is_file()):
         for parent, _, names in os.walk(room):
             sources = (Path(parent, name) for name in names if name.endswith(".py"))
@@ -134,7 +134,7 @@ def _reject_outdated_tables() -> None:
 
 def _are_records_newer() -> bool:
     """Return whether a source file with option declarations is newer than the compiled tables."""
-    latest = TABLES.stat().st_mtime + CHECKOUT_SECONDS
+    latest = find_compile_time() + CHECKOUT_SECONDS
     waiting: list[type] = [Options]
     modules = set()
     while waiting:

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 from modules.installation import import_own
 from modules.option_checks import check_paths, check_relations, check_value
-from modules.option_tables import read_entry
 from modules.option_values import check_characters, convert_value
 from modules.options import TYPED, KeyFile, Rejection
 from modules.parser import Parser, get_or_add_group
@@ -80,19 +79,18 @@ def build_parser(table: Mapping[str, Any], prog: str | None = None, kind: type[P
     parser = kind(description=table["description"], allow_abbrev=allows_abbreviation, **settings)
     parser.shown_flags = table.get("shown_flags", {})
     parser.key_files = [
-        KeyFile(partial(read_entry, "keys", hint), hint) for hint in table.get("key_files", ())
+        KeyFile(partial(frozenset, keys), hint) for hint, keys in table.get("key_files", {}).items()
     ]
     parser.left_out = table.get("left_out", {})
     parser.set_defaults(**parser.left_out)
     parser.changes_values = table.get("changes_values", False)
     for title in table.get("groups", ()):
         get_or_add_group(parser, title)
-    for name in table["sections"]:
-        section = read_entry("section", name)
+    for section in table.get("sections", ()):
         group = get_or_add_group(parser, section["title"])
         for option in section["options"]:
             # skips the checks of `add_argument`, which passed at compile time
-            action = _build_action(read_entry("option", option))
+            action = _build_action(option)
             action.container = group
             group._group_actions.append(action)
             parser._actions.append(action)

@@ -194,7 +194,8 @@ def lay_out_package(root: Path, folder: Path) -> None:
             raise ValueError(f"{path.name}: {error}") from error
         path.write_text(text, encoding="utf-8")
     # strings of modules are the keys of translations, so both are renamed in the same manner
-    for path in (package / "modules" / TABLES.name, *(package / "browser" / "languages").glob("*.json")):
+    tables = (package / "modules" / TABLES.name).rglob("*.json")
+    for path in (*tables, *(package / "browser" / "languages").glob("*.json")):
         path.write_text(rename_scripts(path.read_text(encoding="utf-8"), scripts), encoding="utf-8")
 
 

@@ -16,7 +16,6 @@ from typing import Any
 
 from dataset.sources.captions import add_trigger, find_text
 from downloads.catalogue import ModelSet
-from modules.control_codes import drop_control_codes
 from modules.devices import emulates_bfloat16
 from modules.errors import OptionError
 from modules.integers import round_up
@@ -28,6 +27,7 @@ from modules.output_files import is_windows_device
 from modules.paths import parse_path
 from modules.text_files import real_path
 from project.foreign.places import needs_subsets
+from project.foreign.sample_prompts import ForeignSample, plain
 from project.foreign.settling import VARYING_TEXTS
 from project.kinds.adapter import ADAPTER_NAME_SUFFIX
 from project.kinds.contract import RunKind
@@ -88,6 +88,7 @@ class RunSetup:
     table_keys_by_folder: Mapping[Path, Mapping[str, Any]]  # folder -> keys of its table, from that project
     training_options: Mapping[str, Any]  # keys of run.toml that set training options
     may_hold_out_validation: bool  # hold out files for validation if there are enough
+    foreign_samples: Sequence[ForeignSample] = ()  # samples of another trainer's project
 
     @property
     def folder(self) -> Path:
@@ -103,6 +104,13 @@ class RunSetup:
     def model_name(self) -> str:
         """Model family and task, joined for messages."""
         return f"{self.model.family} {self.model.task}"
+
+    @property
+    def has_text_samples(self) -> bool:
+        """Whether samples are made from prompts alone, without images of the folder."""
+        content = self.content
+        needs_images = content.control_folders or content.layers_by_image or _list_edits(self)
+        return not (needs_images or self.model.properties.get("from_image"))
 
     @property
     def has_only_audio(self) -> bool:
@@ -431,6 +439,10 @@ def describe_samples(setup: RunSetup) -> str:
     size = _sample_size(setup)
     start_options = _write_start_frames(setup) if setup.model.properties.get("from_image") else ""
     lines = ""
+    if setup.foreign_samples:
+        for sample in setup.foreign_samples:
+            lines += sample.format_line(setup.trigger_word, size, released_values) + "\n"
+        return lines
     for seed, prompt in enumerate(_make_sample_prompts(setup), start=1):
         parts = [prompt, size, released_values, start_options, f"--d {seed}"]
         lines += " ".join(filter(None, parts)) + "\n"
@@ -553,12 +565,6 @@ def _join_shared_tags(tags: TagLists, trigger: str | None) -> str:
         if length <= MAX_SUBJECT_LENGTH:
             words.append(tag)
     return ", ".join(words)
-
-
-def plain(text: str) -> str:
-    """Return a prompt on one line, without characters that would start options or comments in prompts.txt."""
-    on_one_line = " ".join(drop_control_codes(text).split())
-    return re.sub(r"(^|\s)-+", r"\1", on_one_line).lstrip("#").strip()
 
 
 def _released_values(model: ModelSet) -> str:

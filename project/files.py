@@ -29,11 +29,12 @@ from project.foreign.checking import check_run
 from project.foreign.counting import count_epoch_steps, find_pixel_step
 from project.foreign.lengths import select_length
 from project.foreign.naming import explain_model
+from project.foreign.own_files import use_own_files
 from project.foreign.places import find_table_keys, omit_table_keys
 from project.foreign.project import ForeignProject
 from project.foreign.reading import read_foreign
 from project.foreign.settling import DatasetLayout, complete_options, resolve_project
-from project.kinds.composing import BY_NAME, LORA, find_control_kind, list_kinds
+from project.kinds.composing import BY_NAME, find_control_kind, list_kinds
 from project.kinds.contract import RunKind
 from project.kinds.whole_model import FULL
 from project.known_folders import remember_folder
@@ -43,7 +44,7 @@ from project.media import (
     PlannedTraining,
     SuggestedModels,
     collect_content,
-    has_control_pairs,
+    find_folder_kind,
     name_some,
 )
 from project.model_choice import (
@@ -117,6 +118,8 @@ def write_project(options: NewOptions) -> None:
     template = _read_template(options)
     completed = template.complete_options(options)
     model_choice = _select_model(completed, memory, template)
+    if template.foreign is not None:
+        completed = use_own_files(template.foreign, completed, model_choice.model, options)
     # first, because building the family takes seconds
     kind = _select_kind(completed, model_choice, memory, template.name_kind_setting(options))
     if kind.makes_training_adapter and lacks_media(completed.folder):
@@ -130,7 +133,8 @@ def write_project(options: NewOptions) -> None:
         print_lines(describing.describe_run(setup, describing.list_commands(setup)).splitlines())
         return
     texts = _write_files(setup)
-    _print_report(setup, model_choice.remarks, texts, adopted_lines=template.describe(completed.folder))
+    packages = [] if template.foreign is None else template.foreign.missing_packages
+    _print_report(setup, model_choice.remarks, texts, template.describe(completed.folder), packages)
 
 
 class _Template(NamedTuple):
@@ -194,7 +198,7 @@ def _write_files(setup: describing.RunSetup) -> dict[Path, str]:
     # Captions from lists and first frames of clips are written first.
     options = setup.options
     text_by_name = _make_project_texts(setup, describing.list_commands(setup))
-    if setup.kind.makes_training_adapter and find_origin(setup.content) == REAL_MEDIA:
+    if setup.kind.makes_training_adapter and _can_be_made_anew(setup):
         # the model will generate images from these captions, to learn from
         text_by_name[OWN_PROMPTS] = write_prompts(list_distinct_captions(setup))
     text_by_path = {options.folder / name: text for name, text in text_by_name.items()}
@@ -207,9 +211,13 @@ def _write_files(setup: describing.RunSetup) -> dict[Path, str]:
 
 
 def _print_report(
-    setup: describing.RunSetup, remarks: list[str], texts: Mapping[Path, str], adopted_lines: Sequence[str]
+    setup: describing.RunSetup,
+    remarks: list[str],
+    texts: Mapping[Path, str],
+    adopted_lines: Sequence[str],
+    missing_packages: Sequence[str],
 ) -> None:
-    """Print what was found and chosen, and the next commands."""
+    """Print what was found and chosen, and the next commands; the run needs these packages with pip first."""
     options = setup.options
     problems = _check_dataset(setup, texts[options.folder / DATASET_FILE])
     lines = describe_licenses(setup.model) if excludes_many(setup.model) else []
@@ -224,7 +232,7 @@ def _print_report(
     else:
         written = ", ".join(str(options.folder / name) for name in WRITTEN)
         lines.append(f"written: {written}")
-        lines.append(_describe_next(setup, bool(problems.errors)))
+        lines.append(_describe_next(setup, bool(problems.errors), missing_packages))
     print_lines(show_kinds(lines))
 
 
@@ -368,10 +376,28 @@ def _apply_foreign_project(setup: describing.RunSetup, foreign: ForeignProject) 
     )
     if setup.has_subsets:  # subsets accept fewer keys
         omit_table_keys(foreign)
+    setup = _use_foreign_samples(setup, foreign)
     # the project may give its length in epochs, whose steps depend on the media
     steps_per_epoch = count_epoch_steps(setup)
     options = select_length(foreign, setup.options, steps_per_epoch, len(content.media))
     return dataclasses.replace(setup, options=options)
+
+
+def _use_foreign_samples(setup: describing.RunSetup, foreign: ForeignProject) -> describing.RunSetup:
+    """Return the setup with the project's samples, unless samples need images of the folder; report which."""
+    if not foreign.sample_keys:
+        return setup
+    if not foreign.samples:
+        reason = "there is no prompt; prompts.txt has some of your captions"
+    elif not setup.has_text_samples:
+        reason = "samples need images of the folder here; prompts.txt has some with them"
+    else:
+        count = format_count(len(foreign.samples), "prompt")
+        foreign.change_lines.append(f"{', '.join(foreign.sample_keys)}: {count} in prompts.txt")
+        return dataclasses.replace(setup, foreign_samples=foreign.samples)
+    for key in foreign.sample_keys:
+        foreign.report_omitted_key(key, reason)
+    return setup
 
 
 def _remove_rejected_options(setup: describing.RunSetup, foreign: ForeignProject) -> describing.RunSetup:
@@ -406,14 +432,6 @@ def _select_kind(options: NewOptions, chosen: ModelChoice, memory: float, kind_s
     if kind.trains_embedding:
         check_word(kind, chosen.trigger)
     return kind
-
-
-def find_folder_kind(folder: Path, model: ModelSet, has_word: bool) -> RunKind:
-    """Return the model's control network if the folder has control images for it, otherwise a LoRA."""
-    control_kind = find_control_kind(model)
-    if control_kind is not None and has_control_pairs(folder, has_word):
-        return control_kind
-    return LORA
 
 
 def _list_caption_texts(content: FolderContent) -> list[str]:
@@ -521,7 +539,7 @@ def _find_table_errors(table: DatasetTable, unreadable_media: Iterable[Path]) ->
     return errors
 
 
-def _describe_next(setup: describing.RunSetup, has_errors: bool) -> str:
+def _describe_next(setup: describing.RunSetup, has_errors: bool, missing_packages: Sequence[str]) -> str:
     """Return the closing line of `new`: the training command, after any steps that must come first."""
     command = ["run", as_operand(setup.options.folder)]
     downloads = ""
@@ -529,7 +547,7 @@ def _describe_next(setup: describing.RunSetup, has_errors: bool) -> str:
         command += download_options(setup.options.models)
         downloads = "downloads the model, "
     run_text = f"{own_command(*command)} {downloads}checks, caches and trains"
-    steps_before = []
+    steps_before = [f"pip install {' '.join(missing_packages)}"] if missing_packages else []
     if has_errors:
         steps_before.append("fix the problems listed above")
     if _find_uncaptioned_media(setup):
@@ -600,10 +618,17 @@ def _describe_adapter_training(setup: describing.RunSetup) -> list[str]:
     if not setup.kind.makes_training_adapter:
         return []
     lines = describe_length(setup)
-    is_own = setup.folder.name == OWN_FOLDER and (setup.folder.parent / OWN_PROMPTS).exists()
-    if find_origin(setup.content) == REAL_MEDIA and not is_own:
+    if _can_be_made_anew(setup):
         lines += describe_own_images_commands(setup.options, setup.model, setup.model_files)
     return lines
+
+
+def _can_be_made_anew(setup: describing.RunSetup) -> bool:
+    """Return whether the model can generate images from captions of real ones, to learn from its own."""
+    # in the folder of such images, those of other programs hold no prompt
+    is_own = setup.folder.name == OWN_FOLDER and (setup.folder.parent / OWN_PROMPTS).exists()
+    is_real = find_origin(setup.content) == REAL_MEDIA and not is_own
+    return is_real and bool(list_distinct_captions(setup))
 
 
 def _describe_reference_folders(setup: describing.RunSetup) -> list[str]:

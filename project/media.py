@@ -15,6 +15,7 @@ from dataset.sources.folders import ControlFolder, find_audio_beside
 from dataset.sources.layers import group_layers
 from dataset.sources.left_out import NO_MEDIA, RUN_SUBFOLDERS, CaptionOwners
 from dataset.subsets import FolderName, read_folder_name
+from downloads.catalogue import ModelSet
 from modules.command import quote_command
 from modules.console import format_count
 from modules.errors import DatasetError, MediaError
@@ -29,6 +30,7 @@ from modules.media.streams import source_info
 from modules.paths import parse_path
 from modules.text_files import parse_toml, read_text, real_path
 from project.control_pairs import CONTROLS, describe_control_pairs
+from project.kinds.composing import LORA, find_control_kind
 from project.kinds.contract import RunKind
 from project.listed_captions import ListedCaptions, read_lists
 from project.options import DATASET_FILE, WRITTEN
@@ -940,6 +942,14 @@ def _list_reference_candidates(subfolder: Path, folder: Path, folders_by_use: So
     neighbors = [] if folders_by_use.reference_folders else _list_neighboring_reference_folders(folder)
     inner_folders = [] if subfolder == folder else _list_reference_folders(subfolder)
     return [*inner_folders, *folders_by_use.reference_folders, *neighbors]
+
+
+def find_folder_kind(folder: Path, model: ModelSet, has_word: bool) -> RunKind:
+    """Return the model's control network if the folder has control images for it, otherwise a LoRA."""
+    control_kind = find_control_kind(model)
+    if control_kind is not None and has_control_pairs(folder, has_word):
+        return control_kind
+    return LORA
 
 
 def has_control_pairs(folder: Path, has_trigger_word: bool = False) -> bool:

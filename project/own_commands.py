@@ -7,6 +7,7 @@ from pathlib import Path
 from downloads.catalogue import ModelSet
 from project import describing
 from project.describing import RunSetup
+from project.foreign.sample_prompts import plain
 from project.kinds.adapter import ADAPTER
 from project.new_options import NewOptions
 from project.options import own_command, typed_in
@@ -24,7 +25,7 @@ def lacks_media(folder: Path) -> bool:
 
 def list_distinct_captions(setup: RunSetup) -> list[str]:
     """Return the distinct captions of the media."""
-    return list(dict.fromkeys(describing.plain(item.caption) for item in setup.media if item.caption))
+    return list(dict.fromkeys(plain(item.caption) for item in setup.media if item.caption))
 
 
 def write_prompts(captions: Sequence[str]) -> str:

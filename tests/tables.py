@@ -63,49 +63,43 @@ def compile_script(script: str) -> dict[str, Any]:
     return table
 
 
-class _Names:
-    """Give equal values one name, and others of the same name a number behind it."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, Any] = {}
-        self._names: dict[str, str] = {}  # text of a value -> its name
-
-    def name(self, wanted: str, value: Any) -> str:
-        text = f"{wanted} {json.dumps(value, sort_keys=True)}"
-        if text not in self._names:
-            count = 1
-            while (name := wanted if count == 1 else f"{wanted} {count}") in self.values:
-                count += 1
-            self._names[text] = name
-            self.values[name] = value
-        return self._names[text]
+def list_table_files() -> dict[str, str]:
+    """Return the text of each file of the tables by its place: one file per script, and the names of all."""
+    tables = {script: compile_script(script) for script in sorted([*SCRIPTS, *TOOLS])}
+    sections = [section for table in tables.values() for section in table.get("sections", ())]
+    flags = {flag for section in sections for option in section["options"] for flag in option["flags"]}
+    names = sorted({flag[2:].replace("-", "_") for flag in flags if flag[:2] == "--"})
+    texts = {f"{script.removesuffix('.py')}.json": _write_table(table) for script, table in tables.items()}
+    return texts | {option_tables.NAMES: "".join(f"{name}\n" for name in names)}
 
 
-def _name_option(row: dict[str, Any]) -> str:
-    return str(row.get("dest") or row["flags"][-1].lstrip("-"))
+def _write_table(table: dict[str, Any]) -> str:
+    """Return the JSON text of a table with one line per option, by which versions are merged."""
+    sections = []
+    for section in table.get("sections", ()):
+        rows = ",\n".join(_to_json(row) for row in section["options"])
+        sections.append(f'{{"title": {_to_json(section["title"])}, "options": [\n{rows}\n]}}')
+    lines = [f"{_to_json(name)}: {_to_json(value)}" for name, value in table.items() if name != "sections"]
+    section_lines = ",\n".join(sections)
+    text = ",\n".join((*lines, f'"sections": [\n{section_lines}\n]'))
+    return f"{{\n{text}\n}}\n"
 
 
-def compile_tables() -> str:
-    """Return the file of all tables: a line for each option, each section and each script."""
-    options, sections = _Names(), _Names()
-    scripts: dict[str, Any] = {}
-    key_files: dict[str, Any] = {}
-    for script in sorted([*SCRIPTS, *TOOLS]):
-        table = compile_script(script)
-        names = []
-        for section in table.get("sections", ()):
-            rows = [options.name(_name_option(row), row) for row in section["options"]]
-            names.append(sections.name(section["title"], {"title": section["title"], "options": rows}))
-        key_files |= table.get("key_files", {})
-        scripts[script.removesuffix(".py")] = {**table, "sections": names}
-        if "key_files" in table:
-            scripts[script.removesuffix(".py")]["key_files"] = list(table["key_files"])
-    kinds = {"option": options.values, "section": sections.values, "keys": key_files, "script": scripts}
-    return "".join(
-        f"{kind} {name}\t{json.dumps(values[name], ensure_ascii=False)}\n"
-        for kind, values in kinds.items()
-        for name in sorted(values)
-    )
+def _to_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def write_tables() -> None:
+    """Write all files of the tables, and delete those of scripts that are gone."""
+    texts = list_table_files()
+    option_tables.TABLES.with_suffix(".txt").unlink(missing_ok=True)  # a merge may restore the former file
+    for path in [*option_tables.TABLES.rglob("*.*")]:
+        if path.relative_to(option_tables.TABLES).as_posix() not in texts:
+            path.unlink()
+    for name, text in texts.items():
+        path = option_tables.TABLES / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8", newline="\n")
 
 
 def _list_translations() -> Iterator[str]:
@@ -120,5 +114,5 @@ def _list_translations() -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    option_tables.TABLES.write_text(compile_tables(), encoding="utf-8", newline="\n")
+    write_tables()
     sys.stdout.writelines(f"{line}\n" for line in _list_translations())

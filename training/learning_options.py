@@ -47,7 +47,7 @@ class FullDitOptions(Options, title="full fine-tuning"):
 
     trainable_modules: tuple[str, ...] = option(
         "train only parameters whose name contains one of these, e.g. single_blocks.3. img_mod; . trains all",
-        default=EVERYTHING,
+        default=(EVERYTHING,),
         nargs="+",
         often=True,
         facts=IDENTITY,

@@ -13,7 +13,7 @@ from typing import Any
 from checkpoints.file_hashes import full_hash, short_hash
 from dataset.table import DatasetTable
 from modules.atomic_write import replace_surrogates
-from modules.options import option_values, options_with
+from modules.options import list_given_with, option_values, options_with
 from networks.names.layouts import TRAINED_FOR
 from protocols.family import Family
 from training.data.table_times import list_timestep_options
@@ -22,12 +22,16 @@ from training.noise_options import L2
 from training.optimizers.lr_schedule import count_steps
 from training.options import TrainingOptions
 from training.plan import TrainingPlan
-from training.resuming import describe_adapter, recorded_values
+from training.resuming import describe_adapter, list_file_names, recorded_values
 from training.training_run import TrainedModel
 
 # as in the files of other video and image trainers; `Family.metadata` may have another resolution
 RESOLUTION = "1280x720"
 IMAGE_RESOLUTION = "1024x1024"
+# options that entries of other names record
+RECORDED_OTHERWISE = frozenset(
+    ("optimizer_type", "optimizer_args", "lr_scheduler_type", "min_timestep", "max_timestep")
+)
 
 
 def continued_sizes_metadata(model: TrainedModel, expert_name: str) -> dict[str, str]:
@@ -96,7 +100,13 @@ def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[
     if not plan.options.metadata.no_metadata:
         # options whose change is rejected (identity) or warned of (habit) when the run is resumed
         family_options = recorded_values(family.options, "identity", "habit")
-        values |= {f"ss_{name}": value for name, value in family_options.items()}
+        values |= {f"ss_{name}": value for name, value in family_options.items() if value is not None}
+        # of the options of all families only those that differ from their defaults, and no paths
+        given = set(list_given_with(plan.options, {})) - RECORDED_OTHERWISE
+        for name, value in recorded_values(plan.options, "identity", "habit").items():
+            if name in given:
+                values.setdefault(f"ss_{name}", value)
+        values |= {f"ss_{flag[2:]}": names for flag, names in list_file_names(plan.options).items() if names}
         values |= _training_values(plan, optimizer, lr_scheduler)
         values |= _list_optional_values(plan)
         values |= _model_values(family)

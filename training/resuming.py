@@ -131,9 +131,14 @@ def initial_progress(
 
 
 def recorded_values(options: Any, *kinds: str) -> dict[str, Any]:
-    """Return the values of all options in `options` that have one of these kinds: identity or habit."""
-    names = {name for kind in kinds for name in options_with(type(options), "resume", kind)}
-    return {name: value for name, value in public_config(options).items() if name in names}
+    """Return the values of all options in `options` that have one of these kinds: identity or habit.
+
+    Files and folders are given by name; None for an option without a value.
+    """
+    names = [name for kind in kinds for name in options_with(type(options), "resume", kind)]
+    paths = {name: value.name for name, value in option_values(options).items() if isinstance(value, Path)}
+    values = public_config(options) | paths
+    return {name: values.get(name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -187,7 +192,7 @@ def _list_adjustable_settings(
     adjustable |= {f"--{name}": value for name, value in recorded_values(family.options, "habit").items()}
     models = [value for name, value in family.metadata.items() if name.startswith("sd_model_name")]
     adjustable["the model's file"] = ", ".join(models) or None
-    return adjustable | _file_names_by_flag(options)
+    return adjustable | list_file_names(options)
 
 
 def _values_by_flag(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
@@ -197,12 +202,11 @@ def _values_by_flag(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
     return {f"--{name}": config.get(name) for name in options_with(TrainingOptions, "resume", kind)}
 
 
-def _file_names_by_flag(options: TrainingOptions) -> dict[str, str | None]:
+def list_file_names(options: TrainingOptions) -> dict[str, str | None]:
     """Return the file name in each option of `NAMED_FILES` by its flag; None for an unset option."""
     files = {name: value for name, value in option_values(options).items() if name in NAMED_FILES}
-    return {
-        f"--{name}": ", ".join(path.name for path in value or ()) or None for name, value in files.items()
-    }
+    lists = {name: (value,) if isinstance(value, Path) else value or () for name, value in files.items()}
+    return {f"--{name}": ", ".join(path.name for path in paths) or None for name, paths in lists.items()}
 
 
 def describe_adapter(path: Path, strength: float, with_content: bool = False) -> str:

@@ -69,6 +69,10 @@
       change(find("name"), target.dataset.name);
       find("name").focus(); // the button goes away
     }
+    if (target.matches(".take_kind") && find("train")) {
+      change(find("train"), target.dataset.kind);
+      find("train").focus(); // the button at the bottom now writes it
+    }
     const tile = target.closest("a.find");
     if (tile && rows && find("strip").dataset.rows === form.dataset.rows) { // else another folder was typed
       event.preventDefault();

@@ -103,7 +103,15 @@ def run_captioning(config: DatasetConfig, options: CaptioningOptions) -> None:
     if format is None:
         backend = _make_text_backend(options, DEFAULT_MAX_TOKENS)
     else:
-        _reject_image_editing(config, options)
+        # in tables for image editing, captions are instructions
+        list_tables = tuple(table for table in config.datasets if table.jsonl_file is not None)
+        listed = find_all_sources(replace(config, datasets=list_tables), captions=False)
+        for table in config.datasets:
+            if table.control_directory or any(source.control and source.table is table for source in listed):
+                raise OptionError(
+                    f"--caption_format {options.caption_format}: {table.name} has images before an edit, and "
+                    "its captions say what is changed. A model that sees only the results cannot write them"
+                )
         backend = _make_json_backend(options, format)
     if options.try_on is not None:
         try_captions(config, backend, options.try_on)
@@ -143,18 +151,6 @@ def _make_json_backend(options: CaptioningOptions, format: CaptionFormat) -> Cap
         postprocess=lambda location, answer: answer,
         describe_missing_keys=json_captioner.describe_missing_keys,
     )
-
-
-def _reject_image_editing(config: DatasetConfig, options: CaptioningOptions) -> None:
-    """Raise OptionError if a table is for image editing, where captions are instructions."""
-    list_tables = tuple(table for table in config.datasets if table.jsonl_file is not None)
-    listed = find_all_sources(replace(config, datasets=list_tables), captions=False)
-    for table in config.datasets:
-        if table.control_directory or any(source.control and source.table is table for source in listed):
-            raise OptionError(
-                f"--caption_format {options.caption_format}: {table.name} has images before an edit, and "
-                "its captions say what is changed. A model that sees only the results cannot write them"
-            )
 
 
 def _hash_options(options: CaptioningOptions) -> str:

@@ -35,7 +35,6 @@ from data_tools.captions.places import CaptionLocation
 from modules.control_codes import shorten
 from modules.errors import MediaError, OptionError, UserError
 from modules.limits import MAX_ANSWER_BYTES, MAX_WAIT_SECONDS
-from modules.media.reading import Frame
 from modules.text_files import parse_json
 
 logger = logging.getLogger(__name__)
@@ -201,7 +200,10 @@ class ApiServer:
         """Return the JSON body of a chat completion request that sends frames and asks for a caption."""
         content: list[dict[str, Any]] = []
         for frame in frames:
-            content.append({"type": "image_url", "image_url": {"url": _data_url(frame)}})
+            file = io.BytesIO()
+            Image.fromarray(frame).save(file, "JPEG", quality=JPEG_QUALITY)
+            encoded = base64.b64encode(file.getvalue()).decode("ascii")
+            content.append({"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{encoded}"}})
         content.append({"type": "text", "text": prompt})
         messages: list[dict[str, Any]] = []
         if self.ask_options.system_prompt:
@@ -220,8 +222,12 @@ class ApiServer:
 
     def _request(self, body: Mapping[str, Any]) -> str:
         """Send one caption request, and return the caption in the response."""
-        # A request with a parameter that the model refuses is sent again without it.
-        parameters = self._without_refused_parameters(body)
+        # A request with a parameter that the model refuses is sent again without it, or with its replacement.
+        parameters: dict[str, Any] = {}
+        for key, value in body.items():
+            name = PARAMETER_REPLACEMENTS[key] if key in self._refused_parameters else key
+            if name is not None:
+                parameters[name] = value
         try:
             response = self._post(parameters)
         except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
@@ -235,15 +241,6 @@ class ApiServer:
                 self._leave_out(refused)
                 return self._request(body)
         raise self._explain_status(response)
-
-    def _without_refused_parameters(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the parameters of a request, with refused ones renamed or left out."""
-        parameters: dict[str, Any] = {}
-        for key, value in body.items():
-            name = PARAMETER_REPLACEMENTS[key] if key in self._refused_parameters else key
-            if name is not None:
-                parameters[name] = value
-        return parameters
 
     def _explain_status(self, response: "_Response") -> Exception:
         """Return the exception for a response without a caption, as documented at `_request`."""
@@ -346,14 +343,6 @@ class ApiServer:
         if self._key:
             text = text.replace(self._key, "(the key)")
         return shorten(" ".join(text.split()), 300)
-
-
-def _data_url(frame: Frame) -> str:
-    """Return a frame as a JPEG data URL."""
-    file = io.BytesIO()
-    Image.fromarray(frame).save(file, "JPEG", quality=JPEG_QUALITY)
-    encoded = base64.b64encode(file.getvalue()).decode("ascii")
-    return f"data:image/jpeg;base64,{encoded}"
 
 
 class _Response(NamedTuple):

@@ -9,7 +9,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -115,7 +114,10 @@ def _begin_folder(options: PrepareOptions, networks: PipelineNetworks | None) ->
                 "ones to continue, or another folder."
             )
     write_prepared(options.output_dir, record)
-    _remove_unfinished_files(options.output_dir)
+    for name in clips.FOLDERS:
+        folder = options.output_dir / name
+        if folder.is_dir():
+            remove_leftovers(folder, lambda _: True, older_seconds=0)
     for name in clips.FOLDERS:
         (options.output_dir / name).mkdir(exist_ok=True)
 
@@ -203,14 +205,6 @@ def _make_record(shape: ShapeOptions, networks: PipelineNetworks | None) -> Prep
 def _describe_encoders(record: PreparedFolder) -> dict[str, Any]:
     """Return the model and VAE of a record; encoding runs that share a folder must have the same ones."""
     return {"architecture": record.architecture, **record.vae}
-
-
-def _remove_unfinished_files(output: Path) -> None:
-    """Remove unfinished files that killed runs have left; call it before any process begins to write."""
-    for name in clips.FOLDERS:
-        folder = output / name
-        if folder.is_dir():
-            remove_leftovers(folder, lambda _: True, older_seconds=0)
 
 
 def _prepare_items(

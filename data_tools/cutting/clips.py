@@ -177,23 +177,19 @@ def _split_equally(
         min_clips = max(min_clips, math.ceil(num_frames / lengths.max_frames))
     # a clip of whole frames may be slightly longer than its share of the time: then more clips are tried
     for num_clips in range(min_clips, num_frames + 1):
-        borders = _divide_evenly(analysis, first, end, num_clips)
+        # The clips are equal in time, not in frames, because the frame rate may vary. There are fewer if
+        # frames are long.
+        seconds = analysis.seconds_between(first, end)
+        cut_frames = []
+        for index in range(1, num_clips):
+            cut_time = analysis.get_start(first) + seconds * index / num_clips - ROUNDING_SECONDS
+            cut_frames.append(bisect_left(analysis.frame_starts, cut_time, first, end))
+        distinct_frames = [frame for frame in dict.fromkeys(cut_frames) if first < frame < end]
+        borders = [first, *distinct_frames, end]
         clips = list(zip(borders, borders[1:], strict=False))
         if all(_is_short_enough(analysis, begin, stop, lengths) for begin, stop in clips):
             return clips
     return []
-
-
-def _divide_evenly(analysis: VideoAnalysis, first: int, end: int, num_clips: int) -> list[int]:
-    """Return the frames at which clips of equal duration begin, and `end`; fewer if frames are long."""
-    # The clips are equal in time, not in frames, because the frame rate may vary.
-    seconds = analysis.seconds_between(first, end)
-    cut_frames = []
-    for index in range(1, num_clips):
-        cut_time = analysis.get_start(first) + seconds * index / num_clips - ROUNDING_SECONDS
-        cut_frames.append(bisect_left(analysis.frame_starts, cut_time, first, end))
-    distinct_frames = [frame for frame in dict.fromkeys(cut_frames) if first < frame < end]
-    return [first, *distinct_frames, end]
 
 
 def _is_short_enough(analysis: VideoAnalysis, first: int, end: int, lengths: LengthOptions) -> bool:

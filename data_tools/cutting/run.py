@@ -261,17 +261,13 @@ class Cutter:
         num_written = self._write_clips(source, record)
         if not record.is_unchanged(source):
             raise MediaError(f"{source} has changed while it was cut. Run the same command again.")
-        return CutResult(self._finish_record(record), clips, num_written=num_written)
-
-    def _finish_record(self, record: CutRecord) -> CutRecord:
-        """Record the file sizes of all clips of a video, which marks its cut as finished."""
-        clips = []
+        written_clips = []
         for clip in record.clips:
             size_bytes = (self.output / clip.name).stat().st_size
-            clips.append(replace(clip, size_bytes=size_bytes))
-        record = replace(record, clips=tuple(clips), is_done=True)
+            written_clips.append(replace(clip, size_bytes=size_bytes))
+        record = replace(record, clips=tuple(written_clips), is_done=True)
         write_record(self.output, record)
-        return record
+        return CutResult(record, clips, num_written=num_written)
 
     def _reject_edited_clips(self, source: Path, record: CutRecord, why: str) -> None:
         """Raise OutputError if a user has edited the clips of an earlier cut, before the source is cut again.

@@ -62,7 +62,7 @@ class MaskShaping:
         if previous is not None and mode not in ("fill", "replace"):
             resized = previous if previous.shape == new.shape else cv2.resize(previous, (width, height))
             old = np.asarray(resized, np.float32) / np.float32(255)
-        return to_gray(combine(new, old, mode, alpha))
+        return np.rint(combine(new, old, mode, alpha) * 255).astype(np.uint8)
 
 
 def combine(new: ScoreMap, old: ScoreMap | None, mode: str, alpha: float) -> ScoreMap:
@@ -79,11 +79,6 @@ def combine(new: ScoreMap, old: ScoreMap | None, mode: str, alpha: float) -> Sco
     if mode == "add":
         return np.clip(old + scaled, 0, 1).astype(np.float32)
     return ((old + scaled) / np.float32(1 + alpha)).astype(np.float32)
-
-
-def to_gray(mask: ScoreMap) -> Gray:
-    """Convert a mask from 0..1 to 0..255."""
-    return np.rint(mask * 255).astype(np.uint8)
 
 
 def median_over_time(score_maps: Iterable[ScoreMap], num_neighbors: int) -> Iterator[ScoreMap]:

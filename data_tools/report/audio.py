@@ -96,17 +96,20 @@ def check_audio(
     table: DatasetTable, plans: Sequence[SourcePlan], work: AudioWork, workers: int
 ) -> AudioFindings:
     """Check the audio of a table's clips and its caches; `plans` say how their latents are cached."""
-    check_clip = partial(_check_clip, work=work)
-    bar = Bar(len(plans), "Reading headers", "clip", shown=False)
-    errors: list[Fault] = []
-    warnings: list[Fault] = []
+    results = map_ahead(
+        plans,
+        partial(_check_clip, work=work),
+        workers,
+        Bar(len(plans), "Reading headers", "clip", shown=False),
+    )
+    findings = AudioFindings(lines=[], errors=[], warnings=[])
     tracks: list[TrackInfo] = []
     num_valid = num_missing = 0  # audio caches
     needs_audio = table.audio == REQUIRED or work.spec.audio_only  # else missing audio is only a warning
-    for plan, result in zip(plans, map_ahead(plans, check_clip, workers, bar), strict=True):
-        stem = plan.source.stem
+    for plan, result in zip(plans, results, strict=True):
         if isinstance(result, Failure):
-            errors.append(Fault("have sound that cannot be read", str(result), stem))
+            kind = "have sound that cannot be read"
+            findings.errors.append(Fault(kind, str(result), plan.source.stem))
             continue
         audio, num_valid_of_clip = result
         if audio.track is not None:
@@ -114,20 +117,21 @@ def check_audio(
             num_valid += num_valid_of_clip
             num_missing += len(plan.item_sizes) - num_valid_of_clip
         if audio.missing_reason is not None:
-            silence = Fault("have no sound", audio.missing_reason, stem)
+            silence = Fault("have no sound", audio.missing_reason, plan.source.stem)
             if needs_audio:
-                errors.append(silence)
+                findings.errors.append(silence)
             else:
-                warnings.append(silence)
+                findings.warnings.append(silence)
         if audio.mismatch is not None:
+            kind = "have sound that does not fit"
             text = f"{plan.source.path}: {audio.mismatch}"
-            warnings.append(Fault("have sound that does not fit", text, stem))
+            findings.warnings.append(Fault(kind, text, plan.source.stem))
     description = "can be heard" if table.is_audio_only else "clips have it"
-    lines = [
-        f"sound: {len(tracks)} of {len(plans)} {description}{_describe_tracks(tracks)}",
-        f"caches of sound: {num_valid} files are valid, {pluralize(num_missing, 'items need encoding')}",
-    ]
-    return AudioFindings(lines, errors, warnings)
+    findings.lines.append(f"sound: {len(tracks)} of {len(plans)} {description}{_describe_tracks(tracks)}")
+    findings.lines.append(
+        f"caches of sound: {num_valid} files are valid, {pluralize(num_missing, 'items need encoding')}"
+    )
+    return findings
 
 
 def _check_clip(plan: SourcePlan, work: AudioWork) -> tuple[AudioInspection, int] | Failure:

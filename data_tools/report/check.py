@@ -391,11 +391,16 @@ def _check_sources(
         findings.info_lines.append(f"{counts} have a mask; the others are used completely")
         check_masks(findings, plans, cache_settings.latent, workers)
     if cache_settings.encoder_identity:  # empty: latents are not checked
-        num_valid = sum(len(plan.valid_files) for plan in plans)
-        num_missing = sum(len(plan.missing_spans or ()) for plan in plans)
-        needs = pluralize(num_missing, "items need encoding")
-        findings.info_lines.append(f"caches: {num_valid} files are valid, {needs}")
+        findings.info_lines.append(_count_caches(plans))
     return plans
+
+
+def _count_caches(plans: Sequence[SourcePlan]) -> str:
+    """Return a line with the numbers of valid and of missing latent caches."""
+    num_valid = sum(len(plan.valid_files) for plan in plans)
+    num_missing = sum(len(plan.missing_spans or ()) for plan in plans)
+    needs = pluralize(num_missing, "items need encoding")
+    return f"caches: {num_valid} files are valid, {needs}"
 
 
 def _plan_sources(

@@ -3,7 +3,7 @@
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -201,7 +201,16 @@ def inspect_and_draw(
     inspection = _inspect_frames(source, fps, latent, sample.add)
     if sample.frames:
         name = escape_control_codes(source.path.name)
-        strip = _join_frames(sample.frames, inspection.fit, sizes.width)
+        # as many frames of equal height next to each other as fit in the width
+        widest = max(frame.shape[1] for frame in sample.frames)
+        maximum = min(MAX_FRAMES, (sizes.width + GAP) // (widest + GAP))
+        gap = np.full((sample.frames[0].shape[0], GAP, 3), 255, np.uint8)
+        parts: list[Frame] = []
+        for frame in select_evenly(sample.frames, maximum):
+            if parts:
+                parts.append(gap)
+            parts.append(frame if inspection.fit is None else draw_crop(frame, inspection.fit))
+        strip = np.concatenate(parts, axis=1)
         middle = sample.frames[len(sample.frames) // 2]
         inspection = replace(
             inspection,
@@ -226,19 +235,6 @@ def _add_audio(inspection: Inspection, source: MediaSource, fps: float) -> Inspe
         with contextlib.suppress(MediaError, OSError):  # caching reports damaged files
             waveform = draw_audio(source, fps, inspection.num_used_frames)
     return replace(inspection, audio=audio, waveform=waveform)
-
-
-def _join_frames(frames: Sequence[Frame], fit: Fit | None, width: int) -> Frame:
-    """Draw as many frames of equal height next to each other as fit in `width`, with the crop of `fit`."""
-    widest = max(frame.shape[1] for frame in frames)
-    maximum = min(MAX_FRAMES, (width + GAP) // (widest + GAP))
-    gap = np.full((frames[0].shape[0], GAP, 3), 255, np.uint8)
-    parts: list[Frame] = []
-    for frame in select_evenly(frames, maximum):
-        if parts:
-            parts.append(gap)
-        parts.append(frame if fit is None else draw_crop(frame, fit))
-    return np.concatenate(parts, axis=1)
 
 
 def inspect_header(source: MediaSource, fps: float, latent: LatentSpec) -> Inspection:
@@ -290,26 +286,26 @@ def _inspect_frames(
                 _read_frames(
                     local_source, fps, latent, use_frame=use_frame, inspection_fields=inspection_fields
                 )
-            inspection_fields |= _select_spans(source.table, latent, inspection_fields)
+            # the frame spans of the items, or the reason why there are none
+            num_frames = inspection_fields["num_used_frames"]
+            spans: Sequence[Span] = ((0, 1),)
+            reason = None
+            if source.table.kind == "video":
+                spans = cut_spans(source.table, num_frames, latent.lengths)
+                reason = (
+                    None
+                    if spans
+                    else explain_no_spans(source.table, num_frames, inspection_fields.get("frames"))
+                )
+            inspection_fields |= {
+                "spans": spans,
+                "no_item_reason": reason,
+                "too_short_for": describe_short(source.table, spans, num_frames),
+            }
         inspection_fields["items_by_length"] = _count_lengths(inspection_fields["spans"])
     except (MediaError, DatasetError, OSError) as error:
         inspection_fields["read_error"] = str(error)
     return Inspection(**inspection_fields)
-
-
-def _select_spans(table: DatasetTable, latent: LatentSpec, known_fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return fields of `Inspection`: the frame spans of the items, or the reason why there are none."""
-    num_frames = known_fields["num_used_frames"]
-    spans: Sequence[Span] = ((0, 1),)
-    reason = None
-    if table.kind == "video":
-        spans = cut_spans(table, num_frames, latent.lengths)
-        reason = None if spans else explain_no_spans(table, num_frames, known_fields.get("frames"))
-    return {
-        "spans": spans,
-        "no_item_reason": reason,
-        "too_short_for": describe_short(table, spans, num_frames),
-    }
 
 
 def _read_frames(

@@ -126,7 +126,15 @@ def _find_copies(tables: Sequence[TableFindings]) -> list[list[Path]]:
     for kind in ("image", "video"):
         same_kind_tables = [findings for findings in tables if findings.table.kind == kind]
         groups = _group_files(same_kind_tables)
-        _warn_of_near_duplicates(same_kind_tables, groups)
+        copies_by_path = {path.absolute(): group for group in groups for path in group}
+        for findings in same_kind_tables:
+            for source in findings.sources:
+                path = source.path.absolute()
+                others = [copy for copy in copies_by_path.get(path, ()) if copy.absolute() != path]
+                if others:
+                    and_others = f" and {len(others) - 1} more" if len(others) > 1 else ""
+                    text = f"nearly the same as {others[0].name}{and_others}"
+                    findings.warnings.append(Fault("are nearly the same as another", text, source.stem))
         copies += groups
     return copies
 
@@ -239,19 +247,6 @@ def _list_warnings(inspection: Inspection) -> dict[str, str | None]:
     return warnings
 
 
-def _warn_of_near_duplicates(tables: Sequence[TableFindings], groups: Sequence[Sequence[Path]]) -> None:
-    """Add a warning to each file in a group of near duplicates."""
-    copies_by_path = {path.absolute(): group for group in groups for path in group}
-    for findings in tables:
-        for source in findings.sources:
-            path = source.path.absolute()
-            copies = [copy for copy in copies_by_path.get(path, ()) if copy.absolute() != path]
-            if copies:
-                and_others = f" and {len(copies) - 1} more" if len(copies) > 1 else ""
-                text = f"nearly the same as {copies[0].name}{and_others}"
-                findings.warnings.append(Fault("are nearly the same as another", text, source.stem))
-
-
 def _group_files(tables: Sequence[TableFindings]) -> list[list[Path]]:
     """Return groups of near duplicates among measured files, sorted by the first path of a group."""
     # `tables` are all tables of images, or all tables of clips. A file in several tables, by absolute or
@@ -340,7 +335,10 @@ def _label_matches(measures: Sequence[Measures]) -> Indices:
 
 def _find_similar_hashes(measures: Sequence[Measures]) -> Iterator[tuple[int, Indices]]:
     """Yield each file's index, and all later indices of files whose hashes differ from its by few bits."""
-    signs = _hash_signs(measures)
+    # the bits of N perceptual hashes as -1 or 1
+    hashes = np.array([measured.hashes for measured in measures], np.uint64)
+    bits = np.unpackbits(hashes.view(np.uint8), axis=1)
+    signs = bits.astype(np.float32) * 2 - 1
     # the dot product of signs is the number of equal bits minus the number of different bits
     min_product = (BITS - 2 * NEAR) * len(measures[0].hashes)
     batch_size = max(1, PRODUCTS // len(measures))
@@ -357,14 +355,6 @@ def _read_colors(measures: Sequence[Measures]) -> _Colors:
     images = np.frombuffer(b"".join(measured.colors for measured in measures), np.uint8)
     is_flat = np.array([measured.is_flat for measured in measures])
     return _Colors(images.reshape(len(measures), num_frames, -1), is_flat)
-
-
-def _hash_signs(measures: Sequence[Measures]) -> NDArray[np.float32]:
-    """Return the bits of N perceptual hashes as -1 or 1."""
-    # The dot product of two rows is the number of equal bits minus the number of different bits.
-    hashes = np.array([measured.hashes for measured in measures], np.uint64)
-    bits = np.unpackbits(hashes.view(np.uint8), axis=1)
-    return bits.astype(np.float32) * 2 - 1
 
 
 def _have_same_colors(colors: _Colors, index: int, candidates: Indices) -> NDArray[np.bool_]:

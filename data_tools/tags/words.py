@@ -35,21 +35,6 @@ class TagSelection:
         Tags whose probability reaches the threshold of their category are selected. The categories rating
         and quality instead give their most probable tag, or none.
         """
-        tags = self._select_above_thresholds(labels, probabilities)
-        for category, position in self.tag_positions.items():
-            indices = [index for index, label in enumerate(labels) if label.category == category]
-            if position is None or not indices:
-                continue
-            most_probable = max(indices, key=lambda index: probabilities[index])
-            category_tags = self._spell(labels[most_probable])
-            tags = [*category_tags, *tags] if position == "first" else [*tags, *category_tags]
-
-        distinct_tags = list(dict.fromkeys(tag for tag in tags if tag not in self.excluded_tags))
-        front = [tag for tag in self.always_first if tag in distinct_tags]
-        return [*front, *(tag for tag in distinct_tags if tag not in front)]
-
-    def _select_above_thresholds(self, labels: Sequence[Label], probabilities: Sequence[float]) -> list[str]:
-        """Return the tags whose probability reaches the threshold of their category."""
         order = list(range(len(labels)))
         if self.sorts_by_probability:
             # stable: tags of equal probability stay in the order of the labels
@@ -66,7 +51,18 @@ class TagSelection:
                 characters += self._spell(label)
             else:
                 general += self._spell(label)
-        return [*characters, *general]
+        tags = [*characters, *general]
+        for category, position in self.tag_positions.items():
+            indices = [index for index, label in enumerate(labels) if label.category == category]
+            if position is None or not indices:
+                continue
+            most_probable = max(indices, key=lambda index: probabilities[index])
+            category_tags = self._spell(labels[most_probable])
+            tags = [*category_tags, *tags] if position == "first" else [*tags, *category_tags]
+
+        distinct_tags = list(dict.fromkeys(tag for tag in tags if tag not in self.excluded_tags))
+        front = [tag for tag in self.always_first if tag in distinct_tags]
+        return [*front, *(tag for tag in distinct_tags if tag not in front)]
 
     def _spell(self, label: Label) -> list[str]:
         """Return the tags to write for a label: one, or a name and a series; [] if the tag is excluded."""

@@ -268,14 +268,7 @@ def _find_shape_errors(
             f"its latents have the shape {format_shape(shape)}, but {item.table.name} needs "
             f"{format_shape(expected)} ({frames} frames of {width}x{height})"
         )
-    yield from _find_companion_errors(tensors, shape, expected)
-
-
-def _find_companion_errors(
-    tensors: Mapping[str, Tensor], shape: Sequence[int], expected: Sequence[int]
-) -> Iterator[str]:
-    """Yield an error if tensors that belong to latents, such as references, have the wrong shape."""
-    # `shape` and `expected` are the actual and expected shape of the latents, C F H W.
+    # tensors that belong to latents, such as references, have the same size
     rejected = tensors.get(data.REJECTED_LATENTS)
     if rejected is not None and list(rejected.shape) != shape:
         yield (

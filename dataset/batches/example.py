@@ -59,12 +59,15 @@ def find_example(item: TrainingItem, stores: Stores) -> ExampleItem:
 def _add_files(example: ExampleItem, item: TrainingItem, stores: Stores, has_companions: bool) -> ExampleItem:
     """Add the files of an item, found in the record of its cache or by listing its table."""
     # Only a listing finds the companion files (controls, references) of an item.
-    if not has_companions:
-        image = _recorded_image(item, stores)
-        if image is not None and image.is_file():
-            return replace(example, image=image)
-    if _is_large(item.table.directory):  # listing it would take long
-        return example
+    folder = item.table.directory
+    if not has_companions and folder is not None and item.cache_info.on_the_fly_buckets is None:
+        record = latent_record(stores.latent_store(item.table).read(item.file_name, is_full=False))
+        if record is not None and record.files and (folder / record.files[0].name).is_file():
+            return replace(example, image=folder / record.files[0].name)
+    if folder is not None:
+        with os.scandir(folder) as entries:
+            if next(itertools.islice(entries, MAX_LISTED, None), None) is not None:
+                return example  # listing it would take long
     # local files are found by listing the table; tar members and downloads are omitted
     from dataset.listing import find_sources  # only for lists and companions
 
@@ -79,22 +82,6 @@ def _add_files(example: ExampleItem, item: TrainingItem, stores: Stores, has_com
         control_mask=source.control_mask,
         references=source.references,
     )
-
-
-def _recorded_image(item: TrainingItem, stores: Stores) -> Path | None:
-    """Return the image that an item's latents were made from, according to their record; None if unknown."""
-    if item.cache_info.on_the_fly_buckets is not None or item.table.directory is None:
-        return None
-    record = latent_record(stores.latent_store(item.table).read(item.file_name, is_full=False))
-    return None if record is None or not record.files else item.table.directory / record.files[0].name
-
-
-def _is_large(folder: Path | None) -> bool:
-    """Return whether a folder has more than MAX_LISTED files; counting stops there."""
-    if folder is None:
-        return False
-    with os.scandir(folder) as entries:
-        return next(itertools.islice(entries, MAX_LISTED, None), None) is not None
 
 
 def _read_caption(item: TrainingItem, stores: Stores) -> str:

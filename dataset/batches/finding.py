@@ -527,7 +527,11 @@ def _explain_missing_caches(found: FoundItems) -> list[str]:
     if found.missing_audio:
         errors += _audio_errors(found)
     if found.empty_tables or not found.items:  # perhaps the folder has caches of another model
-        errors += [_explain_others(folder, name) for folder, name in found.foreign_texts.items()]
+        errors += [
+            f"no text cache in {folder} for this model: {name} contains what the text encoder of another "
+            "model made of the caption, which this model cannot read"
+            for folder, name in found.foreign_texts.items()
+        ]
     if not errors and not found.items:
         folders = {path.parent for path in found.missing_text}
         errors = [f"no text cache in {folder}" for folder in sorted(folders)]
@@ -551,14 +555,6 @@ def _explain_empty(table: DatasetTable) -> str:
     if foreign_cache is not None:
         error += f" of {table.kind}s for this model: {foreign_cache} is for another model or kind of data"
     return error
-
-
-def _explain_others(folder: Path, name: str) -> str:
-    """Return why a folder's text cache `name`, made for another model, cannot be used."""
-    return (
-        f"no text cache in {folder} for this model: {name} contains what the text encoder of another model "
-        "made of the caption, which this model cannot read"
-    )
 
 
 def _audio_errors(found: FoundItems) -> list[str]:

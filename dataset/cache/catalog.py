@@ -253,8 +253,11 @@ class ShardWriter:
                 self.path = folder / f"cache-{machine()}{secrets.token_hex(12)}.writing"
                 try:
                     self.connection = _begin(f"{self.path.absolute().as_uri()}{parameters}")
-                except sqlite3.OperationalError:
-                    if parameters:
+                except sqlite3.OperationalError as error:
+                    for leftover in folder.glob(f"{self.path.name}*"):  # also its journals
+                        leftover.unlink(missing_ok=True)
+                    is_full = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+                    if parameters or is_full:
                         raise
                     continue
                 if self.path.exists():

@@ -130,24 +130,22 @@ def shards_to_files(folder: Path, keep: bool = False, dry_run: bool = False) -> 
             '  Cache again with cache_format = "shards", which repairs them, then convert again.'
         )
     if not dry_run and not keep:
-        _remove_shards(folder, names)
+        # every entry has been written as a single file
+        _require_equal(names, folder)
+        catalog = Catalog(folder)  # read again: other processes may have written
+        if set(catalog.names()) != set(names):
+            raise CacheError(
+                f"{folder}: entries were added in the meantime; the shards are kept. Run this again."
+            )
+        unfinished_shard = next((name for name in catalog.shard_sizes if name.endswith(".writing")), None)
+        if unfinished_shard is not None:
+            raise CacheError(
+                f"{folder / unfinished_shard}: another process is writing it. Run this again later."
+            )
+        with explain_errors(folder):
+            for name in (*OLD_INDEXES, *catalog.shard_sizes):
+                (folder / name).unlink(missing_ok=True)
     return converted
-
-
-def _remove_shards(folder: Path, names: Sequence[str]) -> None:
-    """Remove a folder's shards, whose entries (`names`) have been written as single files."""
-    _require_equal(names, folder)
-    catalog = Catalog(folder)  # read again: other processes may have written
-    if set(catalog.names()) != set(names):
-        raise CacheError(
-            f"{folder}: entries were added in the meantime; the shards are kept. Run this again."
-        )
-    unfinished_shard = next((name for name in catalog.shard_sizes if name.endswith(".writing")), None)
-    if unfinished_shard is not None:
-        raise CacheError(f"{folder / unfinished_shard}: another process is writing it. Run this again later.")
-    with explain_errors(folder):
-        for name in (*OLD_INDEXES, *catalog.shard_sizes):
-            (folder / name).unlink(missing_ok=True)
 
 
 ByteStore = SingleFiles | ShardStore

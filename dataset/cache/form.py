@@ -45,7 +45,11 @@ def list_format_errors(table: DatasetTable, tag: str) -> Iterator[str]:
 
     def is_table_cache(name: str) -> bool:
         """Return whether a file is a cache for this table's kind (image or video) and model family."""
-        return _is_family_cache(name, tag, table.kind)
+        # a cache of latents, audio or text embeddings
+        for latent_tag in (tag, cache_files.audio_tag(tag)):
+            if cache_files.parse_latent_name(name, latent_tag, table.kind) is not None:
+                return True
+        return cache_files.is_text_name(name.removesuffix(cache_files.PART), tag)
 
     folder = table.cache_directory
     expected_format = table.cache_format
@@ -66,18 +70,6 @@ def list_format_errors(table: DatasetTable, tag: str) -> Iterator[str]:
             f"{found_in}.\n"
             f"  Convert the existing caches: {quote_command(command)}"
         )
-
-
-def _is_family_cache(name: str, tag: str, kind: str) -> bool:
-    """Return whether a file is the family's cache of latents, audio latents or text embeddings, by its name.
-
-    Unfinished text embeddings count, too. `tag` is the family's cache_tag; `kind` is that of the table,
-    "image" or "video".
-    """
-    for latent_tag in (tag, cache_files.audio_tag(tag)):
-        if cache_files.parse_latent_name(name, latent_tag, kind) is not None:
-            return True
-    return cache_files.is_text_name(name.removesuffix(cache_files.PART), tag)
 
 
 def list_single_files(folder: Path, is_selected: Callable[[str], bool]) -> Iterator[str]:

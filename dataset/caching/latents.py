@@ -206,20 +206,10 @@ def _encode_pair(
     encoded: Sequence[Sequence[data.CacheEntry]] = family.encode_media(encoders, media)
     if rejected is None:
         return encoded
-    return _add_all_rejected(encoded, family.encode_media(encoders, _with_frames(media, rejected)))
-
-
-def _with_frames(media: data.MediaBatch, rejected: Tensor) -> data.MediaBatch:
-    """Return the batch with the rejected clips instead of the chosen ones, and the same control media."""
     # `rejected` are the rejected clips, B F H W C uint8. The alpha channel of the chosen clips does not apply
     # to them and is dropped.
-    return dataclasses.replace(media, frames=rejected, alpha=None)
-
-
-def _add_all_rejected(
-    encoded: Sequence[Sequence[data.CacheEntry]], encoded_rejected: Sequence[Sequence[data.CacheEntry]]
-) -> Sequence[Sequence[data.CacheEntry]]:
-    """Return each item's cache entries with the latents of its rejected (worse) clip added."""
+    # each item's entries with the latents of its rejected (worse) clip added
+    encoded_rejected = family.encode_media(encoders, dataclasses.replace(media, frames=rejected, alpha=None))
     joined = []
     for entries, rejected_entries in zip(encoded, encoded_rejected, strict=True):
         pairs = zip(entries, rejected_entries, strict=True)

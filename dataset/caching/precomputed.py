@@ -53,7 +53,14 @@ def use_moments(family: Caches, sources: Sequence[MediaSource]) -> list[MediaSou
     for folder, source in first_source_by_folder.items():
         _check_vae(family, folder, source)
     if family.moments.with_image:
-        _require_image_moments(with_tensors)
+        # the VAE moments of each clip's first frame must exist
+        kind = "moments of first frames are missing, which this model's image-to-video caches contain"
+        errors = []
+        for source in with_tensors:
+            image = None if source.precomputed is None else source.precomputed.image
+            if image is not None and not image.exists():
+                errors.append(Fault(kind, str(image), source.stem))
+        raise_if_fatal(errors)
         return list(sources)
     without_first_frames = []
     for source in sources:
@@ -61,17 +68,6 @@ def use_moments(family: Caches, sources: Sequence[MediaSource]) -> list[MediaSou
             source = dataclasses.replace(source, precomputed=source.precomputed.without_image())
         without_first_frames.append(source)
     return without_first_frames
-
-
-def _require_image_moments(sources: Sequence[MediaSource]) -> None:
-    """Raise DatasetError if the VAE moments of a clip's first frame are missing."""
-    kind = "moments of first frames are missing, which this model's image-to-video caches contain"
-    errors = []
-    for source in sources:
-        image = None if source.precomputed is None else source.precomputed.image
-        if image is not None and not image.exists():
-            errors.append(Fault(kind, str(image), source.stem))
-    raise_if_fatal(errors)
 
 
 def decode_moments(source: MediaSource, latent: LatentSpec) -> DecodedMedia:
@@ -114,25 +110,20 @@ def _check_vae(family: Caches, folder: Path, source: MediaSource) -> None:
             f"{source.table.name}: {path} has {channels} channels, but "
             f"{moments_files.explain_channels(channels, family.latent)}."
         )
-    _check_vae_record(family, folder, source.table, path.parent)
-
-
-def _check_vae_record(family: Caches, folder: Path, table: DatasetTable, moments_folder: Path) -> None:
-    """Raise DatasetError if a folder's record says that another model's VAE made the moments."""
     # If there is no record, or only the VAE's file differs, a warning is logged.
     prepared = moments_files.read_prepared(folder)
     if prepared is None or prepared.architecture is None:
         logger.warning(
             "%s: nothing in %s says which VAE made %s. They are assumed to be moments of the VAE of %s; "
             "from those of another VAE, the model would learn noise.",
-            table.name,
+            source.table.name,
             folder,
-            moments_folder.name,
+            path.parent.name,
             family.name,
         )
     elif prepared.architecture != family.name:
         raise DatasetError(
-            f"{table.name}: {moments_folder} was made by the VAE of {prepared.architecture} "
+            f"{source.table.name}: {path.parent} was made by the VAE of {prepared.architecture} "
             f"({folder / moments_files.PREPARED}), but this is {family.name}. Prepare the data with this "
             "model, or omit load_tensors."
         )
@@ -141,8 +132,8 @@ def _check_vae_record(family: Caches, folder: Path, table: DatasetTable, moments
         logger.warning(
             "%s: %s was made with a different file of the VAE of %s than --vae. That is correct only if both "
             "have the same weights, for example in another format or precision.",
-            table.name,
-            moments_folder,
+            source.table.name,
+            path.parent,
             family.name,
         )
 

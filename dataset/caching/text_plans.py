@@ -190,7 +190,11 @@ def _list_seen(source: MediaSource, visible_media: VisibleMedia) -> _SeenMedia:
         settings |= _list_reference_settings(source)
     if visible_media != CAPTIONS_ONLY:
         seen_source = source
-        files = (*files, *_list_seen_files(source, visible_media))
+        if visible_media.frames:  # clip or image, and control images
+            files += source.latent_inputs[: 1 + len(source.control)]
+        if visible_media.reference_media:
+            for medium in source.row_references:
+                files += tuple((path, None) for path in (medium.path, medium.audio_path) if path is not None)
         media = source.row_references if visible_media.reference_media else None
         settings |= table.visible_media_settings(
             visible_media.frames, media, further_text=source.further_text
@@ -231,19 +235,6 @@ def _list_captions(
             references=seen.files,
             visible_media=visible_media,
         )
-
-
-def _list_seen_files(
-    source: MediaSource, visible_media: VisibleMedia
-) -> tuple[tuple[Path, Origin | None], ...]:
-    """Return the media files that an encoder sees: clip or image, control images, references of the row."""
-    files: list[tuple[Path, Origin | None]] = []
-    if visible_media.frames:
-        files += source.latent_inputs[: 1 + len(source.control)]
-    if visible_media.reference_media:
-        for medium in source.row_references:
-            files += [(path, None) for path in (medium.path, medium.audio_path) if path is not None]
-    return tuple(files)
 
 
 def _list_reference_settings(source: MediaSource) -> dict[str, Any]:
@@ -390,7 +381,10 @@ def find_outputs(
         if record is None:
             is_valid = needs_no_record and _is_valid_without_record(entry, encoder, file, path)
         else:
-            is_valid = _is_up_to_date(record, identity, file, path)
+            outdated_reason = why_outdated(record, identity, file)
+            if outdated_reason is not None:
+                logger.debug("%s: %s", path, outdated_reason)
+            is_valid = outdated_reason is None
             if is_valid and verifies_tensors:
                 is_valid = _is_intact(entry, record)
         if is_valid:
@@ -399,14 +393,6 @@ def find_outputs(
     if in_part and (outdated or not has_record):
         return ValidOutputs(None, {})
     return ValidOutputs(entry, has_record)
-
-
-def _is_up_to_date(record: TextRecord, identity: Mapping[str, str], file: CaptionFile, path: Path) -> bool:
-    """Return whether outputs with this record need not be encoded again; if they do, log why."""
-    outdated_reason = why_outdated(record, identity, file)
-    if outdated_reason is not None:
-        logger.debug("%s: %s", path, outdated_reason)
-    return outdated_reason is None
 
 
 def _is_intact(entry: Entry, record: TextRecord) -> bool:

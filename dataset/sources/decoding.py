@@ -391,7 +391,10 @@ def _decode_image(
     fit = find_bucket_fit(table, size, step, source.path)
     is_mirrored = False
     if generator is not None:
-        image, fit, is_mirrored = _augment(source, image, fit, generator)
+        fit = _draw_crop(source, size, fit, generator)
+        is_mirrored = table.augmentation.flip and generator.random() < 0.5
+        if table.augmentation.color:
+            image = change_colors(image, generator)
     # for the image itself, and for all that is aligned with it: control images, mask, layers
     fit_to_bucket = functools.partial(_fit_like, size=size, fit=fit, table=table, is_mirrored=is_mirrored)
     if table.references is None:  # control images are resized like their image
@@ -445,18 +448,6 @@ def _read_image_companions(
         rejected = (add_alpha(fitted) if has_alpha else fitted)[None]
         companions = companions._replace(rejected=rejected)
     return companions
-
-
-def _augment(
-    source: MediaSource, image: Frame, fit: Fit, generator: random.Random
-) -> tuple[Frame, Fit, bool]:
-    """Draw an image's crop, mirroring and color changes, if its table has them."""
-    size = (image.shape[1], image.shape[0])
-    fit = _draw_crop(source, size, fit, generator)
-    is_mirrored = source.table.augmentation.flip and generator.random() < 0.5
-    if source.table.augmentation.color:
-        image = change_colors(image, generator)
-    return image, fit, is_mirrored
 
 
 def _fit_with_layers(

@@ -5,7 +5,7 @@ import dataclasses
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -40,7 +40,20 @@ def fetch(source: MediaSource) -> Iterator[MediaSource]:
         files = _LocalFiles(stack)
         paths = [files.provide(path, origin) for path, origin in source.latent_inputs]
         try:
-            yield _with_paths(source, paths)
+            # the local files are in the order of `latent_inputs`
+            remaining = iter(paths)
+            yield dataclasses.replace(
+                source,
+                path=next(remaining),
+                control=tuple(islice(remaining, len(source.control))),
+                mask=None if source.mask is None else next(remaining),
+                control_mask=None if source.control_mask is None else next(remaining),
+                references=tuple(islice(remaining, len(source.references))),
+                guides=tuple(islice(remaining, len(source.guides))),
+                rejected=None if source.rejected is None else next(remaining),
+                layers=tuple(remaining),
+                remote_or_packed=(),
+            )
         except MediaError as error:
             raise type(error)(files.name_originals(str(error))) from error
 
@@ -81,23 +94,6 @@ class _LocalFiles:
         for copy, path in self._original_paths.items():
             message = message.replace(str(copy), str(path))
         return message
-
-
-def _with_paths(source: MediaSource, paths: Sequence[Path]) -> MediaSource:
-    """Return an item with the paths of its local files, which are in the order of its `latent_inputs`."""
-    remaining = iter(paths)
-    return dataclasses.replace(
-        source,
-        path=next(remaining),
-        control=tuple(islice(remaining, len(source.control))),
-        mask=None if source.mask is None else next(remaining),
-        control_mask=None if source.control_mask is None else next(remaining),
-        references=tuple(islice(remaining, len(source.references))),
-        guides=tuple(islice(remaining, len(source.guides))),
-        rejected=None if source.rejected is None else next(remaining),
-        layers=tuple(remaining),
-        remote_or_packed=(),
-    )
 
 
 @lru_cache(maxsize=4)  # once for each folder

@@ -212,9 +212,12 @@ def _find_companions(
                 kinds = f"masks of the same {table.kind}" if what == "mask" else "sound of the same clip"
                 raise DatasetError(f"{table.name}: {files[0]} and {files[1].name} are {kinds}. Keep one.")
         if not files_by_medium:
+            example = "cat.png for cat.jpg"
+            if table.kind != "image":
+                example = "cat.png or cat.mp4 for cat.mp4" if what == "mask" else "cat.wav for cat.mp4"
             raise DatasetError(
                 f"{table.name}: {folder} has no {what} for any {table.kind}. Give each file the name of its "
-                f"{table.kind}, except for the suffix: {_make_example(table, what)}."
+                f"{table.kind}, except for the suffix: {example}."
             )
     except DatasetError as error:
         faults.append(Fault(f"problems with the {what} of {table.name}", str(error)))
@@ -233,13 +236,6 @@ def _companions_by_stem(table: DatasetTable, what: str, folder: Path) -> dict[st
     if folder == table.directory:  # the clips themselves are in this folder
         suffixes = AUDIO_SUFFIXES
     return files_by_stem(map(Path, entries), suffixes, False)
-
-
-def _make_example(table: DatasetTable, what: str) -> str:
-    """Return example names of a mask or audio file and of its media file, for an error message."""
-    if table.kind == "image":
-        return "cat.png for cat.jpg"
-    return "cat.png or cat.mp4 for cat.mp4" if what == "mask" else "cat.wav for cat.mp4"
 
 
 def _list_media(table: DatasetTable, faults: list[Fault]) -> list[Path]:
@@ -532,7 +528,17 @@ def _select_spare(table: DatasetTable, spare_files: Sequence[Path], media: Seque
     # the same stem as a file of `media` is left out with a warning, because both would share a cache.
     files = [path for path in spare_files if path.is_file()]
     if table.kind == "image":
-        _warn_of_unused_frames(table, [*media, *files])
+        # of animations and multi-page TIFFs, an image table uses only the first image
+        paths = [*media, *files]
+        with_several = [path for path in paths if _has_several_images(path, table)]
+        animations = [path for path in with_several if path.suffix.lower() not in TIFF_SUFFIXES]
+        _log_file_warning(
+            table,
+            animations,
+            "animated: only the first frame of each is used. video_directory takes clips",
+        )
+        with_pages = [path for path in with_several if path not in animations]
+        _log_file_warning(table, with_pages, "of several pages: only the first of each is used")
     else:
         files = [path for path in files if _has_several_images(path, table)]
     media_names = {os.path.normcase(path.stem) for path in media}
@@ -543,19 +549,6 @@ def _select_spare(table: DatasetTable, spare_files: Sequence[Path], media: Seque
         "ignored, because another file of the folder has the same name except for its suffix",
     )
     return [path for path in files if path not in same_named]
-
-
-def _warn_of_unused_frames(table: DatasetTable, paths: Sequence[Path]) -> None:
-    """Log an image table's animations and multi-page TIFFs: only their first image is used."""
-    with_several = [path for path in paths if _has_several_images(path, table)]
-    animations = [path for path in with_several if path.suffix.lower() not in TIFF_SUFFIXES]
-    _log_file_warning(
-        table,
-        animations,
-        "animated: only the first frame of each is used. video_directory takes clips",
-    )
-    with_pages = [path for path in with_several if path not in animations]
-    _log_file_warning(table, with_pages, "of several pages: only the first of each is used")
 
 
 def _has_several_images(path: Path, table: DatasetTable) -> bool:

@@ -171,7 +171,10 @@ def _explain_unused(
     ending = suffix.lower()
     label = find_stem_label(stem)  # such as that of cat-mask.png
     if label is not None and label not in rules.labels_read and ending in _all_suffixes(["image"]):
-        return _explain_label(label, folder), f"{label}{suffix}"
+        hint = "conditioning images of OneTrainer; models with control read them from a folder of their own"
+        if label == MASK_LABEL:
+            hint = f'masks of OneTrainer, which mask_directory = "{folder.as_posix()}" uses'
+        return hint, f"{label}{suffix}"
     if rules.is_expected(entry.name, suffix, has_media) or _is_read_or_folder(entry, ending, folder, rules):
         return None
     if ending in rules.lower_caption_suffixes:
@@ -262,7 +265,9 @@ def _describe_captions(
     """Return the names of unread caption files, by a hint that explains how to have them read."""
     by_hint: dict[str, list[str]] = {}
     for suffix, captions in by_suffix.items():
-        setting = _name_suffix_setting(table, suffix)
+        setting = f'caption_extension = "{suffix}"'
+        if table.config_path.is_dir():  # the dataset is given as a folder
+            setting = f"--caption_extension {suffix}"
         by_hint[f"captions of {table.media_kind}s without another one, which {setting} reads"] = captions
     if misnamed:
         caption, owner = misnamed[0]
@@ -271,13 +276,6 @@ def _describe_captions(
         hint = f"captions under a different name than their {table.media_kind}: {example}; rename them"
         by_hint[hint] = [name for name, _ in misnamed]
     return by_hint
-
-
-def _name_suffix_setting(table: DatasetTable, suffix: str) -> str:
-    """Return the option or table key, with its value, that selects captions with this suffix."""
-    if table.config_path.is_dir():  # the dataset is given as a folder
-        return f"--caption_extension {suffix}"
-    return f'caption_extension = "{suffix}"'
 
 
 @dataclass(frozen=True)
@@ -326,13 +324,6 @@ def _is_still(path: Path) -> bool:
         return not is_animation(path)
     except MediaError:  # decoding reports the error
         return False
-
-
-def _explain_label(label: str, folder: Path) -> str:
-    """Return the hint for files with a label in their names, as OneTrainer writes them."""
-    if label == MASK_LABEL:
-        return f'masks of OneTrainer, which mask_directory = "{folder.as_posix()}" uses'
-    return "conditioning images of OneTrainer; models with control read them from a folder of their own"
 
 
 def _explain_suffix(ending: str, kinds: set[str]) -> str:

@@ -60,8 +60,9 @@ _BEGINNINGS = (
 # after the folder of all users: each name is that of a person
 _USER = r"""(?:(?<=[\\/]home[\\/])|(?<=[\\/]users[\\/])|(?<=[\\/]settings[\\/]))[^\\/\s:*?"'<>|,;)\]]+"""
 _SERVERS = r"""\b(?:https?|ftp|wss?|s3|gs|hf)://[^\s"'<>]*"""  # addresses of servers, which stay
+_HOME = r"(?<![\w~./\\])~[a-z_](?:[\w.-]*\w)?[\\/]*+"  # the home folder of a user, named by itself
 _FOLDERS = re.compile(
-    rf"(?P<server>{_SERVERS})|(?:{'|'.join(_BEGINNINGS)})(?:{_SEGMENT})+(?:{_USER})?", re.IGNORECASE
+    rf"(?P<server>{_SERVERS})|(?:{'|'.join(_BEGINNINGS)})(?:{_SEGMENT})+(?:{_USER})?|{_HOME}", re.IGNORECASE
 )
 
 
@@ -76,7 +77,7 @@ def mark_folders(value: Any) -> Any:
     if isinstance(value, Markup) or not isinstance(value, (str, Path)):
         return value
     text = escape_control_codes(str(value))
-    if "/" not in text and "\\" not in text:
+    if not any(sign in text for sign in "/\\~"):
         return text  # most texts of a page
     marked: list[Markup] = []
     end = 0  # of the part of the text that is in `marked`

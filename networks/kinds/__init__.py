@@ -2,22 +2,6 @@
 
 Each kind, except LoRA, can be removed: delete its files, also in `networks/train/`, and its two lines in
 `__init__.py` of both folders.
-
-algebra: how a kind computes with factors
-composing: values and functions that combine all kinds
-contract: properties and functions of a network kind
-dora: DoRA: magnitudes of rows or columns
-dora_change: compute DoRA's change of a weight
-factors: factor names of a plain LoRA, and types
-loha: element-wise products of two low-rank matrices
-loha_layer: the products of a LoHa, and its layer
-lokr: Kronecker products of two matrices
-lokr_layer: the products of a LoKr, and its layer
-lora: the product of two low-rank matrices
-lora_algebra: the product of a LoRA's factors
-oft: rotate layer inputs block by block
-oft_rotation: compute the rotations of an OFT
-tlora: ranks that depend on each sample's noise level
 """
 
 import os

@@ -1,12 +1,4 @@
-"""The trained layers of each kind of network. Each, except LoRA's, can be removed with its lines below.
-
-dora: train magnitudes in the layers of a LoRA
-factored: build layers of products of factors (LoHa, LoKr)
-loha: build the layers of a LoHa
-lokr: build the layers of a LoKr
-lora: build LoRA layers; find what trains a kind
-oft: the trained layer of an OFT
-"""
+"""The trained layers of each kind of network. Each, except LoRA's, can be removed with its lines below."""
 
 from networks.kinds.contract import KindTraining
 from networks.train.dora import DORA

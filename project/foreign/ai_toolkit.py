@@ -7,6 +7,7 @@ from project.foreign import rules
 from project.foreign.contract import (
     DATA,
     NEW,
+    TRAINING,
     ForeignRun,
     KeyRule,
     Program,
@@ -18,15 +19,49 @@ from project.foreign.contract import (
     omitted,
     read_largest,
     read_rate,
+    read_switch,
     read_trigger,
 )
+from project.foreign.sample_prompts import ForeignSample, drop_missing, group_list, read_sample
 
 _JOB = "config.process[]"
 _FIRST_PROCESS = "config.process[0]"
+_EMA = f"{_FIRST_PROCESS}.train.ema_config"
+_EMA_DECAY = 0.995  # AI Toolkit's default
+# field of a sample -> the key
+_SAMPLE_KEYS = {
+    "prompt": "prompt",
+    "negative": "neg",
+    "width": "width",
+    "height": "height",
+    "steps": "sample_steps",
+    "guidance": "guidance_scale",
+    "seed": "seed",
+}
 _TRAINER_TYPES = ("sd_trainer", "ui_trainer", "diffusion_trainer")
 _EMBEDDING_TYPES = ("textual_inversion_trainer", "textual_inversion")
 _SET_BY_NETWORK_ARGS = omitted("network_args and network_dim below [training] say it: docs/networks.md")
 _SLIDER = "--slider of a training script learns from two prompts, without files: docs/targets.md"
+
+
+def _join_switches(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values with one key for the switch of an average and its decay, if it is on."""
+    joined = dict(values)
+    if is_on(joined.get(f"{_EMA}.use_ema")):
+        joined.pop(f"{_EMA}.use_ema")
+        joined[f"{_EMA}.use_ema, ema_decay"] = joined.pop(f"{_EMA}.ema_decay", _EMA_DECAY)
+    return joined
+
+
+def _read_samples(values: Mapping[str, Any]) -> list[ForeignSample]:
+    """Return the samples of the job: a list of prompts with common values, or a table each."""
+    start = f"{_FIRST_PROCESS}.sample"
+    common = {key.removeprefix(f"{start}."): value for key, value in values.items() if key.startswith(start)}
+    shared = {name: common[key] for name, key in _SAMPLE_KEYS.items() if key in common}
+    prompts = common.get("prompts")
+    tables = group_list(values, f"{start}.samples")
+    tables += [{"prompt": prompt} for prompt in prompts or ()] if isinstance(prompts, list) else []
+    return drop_missing([read_sample(table, _SAMPLE_KEYS, **shared) for table in tables])
 
 
 def _find_run(values: Mapping[str, Any]) -> ForeignRun:
@@ -77,8 +112,8 @@ def _find_trained_networks(values: Mapping[str, Any]) -> TrainedNetworks:
 def _find_ineffective_keys(values: Mapping[str, Any]) -> set[str]:
     """Return the keys without effect: empty lists, and EMA settings if EMA is off."""
     without_effect = set()
-    if not is_on(values.get(f"{_FIRST_PROCESS}.train.ema_config.use_ema")):
-        without_effect |= {f"{_FIRST_PROCESS}.train.ema_config.ema_decay"}
+    if f"{_EMA}.use_ema, ema_decay" not in values:
+        without_effect |= {f"{_EMA}.use_ema", f"{_EMA}.ema_decay"}
     return {
         *without_effect,
         *(key for key, value in values.items() if key.endswith(".is_reg") and is_off(value)),
@@ -113,8 +148,7 @@ _RULES = {
     "train.lr_scheduler_params.num_warmup_steps": rules.WARMUP_STEPS,
     "train.max_grad_norm": rules.GRADIENT_LIMIT,
     "train.seed": rules.SEED,
-    "train.ema_config.use_ema": omitted("ema_decay says it here"),
-    "train.ema_config.ema_decay": rules.EMA_DECAY,
+    "train.ema_config.use_ema, ema_decay": rules.EMA_DECAY,
     "train.min_snr_gamma": rules.MIN_SNR,
     "train.snr_gamma": rules.MIN_SNR,
     "train.noise_offset": rules.NOISE_OFFSET,
@@ -143,8 +177,8 @@ _RULES = {
     "train.switch_boundary_every": omitted(
         "of two networks, the noise level of each step decides which one is trained"
     ),
-    "train.skip_first_sample": omitted("sample_at_first below [training] says it"),
-    "train.force_first_sample": omitted("sample_at_first below [training] says it"),
+    "train.skip_first_sample": KeyRule(TRAINING, "sample_at_first", lambda value: not read_switch(value)),
+    "train.force_first_sample": KeyRule(TRAINING, "sample_at_first", read_switch),
     "train.disable_sampling": omitted("without sample_prompts below [training] there are no samples"),
     **dict.fromkeys(
         ("train.diff_output_preservation", "train.diff_output_preservation_*"),
@@ -177,6 +211,9 @@ _RULES = {
     "datasets[].cache_latents_to_disk": rules.CACHES,
     "datasets[].cache_latents": rules.CACHES,
     "model.name_or_path": rules.MODEL_FILE,
+    "model.vae_path": rules.own_file("vae", "ae"),
+    "model.te_name_or_path": rules.own_file("text_encoder", "t5", "t5xxl", "qwen3", "gemma2", "gemma_root"),
+    "network.pretrained_lora_path": rules.START,
     "model.arch": rules.MODEL_NAME,
     **{f"model.{name}": rules.MODEL_NAME for name in ("is_flux", "is_xl", "is_v2", "is_lumina2")},
     **{
@@ -188,7 +225,10 @@ _RULES = {
     "model.model_kwargs.*": omitted("of two networks both learn; min_timestep and max_timestep choose one"),
     "model.layer_offloading*": rules.CHOSEN_BY_NEW,
     "sample.sample_every": rules.SAMPLE_STEPS,
-    "sample.*": rules.SAMPLES,
+    "sample.prompts": rules.SAMPLES,
+    "sample.samples[].*": rules.SAMPLES,
+    **{f"sample.{key}": rules.SAMPLES for key in _SAMPLE_KEYS.values()},
+    "sample.*": rules.SAMPLERS,
     "device": rules.CHOSEN_BY_NEW,
     "type": omitted("it says what is trained"),
     "training_folder": rules.OUTPUT_FOLDER,
@@ -210,6 +250,8 @@ PROGRAM = Program(
     find_run=_find_run,
     find_trained_networks=_find_trained_networks,
     find_ineffective_keys=_find_ineffective_keys,
+    rename_keys=_join_switches,
+    read_samples=_read_samples,
     default_optimizer_arguments={
         "adafactor": {"scale_parameter": False, "relative_step": False, "warmup_init": False}
     },

@@ -16,7 +16,10 @@ from project.options import check_trigger
 # target of a value: an option of `new`, a key of [training] in run.toml or of a table in dataset.toml, or
 NEW, TRAINING, DATA = "new", "training", "data"
 MODEL = "model"  # the name of a model, which is matched to a task
-FILE = "file"  # a model file; its name may match a released file
+FILE = "file"  # the base model: a file, a folder, or the name of a released one
+# another file; name: names of --model_file that it may be, or network_weights, separated by blanks
+OWN_FILE = "own file"
+ADAPTER = "adapter"  # a training adapter, which may be a published one
 FOLDER = "folder"  # a folder with images or clips
 EPOCHS = "epochs"  # epochs, converted to steps; name: precedence (below)
 PER_EPOCH = "per epoch"  # an interval in epochs; name: the option in steps
@@ -25,6 +28,8 @@ NETWORK = "network"  # kind of network: a LoRA or another one
 ARGUMENT = "argument"  # an argument of the optimizer; `name` is the argument's name
 ARGUMENTS = "arguments"  # several arguments of the optimizer, as KEY=VALUE
 NETWORK_ARGUMENT = "network argument"  # an argument of the network; `name` is its name
+SAMPLE = "sample"  # part of a sample prompt, which `Program.read_samples` reads
+KEPT = "kept"  # how many saved files are kept
 OMITTED = "left"  # left out, with the reason in the rule
 
 # precedence of EPOCHS: over a number of steps, below it, or the run ends at whichever comes first
@@ -91,6 +96,11 @@ def guess_no_model(values: Mapping[str, Any]) -> tuple[str, str] | None:
     return None
 
 
+def read_no_samples(values: Mapping[str, Any]) -> list[Any]:
+    """Return no samples, for trainers that make none."""
+    return []
+
+
 @dataclass(frozen=True)
 class Program:
     """Another trainer, with the rules for reading its project files.
@@ -125,6 +135,8 @@ class Program:
     kind_key_by_variant: Mapping[str, str] = field(default_factory=dict)
     # guesses family and task from other keys if the file names no model
     guess_model: Callable[[Mapping[str, Any]], tuple[str, str] | None] = guess_no_model
+    # returns the samples that the file asks for
+    read_samples: Callable[[Mapping[str, Any]], list[Any]] = read_no_samples
     # renames values to the keys in `rules`, if the names depend on other values
     rename_keys: Callable[[dict[str, Any]], dict[str, Any]] = lambda values: values
 
@@ -276,15 +288,19 @@ def read_name(value: Any) -> str:
     return name
 
 
-def read_adapter(value: Any) -> str:
-    """Return the absolute path of a training adapter. Raises ValueError unless it is a .safetensors file."""
-    path = Path(str(value).strip()).expanduser()
-    if path.suffix != ".safetensors" or not path.is_file():
-        raise ValueError(
-            "there is no such file here: tasks that end in -adapter download published ones, and "
-            "training_adapter below [training] accepts any"
-        )
-    return path.absolute().as_posix()
+def read_shift(value: Any) -> float:
+    """Return the shift of the noise levels. Raises UnsetValue for 0, which means none."""
+    shift = number(0, 1000)(value)
+    if not shift:
+        raise UnsetValue
+    return shift
+
+
+def read_path(value: Any) -> str:
+    """Return a path as text. Raises ValueError for anything else, such as a list of paths."""
+    if not isinstance(value, str):
+        raise ValueError("it is not the path of one file")
+    return value
 
 
 def read_trigger(value: Any) -> str:

@@ -20,10 +20,15 @@ from project.foreign.contract import (
 )
 
 _TABLES = ("transformer_path", "diffusion_model", "checkpoint_path", "diffusers_path", "ckpt_path")
-_OTHER_FILES = (
-    *("vae", "vae_path", "audio_vae", "llm_path", "clip_path", "text_encoders*", "text_encoder_path"),
-    "byt5_path",
-)
+_TEXT_ENCODERS = ("text_encoder", "text_encoder1", "t5", "qwen3", "gemma2", "gemma_root", "t5xxl")
+# keys of other networks -> names of --model_file
+_OTHER_FILES = {
+    **dict.fromkeys(("vae", "vae_path"), ("vae", "ae", "video_vae", "ltx2_video_vae")),
+    "audio_vae": ("audio_vae", "ltx2_audio_vae"),
+    **dict.fromkeys(("llm_path", "text_encoder_path", "text_encoders*"), _TEXT_ENCODERS),
+    "clip_path": ("clip_l", "text_encoder2", "clip"),
+    "byt5_path": ("byt5",),
+}
 _EVALUATION = (
     *("eval_every_n_epochs", "eval_every_n_steps", "eval_before_first_step", "eval_micro_batch_size_per_gpu"),
     *("eval_gradient_accumulation_steps", "disable_block_swap_for_eval"),
@@ -106,7 +111,7 @@ PROGRAM = Program(
         "model.min_snr_gamma": rules.MIN_SNR,
         "model.v_pred": omitted("the model determines what it predicts"),
         **{f"model.{name}": rules.MODEL_FILE for name in _TABLES},
-        **{f"model.{name}": rules.OWN_FILES for name in _OTHER_FILES},
+        **{f"model.{name}": rules.own_file(*options) for name, options in _OTHER_FILES.items()},
         "adapter.type": rules.NETWORK_KIND,
         "adapter.rank": rules.RANK,
         "adapter.alpha": rules.ALPHA,

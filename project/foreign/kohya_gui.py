@@ -1,5 +1,7 @@
 """Rules for the JSON that the GUI of kohya_ss saves; most keys are options of sd-scripts."""
 
+import itertools
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +17,7 @@ from project.foreign.contract import (
     KeyRule,
     Program,
     TrainedNetworks,
+    UnsetValue,
     UnsupportedRun,
     integer,
     is_off,
@@ -24,6 +27,7 @@ from project.foreign.contract import (
     read_rate,
     read_text,
 )
+from project.foreign.sample_prompts import MAX_SAMPLES, ForeignSample
 
 _UI_ONLY = omitted("only the form itself uses it")
 _SET_BY_NETWORK_ARGS = omitted("set it by network_args below [training]: docs/networks.md")
@@ -54,6 +58,36 @@ def _guess_model(values: Mapping[str, Any]) -> tuple[str, str] | None:
     if _is_lllite(values) and any(key.startswith("anima_") for key in values):
         return "anima", "base"
     return ("stable_diffusion", "1.5") if "v2" in values else None
+
+
+def _read_kept_steps(value: Any) -> int:
+    """Return for how many steps files are kept. Raises UnsetValue for 0, which means all."""
+    steps = integer(0)(value)
+    if not steps:
+        raise UnsetValue
+    return steps
+
+
+def _read_typed_options(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values with the options that the form's field for further options has as text."""
+    try:
+        words = shlex.split(str(values.get("additional_parameters") or ""))
+    except ValueError:  # a quote that is not closed
+        return values
+    typed: dict[str, Any] = {}
+    for word, following in itertools.pairwise([*words, ""]):
+        name, _, value = word.removeprefix("--").partition("=")
+        if word.startswith("--"):
+            has_value = bool(following) and not following.startswith("--")
+            typed[name.replace("-", "_")] = value or (following if has_value else True)
+    return {**typed, **values}  # the form's own fields come first
+
+
+def _read_samples(values: Mapping[str, Any]) -> list[ForeignSample]:
+    """Return the lines of prompts, which have options of their own as in prompts.txt."""
+    lines = str(values.get("sample_prompts") or "").splitlines()
+    texts = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
+    return [ForeignSample(text, is_line=True) for text in texts][:MAX_SAMPLES]
 
 
 def _find_run(values: Mapping[str, Any]) -> ForeignRun:
@@ -183,6 +217,8 @@ PROGRAM = Program(
     find_trained_networks=_find_trained_networks,
     find_ineffective_keys=_find_ineffective_keys,
     guess_model=_guess_model,
+    rename_keys=_read_typed_options,
+    read_samples=_read_samples,
     rules={
         "output_name": rules.OUTPUT_NAME,
         "model_output_name": rules.OUTPUT_NAME,
@@ -222,9 +258,9 @@ PROGRAM = Program(
         "anima_sigmoid_scale": KeyRule(TRAINING, "sigmoid_scale", number(0, 1000)),
         "anima_timestep_sampling": KeyRule(TRAINING, "timestep_sampling", read_text),
         "anima_*": rules.CHOSEN_BY_NEW,
-        **dict.fromkeys(
-            ("anima_qwen3", "anima_vae", "anima_llm_adapter_path", "anima_t5_tokenizer_path"), rules.OWN_FILES
-        ),
+        "anima_qwen3": rules.own_file("qwen3", "text_encoder"),
+        "anima_vae": rules.own_file("vae"),
+        **dict.fromkeys(("anima_llm_adapter_path", "anima_t5_tokenizer_path"), rules.SAME_FILE),
         "train_data_dir": rules.MEDIA_FOLDER,
         "image_folder": rules.MEDIA_FOLDER,
         "train_dir": omitted("`new` finds captions and sizes itself"),
@@ -234,7 +270,10 @@ PROGRAM = Program(
         "flux1_checkbox": rules.MODEL_NAME,
         "v2": rules.MODEL_NAME,
         "v_parameterization": omitted("the model determines what it predicts"),
-        **dict.fromkeys(("ae", "clip_l", "t5xxl", "vae"), rules.OWN_FILES),
+        "ae": rules.own_file("ae", "vae"),
+        "clip_l": rules.own_file("clip_l"),
+        "t5xxl": rules.own_file("t5xxl"),
+        "vae": rules.own_file("vae", "ae"),
         "caption_extension": rules.CAPTIONS,
         "enable_bucket": rules.BUCKETS,
         "dataset_config": omitted("dataset.toml is written by `new`"),
@@ -242,7 +281,10 @@ PROGRAM = Program(
         "save_every_n_epochs": rules.SAVE_EPOCHS,
         "sample_every_n_steps": rules.SAMPLE_STEPS,
         "sample_every_n_epochs": rules.SAMPLE_EPOCHS,
-        **dict.fromkeys(("save_last_n_steps", "save_last_n_steps_state"), rules.KEPT_FILES),
+        **{
+            name: KeyRule(TRAINING, name, _read_kept_steps)
+            for name in ("save_last_n_steps", "save_last_n_steps_state")
+        },
         **dict.fromkeys(
             ("save_state", "save_state_on_train_end"), omitted("states are saved with each file")
         ),
@@ -265,7 +307,7 @@ PROGRAM = Program(
         **dict.fromkeys(("multi_gpu", "gpu_ids", "main_process_port", "dynamo_backend"), _LAUNCHER_ONLY),
         **dict.fromkeys(("dynamo_mode", "dynamo_use_dynamic", "dynamo_use_fullgraph"), _LAUNCHER_ONLY),
         "extra_accelerate_launch_args": _LAUNCHER_ONLY,
-        "additional_parameters": omitted("write each of these options below [training]"),
+        "additional_parameters": omitted("each of these options is read by itself"),
         **dict.fromkeys(("output_dir", "resume"), rules.OUTPUT_FOLDER),
         "logging_dir": omitted("logging_dir below [training] says where logs go"),
         **dict.fromkeys(("log_with", "log_config", "log_tracker_name", "log_tracker_config"), rules.LOGS),

@@ -136,11 +136,19 @@ def _resolve_intervals(project: ForeignProject, epoch: Epoch) -> None:
             project.remove_option(option, "")
     save_interval = training.get("save_every_n_steps")
     if save_interval is None:
+        if project.kept_files is not None:
+            key, count = project.kept_files
+            project.report_omitted_value(key, count, "the file does not say how often files are saved")
         return
     # as `new` does, keep each state, and each large file, until the next one is saved
-    training["save_last_n_steps_state"] = save_interval
-    if project.keeps_only_latest:
-        training["save_last_n_steps"] = save_interval
+    training.setdefault("save_last_n_steps_state", save_interval)
+    if project.kept_files is not None:
+        key, count = project.kept_files
+        # older files than this are removed: 1 step keeps the newest alone
+        training["save_last_n_steps"] = max((count - 1) * save_interval, 1)
+        project.report_change(key, count, f"save_last_n_steps = {training['save_last_n_steps']}")
+    elif project.keeps_only_latest:
+        training.setdefault("save_last_n_steps", save_interval)
 
 
 def _set_epoch_interval(

@@ -98,8 +98,10 @@ PROGRAM = Program(
     rename_keys=_name_conditions,
     rules={
         "model.training_mode": omitted("it says what is trained"),
-        "model.model_path": rules.OWN_FILES,  # both tasks of a release use the same file
-        "model.text_encoder_path": rules.OWN_FILES,
+        "model.model_path": rules.own_file(
+            "ltx2_checkpoint", "dit"
+        ),  # the same file in both tasks of a release
+        "model.text_encoder_path": rules.own_file("gemma_root", "ltx2_text_encoder_checkpoint"),
         "model.load_checkpoint": rules.START,
         "lora.rank": rules.RANK,
         "lora.alpha": rules.ALPHA,

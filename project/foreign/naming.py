@@ -4,11 +4,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from downloads.catalogue import TRAINING_ADAPTER
 from downloads.naming import name_unsupported, plain_name
 from modules.errors import OptionError
 from project.foreign import contract
 from project.foreign.contract import KeyRule, Program
-from project.foreign.project import ForeignProject, show
+from project.foreign.project import ForeignFile, ForeignProject, show
 from project.options import find_models
 
 # how specific a key is: a variant more than a file or repository, and these more than a kind
@@ -49,6 +50,8 @@ def select_project_model(
         ]
     if models:
         _use_most_specific(project, models)
+    for key, value in project.adapters:
+        _use_adapter(project, key, value)
 
 
 def _guess_model(project: ForeignProject, values: Mapping[str, Any]) -> list[FileModel]:
@@ -70,6 +73,21 @@ def _use_most_specific(project: ForeignProject, models: Sequence[FileModel]) -> 
         project.new_options["task"] = chosen.task
 
 
+def _use_adapter(project: ForeignProject, key: str, value: str) -> None:
+    """Set the task that has a published training adapter, or note the file of an adapter for later."""
+    family, task = project.new_options.get("family"), project.new_options.get("task")
+    stem = plain_name(re.split(r"[/\\]", value)[-1].removesuffix(".safetensors"))
+    for model in find_models():
+        adapters = [part for part in model.components if part.option == TRAINING_ADAPTER]
+        names = {plain_name(name) for part in adapters for name in (part.path.stem, *part.path.parts[-2:-1])}
+        names |= {plain_name(part.files[0].repository.split("/")[-1]) for part in adapters}
+        if model.family == family and stem in names and task in (None, model.task.removesuffix("-adapter")):
+            project.new_options["task"] = model.task
+            project.report_change(key, value, f"--task {model.task}, with the published adapter")
+            return
+    project.own_files.append(ForeignFile(key, value, ("training_adapter",), is_released=False))
+
+
 def _read_model_key(
     project: ForeignProject, rule: KeyRule, key: str, values: Mapping[str, Any]
 ) -> FileModel | None:
@@ -87,22 +105,19 @@ def _read_model_key(
         name = f"{key.split('.')[-1]}=True" if value is True else str(value)
         specificity = _MODEL_FILE if rule.target == contract.FILE else _MODEL_KIND
     named_model = _find_model_by_name(project.program, name)
+    is_file = rule.target == contract.FILE and isinstance(value, str) and key not in project.assumed_defaults
+    if is_file:
+        project.own_files.append(ForeignFile(show(key), value, (), is_released=named_model is not None))
     if named_model is None:
-        _report_unknown_model(project, rule, key, value)
+        project.unknown_models[show(key)] = show(value)
+        if not is_file:
+            reason = "no model of this name is known. Pass --family and --task"
+            project.report_omitted_value(key, value, reason)
         return None
     family, task = named_model
     if key not in project.assumed_defaults:
         project.report_change(key, value, f"--family {family} --task {task or '(asked for)'}")
     return FileModel(specificity, family, task)
-
-
-def _report_unknown_model(project: ForeignProject, rule: KeyRule, key: str, value: Any) -> None:
-    """Report a key that names no known model, and note its value for the message if none is found at all."""
-    reason = "no model of this name is known. Pass --family and --task"
-    if rule.target == contract.FILE:
-        reason = "a file or folder of your own is given as --model_file NAME=PATH"
-    project.unknown_models[show(key)] = show(value)
-    project.report_omitted_value(key, value, reason)
 
 
 def _find_model_by_name(program: Program, name: str) -> tuple[str, str | None] | None:

@@ -11,20 +11,93 @@ from project.foreign.contract import (
     KeyRule,
     Program,
     TrainedNetworks,
+    UnsetValue,
     UnsupportedRun,
     integer,
+    is_on,
     number,
     omitted,
     read_largest,
     read_rate,
     read_scheduler,
 )
+from project.foreign.sample_prompts import ForeignSample, drop_missing, group_list, read_sample
 
 _RUNS = {"LORA": "lora", "FINE_TUNE": "whole", "EMBEDDING": "embedding"}
 _TEXT_ENCODER_NAMES = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
 _DIT_NAMES = ("unet", "transformer", "prior")
 _FURTHER_PARTS = ("vae", "low_noise_transformer", "connectors", "quantization")
 _UNIT = "it is counted in minutes or seconds there, and in steps here"
+
+
+# the names of a switch and of its value, joined by `_join_switches`
+_MIN_SNR = "loss_weight_fn = MIN_SNR_GAMMA, loss_weight_strength"
+_EMA = "ema, ema_decay"
+_VALIDATION_SPLIT = 0.1  # as `new` holds back of enough files
+# field of a sample -> the key
+_SAMPLE_KEYS = {
+    "prompt": "prompt",
+    "negative": "negative_prompt",
+    "width": "width",
+    "height": "height",
+    "steps": "diffusion_steps",
+    "guidance": "cfg_scale",
+    "seed": "seed",
+}
+_EMA_DECAY = 0.999  # OneTrainer's default
+
+
+def _join_switches(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values with one key for each pair of a switch and a value that the switch turns on."""
+    joined = dict(values)
+    if joined.get("loss_weight_fn") == "MIN_SNR_GAMMA":
+        joined.pop("loss_weight_fn")
+        joined[_MIN_SNR] = joined.pop("loss_weight_strength", 5.0)
+    if joined.get("ema") in ("GPU", "CPU"):
+        joined.pop("ema")
+        joined[_EMA] = joined.pop("ema_decay", _EMA_DECAY)
+    return joined
+
+
+def _find_ineffective_keys(values: Mapping[str, Any]) -> set[str]:
+    """Return the keys of switches that are off, and of their values."""
+    keys = set()
+    if values.get("loss_weight_fn") == "CONSTANT":
+        keys |= {"loss_weight_fn", "loss_weight_strength"}
+    if _EMA not in values:
+        keys |= {"ema", "ema_decay", "ema_update_step_interval"}
+    if values.get("timestep_shift") == 1:  # it changes nothing
+        keys |= {"timestep_shift"}
+    return keys
+
+
+def _read_samples(values: Mapping[str, Any]) -> list[ForeignSample]:
+    """Return the samples that are on, from the file itself or from the one that it names."""
+    tables = group_list(values, "samples") or group_list(values, "sample_definition_file_name:")
+    return drop_missing(
+        [read_sample(table, _SAMPLE_KEYS) for table in tables if table.get("enabled", True) is not False]
+    )
+
+
+def _read_validation(value: Any) -> float:
+    """Return the share of files that is held back; OneTrainer has folders for that, and no share."""
+    if not is_on(value):
+        raise UnsetValue
+    return _VALIDATION_SPLIT
+
+
+def _read_concept_weight(value: Any) -> None:
+    """Raise UnsetValue for a weight of 1, and ValueError for others, which no dataset here has."""
+    if number(0, 1000)(value) == 1:
+        raise UnsetValue("all concepts count alike")
+    raise ValueError("no folder here has a weight of its own in the loss: num_repeats shows one more often")
+
+
+def _read_loss_weight(value: Any) -> bool:
+    """Return True for the weights of debiased estimation, which an option of the same name turns on."""
+    if value != "DEBIASED_ESTIMATION":
+        raise ValueError("no option here weights losses so")
+    return True
 
 
 def _find_run(values: Mapping[str, Any]) -> ForeignRun:
@@ -99,7 +172,7 @@ _CONCEPT_RULES = {
     "include_subdirectories": omitted("`new` lists the folders that it uses"),
     "image_variations": omitted("each file is encoded once"),
     "text_variations": omitted("captions vary by shuffle_caption"),
-    "loss_weight": KeyRule(DATA, "prior_loss_weight", number(0, 1000)),
+    "loss_weight": KeyRule(DATA, "num_repeats", _read_concept_weight),
     "text.prompt_source": rules.CAPTIONS,
     "text.prompt_path": rules.CAPTIONS,
     "text.enable_tag_shuffling": rules.SHUFFLED,
@@ -128,7 +201,7 @@ PROGRAM = Program(
     suffixes=(".json",),
     default_alpha=1,
     identifying_keys=("training_method", "base_model_name", "concept_file_name", "concepts[].path"),
-    companion_keys=("concept_file_name",),
+    companion_keys=("concept_file_name", "sample_definition_file_name"),
     default_values={
         "training_method": "FINE_TUNE",
         "model_type": "STABLE_DIFFUSION_15",
@@ -148,6 +221,9 @@ PROGRAM = Program(
         "backup_after": "backup_after_unit",
     },
     find_run=_find_run,
+    rename_keys=_join_switches,
+    read_samples=_read_samples,
+    find_ineffective_keys=_find_ineffective_keys,
     find_trained_networks=_find_trained_networks,
     default_optimizer_arguments={
         "adafactor": {"scale_parameter": False, "relative_step": False, "warmup_init": False}
@@ -158,6 +234,9 @@ PROGRAM = Program(
         "training_method": omitted("it says what is trained"),
         "model_type": rules.MODEL_NAME,
         "base_model_name": rules.MODEL_FILE,
+        **{f"{name}.model_name": rules.MODEL_FILE for name in _DIT_NAMES},
+        "vae.model_name": rules.own_file("vae", "ae"),
+        "text_encoder.model_name": rules.own_file("text_encoder", "t5xxl", "qwen3", "gemma2"),
         "peft_type": rules.NETWORK_KIND,
         "lora_rank": rules.RANK,
         "lora_alpha": rules.ALPHA,
@@ -188,8 +267,8 @@ PROGRAM = Program(
         "resolution": KeyRule(DATA, "resolution", read_largest),
         "frames": omitted("`new` chooses the frames of clips"),
         "seed": rules.SEED,
-        "ema": omitted("ema_decay below [training] averages the weights"),
-        "ema_decay": omitted("it is that of ema; ema_decay below [training] averages the weights"),
+        _EMA: rules.EMA_DECAY,
+        "ema_update_step_interval": omitted("weights are averaged after each step"),
         "offset_noise_weight": rules.NOISE_OFFSET,
         "max_noising_strength": KeyRule(TRAINING, "max_timestep", _read_noise),
         "min_noising_strength": KeyRule(TRAINING, "min_timestep", _read_noise),
@@ -198,12 +277,13 @@ PROGRAM = Program(
         "mse_strength": omitted("loss_type below [training] has l2, l1, huber and smooth_l1"),
         "mae_strength": omitted("loss_type below [training] has l2, l1, huber and smooth_l1"),
         "log_cosh_strength": omitted("loss_type below [training] has l2, l1, huber and smooth_l1"),
-        "loss_weight_fn": omitted("min_snr_gamma below [training] is one such weight"),
-        "loss_weight_strength": omitted(
-            "it is that of loss_weight_fn; min_snr_gamma below [training] is one"
-        ),
+        _MIN_SNR: rules.MIN_SNR,
+        "loss_weight_fn": KeyRule(TRAINING, "debiased_estimation_loss", _read_loss_weight),
+        "loss_weight_strength": omitted("it is a value of loss_weight_fn"),
         "timestep_distribution": rules.TIMESTEPS,
-        "timestep_shift": rules.SHIFT,
+        "timestep_shift": omitted(
+            "it shifts the distribution of times that the file names, which is not here"
+        ),
         "save_every": KeyRule(TRAINING, "save_every_n_steps", _read_every),
         "sample_after": KeyRule(TRAINING, "sample_every_n_steps", _read_every),
         "save_every (epochs)": rules.SAVE_EPOCHS,
@@ -218,9 +298,13 @@ PROGRAM = Program(
         "optimizer_defaults.*": omitted("they belong to the optimizers that its page offers next"),
         "lora_model_name": rules.START,
         "layer_filter*": rules.LAYERS,
-        "sample_definition_file_name": rules.SAMPLES,
         "samples[].*": rules.SAMPLES,
-        "masked_training": rules.MASKS,
+        "sample_definition_file_name:[].*": rules.SAMPLES,
+        "validation": KeyRule(TRAINING, "validation_split", _read_validation),
+        "validate_after*": omitted("validation is measured when files are saved"),
+        "masked_training": omitted(
+            "masks there are NAME-masklabel.png; `new` names those in a folder masks, which are NAME.png"
+        ),
         "unmasked_*": rules.MASKS,
         "normalize_masked_area_loss": omitted("a loss with masks is divided by the area of all pixels"),
         "latent_caching": rules.CACHES,

@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 from modules.control_codes import shorten
 from modules.text_files import real_path
 from project.foreign.contract import ForeignRun, Program, TrainedNetworks, is_off
+from project.foreign.sample_prompts import ForeignSample
 
 # number of parent folders searched for files: paths are relative to the program's working folder
 MAX_AROUND = 4
+MAX_DIFFERENCES = 6  # settings that the first line names
 NO_REASON = "this program has no such thing"
 MISSPELT = 0.85  # minimum similarity of a misspelled key to a known one
 
@@ -23,6 +25,20 @@ class FileEpochs(NamedTuple):
     key: str
     number: int
     precedence: str
+
+
+class ForeignFile(NamedTuple):
+    """A file that another trainer's project names: a network, or a LoRA to start from."""
+
+    key: str
+    value: str
+    options: tuple[str, ...]  # names of --model_file, or network_weights; () for the base model
+    is_released: bool = False  # the value also names a released model
+
+    @property
+    def is_base_model(self) -> bool:
+        """Whether it is the model that is trained."""
+        return not self.options
 
 
 @dataclass
@@ -64,12 +80,19 @@ class ForeignProject:
     source_keys: dict[str, str] = field(default_factory=dict)  # our option or key -> key in the file
     # keys that name a model -> unknown value
     unknown_models: dict[str, str] = field(default_factory=dict)
+    own_files: list[ForeignFile] = field(default_factory=list)  # files that the project names
+    adapters: list[tuple[str, str]] = field(default_factory=list)  # key and value of training adapters
+    samples: list[ForeignSample] = field(default_factory=list)  # samples that the file asks for
+    sample_keys: list[str] = field(default_factory=list)  # keys of samples
+    kept_files: tuple[str, int] | None = None  # key and number of saved files to keep
+    missing_packages: list[str] = field(default_factory=list)  # to install with pip before the run
     replaces_optimizer: bool = False  # the project's optimizer differs from the one used
     keeps_only_latest: bool = False  # saves are large, so keep few
     assumed_defaults: dict[str, Any] = field(default_factory=dict)  # missing keys -> the program's defaults
     adopted_keys: list[str] = field(default_factory=list)  # keys with unchanged values
     change_lines: list[str] = field(default_factory=list)  # lines
     omission_lines: list[str] = field(default_factory=list)  # lines
+    differing_settings: list[str] = field(default_factory=list)  # values that are not adopted, as text
     # reason -> keys left out for it
     omitted_keys_by_reason: dict[str, list[str]] = field(default_factory=dict)
     ineffective_keys: list[str] = field(default_factory=list)  # keys without effect in the other program
@@ -92,6 +115,7 @@ class ForeignProject:
     def report_omitted_value(self, key: str, value: Any, reason: str) -> None:
         """Record a key that is omitted, on a report line of its own that shows its value."""
         self.omission_lines.append(f"{show(key)} = {show(value)}: {reason}")
+        self.differing_settings.append(f"{show(key)} = {show(value)}")
 
     def report_change(self, key: str, value: Any, result: str) -> None:
         """Record a key of another trainer's file whose value is converted for this program.
@@ -124,11 +148,21 @@ class ForeignProject:
         """
         return [
             f"{self.path} is a project of {self.title}; nothing of it is run.",
+            *self._describe_differences(),
             *self._describe_adopted(folder),
             *[f"  changed: {text}" for text in self.change_lines],
             *self._describe_omitted(folder),
             *self._describe_unknown(),
         ]
+
+    def _describe_differences(self) -> list[str]:
+        """Return a line that names the values that are not adopted, before the lines about all keys."""
+        settings = self.differing_settings
+        if not settings:
+            return []
+        others = f" and {len(settings) - MAX_DIFFERENCES} more" if len(settings) > MAX_DIFFERENCES else ""
+        shown = "; ".join(settings[:MAX_DIFFERENCES])
+        return [f"  different from your project: {shown}{others}. The lines `left` below say why."]
 
     def _describe_adopted(self, folder: Path) -> list[str]:
         """Return lines about the keys whose values are adopted, and about the other trainer's defaults."""

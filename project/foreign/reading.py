@@ -71,6 +71,7 @@ def read_foreign(path: Path, typed_kind: str | None = None) -> ForeignProject:
         if key not in values:
             project.assumed_defaults[key] = values[key] = default
     model_rules = _convert_values(project, values)
+    project.samples = program.read_samples(values)
     join_datasets(project)
     select_project_model(project, values, model_rules)
     return project

@@ -1,32 +1,39 @@
 """Rules of keys that several trainers share. No torch."""
 
 from project.foreign.contract import (
+    ADAPTER as ADAPTER_FILE,
+)
+from project.foreign.contract import (
     ARGUMENT,
     ARGUMENTS,
     DATA,
     EPOCHS,
     FILE,
     FOLDER,
+    KEPT,
     LAST,
     MODEL,
     NETWORK,
     NETWORK_ARGUMENT,
     NEW,
+    OWN_FILE,
     PER_EPOCH,
+    SAMPLE,
     TRAINING,
     KeyRule,
     integer,
     number,
     omitted,
-    read_adapter,
     read_arguments,
     read_folder,
     read_loss,
     read_name,
     read_network,
     read_optimizer,
+    read_path,
     read_repeats,
     read_scheduler,
+    read_shift,
     read_side,
     read_switch,
     read_trigger,
@@ -80,10 +87,10 @@ MASKS = omitted("`new` names the masks that it sees, for mask_directory in datas
 TAG_DROPOUT = KeyRule(DATA, "caption_tag_dropout_rate", number(0, 1))
 LAYERS = omitted("network_args below [training] choose layers: docs/networks.md")
 TIMESTEPS = omitted("timestep_sampling below [training] is that of the model's page")
-SHIFT = omitted("discrete_flow_shift below [training] is that of the model's page")
-OWN_FILES = omitted("pass a file of your own as --model_file NAME=PATH")
-ADAPTER = KeyRule(TRAINING, "training_adapter", read_adapter)
-START = omitted("pass a LoRA to start from as network_weights below [training]")
+SHIFT = KeyRule(TRAINING, "discrete_flow_shift", read_shift)
+ADAPTER = KeyRule(ADAPTER_FILE, "", str)
+START = KeyRule(OWN_FILE, "network_weights", read_path)
+SAME_FILE = omitted("the model's own file is used, which is the same for all checkpoints of the model")
 BUCKETS = omitted("files always keep their shape")
 CAPTIONS = omitted("`new` finds the captions itself")
 REGULARISING = omitted(
@@ -92,13 +99,21 @@ REGULARISING = omitted(
 CONTROLS = omitted("control images are looked for in a folder control or conditioning of the one described")
 
 CHOSEN_BY_NEW = omitted("`new` chooses it for the card and the model")
-SAMPLES = omitted("prompts.txt has prompts of your captions: write others there")
+SAMPLES = KeyRule(SAMPLE)
+SAMPLERS = omitted("samples are made as the model's page says")
 CACHES = omitted("encoded data are always cached")
-KEPT_FILES = omitted("each saved file is kept; save_last_n_steps below [training] keeps the last ones")
+KEPT_FILES = KeyRule(KEPT, "", integer(0, 100_000))
 UPLOADS = omitted("nothing is sent anywhere unless you type it with `run`")
 LOGS = omitted("output/NAME.html has the curves; other logs are options of the training")
 NAMES = omitted("it names something and changes nothing")
-VALIDATION = omitted("validation_split below [training] holds files back")
+VALIDATION = omitted(
+    "it needs a folder of its own there; validation_split below [training] holds files of this one back"
+)
+
+
+def own_file(*options: str) -> KeyRule:
+    """Return the rule for a key that names a file; `options` are the names of --model_file that it may be."""
+    return KeyRule(OWN_FILE, " ".join(options), read_path)
 
 
 def argument(name: str) -> KeyRule:

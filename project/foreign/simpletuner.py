@@ -20,6 +20,20 @@ from project.foreign.contract import (
     read_rate,
     read_side,
 )
+from project.foreign.sample_prompts import ForeignSample, drop_missing, read_sample
+
+
+def _join_switches(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values with one key for the switch of an average and its decay, if it is on."""
+    joined = dict(values)
+    if is_on(joined.get("use_ema")):
+        joined.pop("use_ema")
+        joined["use_ema, ema_decay"] = joined.pop("ema_decay", _EMA_DECAY)
+    return joined
+
+
+def _read_samples(values: Mapping[str, Any]) -> list[ForeignSample]:
+    return drop_missing([read_sample(values, _SAMPLE_KEYS)])
 
 
 def _find_run(values: Mapping[str, Any]) -> ForeignRun:
@@ -48,9 +62,10 @@ def _find_trained_networks(values: Mapping[str, Any]) -> TrainedNetworks:
 
 def _find_ineffective_keys(values: Mapping[str, Any]) -> set[str]:
     """Return the keys without effect: a LyCORIS config file sets network type, rank and alpha instead."""
+    keys = set() if "use_ema, ema_decay" in values else {"use_ema", "ema_decay"}
     if values.get("lora_type") == "lycoris" and "lycoris_config:algo" in values:
-        return {"lora_rank", "lora_alpha", "lora_type"}
-    return set()
+        keys |= {"lora_rank", "lora_alpha", "lora_type"}
+    return keys
 
 
 def _read_size(value: Any) -> tuple[int, int]:
@@ -74,6 +89,16 @@ def _read_repeats(value: Any) -> int:
     return integer(0, 100_000)(value) + 1
 
 
+_EMA_DECAY = 0.995  # SimpleTuner's default
+# field of a sample -> the key
+_SAMPLE_KEYS = {
+    "prompt": "validation_prompt",
+    "negative": "validation_negative_prompt",
+    "size": "validation_resolution",
+    "steps": "validation_num_inference_steps",
+    "guidance": "validation_guidance",
+    "seed": "validation_seed",
+}
 _DATASETS = "data_backend_config:[]"
 _KEYS_CHOSEN_BY_NEW = (
     *("mixed_precision", "gradient_checkpointing", "base_model_precision", "text_encoder_1_precision"),
@@ -93,7 +118,9 @@ _RULES = {
     "model_family": rules.MODEL_NAME,
     "pretrained_model_name_or_path": rules.MODEL_FILE,
     "pretrained_transformer_model_name_or_path": rules.MODEL_FILE,
-    "pretrained_vae_model_name_or_path": rules.OWN_FILES,
+    "pretrained_unet_model_name_or_path": rules.MODEL_FILE,
+    "pretrained_t5_model_name_or_path": rules.own_file("t5xxl", "t5"),
+    "pretrained_vae_model_name_or_path": rules.own_file("vae", "ae"),
     "model_flavour": rules.MODEL_NAME,
     "lora_type": rules.NETWORK_KIND,
     "lora_rank": rules.RANK,
@@ -136,8 +163,7 @@ _RULES = {
     "caption_dropout_probability": rules.CAPTION_DROPOUT,
     "snr_gamma": rules.MIN_SNR,
     "noise_offset": rules.NOISE_OFFSET,
-    "use_ema": omitted("ema_decay says it here"),
-    "ema_decay": rules.EMA_DECAY,
+    "use_ema, ema_decay": rules.EMA_DECAY,
     "seed": rules.SEED,
     "checkpointing_steps": rules.SAVE_STEPS,
     "checkpoint_step_interval": rules.SAVE_STEPS,
@@ -147,8 +173,9 @@ _RULES = {
     "output_dir": rules.OUTPUT_FOLDER,
     "validation_steps": rules.SAMPLE_STEPS,
     "validation_step_interval": rules.SAMPLE_STEPS,
-    "validation_*": rules.SAMPLES,
-    "user_prompt_library": rules.SAMPLES,
+    **dict.fromkeys(_SAMPLE_KEYS.values(), rules.SAMPLES),
+    "validation_*": rules.SAMPLERS,
+    "user_prompt_library": omitted("it is a file of more prompts: write the ones you want into prompts.txt"),
     "num_eval_images": rules.VALIDATION,
     "eval_*": rules.VALIDATION,
     "conditioning_multidataset_sampling": rules.CONTROLS,
@@ -201,6 +228,8 @@ PROGRAM = Program(
     find_run=_find_run,
     find_trained_networks=_find_trained_networks,
     find_ineffective_keys=_find_ineffective_keys,
+    rename_keys=_join_switches,
+    read_samples=_read_samples,
     dataset_off_values={
         "dataset_type": ("text_embeds", "image_embeds", "conditioning", "eval"),
         "disabled": (True, "true"),

@@ -9,7 +9,14 @@ from modules.control_codes import shorten
 from modules.errors import UserError
 from project.foreign import contract
 from project.foreign.contract import KeyRule, Program, UnsetValue, is_off
-from project.foreign.project import FileEpochs, ForeignDataset, ForeignProject, show, without_numbers
+from project.foreign.project import (
+    FileEpochs,
+    ForeignDataset,
+    ForeignFile,
+    ForeignProject,
+    show,
+    without_numbers,
+)
 
 
 @dataclass(frozen=True)
@@ -139,6 +146,24 @@ def _take_dataset_key(project: ForeignProject, setting: FileValue, value: Any) -
         _set_once(project, setting.dataset.table_keys, setting.dataset.source_keys, setting, value)
 
 
+def _take_adapter(project: ForeignProject, setting: FileValue, value: str) -> None:
+    project.adapters.append((setting.key, value))
+
+
+def _take_sample(project: ForeignProject, setting: FileValue, value: Any) -> None:
+    project.sample_keys.append(setting.key)
+
+
+def _take_kept_files(project: ForeignProject, setting: FileValue, count: int) -> None:
+    if not count:
+        raise UnsetValue
+    project.kept_files = (setting.key, count)
+
+
+def _take_own_file(project: ForeignProject, setting: FileValue, value: str) -> None:
+    project.own_files.append(ForeignFile(setting.key, value, tuple(setting.rule.name.split())))
+
+
 _ADOPTERS: Mapping[str, Callable[[ForeignProject, FileValue, Any], None]] = {
     contract.NEW: _take_new_option,
     contract.TRAINING: _take_training_option,
@@ -151,6 +176,10 @@ _ADOPTERS: Mapping[str, Callable[[ForeignProject, FileValue, Any], None]] = {
     contract.ARGUMENT: _take_argument,
     contract.ARGUMENTS: _take_arguments,
     contract.NETWORK_ARGUMENT: _take_network_argument,
+    contract.OWN_FILE: _take_own_file,
+    contract.ADAPTER: _take_adapter,
+    contract.SAMPLE: _take_sample,
+    contract.KEPT: _take_kept_files,
 }
 
 

@@ -30,9 +30,8 @@ from benchmarks.flops import (
     wan_work,
 )
 from benchmarks.generation import count_waits
-from benchmarks.gpu_families import generation_family, training_family
 from benchmarks.gpu_rows import GENERATION, TRAINING, WAN_14B, Row, Size
-from benchmarks.gpu_steps import random_batch, random_request
+from benchmarks.gpu_steps import generation_family, random_batch, random_request, training_family
 from benchmarks.traffic import Rates, Traffic, chosen, count_denoising, count_training, report
 from benchmarks.traffic_count import (
     AGAIN,

@@ -14,19 +14,17 @@ from torch import nn
 
 from benchmarks import gpu
 from benchmarks.gpu_checks import main
-from benchmarks.gpu_measuring import measure_row
-from benchmarks.gpu_profile import (
+from benchmarks.gpu_rows import BEGIN, BY_NAME, END, TRAINING, Results, Row, Size, goals_of
+from benchmarks.gpu_steps import (
     ATTENTION,
     ELEMENTWISE,
     PRODUCTS,
     THIN,
     classify_kernel,
+    measure_row,
     profile_calls,
     report,
 )
-from benchmarks.gpu_results import Results, goals_of
-from benchmarks.gpu_rows import BY_NAME, TRAINING, Row, Size
-from benchmarks.gpu_tables import BEGIN, END
 from tests.commands import ROOT
 from tests.minimax_h3.tiny_dit import released, their_dit
 from tests.tiny import flux, flux_3, moss_image, qwen_image_21, wan_dit

@@ -10,8 +10,6 @@ import torch
 
 from benchmarks import gpu_session
 from benchmarks.gpu_checks import Group
-from benchmarks.gpu_measuring import measure_row
-from benchmarks.gpu_probes import PROBES, run_probe
 from benchmarks.gpu_rows import BY_NAME, ROWS, Row, Size
 from benchmarks.gpu_session import (
     LISTS,
@@ -24,6 +22,7 @@ from benchmarks.gpu_session import (
     next_row,
     traits_of,
 )
+from benchmarks.gpu_steps import PROBES, measure_row, run_probe
 from tests.tiny import flux
 from tests.tiny.stable_diffusion import write_sd1
 
@@ -59,7 +58,7 @@ def test_tiny_rows_are_measured_with_plans_made_ahead(
         "flux-bf16": flux.write_dit(tmp_path, flux.tiny_state("dev", dtype=torch.bfloat16)),
         "sd1.5-bf16": write_sd1(tmp_path),
     }
-    monkeypatch.setattr("benchmarks.gpu_files.lay_out", lambda row, folder: (paths[row.name], None))
+    monkeypatch.setattr("benchmarks.gpu_steps.lay_out", lambda row, folder: (paths[row.name], None))
     output = tmp_path / "session"
     main(["--output", str(output), "--prepare"], rows=rows)
     planned = json.loads((output / "plans.json").read_text(encoding="utf-8"))["rows"]

@@ -127,3 +127,27 @@ def test_changes_are_told_from_what_is_said(tmp_path: Path) -> None:
     assert read_changes(log)[-2:] == ["-a", "+b"]
     assert read_changes(None) == []
     assert read_output_lines(None) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "text", "kind"),
+    [
+        (
+            "/x/conditioning: left out, as a LoRA does not use control images. 2 of 2 images have one there. "
+            "--train lllite trains a ControlNet-LLLite on such pairs (docs/control.md)",
+            "/x/conditioning: left out, as a LoRA does not use control images. 2 of 2 images have one there",
+            "lllite",
+        ),
+        (
+            "/x: a ControlNet-LLLite learns from its pairs with conditioning. --train lora trains a LoRA "
+            "without them",
+            "/x: a ControlNet-LLLite learns from its pairs with conditioning",
+            "lora",
+        ),
+    ],
+)
+def test_another_kind_of_run_is_a_button_and_no_option(
+    line: str, text: str, kind: str, tmp_path: Path
+) -> None:
+    (shown,) = read_output_lines(job(tmp_path, line))
+    assert (shown.text, shown.remedy, shown.other_kind) == (text, "train", kind)

@@ -27,7 +27,7 @@ from pocket.measure import POCKET
 from project.options import MODELS
 from project.recipes.reading import SHIPPED
 from tests.browser.described_folders import describe as describe_folder
-from tests.browser.serving import Answer, Served, python_of, serve_runs, write_run
+from tests.browser.serving import Answer, Served, plain_text, python_of, serve_runs, write_run
 from tests.browser.test_accessible import assert_fits
 from tests.chromium import open_page, wait_until
 from tests.commands import ROOT, run_script
@@ -224,6 +224,12 @@ def test_a_folder_of_pairs_is_offered_as_what_new_makes_of_it(
     shown = served.ask(f"/new?{urlencode({**fields, 'train': ''})}").text
     assert '<option value="" selected>a LoRA</option>' in shown
     assert "--train lora" in shown
+    # the form sends the choice that was shown for another model, or for this one
+    shown = served.ask(f"/new?{urlencode({**fields, 'train': '', 'train_of': 'another'})}").text
+    assert '<option value="lllite" selected>' in shown
+    (subject,) = re.findall('name="train_of" value="([^"]*)"', shown)
+    shown = served.ask(f"/new?{urlencode({**fields, 'train': '', 'train_of': plain_text(subject)})}").text
+    assert '<option value="" selected>a LoRA</option>' in shown
     del fields["folder"]
     of_another = dict.fromkeys((name for name in FIELDS if name.startswith("file_")), "")
     describe(served, root / "set", **fields, **of_another, train="embedding")

@@ -13,6 +13,7 @@ from urllib.parse import urlencode
 import pytest
 from starlette.requests import Request
 
+from browser import uploads
 from browser.runs import Runs
 from browser.upload_parts import ADDRESS, OLD_SECONDS, PieceUploads
 from browser.uploads import FileUploads, UploadLimits, claim_file, name_upload_folder
@@ -150,16 +151,16 @@ def test_what_was_begun_goes_after_a_day_and_its_folder_is_offered_again(
 def test_what_has_arrived_takes_no_further_room(tmp_path: Path) -> None:
     content = picture(tmp_path)
     (tmp_path / "set").mkdir()
-    uploads = FileUploads(Runs((tmp_path,)), UploadLimits(folder_bytes=len(content)))
+    limited = FileUploads(Runs((tmp_path,)), UploadLimits(folder_bytes=len(content)))
     query = address(content, 0).partition("?")[2].encode()
     request = Request({"type": "http", "query_string": query})
-    arriving = PieceUploads(uploads).find(request)
+    arriving = PieceUploads(limited).find(request)
 
     arriving.partial_path.write_bytes(content[:10])
-    assert PieceUploads(uploads).find(request) == arriving
+    assert PieceUploads(limited).find(request) == arriving
     (tmp_path / "set" / "b.txt").write_bytes(b"1")
     with pytest.raises(OptionError, match="would have more than"):
-        PieceUploads(uploads).find(request)
+        PieceUploads(limited).find(request)
 
 
 def test_old_files_of_other_programs_stay(served: Served, tmp_path: Path) -> None:
@@ -183,6 +184,21 @@ def test_two_pages_do_not_write_one_file_at_a_time(served: Served, tmp_path: Pat
     refused = send(served, content, 10, 10)
     assert (refused["status"], "is also being uploaded from another page" in refused["error"]) == (503, True)
     link.close()
+
+
+def test_a_folder_that_another_page_makes_meanwhile_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "set"
+    find = uploads.find_folder
+
+    def make_after_first_look(runs: Runs, into: str) -> Path | None:
+        found = find(runs, into)
+        folder.mkdir(exist_ok=True)
+        return found
+
+    monkeypatch.setattr(uploads, "find_folder", make_after_first_look)
+    assert FileUploads(Runs((tmp_path,))).find_target("set") == folder
 
 
 def test_a_page_sends_a_large_file_in_pieces_through_breaks(

@@ -323,6 +323,7 @@ LEARNED = [
         "--ltx2_inpaint_mask --ltx2_inpaint_mask_p 1 --ltx2_inpaint_mask_invert",
         "--inpaint_source SOURCE_FILE --inpaint_mask MASK_FILE --inpaint_invert",
     ),
+    ("--ltx2_first_frame_conditioning_p 1", "--image_path IMAGE_FILE"),
     ("--video_anchor_training", "--latent_frame 0:IMAGE_FILE"),
     ("--keyframe_endpoint_training", "--keyframe 0:IMAGE_FILE"),
     ("--ltx2_mode av --ltx2_train_direction a2v", "--drive_audio AUDIO_FILE"),

@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import pytest
 
-from modules import table_answers, table_parser
+from modules import option_tables, table_answers
 from modules.errors import OptionError, UserError
 from modules.installation import find_script
 from modules.option_tables import TABLES, find_table
@@ -23,7 +23,7 @@ from modules.run_limits import limit_run
 from modules.table_answers import CommandLine
 from modules.table_parser import build_parser, check_arguments, describe_parser
 from tests.commands import ROOT, assert_user_error, run_python
-from tests.tables import catch_parser, compile_tables
+from tests.tables import catch_parser, list_table_files
 from tests.test_command_line import parser_of
 from tests.test_imports import SCRIPTS, TOOLS
 
@@ -53,7 +53,9 @@ finally:
 
 
 def test_the_tables_are_those_of_the_records() -> None:
-    assert TABLES.read_text(encoding="utf-8") == compile_tables(), "make tables compiles them again"
+    files = (path for path in TABLES.rglob("*") if path.is_file())
+    there = {path.relative_to(TABLES).as_posix(): path.read_text(encoding="utf-8") for path in files}
+    assert there == list_table_files(), "make tables compiles them again"
 
 
 @pytest.mark.parametrize("script", EVERY)
@@ -172,12 +174,7 @@ def test_a_table_refuses_the_values_that_a_record_refuses_with_the_same_words(
     Path("toy.txt").touch()
     of_records = Parser(description="Cats.")
     add_options(of_records, PawOptions)
-    described: Any = describe_parser(of_records)
-    rows = {row["flags"][-1]: row for row in described["sections"][0]["options"]}
-    entries = {"section": {"title": described["sections"][0]["title"], "options": [*rows]}, "option": rows}
-    entries["section"] = {"all": entries["section"]}
-    monkeypatch.setattr(table_parser, "read_entry", lambda kind, name: entries[kind][name])
-    of_table = build_parser(json.loads(json.dumps({**described, "sections": ["all"]})))
+    of_table = build_parser(json.loads(json.dumps(describe_parser(of_records))))
 
     def read_record() -> None:
         read_options(PawOptions, of_records.parse_args(words.split()))
@@ -321,10 +318,12 @@ def test_a_file_newer_than_the_tables_has_the_script_itself_answer(tmp_path: Pat
     room.mkdir(parents=True)
     for name in ("__init__.py", "options.py"):
         shutil.copy(ROOT / "training" / name, room / name)
-    tables = copy / TABLES.name
-    tables.touch()
+    tables = copy / "tables"
+    tables.mkdir()
+    for name in ("wan_train_network.json", option_tables.NAMES):
+        os.utime(shutil.copy(TABLES / name, tables), (10, 10))
     os.utime(room / "__init__.py", (1, 1))
-    with patch.multiple(table_answers, ROOT=copy, TABLES=tables):
+    with patch.object(table_answers, "ROOT", copy), patch.object(option_tables, "TABLES", tables):
         os.utime(room / "options.py", (1, 1))
         with pytest.raises(SystemExit):
             table_answers.answer_script(Path("wan_train_network.py"), ["--new_option"])

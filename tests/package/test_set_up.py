@@ -286,7 +286,10 @@ class Server(http.server.BaseHTTPRequestHandler):
 def server() -> Iterator[str]:
     """The address of a server that has a stand-in for uv's archive."""
     until = 'while [ "$1" != set_up.py ]; do shift; done'
-    text = f'#!/bin/sh\n[ "$1" = python ] && exit\n{until}\necho {shlex.quote(sys.executable)} "$@"\n'
+    version = '[ "$1" = --version ] && echo "uv 0.0.0" && exit'
+    text = (
+        f'#!/bin/sh\n{version}\n[ "$1" = python ] && exit\n{until}\necho {shlex.quote(sys.executable)} "$@"\n'
+    )
     content = text.encode()
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as archive:
@@ -404,15 +407,19 @@ def test_a_part_that_no_server_goes_on_with_is_downloaded_anew(
 
 
 @UNIX_ONLY
-def test_a_uv_that_cannot_be_run_is_named_and_deleted(tmp_path: Path) -> None:
+@pytest.mark.skipif(shutil.which("curl") is None, reason="it needs curl")
+@pytest.mark.parametrize("content", [b"\x7fELF half", b"", b"\n", b"# text\n", b"<html>login</html>\n"])
+def test_a_uv_that_is_none_is_named_and_downloaded_again(content: bytes, tmp_path: Path, server: str) -> None:
     own = tmp_path / ".reelsmith"
     own.mkdir()
-    (own / "uv").write_bytes(b"\x7fELF half")
+    (own / "uv").write_bytes(content)
     (own / "uv").chmod(0o755)
-    done = start(tmp_path, "http://127.0.0.1:9")
-    assert done.returncode == 1
-    assert "uv was damaged, so it was deleted. Start again" in done.stderr
-    assert not (own / "uv").exists()
+    without_network = start(tmp_path, "http://127.0.0.1:9")
+    assert without_network.returncode == 1
+    assert f"{own}/uv is damaged: it is downloaded again" in without_network.stderr
+    assert "uv could not be downloaded. Check the connection" in without_network.stderr
+    done = start(tmp_path, server)
+    assert done.stdout == f"{sys.executable} set_up.py\n", done.stderr
 
 
 @UNIX_ONLY

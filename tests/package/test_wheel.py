@@ -333,6 +333,9 @@ def test_an_extension_that_is_named_brings_its_options_and_its_family(
     assert "--glow X" in feature.stdout
     assert "Train a LoRA for Dawn." in family.stdout
     assert "--glow" not in installed.run("reelsmith", "train", "wan", "--help").stdout
+    words = ["reelsmith", "train", "wan", "--glow", "1"]
+    unnamed = installed.run(*words, environment=environment, check=False)
+    assert "Switch it on: reelsmith --extensions glow train wan ..." in unnamed.stderr
 
 
 @pytest.mark.slow

@@ -180,7 +180,11 @@ SAMPLES: dict[str, Sample] = {
             "output_name": "first_try",
         },
         {"resolution": [64, 64], "shuffle_caption": True, "keep_tokens": 2, "num_repeats": 3},
-        ("network_kwargs.only_if_contains: network_args", "sample.samples[0].prompt", "prompts.txt has"),
+        (
+            "network_kwargs.only_if_contains: network_args",
+            "sample.samples[0].prompt",
+            "1 prompt in prompts.txt",
+        ),
     ),
     "AI Toolkit, both networks of Wan2.2": Sample(
         {

@@ -1,6 +1,7 @@
 """`new --from`: what other trainers' projects say, and what becomes of each of their keys."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from modules.options import get_option_info
 from modules.script_options import parse_options
 from modules.text_files import parse_toml
 from project.files import write_project
-from project.foreign.contract import ARGUMENT, DATA, NEW, OPTIMIZER_ARGUMENTS, PER_EPOCH, TRAINING
+from project.foreign.contract import ARGUMENT, DATA, NEW, OMITTED, OPTIMIZER_ARGUMENTS, PER_EPOCH, TRAINING
 from project.foreign.lengths import select_length
+from project.foreign.own_files import use_own_files
 from project.foreign.project import ForeignProject
 from project.foreign.reading import PROGRAMS, read_foreign
 from project.foreign.settling import DatasetLayout, resolve_project
@@ -27,6 +29,7 @@ from project.script_facts import read_script_options
 from stable_diffusion.inversion_options import InversionOptions
 from stable_diffusion.training_options import StableDiffusionTrainingOptions
 from tests.project.test_new import write_photos
+from tests.tiny.new_models import write_new_model
 from training.options import TrainingOptions
 
 AI_TOOLKIT = """---
@@ -404,6 +407,7 @@ def test_a_project_says_what_its_authors_mean_and_every_key_is_told(title: str, 
     select_length(project, NewOptions(folder=tmp_path), 7, 7)
     told = "\n".join(project.format_report(tmp_path / "photos"))
     assert "is described" not in told
+    told += " ".join([*(file.key for file in project.own_files), *project.sample_keys])  # told later
     for content in PROJECTS[title].values():
         if isinstance(content, str):
             import yaml
@@ -471,7 +475,8 @@ def test_other_networks_of_a_project_are_those_that_are_trained(
 ) -> None:
     photos = tmp_path / "photos"
     write_photos(photos)
-    describe(photos, write_files(tmp_path, file), "--memory", "24")
+    words = ["--family", "stable_diffusion", "--task", "xl"] if title == "the GUI of kohya_ss" else []
+    describe(photos, write_files(tmp_path, file), "--memory", "24", *words)
 
     training = parse_toml((photos / "run.toml").read_text(encoding="utf-8"))["training"]
     assert training["network_module"] == ours
@@ -544,7 +549,8 @@ def test_values_that_cannot_be_meant_are_left_with_the_reason(tmp_path: Path) ->
     project = read_foreign(write_files(tmp_path, {"gui.json": content}))
     assert project.training_options == {}
     assert project.new_options == {"output_name": "up"}
-    assert len(project.omission_lines) == 6
+    assert len(project.omission_lines) == 5
+    assert [file.value for file in project.own_files] == ["nobody/knows"]
     assert "a LoRA is trained" in "\n".join(project.omission_lines)
     assert [*project.keys_without_rule] == ["\x1b[2Jkey"]  # escaped where lines are printed
 
@@ -555,18 +561,230 @@ def test_a_missing_further_file_is_told(tmp_path: Path) -> None:
     assert project.folder_by_key == {}
 
 
-@pytest.mark.parametrize("is_here", [True, False])
-def test_a_training_adapter_is_taken_if_the_file_is_here(is_here: bool, tmp_path: Path) -> None:
-    adapter = tmp_path / "adapter.safetensors"
-    if is_here:
-        adapter.write_bytes(b"")
-    name = adapter.as_posix() if is_here else "ostris/krea2_turbo_training_adapter/x.safetensors"
-    path = tmp_path / "project.yaml"
-    line = f'        assistant_lora_path: "{name}"\n'
-    path.write_text(AI_TOOLKIT.replace("      model:\n", f"      model:\n{line}", 1), encoding="utf-8")
+@pytest.mark.parametrize(
+    ("arch", "repository", "adapter", "task"),
+    [
+        (
+            "zimage:turbo",
+            "Tongyi-MAI/Z-Image-Turbo",
+            "ostris/zimage_turbo_training_adapter/zimage_turbo_training_adapter_v2.safetensors",
+            "turbo-adapter",
+        ),
+        ("krea2:turbo", "krea/Krea-2-Turbo", "ostris/krea2_turbo_training_adapter", "turbo-adapter"),
+    ],
+)
+def test_a_published_adapter_is_that_of_its_task(
+    arch: str, repository: str, adapter: str, task: str, tmp_path: Path
+) -> None:
+    model = (
+        f'arch: "{arch}"\n        assistant_lora_path: "{adapter}"\n        name_or_path: "{repository}"\n'
+    )
+    text = AI_TOOLKIT.replace('name_or_path: "black-forest-labs/FLUX.1-dev"\n', model)
+    project = read_foreign(write_files(tmp_path, {"project.yaml": text}))
+    assert project.new_options["task"] == task
+    assert "training_adapter" not in project.training_options
+    assert any(f"--task {task}, with the published adapter" in line for line in project.change_lines)
 
-    project = read_foreign(path)
 
-    assert project.training_options.get("training_adapter") == (adapter.as_posix() if is_here else None)
-    told = "\n".join(project.format_report(tmp_path))
-    assert ("tasks that end in -adapter download published ones" in told) is not is_here
+def write_checkpoint(path: Path) -> Path:
+    """Write a tiny Stable Diffusion XL of the user's own, under a name that no release has."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    words = write_new_model("stable_diffusion xl", path.parent / "released")
+    (checkpoint,) = [word.partition("=")[2] for word in words if word.startswith("ckpt=")]
+    path.write_bytes(Path(checkpoint).read_bytes())
+    return path
+
+
+def own_model_projects(file: str) -> dict[str, dict[str, Any]]:
+    """Projects of programs that train an SDXL of the user's own."""
+    job = AI_TOOLKIT.replace('"black-forest-labs/FLUX.1-dev"', json.dumps(file)).replace("is_flux", "is_xl")
+    return {
+        "the GUI of kohya_ss": {"a.json": {**KOHYA, "pretrained_model_name_or_path": file}},
+        "OneTrainer": {"a.json": {**ONETRAINER, "base_model_name": file}},
+        "AI Toolkit": {"a.yaml": job},
+    }
+
+
+@pytest.mark.parametrize("title", own_model_projects(""))
+def test_the_base_model_of_a_project_is_trained_or_nothing_is_written(
+    title: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = tmp_path / "photos"
+    write_photos(photos)
+    project = write_files(tmp_path, own_model_projects("own models/pony ü.safetensors")[title])
+    with pytest.raises(OptionError) as refused:
+        describe(photos, project, "--memory", "24", "--models", str(tmp_path / "m"))
+    message = str(refused.value)
+    assert "trains on own models/pony ü.safetensors" in message
+    last = message.splitlines()[-1]
+    assert "reelsmith.py new" in last
+    assert last.endswith("--model_file ckpt=PATH")
+    assert "--models" in last
+    assert not (photos / "run.toml").exists()
+
+    own = write_checkpoint(tmp_path / "own models/pony ü.safetensors")
+    describe(photos, project, "--memory", "24")
+    run = parse_toml((photos / "run.toml").read_text(encoding="utf-8"))
+    assert own.as_posix() in json.dumps(run, ensure_ascii=False)
+    assert "sd_xl_base" not in json.dumps(run)
+    assert "--model_file ckpt=" in capsys.readouterr().out
+
+
+def test_a_typed_model_takes_the_place_of_a_missing_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = tmp_path / "photos"
+    write_photos(photos)
+    project = write_files(tmp_path, {"a.json": KOHYA})
+    describe(photos, project, "--memory", "24", "--family", "stable_diffusion", "--task", "xl")
+    told = capsys.readouterr().out
+    assert "different from your project: pretrained_model_name_or_path = D:/models/my_sdxl" in told
+
+
+def test_a_lora_to_start_from_is_taken_or_asked_for(tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    write_photos(photos)
+    values = {**KOHYA, "pretrained_model_name_or_path": "stabilityai/stable-diffusion-xl-base-1.0"}
+    project = write_files(tmp_path, {"a.json": {**values, "network_weights": "old.safetensors"}})
+    with pytest.raises(OptionError, match="starts from the LoRA old.safetensors"):
+        describe(photos, project, "--memory", "24")
+    (tmp_path / "old.safetensors").write_bytes(b"")
+    project = read_foreign(project)
+    model = next(model for model in find_models() if (model.family, model.task) == ("stable_diffusion", "xl"))
+    options = NewOptions(folder=photos)
+    assert use_own_files(project, options, model, options) == options
+    assert project.training_options["network_weights"] == (tmp_path / "old.safetensors").as_posix()
+
+
+@pytest.mark.parametrize(
+    ("keys", "name", "value"),
+    [
+        ({"loss_weight_fn": "MIN_SNR_GAMMA", "loss_weight_strength": 5.0}, "min_snr_gamma", 5.0),
+        ({"loss_weight_fn": "MIN_SNR_GAMMA"}, "min_snr_gamma", 5.0),
+        ({"loss_weight_fn": "CONSTANT", "loss_weight_strength": 5.0}, "min_snr_gamma", None),
+        ({"loss_weight_fn": "DEBIASED_ESTIMATION"}, "debiased_estimation_loss", True),
+        ({"ema": "GPU", "ema_decay": 0.995}, "ema_decay", 0.995),
+        ({"ema": "CPU"}, "ema_decay", 0.999),
+        ({"ema": "OFF", "ema_decay": 0.995}, "ema_decay", None),
+        ({"validation": True}, "validation_split", 0.1),
+        ({"validation": False}, "validation_split", None),
+    ],
+)
+def test_a_switch_of_onetrainer_and_its_value_are_one_setting(
+    keys: dict[str, Any], name: str, value: Any, tmp_path: Path
+) -> None:
+    plain = {key: old for key, old in ONETRAINER.items() if key not in {"ema", "ema_decay", "loss_weight_fn"}}
+    project = read_foreign(write_files(tmp_path, {"a.json": {**plain, **keys}}))
+    assert project.training_options.get(name) == value
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [({"use_ema": True, "ema_decay": 0.99}, 0.99), ({"use_ema": True}, 0.995), ({"ema_decay": 0.99}, None)],
+)
+def test_an_average_of_simpletuner_is_that_of_its_switch(
+    keys: dict[str, Any], value: float | None, tmp_path: Path
+) -> None:
+    name, content = next(iter(PROJECTS["SimpleTuner"].items()))
+    plain = {key.removeprefix("--"): old for key, old in content.items()}
+    plain = {key: old for key, old in plain.items() if key not in {"use_ema", "ema_decay"}}
+    project = read_foreign(write_files(tmp_path, {name: {**plain, **keys}}))
+    assert project.training_options.get("ema_decay") == value
+
+
+def test_samples_of_a_project_are_those_of_the_run(tmp_path: Path) -> None:
+    sample = {"prompt": "a cat -- on ice", "negative_prompt": "dog", "width": 512, "height": 768, "seed": 7}
+    sample |= {"diffusion_steps": 12, "cfg_scale": 4.5}
+    off = {"prompt": "nobody", "enabled": False}
+    onetrainer = {**ONETRAINER, "samples": [sample, off]}
+    lines = "# mine\na fox --w 512 --h 512 --d 3 --n blurry\n\n"
+    line = "a cat on ice --w 512 --h 768 --s 12 --l 4.5 --d 7 --n dog"
+    base = {"pretrained_model_name_or_path": "stabilityai/stable-diffusion-xl-base-1.0"}
+    for number, (content, expected) in enumerate(
+        [
+            (onetrainer, line),
+            ({**KOHYA, **base, "sample_prompts": lines}, "a fox --w 512 --h 512 --d 3 --n blurry"),
+        ]
+    ):
+        photos = tmp_path / f"photos{number}"
+        write_photos(photos)
+        describe(photos, write_files(tmp_path, {"a.json": content}), "--memory", "24")
+        assert (photos / "prompts.txt").read_text(encoding="utf-8").splitlines() == [expected]
+
+
+def test_as_many_saves_are_kept_as_the_project_keeps(tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    write_photos(photos)
+    text = AI_TOOLKIT
+    assert "save_every: " in text
+    describe(photos, write_files(tmp_path, {"a.yaml": text}), "--memory", "24")
+    training = parse_toml((photos / "run.toml").read_text(encoding="utf-8"))["training"]
+    # the file of a step, and those of three steps before it
+    assert training["save_last_n_steps"] == 3 * training["save_every_n_steps"]
+
+
+# reasons that name an option or a key that the user may write -> why no rule writes it
+NOT_WRITTEN = {
+    "network_args and network_dim below [training] say it: docs/networks.md": "names of layers differ",
+    "network_args below [training] choose layers: docs/networks.md": "names of layers differ",
+    "set it by network_args below [training]: docs/networks.md": "one key for several kinds of networks",
+    "conv_dim in network_args below [training]: docs/networks.md": "most models have no convolutions",
+    "conv_alpha in network_args below [training]: docs/networks.md": "most models have no convolutions",
+    "timestep_sampling below [training] is that of the model's page": "distributions have no equal here",
+    "without sample_prompts below [training] there are no samples": "samples do not change a training",
+    "`new` names the masks that it sees, for mask_directory in dataset.toml": "masks have other names there",
+    "class_tokens in dataset.toml is the caption of files without one": "`new` asks for captions",
+    "learning_rate below [training] may be changed before a run continues": "it acts on continued runs alone",
+    "loss_type and huber_c below [training]": "its scale is another one",
+    "it needs a folder of its own there; validation_split below [training] holds files of this one back": (  # noqa: E501
+        "files that were trained would be held back"
+    ),
+    "frame_extraction in dataset.toml says it": "`new` chooses the frames of clips",
+    "targets below [training] keep what was distilled: docs/targets.md": "it takes another guidance",
+    "training_adapter below [training] accepts such a file": "it is merged there for good",
+    "it multiplies learning_rate by the batch: write the product below [training]": "it is not known here",
+    "it multiplies learning_rate: write the product below [training]": "what it multiplies is of the machine",
+    "max_grad_norm below [training] is the norm of all gradients": "it is read with max_grad_norm",
+    "tread below [training] leaves tokens out: docs/speed.md": "routes are numbered otherwise",
+    "num_repeats in dataset.toml says how often files are seen": "a share is no number of repeats",
+    "lr_scheduler = cosine_with_min_lr below [training] has such a factor": "of one schedule alone",
+    "loss_type below [training] has l2, l1, huber and smooth_l1": "a sum of losses has no equal here",
+    "resolution in dataset.toml is for all folders": "the described folder has one",
+    "custom_attributes.diff_output_preservation in a subset of dataset.toml: docs/image_datasets.md": "class",
+    "batch_size in a table of dataset.toml": "tables of images and clips are one folder here",
+    "shuffle_caption in a subset of dataset.toml shuffles in each step": "it is a number of variants there",
+    "caption_separator in a subset of dataset.toml": "it acts with the key before it",
+    "dataset.toml says where caches go": "a folder of the other program",
+    "each folder of dataset.toml is used": "a folder that is off is left out",
+    "crops are of the middle; random_crop in a subset of dataset.toml moves them": "it moves them by less",
+    "dataset.toml is written by `new`": "it is a file of the other program",
+    "spatial_crop_region in a table of dataset.toml": "it needs the folder of the clips",
+    "references are in reference_directory of dataset.toml: docs/ltx2.md": "the folder is not in the project",
+    "logging_dir below [training] says where logs go": "a folder of the other program",
+    "audio_cond_mask_directory in dataset.toml and ltx2_audio_inpaint_mask below [training]": "files",
+    "lr_scheduler_args below [training]": "arguments of classes that are not here",
+    "optimizer says it": "the key `optimizer` is taken",
+    "ltx2_train_direction below [training] says it": "both streams together are",
+}
+
+
+def test_what_has_a_counterpart_here_is_written_or_there_is_a_reason() -> None:
+    """A key that is left out because the user may write it here has a reason why no rule does so."""
+    pattern = re.compile(r"below \[training\]|dataset\.toml|says it|say it")
+    reasons = {
+        rule.name
+        for program in PROGRAMS
+        for rule in program.rules.values()
+        if rule.target == OMITTED and pattern.search(rule.name)
+    }
+    assert reasons == set(NOT_WRITTEN)
+
+
+def test_options_that_the_form_has_as_text_are_options(tmp_path: Path) -> None:
+    typed = "--debiased_estimation_loss --min_timestep 100 --loss_type=huber --seed 5"
+    project = read_foreign(write_files(tmp_path, {"a.json": {**KOHYA, "additional_parameters": typed}}))
+    resolve_for(project)
+    assert project.training_options["debiased_estimation_loss"] is True
+    assert project.training_options["min_timestep"] == 100
+    assert project.training_options["loss_type"] == "huber"
+    assert project.training_options["seed"] == KOHYA["seed"]

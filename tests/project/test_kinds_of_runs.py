@@ -392,6 +392,16 @@ def test_what_an_adapter_prints_for_its_own_images_is_typed_as_it_is(tmp_path: P
     assert Path(dit).parent == models
     assert "on a CPU" in output.getvalue()
     assert "own_prompts.txt" not in output.getvalue()
+    assert not (own / "own_prompts.txt").exists()
+
+
+def test_an_adapter_of_pictures_without_captions_has_no_prompts_to_make_others(tmp_path: Path) -> None:
+    write_photos(tmp_path / "photos", captions=False)
+
+    said = describe(tmp_path / "photos", "z_image turbo", "--train", "adapter")
+
+    assert "own_prompts.txt" not in said
+    assert not (tmp_path / "photos" / "own_prompts.txt").exists()
 
 
 def test_an_adapter_learns_the_folder_or_what_the_model_made_of_its_captions(tmp_path: Path) -> None:

@@ -395,8 +395,10 @@ def test_the_command_at_the_end_is_typed_and_told_what_failed(collected: Path, t
     assert not any(name.startswith("REELSMITH_RUN_") for name in told)
 
 
-@pytest.mark.parametrize("place", ["training", "commands"])
-def test_a_described_folder_starts_no_program(place: str, collected: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("place", "remedy"), [("training", "Omit it"), ("commands", "Remove it")])
+def test_a_described_folder_starts_no_program(
+    place: str, remedy: str, collected: Path, tmp_path: Path
+) -> None:
     folder = copy(collected, tmp_path / "clips")
     text = (folder / "run.toml").read_text(encoding="utf-8")
     path = tmp_path / "it ran.json"
@@ -412,7 +414,7 @@ def test_a_described_folder_starts_no_program(place: str, collected: Path, tmp_p
 
     told = run_here("run_project.py", folder, folder=tmp_path)
 
-    assert_one_message(*told, "on_end starts a program", "Omit it")
+    assert_one_message(*told, "on_end starts a program", remedy)
     assert not (folder / "cache").exists()
     assert not path.exists()
 

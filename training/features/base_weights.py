@@ -9,17 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modules.errors import OptionError
-from modules.options import FREE, HABIT, HABIT_BY_NAME, Options, option
+from modules.options import HABIT, HABIT_BY_NAME, Options, option
 from networks.use_options import AUTO, lora_rounding_option, multipliers_for, require_loras
 from protocols.families import HIGH_NOISE
 from training.features.contract import AT_NETWORK, Feature, FeatureOptions
-from training.features.hooks import MergedLoras
+from training.features.hooks import MergedLoras, RunFeatures
 from training.learning_options import MERGED_BEFORE
 
 if TYPE_CHECKING:
     from protocols.family import Family
     from protocols.rules import Expert
-    from training.features.hooks import RunFeatures
 
 
 class HighNoiseBaseOptions(Options, title="two transformers"):
@@ -34,7 +33,7 @@ class HighNoiseBaseOptions(Options, title="two transformers"):
     base_weights_multiplier_high_noise: tuple[float, ...] | None = option(
         "strength of each file of --base_weights_high_noise; missing ones are 1",
         needs="base_weights_high_noise",
-        facts=FREE,
+        facts=HABIT,
     )
 
     def multipliers(self) -> tuple[float, ...]:
@@ -94,7 +93,7 @@ def _read_merged(options: BaseWeightsOptions, expert: "Expert") -> MergedLoras:
     return MergedLoras(uses, options.lora_rounding)
 
 
-def _join(run: "RunFeatures", options: BaseWeightsOptions) -> None:
+def _join(run: RunFeatures, options: BaseWeightsOptions) -> None:
     high_noise = options.high_noise
     if high_noise is not None and high_noise.base_weights_high_noise == ():
         raise OptionError("--base_weights_high_noise names no file: pass one, or omit it")

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from modules.options import HABIT, option
+from modules.options import HABIT, HABIT_BY_NAME, option
 from training.features.contract import AT_NETWORK, FeatureOptions
 
 
@@ -14,6 +14,7 @@ class LecoOptions(FeatureOptions, title="prompts in place of images (LECO)", at=
         "noise up to a random step first",
         place="there",
         often=False,
+        facts=HABIT_BY_NAME,
     )
     max_denoising_steps: int = option(
         "steps of the schedule by which latents are made",

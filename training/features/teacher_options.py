@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from modules.errors import OptionError
-from modules.options import FREE, HABIT, option
+from modules.options import HABIT, HABIT_BY_NAME, option
 from networks.multipliers import files_with_multipliers
 from protocols.inputs import CLIP, FIRST_LAST, INPUTS, SUBJECT
 from training.features.contract import AT_NETWORK, FeatureOptions
@@ -38,13 +38,13 @@ class TeacherOptions(FeatureOptions, title="teacher", at=AT_NETWORK):
         "transformer itself, without --training_adapter",
         place="there",
         needs="teacher",
-        facts=FREE,
+        facts=HABIT_BY_NAME,
     )
     teacher_lora: tuple[Path, ...] | None = option(
         "LoRA files that are applied to the teacher of --teacher dit, for the network to learn",
         metavar="FILE[:MULTIPLIER]",
         needs="teacher",
-        facts=FREE,
+        facts=HABIT_BY_NAME,
     )
     teacher_delta: bool = option(
         "teach only what --teacher_lora changes in the teacher: the target is the prediction of the "

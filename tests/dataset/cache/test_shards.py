@@ -372,3 +372,17 @@ def test_files_in_place_of_a_writers_touch_nothing_elsewhere(what: str, tmp_path
         store.close(is_last=True)
     assert contents(outside) == before
     assert there <= set(folder.iterdir()) or what in {"journal", "super"}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a limit for files")
+def test_a_disk_that_is_full_at_the_start_gets_no_empty_shards(tmp_path: Path) -> None:
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OutputError, match="cannot be written: .*Free some space"):
+            catalog.ShardWriter(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []

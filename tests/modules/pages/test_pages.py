@@ -150,6 +150,7 @@ def test_only_own_pages_are_shared(tmp_path: Path) -> None:
         ("/music/a - b/c d/e.wav", "<!--private-->/music/a - b/c d/<!--/private-->e.wav"),
         ("/a/x -o /b/y", "<!--private-->/a/<!--/private-->x -o <!--private-->/b/<!--/private-->y"),
         ("http://host/home/a/b", "http://host/home/a/b"),
+        ("~5 GB, a~b, x.~y, ~~x~~", "~5 GB, a~b, x.~y, ~~x~~"),
         ("either and/or, 1/2/3, a/b/c.png, 16:9, 3.5/4", "either and/or, 1/2/3, a/b/c.png, 16:9, 3.5/4"),
     ],
 )
@@ -166,6 +167,7 @@ def test_folders_end_where_a_command_goes_on(text: str, marked: str) -> None:
         *("-/home/anna/x.png", "--lora-/anna/wedding/x.png", "--image=/home/anna/x.png"),
         *("x./home/anna/x.png", "image://home/anna/x.png", "x_/tmp/anna/x.png"),
         *("../../home/anna/x.png", "~anna/wedding/x.png", "~/anna/x.png", "image:~/anna/x.png"),
+        *("~anna", "~anna/x.png", "saved in ~anna.", "--output_dir=~anna", "(~anna/)", r"~anna\x.png"),
         *(r"image:C:\Users\anna\x.png", r"atC:\Users\anna\x.png", "C:/Users/anna/x.png", r"\\nas\anna\x.png"),
         *(r"\\?\C:\Users\anna\x.png", r"\\?\UNC\nas\anna\x.png", "//nas/anna/x.png", r"-\\nas\anna\x.png"),
         *("/home/anna", "saved in /Users/anna, then", r"C:\Users\anna", "(/home/anna)", "'/home/anna' x"),
