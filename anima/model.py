@@ -9,7 +9,7 @@ stream is float32.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as functional
@@ -31,11 +31,9 @@ from modules.layers.rope import (
 )
 from modules.speed_options import SDPA, AttentionChoice
 from protocols.steps import NO_OVERRIDES, Overrides
+from runtime.offload.context import TokenShard
 from runtime.run_blocks import BlockNetwork, Hidden
 from wan.spec import pad_texts
-
-if TYPE_CHECKING:  # loaded only if processes share tokens
-    from runtime.offload.context import TokenShard
 
 
 @dataclass(frozen=True)
@@ -52,9 +50,9 @@ class AnimaTokens:
     attention: AttentionChoice
     # merges the attentions to two texts, B L N D each; None: there is one text
     combine_attention: Callable[..., Tensor] | None
-    shard: "TokenShard | None" = None  # the tokens that this process has; None: all
+    shard: TokenShard | None = None  # the tokens that this process has; None: all
 
-    def cut(self, shard: "TokenShard") -> Self:
+    def cut(self, shard: TokenShard) -> Self:
         """Return a copy of the inputs for one process's share of the tokens."""
         return replace(self, rotary=shard.slice_rotary(self.rotary), shard=shard)
 

@@ -12,7 +12,7 @@ steps in float32.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -28,11 +28,9 @@ from modules.layers.norms import RMSNorm, activation_dtype, run_in_weight_dtype
 from modules.layers.rope import GridTable, cos_and_sin, rotation_angles, spread_over_grid
 from modules.speed_options import SDPA, AttentionChoice
 from protocols.steps import NO_OVERRIDES, Overrides
+from runtime.offload.context import TokenShard
 from runtime.run_blocks import BlockNetwork, Hidden
 from z_image.model import ZImageAttention
-
-if TYPE_CHECKING:  # loaded only if processes share tokens
-    from runtime.offload.context import TokenShard
 
 Grid = tuple[int, int]  # rows and columns of an image's tokens
 
@@ -66,7 +64,7 @@ class Fibo2Tokens(LuminaTokens):
     bundles: tuple[TextBundle, ...] = ()  # what a block reads of each of `text_states`; empty: nothing
     modulation_split: int = 0  # where the clean tokens begin, among those that this process has
 
-    def cut(self, shard: "TokenShard") -> "Fibo2Tokens":
+    def cut(self, shard: TokenShard) -> "Fibo2Tokens":
         """Return the inputs for the tokens that one process computes."""
         return replace(super().cut(shard), modulation_split=shard.count_among_first(self.modulation_split))
 

@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +34,8 @@ from modules.layers.rope import (
 )
 from modules.speed_options import SDPA, AttentionChoice
 from protocols.steps import NO_OVERRIDES, Overrides
+from runtime.offload.context import TokenShard
 from runtime.run_blocks import BlockNetwork, Hidden
-
-if TYPE_CHECKING:  # loaded only if processes share tokens
-    from runtime.offload.context import TokenShard
 
 IMAGE, REFERENCES, TEXT = MODALITIES = ("image", "image_cond", "txt")
 IMAGE_MODALITIES = (IMAGE, REFERENCES)
@@ -67,7 +65,7 @@ class Flux3Tokens:
     text_lengths: SampleLengths | None  # how many of the T tokens of the text are real; None: all
     second_text: SecondText | None = None
     second_lengths: SampleLengths | None = None  # real tokens of the second text alone
-    shards: tuple["TokenShard", ...] = ()  # the tokens of each kind that this process has; (): all
+    shards: tuple[TokenShard, ...] = ()  # the tokens of each kind that this process has; (): all
 
     @property
     def stream_lengths(self) -> tuple[int, ...]:
@@ -84,7 +82,7 @@ class Flux3Tokens:
         """Return the indices at which the second and the third modality begin."""
         return tuple(accumulate(self.counts[:-1]))
 
-    def cut(self, *parts: "TokenShard") -> "Flux3Tokens":
+    def cut(self, *parts: TokenShard) -> "Flux3Tokens":
         """Return the inputs for one process, which has a part of each modality's tokens."""
         tables = self.rotary.split(self.counts, dim=-4)
         rotary = torch.cat(
@@ -263,7 +261,7 @@ def _gather_tokens(heads: Sequence[Tensor], tokens: Flux3Tokens) -> list[Tensor]
     return [torch.cat(tensors, dim=1) for tensors in zip(*gathered, strict=True)]
 
 
-def _return_tokens(attended: Tensor, parts: Sequence["TokenShard"]) -> Tensor:
+def _return_tokens(attended: Tensor, parts: Sequence[TokenShard]) -> Tensor:
     """Exchange all tokens of this process's heads for all heads of its tokens, modality by modality."""
     # Undoes `_gather_tokens` after attention, in sequence parallelism.
     by_modality = attended.split([part.length for part in parts], dim=1)

@@ -10,7 +10,7 @@ checkpoints.
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as functional
@@ -22,10 +22,8 @@ from modules.layers.modulation import add_gated, modulate, split_segments
 from modules.layers.norms import Float32LayerNorm, RMSNorm, TwoLayerMlp, run_in_weight_dtype
 from modules.layers.rope import select_rotations
 from modules.speed_options import AttentionChoice
+from runtime.offload.context import TokenShard
 from runtime.run_blocks import Hidden
-
-if TYPE_CHECKING:  # loaded only if processes share tokens
-    from runtime.offload.context import TokenShard
 
 Heads = tuple[Tensor, Tensor, Tensor]  # query, key, value, each B L N D
 NOWHERE = sys.maxsize  # an index after all tokens
@@ -47,9 +45,9 @@ class HunyuanTokens:
     dtype: torch.dtype  # dtype of activations between layers
     attention: AttentionChoice
     second_text: SecondText | None = None
-    shard: "TokenShard | None" = None  # the tokens that this process has; None: all
+    shard: TokenShard | None = None  # the tokens that this process has; None: all
 
-    def cut(self, shard: "TokenShard") -> Self:
+    def cut(self, shard: TokenShard) -> Self:
         """Return the inputs for the tokens of one process."""
         return replace(self, rotary=shard.slice_rotary(self.rotary), shard=shard)
 
@@ -111,7 +109,7 @@ class TokensWithRotatedText(HunyuanTokens):
     # its first L rows, sliced outside of compiled code, where lengths may vary
     image_token_rotary: Tensor = field(kw_only=True)
 
-    def cut(self, shard: "TokenShard") -> Self:
+    def cut(self, shard: TokenShard) -> Self:
         """Return the inputs for the tokens of one process; the rotary rows of the video are cut as well."""
         return replace(super().cut(shard), image_token_rotary=shard.slice_rotary(self.image_token_rotary))
 

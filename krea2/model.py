@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as functional
@@ -31,10 +31,8 @@ from modules.layers.rope import GridTable, TokenGrid, rotary_table, rotate, sinu
 from modules.speed_options import SDPA, AttentionChoice
 from protocols.steps import NO_OVERRIDES, Overrides
 from runtime.kv_cache import CachesKeysValues, compute_keys_values, use_keys_values
+from runtime.offload.context import TokenShard
 from runtime.run_blocks import BlockNetwork, Hidden
-
-if TYPE_CHECKING:  # loaded only if processes share tokens
-    from runtime.offload.context import TokenShard
 
 MODULATION_ROWS = 6  # that modulate a block: scale, shift and gate of attention and of feed-forward
 
@@ -52,7 +50,7 @@ class Krea2Tokens(LuminaTokens):
     # index of the first token after references, among the tokens that this process has
     modulation_split: int = 0
 
-    def cut(self, shard: "TokenShard") -> "Krea2Tokens":
+    def cut(self, shard: TokenShard) -> "Krea2Tokens":
         """Return the inputs for the tokens that one process computes."""
         return replace(super().cut(shard), modulation_split=shard.count_among_first(self.num_references))
 

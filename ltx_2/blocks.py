@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as functional
@@ -25,9 +24,7 @@ from modules.layers.modulation import add_gated, modulate, split_segments
 from modules.layers.norms import NamedFeedForward, RMSNorm, run_in_weight_dtype
 from modules.layers.rope import rotate
 from modules.speed_options import SDPA, AttentionChoice
-
-if TYPE_CHECKING:  # loaded only if processes share tokens
-    from runtime.offload.context import TokenShard
+from runtime.offload.context import TokenShard
 
 ByModality = dict[Modality, Tensor]  # a tensor for each stream, such as its tokens, B L C
 gelu = partial(functional.gelu, approximate="tanh")
@@ -127,7 +124,7 @@ class StreamConditioning:
     num_conditioning_tokens: int = 0  # leading tokens with their own timestep
     token_timesteps: TokenTimesteps | None = None  # replaces `num_conditioning_tokens`
     cross: CrossInputs | None = None  # None: there is no attention to another stream
-    token_range: "TokenShard | None" = None  # the tokens that this process has; None if it has all
+    token_range: TokenShard | None = None  # the tokens that this process has; None if it has all
     # from `make_attention_bias`, for all tokens; None: attention has no bias
     attention_bias: tuple[Tensor, Tensor] | None = None
     num_hidden_from_other: int = 0  # leading tokens, of all, to which the other stream does not attend
@@ -155,7 +152,7 @@ class StreamConditioning:
         """Return x + gate * branch, where each token takes the gate of its timestep, B S C."""
         return add_gated(x, gate, branch, self.modulation_split)
 
-    def cut(self, shard: "TokenShard") -> "StreamConditioning":
+    def cut(self, shard: TokenShard) -> "StreamConditioning":
         """Return these inputs for one process's shard of the stream's tokens."""
         cross, token_timesteps = self.cross, self.token_timesteps
         if cross is not None:
@@ -199,7 +196,7 @@ class LtxTokens:
         """Return each stream's number of tokens."""
         return tuple(stream.length for stream in self.streams.values())
 
-    def cut(self, *parts: "TokenShard") -> "LtxTokens":
+    def cut(self, *parts: TokenShard) -> "LtxTokens":
         """Return the inputs for one process, which has a part of each stream's tokens."""
         streams = {}
         for (modality, stream), part in zip(self.streams.items(), parts, strict=True):

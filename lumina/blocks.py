@@ -9,7 +9,7 @@ published checkpoints.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as functional
@@ -21,9 +21,7 @@ from modules.layers.modulation import add_gated, modulate
 from modules.layers.norms import Float32LayerNorm, RMSNorm, run_float32, run_in_weight_dtype
 from modules.layers.rope import rotate, select_rotations, sinusoid
 from modules.speed_options import AttentionChoice
-
-if TYPE_CHECKING:  # loaded only if processes share tokens
-    from runtime.offload.context import TokenShard
+from runtime.offload.context import TokenShard
 
 Heads = tuple[Tensor, Tensor, Tensor]  # query, key, value, each B L N D
 
@@ -45,9 +43,9 @@ class LuminaTokens:
     attention: AttentionChoice
     second_text: SecondText | None = None
     second_rotary: Tensor | None = None  # as `rotary`, of image and second caption
-    shard: "TokenShard | None" = None  # the tokens that this process has; None: all
+    shard: TokenShard | None = None  # the tokens that this process has; None: all
 
-    def cut(self, shard: "TokenShard") -> Self:
+    def cut(self, shard: TokenShard) -> Self:
         """Return the inputs for the tokens of one process; `rotary` still covers all tokens."""
         return replace(self, shard=shard)
 

@@ -14,7 +14,6 @@ so here the noisy frames come first, then their audio, then conditions, then the
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as functional
@@ -31,10 +30,8 @@ from modules.layers.norms import RMSNorm, activation_dtype, run_float32, run_in_
 from modules.layers.rope import GridTable, cos_and_sin, sinusoid
 from modules.speed_options import SDPA, AttentionChoice
 from protocols.steps import NO_OVERRIDES, Overrides
+from runtime.offload.context import TokenShard
 from runtime.run_blocks import Hidden, run_blocks
-
-if TYPE_CHECKING:  # loaded only if processes share tokens
-    from runtime.offload.context import TokenShard
 
 MODULATION_VECTORS = 6  # of a block: shift, scale and gate of attention and of feed-forward
 IMAGE_CLEAN_FRACTION = 0.999  # minimum time of image conditions, nearly clean
@@ -98,9 +95,9 @@ class H3Tokens:
     segment_starts: tuple[int, ...]  # index at which each segment after the first begins
     dtype: torch.dtype  # dtype of activations between layers
     attention: AttentionChoice
-    token_range: "TokenShard | None" = None  # the tokens that this process has; None: all
+    token_range: TokenShard | None = None  # the tokens that this process has; None: all
 
-    def cut(self, part: "TokenShard") -> "H3Tokens":
+    def cut(self, part: TokenShard) -> "H3Tokens":
         """Return the inputs for one process's tokens; `rotary_emb` still covers all tokens."""
         starts = tuple(part.count_among_first(start) for start in self.segment_starts)
         return replace(self, token_range=part, segment_starts=starts)

@@ -133,7 +133,8 @@ def write_project(options: NewOptions) -> None:
         print_lines(describing.describe_run(setup, describing.list_commands(setup)).splitlines())
         return
     texts = _write_files(setup)
-    _print_report(setup, model_choice.remarks, texts, adopted_lines=template.describe(completed.folder))
+    packages = [] if template.foreign is None else template.foreign.missing_packages
+    _print_report(setup, model_choice.remarks, texts, template.describe(completed.folder), packages)
 
 
 class _Template(NamedTuple):
@@ -210,9 +211,13 @@ def _write_files(setup: describing.RunSetup) -> dict[Path, str]:
 
 
 def _print_report(
-    setup: describing.RunSetup, remarks: list[str], texts: Mapping[Path, str], adopted_lines: Sequence[str]
+    setup: describing.RunSetup,
+    remarks: list[str],
+    texts: Mapping[Path, str],
+    adopted_lines: Sequence[str],
+    missing_packages: Sequence[str],
 ) -> None:
-    """Print what was found and chosen, and the next commands."""
+    """Print what was found and chosen, and the next commands; the run needs these packages with pip first."""
     options = setup.options
     problems = _check_dataset(setup, texts[options.folder / DATASET_FILE])
     lines = describe_licenses(setup.model) if excludes_many(setup.model) else []
@@ -227,7 +232,7 @@ def _print_report(
     else:
         written = ", ".join(str(options.folder / name) for name in WRITTEN)
         lines.append(f"written: {written}")
-        lines.append(_describe_next(setup, bool(problems.errors)))
+        lines.append(_describe_next(setup, bool(problems.errors), missing_packages))
     print_lines(show_kinds(lines))
 
 
@@ -534,7 +539,7 @@ def _find_table_errors(table: DatasetTable, unreadable_media: Iterable[Path]) ->
     return errors
 
 
-def _describe_next(setup: describing.RunSetup, has_errors: bool) -> str:
+def _describe_next(setup: describing.RunSetup, has_errors: bool, missing_packages: Sequence[str]) -> str:
     """Return the closing line of `new`: the training command, after any steps that must come first."""
     command = ["run", as_operand(setup.options.folder)]
     downloads = ""
@@ -542,7 +547,7 @@ def _describe_next(setup: describing.RunSetup, has_errors: bool) -> str:
         command += download_options(setup.options.models)
         downloads = "downloads the model, "
     run_text = f"{own_command(*command)} {downloads}checks, caches and trains"
-    steps_before = []
+    steps_before = [f"pip install {' '.join(missing_packages)}"] if missing_packages else []
     if has_errors:
         steps_before.append("fix the problems listed above")
     if _find_uncaptioned_media(setup):

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as functional
@@ -35,10 +35,8 @@ from modules.layers.rope import GridTable, consecutive_rotations, sinusoid, spre
 from modules.speed_options import SDPA, AttentionChoice
 from protocols.steps import NO_OVERRIDES, Overrides
 from qwen_image.configs import DIT, PATCH, QwenImageConfig
+from runtime.offload.context import TokenShard
 from runtime.run_blocks import BlockNetwork, Hidden
-
-if TYPE_CHECKING:  # loaded only if processes share tokens
-    from runtime.offload.context import TokenShard
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class QwenTokens(blocks.TokensWithRotatedText):
     # the rows of `rotary` of clean references; compiled code leaves their number open
     clean_reference_rotary: Tensor = field(kw_only=True)
 
-    def cut(self, shard: "TokenShard") -> Self:
+    def cut(self, shard: TokenShard) -> Self:
         """Return the inputs for one process's tokens, with only their rotary rows of clean references."""
         clean_rotary = shard.slice_rotary(
             self.clean_reference_rotary, self.num_video_tokens - self.clean_reference_rotary.shape[-4]

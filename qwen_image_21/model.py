@@ -18,7 +18,7 @@ what a token may see, not on the order in memory.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as functional
@@ -47,10 +47,8 @@ from modules.speed_options import SDPA, AttentionChoice
 from protocols.steps import NO_OVERRIDES, Overrides
 from qwen_image_21.configs import DIT, QwenImage21Config
 from runtime.kv_cache import compute_keys_values, use_keys_values
+from runtime.offload.context import TokenShard
 from runtime.run_blocks import BlockNetwork, Hidden
-
-if TYPE_CHECKING:  # loaded only if processes share tokens
-    from runtime.offload.context import TokenShard
 
 ROWS = 4  # that modulate a block: scale and gate of attention, then of feed-forward
 LARGEST = 65504.0  # in float16
@@ -119,14 +117,14 @@ class QwenImage21Tokens:
     second_text: SecondText | None = None
     second_segments: tuple[tuple[Segment, ...], ...] = ()
     second_rotary: Tensor | None = None  # as `rotary`, of the image and the second prefix
-    shard: "TokenShard | None" = None  # the tokens that this process has; None: all
+    shard: TokenShard | None = None  # the tokens that this process has; None: all
 
     @property
     def first_noisy_token(self) -> int:
         """Return the index of the generated image's first token, which is always 0."""
         return 0
 
-    def cut(self, shard: "TokenShard") -> Self:
+    def cut(self, shard: TokenShard) -> Self:
         """Return the inputs for one process's tokens; `rotary` still covers all tokens."""
         return replace(self, shard=shard, modulation_split=shard.count_among_first(self.num_image_tokens))
 

@@ -92,6 +92,7 @@ def _to_json(value: Any) -> str:
 def write_tables() -> None:
     """Write all files of the tables, and delete those of scripts that are gone."""
     texts = list_table_files()
+    option_tables.TABLES.with_suffix(".txt").unlink(missing_ok=True)  # a merge may restore the former file
     for path in [*option_tables.TABLES.rglob("*.*")]:
         if path.relative_to(option_tables.TABLES).as_posix() not in texts:
             path.unlink()

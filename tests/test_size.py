@@ -26,7 +26,6 @@ WAYS = {
 CROWDED = ROOT / "tests" / "data" / "crowded_functions.txt"
 NOT_PRODUCT = {"tests", "benchmarks", "docs", "pocket"}
 BARE = {"run", "of", "make", "read"}  # names of functions that say nothing
-NAMED = re.compile(r"^(\w+/?): (.+)$", re.MULTILINE)  # a file or room, and what it is for
 
 
 def product_files() -> list[tuple[str, Path]]:
@@ -84,41 +83,3 @@ def test_a_class_name_occurs_once_and_a_function_says_what_it_does() -> None:
 
     assert [name for name, count in classes.items() if count > 1] == []
     assert bare_functions == []
-
-
-def unnamed_files(folder: Path) -> list[str]:
-    """What is wrong with the list of files in a room's docstring, a line for each."""
-    there = {path.stem for path in folder.glob("*.py") if path.name != "__init__.py"}
-    there |= {f"{path.parent.name}/" for path in folder.glob("*/__init__.py")}
-    text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or ""
-    named = dict(NAMED.findall(text))
-    place = folder.relative_to(ROOT).as_posix()
-    lines = [f"{place}: {name} is not named" for name in sorted(there - set(named))]
-    lines += [f"{place}: {name} is named and not there" for name in sorted(set(named) - there)]
-    return lines + [
-        f"{place}: {name}: say it in four to ten words"
-        for name in named
-        if not 4 <= _words(named[name]) <= 10
-    ]
-
-
-def _words(text: str) -> int:
-    return len(text.split())
-
-
-def product_rooms() -> set[str]:
-    """Folders of the product with Python in them."""
-    return {room for room, _ in product_files()} - NOT_PRODUCT - {"scripts"}
-
-
-def rooms_with_files() -> list[Path]:
-    """All rooms of the product and the rooms in them."""
-    return sorted(path.parent for room in product_rooms() for path in (ROOT / room).rglob("__init__.py"))
-
-
-def test_each_room_names_its_files() -> None:
-    assert [line for room in rooms_with_files() for line in unnamed_files(room)] == []
-
-
-if __name__ == "__main__":
-    print("\n".join(line for room in rooms_with_files() for line in unnamed_files(room)))  # noqa: T201

@@ -5,7 +5,6 @@ Names are for code that acts on a transformer from outside; inputs are texts, ti
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as functional
@@ -15,10 +14,8 @@ from modules.layers.rope import select_rotations
 from modules.speed_options import SDPA, AttentionChoice
 from protocols.data import LatentSpec
 from protocols.family import DitSpec
+from runtime.offload.context import TokenShard
 from wan.configs import VACE
-
-if TYPE_CHECKING:  # loaded only if processes share tokens
-    from runtime.offload.context import TokenShard
 
 TEXT_KEYS = frozenset({"t5"})  # keys of the cache entries that the text encoder writes
 # Least squares fit of latents in model space to colors (R, G, B), which all known tools use
@@ -118,9 +115,9 @@ class WanTokens:
     attention: AttentionChoice
     # merges the attentions to two texts, B L N D each; None: there is one text
     combine_attention: Callable[..., Tensor] | None
-    shard: "TokenShard | None" = None  # the tokens that this process has; None: all
+    shard: TokenShard | None = None  # the tokens that this process has; None: all
 
-    def cut(self, shard: "TokenShard") -> "WanTokens":
+    def cut(self, shard: TokenShard) -> "WanTokens":
         """Return the inputs for the tokens of one process."""
         return replace(
             self,

@@ -1,5 +1,1 @@
-"""Noise schedules and the solvers that follow them.
-
-schedule: rectified flow: path, time shift, noise levels
-solvers: follow a predicted velocity from noise to data
-"""
+"""Noise schedules and the solvers that follow them."""

@@ -1,24 +1,4 @@
-"""Network kinds. Each, except LoRA, can be removed: delete its files and its two lines below.
-
-algebra: how a kind computes with factors
-composing: values and functions that combine all kinds
-contract: properties and functions of a network kind
-dora: DoRA: magnitudes of rows or columns
-dora_change: compute DoRA's change of a weight
-dora_files: convert magnitudes to ComfyUI's norms and back
-dora_layer: train magnitudes in a LoRA layer
-factors: factor names of a plain LoRA, and types
-loha: element-wise products of two low-rank matrices
-loha_layer: the products of a LoHa, and its layer
-lokr: Kronecker products of two matrices
-lokr_layer: the products of a LoKr, and its layer
-lora: the product of two low-rank matrices
-lora_algebra: the product of a LoRA's factors
-oft: rotate layer inputs block by block
-oft_layer: the trained layer of an OFT
-oft_rotation: compute the rotations of an OFT
-tlora: ranks that depend on each sample's noise level
-"""
+"""Network kinds. Each, except LoRA, can be removed: delete its files and its two lines below."""
 
 import os
 

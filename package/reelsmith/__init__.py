@@ -1,12 +1,4 @@
-"""Teach open video models something new, and make videos with them.
-
-__main__: python -m reelsmith, the same as reelsmith
-api: the functions of `import reelsmith`
-command_run: a command in a process of its own
-commands: words to scripts, and the list of all
-events: what a running command reports, as records
-typed_words: keyword arguments as words of a command
-"""
+"""Teach open video models something new, and make videos with them."""
 
 from typing import TYPE_CHECKING
 

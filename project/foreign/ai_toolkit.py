@@ -211,6 +211,9 @@ _RULES = {
     "datasets[].cache_latents_to_disk": rules.CACHES,
     "datasets[].cache_latents": rules.CACHES,
     "model.name_or_path": rules.MODEL_FILE,
+    "model.vae_path": rules.own_file("vae", "ae"),
+    "model.te_name_or_path": rules.own_file("text_encoder", "t5", "t5xxl", "qwen3", "gemma2", "gemma_root"),
+    "network.pretrained_lora_path": rules.START,
     "model.arch": rules.MODEL_NAME,
     **{f"model.{name}": rules.MODEL_NAME for name in ("is_flux", "is_xl", "is_v2", "is_lumina2")},
     **{

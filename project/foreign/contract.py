@@ -303,17 +303,6 @@ def read_path(value: Any) -> str:
     return value
 
 
-def read_adapter(value: Any) -> str:
-    """Return the absolute path of a training adapter. Raises ValueError unless it is a .safetensors file."""
-    path = Path(str(value).strip()).expanduser()
-    if path.suffix != ".safetensors" or not path.is_file():
-        raise ValueError(
-            "there is no such file here, and none of this name is published: training_adapter below "
-            "[training] accepts any"
-        )
-    return path.absolute().as_posix()
-
-
 def read_trigger(value: Any) -> str:
     """Return a trigger word without the <> of an embedding placeholder."""
     word = str(value or "").strip()

@@ -144,8 +144,8 @@ def _resolve_intervals(project: ForeignProject, epoch: Epoch) -> None:
     training.setdefault("save_last_n_steps_state", save_interval)
     if project.kept_files is not None:
         key, count = project.kept_files
-        # the file of this step and those of the steps before it are kept, so at least two
-        training["save_last_n_steps"] = max(count - 1, 1) * save_interval
+        # older files than this are removed: 1 step keeps the newest alone
+        training["save_last_n_steps"] = max((count - 1) * save_interval, 1)
         project.report_change(key, count, f"save_last_n_steps = {training['save_last_n_steps']}")
     elif project.keeps_only_latest:
         training.setdefault("save_last_n_steps", save_interval)

@@ -74,7 +74,7 @@ def _use_most_specific(project: ForeignProject, models: Sequence[FileModel]) -> 
 
 
 def _use_adapter(project: ForeignProject, key: str, value: str) -> None:
-    """Set the task that has a published training adapter, or the user's file of one as a training option."""
+    """Set the task that has a published training adapter, or note the file of an adapter for later."""
     family, task = project.new_options.get("family"), project.new_options.get("task")
     stem = plain_name(re.split(r"[/\\]", value)[-1].removesuffix(".safetensors"))
     for model in find_models():
@@ -85,13 +85,7 @@ def _use_adapter(project: ForeignProject, key: str, value: str) -> None:
             project.new_options["task"] = model.task
             project.report_change(key, value, f"--task {model.task}, with the published adapter")
             return
-    try:
-        project.training_options["training_adapter"] = contract.read_adapter(value)
-    except ValueError as error:
-        project.report_omitted_value(key, value, str(error))
-    else:
-        project.source_keys["training_adapter"] = key
-        project.adopted_keys.append(key)
+    project.own_files.append(ForeignFile(key, value, ("training_adapter",), is_released=False))
 
 
 def _read_model_key(

@@ -86,6 +86,13 @@ def _read_validation(value: Any) -> float:
     return _VALIDATION_SPLIT
 
 
+def _read_concept_weight(value: Any) -> None:
+    """Raise UnsetValue for a weight of 1, and ValueError for others, which no dataset here has."""
+    if number(0, 1000)(value) == 1:
+        raise UnsetValue("all concepts count alike")
+    raise ValueError("no folder here has a weight of its own in the loss: num_repeats shows one more often")
+
+
 def _read_loss_weight(value: Any) -> bool:
     """Return True for the weights of debiased estimation, which an option of the same name turns on."""
     if value != "DEBIASED_ESTIMATION":
@@ -165,9 +172,7 @@ _CONCEPT_RULES = {
     "include_subdirectories": omitted("`new` lists the folders that it uses"),
     "image_variations": omitted("each file is encoded once"),
     "text_variations": omitted("captions vary by shuffle_caption"),
-    "loss_weight": omitted(
-        "tables of dataset.toml have no weight of their own; num_repeats of a table is one"
-    ),
+    "loss_weight": KeyRule(DATA, "num_repeats", _read_concept_weight),
     "text.prompt_source": rules.CAPTIONS,
     "text.prompt_path": rules.CAPTIONS,
     "text.enable_tag_shuffling": rules.SHUFFLED,
@@ -229,6 +234,9 @@ PROGRAM = Program(
         "training_method": omitted("it says what is trained"),
         "model_type": rules.MODEL_NAME,
         "base_model_name": rules.MODEL_FILE,
+        **{f"{name}.model_name": rules.MODEL_FILE for name in _DIT_NAMES},
+        "vae.model_name": rules.own_file("vae", "ae"),
+        "text_encoder.model_name": rules.own_file("text_encoder", "t5xxl", "qwen3", "gemma2"),
         "peft_type": rules.NETWORK_KIND,
         "lora_rank": rules.RANK,
         "lora_alpha": rules.ALPHA,

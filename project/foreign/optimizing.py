@@ -61,8 +61,7 @@ def _replace_gpu_optimizer(project: ForeignProject) -> None:
 def _report_missing_package(project: ForeignProject, optimizer: str) -> None:
     package = _PACKAGE_BY_OPTIMIZER.get(str(optimizer))
     if package is not None and find_spec(package) is None:
-        remedy = f"it is not installed: pip install {DISTRIBUTIONS[package]}"
-        project.report_omitted_value("optimizer_type", optimizer, remedy)
+        project.missing_packages.append(DISTRIBUTIONS[package])
 
 
 def _join_arguments(project: ForeignProject, optimizer: str) -> dict[str, Any]:

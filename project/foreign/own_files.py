@@ -1,12 +1,15 @@
 """Take the files that another trainer's project names: base model, other networks, a LoRA to start from."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from downloads.catalogue import ModelSet
 from modules.errors import OptionError
 from modules.option_values import to_path
+from modules.paths import is_on_foreign_share
+from modules.text_files import real_path
 from project.foreign.project import ForeignFile, ForeignProject, find_beside, show
 from project.model_files import typed_files
 from project.model_sizes import list_transformers
@@ -14,6 +17,7 @@ from project.new_options import NewOptions
 from project.options import own_command
 
 START_OPTION = "network_weights"
+TRAINING_OPTIONS = {START_OPTION, "training_adapter"}  # files that are no part of the model
 
 
 def use_own_files(
@@ -37,14 +41,14 @@ def use_own_files(
     names_model = typed_options.family is not None and typed_options.task is not None
     for file in project.own_files:
         name = _find_option(file, model)
-        path = _find_file(project, file)
+        path = _find_file(project, file, options.models)
         if name is None:
             project.report_omitted_value(
                 file.key, file.value, f"{model.family} {model.task} has no such file"
             )
         elif name in typed_names:
             project.report_omitted_value(file.key, file.value, f"--model_file {name} sets another file")
-        elif path is not None and name == START_OPTION:
+        elif path is not None and name in TRAINING_OPTIONS:
             project.training_options[name] = path.absolute().as_posix()
             project.source_keys[name] = file.key
             project.report_change(file.key, file.value, f"{name} = {path.absolute().as_posix()}")
@@ -62,8 +66,8 @@ def use_own_files(
 
 def _find_option(file: ForeignFile, model: ModelSet) -> str | None:
     """Return the option of the model's file that a key of the project names; None if it has no such file."""
-    if file.options == (START_OPTION,):
-        return START_OPTION
+    if TRAINING_OPTIONS.issuperset(file.options) and file.options:
+        return file.options[0]
     transformers = [part.option for part in list_transformers(model) if part.option]
     parts = [part.option for part in model.components if part.option]
     names: Sequence[str] = transformers[:1] if file.is_base_model else parts
@@ -72,8 +76,15 @@ def _find_option(file: ForeignFile, model: ModelSet) -> str | None:
     return next((name for name in wanted if name in available), None)
 
 
-def _find_file(project: ForeignProject, file: ForeignFile) -> Path | None:
-    """Return the file or folder that a key names, around the project; None if there is none."""
+def _find_file(project: ForeignProject, file: ForeignFile, models: Path) -> Path | None:
+    """Return the file or folder that a key names, around the project or in the models' folder, or None."""
+    # Windows would log in to a machine that somebody else's project names
+    if is_on_foreign_share(PurePath(file.value), real_path(project.path)):
+        return None
+    # a project of another machine, perhaps with \ in its paths
+    file_name = re.split(r"[/\\]", file.value)[-1]
+    if not file.is_released and PurePath(file_name).suffix and (models / file_name).is_file():
+        return models / file_name
     try:
         path = to_path(file.key, file.value)
     except OptionError:
@@ -88,8 +99,8 @@ def _make_missing_error(
 ) -> OptionError:
     """Return the error about a file that the project names and that is not here, with the command to type."""
     placeholder = "PATH"
-    if name == START_OPTION:
-        what = "starts from the LoRA"
+    if name in TRAINING_OPTIONS:
+        what = "starts from the LoRA" if name == START_OPTION else "trains with the adapter"
         remedy = f"Copy it there, or remove {file.key} from a copy of the project. Then"
         argv = typed_options.make_argv(typed_options.folder)
     else:

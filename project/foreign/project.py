@@ -85,6 +85,7 @@ class ForeignProject:
     samples: list[ForeignSample] = field(default_factory=list)  # samples that the file asks for
     sample_keys: list[str] = field(default_factory=list)  # keys of samples
     kept_files: tuple[str, int] | None = None  # key and number of saved files to keep
+    missing_packages: list[str] = field(default_factory=list)  # to install with pip before the run
     replaces_optimizer: bool = False  # the project's optimizer differs from the one used
     keeps_only_latest: bool = False  # saves are large, so keep few
     assumed_defaults: dict[str, Any] = field(default_factory=dict)  # missing keys -> the program's defaults

@@ -118,6 +118,8 @@ _RULES = {
     "model_family": rules.MODEL_NAME,
     "pretrained_model_name_or_path": rules.MODEL_FILE,
     "pretrained_transformer_model_name_or_path": rules.MODEL_FILE,
+    "pretrained_unet_model_name_or_path": rules.MODEL_FILE,
+    "pretrained_t5_model_name_or_path": rules.own_file("t5xxl", "t5"),
     "pretrained_vae_model_name_or_path": rules.own_file("vae", "ae"),
     "model_flavour": rules.MODEL_NAME,
     "lora_type": rules.NETWORK_KIND,

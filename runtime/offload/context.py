@@ -14,20 +14,18 @@ divides its loss by the number of processes, and gradients are summed over them.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.functional import pad
 
 from modules.attention.attend import SecondText
 from modules.integers import ceil_div
 from modules.private_torch import exchange_rows
 from runtime.offload.sharding import gather_parts
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
 
 AXES = ("data", "passes", "context")  # the last one changes fastest
 
@@ -42,7 +40,7 @@ class ProcessGrid:
     context: int = 1  # number of processes of a part, which share the tokens of a clip
 
 
-def device_mesh(grid: ProcessGrid, device: torch.device) -> "DeviceMesh":
+def device_mesh(grid: ProcessGrid, device: torch.device) -> DeviceMesh:
     """Create the groups of processes named in `AXES`. All processes must call this."""
     from torch.distributed.device_mesh import init_device_mesh  # not needed by a single process
 

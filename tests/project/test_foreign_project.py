@@ -561,23 +561,6 @@ def test_a_missing_further_file_is_told(tmp_path: Path) -> None:
     assert project.folder_by_key == {}
 
 
-@pytest.mark.parametrize("is_here", [True, False])
-def test_a_training_adapter_is_taken_if_the_file_is_here(is_here: bool, tmp_path: Path) -> None:
-    adapter = tmp_path / "adapter.safetensors"
-    if is_here:
-        adapter.write_bytes(b"")
-    name = adapter.as_posix() if is_here else "nobody/adapter/x.safetensors"
-    path = tmp_path / "project.yaml"
-    line = f'        assistant_lora_path: "{name}"\n'
-    path.write_text(AI_TOOLKIT.replace("      model:\n", f"      model:\n{line}", 1), encoding="utf-8")
-
-    project = read_foreign(path)
-
-    assert project.training_options.get("training_adapter") == (adapter.as_posix() if is_here else None)
-    told = "\n".join(project.format_report(tmp_path))
-    assert ("none of this name is published" in told) is not is_here
-
-
 @pytest.mark.parametrize(
     ("arch", "repository", "adapter", "task"),
     [
@@ -782,7 +765,6 @@ NOT_WRITTEN = {
     "lr_scheduler_args below [training]": "arguments of classes that are not here",
     "optimizer says it": "the key `optimizer` is taken",
     "ltx2_train_direction below [training] says it": "both streams together are",
-    "tables of dataset.toml have no weight of their own; num_repeats of a table is one": "repeats",
 }
 
 

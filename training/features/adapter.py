@@ -7,14 +7,11 @@ that the few-step ability is lost, and it rejects targets that would keep this a
 """
 
 from functools import partial
-from typing import TYPE_CHECKING
 
 from modules.errors import OptionError
 from modules.options import HABIT, option
 from training.features.contract import AT_NETWORK, Feature, FeatureOptions
-
-if TYPE_CHECKING:
-    from training.features.hooks import PlannedRun, RunFeatures
+from training.features.hooks import PlannedRun, RunFeatures
 
 OWN, REAL, MIXED = "own", "real", "mixed"
 NO_LORA = "a training adapter is a LoRA, and the model itself is trained"
@@ -29,7 +26,7 @@ class AdapterOptions(FeatureOptions, title="network", at=AT_NETWORK, facts=HABIT
     )
 
 
-def _check_targets(run: "RunFeatures") -> None:
+def _check_targets(run: RunFeatures) -> None:
     kept = [target.option for target in run.targets if target.replaces_velocity]
     if kept:
         raise OptionError(
@@ -38,14 +35,14 @@ def _check_targets(run: "RunFeatures") -> None:
         )
 
 
-def _note_base(run: "RunFeatures", planned: "PlannedRun") -> None:
+def _note_base(run: RunFeatures, planned: PlannedRun) -> None:
     from checkpoints.file_hashes import name_base  # not needed for --help
 
     bases = [name_base(file) for file in planned.family.dit_files]
     run.info.in_files["training_adapter_for"] = ", ".join(bases)
 
 
-def _join(run: "RunFeatures", options: AdapterOptions) -> None:
+def _join(run: RunFeatures, options: AdapterOptions) -> None:
     network = run.options.network
     if network is not None and network.frozen.training_adapter is not None:
         raise OptionError(

@@ -13,13 +13,12 @@ from modules.options import HABIT, HABIT_BY_NAME, Options, option
 from networks.use_options import AUTO, lora_rounding_option, multipliers_for, require_loras
 from protocols.families import HIGH_NOISE
 from training.features.contract import AT_NETWORK, Feature, FeatureOptions
-from training.features.hooks import MergedLoras
+from training.features.hooks import MergedLoras, RunFeatures
 from training.learning_options import MERGED_BEFORE
 
 if TYPE_CHECKING:
     from protocols.family import Family
     from protocols.rules import Expert
-    from training.features.hooks import RunFeatures
 
 
 class HighNoiseBaseOptions(Options, title="two transformers"):
@@ -94,7 +93,7 @@ def _read_merged(options: BaseWeightsOptions, expert: "Expert") -> MergedLoras:
     return MergedLoras(uses, options.lora_rounding)
 
 
-def _join(run: "RunFeatures", options: BaseWeightsOptions) -> None:
+def _join(run: RunFeatures, options: BaseWeightsOptions) -> None:
     high_noise = options.high_noise
     if high_noise is not None and high_noise.base_weights_high_noise == ():
         raise OptionError("--base_weights_high_noise names no file: pass one, or omit it")

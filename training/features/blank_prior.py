@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 from modules.errors import OptionError
 from modules.options import HABIT, option
 from training.features.contract import AT_NETWORK, EMPTY_PROMPT, Feature, FeatureOptions
+from training.features.hooks import RunFeatures
 from training.features.step_targets import PassCounts, StepTarget
 
 if TYPE_CHECKING:
-    from training.features.hooks import RunFeatures
     from training.loss import NoisyBatch
     from training.targets.passes import StreamErrors, TrainingPasses
 
@@ -51,7 +51,7 @@ def blank_pass(
     yield tuple(weight * error for error in errors)
 
 
-def _join(run: "RunFeatures", options: BlankPriorOptions) -> None:
+def _join(run: RunFeatures, options: BlankPriorOptions) -> None:
     """Register --blank_prior_weight: a second pass keeps the base model's prediction for the empty prompt."""
     if run.options.is_fused:
         raise OptionError(

@@ -7,14 +7,11 @@ decision.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 from modules.errors import OptionError
 from modules.options import HABIT, option
 from training.features.contract import AT_WEIGHTS, Feature, FeatureOptions
-
-if TYPE_CHECKING:
-    from training.features.hooks import HookedRun, PlannedRun, RunFeatures, RunInfo
+from training.features.hooks import HookedRun, PlannedRun, RunFeatures, RunInfo
 
 
 class EarlyStoppingOptions(FeatureOptions, title="early stopping", at=AT_WEIGHTS, facts=HABIT):
@@ -38,7 +35,7 @@ class EarlyStoppingProgress:
     measured_since: int = 0
 
 
-def reason_to_stop(run: "HookedRun", loss: float, patience: int, info: "RunInfo") -> str:
+def reason_to_stop(run: HookedRun, loss: float, patience: int, info: RunInfo) -> str:
     """Return why the run ends after a validation with this loss; "" if it continues.
 
     If it ends, the metadata of files in `info` gets the step of the lowest loss.
@@ -60,7 +57,7 @@ def reason_to_stop(run: "HookedRun", loss: float, patience: int, info: "RunInfo"
     )
 
 
-def _require_validation(planned: "PlannedRun") -> None:
+def _require_validation(planned: PlannedRun) -> None:
     if not planned.validation:
         raise OptionError(
             "--early_stopping_patience needs a validation loss: pass --validation_split 0.1, or a table with "
@@ -68,7 +65,7 @@ def _require_validation(planned: "PlannedRun") -> None:
         )
 
 
-def _join(run: "RunFeatures", options: EarlyStoppingOptions) -> None:
+def _join(run: RunFeatures, options: EarlyStoppingOptions) -> None:
     patience = options.early_stopping_patience
     assert patience is not None  # the feature is on
     run.progress_records.append(EarlyStoppingProgress)

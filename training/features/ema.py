@@ -4,15 +4,11 @@
 """
 
 from functools import partial
-from typing import TYPE_CHECKING
 
 from modules.errors import OptionError
 from modules.options import FREE, SAMPLES_ONLY, option
 from training.features.contract import AT_WEIGHTS, Feature, FeatureOptions
-from training.features.hooks import AverageInfo
-
-if TYPE_CHECKING:
-    from training.features.hooks import HookedModel, RunFeatures
+from training.features.hooks import AverageInfo, HookedModel, RunFeatures
 
 
 class EmaOptions(FeatureOptions, title="average of the weights (EMA)", at=AT_WEIGHTS, facts=FREE):
@@ -37,7 +33,7 @@ class EmaOptions(FeatureOptions, title="average of the weights (EMA)", at=AT_WEI
     )
 
 
-def _keep_average(run: "RunFeatures", options: EmaOptions, model: "HookedModel") -> None:
+def _keep_average(run: RunFeatures, options: EmaOptions, model: HookedModel) -> None:
     """Start the moving average of the trained weights, and update it after each step."""
     from training.features.ema_weights import make_average  # torch: only with --ema_decay
 
@@ -55,7 +51,7 @@ def _keep_average(run: "RunFeatures", options: EmaOptions, model: "HookedModel")
         run.on.after_step.append(average.after_step)
 
 
-def _join(run: "RunFeatures", options: EmaOptions) -> None:
+def _join(run: RunFeatures, options: EmaOptions) -> None:
     if run.options.full_dit is not None and options.sample_ema:
         raise OptionError(
             "--sample_ema: the average of a whole model is in host memory. Omit it, and generate "

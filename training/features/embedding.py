@@ -17,12 +17,12 @@ from modules.errors import OptionError
 from modules.options import CHANGEABLE, FREE, HABIT, IDENTITY, Options, is_set, option, option_name
 from protocols.new_tokens import MAX_VECTORS, WordOptionNames, WordToLearn, find_error
 from training.features.contract import AT_NETWORK, LIVE_TEXTS, Feature, FeatureOptions, given_values
+from training.features.hooks import RunFeatures
 from training.learning_options import LARGEST_RATE
 
 if TYPE_CHECKING:
     from protocols.family import Described, Family
     from protocols.family_networks import CustomNetwork
-    from training.features.hooks import RunFeatures
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +157,7 @@ def _check(word: WordToLearn, family: "Family", counts: Sequence[int]) -> None:
     cast(LearnsEmbeddings, family).word_network(word).check()
 
 
-def _start(word: WordToLearn, has_file: bool, run: "RunFeatures") -> None:
+def _start(word: WordToLearn, has_file: bool, run: RunFeatures) -> None:
     """Add the embedding vectors of the word to the trained parameters of the run."""
     from training.features.embedding_rows import make_word_vectors  # torch: only with a word
 
@@ -199,7 +199,7 @@ def _list_explicit_options(record: Options | None) -> list[str]:
     return [option_name(field) for field in own if is_set(record, field)]
 
 
-def _join_alone(run: "RunFeatures", options: EmbeddingOptions) -> None:
+def _join_alone(run: RunFeatures, options: EmbeddingOptions) -> None:
     """Register --embedding_only: the vectors of a word are trained in place of a LoRA."""
     # Options of a LoRA are rejected, except those in OPTIONS_ALLOWED_ALONE, which also apply to the word.
     name = run.options.saving.output_name
@@ -226,7 +226,7 @@ def _join_alone(run: "RunFeatures", options: EmbeddingOptions) -> None:
     run.lora_replacement = partial(_word_as_network, options.word())
 
 
-def _join(run: "RunFeatures", options: EmbeddingOptions) -> None:
+def _join(run: RunFeatures, options: EmbeddingOptions) -> None:
     """Register --train_embedding: a run learns the vectors of a new word, with a LoRA or alone."""
     assert options.train_embedding is not None  # the feature is on
     error = find_error(options.train_embedding)

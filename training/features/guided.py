@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 from modules.errors import OptionError
 from modules.options import HABIT, option
 from training.features.contract import AT_LOSS, EMPTY_PROMPT, Feature, FeatureOptions, given_values
+from training.features.hooks import RunFeatures
 from training.features.step_targets import PassCounts, StepTarget
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from protocols.family import Family
-    from training.features.hooks import RunFeatures
     from training.loss import NoisyBatch
     from training.targets.passes import TargetComparison, TrainingPasses
 
@@ -153,7 +153,7 @@ def with_guided_target(
     return [replace(clip, target=guide(guided, passes, noisy_batch, clip.target)), *others]
 
 
-def _join(run: "RunFeatures", options: GuidedTargetOptions) -> None:
+def _join(run: RunFeatures, options: GuidedTargetOptions) -> None:
     """Register the target, metadata, check and comparison of --guided_target with a run."""
     target = StepTarget(
         option=f"--guided_target {options.guided_target:g}",

@@ -18,6 +18,7 @@ from training.features.contract import (
     FeatureOptions,
     given_values,
 )
+from training.features.hooks import RunFeatures
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from dataset.sources.decoding import DecodedMedia
     from protocols.data import MediaEncoders
     from protocols.family import Caches, Described, Family
-    from training.features.hooks import RunFeatures
 
 SWITCH = "--train_inpainting"
 
@@ -127,7 +127,7 @@ def add_inputs(
     return kept_tensors | family.encode_masked(encoders, pixels, torch.from_numpy(mask), posterior_generator)
 
 
-def _use_inpainting_variant(run: "RunFeatures", family: "Family") -> "Family":
+def _use_inpainting_variant(run: RunFeatures, family: "Family") -> "Family":
     """Return the family's variant with inputs for inpainting; raise OptionError if it cannot be trained."""
     if NO_DATASET in run.needs:
         raise OptionError(f"{SWITCH} hides parts of images, and LECO learns without images. Omit it")
@@ -146,7 +146,7 @@ def _use_inpainting_variant(run: "RunFeatures", family: "Family") -> "Family":
     return family.for_inpainting()
 
 
-def _join(run: "RunFeatures", options: InpaintingOptions) -> None:
+def _join(run: RunFeatures, options: InpaintingOptions) -> None:
     """Register --train_inpainting: a run learns to repaint masked parts of images, encoded each step."""
     caching = run.options.caching
     if caching is not None and caching.caches_latents:

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 
 from modules.options import HABIT, IN_IMAGE_FILES, option
 from training.features.contract import AT_NOISE, Feature, FeatureOptions
+from training.features.hooks import RunFeatures
 
 if TYPE_CHECKING:
     import torch
-
-    from training.features.hooks import RunFeatures
 
 
 class IpNoiseOptions(FeatureOptions, title="noise", at=AT_NOISE, facts={**HABIT, **IN_IMAGE_FILES}):
@@ -52,7 +51,7 @@ def draw_perturbation(options: IpNoiseOptions, shape: "torch.Size", seed: int, n
     return perturbation
 
 
-def _join(run: "RunFeatures", options: IpNoiseOptions) -> None:
+def _join(run: RunFeatures, options: IpNoiseOptions) -> None:
     run.info.in_files |= asdict(options)
     run.on.noise.append(partial(draw_perturbation, options))
 

@@ -3,13 +3,9 @@
 `item_losses_recording.py` records the losses; `training/reports/item_losses.py` compares and shows them.
 """
 
-from typing import TYPE_CHECKING
-
 from modules.options import FREE, option
 from training.features.contract import AT_LOGS, Feature, FeatureOptions
-
-if TYPE_CHECKING:
-    from training.features.hooks import RunFeatures
+from training.features.hooks import RunFeatures
 
 
 class ItemLossOptions(FeatureOptions, title="loss of each image", at=AT_LOGS, facts=FREE):
@@ -21,7 +17,7 @@ class ItemLossOptions(FeatureOptions, title="loss of each image", at=AT_LOGS, fa
     )
 
 
-def _start(run: "RunFeatures") -> None:
+def _start(run: RunFeatures) -> None:
     from training.features.item_losses_recording import ItemLossRecorder  # torch: only in a training run
 
     folder, name = run.options.saving.folder_and_name
@@ -30,7 +26,7 @@ def _start(run: "RunFeatures") -> None:
     run.on.recorders.append(recorder.join_run)
 
 
-def _join(run: "RunFeatures", options: ItemLossOptions) -> None:
+def _join(run: RunFeatures, options: ItemLossOptions) -> None:
     run.on.start.append(_start)
 
 

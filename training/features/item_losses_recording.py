@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -26,6 +26,8 @@ from modules.atomic_write import append_text, atomic_path, replace_surrogates, w
 from modules.devices import empty_pinned
 from modules.errors import MediaError, OptionError, UserError
 from modules.media.reading import Frame, read_image, video_frames
+from training.features.hooks import PlannedRun
+from training.loss import NoisyBatch
 from training.reports.item_losses import (
     VERSION,
     ItemDraw,
@@ -38,10 +40,6 @@ from training.reports.item_losses import (
 from training.reports.sections import images_path, items_path
 from training.steps import Progress
 from training.targets.passes import StreamErrors, TargetComparison, TrainingPasses, list_noise_fractions
-
-if TYPE_CHECKING:
-    from training.features.hooks import PlannedRun
-    from training.loss import NoisyBatch
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +111,7 @@ class ItemLossRecorder:
     _num_recorded_batches: int = 0  # number of recorded micro-batches
     _has_failed: bool = False  # whether recording has stopped after an error
 
-    def join_run(self, plan: "PlannedRun", records: Sequence[Any]) -> "ItemLossRecorder":
+    def join_run(self, plan: PlannedRun, records: Sequence[Any]) -> "ItemLossRecorder":
         """Return this recorder with the data of a planned run; a hook for `on.recorders`.
 
         Raises:
@@ -144,7 +142,7 @@ class ItemLossRecorder:
             logger.warning("--item_losses recorded nothing: this run does not learn one image at a time.")
 
     def observe(
-        self, passes: TrainingPasses, noisy_batch: "NoisyBatch", comparisons: list[TargetComparison]
+        self, passes: TrainingPasses, noisy_batch: NoisyBatch, comparisons: list[TargetComparison]
     ) -> list[TargetComparison]:
         """Wrap the error function of the first comparison, with the clip's target, to record item losses."""
         if self._process_index is None:
@@ -154,10 +152,10 @@ class ItemLossRecorder:
 
     def _measure_and_record(
         self,
-        measure: Callable[[Tensor, Tensor, "NoisyBatch"], StreamErrors],
+        measure: Callable[[Tensor, Tensor, NoisyBatch], StreamErrors],
         output: Tensor,
         target: Tensor,
-        noisy_batch: "NoisyBatch",
+        noisy_batch: NoisyBatch,
     ) -> StreamErrors:
         """Measure the errors of a batch, and record the loss of each item without waiting for the device."""
         errors = measure(output, target, noisy_batch)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from modules.errors import OptionError
 from training.features.contract import NO_DATASET, Feature, given_values
+from training.features.hooks import HookedModel, PlannedRun, RunFeatures
 from training.features.leco_file import LecoPair, read_pairs
 from training.features.leco_options import LecoOptions
 from training.features.step_targets import PassCounts, StepTarget
@@ -28,7 +29,6 @@ from training.features.step_targets import PassCounts, StepTarget
 if TYPE_CHECKING:
     from dataset.table import DatasetConfig
     from protocols.family import Family
-    from training.features.hooks import HookedModel, PlannedRun, RunFeatures
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def make_blank_dataset() -> "DatasetConfig":
 
 
 def _prepare_passes(
-    run: "RunFeatures", options: LecoOptions, pairs: Sequence[LecoPair], plan: "PlannedRun"
+    run: RunFeatures, options: LecoOptions, pairs: Sequence[LecoPair], plan: PlannedRun
 ) -> None:
     """Encode the prompts before the transformer is loaded; add the training passes once it is loaded."""
     progress = plan.progress.feature_state(LecoProgress)
@@ -105,19 +105,19 @@ def _prepare_passes(
 
     target = encode_pairs(plan.family, options, pairs, plan.accelerator.device)
 
-    def add_passes(model: "HookedModel") -> None:
+    def add_passes(model: HookedModel) -> None:
         run.on.passes.append(partial(leco_passes, target, model.trainable.at_strength))
 
     run.on.after_load.append(add_passes)
 
 
-def _equalize_weights(run: "RunFeatures") -> None:
+def _equalize_weights(run: RunFeatures) -> None:
     from training.features.leco_passes import weigh_equally  # torch: only with this feature
 
     run.on.batch.append(weigh_equally)
 
 
-def _join_leco(run: "RunFeatures", options: LecoOptions) -> None:
+def _join_leco(run: RunFeatures, options: LecoOptions) -> None:
     """Register --prompts_file: a run trains on pairs of prompts (LECO) instead of a dataset."""
     path = options.path
     trains_text_encoders_only = run.options.lora_parts is not None and not run.options.lora_parts.trains_dit

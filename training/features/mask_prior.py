@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from modules.errors import OptionError
 from modules.options import HABIT, option
 from training.features.contract import AT_NETWORK, Feature, FeatureOptions
+from training.features.hooks import PlannedRun, RunFeatures
 from training.features.step_targets import PassCounts, StepTarget
 
 if TYPE_CHECKING:
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 
     from dataset.batches.items import TrainingItem
     from dataset.cache.store import Stores
-    from training.features.hooks import PlannedRun, RunFeatures
     from training.loss import NoisyBatch
     from training.targets.passes import StreamErrors, TargetComparison, TrainingPasses
 
@@ -42,7 +42,7 @@ class MaskPriorOptions(FeatureOptions, title="what the model keeps", at=AT_NETWO
         return self.mask_prior_weight or 0.0
 
 
-def _require_masks(run: "RunFeatures", options: MaskPriorOptions, plan: "PlannedRun") -> None:
+def _require_masks(run: RunFeatures, options: MaskPriorOptions, plan: PlannedRun) -> None:
     """Raise OptionError if no training item has a loss mask."""
     if run.mask_input_option and not any(item.table.alpha_mask for item in plan.training):
         raise OptionError(
@@ -98,7 +98,7 @@ def _measure_outside(
     return sample_errors_outside(passes.family.noise, output - target, noisy_batch, passes.rule)
 
 
-def _join(run: "RunFeatures", options: MaskPriorOptions) -> None:
+def _join(run: RunFeatures, options: MaskPriorOptions) -> None:
     target = StepTarget(
         option=f"--mask_prior_weight {options.weight:g}",
         description=f"outside masks as the model without the network, weight {options.weight:g}",

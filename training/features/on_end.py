@@ -4,14 +4,10 @@
 `reelsmith run` also has such an option, which acts after all its commands.
 """
 
-from typing import TYPE_CHECKING
-
 from modules.options import FREE, SECRET, STARTS, option
 from modules.typed_command import AT_END, read_command
 from training.features.contract import AT_ENDING, Feature, FeatureOptions
-
-if TYPE_CHECKING:
-    from training.features.hooks import RunEnd, RunFeatures
+from training.features.hooks import RunEnd, RunFeatures
 
 FLAG = "--on_end"
 
@@ -32,7 +28,7 @@ class EndOptions(FeatureOptions, title="at the end", at=AT_ENDING, facts=FREE):
         return read_command(FLAG, self.on_end)
 
 
-def run_end_command(end: "RunEnd") -> None:
+def run_end_command(end: RunEnd) -> None:
     """Start the user's command (--on_end), with facts about the ended run in environment variables."""
     from training.reports.drawing import wait_for_page  # only with --on_end
     from training.reports.history import history_path
@@ -52,7 +48,7 @@ def run_end_command(end: "RunEnd") -> None:
     start_command(FLAG, options.of(EndOptions).make_command, info, end.error, has_begun=end.has_begun)
 
 
-def _join(run: "RunFeatures", options: EndOptions) -> None:
+def _join(run: RunFeatures, options: EndOptions) -> None:
     run.info.at_start["at the end"] = f"starts {options.make_command[0]}"
     run.on.end.append(run_end_command)
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from modules.errors import OptionError
 from training.features.contract import AT_NETWORK, BASE_MODEL, PRESERVE_OUTPUT, Feature, FeatureOptions
+from training.features.hooks import RunFeatures
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from training.features.hooks import RunFeatures
     from training.loss import NoisyBatch
     from training.targets.passes import TargetComparison, TrainingPasses
 
@@ -51,7 +51,7 @@ def preserve(
     return [replace(clip, target=velocity_or_base_prediction(passes, noisy_batch, clip.target)), *others]
 
 
-def _join(run: "RunFeatures", options: OutputPreservationOptions) -> None:
+def _join(run: RunFeatures, options: OutputPreservationOptions) -> None:
     if run.options.full_dit is not None:
         name = next(table.name for table in run.tables if PRESERVE_OUTPUT in table.attributes)
         raise OptionError(

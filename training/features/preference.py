@@ -18,13 +18,12 @@ from training.features.contract import (
     FeatureOptions,
     given_values,
 )
-from training.features.hooks import Tally
+from training.features.hooks import PlannedRun, RunFeatures, Tally
 from training.features.step_targets import PassCounts, StepTarget
 from training.reports.metric_charts import MetricChart, MetricTile
 
 if TYPE_CHECKING:
     from protocols.family import Family
-    from training.features.hooks import PlannedRun, RunFeatures
 
 # logged values of each step: errors of preferred and rejected items, fraction of pairs in the right order
 CHOSEN_ERROR, REJECTED_ERROR, RIGHT_ORDER = "preference/better", "preference/worse", "preference/right"
@@ -73,7 +72,7 @@ def _check(options: PreferenceOptions, family: "Family", counts: Sequence[int]) 
         )
 
 
-def _check_tables(run: "RunFeatures") -> None:
+def _check_tables(run: RunFeatures) -> None:
     """Raise OptionError if a dataset table asks for output preservation, which has its own target."""
     preserving = next((table.name for table in run.tables if PRESERVE_OUTPUT in table.attributes), None)
     if preserving is not None:
@@ -83,20 +82,20 @@ def _check_tables(run: "RunFeatures") -> None:
         )
 
 
-def _require_pairs(plan: "PlannedRun") -> None:
+def _require_pairs(plan: PlannedRun) -> None:
     from training.features.preference_pairs import require_pairs  # torch: only with --preference
 
     require_pairs(plan.training, plan.sources.stores, plan.sources.encoders.commands)
 
 
-def _start(options: PreferenceOptions, logged_metrics: Tally, run: "RunFeatures") -> None:
+def _start(options: PreferenceOptions, logged_metrics: Tally, run: RunFeatures) -> None:
     from training.features.preference_pairs import Preference, pair_passes  # torch: only with --preference
 
     preference = Preference(options.beta, options.preference_data_weight)
     run.on.passes.append(partial(pair_passes, preference, logged_metrics))
 
 
-def _join(run: "RunFeatures", options: PreferenceOptions) -> None:
+def _join(run: RunFeatures, options: PreferenceOptions) -> None:
     """Register --preference: a run learns from pairs of a chosen and a rejected item (Diffusion-DPO)."""
     _check_tables(run)
     target = StepTarget(

@@ -5,15 +5,12 @@ A separate process, tools/score.py, computes the scores after each round of samp
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from modules.command import quote_command
 from modules.errors import OptionError
 from modules.options import FREE, option
 from training.features.contract import AT_LOGS, Feature, FeatureOptions
-
-if TYPE_CHECKING:
-    from training.features.hooks import RunFeatures
+from training.features.hooks import RunFeatures
 
 
 class SampleScoringOptions(FeatureOptions, title="scores of samples", at=AT_LOGS, facts=FREE):
@@ -45,7 +42,7 @@ class SampleScoringOptions(FeatureOptions, title="scores of samples", at=AT_LOGS
     )
 
 
-def _start(run: "RunFeatures") -> None:
+def _start(run: RunFeatures) -> None:
     """Add the recorder that starts a scoring process each time samples have been generated."""
     from training.features.score_samples_starting import SampleScorer  # starts processes: only in training
 
@@ -89,7 +86,7 @@ def _require_file(option_name: str, folder: Path | None, file: str, remedy: str)
         raise OptionError(f"{option_name} {folder}: there is no {file} in this folder. {remedy}, or omit it")
 
 
-def _join(run: "RunFeatures", options: SampleScoringOptions) -> None:
+def _join(run: RunFeatures, options: SampleScoringOptions) -> None:
     if run.options.samples.sample_prompts is None:
         raise OptionError("--score_samples needs samples: pass --sample_prompts, or omit it")
     if run.options.logs.no_page:

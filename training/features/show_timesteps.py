@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 from modules.options import FREE, option
 from training.features.contract import AT_NOISE, Feature, FeatureOptions
+from training.features.hooks import RunFeatures, RunOptionsProtocol
 from training.noise_options import NOTHING
 
 if TYPE_CHECKING:
     from dataset.table import DatasetTable
     from protocols.family import Family
-    from training.features.hooks import RunFeatures, RunOptionsProtocol
 
 
 class ShowTimestepsOptions(FeatureOptions, title="timesteps and loss weights", at=AT_NOISE, facts=FREE):
@@ -26,7 +26,7 @@ class ShowTimestepsOptions(FeatureOptions, title="timesteps and loss weights", a
 
 
 def _show(
-    options: "RunOptionsProtocol", family: "Family", read_tables: "Callable[[], Sequence[DatasetTable]]"
+    options: RunOptionsProtocol, family: "Family", read_tables: "Callable[[], Sequence[DatasetTable]]"
 ) -> None:
     """Print or draw the distribution of timesteps."""
     from training.features.show_timesteps_drawing import show_timesteps  # torch: only instead of training
@@ -45,7 +45,7 @@ def _show(
     )
 
 
-def _join(run: "RunFeatures", options: ShowTimestepsOptions) -> None:
+def _join(run: RunFeatures, options: ShowTimestepsOptions) -> None:
     run.show = _show
 
 

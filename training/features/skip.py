@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING
 from modules.errors import OptionError
 from modules.options import HABIT, option
 from training.features.contract import AGAINST_BAD_STEPS, AT_WEIGHTS, Feature, FeatureOptions
+from training.features.hooks import GradientStep, HookedRun, RunFeatures
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from training.features.hooks import GradientStep, HookedRun, RunFeatures
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +125,7 @@ class Skipping:
         return True
 
 
-def judge_step(run: "HookedRun", step: "GradientStep", gradient_norm: "Tensor") -> str:
+def judge_step(run: HookedRun, step: GradientStep, gradient_norm: "Tensor") -> str:
     """Return why a step is skipped, a name of `OUTCOME_NAMES`, and log it; "" if the step is taken.
 
     All processes call this and get the same answer.
@@ -159,7 +158,7 @@ def judge_step(run: "HookedRun", step: "GradientStep", gradient_norm: "Tensor") 
     return OUTCOME_NAMES[outcome]
 
 
-def _warn_of_skipped_step(run: "HookedRun", step: "GradientStep", reason: str) -> None:
+def _warn_of_skipped_step(run: HookedRun, step: GradientStep, reason: str) -> None:
     """Warn why a step is skipped, listing its items from all processes; all processes must call this."""
     keys = step.keys
     if run.steps.num_processes > 1:
@@ -194,7 +193,7 @@ def describe_skip(
     return f"{text}."
 
 
-def _join(run: "RunFeatures", options: SkipOptions) -> None:
+def _join(run: RunFeatures, options: SkipOptions) -> None:
     if run.options.is_fused:
         flag = "--skip_spikes" if options.skip_bad_steps is None else "--skip_bad_steps"
         raise OptionError(

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 from modules.errors import OptionError
 from modules.options import HABIT, HABIT_BY_NAME, option
 from training.features.contract import AT_NETWORK, PRESERVE_OUTPUT, Feature, FeatureOptions, given_values
+from training.features.hooks import HookedModel, PlannedRun, RunFeatures
 from training.features.slider_file import SliderFile, read_sliders
 from training.features.step_targets import PassCounts, StepTarget
 
 if TYPE_CHECKING:
     from training.data.live import LiveTextEncoders
-    from training.features.hooks import HookedModel, PlannedRun, RunFeatures
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class SliderOptions(FeatureOptions, title="slider", at=AT_NETWORK, facts=HABIT):
         return self.slider
 
 
-def _check_tables(run: "RunFeatures", path: Path) -> None:
+def _check_tables(run: RunFeatures, path: Path) -> None:
     """Raise OptionError if a dataset table asks for output preservation, or sets its own network strength."""
     # A slider learns from the captions of its own file, at its own strengths.
     for table in run.tables:
@@ -70,19 +70,19 @@ def _reject_trained_encoders(path: Path, live_encoders: "LiveTextEncoders | None
     logger.info("The captions of the dataset are not used: --slider %s has its own.", path)
 
 
-def _prepare_passes(run: "RunFeatures", file: SliderFile, plan: "PlannedRun") -> None:
+def _prepare_passes(run: RunFeatures, file: SliderFile, plan: PlannedRun) -> None:
     """Encode the slider's captions now, and add its forward passes once the transformer is loaded."""
     from training.features.slider_passes import encode_sliders, slider_passes  # torch: only with --slider
 
     target = encode_sliders(plan.family, file, plan.accelerator.device)
 
-    def add_passes(model: "HookedModel") -> None:
+    def add_passes(model: HookedModel) -> None:
         run.on.passes.append(partial(slider_passes, target, model.trainable.at_strength))
 
     run.on.after_load.append(add_passes)
 
 
-def _join(run: "RunFeatures", options: SliderOptions) -> None:
+def _join(run: RunFeatures, options: SliderOptions) -> None:
     """Register --slider: a run learns to move toward one caption at strength 1, and away from it at -1."""
     path = options.path
     if run.options.is_fused:

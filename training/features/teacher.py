@@ -13,13 +13,13 @@ from modules.errors import OptionError
 from protocols.inputs import INPUTS
 from runtime.ways.contract import FurtherModel
 from training.features.contract import DROPPED_CAPTIONS, Feature, given_values
+from training.features.hooks import RunFeatures
 from training.features.step_targets import PassCounts, StepTarget
 from training.features.teacher_options import BASE, OTHER_DIT, TeacherOptions
 
 if TYPE_CHECKING:
     from protocols.family import Family
     from training.data.live import LiveTextEncoders
-    from training.features.hooks import RunFeatures
     from training.other_models import OtherFamilies
 
 
@@ -74,7 +74,7 @@ def _describe(options: TeacherOptions) -> str:
     return f"{options.teacher_weight:g} of the loss from {name}{band}"
 
 
-def _start(options: TeacherOptions, run: "RunFeatures") -> None:
+def _start(options: TeacherOptions, run: RunFeatures) -> None:
     """Install the teacher; with --teacher dit, it is loaded once the trained networks are loaded."""
     from training.features.teacher_passes import install_teacher  # torch: only with --teacher
 
@@ -87,7 +87,7 @@ def _start(options: TeacherOptions, run: "RunFeatures") -> None:
         run.on.after_load.append(other_teacher.load)
 
 
-def _join(run: "RunFeatures", options: TeacherOptions) -> None:
+def _join(run: RunFeatures, options: TeacherOptions) -> None:
     """Register --teacher: a run learns from predictions of a frozen model, mixed with the clips or alone."""
     options.check()
     loss_type = run.options.loss.loss_type

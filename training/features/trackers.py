@@ -7,21 +7,21 @@ from typing import TYPE_CHECKING
 
 from modules.errors import OptionError
 from training.features.contract import Feature
+from training.features.hooks import RunFeatures
 from training.features.trackers_options import NEEDS_FOLDER, TrackerOptions, check_trackers
 
 if TYPE_CHECKING:
     from protocols.family import Family
-    from training.features.hooks import RunFeatures
     from training.other_models import OtherFamilies
 
 
-def _start(run: "RunFeatures") -> None:
+def _start(run: RunFeatures) -> None:
     from training.features.trackers_sending import make_trackers  # torch: only in a training run
 
     run.on.recorders.append(make_trackers)
 
 
-def _join(run: "RunFeatures", options: TrackerOptions) -> None:
+def _join(run: RunFeatures, options: TrackerOptions) -> None:
     def check(family: "Family", others: "OtherFamilies") -> None:
         check_trackers(options)
 

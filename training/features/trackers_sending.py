@@ -8,18 +8,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from accelerate import Accelerator
 from accelerate.tracking import filter_trackers
 
+from modules.media.reading import Frame
 from training.features.hooks import PlannedRun
 from training.features.trackers_options import TrackerOptions, tracker_arguments
 from training.reports.logs import public_config
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-    from modules.media.reading import Frame
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +32,7 @@ class Trackers:
     --log_tracker_config cannot be read.
     """
 
-    accelerator: "Accelerator"
+    accelerator: Accelerator
     options: TrackerOptions
     project: str = PROJECT  # used if no option names the project
     config: Mapping[str, Any] = field(default_factory=dict)  # stored with the run, from `public_config`
@@ -112,7 +109,7 @@ class Trackers:
             tracker.log({name.replace("*", "-"): value for name, value in values.items()}, step=step)
 
     def log_samples(
-        self, step: int, files: Mapping[int, Path], strips: "Mapping[int, Frame]", prompts: Mapping[int, str]
+        self, step: int, files: Mapping[int, Path], strips: Mapping[int, Frame], prompts: Mapping[int, str]
     ) -> None:
         """Send the samples of a step to TensorBoard and wandb.
 

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 from modules.errors import OptionError
 from modules.options import BETWEEN_BLOCKS, HABIT, option
 from training.features.contract import AT_LOSS, Feature, FeatureOptions, given_values
+from training.features.hooks import RunFeatures
 
 if TYPE_CHECKING:
     from torch import nn
 
     from protocols.family import Family
-    from training.features.hooks import RunFeatures
     from training.loss import NoisyBatch
 
 MIDDLE = (2, -2)  # first and last bypassed block, as in --tread_blocks
@@ -106,7 +106,7 @@ def bypass_blocks(
     return bypassing_blocks(dit, Route(first, last, select))
 
 
-def _register(run: "RunFeatures", options: TreadOptions) -> None:
+def _register(run: RunFeatures, options: TreadOptions) -> None:
     """Register --tread, which lets some tokens bypass middle blocks; check --tread_blocks."""
     if len(options.tread_blocks) != 2:
         raise OptionError(

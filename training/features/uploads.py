@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from modules.option_values import require
 from training.features.contract import Feature
+from training.features.hooks import RunFeatures
 from training.features.uploads_options import UploadOptions
 
 if TYPE_CHECKING:
-    from training.features.hooks import RunFeatures
     from training.saving.files import Publisher
 
 
@@ -39,7 +39,7 @@ class Hub:
         return download_state(name, self.options.huggingface_token, folder)
 
 
-def _join(run: "RunFeatures", options: UploadOptions) -> None:
+def _join(run: RunFeatures, options: UploadOptions) -> None:
     if options.resume_from_huggingface:
         require(
             run.options.saving.resume,

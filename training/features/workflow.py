@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from modules.errors import OptionError
 from modules.options import FREE, option
 from training.features.contract import AT_NETWORK, Feature, FeatureOptions
+from training.features.hooks import PlannedRun, RunFeatures
 
 if TYPE_CHECKING:
     from protocols.family import Family
-    from training.features.hooks import PlannedRun, RunFeatures
     from training.other_models import OtherFamilies
 
 
@@ -31,7 +31,7 @@ class WorkflowOptions(
     )
 
 
-def _join(run: "RunFeatures", options: WorkflowOptions) -> None:
+def _join(run: RunFeatures, options: WorkflowOptions) -> None:
     """Register --save_workflow, which needs samples without merged LoRAs."""
     if run.options.samples.sample_prompts is None:
         raise OptionError(
@@ -48,7 +48,7 @@ def _join(run: "RunFeatures", options: WorkflowOptions) -> None:
     run.on.plan.append(partial(_plan, run))
 
 
-def _start(run: "RunFeatures") -> None:
+def _start(run: RunFeatures) -> None:
     if run.embedding_words:
         raise OptionError(
             "--save_workflow with --train_embedding: ComfyUI takes a learned word by a different name than "
@@ -62,7 +62,7 @@ def _check(family: "Family", others: "OtherFamilies") -> None:
     find_model(family, others)
 
 
-def _plan(run: "RunFeatures", plan: "PlannedRun") -> None:
+def _plan(run: RunFeatures, plan: PlannedRun) -> None:
     from training.features.workflow_nodes import plan_workflows  # only with --save_workflow
 
     workflows = plan_workflows(plan)

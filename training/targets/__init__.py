@@ -1,4 +1,1 @@
-"""Targets of a training: what the network's prediction is compared with, besides the clip itself.
-
-passes: of a step: those that make targets, those that learn
-"""
+"""Targets of a training: what the network's prediction is compared with, besides the clip itself."""
