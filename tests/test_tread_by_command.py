@@ -69,6 +69,10 @@ def test_a_mistake_is_told_in_one_message(project: TinyProject, words: Sequence[
     assert_one_message(*run_here(*command, folder=project.folder), message)
 
 
+# beside hundreds of tokens of text, two of nine that pass by are less than the copies of all rows
+LONG_TEXTS = {"flux", "z_image", "krea2", "qwen_image"}
+
+
 @pytest.mark.slow
 def test_a_plan_counts_the_tokens_that_take_part(
     project: TinyProject, monkeypatch: pytest.MonkeyPatch
@@ -83,7 +87,9 @@ def test_a_plan_counts_the_tokens_that_take_part(
 
     nothing, quarter, half, plain = [plan.device for plan in plans]
     assert nothing == plain
-    assert half < quarter < plain
+    assert half < quarter
+    if project.family.name not in LONG_TEXTS:
+        assert quarter < plain
 
 
 @pytest.mark.slow
