@@ -600,7 +600,8 @@ def _find_conflict(fields: Mapping[str, Any], source_key: str, source_format: So
     if fields["is_audio_only"] and fields["audio"] == forms.IGNORE:
         return 'audio = "ignore" leaves nothing to learn of audio files; omit it'
     guide_keys = [key for key in GUIDE_KEYS if fields[key] != KEYS[key].default]
-    conflict = _find_guide_conflict(fields, guide_keys)
+    if guide_keys:
+        conflict = _find_guide_conflict(fields, guide_keys)
     if conflict is None and None not in (fields["min_timestep"], fields["max_timestep"]):
         conflict = find_window_error(fields)
     return conflict

@@ -314,11 +314,6 @@ def key(
     return dataclasses.field(default=default, metadata={"key": table_key, "indexed": indexed})
 
 
-def own_field(indexed: Indexed, default: Any) -> Any:
-    """Declare a dataclass field that is no key of dataset files and affects an index as `indexed` says."""
-    return dataclasses.field(default=default, metadata={"indexed": indexed})
-
-
 def source_field(value_type: ValueType) -> Any:
     """Declare a dataclass field that is set by the table key `image_<field>` or `video_<field>`."""
     return dataclasses.field(default=None, metadata={"source": value_type})

@@ -279,22 +279,23 @@ class DatasetTable:
         forms.YES_NO, False, kinds=IMAGE, is_form_specific=True, stale=LATENTS | LEARNING, rank=8
     )
     # how the family uses control images as references; None: control images are resized like their image
-    references: "ReferenceRules | None" = forms.own_field(LATENTS_ONLY, None)
+    references: "ReferenceRules | None" = field(default=None, metadata={"indexed": LATENTS_ONLY})
     # how the family uses clip references and masks of control clips; None: it uses neither
-    clip_references: "ReferenceRules | None" = forms.own_field(LATENTS_ONLY, None)
+    clip_references: "ReferenceRules | None" = field(default=None, metadata={"indexed": LATENTS_ONLY})
     is_audio_only: bool = False  # items are audio files; clips get black frames
     has_precomputed_latents: bool = False  # latents are precomputed; no frames are read
     # cache the empty prompt even if no captions are dropped
-    uses_empty_prompt: bool = forms.own_field(NEITHER, False)
+    uses_empty_prompt: bool = field(default=False, metadata={"indexed": NEITHER})
     excludes_animations: bool = False  # a video table has the same folder and uses its animations
     # audio may be in files named like the clips, next to them
-    finds_audio_by_name: bool = forms.own_field(LATENTS_ONLY, False)
+    finds_audio_by_name: bool = field(default=False, metadata={"indexed": LATENTS_ONLY})
     # audio_directory is from an option of the caching command, which training does not have
     audio_from_option: bool = False
-    reads_row_references: bool = forms.own_field(LATENTS_ONLY, False)  # rows of lists may have `references`
+    # rows of lists may have `references`
+    reads_row_references: bool = field(default=False, metadata={"indexed": LATENTS_ONLY})
     has_guides: bool = False  # see `guides`
     # has guides, spatial_crop_region or audio_cond_mask_directory
-    has_conditioned_parts: bool = forms.own_field(NEITHER, False)
+    has_conditioned_parts: bool = field(default=False, metadata={"indexed": NEITHER})
     reads_listed_controls: bool = True  # False: control media named in lists are ignored
     # --- for subsets in the layout of sd-scripts; tables in our layout have the defaults
     group: int | None = None  # index of its [[datasets]], whose subsets share batches; None: not a subset
@@ -303,16 +304,17 @@ class DatasetTable:
     caption_changes: CaptionChanges = PLAIN_CAPTIONS
     augmentation: Augmentation = NO_AUGMENTATION
     # regularization images: repeated until there are as many as other images in the group
-    is_reg: bool = forms.own_field(NEITHER, False)
-    image_folder: Path | None = forms.own_field(PATH_ONLY, None)  # base folder of relative paths in a list
+    is_reg: bool = field(default=False, metadata={"indexed": NEITHER})
+    # base folder of relative paths in a list
+    image_folder: Path | None = field(default=None, metadata={"indexed": PATH_ONLY})
     # conditioning_data_dir of the file: has masks (mask_directory) or control images (control_directory)
-    conditioning_directory: Path | None = forms.own_field(PATH_ONLY, None)
+    conditioning_directory: Path | None = field(default=None, metadata={"indexed": PATH_ONLY})
     # fraction not trained on; None: the option's value
-    validation_split: float | None = forms.own_field(NEITHER, None)
+    validation_split: float | None = field(default=None, metadata={"indexed": NEITHER})
     # selects these items; None: the option's value
-    validation_seed: int | None = forms.own_field(NEITHER, None)
+    validation_seed: int | None = field(default=None, metadata={"indexed": NEITHER})
     # names of custom_attributes that are true; training targets read them
-    attributes: frozenset[str] = forms.own_field(NEITHER, frozenset())
+    attributes: frozenset[str] = field(default=frozenset(), metadata={"indexed": NEITHER})
     # --- derived in __post_init__
     # where the table is in the dataset file, for messages
     label: str = field(init=False, repr=False, compare=False)

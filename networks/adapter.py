@@ -204,9 +204,9 @@ def _reject_other_sizes(path: Path, state: Mapping[str, Tensor], shapes: Mapping
 def _reject_other_alphas(path: Path, state: Mapping[str, Tensor]) -> None:
     """Raise CheckpointError if the alphas in a file's header or PEFT settings differ from the network's."""
     # Loading a state dict sets only tensors, but each layer computed its scale from alpha when it was built.
-    from networks.alphas import PEFT_FILE  # only for --network_weights
     from networks.key_formats import to_native
     from networks.loading import read_lora
+    from networks.names.layouts import PEFT_FILE  # only for --network_weights
 
     native = to_native(state).tensors
     alphas = {name: alpha for name, alpha in native.items() if name.endswith(".alpha")}

@@ -21,14 +21,13 @@ from modules.text_files import parse_json, read_text
 from networks.deltas import get_lora_rank, group_by_module, split_scaling, ungroup
 from networks.key_formats import NativeTensors
 from networks.kinds.factors import DOWN, UP, Factors
-from networks.names.layouts import FOLDED, IN_DIFFUSERS, UNET_IN_DIFFUSERS
+from networks.names.layouts import FOLDED, IN_DIFFUSERS, PEFT_FILE, UNET_IN_DIFFUSERS
 from networks.names.texts import find_diffusers_text_path
 from networks.tensor_names import find_expert_prefixes, find_networks
 
 logger = getLogger(__name__)
 # key of the adapter's settings that diffusers writes into a file's metadata
 PEFT_SETTINGS = "lora_adapter_metadata"
-PEFT_FILE = "adapter_config.json"
 # a key of alpha_pattern that is not a regular expression
 _PLAIN_PATH = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
 # metadata keys under which programs store these settings

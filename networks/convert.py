@@ -35,6 +35,7 @@ from networks.kinds.composing import (
 )
 from networks.kinds.factors import Factors
 from networks.loading import LoraFile, read_lora, warn_about_other_expert
+from networks.magnitudes import convert_to_norms
 from networks.metadata import PARTS_METADATA, STALE, add_hashes
 from networks.names.layouts import (
     COMFYUI,
@@ -512,8 +513,10 @@ def _bake_or_convert_magnitudes(lora: LoraFile, family: FamilyNames | None, conv
         family is not None and family.is_as_in_diffusers and family.path_prefix == IN_DIFFUSERS
     )
     is_for_comfyui = conversion.target == "other" and not has_diffusers_layout
-    for kind in KINDS:  # only DoRA changes the file
-        lora = kind.convert_magnitudes(lora, family, baking, is_for_comfyui, conversion.target)
+    if MAGNITUDES:  # "": no kind has magnitudes
+        lora = convert_to_norms(
+            lora, family, baking=baking, are_frozen=is_for_comfyui, target=conversion.target
+        )
     return Baked(lora, "")
 
 

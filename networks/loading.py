@@ -32,7 +32,6 @@ from networks.kinds.composing import MAGNITUDE_KIND_NAME, list_additive, list_re
 from networks.kinds.contract import FROZEN_NORMS, NORMS_FORM
 from networks.kinds.factors import Factors
 from networks.metadata import (
-    LAYOUT_KEY,
     find_lora_expert,
     in_words,
     is_damaged,
@@ -46,7 +45,16 @@ from networks.module_names import (
     read_family,
     related_modules,
 )
-from networks.names.layouts import FOLDED, FOR_BOTH, OURS, TRAINED_FOR, TRAINED_ON, DepthVariants, FamilyNames
+from networks.names.layouts import (
+    FOLDED,
+    FOR_BOTH,
+    LAYOUT_KEY,
+    OURS,
+    TRAINED_FOR,
+    TRAINED_ON,
+    DepthVariants,
+    FamilyNames,
+)
 from networks.patterns import describe_unfit, in_any_spelling
 from networks.rank_masks import read_rank_rule
 from networks.tensor_names import dialect_in_words

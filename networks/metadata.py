@@ -22,7 +22,7 @@ from networks.deltas import get_lora_rank, group_by_module, to_meta_tensor
 from networks.kinds.composing import KIND_BY_FACTOR, MAGNITUDE_KIND_NAME, MAGNITUDES, sizes_by_word
 from networks.kinds.factors import Factors
 from networks.module_names import read_family
-from networks.names.layouts import EXPERT_VALUES, FOR_BOTH, OURS, TRAINED_EXPERT
+from networks.names.layouts import EXPERT_VALUES, FOR_BOTH, LAYOUT_KEY, OURS, TRAINED_EXPERT
 from protocols.loading import TensorInfo
 from protocols.rules import parse_expert
 
@@ -64,7 +64,6 @@ def select_expert_metadata(metadata: Mapping[str, str], expert: str) -> dict[str
 
 LEGACY_START = 0x100000  # bytes before the hashed ones, 1 MiB
 LEGACY_BYTES = 0x10000  # hashed bytes, 64 KiB
-LAYOUT_KEY = "reelsmith_layout"
 # prefixes of the metadata keys of hashes, which are wrong once the tensors are changed
 STALE = ("sshs_", "modelspec.hash_sha256", LAYOUT_KEY)
 

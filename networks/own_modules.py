@@ -22,6 +22,7 @@ from networks.names.layouts import OURS, LoraRules
 from networks.names.texts import published_path
 from networks.own_kinds import OWN_MODULES, WITH_FILE, NetworkArguments, read_own
 from networks.rank_masks import mask_for
+from networks.train.lora import find_training
 from runtime.run_blocks import get_spec
 
 logger = getLogger(__name__)
@@ -276,7 +277,7 @@ def build_network(
         targets = select_modules(dit, settings)
     if trained_encoders:
         targets |= _select_in_encoders(trained_encoders, settings)
-    layers = kind.make_layers(targets, settings, kind_settings)
+    layers = find_training(kind).make_layers(targets, settings, kind_settings)
     if initial_tensors:
         modules_by_name = _modules_by_name(dit, trained_encoders)
         layers = _add_layers_from_tensors(layers, kind, settings, initial_tensors, modules_by_name)
@@ -336,7 +337,7 @@ def _add_layers_from_tensors(
             continue
         target = modules_by_name[name]
         if not _is_excluded_by_arguments(target, name, settings):
-            added[name] = kind.make_layer(target.module, name, factors, settings)
+            added[name] = find_training(kind).make_layer(target.module, name, factors, settings)
     if not added:
         return layers
     logger.info(
@@ -467,7 +468,7 @@ def _make_file_layers(
             )
         module = modules_by_name[name].module if name in modules_by_name else None
         if module is not None and (kind.is_for_convolutions or isinstance(module, nn.Linear)):
-            layers[name] = kind.make_layer(module, name, factors, settings)
+            layers[name] = find_training(kind).make_layer(module, name, factors, settings)
     return layers
 
 

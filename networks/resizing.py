@@ -26,13 +26,13 @@ from modules.console import format_count, format_size, show_box
 from modules.errors import CheckpointError, OptionError
 from modules.options import NO_PIXELS, Options, not_needed, option
 from modules.text_files import parse_json
-from networks.alphas import PEFT_FILE, without_alphas
+from networks.alphas import without_alphas
 from networks.kinds import KINDS
 from networks.kinds.contract import named
 from networks.kinds.lora import LORA
 from networks.merging import DTYPES, DecomposedProduct, decompose_product
-from networks.metadata import LAYOUT_KEY, STALE, add_hashes, layout_hash
-from networks.names.layouts import FOLDED
+from networks.metadata import STALE, add_hashes, layout_hash
+from networks.names.layouts import FOLDED, LAYOUT_KEY, PEFT_FILE
 from networks.rank_masks import read_rank_rule
 from networks.tensor_names import in_default_spelling
 from networks.tool_options import PRECISIONS

@@ -25,6 +25,7 @@ from networks.module_names import (
     from_alias,
     is_fused_elsewhere,
     module_path,
+    part_path,
     to_alias,
 )
 from networks.names.layouts import IN_COMFYUI, IN_DIFFUSERS, OURS, SWAPPED, UNET_IN_DIFFUSERS, FamilyNames
@@ -47,9 +48,9 @@ def in_dialect(
     """Convert our names to ComfyUI's (target "other") or diffusers': `diffusion_model.<path>.lora_A.weight`.
 
     alpha / rank is multiplied into the factors of a LoRA (folded), and alpha is dropped. Other kinds keep
-    their factors and alphas; only ComfyUI reads them, except for kinds with
-    `NetworkKind.write_for_diffusers`. For diffusers, the full difference of a matrix becomes a LoRA of full
-    rank, which is exact.
+    their factors and alphas; only ComfyUI reads them, except for kinds with `start_in_peft` or in the
+    family's `kinds_in_diffusers`. For diffusers, the full difference of a matrix becomes a LoRA of full rank,
+    which is exact.
 
     If diffusers splits the fused weights of a family, such as FLUX, the parts share the down factor, or have
     their own if the up factor is block-diagonal. ai-toolkit and ComfyUI read plain LoRAs of FLUX in this form
@@ -73,9 +74,12 @@ def in_dialect(
         return _to_comfyui(modules, family)
     if target == "diffusers":
         for kind in KINDS:
-            translated = kind.write_for_diffusers(modules, family)
-            if translated is not None:  # None: the kind is written like LoRAs
-                return translated
+            if kind.start_in_peft and all(kind.marks[0] in factors for factors in modules.values()):
+                return _write_in_diffusers_layout(modules, family, kind.start_in_peft)
+            own_factors = {"alpha", *kind.parts}.difference(kind.cores)
+            is_plain = all(factors.keys() <= own_factors for factors in modules.values())
+            if kind.name in family.kinds_in_diffusers and is_plain:
+                return _write_unsplit(modules, family, kind.name)
     prefix = UNET_IN_DIFFUSERS if family.path_prefix == UNET_IN_DIFFUSERS else diffusers_prefix
     # families with fused parts: alpha / rank is folded exactly, by powers of two
     convert_factors = _in_toolkit if family.parts else _in_diffusers
@@ -108,7 +112,7 @@ def _to_comfyui(modules: Mapping[str, Factors], family: FamilyNames) -> Translat
     return TranslatedModules({**as_diffusers.tensors, **as_ours.tensors}, as_ours.left_out)
 
 
-def write_pieces_for_diffusers(
+def _write_in_diffusers_layout(
     modules: Mapping[str, Factors], family: FamilyNames, start: str
 ) -> TranslatedModules:
     """Return modules under diffusers' names, with fused weights split as in diffusers.
@@ -121,6 +125,25 @@ def write_pieces_for_diffusers(
     return write_modules(
         modules, start, lambda name, factors: _split_for_diffusers(name, factors, family), _in_diffusers
     )
+
+
+def _write_unsplit(modules: Mapping[str, Factors], family: FamilyNames, kind: str) -> TranslatedModules:
+    """Return modules of a kind such as LoKr in the format that both diffusers and ComfyUI read."""
+    # either all modules are written in diffusers' layout, which has no prefix, or all in ComfyUI's
+    is_in_diffusers = any(part_path(name.removeprefix(OURS), family) for name in modules)
+
+    def find_piece(name: str, factors: Factors) -> Pieces | str:
+        parts = find_parts(name, family)
+        if any(path_and_part.part.index == SWAPPED for path_and_part in parts):  # its rows cannot be swapped
+            return f"diffusers has its halves in the opposite order, and does not swap those of a {kind}"
+        if not is_in_diffusers:
+            return single_piece(module_path(name, family), factors)
+        is_renamed = len(parts) == 1
+        # None for a module of our layout, such as a fused qkv
+        path = parts[0].path if is_renamed else part_path(name, family)
+        return single_piece(path, factors, reason="diffusers splits it, like other layers of the file")
+
+    return write_modules(modules, "" if is_in_diffusers else IN_COMFYUI, find_piece, in_comfyui)
 
 
 def texts_to_diffusers(tensors: Mapping[str, Tensor]) -> TranslatedModules:

@@ -122,6 +122,11 @@ def delete_from(tree: Path, name: str) -> list[str]:
     listings = [folder / "__init__.py"]
     if name in FORM_FILES:
         listings.append(folder / "row_formats.py")
+    if folder.name == "kinds":
+        training = tree / "networks" / "train"
+        (training / f"{name}.py").unlink(missing_ok=True)  # T-LoRA has no layers of its own
+        listings.append(training / "__init__.py")
+        room = r"networks\.(?:kinds|train)"
     named = re.compile(rf"from {room}\.{name} |{name}(_\w+)?: |    {name.upper()},$")
     for listing in listings:
         lines = listing.read_text(encoding="utf-8").splitlines(keepends=True)

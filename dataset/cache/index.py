@@ -275,17 +275,28 @@ def write_index(
     """
     store = SingleFiles(table.cache_directory)
     latent_files, text_files = _split_names(store.names(), tag)
-    is_small = len(latent_files) + len(text_files) <= MAX_FILES
-    if table_fingerprint is None or not is_small or not store.folder.is_dir():
+    if table_fingerprint is None or len(latent_files) + len(text_files) > MAX_FILES:
+        return
+    if not store.folder.is_dir():
         return
     with contextlib.suppress(OSError, OutputError), only_one(store.folder / f".{NAME}.lock"):
         parts: dict[tuple[str, str], IndexPart] = {}
         with contextlib.suppress(*DAMAGES):
             parts = _read_parts(store.folder)
         previous_lines = parts[tag, part].lines if (tag, part) in parts else {}
+        lines: list[dict[str, Any]]  # one for each cache file; its origin is added below
         latent_fingerprint = ""
         if part == LATENTS:
-            lines = list(_describe_latents(table, latent_files, tag, latent=latent, store=store))
+            lines = [
+                {
+                    "file": file.file,
+                    "source": file.stem,
+                    "bucket": file.bucket,
+                    "parts": file.num_parts,
+                    "references": file.references,
+                }
+                for file in list_latent_files(table, latent_files, tag=tag, latent=latent, store=store)
+            ]
             latent_fingerprint = _fingerprint_latents(table, latent)
         else:
             lines = list(_describe_texts(text_files, tag))
@@ -308,20 +319,6 @@ def write_index(
             lines={line["file"]: line for line in lines},
         )
         _write_parts(store.folder, parts)
-
-
-def _describe_latents(
-    table: DatasetTable, names: Sequence[str], tag: str, latent: LatentSpec, store: SingleFiles
-) -> Iterator[dict[str, Any]]:
-    """Yield an index line for each latent cache file; the file's origin is added later."""
-    for file in list_latent_files(table, names, tag=tag, latent=latent, store=store):
-        yield {
-            "file": file.file,
-            "source": file.stem,
-            "bucket": file.bucket,
-            "parts": file.num_parts,
-            "references": file.references,
-        }
 
 
 def _describe_texts(files: Sequence[str], tag: str) -> Iterator[dict[str, Any]]:

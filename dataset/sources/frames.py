@@ -116,10 +116,10 @@ def media_table(
         max_frames = table.max_frames  # lengths vary
     elif table.kind == "video":
         target_frames = table.target_frames
-    guides = [
-        f"{KEYFRAME_LATENTS}_{number}" if guide.is_keyframe else LATENT_GUIDE
-        for number, guide in enumerate(table.guides)
-    ]
+    guides = []  # keys of their latents
+    if has_guides:
+        for number, guide in enumerate(table.guides):
+            guides.append(f"{KEYFRAME_LATENTS}_{number}" if guide.is_keyframe else LATENT_GUIDE)
     return MediaTable(
         name=table.name,
         kind=table.kind,
@@ -132,7 +132,7 @@ def media_table(
         target_index=table.fp_1f_target_index,
         has_post=not table.fp_1f_no_post,
         flips=table.augmentation.flip,
-        guides=tuple(guides) if has_guides else (),
+        guides=tuple(guides),
         reference_media=reference_media if any(reference_media) else (),  # empty if no row has any
     )
 

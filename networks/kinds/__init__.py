@@ -1,4 +1,8 @@
-"""Network kinds. Each, except LoRA, can be removed: delete its files and its two lines below."""
+"""Network kinds. Nothing here imports the rest of `networks/`, except names.
+
+Each kind, except LoRA, can be removed: delete its files, also in `networks/train/`, and its two lines in
+`__init__.py` of both folders.
+"""
 
 import os
 

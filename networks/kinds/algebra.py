@@ -7,6 +7,7 @@ of factors to the weight. DoRA normalizes the sum (`Magnitudes`), and OFT rotate
 from collections.abc import Callable
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from networks.kinds.factors import Factors, Shapes
@@ -122,3 +123,15 @@ class Algebra:
             stop: End of the rows (exclusive).
         """
         return None
+
+
+def is_by_input(magnitudes: Tensor) -> bool:
+    """Return whether there is one magnitude per input (1 x in ...), not one per output (out x 1 ...)."""
+    return len(magnitudes) < magnitudes.numel()
+
+
+def compute_norms(weight: Tensor, axis: int = 0) -> Tensor:
+    """Return the float32 norms of a weight's rows (axis 0) or columns (axis 1), plus epsilon."""
+    summed_axes = [other for other in range(weight.ndim) if other != axis]
+    norms = torch.linalg.vector_norm(weight, dim=summed_axes, keepdim=True, dtype=torch.float32)
+    return norms + torch.finfo(torch.float32).eps  # as in LyCORIS and ComfyUI

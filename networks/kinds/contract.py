@@ -1,8 +1,8 @@
 """The class that describes a network kind (LoRA, LoKr, DoRA, ...) to tools and training.
 
-A kind has one file that does not import torch, other files that do, and two lines in
-`networks/kinds/__init__.py`. If all of them are removed, everything else still works: no tool names a kind
-except LoRA. Functions over all kinds are in `composing.py`.
+A kind has one file that does not import torch, other files that do, one in `networks/train/` if it has layers
+of its own, and two lines in `__init__.py` of both folders. If all of them are removed, everything else still
+works: no tool names a kind except LoRA. Functions over all kinds are in `composing.py`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -149,6 +149,8 @@ class NetworkKind:
     # --- other programs
     not_in_comfyui = ""  # why ComfyUI cannot express a module of this kind
     rejection_by_comfyui = ""  # error if a file is to be written for ComfyUI, after the file's path
+    # prefix of its names in PEFT, if PEFT reads its files, and the pipelines of diffusers do not
+    start_in_peft = ""
     no_two_experts = ""  # why a file in diffusers' dialect cannot store the networks of two experts
     is_for_comfyui_alone = False  # whether ComfyUI is the only program that reads its files unconverted
     elsewhere = ""  # sentences about what other programs do with its files
@@ -158,18 +160,16 @@ class NetworkKind:
         """Return the object that computes with a module's factors; None if the kind has no factors."""
         return None
 
+    def load_training(self) -> "KindTraining | None":
+        """Return the object that builds the trained layers of an extension's kind; None if it has none.
+
+        The layers of the kinds in this folder are in `networks/train`, which knows the kinds.
+        """
+        return None
+
     def has_frozen_norms(self, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> bool:
         """Return whether magnitudes refer to frozen norms, as in ComfyUI, although no metadata says so."""
         return False
-
-    def convert_magnitudes(
-        self, lora: Any, family: "FamilyNames | None", baking: Any, are_frozen: bool, target: str
-    ) -> Any:
-        """Return a LoRA with its DoRA magnitudes converted to the norms that the target format expects.
-
-        By default, the LoRA is returned unchanged.
-        """
-        return lora
 
     def size_of(self, factors: Factors) -> int | None:
         """Return a module's --network_dim for kinds without ranks (such as a block size); else None."""
@@ -200,31 +200,6 @@ class NetworkKind:
                 "--network_args, are for LoRAs only: omit them, or use --network_module networks.lora"
             )
 
-    def make_layers(
-        self, targets: "Mapping[str, Target]", settings: "Settings", kind_arguments: Any
-    ) -> "dict[str, nn.Module]":
-        """Return a trainable layer for each target module.
-
-        Args:
-            targets: Modules that get a layer, by name.
-            settings: Settings of the network.
-            kind_arguments: Result of `read_arguments`.
-        """
-        raise AssertionError(f"{self.name} has no layers of its own")
-
-    def make_layer(
-        self, module: LoraModule, path: str, factors: Factors, settings: "Settings"
-    ) -> "nn.Module":
-        """Return a trainable layer for a module, with factors of the same shapes as in a file.
-
-        Raises:
-            CheckpointError: If the factors do not fit the module, or cannot be trained.
-        """
-        raise AssertionError(f"{self.name} has no layers of its own")
-
-    def extend_layer(self, layer: Any) -> None:
-        """Add this kind's parameters to a LoRA layer, as --network_args or the factors of a file require."""
-
     def read_rule_of_arguments(self, values: Mapping[str, Any], rank: int) -> "RankRule | None":
         """Return the rule for active ranks from the values of --network_args; None if all ranks are active.
 
@@ -251,11 +226,34 @@ class NetworkKind:
         """
         return ""
 
-    def write_for_diffusers(
-        self, modules: Mapping[str, Factors], family: "FamilyNames"
-    ) -> "TranslatedModules | None":
-        """Return modules of this kind as diffusers reads them; None if diffusers needs no special format."""
-        return None
+
+class KindTraining:
+    """Builds the trained layers of a network kind, or extends those of a LoRA, as DoRA does."""
+
+    kind: NetworkKind
+
+    def make_layers(
+        self, targets: Mapping[str, Target], settings: Settings, kind_arguments: Any
+    ) -> "dict[str, nn.Module]":
+        """Return a trainable layer for each target module.
+
+        Args:
+            targets: Modules that get a layer, by name.
+            settings: Settings of the network.
+            kind_arguments: Result of `NetworkKind.read_arguments`.
+        """
+        raise AssertionError(f"{self.kind.name} has no layers of its own")
+
+    def make_layer(self, module: LoraModule, path: str, factors: Factors, settings: Settings) -> "nn.Module":
+        """Return a trainable layer for a module, with factors of the same shapes as in a file.
+
+        Raises:
+            CheckpointError: If the factors do not fit the module, or cannot be trained.
+        """
+        raise AssertionError(f"{self.kind.name} has no layers of its own")
+
+    def extend_layer(self, layer: Any) -> None:
+        """Add this kind's parameters to a LoRA layer, as --network_args or the factors of a file require."""
 
 
 def named(kind: NetworkKind) -> str:

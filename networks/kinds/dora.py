@@ -1,7 +1,7 @@
 """DoRA: a LoRA, LoHa or LoKr with magnitudes, the norms of the rows or columns of the changed weight.
 
-`dora_change.py` computes the change, `dora_layer.py` trains magnitudes in the layer of a LoRA, and
-`dora_files.py` converts magnitudes to ComfyUI's form and back.
+`dora_change.py` computes the change, `networks/train/dora.py` trains magnitudes in the layer of a LoRA, and
+`networks/magnitudes.py` converts magnitudes to ComfyUI's form and back.
 Source: Liu et al. 2024, arXiv 2402.09353.
 """
 
@@ -10,13 +10,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from networks.kinds.contract import NetworkKind
-from networks.names.layouts import COMFYUI
+from networks.names.layouts import COMFYUI, LAYOUT_KEY
 
 if TYPE_CHECKING:  # --help must not import torch
-    from networks.baking import Baking
     from networks.kinds.dora_change import DoraAlgebra
-    from networks.loading import LoraFile
-    from networks.lora_layer import LoraLayer
     from networks.names.layouts import FamilyNames
 
 NAME = "DoRA"
@@ -62,32 +59,11 @@ class DoraKind(NetworkKind):
         the fork's network module. Our files may name the same module, but their metadata also has a layout
         hash.
         """
-        from networks.metadata import LAYOUT_KEY  # torch
-
         return (
             any(name.endswith(PART) for name in tensors)
             and _MUSUBI_MODULE.match(metadata.get("ss_network_module", "")) is not None
             and LAYOUT_KEY not in metadata
         )
-
-    def convert_magnitudes(
-        self,
-        lora: "LoraFile",
-        family: "FamilyNames | None",
-        baking: "Baking | None",
-        are_frozen: bool,
-        target: str,
-    ) -> "LoraFile":
-        """Convert a file's DoRA magnitudes between norms of frozen weights and norms of changed weights."""
-        from networks.kinds.dora_files import convert_to_norms  # torch
-
-        return convert_to_norms(lora, family, baking=baking, are_frozen=are_frozen, target=target)
-
-    def extend_layer(self, layer: "LoraLayer") -> None:
-        """Add trainable magnitudes to a LoRA layer."""
-        from networks.kinds.dora_layer import extend  # torch
-
-        extend(layer)
 
     def find_format_error(self, name: str, family: "FamilyNames | None", has_texts: bool) -> str:
         """Return why files of a --lora_format cannot contain a DoRA; "" if they can."""

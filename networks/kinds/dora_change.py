@@ -1,15 +1,10 @@
-"""Compute DoRA's change of a weight, and norms of weights; the part of `dora.py` that imports torch."""
+"""Compute DoRA's change of a weight; the part of `dora.py` that imports torch."""
 
 import torch
 from torch import Tensor
 
-from networks.kinds.algebra import Algebra
+from networks.kinds.algebra import Algebra, compute_norms, is_by_input
 from networks.kinds.factors import Factors
-
-
-def is_by_input(magnitudes: Tensor) -> bool:
-    """Return whether there is one magnitude per input (1 x in ...), not one per output (out x 1 ...)."""
-    return len(magnitudes) < magnitudes.numel()
 
 
 class DoraAlgebra(Algebra):
@@ -61,10 +56,3 @@ def decompose(weight: Tensor, delta: Tensor, magnitudes: Tensor, uses_frozen_nor
     uses_frozen = uses_frozen_norms and axis == 0  # ComfyUI does so only for row norms
     norms = compute_norms(weight if uses_frozen else changed, axis)
     return changed.mul_(magnitudes.reshape(norms.shape) / norms).sub_(weight)
-
-
-def compute_norms(weight: Tensor, axis: int = 0) -> Tensor:
-    """Return the float32 norms of a weight's rows (axis 0) or columns (axis 1), plus epsilon."""
-    summed_axes = [other for other in range(weight.ndim) if other != axis]
-    norms = torch.linalg.vector_norm(weight, dim=summed_axes, keepdim=True, dtype=torch.float32)
-    return norms + torch.finfo(torch.float32).eps  # as in LyCORIS and ComfyUI

@@ -1,22 +1,18 @@
 """LoHa: the change of a weight is (w1_a w1_b) * (w2_a w2_b), element by element.
 
-`loha_layer.py` has the computations and the trained layer. Factors have LyCORIS' names and shapes.
-Files may have cores (hada_t1, hada_t2), which can be used but not trained.
+`loha_layer.py` has the computations, `networks/train/loha.py` builds the trained layers. Factors have
+LyCORIS' names and shapes. Files may have cores (hada_t1, hada_t2), which can be used but not trained.
 Source: Yeh et al. 2023, arXiv 2309.14859.
 """
 
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from networks.kinds.contract import LoraModule, NetworkKind, Settings, Target
-from networks.kinds.factors import Factors, Shapes
+from networks.kinds.contract import NetworkKind
+from networks.kinds.factors import Shapes
 from networks.names.layouts import DIFFUSERS
 
 if TYPE_CHECKING:  # --help must not import torch
-    from torch import nn
-
-    from networks.factored import FactoredLayer
     from networks.kinds.loha_layer import LohaAlgebra
     from networks.names.layouts import FamilyNames
 
@@ -60,24 +56,6 @@ class LohaKind(NetworkKind):
         from networks.kinds.loha_layer import LohaAlgebra  # torch
 
         return LohaAlgebra()
-
-    def make_layers(
-        self, targets: Mapping[str, Target], settings: Settings, kind_arguments: Any
-    ) -> "dict[str, nn.Module]":
-        """Return a trainable layer for each target module."""
-        from networks.factored_networks import make_layers  # torch
-        from networks.kinds.loha_layer import PRODUCT
-
-        return make_layers(targets, make_shapes, PRODUCT)
-
-    def make_layer(
-        self, module: LoraModule, path: str, factors: Factors, settings: Settings
-    ) -> "FactoredLayer":
-        """Return a trainable layer for a module, with factors of the same shapes as in a file."""
-        from networks.factored_networks import make_layer  # torch
-        from networks.kinds.loha_layer import PRODUCT
-
-        return make_layer(module, path, factors, PRODUCT)
 
     def find_format_error(self, name: str, family: "FamilyNames | None", has_texts: bool) -> str:
         """Return why diffusers cannot read a LoHa; "" for formats of other programs."""

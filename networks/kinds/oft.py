@@ -1,65 +1,35 @@
 """OFT: adapters that rotate the inputs of frozen layers, block by block.
 
-`oft_rotation.py` computes the rotations, and `oft_layer.py` is the trained layer. A file has one tensor for
-each layer, `oft_R.weight`: blocks x b (b - 1) / 2 values, for blocks of b inputs.
+`oft_rotation.py` computes the rotations, and `networks/train/oft.py` is the trained layer. A file has one
+tensor for each layer, `oft_R.weight`: blocks x b (b - 1) / 2 values, for blocks of b inputs.
 Sources: Qiu et al. 2023, arXiv 2306.07280; Qiu et al. 2025, arXiv 2506.19847. Files have the names and values
 of PEFT's OFT.
 """
 
-from collections import Counter
 from collections.abc import Mapping
-from logging import getLogger
 from typing import TYPE_CHECKING, Any
 
 from modules.errors import CheckpointError, OptionError
 from networks.kinds.contract import (
     LORA_ONLY_ARGUMENTS,
-    LoraModule,
     NetworkKind,
     Settings,
-    Target,
-    TranslatedModules,
 )
 from networks.kinds.factors import Factors
-from networks.names.layouts import COMFYUI
+from networks.names.layouts import COMFYUI, PEFT_FILE
 
 if TYPE_CHECKING:  # --help must not import torch
     from pathlib import Path
 
-    from torch import nn
-
-    from networks.kinds.oft_layer import OftLayer
     from networks.kinds.oft_rotation import OftAlgebra
     from networks.names.layouts import FamilyNames
 
-logger = getLogger(__name__)
 MODULE = "networks.oft"
 PART = "oft_R.weight"
 DEFAULT_BLOCK = 32  # inputs that are rotated together, as in PEFT and OneTrainer
 MAX_BLOCK = 1024  # inputs in a block
 TERMS = 5  # terms of the series in `oft_rotation.compute_rotations`
-IN_PEFT = "base_model.model."  # PEFT loads OFTs, the pipelines of diffusers do not
 BAKE = "convert_lora.py --target other --bake 64 --dit MODEL"
-
-
-def fit_block_size(width: int, size: int) -> int | None:
-    """Return the divisor of a width that is nearest to a block size; None for a width of 1.
-
-    Ties go to the smaller divisor, as in OneTrainer (modules/module/LoRAModule.py).
-    """
-    divisors = [number for number in range(2, width + 1) if width % number == 0]
-    return min(divisors, key=lambda number: (abs(number - size), number), default=None)
-
-
-def _log_adjustments(adjustments: Mapping[str, int]) -> None:
-    """Log which block sizes were replaced because they do not divide a layer's inputs."""
-    from modules.console import format_count
-
-    lines = [f"{text} ({format_count(count, 'layer')})" for text, count in sorted(adjustments.items())]
-    logger.info(
-        "block sizes that do not divide a layer's inputs are replaced by the nearest that do. "
-        f"{'; '.join(lines)}"
-    )
 
 
 def _find_unsupported_variant(settings: Mapping[str, Any]) -> str | None:
@@ -104,6 +74,7 @@ class OftKind(NetworkKind):
     rejection_by_comfyui = (
         f"is an OFT, which ComfyUI cannot read in this form.\n  Convert it to a plain LoRA: {BAKE}."
     )
+    start_in_peft = "base_model.model."
     no_two_experts = (
         "--target diffusers writes an OFT as PEFT does, for a single network, not for two experts. Select "
         "one with --expert high_noise or low_noise, or write two files with --output_high_noise"
@@ -130,7 +101,6 @@ class OftKind(NetworkKind):
             path: File of the OFT, or its folder.
         """
         from modules.text_files import parse_json, read_text  # only with an OFT
-        from networks.alphas import PEFT_FILE
 
         folder = path if path.is_dir() else path.parent
         settings_path = folder / PEFT_FILE
@@ -191,59 +161,6 @@ class OftKind(NetworkKind):
                 "Use less; 32 is usual"
             )
 
-    def make_layers(
-        self, targets: Mapping[str, Target], settings: Settings, kind_arguments: Any
-    ) -> "dict[str, nn.Module]":
-        """Build the layers of a network; log block sizes that do not divide a layer's input width.
-
-        Raises:
-            OptionError: If the model has no layer that can be rotated.
-        """
-        from torch import nn
-
-        from networks.kinds.oft_layer import OftLayer
-
-        layers: dict[str, nn.Module] = {}
-        adjustments: Counter[str] = Counter()  # description of a changed block size -> number of layers
-        for name, target in targets.items():
-            module = target.module
-            if not isinstance(module, nn.Linear):  # convolutions are not rotated
-                continue
-            block_size = fit_block_size(module.in_features, target.rank)
-            if block_size is None:
-                adjustments[f"{module.in_features} inputs: no rotation"] += 1
-                continue
-            if block_size != target.rank:
-                adjustments[f"{module.in_features} inputs: {block_size} instead of {target.rank}"] += 1
-            layers[name] = OftLayer(module, block_size)
-        if adjustments:
-            _log_adjustments(adjustments)
-        if not layers:
-            raise OptionError(f"--network_module {MODULE}: the model has no linear layer that can be rotated")
-        return layers
-
-    def make_layer(self, module: LoraModule, path: str, factors: Factors, settings: Settings) -> "OftLayer":
-        """Return a trainable layer with the same block size as the factors in a file.
-
-        Raises:
-            CheckpointError: If the blocks do not fit the layer's inputs.
-        """
-        from torch import nn
-
-        from networks.kinds.oft_layer import OftLayer
-
-        block_size = self.size_of(factors)
-        if block_size is not None and isinstance(module, nn.Linear):
-            num_blocks = len(factors[PART])
-            # False for a single block that all inputs share, which cannot be trained
-            covers_all_inputs = num_blocks * block_size == module.in_features
-            if covers_all_inputs:
-                return OftLayer(module, block_size)
-        raise CheckpointError(
-            f"--dim_from_weights: {path} has {PART} {list(factors[PART].shape)}, but only "
-            "blocks that cover all inputs of the layer can be trained"
-        )
-
     def find_format_error(self, name: str, family: "FamilyNames | None", has_texts: bool) -> str:
         """Return why ComfyUI cannot read this kind of OFT; "" for other formats."""
         if name != COMFYUI:
@@ -252,16 +169,6 @@ class OftKind(NetworkKind):
             "ComfyUI cannot read an OFT of this form. Use --lora_format known, and convert it to a plain "
             f"LoRA afterwards ({BAKE})"
         )
-
-    def write_for_diffusers(
-        self, modules: Mapping[str, Factors], family: "FamilyNames"
-    ) -> TranslatedModules | None:
-        """Return the modules under PEFT's names; None if any module is not an OFT."""
-        from networks.writing import write_pieces_for_diffusers  # only if a file is written
-
-        if not all(PART in factors for factors in modules.values()):
-            return None
-        return write_pieces_for_diffusers(modules, family, IN_PEFT)
 
 
 OFT = OftKind()

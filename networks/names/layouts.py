@@ -45,6 +45,9 @@ MADE_FOR = "ss_training_adapter_for"
 LORA_FORMAT = "ss_lora_format"  # format of the names, a value of --lora_format
 # JSON in our files without alphas: rank -> alpha / rank, which was multiplied into factors of this rank
 FOLDED = "reelsmith_folded"
+LAYOUT_KEY = "reelsmith_layout"  # hash of names and shapes in our files
+# file of the settings of a PEFT adapter
+PEFT_FILE = "adapter_config.json"
 # prefixes of the names of layers in text encoders
 CLIP_LAYER_PREFIX, T5_LAYER_PREFIX, LANGUAGE_MODEL_LAYER_PREFIX = "text_model_", "encoder_block_", "layers_"
 

@@ -635,6 +635,7 @@ def test_the_pictures_of_a_step_are_written_where_they_act(form: str, tmp_path: 
     with serve_runs(tmp_path) as served:
         page = served.ask(f"/new/settings?folder={quote(str(folder))}").text
         assert page.index('id="row-dataset-batch_size"') < page.index('id="row-dit"')
+        assert page.count("batch_size goes into <code>dataset.toml</code>") == 1  # at the button of the table
         answer = send_table(served, folder, "save", **{"dataset batch_size": "4"}, **before)
         assert "batch_size = 4" in html.unescape(answer.text)
         assert answer.status == 200

@@ -19,9 +19,9 @@ from networks.apply import LoraPatch
 from networks.convert import convert_file
 from networks.delta import read_delta
 from networks.kinds.dora_change import decompose
-from networks.kinds.dora_layer import extend
 from networks.loading import LoraFile, WeightedLora, read_lora
 from networks.lora_layer import LoraLayer
+from networks.train.dora import extend
 from tests.hunyuan_model import making as hunyuan
 from tests.networks.making import add_lora, inputs, tiny_dit
 from tests.networks.test_key_formats import TOLERANCE, run_there

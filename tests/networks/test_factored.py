@@ -17,12 +17,13 @@ from networks.convert import convert_file
 from networks.delta import read_delta
 from networks.factored import FactoredLayer, Product
 from networks.gated_loras import add_loras
-from networks.kinds import dora_layer, loha_layer, lokr_layer
+from networks.kinds import loha_layer, lokr_layer
 from networks.kinds.loha import make_shapes as loha_shapes
 from networks.kinds.lokr import make_shapes as lokr_shapes
 from networks.kinds.lokr import split_size
 from networks.loading import WeightedLora, read_lora
 from networks.lora_layer import LoraLayer
+from networks.train import dora
 from protocols.loading import Placement
 from tests.networks.making import inputs, tiny_dit
 from tests.networks.test_key_formats import TOLERANCE, load_there, run_there
@@ -97,7 +98,7 @@ def test_a_convolution_computes_with_the_changed_weight(kind: str, case: str) ->
     layer: FactoredLayer | LoraLayer
     if kind == "DoRA":
         layer = LoraLayer(original, 2, 0.7)
-        dora_layer.extend(layer)
+        dora.extend(layer)
         scale = 0.35
     else:
         shapes, rank = shapes_of(kind, weight)

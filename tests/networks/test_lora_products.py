@@ -11,9 +11,9 @@ from torch.utils.checkpoint import checkpoint
 from checkpoints.stored.forms import attach
 from checkpoints.stored.fp8 import Fp8
 from modules.speed_options import Quantization
-from networks.kinds.dora_layer import extend
 from networks.lora_layer import Dropouts, LoraLayer
 from networks.lora_products import add_up, project_in_place_gradient, save_for_add_up
+from networks.train.dora import extend
 from tests.fp8_reference import emulated_product
 from tests.networks.making import join_all, randomize
 

@@ -19,11 +19,10 @@ from networks.apply import LoraPatch
 from networks.convert import convert_file
 from networks.delta import read_delta
 from networks.gated_loras import ChangedParameter, LoraBranch, LoraWrapper, add_loras
-from networks.kinds.oft import fit_block_size
-from networks.kinds.oft_layer import OftLayer
 from networks.kinds.oft_rotation import compute_rotations, find_block_size, rotate_weight
 from networks.loading import WeightedLora, read_lora
 from networks.metadata import describe_lora
+from networks.train.oft import OftLayer, fit_block_size
 from protocols.loading import Placement
 from tests.networks.making import inputs, tiny_dit
 from tests.tiny.loras import lora_like, unused

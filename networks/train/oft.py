@@ -1,12 +1,23 @@
-"""The trained layer of an OFT: it rotates the input of a frozen Linear."""
+"""The trained layers of an OFT, each of which rotates the input of a frozen Linear."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
+from logging import getLogger
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from modules.console import format_count
+from modules.errors import CheckpointError, OptionError
+from networks.kinds import oft
+from networks.kinds.contract import KindTraining, LoraModule, Settings, Target
+from networks.kinds.factors import Factors
+from networks.kinds.oft import MODULE, PART
 from networks.kinds.oft_rotation import compute_rotations, rotate
 from networks.lora_layer import KINDS, Dropouts, DropoutSeed, Halves, halves, keep_mask
+
+logger = getLogger(__name__)
 
 
 class Rotation(nn.Module):
@@ -86,3 +97,75 @@ class OftLayer(nn.Module):
             low, high = self.seed_table[KINDS.index(kind)].unbind()
             return low, high
         return halves(self.get_mask_seed(kind))
+
+
+def fit_block_size(width: int, size: int) -> int | None:
+    """Return the divisor of a width that is nearest to a block size; None for a width of 1.
+
+    Ties go to the smaller divisor, as in OneTrainer (modules/module/LoRAModule.py).
+    """
+    divisors = [number for number in range(2, width + 1) if width % number == 0]
+    return min(divisors, key=lambda number: (abs(number - size), number), default=None)
+
+
+def _log_adjustments(adjustments: Mapping[str, int]) -> None:
+    """Log which block sizes were replaced because they do not divide a layer's inputs."""
+    lines = [f"{text} ({format_count(count, 'layer')})" for text, count in sorted(adjustments.items())]
+    logger.info(
+        "block sizes that do not divide a layer's inputs are replaced by the nearest that do. "
+        f"{'; '.join(lines)}"
+    )
+
+
+class OftTraining(KindTraining):
+    """Builds the layers of OFTs."""
+
+    kind = oft.OFT
+
+    def make_layers(
+        self, targets: Mapping[str, Target], settings: Settings, kind_arguments: Any
+    ) -> dict[str, nn.Module]:
+        """Build the layers of a network; log block sizes that do not divide a layer's input width.
+
+        Raises:
+            OptionError: If the model has no layer that can be rotated.
+        """
+        layers: dict[str, nn.Module] = {}
+        adjustments: Counter[str] = Counter()  # description of a changed block size -> number of layers
+        for name, target in targets.items():
+            module = target.module
+            if not isinstance(module, nn.Linear):  # convolutions are not rotated
+                continue
+            block_size = fit_block_size(module.in_features, target.rank)
+            if block_size is None:
+                adjustments[f"{module.in_features} inputs: no rotation"] += 1
+                continue
+            if block_size != target.rank:
+                adjustments[f"{module.in_features} inputs: {block_size} instead of {target.rank}"] += 1
+            layers[name] = OftLayer(module, block_size)
+        if adjustments:
+            _log_adjustments(adjustments)
+        if not layers:
+            raise OptionError(f"--network_module {MODULE}: the model has no linear layer that can be rotated")
+        return layers
+
+    def make_layer(self, module: LoraModule, path: str, factors: Factors, settings: Settings) -> OftLayer:
+        """Return a trainable layer with the same block size as the factors in a file.
+
+        Raises:
+            CheckpointError: If the blocks do not fit the layer's inputs.
+        """
+        block_size = self.kind.size_of(factors)
+        if block_size is not None and isinstance(module, nn.Linear):
+            num_blocks = len(factors[PART])
+            # False for a single block that all inputs share, which cannot be trained
+            covers_all_inputs = num_blocks * block_size == module.in_features
+            if covers_all_inputs:
+                return OftLayer(module, block_size)
+        raise CheckpointError(
+            f"--dim_from_weights: {path} has {PART} {list(factors[PART].shape)}, but only "
+            "blocks that cover all inputs of the layer can be trained"
+        )
+
+
+OFT = OftTraining()

@@ -1,9 +1,11 @@
-"""Train DoRA magnitudes in a LoRA layer; a part of `dora.py` that imports torch."""
+"""Train DoRA magnitudes in a LoRA layer."""
 
 import torch
 from torch import Tensor, nn
 
 from checkpoints.stored.forms import get_dequantized_weight
+from networks.kinds import dora
+from networks.kinds.contract import KindTraining
 from networks.lora_layer import LoraLayer
 from runtime.offload.sharding import gather_weight
 
@@ -73,3 +75,16 @@ def _multiply_by_frozen_weight(layer: LoraLayer, down: Tensor, dtype: torch.dtyp
         return (down.to(matrix.dtype) @ matrix.T).float()
     out = layer.run_frozen(down.to(dtype)).float()  # A W^T + bias
     return out if original.bias is None else out - original.bias.float()
+
+
+class DoraTraining(KindTraining):
+    """Adds magnitudes to the layers of LoRAs."""
+
+    kind = dora.DORA
+
+    def extend_layer(self, layer: LoraLayer) -> None:
+        """Add trainable magnitudes to a LoRA layer."""
+        extend(layer)
+
+
+DORA = DoraTraining()

@@ -1,4 +1,4 @@
-"""Convert DoRA magnitudes to ComfyUI's norms and back; a part of `dora.py` that imports torch."""
+"""Convert DoRA magnitudes to ComfyUI's norms and back."""
 
 from logging import getLogger
 
@@ -10,15 +10,15 @@ from networks import deltas
 from networks.apply import Change
 from networks.baking import Baking, Weights, open_weights, read_module_weight, replace_factors
 from networks.delta import read_delta
+from networks.kinds.algebra import compute_norms, is_by_input
+from networks.kinds.composing import MAGNITUDES
 from networks.kinds.contract import FROZEN_NORMS, NORMS_FORM
-from networks.kinds.dora_change import compute_norms, is_by_input
 from networks.kinds.factors import Factors
 from networks.loading import LoraFile, WeightedLora
 from networks.names.layouts import FamilyNames
 from networks.writing import convert_to_our_layout
 
 logger = getLogger(__name__)
-PART = "dora_scale"
 
 
 @torch.no_grad()
@@ -43,7 +43,7 @@ def convert_to_norms(
         CheckpointError: If a model is needed but missing, or does not fit.
     """
     tensors = {**lora.tensors, **lora.text_tensors}
-    magnitudes = [tensor for name, tensor in tensors.items() if name.endswith(PART)]
+    magnitudes = [tensor for name, tensor in tensors.items() if name.endswith(MAGNITUDES)]
     is_dora_by_output = any(not is_by_input(tensor) for tensor in magnitudes)
     has_target_norms = lora.has_frozen_norms == are_frozen
     if is_dora_by_output and not has_target_norms:
@@ -79,14 +79,14 @@ def _convert_norms(lora: LoraFile, family: FamilyNames | None, baking: Baking, a
     modules = deltas.group_by_module({**tensors, **lora.text_tensors})
     with open_weights(baking.models, family) as weights:
         for name, factors in modules.items():
-            if PART not in factors or is_by_input(factors[PART]):
+            if MAGNITUDES not in factors or is_by_input(factors[MAGNITUDES]):
                 continue
             # |W| / |W + change|, row by row
             ratio = _compute_norm_ratio(name, factors, lora=lora, weights=weights, device=baking.device)
             # the result stays float32, because rounding it to 16 bits would make the conversion inexact
-            magnitudes = factors[PART].float().reshape(ratio.shape)
+            magnitudes = factors[MAGNITUDES].float().reshape(ratio.shape)
             converted = magnitudes * ratio if are_frozen else magnitudes / ratio
-            modules[name] = {**factors, PART: converted}
+            modules[name] = {**factors, MAGNITUDES: converted}
     metadata = {key: value for key, value in lora.metadata.items() if key != NORMS_FORM}
     if are_frozen:
         metadata[NORMS_FORM] = FROZEN_NORMS
