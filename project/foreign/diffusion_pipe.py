@@ -25,7 +25,7 @@ _TEXT_ENCODERS = ("text_encoder", "text_encoder1", "t5", "qwen3", "gemma2", "gem
 _OTHER_FILES = {
     **dict.fromkeys(("vae", "vae_path"), ("vae", "ae", "video_vae", "ltx2_video_vae")),
     "audio_vae": ("audio_vae", "ltx2_audio_vae"),
-    **dict.fromkeys(("llm_path", "text_encoder_path", "text_encoders*"), _TEXT_ENCODERS),
+    **dict.fromkeys(("llm_path", "text_encoder_path"), _TEXT_ENCODERS),
     "clip_path": ("clip_l", "text_encoder2", "clip"),
     "byt5_path": ("byt5",),
 }
@@ -112,6 +112,9 @@ PROGRAM = Program(
         "model.v_pred": omitted("the model determines what it predicts"),
         **{f"model.{name}": rules.MODEL_FILE for name in _TABLES},
         **{f"model.{name}": rules.own_file(*options) for name, options in _OTHER_FILES.items()},
+        "model.text_encoders[].path": rules.own_file(*_TEXT_ENCODERS),
+        "model.text_encoders[].paths": rules.own_file(*_TEXT_ENCODERS),
+        "model.text_encoders*": omitted("the path beside it names the file; the model says how it is used"),
         "adapter.type": rules.NETWORK_KIND,
         "adapter.rank": rules.RANK,
         "adapter.alpha": rules.ALPHA,
