@@ -23,7 +23,7 @@ from modules.seeds import derive_seed
 from networks.cast_factors import cast_before_pass
 from networks.kinds.composing import OTHER_MODULES
 from networks.lora_network import OwnNetwork, rename_texts
-from networks.options import DEFAULT_RANK, NetworkOptions
+from networks.options import NetworkOptions
 from networks.own_kinds import OWN_MODULES, NetworkArguments, read_own
 from networks.own_modules import build_from_tensors, build_network, check_blocks
 from protocols.family import NumberedBlocks
@@ -473,7 +473,7 @@ def _create_from_settings(
     text_encoders: list[nn.Module] | None,
 ) -> Any:
     """Build another package's network from its settings."""
-    rank = options.network_dim or DEFAULT_RANK
+    rank = options.rank
     dropouts: dict[str, float | None] = {}
     # packages have one of two functions, and only the first one takes a dropout
     if hasattr(package, "create_arch_network"):
