@@ -16,8 +16,8 @@ from benchmarks.house import Function, measure_function
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# files and functions of ours on each way: what is off is asked nothing, so a new feature adds none;
-# `python benchmarks/way.py` prints kinds of records too
+# Files and functions of ours on each way. A commit that adds no feature may not raise them, and a feature
+# that is off adds none. `python benchmarks/way.py` prints kinds of records too.
 WAYS = {
     "one clip, cache and train": {"files": 180, "functions": 1180},
     "one prompt with a LoRA": {"files": 102, "functions": 649},

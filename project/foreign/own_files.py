@@ -8,7 +8,7 @@ from pathlib import Path, PurePath
 from downloads.catalogue import ModelSet
 from modules.errors import OptionError
 from modules.option_values import to_path
-from modules.paths import is_on_foreign_share
+from modules.paths import explain_path, is_on_foreign_share
 from modules.text_files import real_path
 from project.foreign.project import ForeignFile, ForeignProject, find_beside, show
 from project.model_files import typed_files
@@ -108,7 +108,9 @@ def _make_missing_error(
         others = ", or name a released model with --family and --task" if file.is_base_model else ""
         remedy = f"First: pass the file in place of {placeholder}{others}"
         argv = [*typed_options.make_argv(typed_options.folder), "--model_file", f"{name}={placeholder}"]
+    hint = explain_path(file.value)
+    reason = "it is not here" if hint is None else f"it is not here: {hint}"
     return OptionError(
-        f"--from {project.path}: the project {what} {show(file.value)} ({file.key}), and it is not here. "
+        f"--from {project.path}: the project {what} {show(file.value)} ({file.key}), and {reason}. "
         f"With another one, the result differs. {remedy}:\n  {own_command(*argv)}"
     )

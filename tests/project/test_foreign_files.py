@@ -1,5 +1,6 @@
 """`new --from`: the files that a project trains on are those that are trained, or the command stops."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,13 @@ def test_without_a_file_of_the_project_the_command_stops_and_says_what_to_add(
     assert last.endswith(f" --model_file {name}=PATH")
     assert "--from " in last
     assert not is_written(photos)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there it is a path of this machine")
+def test_a_path_of_windows_is_called_so(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = KOHYA | {"pretrained_model_name_or_path": "C:\\models\\pony.safetensors"}
+    with pytest.raises(OptionError, match="it is not here: this is a Windows path"):
+        describe(photos, content, capsys)
 
 
 @pytest.mark.parametrize(
