@@ -20,12 +20,12 @@ from modules.devices import tensor_on
 from modules.errors import CheckpointError, OptionError
 from modules.installation import import_user_module
 from modules.seeds import derive_seed
+from networks.builtin_modules import OWN_MODULES, NetworkArguments, read_own
+from networks.builtin_networks import build_from_tensors, build_network, check_blocks
 from networks.cast_factors import cast_before_pass
 from networks.kinds.composing import OTHER_MODULES
 from networks.lora_network import OwnNetwork, rename_texts
-from networks.options import DEFAULT_RANK, NetworkOptions
-from networks.own_kinds import OWN_MODULES, NetworkArguments, read_own
-from networks.own_modules import build_from_tensors, build_network, check_blocks
+from networks.options import NetworkOptions
 from protocols.family import NumberedBlocks
 from runtime.run_blocks import get_spec
 
@@ -473,7 +473,7 @@ def _create_from_settings(
     text_encoders: list[nn.Module] | None,
 ) -> Any:
     """Build another package's network from its settings."""
-    rank = options.network_dim or DEFAULT_RANK
+    rank = options.rank
     dropouts: dict[str, float | None] = {}
     # packages have one of two functions, and only the first one takes a dropout
     if hasattr(package, "create_arch_network"):

@@ -15,6 +15,7 @@ from checkpoints.writing import save_tensors
 from modules.console import list_some
 from modules.errors import OptionError
 from networks import deltas
+from networks.builtin_modules import OWN_MODULES
 from networks.kinds.contract import TranslatedModules
 from networks.kinds.factors import DOWN, Factors
 from networks.metadata import add_hashes
@@ -30,7 +31,6 @@ from networks.names.layouts import (
     FamilyNames,
 )
 from networks.options import NetworkOptions
-from networks.own_kinds import OWN_MODULES
 
 logger = getLogger(__name__)
 

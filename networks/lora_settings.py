@@ -15,13 +15,12 @@ from torch import nn
 from modules.command import did_you_mean
 from modules.errors import OptionError
 from networks.block_numbers import KEYS, BlockSettings, read_blocks
-from networks.kinds import KINDS
+from networks.kinds import KINDS, LORA
 from networks.kinds.composing import SWITCHES, VARIANTS
 from networks.kinds.contract import NetworkKind, RankRule
 from networks.lora_layer import Dropouts
 from networks.lora_products import count_fused_part_rows
 from networks.names.layouts import LoraRules
-from networks.options import DEFAULT_RANK
 from networks.patterns import NamePattern, describe_unfit, in_any_spelling
 
 logger = getLogger(__name__)
@@ -113,7 +112,7 @@ def read_ranks(paths: Sequence[str], argument: str, typed: Any) -> tuple[int, ..
 class LoraSettings:
     """Parsed settings of a LoRA: ranks, dropout rates, learning rates, and which modules get a LoRA."""
 
-    rank: int = DEFAULT_RANK
+    rank: int = LORA.default_size
     alpha: float = DEFAULT_ALPHA
     conv_rank: int | None = None  # None: convolutions with kernels larger than 1 x 1 get no LoRA
     conv_alpha: float = DEFAULT_ALPHA
@@ -199,7 +198,7 @@ def read_settings(
         frozenset() if rules is None else frozenset(rules.encoder_switches.values())
     )
     settings = LoraSettings(
-        rank=DEFAULT_RANK if rank is None else int(rank),
+        rank=LORA.default_size if rank is None else int(rank),
         alpha=DEFAULT_ALPHA if alpha is None else float(alpha),
         dropouts=Dropouts(neuron=neuron_dropout) if neuron_dropout else None,
         family_rules=rules,

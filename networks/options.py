@@ -6,13 +6,12 @@ from typing import Any
 
 from modules.option_values import split_pairs
 from modules.options import FREE, HABIT, IDENTITY, IMPORTS_MODULE, Options, option
-from networks.kinds import KINDS
+from networks.kinds import KINDS, LORA
 from networks.kinds.composing import SWITCHES, get_module_kind
 from networks.kinds.contract import NetworkKind, named
 from networks.names.layouts import COMFYUI, DIFFUSERS, KNOWN
 from networks.use_options import MAX_MULTIPLIER
 
-DEFAULT_RANK = 4
 _MODULES = [
     f"{kind.network_module} ({kind.module_note})" if kind.module_note else kind.network_module
     for kind in KINDS
@@ -58,7 +57,7 @@ class NetworkOptions(Options, title="network"):
         facts={**IDENTITY, **IMPORTS_MODULE},
     )
     network_dim: int | None = option(
-        "rank of the network; default 4",
+        f"rank of the network; default {LORA.default_size}",
         minimum=1,
         hint="the rank",
         acts_if={"--dim_from_weights takes ranks from the file": lambda typed: not typed.dim_from_weights},
@@ -139,7 +138,7 @@ class NetworkOptions(Options, title="network"):
     @property
     def rank(self) -> int:
         """Return --network_dim or the kind's default; for some kinds a block size, not a rank."""
-        return self.network_dim or self.kind.default_size or DEFAULT_RANK
+        return self.network_dim or self.kind.default_size
 
     @property
     def decomposes(self) -> bool:

@@ -48,8 +48,8 @@ from modules.integers import ceil_div
 from modules.media.buckets import Size
 from modules.media.reading import image_size
 from modules.seeds import derive_seed
+from networks.builtin_modules import OWN_MODULES
 from networks.kinds.composing import list_kinds
-from networks.own_kinds import OWN_MODULES
 from protocols.data import LOSS_MASK
 from protocols.family import Caches, Family, LearningEncoder, TextEncoder, can_learn
 from protocols.full_model import trains_checkpoint

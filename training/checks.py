@@ -18,13 +18,13 @@ from modules.devices import DTYPES, dtype_name
 from modules.errors import CheckpointError, OptionError
 from modules.private_torch import without_dynamo
 from networks.adapter import check_network
+from networks.builtin_modules import OWN_MODULES
+from networks.builtin_networks import smallest_lora_bytes
 from networks.formats import LoraFormat, select_format
 from networks.kinds.composing import RANKED_NETWORKS, ROTATING, find_network_kind
 from networks.kinds.contract import named
 from networks.lora_settings import REG_RATES, read_rates
 from networks.options import NetworkOptions
-from networks.own_kinds import OWN_MODULES
-from networks.own_modules import smallest_lora_bytes
 from protocols.family import Family, LearningEncoder
 from protocols.full_model import LearningParts, trains_checkpoint
 from protocols.rules import Expert

@@ -16,10 +16,10 @@ from modules.errors import OptionError
 from modules.options import option_values
 from modules.speed_options import Quantization
 from networks.adapter import OWN_NETWORKS
+from networks.builtin_modules import OWN_MODULES
 from networks.kinds.contract import named
 from networks.names.layouts import EXPERT_VALUES, FOR_BOTH, TRAINED_EXPERT
 from networks.options import NetworkOptions
-from networks.own_kinds import OWN_MODULES
 from protocols.families import HIGH_NOISE
 from protocols.family import DitSpec, Family, knows_few_steps
 from protocols.loading import BlockSharder, Placement

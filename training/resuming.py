@@ -19,7 +19,7 @@ from modules.errors import OptionError
 from modules.option_values import read_literals, to_path
 from modules.options import option_values, options_with, replace_synonyms
 from networks.kinds.composing import get_module_kind
-from networks.options import DEFAULT_RANK, NOTHING_FROZEN
+from networks.options import NOTHING_FROZEN
 from protocols.family import Family
 from training.experts import TRAINING_ADAPTER, get_network_module
 from training.features import FEATURES
@@ -391,7 +391,7 @@ def _normalize_fixed_settings(fixed: Mapping[str, Any], record: type) -> dict[st
             resolved[option] = _normalize_arguments(option, str(resolved[option]))
     if resolved.get("--network_dim") == str(None):  # recorded as text: the option was left out
         kind = get_module_kind(resolved.get("--network_module"))
-        resolved["--network_dim"] = kind.default_size or DEFAULT_RANK
+        resolved["--network_dim"] = kind.default_size
     if resolved.get("--network_alpha") == 0:  # 0 means the same value as the rank
         resolved["--network_alpha"] = resolved.get("--network_dim")
     return resolved

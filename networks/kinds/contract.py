@@ -128,7 +128,7 @@ class NetworkKind:
     module_note = ""  # text after the module's name in --help
     dropout_note = ""  # meaning of --network_dropout, for --help
     size_word = "rank"  # meaning of --network_dim
-    default_size: int | None = None  # default of --network_dim
+    default_size = 4  # default of --network_dim
     is_sized_by_rank = False  # whether its files grow with --network_dim
     has_alpha = True
     takes_all_settings = False  # if False, `check_settings` rejects settings that the kind does not support

@@ -10,9 +10,9 @@ from torch import Tensor
 import convert_lora
 import merge_lora
 from flux_3.names import FLUX_3
+from networks.builtin_modules import OWN_MODULES
 from networks.formats import LoraFormat
 from networks.names.layouts import KNOWN
-from networks.own_kinds import OWN_MODULES
 from tests.flux_3.making import tiny_model
 from tests.tiny.flux_3 import tiny_state, write_dit
 from tests.tiny.loras import make_lora

@@ -11,9 +11,9 @@ from torch import nn
 
 from modules.errors import OptionError
 from networks.block_numbers import read_rate_factors
+from networks.builtin_modules import NetworkArguments
+from networks.builtin_networks import build_network, select_modules
 from networks.lora_settings import read_settings
-from networks.own_kinds import NetworkArguments
-from networks.own_modules import build_network, select_modules
 from protocols.family import DitSpec
 from stable_diffusion.training_files import number_blocks, unet_spec
 from tests.tiny.stable_diffusion import KINDS, RELEASED_UNETS

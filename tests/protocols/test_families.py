@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from downloads.catalogue import model_sets
+from networks.builtin_modules import OWN_MODULES
 from networks.module_names import FAMILIES as NAMED
-from networks.own_kinds import OWN_MODULES
 from protocols.families import FAMILIES, FOLDERS, list_same_latents, with_scripts
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import Parameter
 
+from networks.builtin_modules import NetworkArguments
+from networks.builtin_networks import build_network
 from networks.options import NetworkOptions
-from networks.own_kinds import NetworkArguments
-from networks.own_modules import build_network
 from protocols.loading import Placement
 from stable_diffusion.towers import LazyTextEncoder, TextEncoderTraining
 from tests.faults.messages import assert_one_message, run_here, succeed_here

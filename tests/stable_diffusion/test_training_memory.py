@@ -13,8 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modules.compile_options import Compilation
-from networks.own_kinds import NetworkArguments
-from networks.own_modules import build_network
+from networks.builtin_modules import NetworkArguments
+from networks.builtin_networks import build_network
 from protocols.loading import Placement
 from runtime.network_setup import Checkpointing, set_up_network
 from runtime.offload.checkpointing import Offload, checkpoint_blocks, offload_to_host

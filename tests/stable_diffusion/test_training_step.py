@@ -13,8 +13,8 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from networks.own_kinds import NetworkArguments
-from networks.own_modules import build_network
+from networks.builtin_modules import NetworkArguments
+from networks.builtin_networks import build_network
 from protocols.data import SIZES, Batch
 from protocols.loading import Placement
 from protocols.requests import Prompt

@@ -6,9 +6,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from networks.apply import LoraPatch
+from networks.builtin_modules import NetworkArguments
+from networks.builtin_networks import build_from_tensors, build_network
 from networks.lora_network import OwnNetwork
-from networks.own_kinds import NetworkArguments
-from networks.own_modules import build_from_tensors, build_network
 
 
 def make_lora(

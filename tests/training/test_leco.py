@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from modules.errors import OptionError
-from networks.own_kinds import NetworkArguments
-from networks.own_modules import build_network
+from networks.builtin_modules import NetworkArguments
+from networks.builtin_networks import build_network
 from protocols.data import SIZES, Batch
 from protocols.loading import Placement
 from stable_diffusion.noise import make_noise_spec

@@ -16,7 +16,7 @@ WITH_OPTIONS: Mapping[str, tuple[object, ...]] = {
     "training.resuming.epoch_digest": ("--save_state",),
     "training.summary._sampling_times": ("--sample_prompts", "prompts.txt"),
     "training.reports.logs._list_tracked_values": ("--item_losses",),
-    "networks.own_modules._mask_ranks": ("--network_args", f"{SWITCH}=True"),
+    "networks.builtin_networks._mask_ranks": ("--network_args", f"{SWITCH}=True"),
     "networks.lora_layer.LoraLayer._masked": ("--network_dropout", 0.1),
 }
 WITH_KEYS: Mapping[str, str] = {"training.data.table_times.describe_times": "min_timestep = 100"}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from checkpoints.opening import open_checkpoint
 from modules.console import list_some
 from modules.errors import CheckpointError, OptionError
+from networks.builtin_modules import OWN_MODULES, WITH_FILE, NetworkArguments, read_own
 from networks.deltas import add_missing_alphas, group_by_module
 from networks.kinds.contract import LoraModule, NetworkKind, RankRule, Target
 from networks.kinds.factors import Factors
@@ -20,7 +21,6 @@ from networks.lora_network import OwnNetwork
 from networks.lora_settings import LoraSettings, find_by_pattern, fit_patterns, log_overlaps
 from networks.names.layouts import OURS, LoraRules
 from networks.names.texts import published_path
-from networks.own_kinds import OWN_MODULES, WITH_FILE, NetworkArguments, read_own
 from networks.rank_masks import mask_for
 from networks.train.lora import find_training
 from runtime.run_blocks import get_spec
