@@ -48,6 +48,8 @@ WRITERS = {
         "prepare_dataset.sh",
     )
 }
+# further folders with a list of what can be deleted
+LISTS = {"networks/kinds": ("networks/train",)}
 # rooms that may import what is in a folder
 ROOMS = {
     "training/features": ("training", "project", "browser"),

@@ -24,7 +24,9 @@ def test_what_lies_in_one_file_can_be_deleted(tmp_path: Path, name: str) -> None
 @pytest.mark.parametrize("name", NAMES)
 def test_a_deletion_takes_away_files_and_lines(tmp_path: Path, name: str) -> None:
     """Without this the test above could compare two trees that are the same."""
-    deleting.copy_tree(tmp_path, deleting.FOLDERS[name], *deleting.WRITERS.get(name, ()))
+    folder = deleting.FOLDERS[name]
+    lists = deleting.LISTS.get(folder, ())
+    deleting.copy_tree(tmp_path, folder, *lists, *deleting.WRITERS.get(name, ()))
     listing = tmp_path / deleting.FOLDERS[name] / "__init__.py"
     before = listing.read_text(encoding="utf-8")
 
