@@ -101,18 +101,7 @@ def cast_factors(groups: Sequence[Sequence[LoraLayer]]) -> None:
     # not on a CPU, which gains nothing from fewer kernels, and whose weights may be memory-mapped
     if is_first_pass and device_type != "cpu":
         join_groups(groups)
-    downs, ups = _stack_factors(groups, dtype)
-    for group, down, up in zip(groups, downs, ups, strict=True):
-        if len(group) == 1:
-            group[0].cast_factors = down, up
-        else:
-            _share_input(group, down, up)
-
-
-def _stack_factors(
-    groups: Sequence[Sequence[LoraLayer]], dtype: torch.dtype
-) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """Return one matrix per group of its down factors, and one of its up factors times their scales."""
+    # One matrix per group of its down factors, and one of its up factors times their scales
     layers = [layer for group in groups for layer in group]
     downs = [layer.lora_down.weight for layer in layers]
     ups = [layer.lora_up.weight for layer in layers]
@@ -120,7 +109,12 @@ def _stack_factors(
     scales = [1.0] * len(downs) + [layer.multiplier * layer.scale for layer in layers]
     group_sizes = [len(group) for group in groups]
     matrices = _Cast.apply(scales, group_sizes + group_sizes, dtype, *downs, *ups)
-    return matrices[: len(groups)], matrices[len(groups) :]
+    downs, ups = matrices[: len(groups)], matrices[len(groups) :]
+    for group, down, up in zip(groups, downs, ups, strict=True):
+        if len(group) == 1:
+            group[0].cast_factors = down, up
+        else:
+            _share_input(group, down, up)
 
 
 def _share_input(group: Sequence[LoraLayer], down: Tensor, up: Tensor) -> None:

@@ -387,7 +387,16 @@ def _build_lora(stored: _StoredLora, native: NativeTensors, expert: str | None) 
     elif FOLDED in stored.metadata:  # alpha / rank is in the factors: restore the alphas
         native = _restore_alphas(native, stored.metadata)
     modules = group_by_module(native.tensors) | group_by_module(native.text_tensors)
-    _reject_faulty(path, modules, native.unknown_keys)
+    # Raise CheckpointError for factors that define no change, or that belong to an unsupported kind
+    for module, delta in read_deltas(modules).items():
+        reason = delta.find_error()
+        if reason is not None:
+            raise _make_faulty_error(path, module, delta, reason, native.unknown_keys)
+    for kind in KINDS:
+        if kind.check_file is None:
+            continue
+        if any(not factors.keys().isdisjoint(kind.marks) for factors in modules.values()):
+            kind.check_file(path)
     alphas_clause = ""
     if any("alpha" not in factors and get_lora_rank(factors) is not None for factors in modules.values()):
         alphas = read_alphas(
@@ -496,19 +505,6 @@ def _describe_lora(
     if expert is not None:
         clauses.append(f"for the {in_words(expert)}")
     return ", ".join(clauses)
-
-
-def _reject_faulty(path: Path, modules: Mapping[str, Factors], unknown: Sequence[str]) -> None:
-    """Raise CheckpointError for factors that define no change, or that belong to an unsupported kind."""
-    for module, delta in read_deltas(modules).items():
-        reason = delta.find_error()
-        if reason is not None:
-            raise _make_faulty_error(path, module, delta, reason, unknown)
-    for kind in KINDS:
-        if kind.check_file is None:
-            continue
-        if any(not factors.keys().isdisjoint(kind.marks) for factors in modules.values()):
-            kind.check_file(path)
 
 
 def _make_faulty_error(

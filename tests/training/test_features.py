@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from dataset.forms.row_formats import ROWS
 from modules.errors import CheckpointError
 from tests import deleting
 from tests.training import toy
@@ -27,7 +28,8 @@ def test_a_deletion_takes_away_files_and_lines(tmp_path: Path, name: str) -> Non
     folder = deleting.FOLDERS[name]
     lists = deleting.LISTS.get(folder, ())
     deleting.copy_tree(tmp_path, folder, *lists, *deleting.WRITERS.get(name, ()))
-    listing = tmp_path / deleting.FOLDERS[name] / "__init__.py"
+    is_row_format = deleting.FORM_FILES.get(name) in ROWS
+    listing = tmp_path / folder / ("row_formats.py" if is_row_format else "__init__.py")
     before = listing.read_text(encoding="utf-8")
 
     deleted = deleting.delete_from(tmp_path, name)
