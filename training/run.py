@@ -28,6 +28,7 @@ from training.learner import find_network_spec
 from training.learning import load_model, make_run
 from training.loop import train
 from training.next_commands import NO_COMMAND, NextSteps, TrainingCommand, plan_next_steps
+from training.optimizers.optimizer import find_optimizer
 from training.options import TrainingOptions
 from training.other_models import NO_OTHERS, OtherFamilies
 from training.plan import RunPlanner, TrainingPlan, check_optimizer, join_processes, read_config
@@ -70,6 +71,7 @@ def train_network(
     for change in options.features.on.family:  # features may replace parts of the family
         family = change(family)
     network_spec = find_network_spec(family, options.network, options.features.lora_replacement)
+    find_optimizer(options.optimizer.optimizer_type)  # a mistyped name is reported before the data are read
     if os.environ.get(RUN_GOES_ON) == RUN_CHECKS:  # `reelsmith run` checks the training before it caches
         read_config(options, family, network_spec)
         check_optimizer(options)

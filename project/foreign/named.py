@@ -132,7 +132,11 @@ def _report_unknown(project: ForeignProject, key: str, value: Any, our_names: Co
 
 
 def _report_key_with_other_name(project: ForeignProject, key: str, our_name: str) -> None:
-    project.report_omitted_key(key, f"not adopted: this program calls it {our_name}")
+    if our_name == show(key).split(".")[-1].split(":")[-1]:
+        reason = f"{our_name} is an option here too, which may count otherwise: docs/training.md"
+    else:
+        reason = f"not adopted: this program calls it {our_name}"
+    project.report_omitted_key(key, reason)
 
 
 def _find_our_name(key: str, our_names: Collection[str]) -> str | None:
