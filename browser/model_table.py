@@ -99,6 +99,7 @@ def list_model_rows(models: Path, memory: float, content: MediaFolder | None = N
         key=lambda ranked: (
             not ranked.suits_media,
             ranked.is_distilled,
+            ranked.is_for_drawings,
             not ranked.fits_memory,
             ranked.size_bytes,
         )
@@ -133,6 +134,7 @@ class _RankedRow(NamedTuple):
     row: ModelRow
     suits_media: bool  # the model generates the kind of media that is in the folder
     is_distilled: bool  # distilled models are harder to train
+    is_for_drawings: bool  # a folder of images rather has photos
     fits_memory: bool  # whether it fits the memory of the graphics card
     size_bytes: int
 
@@ -151,6 +153,7 @@ def _rank_row(row: ModelRow, memory: float, content: MediaFolder | None) -> _Ran
         suits_media=suits_media,
         # the catalogue only describes this in words
         is_distilled=any(phrase in model.about for phrase in ("eight steps", "four steps", "distilled")),
+        is_for_drawings="for drawings" in model.about,
         fits_memory=not memory or is_small(model, memory),
         size_bytes=transformer_bytes(model),
     )

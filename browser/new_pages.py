@@ -127,7 +127,7 @@ from browser.upload_parts import PIECE_BYTES, PieceUploads
 from browser.uploads import ADDRESS as UPLOAD
 from browser.uploads import FileUploads, name_upload_folder
 from downloads.catalogue import Component, ModelSet
-from downloads.listing import gigabytes, total_bytes
+from downloads.listing import describe_licenses, gigabytes, total_bytes
 from modules.atomic_write import free_bytes
 from modules.errors import OptionError, UserError
 from modules.line_kinds import CAPTIONS, MEND
@@ -1241,10 +1241,15 @@ def _split_line(line: str) -> list[str]:
 
 
 def describe_failure(download: Download | None) -> str:
-    """Return the last lines that a failed download has printed, with advice; "" if it has not failed."""
-    return (
-        download.job.last_lines(MAX_FAILURE_LINES) if download is not None and download.state == DIED else ""
-    )
+    """Return the last lines that a failed download has printed, with advice; "" if it has not failed.
+
+    The lines about licenses, which it prints first, are left out: they are no part of the error.
+    """
+    if download is None or download.state != DIED:
+        return ""
+    licenses = {line for model in find_models() for line in describe_licenses(model)}
+    lines = download.job.last_lines(MAX_FAILURE_LINES).splitlines()
+    return "\n".join(line for line in lines if line not in licenses)
 
 
 def find_files_checksum(folder: Path | None, described: DescribedFolder | None) -> str:

@@ -143,6 +143,32 @@
     else find("said").textContent = translate("Save the captions that you have changed, then load this page again to see more.");
   }
 
+  // ---- the button is grey from a change of a field to the answer about it; a press in between waits, and counts if the step is the same then
+  let latest = null, pressed = ""; // the request about what is in the fields, if it is on its way or answered; the step that was pressed meanwhile
+  const rest = (isResting) => {
+    const leads = find("leads");
+    if (leads.dataset.step === "busy") return; // it is grey anyway
+    leads.toggleAttribute("data-resting", isResting);
+    for (const button of leads.querySelectorAll(".press :is(button, a)")) button.toggleAttribute("aria-disabled", isResting);
+    for (const button of leads.querySelectorAll(".press [aria-disabled]")) button.setAttribute("aria-disabled", "true");
+  };
+  for (const kind of ["input", "change"]) form.addEventListener(kind, () => { latest = null; rest(true); }, true);
+  document.addEventListener("htmx:before:request", ({ target, detail }) => { if (target.id === "leads") latest = detail.ctx; });
+  document.addEventListener("htmx:after:swap", ({ target }) => { if (target.id === "leads" && !latest) rest(true); }); // it is about fields before
+  document.addEventListener("htmx:finally:request", ({ detail }) => {
+    if (!latest || detail.ctx !== latest) return;
+    rest(false); // also where the server did not answer: a press then says so
+    if (pressed && pressed === find("leads").dataset.step) find("step")?.click();
+    pressed = "";
+  });
+  document.addEventListener("click", (event) => {
+    const button = event.target.closest("#leads[data-resting] .press :is(button, a)");
+    if (!button) return;
+    event.preventDefault();
+    event.stopImmediatePropagation();
+    pressed = button.id === "step" ? find("leads").dataset.step : "";
+  }, true);
+
   // ---- the button goes on by itself to what needs a person: after a description or a download the files are checked
   const GOING = "going on in"; // the folder in which this tab has pressed the button
   document.addEventListener("click", ({ target }) => {

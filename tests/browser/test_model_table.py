@@ -39,6 +39,8 @@ def test_models_that_suit_the_folder_and_the_card_come_first() -> None:
     rows = list_model_rows(Path("models"), 24, folder(pictures=3))
     assert (rows[0].makes, rows[0].fit) == ("images", "fits")
     assert [row.is_suggested for row in rows[:4]] == [True, True, True, False]
+    suggested = [row.value for row in rows[:3]]  # none of them is for drawings
+    assert suggested == ["stable_diffusion 1.5", "stable_diffusion 2.1", "stable_diffusion xl"]
     assert not any(row.is_suggested for row in list_model_rows(Path("models"), 24))
     assert len(rows) == len(find_models())
 

@@ -23,8 +23,9 @@ from browser.jobs import open_queue
 from browser.model_files import name_download
 from browser.model_table import find_misfit
 from browser.runs import Runs
+from downloads.listing import describe_licenses
 from pocket.measure import POCKET
-from project.options import MODELS
+from project.options import MODELS, find_models
 from project.recipes.reading import SHIPPED
 from tests.browser.described_folders import describe as describe_folder
 from tests.browser.serving import Answer, Served, plain_text, python_of, serve_runs, write_run
@@ -594,10 +595,17 @@ def test_a_download_that_fails_says_so_at_its_button(served: Served, root: Path)
     name = name_download(MODELS, "krea2", "raw")
     jobs.start(name, ["python", "tools/download.py", "--family", "krea9"], root)
     jobs.wait(name, 60)
+    [model] = [one for one in find_models() if (one.family, one.task) == ("krea2", "raw")]
+    [license_line, *_] = describe_licenses(model)
+    job = jobs.find(name)
+    assert job is not None
+    log = job.log
+    log.write_text(f"{license_line}\n{log.read_text(encoding='utf-8').strip()}\n", encoding="utf-8")
 
     text = served.ask(f"/new?folder={quote(str(folder))}").text
 
     assert "The model could not be downloaded:" in text
+    assert license_line not in html.unescape(text)  # it is no part of the error
     assert "krea9" in text.split('id="next"')[1]
     assert 'id="accept" checked' in text
 

@@ -150,6 +150,28 @@ def test_the_button_is_always_in_view_and_the_page_is_low(served: Served, root: 
         assert page.problems == []
 
 
+def test_the_bar_is_grey_until_it_knows_and_a_press_does_nothing_old(served: Served, root: Path) -> None:
+    with open_page(f"{served.url}/new?{urlencode({'folder': str(root / 'set')})}") as page:
+        posted: list[str] = []
+        held: list[Any] = []
+        page.on("request", lambda request: posted.append(request.url) if request.method == "POST" else None)
+        page.get_by_role("button", name="Check", exact=True).wait_for()
+        page.route("**/new?*steps=78*", lambda route: held.append(route))
+        page.get_by_label("Training steps", exact=True).fill("78")
+        assert page.locator("#step[aria-disabled=true]").inner_text() == "Check"
+        page.locator("#step").evaluate("one => one.click()")
+        with page.expect_request("**/new?*steps=78*"):
+            pass
+        assert page.locator("#step[aria-disabled=true]").count() == 1
+        for route in held:
+            route.continue_()
+        page.unroute("**/new?*steps=78*")
+        page.locator("#step:not([aria-disabled])").get_by_text("Prepare", exact=True).wait_for()
+        # another step now, which was not pressed
+        assert not any(url.endswith(("/new/check", "/new/describe")) for url in posted)
+        assert page.problems == []
+
+
 def test_lists_that_scroll_say_how_many_more(served: Served) -> None:
     with open_page(f"{served.url}/new", width=390, height=844) as page:
         note = page.locator(".folders + .below")
