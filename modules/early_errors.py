@@ -3,6 +3,7 @@
 Afterwards `modules.command.command_line` does it. A script imports this first, as the others take a moment.
 """
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ def explain_early_errors() -> None:
     """
     program = Path(sys.argv[0])
     if program.suffix == ".py":
-        folder = program.resolve().parent
+        folder = Path(os.path.realpath(program)).parent
         is_ours = ROOT in (folder, folder.parent)
     else:  # a console command of the installed package
         is_ours = program.stem == "reelsmith" or (ROOT / f"{program.stem}.py").is_file()

@@ -17,7 +17,9 @@ import pytest
 from dataset.config import load_dataset_config
 from generation.prompt_lines import SECTIONED_GENERATION_OPTIONS, parse_generation_line
 from generation.sample_lines import find_sample_option, parse_sample_line
+from ltx_2.options import apply_conditioning_config
 from tests.commands import ROOT
+from tests.ltx_2.test_options import read_own
 from tests.pages import FENCE, LISTED, PROGRAM, SHOWN, lines_of
 from tests.test_docs import EXEMPT, PAGES
 from training.features.leco_file import read_pairs
@@ -108,6 +110,11 @@ def read_toml(text: str, folder: Path) -> str:
     if "prompts" in content:
         path.write_text(text, encoding="utf-8")
         read_pairs(path)
+        return ""
+    if content.keys() & {"video", "audio"}:  # conditions of LTX-2
+        path.write_text(text, encoding="utf-8")
+        words = "--ltx2_mode", "av", "--ltx2_conditioning_config", str(path)
+        apply_conditioning_config(read_own("ltx2_train_network", *words))
         return ""
     if "datasets" not in content:
         return "neither a data set nor sliders"

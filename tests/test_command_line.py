@@ -162,7 +162,10 @@ def _compare(flag: str, option: dict[str, Any], action: argparse.Action) -> None
     assert action.nargs == nargs or (nargs is None and action.nargs == 0)
     if flag != "--mixed_precision":  # unset means the launcher's setting, which is "no" without one
         default = list(action.default) if isinstance(action.default, tuple) else action.default
-        assert default == option["default"], f"{flag}: default {default!r}"
+        expected = option["default"]
+        if isinstance(default, list) and isinstance(expected, str):  # the manifest has the only value alone
+            expected = [expected]
+        assert default == expected, f"{flag}: default {default!r}"
     if option["choices"] and not hasattr(action, "rejection"):  # what is refused takes any value
         refused = getattr(action, "refused", {})  # by name, with the reason
         ours, known = (

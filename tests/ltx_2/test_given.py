@@ -454,7 +454,7 @@ def options_with(folder: Path, recipe: str, *words: str) -> Ltx2TrainingOptions:
 
 def test_the_recipe_of_the_guide_is_read_and_its_table_names_every_type(tmp_path: Path) -> None:
     guide = (ROOT / "docs" / "ltx2.md").read_text(encoding="utf-8")
-    recipe, _, after = guide.partition("```toml\n[video]")[2].partition("```")
+    recipe, _, after = guide.partition("```toml\n# given.toml\n[video]")[2].partition("```")
 
     given = options_with(tmp_path, f"[video]{recipe}").given
 
