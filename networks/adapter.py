@@ -154,7 +154,10 @@ class ForeignNetwork:
         from networks.loading import read_lora  # only for --network_weights
 
         state = self.module.state_dict()
-        shapes = _read_shapes(path)
+        with open_checkpoint(path) as checkpoint:
+            for name in checkpoint.tensors:
+                check_finite(path, name, checkpoint.read(name))
+            shapes = {name: list(info.shape) for name, info in checkpoint.tensors.items()}
         _reject_other_sizes(path, state, shapes)
         has_alphas = any(name.endswith(".alpha") for name in shapes)
         if not has_alphas:
@@ -162,14 +165,6 @@ class ForeignNetwork:
         if hasattr(self.module, "load_weights"):
             return self.module.load_weights(str(path))
         return self.module.load_state_dict(dict(read_lora(path).tensors), strict=False)
-
-
-def _read_shapes(path: Path) -> dict[str, list[int]]:
-    """Return the shapes of a file's tensors. Raises CheckpointError for NaN or infinite values."""
-    with open_checkpoint(path) as checkpoint:
-        for name in checkpoint.tensors:
-            check_finite(path, name, checkpoint.read(name))
-        return {name: list(info.shape) for name, info in checkpoint.tensors.items()}
 
 
 def _reject_other_sizes(path: Path, state: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> None:

@@ -118,7 +118,12 @@ def find_alphas(
         CheckpointError: If two sources of alphas contradict each other.
         ValueError: If PEFT's settings cannot be used; other parsing errors may propagate too.
     """
-    ranks = _ranks_without_alpha(network)
+    # The rank of each module without alpha; for joined LoRAs, the rank of each of them
+    ranks: dict[str, int] = {}
+    for name, factors in network.modules.items():
+        rank = None if "alpha" in factors else get_lora_rank(factors)
+        if rank is not None:
+            ranks[name] = rank // network.joined_lora_counts.get(name, 1)
     every_module_has_alpha = not ranks
     if every_module_has_alpha:
         return FoundAlphas({}, "")
@@ -184,16 +189,6 @@ def _list_rank_warnings(sources: Iterable[_AlphaSource], ranks: Collection[int])
                 ": it is not used"
             )
     return warnings
-
-
-def _ranks_without_alpha(network: NetworkFactors) -> dict[str, int]:
-    """Return the rank of each module without alpha; for joined LoRAs, the rank of each of them."""
-    ranks: dict[str, int] = {}
-    for name, factors in network.modules.items():
-        rank = None if "alpha" in factors else get_lora_rank(factors)
-        if rank is not None:
-            ranks[name] = rank // network.joined_lora_counts.get(name, 1)
-    return ranks
 
 
 def _merge_settings(sources: Sequence[_AlphaSource], alpha: float | None) -> dict[str, Any]:
@@ -281,7 +276,21 @@ def _holds_settings(key: str, text: str) -> bool:
 def _find_sources(path: Path, metadata: Mapping[str, str], network: NetworkFactors) -> _FoundSources:
     """Return the alpha settings that may apply to a network, and warnings about non-numeric values."""
     in_keys = _find_in_metadata_keys(metadata, network.module_paths, network.prefix)
-    in_json = _find_in_metadata_json(metadata, network.prefix)
+    # The alphas in JSON settings in a file's metadata, such as `lora_adapter_metadata`
+    sources: list[_AlphaSource] = []
+    warnings: list[str] = []
+    for key in _SETTINGS_KEYS:
+        if key == "config" and not _holds_settings(key, metadata.get(key, "")):
+            continue  # "config" may describe anything, such as the model
+        try:
+            # a missing key counts as empty settings
+            settings = parse_json(metadata.get(key, "{}"))
+            sources += _parse_settings(f"its metadata ({key})", settings, network.prefix)
+        except (ValueError, AttributeError, RecursionError) as error:
+            if key == PEFT_SETTINGS:  # diffusers writes it into LoRA files: the alphas cannot be ignored
+                raise
+            warnings.append(f"its metadata has {key}, which cannot be read and is not used: {error}")
+    in_json = _FoundSources(sources, warnings)
     in_file = _find_in_settings_file(path, network.prefix)
     return _FoundSources(
         sources=[*in_keys.sources, *in_json.sources, *in_file.sources],
@@ -327,24 +336,6 @@ def _make_alpha_source(full_key: str, alpha: float, text_by_key: Mapping[_Key, s
 def _get_first(values: Mapping[Any, Any], keys: Iterable[Any]) -> Any:
     """Return the value of the first key that `values` contains; None if it contains none of them."""
     return next((values[key] for key in keys if key in values), None)
-
-
-def _find_in_metadata_json(metadata: Mapping[str, str], network_prefix: str) -> _FoundSources:
-    """Return the alphas in JSON settings in a file's metadata, such as `lora_adapter_metadata`."""
-    sources: list[_AlphaSource] = []
-    warnings: list[str] = []
-    for key in _SETTINGS_KEYS:
-        if key == "config" and not _holds_settings(key, metadata.get(key, "")):
-            continue  # "config" may describe anything, such as the model
-        try:
-            # a missing key counts as empty settings
-            settings = parse_json(metadata.get(key, "{}"))
-            sources += _parse_settings(f"its metadata ({key})", settings, network_prefix)
-        except (ValueError, AttributeError, RecursionError) as error:
-            if key == PEFT_SETTINGS:  # diffusers writes it into LoRA files: the alphas cannot be ignored
-                raise
-            warnings.append(f"its metadata has {key}, which cannot be read and is not used: {error}")
-    return _FoundSources(sources, warnings)
 
 
 def _find_in_settings_file(path: Path, network_prefix: str) -> _FoundSources:
@@ -464,7 +455,12 @@ def read_alphas(
         CheckpointError: If settings are unusable.
     """
     dit = _collect_dit_factors(native, expert)
-    text_encoders = _collect_text_encoder_factors(native)
+    # The LoRA factors in a file for each text encoder
+    text_encoders: list[NetworkFactors] = []
+    text_modules = group_by_module(native.text_tensors)
+    for encoder_prefix, module_paths in _paths_by_encoder(text_modules).items():
+        modules = {name: text_modules[name] for name in module_paths}
+        text_encoders.append(NetworkFactors(modules, module_paths, encoder_prefix, joined_lora_counts={}))
     try:
         dit_alphas = find_alphas(path, metadata, is_written_here, dit)
         encoder_alphas = [find_alphas(path, metadata, is_written_here, encoder) for encoder in text_encoders]
@@ -491,16 +487,6 @@ def _collect_dit_factors(native: NativeTensors, expert: str | None) -> NetworkFa
         prefix=prefix,
         joined_lora_counts=native.joined_lora_counts,
     )
-
-
-def _collect_text_encoder_factors(native: NativeTensors) -> list[NetworkFactors]:
-    """Return the LoRA factors in a file for each text encoder."""
-    text_encoders: list[NetworkFactors] = []
-    text_modules = group_by_module(native.text_tensors)
-    for encoder_prefix, module_paths in _paths_by_encoder(text_modules).items():
-        modules = {name: text_modules[name] for name in module_paths}
-        text_encoders.append(NetworkFactors(modules, module_paths, encoder_prefix, joined_lora_counts={}))
-    return text_encoders
 
 
 def _join_alphas(dit_alphas: FoundAlphas, encoder_alphas: Sequence[FoundAlphas]) -> FoundAlphas:

@@ -202,25 +202,7 @@ class Change:
         """Return the change for a weight that contains the LoRA's module, or that is a part of it."""
         # A LoRA for q gets the rows of q in a qkv weight. A LoRA for qkv is cut to the rows of a q weight. If
         # the row counts do not match, the change is returned unchanged, and `fit` reports its shape.
-        rows = self._find_part_rows(related, weight)
-        if rows is None:
-            return self
-        if isinstance(rows, slice):
-            if related.is_part:  # the weight contains the LoRA's module
-                return replace(self, row_slice=rows)
-            has_all_rows = rows == slice(0, self.change_shape()[0])
-            if has_all_rows:
-                return self
-        # the weight is a part of the LoRA's module, or has its halves in another order
-        if self.delta.has_input_magnitudes:
-            raise MismatchError(_NEEDS_WHOLE_WEIGHT)
-        sliced_delta = self.delta.select_rows(rows)
-        if sliced_delta is None:  # a LoKr has no factors per row: compute the full matrix, then slice
-            sliced_delta = self.delta.compute_rows(rows, weight.device)
-        return replace(self, delta=sliced_delta)
-
-    def _find_part_rows(self, related: RelatedModule, weight: Tensor) -> slice | Tensor | None:
-        """Return which rows of the larger of LoRA and weight are the smaller one."""
+        # Which rows of the larger of LoRA and weight are the smaller one
         # None if they do not match.
         lora_rows = self.change_shape()[0]
         weight_rows = len(weight)
@@ -236,7 +218,22 @@ class Change:
             raise MismatchError(
                 f"{related.name} has {lora_rows} rows, the weight {weight_rows}, although {relation}"
             )
-        return find_part_rows(related.part, part_rows, whole_rows)
+        rows = find_part_rows(related.part, part_rows, whole_rows)
+        if rows is None:
+            return self
+        if isinstance(rows, slice):
+            if related.is_part:  # the weight contains the LoRA's module
+                return replace(self, row_slice=rows)
+            has_all_rows = rows == slice(0, self.change_shape()[0])
+            if has_all_rows:
+                return self
+        # the weight is a part of the LoRA's module, or has its halves in another order
+        if self.delta.has_input_magnitudes:
+            raise MismatchError(_NEEDS_WHOLE_WEIGHT)
+        sliced_delta = self.delta.select_rows(rows)
+        if sliced_delta is None:  # a LoKr has no factors per row: compute the full matrix, then slice
+            sliced_delta = self.delta.compute_rows(rows, weight.device)
+        return replace(self, delta=sliced_delta)
 
     @property
     def replaces_weight(self) -> bool:
@@ -262,7 +259,13 @@ class Change:
                 change.add_to(total[overlap.in_block], overlap.in_change, weight[overlap.in_block])
             return
         if self.delta.rotation is not None:
-            self._add_rotation(total, weight)
+            # Add the change by an input rotation to `total`; the matrices already include the multiplier
+            rotation = self.delta.rotation
+            assert rotation is not None
+            rotations = self.rotations
+            if rotations is None:
+                rotations = self._make_rotations(total.device)
+            total.add_(rotation.weight_change(weight, rotations))
             return
         delta = self.delta
         if block_rows is not None:  # a LoKr, for which `select_rows` returns None, is never split into blocks
@@ -282,15 +285,6 @@ class Change:
             addition = delta.compute_normalized_change(weight, total.device, has_frozen_norms)
         assert addition is not None
         total.add_(addition.reshape(total.shape), alpha=self.weighted_lora.multiplier)
-
-    def _add_rotation(self, total: Tensor, weight: Tensor) -> None:
-        """Add the change by an input rotation to `total`; the matrices already include the multiplier."""
-        rotation = self.delta.rotation
-        assert rotation is not None
-        rotations = self.rotations
-        if rotations is None:
-            rotations = self._make_rotations(total.device)
-        total.add_(rotation.weight_change(weight, rotations))
 
     def _make_rotations(self, device: torch.device) -> Tensor:
         """Return R - I of the input rotation, scaled by the LoRA's strength, on the device."""

@@ -110,7 +110,11 @@ def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> Baked:
         CheckpointError: If the model does not fit.
     """
     assert baking.rank is not None
-    modules = _group_as_in_model(lora, family)
+    # The factors of each module, with parts of fused weights joined if their change needs the weight
+    tensors: Mapping[str, Tensor] = lora.tensors
+    if family is not None and any(name.endswith(FACTORS_NEEDING_WEIGHT) for name in tensors):
+        tensors = convert_to_our_layout(tensors, family)
+    modules = deltas.group_by_module({**tensors, **lora.text_tensors})
     to_approximate: dict[str, Factors] = {}
     for name, module_factors in modules.items():
         if module_factors.keys() & NON_LORA_FACTORS:
@@ -123,17 +127,6 @@ def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> Baked:
     metadata = _make_plain_metadata(lora.metadata, modules)
     loss_note = _describe_losses(losses, len(modules), baking.rank)
     return Baked(replace_factors(lora, modules, metadata), loss_note)
-
-
-def _group_as_in_model(lora: LoraFile, family: FamilyNames | None) -> dict[str, dict[str, Tensor]]:
-    """Return the factors of each module, with parts of fused weights joined if their change needs the weight.
-
-    DoRA magnitudes depend on the whole weight, which our model may have fused.
-    """
-    tensors: Mapping[str, Tensor] = lora.tensors
-    if family is not None and any(name.endswith(FACTORS_NEEDING_WEIGHT) for name in tensors):
-        tensors = convert_to_our_layout(tensors, family)
-    return deltas.group_by_module({**tensors, **lora.text_tensors})
 
 
 def _require_models(path: Path, modules: Mapping[str, Factors], baking: Baking) -> Sequence[Path]:

@@ -121,18 +121,14 @@ def read_blocks(network_args: Mapping[str, Any]) -> BlockSettings | None:
         if name in arguments:
             is_rank = name in (DIMS, CONV_DIMS)
             values_by_argument[name] = _read_numbers(name, arguments[name].split(","), is_rank)
-    _check_rates(arguments)
-    return BlockSettings(arguments, values_by_argument)
-
-
-def _check_rates(arguments: Mapping[str, str]) -> None:
-    """Raise OptionError if learning rate factors or the threshold, which `fit` reads, are invalid."""
+    # Raise OptionError if learning rate factors or the threshold, which `fit` reads, are invalid
     for name in RATES:
         if name in arguments:
             any_count = 2
             read_rate_factors(name, arguments[name], any_count, warns=False)
     if THRESHOLD in arguments:
         _read_numbers(THRESHOLD, [arguments[THRESHOLD]])
+    return BlockSettings(arguments, values_by_argument)
 
 
 def read_rate_factors(name: str, text: str, count: int, warns: bool = True) -> list[float]:

@@ -81,7 +81,14 @@ def _list_candidates(unet: nn.Module, settings: LoraSettings) -> Iterator[Module
     # path prefixes of the blocks; the layers are in the order of these groups
     prefix_groups = [tuple(f"{name}." for name in (*spec.block_lists, *spec.lora_lists))]
     if settings.family_rules is not None:
-        prefix_groups = _apply_rules_to_prefixes(prefix_groups, settings.family_rules, settings)
+        # The path prefixes of the blocks that train_blocks selects, then modules outside the blocks
+        rules = settings.family_rules
+        if settings.train_blocks is not None:
+            prefix_groups = [rules.train_blocks_choices[settings.train_blocks]]
+        # not strict: `outside_ranks` is () if no ranks are given for modules outside the blocks
+        for path, rank in zip(rules.outside_paths, settings.outside_ranks, strict=False):
+            if rank:
+                prefix_groups = [*prefix_groups, (path,)]
     patterns = [re.compile(pattern) for pattern in spec.lora_include]
     excluded = () if settings.has_convolutions else spec.conv_lora_modules
     for prefixes in prefix_groups:
@@ -90,19 +97,6 @@ def _list_candidates(unet: nn.Module, settings: LoraSettings) -> Iterator[Module
             is_included = not patterns or any(pattern.match(candidate.path) for pattern in patterns)
             if is_included and not is_excluded:
                 yield candidate
-
-
-def _apply_rules_to_prefixes(
-    prefix_groups: list[tuple[str, ...]], rules: LoraRules, settings: LoraSettings
-) -> list[tuple[str, ...]]:
-    """Return the path prefixes of the blocks that train_blocks selects, then modules outside the blocks."""
-    if settings.train_blocks is not None:
-        prefix_groups = [rules.train_blocks_choices[settings.train_blocks]]
-    # not strict: `outside_ranks` is () if no ranks are given for modules outside the blocks
-    for path, rank in zip(rules.outside_paths, settings.outside_ranks, strict=False):
-        if rank:
-            prefix_groups = [*prefix_groups, (path,)]
-    return prefix_groups
 
 
 def _select_targets(

@@ -195,9 +195,38 @@ def convert(options: ConvertOptions) -> None:
         CheckpointError: If a file is not a LoRA, or cannot be converted to the target.
         OptionError: If the files do not fit the options, or the output would replace an input.
     """
-    conversion = _make_conversion(options)
+    # How to convert. Raises OptionError if the family of `--family` is unknown.
+    baking = None
+    if options.bake is not None or options.dit:
+        baking = Baking(options.bake, select_device(options.device), options.dit or ())
+    names = [family.name for family in module_names.FAMILIES]
+    if options.family is not None and options.family not in names:
+        raise OptionError(f"--family {options.family}: unknown model; known ones are {', '.join(names)}")
+    target = "other" if options.target == "comfyui" else options.target  # the code's name for it
+    conversion = Conversion(target, options.family, baking)
     if options.input_high_noise or options.output_high_noise or options.expert:
-        _convert_experts(options, conversion)
+        # Write the LoRA of `--expert`, two files with one expert's LoRA each, or one file with both
+        # The LoRAs of both experts, from one or two files
+        low = read_lora(options.input, by_expert=True, family=options.family)
+        high = low  # one file contains both, unless a second file is given
+        if options.input_high_noise is not None:
+            high = read_lora(options.input_high_noise, by_expert=True, family=options.family)
+        elif not low.loras_by_expert:
+            option = "--expert" if options.expert is not None else "--output_high_noise"
+            raise OptionError(
+                f"{option} needs a file with a LoRA for each expert, but --input {options.input} contains a "
+                f"single LoRA. Omit {option}"
+            )
+        warn_about_other_expert(low.for_expert(LOW_NOISE), LOW_NOISE)
+        warn_about_other_expert(high.for_expert(HIGH_NOISE), HIGH_NOISE)
+        lora_by_expert = {HIGH_NOISE: high.for_expert(HIGH_NOISE), LOW_NOISE: low.for_expert(LOW_NOISE)}
+        if options.expert is not None:
+            _convert_one(lora_by_expert[options.expert], options.output, conversion)
+        elif options.output_high_noise is not None:
+            _convert_one(lora_by_expert[LOW_NOISE], options.output, conversion)
+            _convert_one(lora_by_expert[HIGH_NOISE], options.output_high_noise, conversion)
+        else:
+            _convert_both_experts(lora_by_expert, options.output, conversion)
     else:
         convert_file(
             options.input,
@@ -206,47 +235,6 @@ def convert(options: ConvertOptions) -> None:
             family=conversion.family,
             baking=conversion.baking,
         )
-
-
-def _make_conversion(options: ConvertOptions) -> Conversion:
-    """Return how to convert. Raises OptionError if the family of `--family` is unknown."""
-    baking = None
-    if options.bake is not None or options.dit:
-        baking = Baking(options.bake, select_device(options.device), options.dit or ())
-    names = [family.name for family in module_names.FAMILIES]
-    if options.family is not None and options.family not in names:
-        raise OptionError(f"--family {options.family}: unknown model; known ones are {', '.join(names)}")
-    target = "other" if options.target == "comfyui" else options.target  # the code's name for it
-    return Conversion(target, options.family, baking)
-
-
-def _convert_experts(options: ConvertOptions, conversion: Conversion) -> None:
-    """Write the LoRA of `--expert`, two files with one expert's LoRA each, or one file with both."""
-    lora_by_expert = _read_experts(options)
-    if options.expert is not None:
-        _convert_one(lora_by_expert[options.expert], options.output, conversion)
-    elif options.output_high_noise is not None:
-        _convert_one(lora_by_expert[LOW_NOISE], options.output, conversion)
-        _convert_one(lora_by_expert[HIGH_NOISE], options.output_high_noise, conversion)
-    else:
-        _convert_both_experts(lora_by_expert, options.output, conversion)
-
-
-def _read_experts(options: ConvertOptions) -> dict[str, LoraFile]:
-    """Return the LoRAs of both experts, from one or two files."""
-    low = read_lora(options.input, by_expert=True, family=options.family)
-    high = low  # one file contains both, unless a second file is given
-    if options.input_high_noise is not None:
-        high = read_lora(options.input_high_noise, by_expert=True, family=options.family)
-    elif not low.loras_by_expert:
-        option = "--expert" if options.expert is not None else "--output_high_noise"
-        raise OptionError(
-            f"{option} needs a file with a LoRA for each expert, but --input {options.input} contains a "
-            f"single LoRA. Omit {option}"
-        )
-    warn_about_other_expert(low.for_expert(LOW_NOISE), LOW_NOISE)
-    warn_about_other_expert(high.for_expert(HIGH_NOISE), HIGH_NOISE)
-    return {HIGH_NOISE: high.for_expert(HIGH_NOISE), LOW_NOISE: low.for_expert(LOW_NOISE)}
 
 
 def convert_flux(options: FluxConvertOptions) -> None:
@@ -325,7 +313,12 @@ class _JoinableTensors(NamedTuple):
 
 def _replace_unjoinable(lora: LoraFile, tensors: Mapping[str, Tensor], rank: int | None) -> _JoinableTensors:
     """Replace modules that cannot be joined, such as LoKrs, with plain LoRAs of a rank."""
-    unjoinable = _find_modules_to_bake(tensors)
+    # Modules (with factors) that ComfyUI fuses but whose kind, such as LoKr, cannot be joined
+    unjoinable: dict[str, Factors] = {}
+    for name, factors in group_by_module(tensors).items():
+        is_other_kind = bool(factors.keys() & (NON_LORA_FACTORS - {MAGNITUDES}))
+        if is_other_kind and module_names.is_fused_elsewhere(name.removeprefix(OURS), Z_IMAGE):
+            unjoinable[name] = factors
     if not unjoinable:
         return _JoinableTensors(tensors, "")
     if rank is None:
@@ -378,16 +371,6 @@ def _reject_for_comfyui(source: Path, names: Iterable[str]) -> None:
     kind = find_network_kind(names, [kind for kind in KINDS if kind.rejection_by_comfyui])
     if kind is not None:
         raise CheckpointError(f"{source} {kind.rejection_by_comfyui}", source)
-
-
-def _find_modules_to_bake(tensors: Mapping[str, Tensor]) -> dict[str, Factors]:
-    """Return modules (with factors) that ComfyUI fuses but whose kind, such as LoKr, cannot be joined."""
-    unjoinable: dict[str, Factors] = {}
-    for name, factors in group_by_module(tensors).items():
-        is_other_kind = bool(factors.keys() & (NON_LORA_FACTORS - {MAGNITUDES}))
-        if is_other_kind and module_names.is_fused_elsewhere(name.removeprefix(OURS), Z_IMAGE):
-            unjoinable[name] = factors
-    return unjoinable
 
 
 def convert_file(
@@ -477,7 +460,14 @@ def _reject_for_two_experts(loras: Iterable[LoraFile]) -> None:
 
 def _join_metadata(metadata_by_expert: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
     """Join the metadata of two experts' LoRAs; values that differ are stored as JSON under one extra key."""
-    entries_by_expert = {expert: _without_stale(metadata) for expert, metadata in metadata_by_expert.items()}
+    entries_by_expert = {
+        expert: {
+            key: value
+            for key, value in metadata.items()
+            if key != TRAINED_EXPERT and not key.startswith(STALE)
+        }
+        for expert, metadata in metadata_by_expert.items()
+    }
     common: dict[str, str] = {}
     for key, value in next(iter(entries_by_expert.values())).items():
         if all(entries.get(key) == value for entries in entries_by_expert.values()):
@@ -488,13 +478,6 @@ def _join_metadata(metadata_by_expert: Mapping[str, Mapping[str, str]]) -> dict[
     if any(distinct.values()):
         common[PARTS_METADATA] = json.dumps(distinct, ensure_ascii=False, sort_keys=True)
     return common
-
-
-def _without_stale(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return metadata without what no longer applies to a converted file: the expert and hashes."""
-    return {
-        key: value for key, value in metadata.items() if key != TRAINED_EXPERT and not key.startswith(STALE)
-    }
 
 
 def _bake_or_convert_magnitudes(lora: LoraFile, family: FamilyNames | None, conversion: Conversion) -> Baked:
@@ -556,7 +539,16 @@ def convert_lora(
         raise CheckpointError(f"{lora.path} cannot be converted: {list_some(reasons, 3)}.{advice}", lora.path)
     _warn_of_left_out_modules(lora.path, dit_part.left_out, advice)
     _warn_of_left_out_modules(lora.path, left_out_texts)
-    metadata = _make_converted_metadata(lora, target, family)
+    # The metadata for a LoRA after its conversion to another program's names
+    # the converted tensors include all alphas
+    metadata = without_alphas(lora.metadata)
+    if LORA_FORMAT in metadata:
+        metadata[LORA_FORMAT] = next(name for name, dialect in TARGETS.items() if dialect == target)
+    if family is not None and module_names.read_family(lora.metadata) is None:
+        families = lora.families()
+        if len(families) < 2 or not module_names.have_same_names(families):
+            # the names alone may no longer show the family
+            metadata[TRAINED_ON] = family.written_base_model or family.name
     return ConvertedLora({**dit_part.tensors, **text_tensors}, metadata)
 
 
@@ -568,20 +560,6 @@ def _advise_on_left_out(native: Mapping[str, Tensor], left_out: Collection[str])
     if any(NON_LORA_FACTORS & modules[name].keys() for name in left_out):
         return "\n  --bake RANK makes plain LoRAs of them."
     return ""
-
-
-def _make_converted_metadata(lora: LoraFile, target: str, family: FamilyNames | None) -> dict[str, str]:
-    """Return the metadata for a LoRA after its conversion to another program's names."""
-    # the converted tensors include all alphas
-    metadata = without_alphas(lora.metadata)
-    if LORA_FORMAT in metadata:
-        metadata[LORA_FORMAT] = next(name for name, dialect in TARGETS.items() if dialect == target)
-    if family is not None and module_names.read_family(lora.metadata) is None:
-        families = lora.families()
-        if len(families) < 2 or not module_names.have_same_names(families):
-            # the names alone may no longer show the family
-            metadata[TRAINED_ON] = family.written_base_model or family.name
-    return metadata
 
 
 def _warn_of_left_out_modules(path: Path, left_out: Mapping[str, str], advice: str = "") -> None:

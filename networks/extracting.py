@@ -256,7 +256,17 @@ def extract_full(options: ExtractOptions) -> None:
     with open_checkpoint(options.model_org) as original, open_checkpoint(options.model_tuned) as tuned:
         pair = _dequantize_both(original, tuned)
         family = _find_common_family(pair)
-        plan = _plan_full_checkpoint(pair, options, family)
+        # The modules that get a LoRA, by tensor; encoders without notable changes get none
+        unchanged_encoders = _find_unchanged_texts(pair, options.min_diff)
+        plan: dict[str, list[ExtractedModule]] = {}
+        for name in pair.original.tensors:
+            plan[name] = []
+            for piece in list_pieces(name):  # a fused tensor has the weights of several modules
+                if piece.text_encoder in unchanged_encoders:
+                    continue
+                module = _select_module(piece, options, family)
+                if module is not None:
+                    plan[name].append(module)
         arguments: dict[str, str] = {}
         if options.conv_dim is not None:
             arguments = {"conv_dim": str(options.conv_dim), "conv_alpha": str(float(options.conv_dim))}
@@ -269,23 +279,6 @@ def extract_full(options: ExtractOptions) -> None:
             metadata=metadata,
             family=family,
         )
-
-
-def _plan_full_checkpoint(
-    pair: Pair, options: ExtractOptions, family: FamilyNames
-) -> dict[str, list[ExtractedModule]]:
-    """Return the modules that get a LoRA, by tensor; encoders without notable changes get none."""
-    unchanged_encoders = _find_unchanged_texts(pair, options.min_diff)
-    plan: dict[str, list[ExtractedModule]] = {}
-    for name in pair.original.tensors:
-        plan[name] = []
-        for piece in list_pieces(name):  # a fused tensor has the weights of several modules
-            if piece.text_encoder in unchanged_encoders:
-                continue
-            module = _select_module(piece, options, family)
-            if module is not None:
-                plan[name].append(module)
-    return plan
 
 
 def _select_module(
@@ -375,9 +368,14 @@ def _extract_factors(
         difference = _compute_difference(pair, name, device)
         is_changed = is_changed or bool(difference.any())
         for module in modules:
-            factors = _extract_module(
-                module, difference, quantile=options.clamp_quantile, dtype=dtype, accuracy=accuracy
+            # The LoRA factors of a module, on the CPU
+            # the part of the tensor that is this module's weight
+            change = module.piece.take_rows(difference)
+            down, up = decompose_change(
+                change.flatten(1), module.rank, options.clamp_quantile, module.seed_name
             )
+            accuracy.add(change.flatten(1), up @ down)
+            factors = reshape_to_lora(down.to(dtype), up.to(dtype), change.shape)
             lora |= {f"{module.name}.{factor_name}": tensor for factor_name, tensor in factors.items()}
     if lora and not is_changed:
         raise CheckpointError(
@@ -386,22 +384,6 @@ def _extract_factors(
             options.model_tuned,
         )
     return lora
-
-
-def _extract_module(
-    module: ExtractedModule,
-    difference: Tensor,
-    *,
-    quantile: float,
-    dtype: torch.dtype,
-    accuracy: ExtractionAccuracy,
-) -> dict[str, Tensor]:
-    """Return the LoRA factors of a module, on the CPU."""
-    # the part of the tensor that is this module's weight
-    change = module.piece.take_rows(difference)
-    down, up = decompose_change(change.flatten(1), module.rank, quantile, module.seed_name)
-    accuracy.add(change.flatten(1), up @ down)
-    return reshape_to_lora(down.to(dtype), up.to(dtype), change.shape)
 
 
 def reshape_to_lora(down: Tensor, up: Tensor, shape: torch.Size) -> dict[str, Tensor]:
@@ -438,26 +420,22 @@ def decompose_change(change: Tensor, rank: int, quantile: float, name: str) -> t
     if min(change.shape) <= MAX_EXACT:
         u, s, vh = torch.linalg.svd(change, full_matrices=False)
     else:
-        u, s, vh = _compute_randomized_svd(change, rank, name)
+        # U, S and V^T of a matrix, accurate for the first `rank` singular values
+        # a few more columns than the rank make the first singular values accurate
+        width = min(rank + OVERSAMPLING, *change.shape)
+        generator = torch.Generator().manual_seed(derive_seed(0, name))
+        # columns that span the range of the matrix; each power iteration weakens small singular values
+        basis = change @ torch.randn(change.shape[1], width, generator=generator).to(change.device)
+        for _ in range(POWER_ITERATIONS):
+            basis = change @ (change.T @ torch.linalg.qr(basis)[0])
+        basis = torch.linalg.qr(basis)[0]
+        u_in_basis, s, vh = torch.linalg.svd(basis.T @ change, full_matrices=False)
+        u = basis @ u_in_basis
     up = u[:, :rank] * s[:rank]
     down = vh[:rank]
     if quantile < 1:
         return _limit_values(down, up, quantile)
     return down, up
-
-
-def _compute_randomized_svd(change: Tensor, rank: int, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return U, S and V^T of a matrix, accurate for the first `rank` singular values."""
-    # a few more columns than the rank make the first singular values accurate
-    width = min(rank + OVERSAMPLING, *change.shape)
-    generator = torch.Generator().manual_seed(derive_seed(0, name))
-    # columns that span the range of the matrix; each power iteration weakens small singular values
-    basis = change @ torch.randn(change.shape[1], width, generator=generator).to(change.device)
-    for _ in range(POWER_ITERATIONS):
-        basis = change @ (change.T @ torch.linalg.qr(basis)[0])
-    basis = torch.linalg.qr(basis)[0]
-    u_in_basis, s, vh = torch.linalg.svd(basis.T @ change, full_matrices=False)
-    return basis @ u_in_basis, s, vh
 
 
 def _limit_values(down: Tensor, up: Tensor, quantile: float) -> tuple[Tensor, Tensor]:

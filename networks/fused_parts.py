@@ -301,7 +301,22 @@ def _count_rows_by_module(
     """Return the number of rows of each fused module's weight, in the model or else by an estimate."""
     if rows_in_model is not None:
         return {name: rows_in_model(name) or 0 for name in pieces_by_module}
-    estimates = _estimate_fused_rows(pieces_by_module.values())  # by path
+    # by path
+    # Estimate the row counts of fused weights, by path with `{n}`, from their parts in all blocks
+    pieces_by_weight = pieces_by_module.values()
+    pieces = list(itertools.chain.from_iterable(pieces_by_weight))
+    part_paths = {piece.part.part_path for piece in pieces}  # in the layout of the parts
+    # path of a fused weight -> index of a part in it -> number of the part's rows
+    rows_by_path: dict[str, dict[int | None, int]] = {}
+    for piece in pieces:
+        rows_by_index = rows_by_path.setdefault(piece.part.fused_path, {})
+        # None for an input rotation, whose tensors do not reveal it
+        num_rows = read_delta(piece.factors).count_rows()
+        if num_rows is not None:
+            rows_by_index[piece.part.index] = num_rows
+    estimates: dict[str, int] = {}
+    for path, rows_by_index in rows_by_path.items():
+        estimates[path] = _estimate_rows(_list_fused_parts(path, part_paths), rows_by_index)
     return {name: estimates[pieces[0].part.fused_path] for name, pieces in pieces_by_module.items()}
 
 
@@ -330,24 +345,6 @@ def _find_fused_module(
         if contains_module and (rows_in_model is None or rows_in_model(OURS + related.name) is not None):
             return related
     return None
-
-
-def _estimate_fused_rows(pieces_by_weight: Iterable[Sequence[FusedPiece]]) -> dict[str, int]:
-    """Estimate the row counts of fused weights, by path with `{n}`, from their parts in all blocks."""
-    pieces = list(itertools.chain.from_iterable(pieces_by_weight))
-    part_paths = {piece.part.part_path for piece in pieces}  # in the layout of the parts
-    # path of a fused weight -> index of a part in it -> number of the part's rows
-    rows_by_path: dict[str, dict[int | None, int]] = {}
-    for piece in pieces:
-        rows_by_index = rows_by_path.setdefault(piece.part.fused_path, {})
-        # None for an input rotation, whose tensors do not reveal it
-        num_rows = read_delta(piece.factors).count_rows()
-        if num_rows is not None:
-            rows_by_index[piece.part.index] = num_rows
-    estimates: dict[str, int] = {}
-    for path, rows_by_index in rows_by_path.items():
-        estimates[path] = _estimate_rows(_list_fused_parts(path, part_paths), rows_by_index)
-    return estimates
 
 
 def _list_fused_parts(fused_path: str, paths: Collection[str]) -> list[WeightPart]:
@@ -403,19 +400,7 @@ def _join_pieces(pieces: Sequence[FusedPiece], num_rows: int, allows_full_matrix
     row_indices = find_part_rows(first.part, len(first.factors[UP]), num_rows)
     if isinstance(row_indices, Tensor):  # the only part is the whole weight with swapped halves
         return _swap_halves(first.factors, row_indices)
-    return _join_low_rank_pieces(pieces, num_rows)
-
-
-def _swap_halves(factors: Factors, row_indices: Tensor) -> Factors:
-    """Return the factors for a weight whose rows are reordered by `row_indices`."""
-    swapped = read_delta(factors).select_rows(row_indices)
-    if swapped is None:
-        raise FusionError(f"its {MAGNITUDE_KIND_NAME} magnitudes are by input")
-    return swapped.factors
-
-
-def _join_low_rank_pieces(pieces: Sequence[FusedPiece], num_rows: int) -> Factors:
-    """Join plain LoRAs or DoRAs of parts such as q, k and v; raise FusionError if row counts disagree."""
+    # Join plain LoRAs or DoRAs of parts such as q, k and v; raise FusionError if row counts disagree
     slices: list[slice] = []
     for piece in pieces:
         rows = find_part_rows(piece.part, len(piece.factors[UP]), num_rows)
@@ -425,6 +410,14 @@ def _join_low_rank_pieces(pieces: Sequence[FusedPiece], num_rows: int) -> Factor
         raise FusionError(f"its parts do not fit into {num_rows} rows")
     _check_magnitudes([piece.factors for piece in pieces], num_rows)
     return _join_low_rank(_sort_by_rows(pieces, slices), num_rows)
+
+
+def _swap_halves(factors: Factors, row_indices: Tensor) -> Factors:
+    """Return the factors for a weight whose rows are reordered by `row_indices`."""
+    swapped = read_delta(factors).select_rows(row_indices)
+    if swapped is None:
+        raise FusionError(f"its {MAGNITUDE_KIND_NAME} magnitudes are by input")
+    return swapped.factors
 
 
 def join_rotations(pieces: Sequence[FusedPiece]) -> Factors:
@@ -505,7 +498,13 @@ def _join_low_rank(parts: Sequence[RowFactors], num_rows: int) -> Factors:
     }
     for name in (MAGNITUDES, *deltas.BIAS_FACTORS):
         if any(name in part.factors for part in parts):
-            joined[name] = _stack_factor(parts, name, num_rows)
+            # Stack one factor of each part of a fused weight along rows, with zeros for parts that lack it
+            parts_with_tensor = [part for part in parts if name in part.factors]
+            first = parts_with_tensor[0].factors[name]
+            stacked = first.new_zeros(num_rows, *first.shape[1:])
+            for part in parts_with_tensor:
+                stacked[part.row_slice] = part.factors[name]
+            joined[name] = stacked
     return joined
 
 
@@ -538,16 +537,6 @@ def _fold_into_up(factors: Factors) -> Factors:
         if name in factors:
             folded[name] = (factors[name].float() * scale).to(factors[name].dtype)
     return folded
-
-
-def _stack_factor(parts: Sequence[RowFactors], name: str, num_rows: int) -> Tensor:
-    """Stack one factor of each part of a fused weight along rows, with zeros for parts that lack it."""
-    parts_with_tensor = [part for part in parts if name in part.factors]
-    first = parts_with_tensor[0].factors[name]
-    stacked = first.new_zeros(num_rows, *first.shape[1:])
-    for part in parts_with_tensor:
-        stacked[part.row_slice] = part.factors[name]
-    return stacked
 
 
 def _join_any_kind(pieces: Sequence[FusedPiece], num_rows: int, allows_full_matrix: bool) -> Factors:
@@ -591,7 +580,14 @@ def _join_full_matrices(parts: Sequence[RowFactors], num_rows: int) -> Factors:
     """Return the full float32 change of a weight with `num_rows` rows from the changes of its parts."""
     part_deltas = [read_delta(part.factors) for part in parts]
     _check_full_matrices(part_deltas, parts, num_rows)
-    joined = {"diff": _stack_changes(part_deltas, parts, num_rows)}
+    # The full change of a weight; raise FusionError if its parts differ in the shape of a row
+    changes = [delta.compute_change(deltas.CPU) for delta in part_deltas]
+    row_shapes = {None if change is None else change.shape[1:] for change in changes}
+    row_shape = row_shapes.pop()
+    # None for a part that does not change the weight
+    if row_shapes or row_shape is None:
+        raise FusionError("its parts have different inputs")
+    joined = {"diff": _write_rows(parts, changes, torch.zeros(num_rows, *row_shape))}
     magnitudes = [delta.magnitudes for delta in part_deltas if delta.magnitudes is not None]
     if magnitudes:
         joined[MAGNITUDES] = torch.cat(magnitudes)
@@ -599,17 +595,6 @@ def _join_full_matrices(parts: Sequence[RowFactors], num_rows: int) -> Factors:
     if any(bias is not None for bias in biases):
         joined["diff_b"] = _write_rows(parts, biases, torch.zeros(num_rows))
     return joined
-
-
-def _stack_changes(part_deltas: Sequence[Delta], parts: Sequence[RowFactors], num_rows: int) -> Tensor:
-    """Return the full change of a weight; raise FusionError if its parts differ in the shape of a row."""
-    changes = [delta.compute_change(deltas.CPU) for delta in part_deltas]
-    row_shapes = {None if change is None else change.shape[1:] for change in changes}
-    row_shape = row_shapes.pop()
-    # None for a part that does not change the weight
-    if row_shapes or row_shape is None:
-        raise FusionError("its parts have different inputs")
-    return _write_rows(parts, changes, torch.zeros(num_rows, *row_shape))
 
 
 def _check_full_matrices(part_deltas: Sequence[Delta], parts: Sequence[RowFactors], num_rows: int) -> None:
@@ -769,23 +754,19 @@ def correct_split_alphas(
         is_plain_lora = set(factors) == {"alpha", *LORA_FACTORS}
         if not is_plain_lora or f"{float(factors['alpha']):g}" != trained_alpha:
             continue
-        num_parts = _count_parts_with_own_factors(name, factors)
+        # How many parts of a fused module have their own factors in a plain LoRA's
+        # 0 if they share them.
+        part_indices: set[int | None] = set()
+        for related in related_modules(name.removeprefix(OURS)):
+            if related.is_part and is_row_slice(related.part):
+                part_indices.add(related.part.index)
+        up = factors[UP]
+        row_counts = count_fused_part_rows(len(part_indices), rows=len(up), columns=factors[DOWN].shape[1])
+        has_own_factors = bool(row_counts) and diagonal_blocks(up, row_counts) is not None
+        num_parts = len(row_counts) if has_own_factors else 0
         if num_parts:
             corrected[f"{name}.alpha"] = factors["alpha"] * num_parts
             num_corrected += 1
     if num_corrected:
         logger.info(f"{path}: the alphas of {num_corrected} modules with split factors are corrected")
     return corrected
-
-
-def _count_parts_with_own_factors(name: str, factors: Factors) -> int:
-    """Return how many parts of a fused module have their own factors in a plain LoRA's."""
-    # 0 if they share them.
-    part_indices: set[int | None] = set()
-    for related in related_modules(name.removeprefix(OURS)):
-        if related.is_part and is_row_slice(related.part):
-            part_indices.add(related.part.index)
-    up = factors[UP]
-    row_counts = count_fused_part_rows(len(part_indices), rows=len(up), columns=factors[DOWN].shape[1])
-    has_own_factors = bool(row_counts) and diagonal_blocks(up, row_counts) is not None
-    return len(row_counts) if has_own_factors else 0

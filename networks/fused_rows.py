@@ -18,15 +18,7 @@ def with_stacked_rows(checkpoint: Checkpoint) -> Checkpoint:
     """
     if not is_sharded(checkpoint.path):
         return checkpoint
-    head_widths = _find_head_widths(checkpoint)
-    if not head_widths:
-        return checkpoint
-    stacked: Any = _StackedFile(checkpoint, head_widths)
-    return Checkpoint(checkpoint.path, {name: (stacked, name) for name in checkpoint.tensors}, [stacked])
-
-
-def _find_head_widths(checkpoint: Checkpoint) -> dict[str, int]:
-    """Return the head width of each fused weight whose rows are ordered by head, by tensor name."""
+    # The head width of each fused weight whose rows are ordered by head, by tensor name
     widths: dict[str, int] = {}
     for family in FAMILIES:
         rule = family.rows_by_head
@@ -40,7 +32,11 @@ def _find_head_widths(checkpoint: Checkpoint) -> dict[str, int]:
             norm = checkpoint.tensors.get(f"{name.removesuffix(suffix)}{rule.norm_ending}.weight")
             if norm is not None:
                 widths[name] = norm.shape[0]
-    return widths
+    head_widths = widths
+    if not head_widths:
+        return checkpoint
+    stacked: Any = _StackedFile(checkpoint, head_widths)
+    return Checkpoint(checkpoint.path, {name: (stacked, name) for name in checkpoint.tensors}, [stacked])
 
 
 class _StackedFile:

@@ -348,7 +348,23 @@ class LoraWrapper(nn.Module):
         if not self._target.adds_to_output:
             return self._run_with_changed_weights(active, *inputs, **named)
         if any(branch.replaces_weight for branch in active):
-            return self._run_with_replacement(active, inputs[0])
+            # Run a layer whose weight one LoRA replaces; earlier LoRAs then add only their biases
+            x = inputs[0]
+            original_out = self._inner_forward(x)
+            out = original_out.clone()  # `add_to` may change it in place
+            for index, branch in enumerate(active):
+                if not branch.replaces_weight:
+                    out = branch.add_to(out, x)
+                    continue
+                replaced_out = self._run_with([branch], x)
+                if branch.apply_region is not None:
+                    out = out + branch.apply_region(replaced_out - original_out)
+                else:
+                    # earlier changes of the weight are replaced too, but their biases are still added
+                    out = replaced_out
+                    for earlier in active[:index]:
+                        out = earlier.add_to(out, x, includes_weight=False)
+            return out
         return self._add_outputs(active, *inputs, **named)
 
     def _add_outputs(self, branches: Sequence[LoraBranch], *inputs: Any, **named: Any) -> Tensor:
@@ -385,24 +401,6 @@ class LoraWrapper(nn.Module):
         """Return whether this wraps the frozen module itself rather than another LoRA wrapper."""
         return getattr(self._inner_forward, "__self__", None) is self._original_module[0]
 
-    def _run_with_replacement(self, branches: Sequence[LoraBranch], x: Tensor) -> Tensor:
-        """Run a layer whose weight one LoRA replaces; earlier LoRAs then add only their biases."""
-        original_out = self._inner_forward(x)
-        out = original_out.clone()  # `add_to` may change it in place
-        for index, branch in enumerate(branches):
-            if not branch.replaces_weight:
-                out = branch.add_to(out, x)
-                continue
-            replaced_out = self._run_with([branch], x)
-            if branch.apply_region is not None:
-                out = out + branch.apply_region(replaced_out - original_out)
-            else:
-                # earlier changes of the weight are replaced too, but their biases are still added
-                out = replaced_out
-                for earlier in branches[:index]:
-                    out = earlier.add_to(out, x, includes_weight=False)
-        return out
-
     def _run_with(self, branches: Sequence[LoraBranch], *inputs: Any, **named: Any) -> Tensor:
         """Run the module with the weights changed by the branches, then restore the original weights."""
         parameters = self._original_module[0]._parameters
@@ -413,21 +411,18 @@ class LoraWrapper(nn.Module):
             for branch, changes in zip(branches, changes_by_branch, strict=True):
                 for name, change in changes.items():
                     is_replacement = branch.replaces_weight and name == self._target.parameter_name
-                    parameters[name] = _make_changed(parameters[name], change, is_replacement)
+                    # A new parameter with a change added, or with the change as its value (`is_replacement`)
+                    parameter = parameters[name]
+                    # It is a new parameter, not new data, because the backward pass needs the changed values.
+                    assert parameter is not None
+                    weight = parameter.data
+                    changed = change.reshape(weight.shape)
+                    if not is_replacement:
+                        changed = changed + weight.float()
+                    parameters[name] = nn.Parameter(changed.to(weight.dtype), requires_grad=False)
             return self._inner_forward(*inputs, **named)
         finally:
             parameters.update(originals)
-
-
-def _make_changed(parameter: nn.Parameter | None, change: Tensor, is_replacement: bool) -> nn.Parameter:
-    """Return a new parameter with a change added, or with the change as its value (`is_replacement`)."""
-    # It is a new parameter, not new data, because the backward pass needs the changed values.
-    assert parameter is not None
-    weight = parameter.data
-    changed = change.reshape(weight.shape)
-    if not is_replacement:
-        changed = changed + weight.float()
-    return nn.Parameter(changed.to(weight.dtype), requires_grad=False)
 
 
 class AddedLoras:
@@ -702,14 +697,7 @@ def _fit_delta(lora: LoraFile, name: str, delta: Delta, parameter: ChangedParame
             logger.warning(f"{lora.path}: {channel_error}; the rest is used without it")
             bias = delta.compute_bias_change(CPU)
             delta = read_delta({} if bias is None else {"diff_b": bias})
-    _check_delta_fits(lora, name, delta, parameter, option)
-    return delta
-
-
-def _check_delta_fits(
-    lora: LoraFile, name: str, delta: Delta, parameter: ChangedParameter, option: str
-) -> None:
-    """Raise CheckpointError if the shape of a module's weight or bias change does not fit the parameter."""
+    # Raise CheckpointError if the shape of a module's weight or bias change does not fit the parameter
     weight = parameter.unpacked
     for change in list_changes(WeightedLora(lora), delta):
         target = weight
@@ -731,3 +719,4 @@ def _check_delta_fits(
             model="this model",
             option=f"{option} ",
         )
+    return delta

@@ -60,13 +60,11 @@ def _can_be_joined(weights: Sequence[Tensor], biases: Sequence[Tensor], device: 
         and is_half
         and are_alike
         and have_equal_inputs
-        and all(_owns_storage(tensor) for tensor in tensors)
+        and all(
+            (tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes)
+            for tensor in tensors
+        )
     )
-
-
-def _owns_storage(tensor: Tensor) -> bool:
-    """Return whether a tensor is not a view of a larger storage."""
-    return tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 def view_as_one_matrix(tensors: Sequence[Tensor]) -> Tensor | None:

@@ -133,7 +133,11 @@ def to_native(
     if with_texts:
         text_names = _map_text_keys_to_our_names(keys.text_encoder_keys, possible)
     # several keys of a file may get the same name; the first one is used
-    key_by_name = _find_first_keys(dit_names | text_names)
+    # Map each of our names to the first key in the file that has it; `names` maps keys to our names
+    names = dit_names | text_names
+    key_by_name: dict[str, str] = {}
+    for key, name in names.items():
+        key_by_name.setdefault(name, key)
     duplicate_keys = _find_duplicate_keys(dit_names | text_names, key_by_name)
     return NativeTensors(
         tensors=_rename(dit_names.values(), key_by_name, rewritten.tensors),
@@ -147,7 +151,9 @@ def to_native(
         joined_lora_counts=_count_joined_loras(rewritten.joined_lora_counts, dit_names),
         families=tuple(possible.families),
         family_name=possible.name_by_keys,
-        unknown_names="" if possible.families else _describe_unknown_paths(keys.dit_keys),
+        unknown_names=""
+        if possible.families
+        else describe_unknown(parsed.full_path for parsed in keys.dit_keys.values()),
     )
 
 
@@ -156,19 +162,6 @@ def _rewrite_if_needed(tensors: dict[str, Tensor]) -> Rewritten:
     if any(NEEDS_REWRITING.search(key) for key in tensors):
         return rewrite(tensors)
     return Rewritten(tensors, {})
-
-
-def _describe_unknown_paths(keys: Mapping[str, ParsedKey]) -> str:
-    """Describe module paths that no family has, for messages."""
-    return describe_unknown(parsed.full_path for parsed in keys.values())
-
-
-def _find_first_keys(names: Mapping[str, str]) -> dict[str, str]:
-    """Map each of our names to the first key in the file that has it; `names` maps keys to our names."""
-    key_by_name: dict[str, str] = {}
-    for key, name in names.items():
-        key_by_name.setdefault(name, key)
-    return key_by_name
 
 
 def _find_duplicate_keys(names: Mapping[str, str], key_by_name: Mapping[str, str]) -> dict[str, str]:
@@ -247,7 +240,12 @@ def _find_possible_families(
     hint = family_hint or name_by_keys
     families = _families_with_modules(keys.dit_keys, rewritten.tensors, hint)
     if len(families) > 1:
-        families = _narrow_families(families, keys)
+        # Narrow down the possible families by the text encoders, then by the spelling of module names
+        # A step that would leave no family is skipped.
+        last_encoder = max((parsed.number for parsed in keys.text_encoder_keys.values()), default=1)
+        remaining = [family for family in families if _has_text_encoder(family, last_encoder)] or [*families]
+        underscored = {parsed.path for parsed in keys.dit_keys.values() if "." not in parsed.path}
+        families = [family for family in remaining if _may_be_underscored(family, underscored)] or remaining
         if len(families) == 1:
             name_by_keys = families[0].name
     return _PossibleFamilies(families, hint, name_by_keys)
@@ -268,15 +266,6 @@ def _families_with_modules(
         module = OURS + parsed.path.replace(".", "_")
         factors.setdefault(module, {})[parsed.suffix] = tensors[key]
     return find_lora_families(factors, hint) if factors else []
-
-
-def _narrow_families(families: Sequence[FamilyNames], keys: _ParsedKeys) -> list[FamilyNames]:
-    """Narrow down the possible families by the text encoders, then by the spelling of module names."""
-    # A step that would leave no family is skipped.
-    last_encoder = max((parsed.number for parsed in keys.text_encoder_keys.values()), default=1)
-    remaining = [family for family in families if _has_text_encoder(family, last_encoder)] or [*families]
-    underscored = {parsed.path for parsed in keys.dit_keys.values() if "." not in parsed.path}
-    return [family for family in remaining if _may_be_underscored(family, underscored)] or remaining
 
 
 def _has_text_encoder(family: FamilyNames, number: int) -> bool:

@@ -337,7 +337,33 @@ def _recognize_lora(
     hint = family or (None if trained_family is None else trained_family.name)
     native = key_formats.to_native(stored.tensors, hint, with_texts)
     stored = stored._replace(metadata=_add_recognized_facts(stored, native, trained_family))
-    _reject_unusable_names(stored, native)
+    # Raise CheckpointError if a file is not a LoRA, or has unknown modules or a layer under two names
+    if not native.tensors and not native.text_tensors:
+        raise _make_no_lora_error(stored.path, stored.tensors)
+    if native.family is not None and native.family.rejects_unknown_names:
+        # Raise CheckpointError if a file has our names for modules that the family does not have
+        modules = dict.fromkeys(name.partition(".")[0] for name in stored.tensors if name.startswith(OURS))
+        unknown = [
+            module for module in modules if module_path(module.removeprefix(OURS), native.family) is None
+        ]
+        if unknown:
+            raise CheckpointError(
+                f"{stored.path} cannot be used: {native.family.architecture} has no module called "
+                f"{list_some(unknown, 2)}.\n  "
+                "Pass a LoRA that was trained for this model, or remove the tensors of these names from the "
+                "file.",
+                stored.path,
+            )
+    # Raise CheckpointError if a LoRA file changes the same layer under two names
+    clash = native.conflicting_keys or _named_twice(native)
+    if clash:
+        first, second = clash
+        raise CheckpointError(
+            f"{stored.path} changes one layer under two names: {first} and {second}.\n"
+            "  They come from two programs, or are for two networks. Remove the tensors of one of them from "
+            "the file.",
+            stored.path,
+        )
     if native.family is not None and native.family.rows_by_head is not None:
         # some programs order the rows of fused weights by head
         tensors = stack_rows(stored.path, native.tensors, native.family.rows_by_head, stored.tensors)
@@ -368,15 +394,6 @@ def _add_recognized_facts(
     return metadata
 
 
-def _reject_unusable_names(stored: _StoredLora, native: NativeTensors) -> None:
-    """Raise CheckpointError if a file is not a LoRA, or has unknown modules or a layer under two names."""
-    if not native.tensors and not native.text_tensors:
-        raise _make_no_lora_error(stored.path, stored.tensors)
-    if native.family is not None and native.family.rejects_unknown_names:
-        _reject_unknown_modules(stored.path, stored.tensors, native.family)
-    _reject_clash(stored.path, native)
-
-
 def _build_lora(stored: _StoredLora, native: NativeTensors, expert: str | None) -> LoraFile:
     """Build a `LoraFile` from a file or one expert's part of it."""
     # Add missing alphas, reject invalid factors.
@@ -385,7 +402,11 @@ def _build_lora(stored: _StoredLora, native: NativeTensors, expert: str | None) 
     if not stored.is_written_here:  # other programs also write tensors without effect
         native = _drop_tensors_without_effect(path, native)
     elif FOLDED in stored.metadata:  # alpha / rank is in the factors: restore the alphas
-        native = _restore_alphas(native, stored.metadata)
+        native = replace(
+            native,
+            tensors=restore_folded_alphas(native.tensors, stored.metadata),
+            text_tensors=restore_folded_alphas(native.text_tensors, stored.metadata),
+        )
     modules = group_by_module(native.tensors) | group_by_module(native.text_tensors)
     # Raise CheckpointError for factors that define no change, or that belong to an unsupported kind
     for module, delta in read_deltas(modules).items():
@@ -416,15 +437,6 @@ def _build_lora(stored: _StoredLora, native: NativeTensors, expert: str | None) 
         dialect=native.dialect,
         text_tensors=native.text_tensors,
         unknown_names=native.unknown_names,
-    )
-
-
-def _restore_alphas(native: NativeTensors, metadata: Mapping[str, str]) -> NativeTensors:
-    """Return the tensors of a file written by us with the alphas that were folded into its factors."""
-    return replace(
-        native,
-        tensors=restore_folded_alphas(native.tensors, metadata),
-        text_tensors=restore_folded_alphas(native.text_tensors, metadata),
     )
 
 
@@ -461,32 +473,6 @@ def _read_expert_metadata(path: Path, metadata: Mapping[str, str], expert: str) 
         raise CheckpointError(
             f"{path}: the metadata of its LoRAs for experts cannot be read: {error}. Copy it again.", path
         ) from error
-
-
-def _reject_clash(path: Path, native: NativeTensors) -> None:
-    """Raise CheckpointError if a LoRA file changes the same layer under two names."""
-    clash = native.conflicting_keys or _named_twice(native)
-    if clash:
-        first, second = clash
-        raise CheckpointError(
-            f"{path} changes one layer under two names: {first} and {second}.\n"
-            "  They come from two programs, or are for two networks. Remove the tensors of one of them from "
-            "the file.",
-            path,
-        )
-
-
-def _reject_unknown_modules(path: Path, stored: Iterable[str], family: FamilyNames) -> None:
-    """Raise CheckpointError if a file has our names for modules that the family does not have."""
-    modules = dict.fromkeys(name.partition(".")[0] for name in stored if name.startswith(OURS))
-    unknown = [module for module in modules if module_path(module.removeprefix(OURS), family) is None]
-    if unknown:
-        raise CheckpointError(
-            f"{path} cannot be used: {family.architecture} has no module called {list_some(unknown, 2)}.\n  "
-            "Pass a LoRA that was trained for this model, or remove the tensors of these names from the "
-            "file.",
-            path,
-        )
 
 
 def _describe_lora(
@@ -693,25 +679,20 @@ def _make_extra_patterns_error(
 
 def _fit_separators(weighted_lora: WeightedLora) -> WeightedLora:
     """Let patterns that match no name as typed match dots and underscores alike; see `fit_pattern`."""
-    names = _names_for_patterns(weighted_lora.lora)
+    # All names that include and exclude patterns may match: the file's and other layouts'
+    names: set[str] = set()
+    for part in (weighted_lora.lora, *weighted_lora.lora.loras_by_expert.values()):
+        for tensor in (*part.tensors, *part.text_tensors):
+            module, _, factor = tensor.partition(".")
+            names.add(f"{module}.{factor}")
+            for relative in related_modules(module.removeprefix(OURS)):
+                names.add(f"{OURS}{relative.name}.{factor}")
     path = str(weighted_lora.lora.path)
     return replace(
         weighted_lora,
         include=fit_pattern(weighted_lora.include, names, path),
         exclude=fit_pattern(weighted_lora.exclude, names, path),
     )
-
-
-def _names_for_patterns(lora: LoraFile) -> set[str]:
-    """Return all names that include and exclude patterns may match: the file's and other layouts'."""
-    names: set[str] = set()
-    for part in (lora, *lora.loras_by_expert.values()):
-        for tensor in (*part.tensors, *part.text_tensors):
-            module, _, factor = tensor.partition(".")
-            names.add(f"{module}.{factor}")
-            for relative in related_modules(module.removeprefix(OURS)):
-                names.add(f"{OURS}{relative.name}.{factor}")
-    return names
 
 
 def fit_pattern(pattern: str | None, names: Collection[str], where: str) -> str | None:
@@ -867,7 +848,15 @@ def warn_about_other_family(lora: LoraFile, model: FamilyNames | None, modules: 
             raise CheckpointError(f"{lora.path}: {reason}", lora.path)
     _, parameter_of_newest = model.newest_release  # only the newest release has the parameter
     if model.release_pattern and parameter_of_newest in modules:
-        _log_older_release(lora.path, model, origin)
+        # Log that a LoRA is for an older release, named in its metadata, and is used on the newest one
+        newest_release, _ = model.newest_release
+        match = re.search(model.release_pattern, origin, re.IGNORECASE)
+        if match is not None and match[1] != newest_release:
+            logger.info(
+                f"{lora.path} was trained for {match[1]} according to its metadata, and is used on "
+                f"{newest_release}: most of what it has learned carries over, but its effect may be weaker "
+                "or stronger"
+            )
     trained_family = read_family(lora.metadata)
     if trained_family is None or trained_family is model or trained_family.name in model.compatible_families:
         return
@@ -876,18 +865,6 @@ def warn_about_other_family(lora: LoraFile, model: FamilyNames | None, modules: 
         f"{model.name} model. Its module names match, but it has learned changes of other weights: expect "
         "little effect or poor results."
     )
-
-
-def _log_older_release(path: Path, model: FamilyNames, origin: str) -> None:
-    """Log that a LoRA is for an older release, named in its metadata, and is used on the newest one."""
-    newest_release, _ = model.newest_release
-    match = re.search(model.release_pattern, origin, re.IGNORECASE)
-    if match is not None and match[1] != newest_release:
-        logger.info(
-            f"{path} was trained for {match[1]} according to its metadata, and is used on "
-            f"{newest_release}: most of what it has learned carries over, but its effect may be weaker "
-            "or stronger"
-        )
 
 
 def read_weighted_lora(path: Path, expert: str, multiplier: float) -> WeightedLora:

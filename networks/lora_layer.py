@@ -170,7 +170,11 @@ class LoraLayer(nn.Module):
             else:  # DoRA
                 total = self.combine_outputs(self, out, addition, input_dtype)
         if self.training and self.ggpo_noise_buffer is not None:
-            total = total + self._make_ggpo_noise(x.to(dtype)).to(total.dtype)
+            # LoRA-GGPO's noise for this layer's output
+            assert self.ggpo_noise_buffer is not None
+            module, buffer_name = self.ggpo_noise_buffer
+            seed = self.seed.derive(self.index, "noise")
+            total = total + perturbed(x.to(dtype), getattr(module, buffer_name), seed).to(total.dtype)
         return self._select_output(out, total) if selects_output else total
 
     def _cast_input(self, x: Tensor, shared: SharedInput | None) -> tuple[Tensor, torch.dtype]:
@@ -182,13 +186,6 @@ class LoraLayer(nn.Module):
         if x.dtype == torch.float32:
             x = x.to(dtype) if shared is None else shared.cast(x)
         return x, dtype
-
-    def _make_ggpo_noise(self, x: Tensor) -> Tensor:
-        """Return LoRA-GGPO's noise for this layer's output."""
-        assert self.ggpo_noise_buffer is not None
-        module, buffer_name = self.ggpo_noise_buffer
-        seed = self.seed.derive(self.index, "noise")
-        return perturbed(x, getattr(module, buffer_name), seed)
 
     def _select_output(self, out: Tensor, total: Tensor) -> Tensor:
         """Return the frozen module's output `out` if module dropout skips this LoRA, else `total`."""

@@ -19,7 +19,7 @@ from networks.lora_layer import DropoutSeed
 from networks.lora_products import mean_row_norm, row_strengths
 from networks.lora_settings import LoraSettings, find_by_pattern, log_overlaps
 from networks.module_names import describe_text_module, read_family, select_family
-from networks.names.layouts import OURS, FamilyNames
+from networks.names.layouts import OURS
 from networks.rank_masks import read_rank_rule
 
 if TYPE_CHECKING:  # only for --network_weights
@@ -64,23 +64,20 @@ class OwnNetwork(nn.Module):
         # modules whose state is saved with the training state, not in the LoRA file
         self.additional_state: dict[str, nn.Module] = {}
         if settings.ggpo_sigma_and_beta is not None:
-            self._prepare_noise(layers)
+            # Give each Linear's layer a buffer with the strength of LoRA-GGPO's noise for each row
+            linear = {name: layer for name, layer in layers.items() if isinstance(layer.original, nn.Linear)}
+            strengths = nn.Module()  # buffers, which are saved with the state of a training run
+            for index, (name, layer) in enumerate(linear.items()):
+                strengths.register_buffer(name, torch.zeros(layer.original.out_features))
+                self._base_norms[name] = mean_row_norm(layer.original, index)
+                layer.ggpo_noise_buffer = (strengths, name)  # 0 until the first step
+            self.additional_state = {"ggpo": strengths}
         ranks = sorted({layer.rank for layer in self.layers})
         rank_list = list_some([str(rank) for rank in ranks])
         first = self.layers[0]
         logger.info(
             f"{first.kind} on {format_count(len(self.layers), 'module')}, {first.size_word} {rank_list}"
         )
-
-    def _prepare_noise(self, layers: Mapping[str, Any]) -> None:
-        """Give each Linear's layer a buffer with the strength of LoRA-GGPO's noise for each row."""
-        linear = {name: layer for name, layer in layers.items() if isinstance(layer.original, nn.Linear)}
-        strengths = nn.Module()  # buffers, which are saved with the state of a training run
-        for index, (name, layer) in enumerate(linear.items()):
-            strengths.register_buffer(name, torch.zeros(layer.original.out_features))
-            self._base_norms[name] = mean_row_norm(layer.original, index)
-            layer.ggpo_noise_buffer = (strengths, name)  # 0 until the first step
-        self.additional_state = {"ggpo": strengths}
 
     def attach(self, in_dit: bool = True) -> None:
         """Attach the layers to the models they were built for.
@@ -137,7 +134,15 @@ class OwnNetwork(nn.Module):
         num_loaded = self._load_common_modules(lora, file_modules, network_modules)
 
         absent = [name for name in file_modules if name not in network_modules]
-        unusable = _warn_of_unusable_modules(path, file_modules, absent, modules=modules, family=family)
+        # Warn of a LoRA file's modules for which this model cannot have a LoRA, and return them
+        from networks import loading, unused_tensors  # only for --network_weights
+
+        unusable = [name for name in file_modules if describe_text_module(name.removeprefix(OURS))]
+        unusable += unused_tensors.list_lacking(absent, modules, family)
+        statement = "modules are not in this network"
+        loading.warn_about_absent_modules(
+            path, unusable, total=len(file_modules), statement=statement, model=family
+        )
         errors = [f"{name} is not in this network" for name in absent if name not in unusable]
         errors += [f"{name} is not in the file" for name in network_modules if name not in file_modules]
         if errors:
@@ -243,7 +248,9 @@ class OwnNetwork(nn.Module):
         # for each layer, the indices of the patterns in network_reg_lrs that match its name
         matches: list[tuple[int, ...]] = [()] * len(self.names)
         if self.settings.pattern_learning_rates:
-            matches = self._match_patterns()
+            # The indices of the patterns in network_reg_lrs that match the name of each layer
+            matches = [find_by_pattern(self.settings.pattern_learning_rates, name) for name in self.names]
+            log_overlaps("network_reg_lrs", self.settings.pattern_learning_rates, matches)
         groups: dict[str, dict[str, Any]] = {}  # by label
         for name, layer, matching_patterns in zip(self.names, self.layers, matches, strict=True):
             prefix = get_prefix(name)
@@ -280,12 +287,6 @@ class OwnNetwork(nn.Module):
             label = f"{label} x {factor:g}"
             rate = rate * factor
         return _LayerRate(rate, label, plus_ratio)
-
-    def _match_patterns(self) -> list[tuple[int, ...]]:
-        """Return the indices of the patterns in network_reg_lrs that match the name of each layer."""
-        matches = [find_by_pattern(self.settings.pattern_learning_rates, name) for name in self.names]
-        log_overlaps("network_reg_lrs", self.settings.pattern_learning_rates, matches)
-        return matches
 
     @torch.no_grad()
     def before_optimizer_step(self) -> None:
@@ -354,25 +355,6 @@ def _make_misfit_error(lora: "LoraFile", file_modules: Mapping[str, Factors]) ->
         "or another --network_module.",
         lora.path,
     )
-
-
-def _warn_of_unusable_modules(
-    path: Path,
-    file_modules: Mapping[str, Factors],
-    absent: Sequence[str],
-    modules: Collection[str],
-    family: FamilyNames | None,
-) -> list[str]:
-    """Warn of a LoRA file's modules for which this model cannot have a LoRA, and return them."""
-    from networks import loading, unused_tensors  # only for --network_weights
-
-    unusable = [name for name in file_modules if describe_text_module(name.removeprefix(OURS))]
-    unusable += unused_tensors.list_lacking(absent, modules, family)
-    statement = "modules are not in this network"
-    loading.warn_about_absent_modules(
-        path, unusable, total=len(file_modules), statement=statement, model=family
-    )
-    return unusable
 
 
 def _reject_other_sizes(

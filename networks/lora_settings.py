@@ -218,11 +218,18 @@ def _apply_arguments(
     if "ggpo_sigma" in values:
         ggpo_sigma_and_beta = (values["ggpo_sigma"], values["ggpo_beta"])
     shared_ratio = values.get("loraplus_lr_ratio")
+    # Dropout rates with those in --network_args added; None if nothing is dropped
+    rank = values.get("rank_dropout") or 0.0
+    module = values.get("module_dropout") or 0.0
     settings = replace(
         settings,
         conv_rank=values.get("conv_dim"),
         conv_alpha=values.get("conv_alpha", DEFAULT_ALPHA),
-        dropouts=_add_dropouts(settings.dropouts, values),
+        dropouts=(
+            replace(settings.dropouts or Dropouts(), rank=rank, module=module)
+            if rank or module
+            else settings.dropouts
+        ),
         include=values.get("include_patterns", ()),
         exclude=values.get("exclude_patterns", ()),
         loraplus_lr_ratio=values.get("loraplus_unet_lr_ratio", shared_ratio),
@@ -236,13 +243,6 @@ def _apply_arguments(
         block_settings=block_settings,
     )
     return settings if rules is None else _apply_family_arguments(settings, values, rules)
-
-
-def _add_dropouts(dropouts: Dropouts | None, values: Mapping[str, Any]) -> Dropouts | None:
-    """Return dropout rates with those in --network_args added; None if nothing is dropped."""
-    rank = values.get("rank_dropout") or 0.0
-    module = values.get("module_dropout") or 0.0
-    return replace(dropouts or Dropouts(), rank=rank, module=module) if rank or module else dropouts
 
 
 def _apply_family_arguments(
@@ -282,13 +282,7 @@ def _read_values(arguments: Mapping[str, Any], rules: LoraRules | None) -> dict[
         value = read(key, typed[key])
         if value is not None:  # None: the string "None"
             values[key] = value
-    _reject_unknown_arguments(typed, readers)
-    _reject_conflicts(values)
-    return values
-
-
-def _reject_unknown_arguments(typed: Mapping[str, Any], readers: Mapping[str, Reader]) -> None:
-    """Raise OptionError for --network_args that are mistyped or belong to another program."""
+    # Raise OptionError for --network_args that are mistyped or belong to another program
     unknown = [key for key in typed if key not in readers]
     if "algo" in unknown:
         kind = ALGORITHMS.get(str(typed["algo"]).lower(), "one of the modules in --help")
@@ -301,10 +295,7 @@ def _reject_unknown_arguments(typed: Mapping[str, Any], readers: Mapping[str, Re
             f"--network_args {unknown[0]}: this network has no such setting."
             f"{did_you_mean(unknown[0], (*readers, *KEYS))} Its settings are {', '.join((*readers, *KEYS))}"
         )
-
-
-def _reject_conflicts(values: Mapping[str, Any]) -> None:
-    """Raise OptionError for --network_args that require or exclude each other."""
+    # Raise OptionError for --network_args that require or exclude each other
     if ("ggpo_sigma" in values) != ("ggpo_beta" in values):
         raise OptionError(
             "--network_args ggpo_sigma and ggpo_beta need each other: pass both, such as ggpo_sigma=0.03 "
@@ -318,6 +309,7 @@ def _reject_conflicts(values: Mapping[str, Any]) -> None:
         raise OptionError(
             f"--network_args {exclusive[0]} and {exclusive[-1]} cannot be used together: omit one"
         )
+    return values
 
 
 def _read_rank_rule(values: Mapping[str, Any], rank: int) -> RankRule | None:

@@ -48,28 +48,25 @@ def convert_to_norms(
     has_target_norms = lora.has_frozen_norms == are_frozen
     if is_dora_by_output and not has_target_norms:
         if baking is None:
-            return _keep_norms(lora, target)
+            # A DoRA without converting it; warn or raise if the target reads its magnitudes differently
+            if target == "default":
+                return lora
+            if lora.has_frozen_norms:
+                raise CheckpointError(
+                    f"{lora.path} is a DoRA in ComfyUI's form, which other programs read differently.\n"
+                    "  Add --dit with the model's file, followed by the files of the text encoders that it "
+                    "changes.",
+                    lora.path,
+                )
+            logger.warning(
+                f"{lora.path} is a DoRA: ComfyUI divides its magnitudes by other norms, so its effect there "
+                "differs by 3 to 24 %. Add --dit with the model that it was trained for to convert it exactly"
+            )
+            return lora
         return _convert_norms(lora, family, baking, are_frozen)
     if baking is not None:
         reason = "already has this form" if is_dora_by_output else "has no DoRA magnitudes by output"
         raise OptionError(f"--dit: {lora.path} {reason}, so --target {target} needs no model. Omit --dit")
-    return lora
-
-
-def _keep_norms(lora: LoraFile, target: str) -> LoraFile:
-    """Return a DoRA without converting it; warn or raise if the target reads its magnitudes differently."""
-    if target == "default":
-        return lora
-    if lora.has_frozen_norms:
-        raise CheckpointError(
-            f"{lora.path} is a DoRA in ComfyUI's form, which other programs read differently.\n"
-            "  Add --dit with the model's file, followed by the files of the text encoders that it changes.",
-            lora.path,
-        )
-    logger.warning(
-        f"{lora.path} is a DoRA: ComfyUI divides its magnitudes by other norms, so its effect there differs "
-        "by 3 to 24 %. Add --dit with the model that it was trained for to convert it exactly"
-    )
     return lora
 
 

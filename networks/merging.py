@@ -197,7 +197,22 @@ def save_sum(
         OutputError: If the file cannot be written.
     """
     dtype = _select_dtype(options) or DTYPES[options.precision]
-    tensors = _sum_loras(weighted_loras, options.concat, dtype, device)
+    # Sum(multiplier * alpha / rank * up @ down) over all files as the tensors of one LoRA
+    _reject_other_families([weighted_lora.lora for weighted_lora in weighted_loras])
+    for weighted_lora in weighted_loras:
+        rule = read_rank_rule(weighted_lora.lora.metadata)
+        if rule is not None:  # trained with a rank mask, which a sum cannot apply
+            logger.warning(f"{weighted_lora.lora.path} {rule.kind.merged}")
+    merged: dict[str, Tensor] = {}
+    for name, summands in _list_summands(weighted_loras).items():
+        total = _sum_factors(name, summands, device)
+        if not options.concat and len(summands) > 1:
+            total = _truncate(total, len(summands[0].factors[DOWN]))
+        merged[f"{name}.{DOWN}"] = total.down.to("cpu", dtype).contiguous()
+        merged[f"{name}.{UP}"] = total.up.to("cpu", dtype).contiguous()
+        # equal to the rank: alpha / rank is in the factors
+        merged[f"{name}.alpha"] = torch.tensor(float(len(total.down)))
+    tensors = merged
     loras = [weighted_lora.lora for weighted_lora in weighted_loras]
     family = _find_merged_family(loras, tensors, options)
     metadata = _make_sum_metadata(loras, tensors, family, options.no_metadata)
@@ -487,27 +502,6 @@ class _Summand(NamedTuple):
     lora: LoraFile
     factors: Factors
     multiplier: float
-
-
-def _sum_loras(
-    weighted_loras: Sequence[WeightedLora], concat: bool, dtype: torch.dtype, device: torch.device
-) -> dict[str, Tensor]:
-    """Return sum(multiplier * alpha / rank * up @ down) over all files as the tensors of one LoRA."""
-    _reject_other_families([weighted_lora.lora for weighted_lora in weighted_loras])
-    for weighted_lora in weighted_loras:
-        rule = read_rank_rule(weighted_lora.lora.metadata)
-        if rule is not None:  # trained with a rank mask, which a sum cannot apply
-            logger.warning(f"{weighted_lora.lora.path} {rule.kind.merged}")
-    merged: dict[str, Tensor] = {}
-    for name, summands in _list_summands(weighted_loras).items():
-        total = _sum_factors(name, summands, device)
-        if not concat and len(summands) > 1:
-            total = _truncate(total, len(summands[0].factors[DOWN]))
-        merged[f"{name}.{DOWN}"] = total.down.to("cpu", dtype).contiguous()
-        merged[f"{name}.{UP}"] = total.up.to("cpu", dtype).contiguous()
-        # equal to the rank: alpha / rank is in the factors
-        merged[f"{name}.alpha"] = torch.tensor(float(len(total.down)))
-    return merged
 
 
 def _reject_other_families(loras: Sequence[LoraFile]) -> None:

@@ -60,17 +60,13 @@ def _families_knowing(names: Sequence[str], hint: str | None) -> list[FamilyName
     # fast path: `all` stops at the first unknown name
     families = [family for family in FAMILIES if all(_find_module(name, family) for name in names)]
     if not families:
-        families = _families_knowing_most(names)
+        # The families that have the largest number of these module names; [] if none has any
+        counts: dict[FamilyNames, int] = {}
+        for family in FAMILIES:
+            counts[family] = sum(_find_module(name, family) is not None for name in names)
+        maximum = max(counts.values())
+        families = [family for family, count in counts.items() if maximum > 0 and count == maximum]
     return [hinted] if hinted in families else families
-
-
-def _families_knowing_most(names: Sequence[str]) -> list[FamilyNames]:
-    """Return the families that have the largest number of these module names; [] if none has any."""
-    counts: dict[FamilyNames, int] = {}
-    for family in FAMILIES:
-        counts[family] = sum(_find_module(name, family) is not None for name in names)
-    maximum = max(counts.values())
-    return [family for family, count in counts.items() if maximum > 0 and count == maximum]
 
 
 def list_accepted_families(name: str) -> tuple[FamilyNames, ...]:
@@ -155,7 +151,13 @@ _CONTRADICTS, _IN_PROPORTION, _AS_RELEASED, _COMPLETE = range(4)
 def _rate_agreement(family: FamilyNames, names: Sequence[str], sizes: Mapping[str, tuple[int, int]]) -> int:
     """Rate how well a file's sizes and block indices fit a family, from `_CONTRADICTS` to `_COMPLETE`."""
     expected_sizes = list(_expected_sizes(family, sizes))
-    block_numbers = _block_numbers(family, names)
+    # The block indices in module names, by the attribute name of the block list
+    numbers: dict[str, set[int]] = {}
+    for name in names:
+        found = _find_module(name, family)
+        if found is not None and "{n}" in found.path and found.number:
+            numbers.setdefault(found.path.partition(".")[0], set()).add(int(found.number))
+    block_numbers = numbers
     level = _CONTRADICTS
     if not family.released_sizes:  # no known widths or depths to contradict
         level = _rate_block_numbers(block_numbers, {})
@@ -187,16 +189,6 @@ def _rate_block_numbers(numbers: Mapping[str, set[int]], depths: Mapping[str, in
     if is_long and all(len(numbers[name]) == depths[name] for name in common):
         return _COMPLETE
     return _AS_RELEASED
-
-
-def _block_numbers(family: FamilyNames, names: Iterable[str]) -> dict[str, set[int]]:
-    """Return the block indices in module names, by the attribute name of the block list."""
-    numbers: dict[str, set[int]] = {}
-    for name in names:
-        found = _find_module(name, family)
-        if found is not None and "{n}" in found.path and found.number:
-            numbers.setdefault(found.path.partition(".")[0], set()).add(int(found.number))
-    return numbers
 
 
 class _ExpectedSize(NamedTuple):

@@ -30,7 +30,7 @@ from networks.alphas import without_alphas
 from networks.kinds import KINDS
 from networks.kinds.contract import named
 from networks.kinds.lora import LORA
-from networks.merging import DTYPES, DecomposedProduct, decompose_product
+from networks.merging import DTYPES, decompose_product
 from networks.metadata import STALE, add_hashes, layout_hash
 from networks.names.layouts import FOLDED, LAYOUT_KEY, PEFT_FILE
 from networks.rank_masks import read_rank_rule
@@ -165,7 +165,13 @@ def resize_file(options: ResizeOptions) -> None:
     save_tensors(options.save_to, tensors, add_hashes(tensors, metadata))
     if options.verbose:
         for module in resized:
-            logger.info("%s", _describe_module(module))
+            logger.info(
+                "%s",
+                f"{module.names.module}: rank {module.rank} of {module.old_rank}, alpha {module.alpha:g}, "
+                "sum kept "
+                f"{module.kept_sum:.1%}, Frobenius norm kept {module.kept_norm:.1%}, largest / smallest "
+                f"{module.largest_ratio:.1f}",
+            )
     _show_result(options, resized)
 
 
@@ -335,7 +341,13 @@ def _resize_module(
         singular_values, min(max_rank, old_rank), options.dynamic_method, options.dynamic_param
     )
     kept_values = singular_values[:rank]
-    down, up = _make_truncated_factors(decomposed, rank, product)
+    # The down and the up factor of a rank, in the module's shape
+    # the product's singular vectors are left @ u and right @ vh^T; its singular values go into the up factor
+    down = decomposed.vh[:rank] @ decomposed.right.T
+    up = decomposed.left @ (decomposed.u[:, :rank] * decomposed.singular_values[:rank])
+    kernel_axes = [1] * len(product.kernel)  # the up factor of a convolution has the kernel size 1
+    down = down.reshape(rank, product.in_channels, *product.kernel)
+    up = up.reshape(*up.shape, *kernel_axes)
     strength = 1.0
     if names.alpha is not None:
         strength = float(tensors[names.alpha]) / old_rank
@@ -350,18 +362,6 @@ def _resize_module(
         largest_ratio=_divide(singular_values[0], kept_values[-1]),
         has_learned=bool(singular_values[0] > MIN_LEARNED),
     )
-
-
-def _make_truncated_factors(
-    decomposed: DecomposedProduct, rank: int, product: FactorProduct
-) -> tuple[Tensor, Tensor]:
-    """Return the down and the up factor of a rank, in the module's shape."""
-    # the product's singular vectors are left @ u and right @ vh^T; its singular values go into the up factor
-    down = decomposed.vh[:rank] @ decomposed.right.T
-    up = decomposed.left @ (decomposed.u[:, :rank] * decomposed.singular_values[:rank])
-    kernel_axes = [1] * len(product.kernel)  # the up factor of a convolution has the kernel size 1
-    down = down.reshape(rank, product.in_channels, *product.kernel)
-    return down, up.reshape(*up.shape, *kernel_axes)
 
 
 def select_rank(
@@ -444,14 +444,6 @@ def _common_sizes(modules: Sequence[ResizedModule], options: ResizeOptions) -> t
         return DIFFERENT_RANKS, DIFFERENT_RANKS
     rank, alpha = pairs.pop()
     return str(rank), str(alpha)
-
-
-def _describe_module(module: ResizedModule) -> str:
-    return (
-        f"{module.names.module}: rank {module.rank} of {module.old_rank}, alpha {module.alpha:g}, sum kept "
-        f"{module.kept_sum:.1%}, Frobenius norm kept {module.kept_norm:.1%}, largest / smallest "
-        f"{module.largest_ratio:.1f}"
-    )
 
 
 def _show_result(options: ResizeOptions, modules: Sequence[ResizedModule]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from modules.console import list_some
 from modules.errors import CheckpointError
 from networks.apply import LoraPatch
-from networks.loading import LoraFile, WeightedLora, select_network_part
+from networks.loading import WeightedLora, select_network_part
 from networks.lora_network import get_prefix, rename_texts
 from networks.names.layouts import OURS
 from networks.names.texts import TEXT_PROJECTION, open_clip_names, published_parameter
@@ -42,40 +42,35 @@ def select_for_network(
     loras_for_network = []
     for weighted_lora in weighted_loras:
         if prefix:
-            lora = _select_encoder(weighted_lora.lora, prefix, prefixes)
+            # A LoRA's part for one text encoder, named as in a LoRA for a transformer, without its metadata
+            text_tensors = weighted_lora.lora.text_tensors
+            if prefixes is not None:
+                text_tensors = rename_texts(text_tensors, prefixes)
+            tensors: dict[str, Tensor] = {}
+            for name, tensor in text_tensors.items():
+                if get_prefix(name) == prefix:
+                    tensors[OURS + name.removeprefix(f"{prefix}_")] = tensor
+            # prefixes of metadata keys for the DiT's part of a file: its model, and arguments such as rank
+            # masks
+            keys_for_dit = ("ss_base", "modelspec", "ss_network_args")
+            metadata = {
+                key: text
+                for key, text in weighted_lora.lora.metadata.items()
+                if not key.startswith(keys_for_dit)
+            }
+            lora = replace(
+                weighted_lora.lora,
+                tensors=tensors,
+                text_tensors={},
+                metadata=metadata,
+                encoder=prefix,
+                changes_other_networks=bool(weighted_lora.lora.tensors) or len(tensors) < len(text_tensors),
+            )
         else:
             lora = replace(weighted_lora.lora, text_tensors={})
         if lora.tensors:
             loras_for_network.append(replace(weighted_lora, lora=lora))
     return loras_for_network
-
-
-def _select_encoder(lora: LoraFile, prefix: str, prefixes: Collection[str] | None) -> LoraFile:
-    """Return a LoRA's part for one text encoder, named as in a LoRA for a transformer, without its metadata.
-
-    Args:
-        lora: The LoRA file.
-        prefix: Prefix of the text encoder in LoRA files.
-        prefixes: Prefixes of all text encoders of the model; None if the LoRA already uses these prefixes.
-    """
-    text_tensors = lora.text_tensors
-    if prefixes is not None:
-        text_tensors = rename_texts(text_tensors, prefixes)
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in text_tensors.items():
-        if get_prefix(name) == prefix:
-            tensors[OURS + name.removeprefix(f"{prefix}_")] = tensor
-    # prefixes of metadata keys for the DiT's part of a file: its model, and arguments such as rank masks
-    keys_for_dit = ("ss_base", "modelspec", "ss_network_args")
-    metadata = {key: text for key, text in lora.metadata.items() if not key.startswith(keys_for_dit)}
-    return replace(
-        lora,
-        tensors=tensors,
-        text_tensors={},
-        metadata=metadata,
-        encoder=prefix,
-        changes_other_networks=bool(lora.tensors) or len(tensors) < len(text_tensors),
-    )
 
 
 class TextLoras:
@@ -116,16 +111,12 @@ class TextLoras:
                     f"{list_some(names, 2)}"
                 )
         if not any(has_text_layers(encoder) for encoder in encoders):
-            self._warn_of_missing_connectors()
-
-    def _warn_of_missing_connectors(self) -> None:
-        """Warn of changes to modules between text encoder and transformer that this model lacks."""
-        for weighted_lora in self._connector_loras:
-            names = [*weighted_lora.lora.tensors]
-            logger.warning(
-                f"{weighted_lora.lora.path}: {len(names)} tensors change {describe_text_side(names)}, which "
-                f"this model does not have, and are ignored: {list_some(names, 2)}"
-            )
+            for weighted_lora in self._connector_loras:
+                names = [*weighted_lora.lora.tensors]
+                logger.warning(
+                    f"{weighted_lora.lora.path}: {len(names)} tensors change {describe_text_side(names)}, "
+                    f"which this model does not have, and are ignored: {list_some(names, 2)}"
+                )
 
     def add_to(self, encoder: TextEncoder) -> None:
         """Merge the encoder's LoRAs into its weights; do nothing if they are already merged.

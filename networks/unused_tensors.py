@@ -61,7 +61,17 @@ def explain_unused_tensor(family: FamilyNames | None, key: str) -> UnusedReason:
     if path.startswith(_WORD_EMBEDDINGS):
         return UnusedReason(f"are word embeddings and are ignored{_advise_on_word(key)}")
     if module_names.is_known_module(name):
-        return _explain_whole_weight(name, leaf)
+        # Why a complete weight of the model, instead of a change, is ignored
+        kind = "weights"
+        if leaf == ".bias":
+            kind = "biases"
+        elif "norm" in name:
+            kind = "norms"
+        return UnusedReason(
+            f"are complete {kind} of the model, not changes, and are ignored",
+            f"complete {kind} are not part of a LoRA, but it was trained together with them. Save only the "
+            "change with the program that made it.",
+        )
     module, dot, part = path.rpartition(".")
     # a known module with an unknown factor: an unsupported kind of adapter
     if dot and module_names.is_known_module(module.replace(".", "_")):
@@ -84,32 +94,6 @@ def _advise_on_word(key: str) -> str:
     return (
         f", so that {word} means nothing in a prompt here. The scripts that generate with Stable Diffusion "
         "know the word if this file is one of their LoRAs; strength 0 adds only its words"
-    )
-
-
-def _explain_whole_weight(name: str, leaf: str) -> UnusedReason:
-    """Return why a complete weight of the model, instead of a change, is ignored."""
-    kind = "weights"
-    if leaf == ".bias":
-        kind = "biases"
-    elif "norm" in name:
-        kind = "norms"
-    return UnusedReason(
-        f"are complete {kind} of the model, not changes, and are ignored",
-        f"complete {kind} are not part of a LoRA, but it was trained together with them. Save only the "
-        "change with the program that made it.",
-    )
-
-
-def _explain_sibling_model(model: FamilyNames, is_bias: bool) -> UnusedReason:
-    """Return the reason for a module or bias that only other models of the same family have."""
-    if is_bias:
-        return UnusedReason(
-            ": they are biases, which these layers do not have in this model", "its biases are left out."
-        )
-    return UnusedReason(
-        f": other models of {model.name} have them",
-        f"it is for another model of {model.name}, with other layers. Pass a LoRA for this one.",
     )
 
 
@@ -138,7 +122,15 @@ def explain_absent_module(
     if model is not None and not is_other_size and module_names.is_optional(module, model):
         return UnusedReason(f": they are for {model.optional_description}; the rest is used without them")
     if model is not None and module_names.has_module(module, model):
-        return _explain_sibling_model(model, is_bias=leaf == "bias")
+        # The reason for a module or bias that only other models of the same family have
+        if leaf == "bias":
+            return UnusedReason(
+                ": they are biases, which these layers do not have in this model", "its biases are left out."
+            )
+        return UnusedReason(
+            f": other models of {model.name} have them",
+            f"it is for another model of {model.name}, with other layers. Pass a LoRA for this one.",
+        )
     # a model of another family
     families = [family.name for family in module_names.FAMILIES if module_names.has_module(module, family)]
     if families:

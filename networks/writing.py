@@ -270,7 +270,18 @@ def _in_diffusers(factors: Factors) -> ConvertedFactors:
         return {rotation.factor_name: factors[rotation.factor_name]}
     is_full_difference = factors.keys().isdisjoint({DOWN, MAGNITUDES}) and "diff" in factors
     if is_full_difference and factors["diff"].ndim == 2:
-        factors = _to_full_rank(factors)
+        # Convert a full matrix difference, out x in, to a LoRA whose other factor is an identity matrix
+        difference = factors["diff"]
+        out_features, in_features = difference.shape
+        identity = torch.eye(min(out_features, in_features), dtype=difference.dtype)
+        lora = {part: tensor for part, tensor in factors.items() if part not in ("diff", "alpha")}
+        if out_features <= in_features:  # the smaller rank
+            lora[DOWN] = difference
+            lora[UP] = identity
+        else:
+            lora[DOWN] = identity
+            lora[UP] = difference
+        factors = lora
     error = _find_peft_error(factors, delta)
     if error is not None:
         return error
@@ -302,21 +313,6 @@ def _to_peft_magnitudes(magnitudes: Tensor) -> Tensor:
     if num_kernel_axes:
         return magnitudes.reshape(1, -1, *[1] * num_kernel_axes)
     return magnitudes.flatten()
-
-
-def _to_full_rank(factors: Factors) -> Factors:
-    """Convert a full matrix difference, out x in, to a LoRA whose other factor is an identity matrix."""
-    difference = factors["diff"]
-    out_features, in_features = difference.shape
-    identity = torch.eye(min(out_features, in_features), dtype=difference.dtype)
-    lora = {part: tensor for part, tensor in factors.items() if part not in ("diff", "alpha")}
-    if out_features <= in_features:  # the smaller rank
-        lora[DOWN] = difference
-        lora[UP] = identity
-    else:
-        lora[DOWN] = identity
-        lora[UP] = difference
-    return lora
 
 
 def _fold(factors: Factors) -> dict[str, Tensor]:
@@ -387,7 +383,11 @@ def _cut(factors: Factors, paths: list[str]) -> Pieces | str:
     if not row_counts:
         return f"its {rows} rows are not those of {len(paths)} parts"
     pieces: dict[str, Factors] = {}
-    for path, piece in zip(paths, _cut_or_separate(factors, row_counts), strict=True):
+    # A LoRA that was joined from LoRAs of the parts is separated into them, with their own ranks. Other parts
+    # share the down factor.
+    for path, piece in zip(
+        paths, joined_blocks(factors, row_counts) or _cut_rows(factors, row_counts), strict=True
+    ):
         if piece is None:  # DoRA magnitudes by input cannot be cut by rows
             return "its magnitudes belong to the whole weight"
         pieces[path] = piece
@@ -402,13 +402,6 @@ def _count_part_rows(num_parts: int, rows: int, columns: int) -> tuple[int, ...]
     if num_parts == 2 and rows % 2 == 0:
         return rows // 2, rows // 2
     return count_fused_part_rows(num_parts, rows=rows, columns=columns)
-
-
-def _cut_or_separate(factors: Factors, row_counts: Sequence[int]) -> Sequence[Factors | None]:
-    """Return the factors of each part of a fused weight; None for a part that cannot be cut out."""
-    # A LoRA that was joined from LoRAs of the parts is separated into them, with their own ranks. Other parts
-    # share the down factor.
-    return joined_blocks(factors, row_counts) or _cut_rows(factors, row_counts)
 
 
 def _size_to_cut(factors: Factors) -> tuple[int, int] | None:
@@ -455,7 +448,14 @@ def convert_to_dialect(
         diffusers_prefix: Prefix of names in diffusers: the name of the network in the pipeline.
     """
     if target == "other":
-        unreadable = _find_unreadable_in_comfyui(native)
+        # The modules that ComfyUI cannot read, each with the reason
+        unreadable: dict[str, str] = {}
+        for name, factors in deltas.group_by_module(native).items():
+            reasons = [
+                kind.not_in_comfyui for kind in find_kinds_with_factors(factors) if kind.not_in_comfyui
+            ]
+            if reasons:
+                unreadable[name] = reasons[0]
         if unreadable:  # convert all other modules, and report these as left out
             readable = {
                 name: tensor for name, tensor in native.items() if name.partition(".")[0] not in unreadable
@@ -481,16 +481,6 @@ def _select_underscored_names(family: FamilyNames | None, target: str) -> str:
     if target == "other" and family.underscored_in_comfyui:
         return "aliases"
     return family.underscored_names
-
-
-def _find_unreadable_in_comfyui(native: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return the modules that ComfyUI cannot read, each with the reason."""
-    unreadable: dict[str, str] = {}
-    for name, factors in deltas.group_by_module(native).items():
-        reasons = [kind.not_in_comfyui for kind in find_kinds_with_factors(factors) if kind.not_in_comfyui]
-        if reasons:
-            unreadable[name] = reasons[0]
-    return unreadable
 
 
 def _write_fused(native: Mapping[str, Tensor], family: FamilyNames) -> TranslatedModules:

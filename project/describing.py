@@ -304,7 +304,13 @@ def _trains_on(setup: RunSetup, kind: str) -> bool:
 def _describe_subsets(setup: RunSetup) -> list[str]:
     """Return the tables of dataset.toml with [[datasets.subsets]]."""
     # Only this layout has regularization images and shuffled tags.
-    bucket_sides = _select_bucket_sides(setup.target_size)
+    # The keys min_bucket_reso and max_bucket_reso for a target size, in steps of SIDE_STEP
+    shortest = min(setup.target_size)
+    if shortest >= SIDE_STEP:
+        shortest = shortest // SIDE_STEP * SIDE_STEP
+    # leaves room for the long side of an image with an extreme aspect ratio
+    largest = round_up(2 * max(setup.target_size), SIDE_STEP)
+    bucket_sides = {"min_bucket_reso": min(DEFAULT_SIDE, shortest), "max_bucket_reso": largest}
     # the [general] table already has the keys of another trainer's project
     dataset_keys = {name: side for name, side in bucket_sides.items() if name not in setup.general_keys}
     lines = ["", *_format_toml_table("[[datasets]]", dataset_keys)]
@@ -314,36 +320,22 @@ def _describe_subsets(setup: RunSetup) -> list[str]:
         subset_keys = {SUBSET_KEYS.get(name, name): value for name, value in table_keys.items()}
         lines += ["", *_format_toml_table("[[datasets.subsets]]", subset_keys)]
     for folder in setup.content.regularization_folders:
-        lines += ["", *_format_toml_table("[[datasets.subsets]]", _make_regularization_keys(setup, folder))]
+        # The dataset.toml keys of the subset for a folder of regularization images.
+        cache = Path("cache", "images", folder.parent.name, folder.name).as_posix()
+        keys: dict[str, Any] = {
+            "image_dir": setup.relative_path(folder),
+            "cache_directory": cache,
+            "is_reg": True,
+        }
+        name = setup.content.parsed_folder_names.get(folder)
+        if name is not None:
+            if name.repeats > 1:
+                keys["num_repeats"] = name.repeats
+            keys["class_tokens"] = name.class_tokens
+        if setup.trigger_word:
+            keys["trigger_word"] = ""  # images of the class must not contain it
+        lines += ["", *_format_toml_table("[[datasets.subsets]]", keys)]
     return lines
-
-
-def _select_bucket_sides(target_size: tuple[int, int]) -> dict[str, int]:
-    """Return the keys min_bucket_reso and max_bucket_reso for a target size, in steps of SIDE_STEP."""
-    shortest = min(target_size)
-    if shortest >= SIDE_STEP:
-        shortest = shortest // SIDE_STEP * SIDE_STEP
-    # leaves room for the long side of an image with an extreme aspect ratio
-    largest = round_up(2 * max(target_size), SIDE_STEP)
-    return {"min_bucket_reso": min(DEFAULT_SIDE, shortest), "max_bucket_reso": largest}
-
-
-def _make_regularization_keys(setup: RunSetup, folder: Path) -> dict[str, Any]:
-    """Return the dataset.toml keys of the subset for a folder of regularization images."""
-    cache = Path("cache", "images", folder.parent.name, folder.name).as_posix()
-    keys: dict[str, Any] = {
-        "image_dir": setup.relative_path(folder),
-        "cache_directory": cache,
-        "is_reg": True,
-    }
-    name = setup.content.parsed_folder_names.get(folder)
-    if name is not None:
-        if name.repeats > 1:
-            keys["num_repeats"] = name.repeats
-        keys["class_tokens"] = name.class_tokens
-    if setup.trigger_word:
-        keys["trigger_word"] = ""  # images of the class must not contain it
-    return keys
 
 
 def _make_general_keys(setup: RunSetup) -> dict[str, Any]:
@@ -621,26 +613,18 @@ def list_commands(setup: RunSetup) -> list[list[str]]:
 
     Captions that vary from step to step are not cached: the training script encodes them.
     """
-    download = _make_download_command(setup)
-    cache_latents = _make_latent_caching_command(setup)
-    cache_texts = _make_text_caching_command(setup)
-    check_media = [*cache_latents, "--check", "--html", CHECK_PAGE]
-    check_texts = [*cache_texts, "--check"]
-    train = _make_training_command(setup)
-    if setup.encodes_captions_each_step:
-        return [download, check_media, cache_latents, train]
-    return [download, check_media, check_texts, cache_latents, cache_texts, train]
-
-
-def _make_latent_caching_command(setup: RunSetup) -> list[str]:
+    model = setup.model
+    download = ["python", "tools/download.py", "--family", model.family, "--task", model.task]
+    if setup.uses_8bit_text_encoders:
+        download.append("--fp8_encoders")
+    if setup.options_without_download:
+        download += ["--without", *setup.options_without_download]
+    download = [*download, "--to", str(real_path(setup.options.models))]
     command = _fill_placeholders(setup, _list_arguments(setup, "latents"))
     if setup.needs_float32:
         command += _list_float32_options(setup, "LatentCaching")
-    return command
-
-
-def _make_text_caching_command(setup: RunSetup) -> list[str]:
-    """Return the command that caches text embeddings, and what the recommended targets need of them."""
+    cache_latents = command
+    # The command that caches text embeddings, and what the recommended targets need of them
     # The targets keep a distilled model's ability to sample in few steps. The user may choose one afterwards
     # in run.toml, without caching again.
     command = _fill_placeholders(setup, _list_arguments(setup, "texts"))
@@ -649,14 +633,16 @@ def _make_text_caching_command(setup: RunSetup) -> list[str]:
     few_steps = setup.model_info.few_step_advice
     for target in () if few_steps is None else few_steps.targets:
         command += shlex.split(target.caching)
-    return command
-
-
-def _make_training_command(setup: RunSetup) -> list[str]:
-    """Return the training command, whose options are in run.toml except the switch for the kind of run."""
+    cache_texts = command
+    check_media = [*cache_latents, "--check", "--html", CHECK_PAGE]
+    check_texts = [*cache_texts, "--check"]
+    # The training command, whose options are in run.toml except the switch for the kind of run.
     script, *kind_options = setup.kind.find_training_command(setup.model)
     switches = [option for option in kind_options if option == setup.kind.switch]
-    return ["python", script, "--config_file", RUN_FILE, *switches]
+    train = ["python", script, "--config_file", RUN_FILE, *switches]
+    if setup.encodes_captions_each_step:
+        return [download, check_media, cache_latents, train]
+    return [download, check_media, check_texts, cache_latents, cache_texts, train]
 
 
 def _fill_placeholders(setup: RunSetup, words: Sequence[str]) -> list[str]:
@@ -671,16 +657,6 @@ def _list_float32_options(setup: RunSetup, command_title: str) -> list[str]:
     for name in setup.model_info.dtype_options[command_title]:
         options += [f"--{name}", FLOAT32]
     return options
-
-
-def _make_download_command(setup: RunSetup) -> list[str]:
-    model = setup.model
-    download = ["python", "tools/download.py", "--family", model.family, "--task", model.task]
-    if setup.uses_8bit_text_encoders:
-        download.append("--fp8_encoders")
-    if setup.options_without_download:
-        download += ["--without", *setup.options_without_download]
-    return [*download, "--to", str(real_path(setup.options.models))]
 
 
 def _list_arguments(setup: RunSetup, step: str) -> list[str]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dataset.config import DatasetConfig, load_dataset_config, with_lengths, with_references
+from dataset.config import load_dataset_config, with_lengths, with_references
 from dataset.control_pairs import check_pairs
 from dataset.listing import find_sources
 from dataset.sources.media_source import LISTED, Fault, MediaSource, list_errors
@@ -40,7 +40,6 @@ from project.kinds.whole_model import FULL
 from project.known_folders import remember_folder
 from project.media import (
     FolderContent,
-    Media,
     PlannedTraining,
     SuggestedModels,
     collect_content,
@@ -115,7 +114,10 @@ def write_project(options: NewOptions) -> None:
         OutputError: If one of the three files exists.
     """
     memory = find_memory() if options.memory is None else options.memory
-    template = _read_template(options)
+    template = _Template(
+        foreign=None if options.from_file is None else read_foreign(options.from_file, options.trains),
+        recipe=None if options.recipe is None else find_recipe(options.recipe),
+    )
     completed = template.complete_options(options)
     model_choice = _select_model(completed, memory, template)
     if template.foreign is not None:
@@ -177,14 +179,6 @@ class _Template(NamedTuple):
         return []
 
 
-def _read_template(options: NewOptions) -> _Template:
-    """Read the project that --from names, or the recipe that --recipe names."""
-    return _Template(
-        foreign=None if options.from_file is None else read_foreign(options.from_file, options.trains),
-        recipe=None if options.recipe is None else find_recipe(options.recipe),
-    )
-
-
 def _select_model(options: NewOptions, memory: float, template: _Template) -> ModelChoice:
     """Choose the model. If this fails, the error also says which model the other trainer's project names."""
     try:
@@ -232,7 +226,23 @@ def _print_report(
     else:
         written = ", ".join(str(options.folder / name) for name in WRITTEN)
         lines.append(f"written: {written}")
-        lines.append(_describe_next(setup, bool(problems.errors), missing_packages))
+        # The closing line of `new`: the training command, after any steps that must come first
+        has_errors = bool(problems.errors)
+        command = ["run", as_operand(setup.options.folder)]
+        downloads = ""
+        if not all(Path(path).exists() for path in setup.model_files.values()):
+            command += download_options(setup.options.models)
+            downloads = "downloads the model, "
+        run_text = f"{own_command(*command)} {downloads}checks, caches and trains"
+        steps_before = [f"pip install {' '.join(missing_packages)}"] if missing_packages else []
+        if has_errors:
+            steps_before.append("fix the problems listed above")
+        if _find_uncaptioned_media(setup):
+            steps_before.append("add captions or a trigger word as above")
+        text = run_text
+        if steps_before:
+            text = f"First {', and '.join(steps_before)}. Then {run_text}"
+        lines.append(KindLine(MEND if has_errors else NEXT, text))
     print_lines(show_kinds(lines))
 
 
@@ -442,18 +452,7 @@ def _collect_content(
     options: NewOptions, model: ModelSet, model_info: ModelInfo, kind: RunKind
 ) -> FolderContent:
     """Return the content of the folder, with hints about more suitable models of other tasks."""
-    training = PlannedTraining(
-        model_info=model_info,
-        model_name=f"{model.family} {model.task}",
-        kind=kind,
-        control_kind=find_control_kind(model),
-        suggested_models=_list_suggested_models(model, model_info),
-    )
-    return collect_content(options.folder, training)
-
-
-def _list_suggested_models(model: ModelSet, model_info: ModelInfo) -> SuggestedModels:
-    """Return models for folders that this one cannot use: with references, audio alone, or silent clips."""
+    # Models for folders that this one cannot use: with references, audio alone, or silent clips
     models = find_models()
     family_models = [other for other in models if other.family == model.family]
     audio_options = [f"--task {other.task}" for other in family_models if trains_on_audio_alone(other)]
@@ -464,11 +463,18 @@ def _list_suggested_models(model: ModelSet, model_info: ModelInfo) -> SuggestedM
     if model_info.trains_on_audio:
         silent_tasks = (other.task for other in family_models if not read_model_info(other).trains_on_audio)
         silent_task = next(silent_tasks, "")
-    return SuggestedModels(
-        editing_task=next((other.task for other in family_models if needs_image(other)), ""),
-        audio_options=" or ".join(audio_options),
-        silent_task=silent_task,
+    training = PlannedTraining(
+        model_info=model_info,
+        model_name=f"{model.family} {model.task}",
+        kind=kind,
+        control_kind=find_control_kind(model),
+        suggested_models=SuggestedModels(
+            editing_task=next((other.task for other in family_models if needs_image(other)), ""),
+            audio_options=" or ".join(audio_options),
+            silent_task=silent_task,
+        ),
     )
+    return collect_content(options.folder, training)
 
 
 def _write_captions_and_first_frames(content: FolderContent) -> None:
@@ -501,7 +507,10 @@ def _check_dataset(setup: describing.RunSetup, dataset_toml: str) -> DatasetProb
     with temporary_folder() as copies, contextlib.chdir(setup.options.folder), quiet():
         copy = copies / DATASET_FILE
         write_text(copy, dataset_toml)
-        config = _load_config(copy, setup)
+        # Load a dataset.toml with the clip lengths and references that the model accepts.
+        family = setup.model_info.family
+        config = with_lengths(load_dataset_config(copy), describing.get_clip_lengths(setup.model))
+        config = with_references(config, family.references, family.abilities.references)
         for table in config.datasets:
             errors += _find_table_errors(table, setup.content.unreadable_media)
         if setup.kind.uses_control_images and not errors:
@@ -514,13 +523,6 @@ def _check_dataset(setup: describing.RunSetup, dataset_toml: str) -> DatasetProb
     # indented lines belong to the error above them
     lines = [line if line.startswith(" ") else fault(line) for line in lines]
     return DatasetProblems(lines, pair_warnings)
-
-
-def _load_config(path: Path, setup: describing.RunSetup) -> DatasetConfig:
-    """Load a dataset.toml with the clip lengths and references that the model accepts."""
-    family = setup.model_info.family
-    config = with_lengths(load_dataset_config(path), describing.get_clip_lengths(setup.model))
-    return with_references(config, family.references, family.abilities.references)
 
 
 def _find_table_errors(table: DatasetTable, unreadable_media: Iterable[Path]) -> list[Fault]:
@@ -539,28 +541,20 @@ def _find_table_errors(table: DatasetTable, unreadable_media: Iterable[Path]) ->
     return errors
 
 
-def _describe_next(setup: describing.RunSetup, has_errors: bool, missing_packages: Sequence[str]) -> str:
-    """Return the closing line of `new`: the training command, after any steps that must come first."""
-    command = ["run", as_operand(setup.options.folder)]
-    downloads = ""
-    if not all(Path(path).exists() for path in setup.model_files.values()):
-        command += download_options(setup.options.models)
-        downloads = "downloads the model, "
-    run_text = f"{own_command(*command)} {downloads}checks, caches and trains"
-    steps_before = [f"pip install {' '.join(missing_packages)}"] if missing_packages else []
-    if has_errors:
-        steps_before.append("fix the problems listed above")
-    if _find_uncaptioned_media(setup):
-        steps_before.append("add captions or a trigger word as above")
-    text = run_text
-    if steps_before:
-        text = f"First {', and '.join(steps_before)}. Then {run_text}"
-    return KindLine(MEND if has_errors else NEXT, text)
-
-
 def _describe_choice(setup: describing.RunSetup, remarks: list[str]) -> list[str]:
     """Return lines about the folder, the model, and how well they fit."""
     # `remarks` are lines about how the model was chosen.
+    contradiction = setup.model_info.task_contradiction
+    # Warnings about clips that are too short, and about images that the model does not use
+    warnings = [_describe_short_clips(setup), _describe_clips_used_as_images(setup), _describe_images(setup)]
+    # A line for each folder of images that a control network learns from
+    alternative = "" if setup.options.trains else ". --train lora trains a LoRA without them"
+    lines = []
+    for folder, control_folder in setup.content.control_folders.items():
+        data = f"its pairs with {control_folder}"
+        if setup.kind.inpaints_images:
+            data = "its images, in which each step masks a random part to repaint"
+        lines.append(f"{folder}: {setup.kind.title} learns from {data}{alternative}")
     return [
         _summarize(setup),
         *setup.content.report_lines,
@@ -568,14 +562,20 @@ def _describe_choice(setup: describing.RunSetup, remarks: list[str]) -> list[str
         *_describe_size(setup),
         _describe_model(setup),
         *setup.kind.describe(setup.model, setup.memory),
-        *_describe_control_folders(setup),
-        *_describe_embedded_files(setup),
+        *lines,
+        *[
+            f"--{name}: taken from {checkpoint}. --model_file {name}=FILE uses another one"
+            for name, checkpoint in setup.embedded_model_files.items()
+        ],
         *_describe_precision(setup),
-        *_describe_contradiction(setup),
+        *([warning(contradiction)] if contradiction else []),
         *_describe_distillation(setup),
         *_describe_adapter_training(setup),
-        *_describe_reference_folders(setup),
-        *_describe_lengths(setup),
+        *[
+            f"{folder}: made from {reference_folder}"
+            for folder, reference_folder in setup.content.reference_folders.items()
+        ],
+        *([warning(text) for text in warnings if text]),
     ]
 
 
@@ -586,31 +586,6 @@ def _describe_size(setup: describing.RunSetup) -> list[str]:
         return []
     width, height = setup.target_size
     return [f"{width}x{height}: {reason}"]
-
-
-def _describe_control_folders(setup: describing.RunSetup) -> list[str]:
-    """Return a line for each folder of images that a control network learns from."""
-    alternative = "" if setup.options.trains else ". --train lora trains a LoRA without them"
-    lines = []
-    for folder, control_folder in setup.content.control_folders.items():
-        data = f"its pairs with {control_folder}"
-        if setup.kind.inpaints_images:
-            data = "its images, in which each step masks a random part to repaint"
-        lines.append(f"{folder}: {setup.kind.title} learns from {data}{alternative}")
-    return lines
-
-
-def _describe_embedded_files(setup: describing.RunSetup) -> list[str]:
-    """Return a line for each model file, such as the VAE, that a typed checkpoint contains."""
-    return [
-        f"--{name}: taken from {checkpoint}. --model_file {name}=FILE uses another one"
-        for name, checkpoint in setup.embedded_model_files.items()
-    ]
-
-
-def _describe_contradiction(setup: describing.RunSetup) -> list[str]:
-    contradiction = setup.model_info.task_contradiction
-    return [warning(contradiction)] if contradiction else []
 
 
 def _describe_adapter_training(setup: describing.RunSetup) -> list[str]:
@@ -629,13 +604,6 @@ def _can_be_made_anew(setup: describing.RunSetup) -> bool:
     is_own = setup.folder.name == OWN_FOLDER and (setup.folder.parent / OWN_PROMPTS).exists()
     is_real = find_origin(setup.content) == REAL_MEDIA and not is_own
     return is_real and bool(list_distinct_captions(setup))
-
-
-def _describe_reference_folders(setup: describing.RunSetup) -> list[str]:
-    return [
-        f"{folder}: made from {reference_folder}"
-        for folder, reference_folder in setup.content.reference_folders.items()
-    ]
 
 
 def _describe_precision(setup: describing.RunSetup) -> list[str]:
@@ -687,15 +655,11 @@ def _summarize(setup: describing.RunSetup) -> str:
     card = "a CPU (--memory 12: a card of 12 GiB)"
     if setup.memory:
         card = f"a card of {setup.memory:.0f} GiB"
-    media = _count_media(setup.media)
-    return f"{setup.options.folder}: {media}. {setup.model_name}{size}, on {card}"
-
-
-def _count_media(media: Sequence[Media]) -> str:
-    """Return the number of files of each kind as text, such as `3 clips and 1 image`."""
-    counts = Counter[str](item.kind for item in media)
+    # The number of files of each kind as text, such as `3 clips and 1 image`
+    counts = Counter[str](item.kind for item in setup.media)
     texts = [format_count(counts[kind], word) for kind, word in KIND_WORDS.items() if counts[kind]]
-    return " and ".join(texts)
+    media = " and ".join(texts)
+    return f"{setup.options.folder}: {media}. {setup.model_name}{size}, on {card}"
 
 
 def _describe_model(setup: describing.RunSetup) -> str:
@@ -713,12 +677,6 @@ def _describe_model(setup: describing.RunSetup) -> str:
         return f"{summary}{slow}. {free} are free on the disk of {setup.folder}"
     subject = "Its transformer: " if setup.memory else ""
     return f"{summary}. {subject}{describe_fit(model, setup.memory)}"
-
-
-def _describe_lengths(setup: describing.RunSetup) -> list[str]:
-    """Return warnings about clips that are too short, and about images that the model does not use."""
-    warnings = [_describe_short_clips(setup), _describe_clips_used_as_images(setup), _describe_images(setup)]
-    return [warning(text) for text in warnings if text]
 
 
 def _describe_short_clips(setup: describing.RunSetup) -> str:
@@ -783,24 +741,21 @@ def _describe_captions(setup: describing.RunSetup) -> list[str]:
         text = f"{names}: no caption in a {suffix} file; {trigger} (class_tokens) stands for it"
         lines.append(KindLine(CAPTIONS, text))
     if uncaptioned:
-        lines += _describe_ways_to_captions(setup, uncaptioned)
+        # Lines about media without captions: how a model writes them, or a trigger word replaces them
+        captioning_argv = make_caption_argv([shlex.split(setup.model.commands["latents"])])
+        problem = (
+            f"{name_some(uncaptioned)}: without a caption in a {setup.content.caption_suffix} file next to "
+            "it, "
+            f"which `run` refuses. A model ({CAPTION_MODEL}, {CAPTION_MODEL_SIZE} to download) writes them, "
+            f"in the folder {setup.folder}:"
+        )
+        lines += [
+            KindLine(CAPTIONS, problem),
+            f"  {typed_in(captioning_argv, setup.folder)}",
+            KindLine(CAPTIONS, "or name what they show by a made-up word alone:"),
+            f"  {_make_new_command(setup, trigger_word='WORD')}",
+        ]
     return lines
-
-
-def _describe_ways_to_captions(setup: describing.RunSetup, uncaptioned: Sequence[Path]) -> list[str]:
-    """Return lines about media without captions: how a model writes them, or a trigger word replaces them."""
-    captioning_argv = make_caption_argv([shlex.split(setup.model.commands["latents"])])
-    problem = (
-        f"{name_some(uncaptioned)}: without a caption in a {setup.content.caption_suffix} file next to it, "
-        f"which `run` refuses. A model ({CAPTION_MODEL}, {CAPTION_MODEL_SIZE} to download) writes them, in "
-        f"the folder {setup.folder}:"
-    )
-    return [
-        KindLine(CAPTIONS, problem),
-        f"  {typed_in(captioning_argv, setup.folder)}",
-        KindLine(CAPTIONS, "or name what they show by a made-up word alone:"),
-        f"  {_make_new_command(setup, trigger_word='WORD')}",
-    ]
 
 
 def _describe_tags(setup: describing.RunSetup) -> list[str]:
@@ -818,9 +773,18 @@ def _describe_tags(setup: describing.RunSetup) -> list[str]:
     reader = f"Models made from {setup.model_name} on tags read"
     if was_trained_on_tags:
         reader = f"{setup.model_name} reads"
+    # A text about the tags that stay in place and about {a|b} choices, with the keys for both
+    keys = tags.make_keys(setup.trigger_word)
+    text = ""
+    if "keep_tokens_separator" in keys:
+        text = f", but for those before {keys['keep_tokens_separator']} (keep_tokens_separator)"
+    elif "keep_tokens" in keys:
+        text = f", but for the first {keys['keep_tokens']} (keep_tokens)"
+    if "enable_wildcard" in keys:
+        text += "; one of {a|b} is drawn (enable_wildcard)"
     line = (
         f"{found_text}. {reader} such lists, so they are in another order each time "
-        f"(shuffle_caption){_describe_tag_keys(setup, tags)}. The training encodes them in each step"
+        f"(shuffle_caption){text}. The training encodes them in each step"
     )
     owner = "the model" if was_trained_on_tags else "such a model"
     return [line, *_describe_underscores(setup, tags, owner)]
@@ -842,19 +806,6 @@ def _describe_underscores(setup: describing.RunSetup, tags: TagLists, owner: str
             f"  {_make_new_command(setup)}",
         ]
     return lines
-
-
-def _describe_tag_keys(setup: describing.RunSetup, tags: TagLists) -> str:
-    """Return a text about the tags that stay in place and about {a|b} choices, with the keys for both."""
-    keys = tags.make_keys(setup.trigger_word)
-    text = ""
-    if "keep_tokens_separator" in keys:
-        text = f", but for those before {keys['keep_tokens_separator']} (keep_tokens_separator)"
-    elif "keep_tokens" in keys:
-        text = f", but for the first {keys['keep_tokens']} (keep_tokens)"
-    if "enable_wildcard" in keys:
-        text += "; one of {a|b} is drawn (enable_wildcard)"
-    return text
 
 
 def _find_replaced_by_trigger(setup: describing.RunSetup, uncaptioned: Sequence[Path]) -> list[Path]:

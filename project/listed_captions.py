@@ -128,20 +128,14 @@ def _add_list_captions(
         text = f"{path.name}: left out, it has captions for none of the files{hint}"
         caption_lists.report_lines.append(warning(text))
     else:
-        caption_lists.report_lines += _describe_unused_rows(path, missing_names, files_without_text)
-
-
-def _describe_unused_rows(
-    path: Path, missing_names: Sequence[str], files_without_text: Sequence[str]
-) -> list[str]:
-    """Return lines about a list's rows for files that do not exist, and rows without a text."""
-    lines = []
-    if missing_names:
-        row_count = format_count(len(missing_names), "row")
-        lines.append(f"{path.name}: {row_count} for files that are not here: {list_some(missing_names)}")
-    if files_without_text:
-        lines.append(f"{path.name}: no text caption for {list_some(files_without_text)}")
-    return lines
+        # Lines about a list's rows for files that do not exist, and rows without a text
+        lines = []
+        if missing_names:
+            row_count = format_count(len(missing_names), "row")
+            lines.append(f"{path.name}: {row_count} for files that are not here: {list_some(missing_names)}")
+        if files_without_text:
+            lines.append(f"{path.name}: no text caption for {list_some(files_without_text)}")
+        caption_lists.report_lines += lines
 
 
 def _is_text(caption: Any, place: str) -> bool:
@@ -171,23 +165,33 @@ def _read_rows(
     """Yield (file name, caption) for each row of a list of captions."""
     if path.suffix.lower() == JSON:
         content = parse_json(read_text(path, MAX_METADATA_BYTES))
-        yield from _read_json_rows(content, described_media)
+        # The file is about one image or clip, or a table of captions by file name, or a list of rows.
+        # `described_media` is the media file with the name of the JSON file, None if there is none.
+        if isinstance(content, list):
+            yield from _read_json_list(content)
+        elif isinstance(content, dict) and described_media is not None:
+            yield described_media.name, _first_text(content)
+        elif isinstance(content, dict):
+            for name, entry in content.items():
+                yield name, _first_text(entry) if isinstance(entry, dict) else entry
     else:
         with _open_as_table(path, names, remarks) as table:
-            yield from _read_table_rows(path, table, remarks)
-
-
-def _read_json_rows(content: Any, described_media: Path | None) -> Iterator[tuple[str, Any]]:
-    """Yield (file name, caption) for each entry in a JSON file."""
-    # The file is about one image or clip, or a table of captions by file name, or a list of rows.
-    # `described_media` is the media file with the name of the JSON file, None if there is none.
-    if isinstance(content, list):
-        yield from _read_json_list(content)
-    elif isinstance(content, dict) and described_media is not None:
-        yield described_media.name, _first_text(content)
-    elif isinstance(content, dict):
-        for name, entry in content.items():
-            yield name, _first_text(entry) if isinstance(entry, dict) else entry
+            # Yield (file name, caption) for each row of a caption table. `path` is for messages only.
+            columns = column_names(table)
+            name_column = _find_column(columns, ALL_PATH_COLUMNS)
+            caption_column = _find_column(columns, ALL_CAPTION_COLUMNS)
+            if name_column is None or caption_column is None:
+                needs = "names of files (file_name)" if name_column is None else "captions (text)"
+                raise DatasetError(
+                    f"{path} has no column of {needs}; it has {list_some(columns)}. {TABLE_KEY}"
+                )
+            for row in read_columns(table, {name_column, caption_column}):
+                if row.fault is not None:  # such a row has no values, so nothing is yielded for it
+                    hint = "Put a caption that has commas in quotes"
+                    remarks.append(warning(f"{path.name}, line {row.number}: left out, {row.fault}. {hint}"))
+                name = row.values.get(name_column)
+                if isinstance(name, str) and name.strip():
+                    yield name.strip(), row.values.get(caption_column)
 
 
 def _read_json_list(rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
@@ -201,23 +205,6 @@ def _read_json_list(rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
 
 def _first_text(row: Mapping[str, Any]) -> Any:
     return next((row[name] for name in ALL_CAPTION_COLUMNS if isinstance(row.get(name), str)), None)
-
-
-def _read_table_rows(path: Path, table: Path, remarks: list[str]) -> Iterator[tuple[str, Any]]:
-    """Yield (file name, caption) for each row of a caption table. `path` is for messages only."""
-    columns = column_names(table)
-    name_column = _find_column(columns, ALL_PATH_COLUMNS)
-    caption_column = _find_column(columns, ALL_CAPTION_COLUMNS)
-    if name_column is None or caption_column is None:
-        needs = "names of files (file_name)" if name_column is None else "captions (text)"
-        raise DatasetError(f"{path} has no column of {needs}; it has {list_some(columns)}. {TABLE_KEY}")
-    for row in read_columns(table, {name_column, caption_column}):
-        if row.fault is not None:  # such a row has no values, so nothing is yielded for it
-            hint = "Put a caption that has commas in quotes"
-            remarks.append(warning(f"{path.name}, line {row.number}: left out, {row.fault}. {hint}"))
-        name = row.values.get(name_column)
-        if isinstance(name, str) and name.strip():
-            yield name.strip(), row.values.get(caption_column)
 
 
 def _find_column(columns: Sequence[str], known_names: Iterable[str]) -> str | None:

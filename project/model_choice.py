@@ -91,6 +91,8 @@ def read_model_info(model: ModelSet, files: Mapping[str, str] = MappingProxyType
     dit_options = [part.option.lstrip("-") for part in list_transformers(model) if part.option]
     dits = [Path(files[name]) for name in dit_options if name in files]
     audio = _read_audio_support(family)
+    # The dtype options that a model's scripts accept, by kind of options ("Training", ...).
+    entry = with_scripts()[script_family(shlex.split(model.commands["latents"]))]
     return ModelInfo(
         max_references=max_references,
         needs_reference=needs_image(model) and max_references > 0,
@@ -102,7 +104,12 @@ def read_model_info(model: ModelSet, files: Mapping[str, str] = MappingProxyType
         supports_regularization=bool(model.properties.get("regularises")),
         trains_on_alpha=_read_latent_flag(family, "has_alpha"),
         trains_on_layers=_read_latent_flag(family, "has_layers"),
-        dtype_options=_select_dtype_options(model),
+        dtype_options=(
+            {
+                kind: [name for name in DTYPE_OPTIONS if name in get_option_info(entry.options_record(kind))]
+                for kind in ("LatentCaching", "TextCaching", "Training")
+            }
+        ),
         few_step_advice=None if model.has_adapter else _find_few_step_advice(family, model, dits),
         task_contradiction=_find_task_contradiction(family, model, dits),
         family=family,
@@ -128,15 +135,6 @@ def _read_audio_support(family: Any) -> _AudioSupport:
 def trains_on_audio_alone(model: ModelSet) -> bool:
     """Return whether the model can be trained on audio without images."""
     return bool(model.properties.get("sound_alone"))
-
-
-def _select_dtype_options(model: ModelSet) -> dict[str, list[str]]:
-    """Return the dtype options that a model's scripts accept, by kind of options ("Training", ...)."""
-    entry = with_scripts()[script_family(shlex.split(model.commands["latents"]))]
-    return {
-        kind: [name for name in DTYPE_OPTIONS if name in get_option_info(entry.options_record(kind))]
-        for kind in ("LatentCaching", "TextCaching", "Training")
-    }
 
 
 def _read_latent_flag(family: Any, name: str) -> bool:
@@ -324,7 +322,16 @@ def select_model(
     models = find_models()
     if options.family is None:
         reject_before_questions()
-        named_model = _ask_for_family(options, models, memory)
+        # Ask for the family on a terminal
+        families = list_model_families(models)
+        if not has_terminal():
+            raise OptionError(f"--family is missing: pass one of {', '.join(families)}")
+
+        def read(text: str) -> NamedModel:
+            return read_family(_read_table_row(text, families), models)
+
+        table = _make_family_table(models, memory, options.memory is not None)
+        named_model = _ask("--family", read, table)
     else:
         named_model = read_family(options.family, models)
         if not options.model_files:
@@ -351,7 +358,9 @@ def _describe_selection(typed_task: str | None, model: ModelSet, candidates: Seq
     if len(candidates) > 1:
         not_taken = ", ".join(candidate.task for candidate in candidates if candidate is not model)
         return [f"--task {model.task} is taken: {model.about}. Others: {not_taken}"]
-    if typed_task is not None and plain_name(typed_task) not in _list_plain_task_names(model):
+    if typed_task is not None and plain_name(typed_task) not in (
+        {plain_name(model.task), plain_name(_training_task(model))}
+    ):
         return [f"--task {typed_task}: {model.task} is taken, {model.about}"]
     return []
 
@@ -368,19 +377,6 @@ def _describe_smaller_models(model: ModelSet, models: Sequence[ModelSet], memory
     ]
 
 
-def _ask_for_family(options: NewOptions, models: Sequence[ModelSet], memory: float) -> NamedModel:
-    """Ask for the family on a terminal."""
-    families = list_model_families(models)
-    if not has_terminal():
-        raise OptionError(f"--family is missing: pass one of {', '.join(families)}")
-
-    def read(text: str) -> NamedModel:
-        return read_family(_read_table_row(text, families), models)
-
-    table = _make_family_table(models, memory, options.memory is not None)
-    return _ask("--family", read, table)
-
-
 def _ask_for_task(options: NewOptions, models: Sequence[ModelSet], memory: float) -> ModelSet:
     """Ask the user in a terminal for the task, and return its model."""
     # `memory` is the GPU memory in GiB, for the table of tasks.
@@ -389,7 +385,14 @@ def _ask_for_task(options: NewOptions, models: Sequence[ModelSet], memory: float
     def read(text: str) -> str:
         return _read_tasks(_read_table_row(text, tasks), models)[0].task
 
-    table = _make_task_table(models, memory, options.memory is not None)
+    # A text table of tasks: description, download size, and whether they fit the GPU
+    is_typed = options.memory is not None
+    # `is_typed` says that `memory`, the GPU memory in GiB, comes from the command line.
+    rows = []
+    for model in models:
+        size = gigabytes(total_bytes(model.components))
+        rows.append((model.task, model.about, size, describe_fit(model, memory)))
+    table = _format_fit_table(("task", "", "download"), rows, memory, is_typed)
     task = _ask("--task", read, table)
     return next(model for model in models if model.task == task)
 
@@ -517,11 +520,6 @@ def _find_families_with_task(text: str, script: str) -> list[str]:
     return list(dict.fromkeys(model.family for model in models if is_task_spelling(text, model.task)))
 
 
-def _list_plain_task_names(model: ModelSet) -> set[str]:
-    """Return the normalized names of a task: in the model catalog and in the training script."""
-    return {plain_name(model.task), plain_name(_training_task(model))}
-
-
 def _training_script(model: ModelSet) -> str:
     return next(word for word in shlex.split(model.commands["train"]) if word.endswith(".py"))
 
@@ -552,16 +550,6 @@ def _make_family_table(models: Sequence[ModelSet], memory: float, is_typed: bool
         kinds = dict.fromkeys(describe_outputs(model, read_model_info(model)) for model in tasks)
         rows.append((family, ", ".join(kinds), size, describe_fit(smallest, memory)))
     return _format_fit_table(("family", "makes", "download"), rows, memory, is_typed)
-
-
-def _make_task_table(tasks: Sequence[ModelSet], memory: float, is_typed: bool) -> str:
-    """Return a text table of tasks: description, download size, and whether they fit the GPU."""
-    # `is_typed` says that `memory`, the GPU memory in GiB, comes from the command line.
-    rows = []
-    for model in tasks:
-        size = gigabytes(total_bytes(model.components))
-        rows.append((model.task, model.about, size, describe_fit(model, memory)))
-    return _format_fit_table(("task", "", "download"), rows, memory, is_typed)
 
 
 def _format_fit_table(

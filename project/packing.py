@@ -93,9 +93,20 @@ def pack_folder(options: PackOptions) -> None:
     unpack_words = name_extensions(["python", FRONT_SCRIPT, "unpack", output.name])
     if PREFIX:
         unpack_words = command_words(unpack_words)
+    # Lines about the files, the options of run.toml and the models that the archive omits.
+    skipped_paths = folder_members.skipped_paths
+    own_models = pack_source.own_models
+    lines = []
+    if skipped_paths:
+        lines.append(f"left out, because they are hidden or not files: {list_some(skipped_paths)}")
+    if secrets:
+        lines.append(f"left out of {RUN_FILE}, because they are secret: {list_some(secrets)}")
+    if own_models:
+        names = list_some(own_models)
+        lines.append(f"Copy these models too, because the other machine cannot download them: {names}")
     remarks = [
         f"{output}: {format_count(len(members), 'file')}, {size}",
-        *_describe_omissions(folder_members.skipped_paths, secrets, pack_source.own_models),
+        *lines,
         f"On the other machine: {quote_for_shell(unpack_words)}",
     ]
     print_lines(remarks)
@@ -112,21 +123,6 @@ def _select_output(options: PackOptions) -> Path:
     return output
 
 
-def _describe_omissions(
-    skipped_paths: Sequence[str], secrets: Sequence[str], own_models: Sequence[str]
-) -> list[str]:
-    """Return lines about the files, the options of run.toml and the models that the archive omits."""
-    lines = []
-    if skipped_paths:
-        lines.append(f"left out, because they are hidden or not files: {list_some(skipped_paths)}")
-    if secrets:
-        lines.append(f"left out of {RUN_FILE}, because they are secret: {list_some(secrets)}")
-    if own_models:
-        names = list_some(own_models)
-        lines.append(f"Copy these models too, because the other machine cannot download them: {names}")
-    return lines
-
-
 def read_pack_source(folder: Path) -> PackSource:
     """Read from run.toml what packing needs: model paths, output folder and prompts.
 
@@ -134,9 +130,18 @@ def read_pack_source(folder: Path) -> PackSource:
         OptionError: If the file is missing, or does not have the layout that `new` writes.
     """
     run_file = _read_run_file(folder)
+    # The model file paths in the training options that are outside the project folder
+    values = [value for value in run_file.training.values() if isinstance(value, str)]
+    values += [
+        text for value in run_file.training.values() if isinstance(value, list) for text in map(str, value)
+    ]
+    no_folder = MachinePaths(Path())
     models, own_models = _map_model_paths(
         folder,
-        files=[*run_file.model_files, *_list_model_paths(run_file.training)],
+        files=[
+            *run_file.model_files,
+            *([text for text in values if text.endswith(SUFFIXES) and no_folder.relocate(text) is None]),
+        ],
         download_folder=_find_download_folder(run_file.commands),
     )
     model_paths = [expand_path(file, folder) for file in models]
@@ -198,14 +203,6 @@ def _find_download_folder(commands: Sequence[Sequence[str]]) -> str | None:
     return None
 
 
-def _list_model_paths(training: Mapping[str, Any]) -> list[str]:
-    """Return the model file paths in the training options that are outside the project folder."""
-    values = [value for value in training.values() if isinstance(value, str)]
-    values += [text for value in training.values() if isinstance(value, list) for text in map(str, value)]
-    no_folder = MachinePaths(Path())
-    return [text for text in values if text.endswith(SUFFIXES) and no_folder.relocate(text) is None]
-
-
 def _map_model_paths(
     folder: Path, files: Sequence[str], download_folder: str | None
 ) -> tuple[dict[str, str], list[str]]:
@@ -246,7 +243,10 @@ def _list_folder_members(pack_source: PackSource) -> FolderMembers:
     visited: set[Path] = set()
     for folder_text, folders, files in os.walk(pack_source.folder, followlinks=True):
         folder = Path(folder_text)
-        skipped_paths += [str(folder / name) for name in [*folders, *files] if _is_reported_as_hidden(name)]
+        # NAME is the file in which caching notes its commands, which the user does not know
+        skipped_paths += [
+            str(folder / name) for name in [*folders, *files] if (name.startswith(".") and name != NAME)
+        ]
         # os.walk visits only the folders that stay in this list
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         # links may lead to a folder that was visited already
@@ -258,26 +258,17 @@ def _list_folder_members(pack_source: PackSource) -> FolderMembers:
             if real_path(path) in pack_source.excluded_paths:
                 continue
             if path.is_file():
-                members.append(_make_folder_member(pack_source.folder, path))
+                # A file as it is packed. Raises OptionError if its name is not allowed on every system.
+                member = PackMember(path.relative_to(pack_source.folder).as_posix(), path)
+                reason = find_name_error(member.name, on_windows=False)
+                if not reason and member.name == MANIFEST:
+                    reason = "`pack` uses that name itself"
+                if reason:
+                    raise OptionError(f"{path!r} cannot be packed: {reason}. Rename it")
+                members.append(member)
             else:
                 skipped_paths.append(str(path))
     return FolderMembers(members, skipped_paths)
-
-
-def _is_reported_as_hidden(name: str) -> bool:
-    # NAME is the file in which caching notes its commands, which the user does not know
-    return name.startswith(".") and name != NAME
-
-
-def _make_folder_member(pack_folder: Path, path: Path) -> PackMember:
-    """Return a file as it is packed. Raises OptionError if its name is not allowed on every system."""
-    member = PackMember(path.relative_to(pack_folder).as_posix(), path)
-    reason = find_name_error(member.name, on_windows=False)
-    if not reason and member.name == MANIFEST:
-        reason = "`pack` uses that name itself"
-    if reason:
-        raise OptionError(f"{path!r} cannot be packed: {reason}. Rename it")
-    return member
 
 
 def _list_state_members(pack_source: PackSource) -> list[PackMember]:

@@ -22,11 +22,6 @@ _PARENT_FOLDER = re.compile(r"\.\.([\\/]|$)")
 _WORD = re.compile(r"""(?<!\S)(["'])(?P<quoted>.+?)\1(?!\S)|(?<!\S)(?P<plain>\S+)""")
 
 
-def _is_foreign_absolute_path(absolute_path: str) -> bool:
-    """Return whether a path is absolute on another system only, such as one with a drive on Linux."""
-    return not absolute_path.startswith("~") and not Path(absolute_path).is_absolute()
-
-
 @dataclass(frozen=True)
 class MachinePaths:
     """Finds and replaces paths of this machine in a folder's text files."""
@@ -46,7 +41,7 @@ class MachinePaths:
         is_absolute = _ABSOLUTE_PATH.match(text) is not None
         if not is_absolute and ".." not in text:
             return text  # a relative path that cannot leave the folder, or no path at all
-        if is_absolute and _is_foreign_absolute_path(text):
+        if is_absolute and (not text.startswith("~") and not Path(text).is_absolute()):
             return None
         try:
             inner_path = self._find_inside(Path(os.path.normpath(expand_path(text, self.folder))))

@@ -110,7 +110,10 @@ def run_commands(options: RunOptions, trace: RunTrace, end: EndCommand) -> None:
     Raises:
         OptionError: If the folder has no project, or if model files are missing and may not be downloaded.
     """
-    typed_options = _list_typed_options(options)
+    typed_options = {
+        name: real_path(value) if isinstance(value, Path) else value
+        for name, value in options.typed_for_training.items()
+    }
     folder = options.folder.parent if options.folder.name == RUN_FILE else options.folder
     folders = [folder]
     writing_options = {"output_dir", *options_reaching("writes")}
@@ -121,14 +124,6 @@ def run_commands(options: RunOptions, trace: RunTrace, end: EndCommand) -> None:
     # run.toml may come from a stranger: its commands can only write into these folders
     with limit_run(folders, typed_options.keys(), own_command(*options.as_arguments)):
         _run_or_check(options, _read_project(options.folder, typed_options), trace, end)
-
-
-def _list_typed_options(options: RunOptions) -> dict[str, Any]:
-    """Return the training options on the command line of `run`, with absolute paths."""
-    return {
-        name: real_path(value) if isinstance(value, Path) else value
-        for name, value in options.typed_for_training.items()
-    }
 
 
 def _run_or_check(options: RunOptions, project: Project, trace: RunTrace, end: EndCommand) -> None:
@@ -153,24 +148,25 @@ def _run_or_check(options: RunOptions, project: Project, trace: RunTrace, end: E
         for argv in commands:
             _print_command(argv, project.folder)
     else:
-        _run_commands(commands, options, project, trace, end)
-
-
-def _run_commands(
-    commands: Sequence[list[str]], options: RunOptions, project: Project, trace: RunTrace, end: EndCommand
-) -> None:
-    """Run commands until one fails, with a record of their progress, and print where the result is."""
-    # `end` runs the user's command at the end of the run.
-    # the command to repeat this run; the first two words are `run` and the folder as typed
-    repeat_argv = ["run", str(project.folder), *options.as_arguments[2:]]
-    end.arm(
-        partial(describe_run, project.output_folder, project.output_name, project.total_steps, time.time())
-    )
-    trace.begin(
-        repeat_argv, output=project.output_folder, name=project.output_name, steps=project.total_steps
-    )
-    unreadable_files = _run_until_one_fails(commands, project, trace)
-    _print_result(project, unreadable_files)
+        # Run commands until one fails, with a record of their progress, and print where the result is
+        # `end` runs the user's command at the end of the run.
+        # the command to repeat this run; the first two words are `run` and the folder as typed
+        repeat_argv = ["run", str(project.folder), *options.as_arguments[2:]]
+        end.arm(
+            partial(
+                describe_run, project.output_folder, project.output_name, project.total_steps, time.time()
+            )
+        )
+        trace.begin(
+            repeat_argv, output=project.output_folder, name=project.output_name, steps=project.total_steps
+        )
+        unreadable_files = _run_until_one_fails(commands, project, trace)
+        # Print the files that could not be trained on, and the path of the run's HTML page
+        if unreadable_files:
+            lines = ["", f"Trained without {len(unreadable_files)} that cannot be read:"]
+            lines += [f"  {text}" for text in unreadable_files]
+            print_lines(lines)
+        print_lines(["", f"The page of the training: {project.output_folder / project.output_name}.html"])
 
 
 def _has_saved_state(project: Project) -> bool:
@@ -183,15 +179,6 @@ def _has_saved_state(project: Project) -> bool:
     from training.saving.states import find_latest  # loads torch, which a first run does not need
 
     return find_latest(project.output_folder, project.output_name) is not None
-
-
-def _print_result(project: Project, unreadable_files: Sequence[str]) -> None:
-    """Print the files that could not be trained on, and the path of the run's HTML page."""
-    if unreadable_files:
-        lines = ["", f"Trained without {len(unreadable_files)} that cannot be read:"]
-        lines += [f"  {text}" for text in unreadable_files]
-        print_lines(lines)
-    print_lines(["", f"The page of the training: {project.output_folder / project.output_name}.html"])
 
 
 def _explain_missing(project: Project, models: Path) -> str:
@@ -224,7 +211,16 @@ def _run_until_one_fails(commands: Sequence[list[str]], project: Project, trace:
         _print_command(argv, project.folder)
         trace.note(argv)
         if _is_media_check(argv):
-            unreadable_files = _check_before_caching(argv, project)
+            # Check the training options and media files; return lines about files that the run leaves out
+            # Exits with code 1 if an error would stop the run. `argv` is the command that checks media.
+            _check_training(project)
+            outcome = _check_media(argv, project.folder, project.validation_split)
+            if outcome.fatal_error_kinds:
+                _print_remedies(argv, project.folder, outcome.fatal_error_kinds)
+                raise SystemExit(1)
+            if outcome.unreadable_files:
+                print_lines([f"Continuing without {len(outcome.unreadable_files)} that cannot be read."])
+            unreadable_files = outcome.unreadable_files
         else:
             with trace.follow(argv) as progress:
                 _run_or_exit(argv, project.folder, may_skip_files=bool(unreadable_files), progress=progress)
@@ -286,19 +282,6 @@ def _run_check(argv: Sequence[str], project: Project) -> CheckOutcome:
     )
 
 
-def _check_before_caching(argv: Sequence[str], project: Project) -> list[str]:
-    """Check the training options and media files; return lines about files that the run leaves out."""
-    # Exits with code 1 if an error would stop the run. `argv` is the command that checks media.
-    _check_training(project)
-    outcome = _check_media(argv, project.folder, project.validation_split)
-    if outcome.fatal_error_kinds:
-        _print_remedies(argv, project.folder, outcome.fatal_error_kinds)
-        raise SystemExit(1)
-    if outcome.unreadable_files:
-        print_lines([f"Continuing without {len(outcome.unreadable_files)} that cannot be read."])
-    return outcome.unreadable_files
-
-
 def _run_or_exit(
     argv: Sequence[str], folder: Path, may_skip_files: bool, progress: Path | None = None
 ) -> None:
@@ -333,13 +316,8 @@ def _read_project(path_or_folder: Path, typed_options: Mapping[str, Any]) -> Pro
         raise OptionError(
             f"{path} is not in the form that `new` writes ({reason}). Fix it, or run `new` again."
         ) from None
-    _check_paths_and_scripts(project, f"{path}: output_name")
-    typed_argv = option_argv({f"--{name}": value for name, value in typed_options.items()})
-    return _extend_training(replace(project, folder=real_path(folder)), typed_argv)
-
-
-def _check_paths_and_scripts(project: Project, name_option: str) -> None:
-    """Raise OptionError if a run would write outside of its folders or start a script of another program."""
+    # Raise OptionError if a run would write outside of its folders or start a script of another program
+    name_option = f"{path}: output_name"
     # `name_option` is the option that sets the output name, for messages.
     # before history_path, which makes a path of the name; checked again below if the run is new
     check_output_name(name_option, project.output_name, is_new=False)
@@ -350,6 +328,8 @@ def _check_paths_and_scripts(project: Project, name_option: str) -> None:
         reject_outside("logging_dir", project.log_folder)
     for argv in (project.download_command, *project.commands):
         _require_script(argv)
+    typed_argv = option_argv({f"--{name}": value for name, value in typed_options.items()})
+    return _extend_training(replace(project, folder=real_path(folder)), typed_argv)
 
 
 def _extend_training(project: Project, argv: Sequence[str]) -> Project:
@@ -588,7 +568,24 @@ def _check_media(argv: Sequence[str], folder: Path, validation: tuple[float, int
     def check_instead_of_caching(
         family: Any, config: DatasetConfig, options: CachingOptions, *_: object
     ) -> None:
-        media_faults.extend(_report_media_errors(family, config, options, validation))
+        # Check the media as caching would read them, print the findings, and return the errors
+        # imported here because they load torch, which most project commands do not need
+        from data_tools.report.check import TOKENS_ELSEWHERE, check_caching, print_check
+        from dataset.caching.prefetch import count_workers
+
+        workers = count_workers(options)
+        findings = check_caching(
+            family,
+            config,
+            workers=workers,
+            skip_existing=options.skip_existing,
+            verify=options.verify,
+            validation=validation,
+        )
+        # captions are checked by the command that encodes them
+        findings = replace(findings, counters=TOKENS_ELSEWHERE)
+        print_check(findings, family, config, page=options.page, workers=workers)
+        media_faults.extend([error for table in findings.tables for error in table.errors])
 
     with contextlib.chdir(folder):
         cache_family_latents(script_family(argv), None, list(argv[2:]), check_instead_of_caching)
@@ -596,29 +593,6 @@ def _check_media(argv: Sequence[str], folder: Path, validation: tuple[float, int
     if fatal_kinds:
         return MediaCheck(fatal_error_kinds=list(dict.fromkeys(fatal_kinds)), unreadable_files=[])
     return MediaCheck(fatal_error_kinds=[], unreadable_files=[error.text for error in media_faults])
-
-
-def _report_media_errors(
-    family: Any, config: DatasetConfig, options: CachingOptions, validation: tuple[float, int]
-) -> list[Fault]:
-    """Check the media as caching would read them, print the findings, and return the errors."""
-    # imported here because they load torch, which most project commands do not need
-    from data_tools.report.check import TOKENS_ELSEWHERE, check_caching, print_check
-    from dataset.caching.prefetch import count_workers
-
-    workers = count_workers(options)
-    findings = check_caching(
-        family,
-        config,
-        workers=workers,
-        skip_existing=options.skip_existing,
-        verify=options.verify,
-        validation=validation,
-    )
-    # captions are checked by the command that encodes them
-    findings = replace(findings, counters=TOKENS_ELSEWHERE)
-    print_check(findings, family, config, page=options.page, workers=workers)
-    return [error for table in findings.tables for error in table.errors]
 
 
 def _print_remedies(argv: Sequence[str], folder: Path, kinds: Sequence[str] = ()) -> None:

@@ -67,7 +67,20 @@ def unpack_folder(options: UnpackOptions) -> None:
             f"{path} is not a complete `pack` file ({reason}). Copy it again, and compare its size with that "
             "of the file on the first machine"
         ) from None
-    print_lines(_describe_unpacked(folder, models, options))
+    # Lines about an unpacked folder: its size, missing models, and the next command
+    # `models` are the paths that run.toml lists.
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    size = format_size(sum(path.stat().st_size for path in paths))
+    lines = [f"{folder}: {format_count(len(paths), 'file')}, {size}"]
+    missing = [file for file in models if not path_exists(expand_path(file, folder))]
+    argv = ["run", as_operand(folder)]
+    if missing:
+        lines.append(
+            f"missing models: {list_some(missing)}. `run --download` downloads those that are released; "
+            "copy your own there"
+        )
+        argv += download_options(options.models)
+    print_lines([*lines, f"Next: {own_command(*argv)}"])
 
 
 def _read_manifest(archive: zipfile.ZipFile) -> dict[str, Any]:
@@ -175,32 +188,23 @@ def _write_folder(
     cleanup = _without_new_parents(folder)
     with cleanup, atomic_folder(folder) as temporary, Bar(total, "unpacking", BYTES) as bar:
         for entry in members:
-            _extract_member(archive, entry, temporary, bar)
+            # Write a member of an archive into a folder, in pieces that move the progress bar
+            path = temporary / entry.filename
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with archive.open(entry) as source, path.open("xb") as target:
+                while piece := source.read(PIECE_BYTES):
+                    target.write(piece)
+                    bar.update(len(piece))
         run_file = temporary / RUN_FILE
         # its model paths become those of this machine's model folder
         text = _replace_model_folder(read_text(run_file, MAX_RUN_FILE_BYTES), real_path(options.models))
         run_file.write_text(text, encoding="utf-8", newline="\n")
         # run.toml was changed just now, so its old time would be wrong
         unchanged_names = [entry.filename for entry in members if entry.filename != RUN_FILE]
-        _restore_times(temporary, unchanged_names, modification_times)
-
-
-def _extract_member(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, folder: Path, bar: Bar) -> None:
-    """Write a member of an archive into a folder, in pieces that move the progress bar."""
-    path = folder / entry.filename
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with archive.open(entry) as source, path.open("xb") as target:
-        while piece := source.read(PIECE_BYTES):
-            target.write(piece)
-            bar.update(len(piece))
-
-
-def _restore_times(folder: Path, names: Sequence[str], modification_times: Mapping[str, Any]) -> None:
-    """Set the modification times of files; times that a file cannot have are ignored."""
-    for name in names:
-        nanoseconds = modification_times.get(name)
-        if isinstance(nanoseconds, int) and 0 < nanoseconds < LATEST_NS:
-            os.utime(folder / name, ns=(nanoseconds, nanoseconds))
+        for name in unchanged_names:
+            nanoseconds = modification_times.get(name)
+            if isinstance(nanoseconds, int) and 0 < nanoseconds < LATEST_NS:
+                os.utime(temporary / name, ns=(nanoseconds, nanoseconds))
 
 
 @contextlib.contextmanager
@@ -233,20 +237,3 @@ def _replace_model_folder(text: str, models: Path) -> str:
 
     change_texts(document, place_model)
     return tomlkit.dumps(document)
-
-
-def _describe_unpacked(folder: Path, models: Sequence[str], options: UnpackOptions) -> list[str]:
-    """Return lines about an unpacked folder: its size, missing models, and the next command."""
-    # `models` are the paths that run.toml lists.
-    paths = [path for path in folder.rglob("*") if path.is_file()]
-    size = format_size(sum(path.stat().st_size for path in paths))
-    lines = [f"{folder}: {format_count(len(paths), 'file')}, {size}"]
-    missing = [file for file in models if not path_exists(expand_path(file, folder))]
-    argv = ["run", as_operand(folder)]
-    if missing:
-        lines.append(
-            f"missing models: {list_some(missing)}. `run --download` downloads those that are released; "
-            "copy your own there"
-        )
-        argv += download_options(options.models)
-    return [*lines, f"Next: {own_command(*argv)}"]

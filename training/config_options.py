@@ -69,7 +69,11 @@ def read_config_file(name: str, parser: argparse.ArgumentParser) -> dict[str, An
             continue
         if _is_empty(value):
             continue
-        _reject_program_start(path, key, action)
+        if getattr(action, "reach", "") == STARTS["reach"]:
+            raise OptionError(
+                f"{path}: {key} starts a program, and no file may do that, which somebody else may have "
+                f"written. Omit it there, and type --{key} ... with the command"
+            )
         values[action.dest] = convert_value(str(path), action, value)
         _require_log_suffix(path, action, values[action.dest])
         if isinstance(parser, Parser) and f"--{key}" in action.option_strings:
@@ -85,7 +89,10 @@ def _report_unknown_key(
     from training.kohya_page import explain_key, is_kohya_gui_key  # only with a file
 
     if not is_kohya_gui_key(key):
-        _reject_misspelled(path, key, actions)
+        # Raise OptionError for a key that is nearly the name of an option
+        close = difflib.get_close_matches(key, actions, n=1, cutoff=MIN_SIMILARITY)
+        if close:
+            raise OptionError(f"{path}: no option is called {key}. Did you mean {close[0]}?")
         from modules.extensions import FEATURES
         from modules.mistyped import explain_switched_off  # only with a wrong key
 
@@ -97,22 +104,6 @@ def _report_unknown_key(
     advice = explain_key(key, values)
     if advice is not None:
         logger.warning(f"{path}: {key} is ignored: {advice}")
-
-
-def _reject_program_start(path: Path, key: str, action: argparse.Action) -> None:
-    """Raise OptionError for an option that starts a program, because config files may be untrusted."""
-    if getattr(action, "reach", "") == STARTS["reach"]:
-        raise OptionError(
-            f"{path}: {key} starts a program, and no file may do that, which somebody else may have "
-            f"written. Omit it there, and type --{key} ... with the command"
-        )
-
-
-def _reject_misspelled(path: Path, key: str, actions: Mapping[str, argparse.Action]) -> None:
-    """Raise OptionError for a key that is nearly the name of an option."""
-    close = difflib.get_close_matches(key, actions, n=1, cutoff=MIN_SIMILARITY)
-    if close:
-        raise OptionError(f"{path}: no option is called {key}. Did you mean {close[0]}?")
 
 
 def _require_log_suffix(path: Path, action: argparse.Action, value: Any) -> None:

@@ -69,7 +69,31 @@ def take_edited_prompts(sampler: Sampler, num_processes: int, log_activity: Call
 def _try_to_encode(sampler: Sampler, log_activity: Callable[[str], None]) -> tuple[Sampler, str]:
     """Return a sampler for the edited prompts and ""; if encoding fails, the old sampler and the reason."""
     try:
-        return _encode_edited(sampler, log_activity), ""
+        # A sampler for the edited prompt file; unchanged entries keep their encoded prompts
+        source, session = sampler.source, sampler.session
+        entries, requests = parse_requests(session.family, source.text, source.path)
+        unchanged_samples = _find_unchanged(sampler, entries)
+        edited_requests = {
+            index: requests[index]
+            for index in source.prompt_indices(len(entries))
+            if index not in unchanged_samples
+        }
+        has_new_texts = session.count_new(map(select_prompts, edited_requests.values())) > 0
+        if has_new_texts and session.blocks is not None:
+            # a process that fails alone would leave the others waiting
+            raise OptionError(
+                f"new texts cannot be encoded while the model is split over processes "
+                f"({session.blocks.option_name}). End the training and continue it to take them"
+            )
+        if source.process_index == 0:
+            warn_about_unused_keys(entries, session.family, source.path)
+        if has_new_texts:
+            log_activity("encoding edited prompts")
+        encoded_samples = encode_samples(session, entries, edited_requests, decodes=sampler.writes_files)
+        samples = unchanged_samples | {sample.index: sample for sample in encoded_samples}
+        return replace(
+            sampler, samples=[samples[index] for index in sorted(samples)], prompts=list_prompts(entries)
+        ), ""
     except torch.OutOfMemoryError:
         return sampler, (
             "there is no memory for the text encoders next to the training. End the training and "
@@ -103,34 +127,6 @@ def _read_prompts(path: Path, previous_text: str) -> tuple[str, str]:
         return read_sample_file(path), ""
     except (OptionError, OSError) as error:
         return previous_text, str(error)
-
-
-def _encode_edited(sampler: Sampler, log_activity: Callable[[str], None]) -> Sampler:
-    """Return a sampler for the edited prompt file; unchanged entries keep their encoded prompts."""
-    source, session = sampler.source, sampler.session
-    entries, requests = parse_requests(session.family, source.text, source.path)
-    unchanged_samples = _find_unchanged(sampler, entries)
-    edited_requests = {
-        index: requests[index]
-        for index in source.prompt_indices(len(entries))
-        if index not in unchanged_samples
-    }
-    has_new_texts = session.count_new(map(select_prompts, edited_requests.values())) > 0
-    if has_new_texts and session.blocks is not None:
-        # a process that fails alone would leave the others waiting
-        raise OptionError(
-            f"new texts cannot be encoded while the model is split over processes "
-            f"({session.blocks.option_name}). End the training and continue it to take them"
-        )
-    if source.process_index == 0:
-        warn_about_unused_keys(entries, session.family, source.path)
-    if has_new_texts:
-        log_activity("encoding edited prompts")
-    encoded_samples = encode_samples(session, entries, edited_requests, decodes=sampler.writes_files)
-    samples = unchanged_samples | {sample.index: sample for sample in encoded_samples}
-    return replace(
-        sampler, samples=[samples[index] for index in sorted(samples)], prompts=list_prompts(entries)
-    )
 
 
 def _find_unchanged(sampler: Sampler, entries: Sequence[Mapping[str, Any]]) -> dict[int, Sample]:

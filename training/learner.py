@@ -179,16 +179,6 @@ def _check_data(custom: CustomNetwork, config: DatasetConfig, preserve_attribute
 
         check_pairs(config, custom.label)
         return config
-    _check_word_tables(custom, config, preserve_attribute)
-    if not custom.sentences:
-        return config
-    # class_tokens is the caption of images without a caption file: "" makes such files unnecessary
-    tables = tuple(replace(table, class_tokens=table.class_tokens or "") for table in config.datasets)
-    return replace(config, datasets=tables)
-
-
-def _check_word_tables(custom: CustomNetwork, config: DatasetConfig, preserve_attribute: str) -> None:
-    """Raise DatasetError for tables from which a word's embedding cannot learn."""
     for table in config.datasets:
         if table.is_reg:
             raise DatasetError(
@@ -200,3 +190,8 @@ def _check_word_tables(custom: CustomNetwork, config: DatasetConfig, preserve_at
                 f"{table.name}: {preserve_attribute} compares a network in the transformer with the model "
                 f"without it, and {custom.label} has none there. Omit it"
             )
+    if not custom.sentences:
+        return config
+    # class_tokens is the caption of images without a caption file: "" makes such files unnecessary
+    tables = tuple(replace(table, class_tokens=table.class_tokens or "") for table in config.datasets)
+    return replace(config, datasets=tables)

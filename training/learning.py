@@ -404,7 +404,14 @@ class NetworkLoader:
         if self.takes_turns:
             self.host_copies[dit] = HostCopy(dit, device, network.host_weights)
         elif network.index + 1 < len(family.experts) and device.type == "cuda":
-            _require_room(bytes_on(dit, device), spare_bytes(device))
+            size = bytes_on(dit, device)
+            room = spare_bytes(device)
+            if size > room:
+                raise MemoryPlanError(
+                    f"both transformers do not fit on the device: one takes {format_gib(size)} GiB, "
+                    f"{format_gib(room)} GiB are left next to it. Use --offload_inactive_dit, so that they "
+                    "take turns, or --blocks_to_swap"
+                )
 
     def set_up_blocks(self, network: UnpreparedNetwork) -> None:
         """Compile, checkpoint and swap the blocks of a network; divide its tokens among processes."""
@@ -434,24 +441,21 @@ class NetworkLoader:
                 is_compiled = options.speed.compilation.choice is not None
                 self.adapters.append(add_loras(network.dit, [adapter], is_compiled, experts.TRAINING_ADAPTER))
         if has_samples:
-            self._add_sample_loras(network)
+            # Add --sample_lora to a network, and the LoRAs of its family's denoising stages
+            options, dit = self.plan.options, network.dit
+            is_compiled = options.speed.compilation.choice is not None
+            sample_files = options.samples.loras()
+            if sample_files:
+                from networks.gated_loras import add_loras  # only with LoRA files
+                from networks.loading import read_weighted_lora
 
-    def _add_sample_loras(self, network: UnpreparedNetwork) -> None:
-        """Add --sample_lora to a network, and the LoRAs of its family's denoising stages."""
-        options, dit = self.plan.options, network.dit
-        is_compiled = options.speed.compilation.choice is not None
-        sample_files = options.samples.loras()
-        if sample_files:
-            from networks.gated_loras import add_loras  # only with LoRA files
-            from networks.loading import read_weighted_lora
+                expert = network.expert.name
+                loras = [read_weighted_lora(path, expert, multiplier) for path, multiplier in sample_files]
+                self.sample_loras.append(add_loras(dit, loras, is_compiled))
+            if get_stage_files(dit):
+                from networks.gated_loras import add_stage_loras
 
-            expert = network.expert.name
-            loras = [read_weighted_lora(path, expert, multiplier) for path, multiplier in sample_files]
-            self.sample_loras.append(add_loras(dit, loras, is_compiled))
-        if get_stage_files(dit):
-            from networks.gated_loras import add_stage_loras
-
-            add_stage_loras(dit, is_compiled)
+                add_stage_loras(dit, is_compiled)
 
 
 def _add_patch(placement: Placement, patch: "LoraPatch | None", network: NetworkOptions) -> Placement:
@@ -482,15 +486,6 @@ def _wrap_unmerged(
         from networks.unmerged_loras import add_unmerged, masked_changes  # only with T-LoRAs
 
         add_unmerged(dit, masked_changes(dit, t_loras), device, compute_dtype)
-
-
-def _require_room(size: int, room: int) -> None:
-    if size > room:
-        raise MemoryPlanError(
-            f"both transformers do not fit on the device: one takes {format_gib(size)} GiB, "
-            f"{format_gib(room)} GiB are left next to it. Use --offload_inactive_dit, so that they take "
-            "turns, or --blocks_to_swap"
-        )
 
 
 @dataclass

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -39,7 +39,6 @@ from training.reports.logs import (
     name_rates,
 )
 from training.reports.pauses import SAMPLES, SAVING, VALIDATION
-from training.saving.files import Saver
 from training.targets.passes import StreamErrors, loss_passes
 from training.trainable import seed_networks
 from training.training_run import SAMPLE, SAVE, STOP, TrainingRun
@@ -486,22 +485,18 @@ def _after_step(run: TrainingRun, requested: StepRequests) -> None:
     if is_ending(run):  # perhaps only since the samples were stopped
         _save_for_resuming(run)
     elif saves:
-        _save_after_step(run)
+        # Save the step's files, and restart the clock of --save_every_n_minutes
+        if run.requests.clock is not None:
+            run.requests.clock.restart()
+        if run.saver is not None:
+            run.reporter.log_pause(SAVING)
+            with run.logs.clock.pause(SAVING):
+                run.saver.save_step(run.progress.step)
     if requested.saves:
         run.requests.finish(SAVE)
     if requested.samples:
         run.requests.finish(SAMPLE)
     _restart_step_timing(run)
-
-
-def _save_after_step(run: TrainingRun) -> None:
-    """Save the step's files, and restart the clock of --save_every_n_minutes."""
-    if run.requests.clock is not None:
-        run.requests.clock.restart()
-    if run.saver is not None:
-        run.reporter.log_pause(SAVING)
-        with run.logs.clock.pause(SAVING):
-            run.saver.save_step(run.progress.step)
 
 
 def _is_due(every: int | None, count: int) -> bool:
@@ -528,28 +523,20 @@ def _after_epoch(run: TrainingRun) -> None:
     is_due = _is_due(run.plan.saving.save_every_n_epochs, epoch)
     saves = is_complete and is_due and epoch < run.steps.num_epochs  # the last epoch is the final file
     if saves and run.saver is not None:
-        _save_after_epoch(run, run.saver, epoch)
+        run.reporter.log_pause(SAVING)
+        with run.logs.clock.pause(SAVING):
+            run.saver.save_epoch(epoch)
     if progress.sample_pending:
         _sample(run)
     if is_ending(run):
         _save_for_resuming(run)
     elif run.validation is not None:
-        _validate_after_epoch(run, run.validation, epoch, saves=saves)
+        # Measure the validation loss if it is due after an epoch; `saves` is whether the epoch was saved
+        step = run.progress.step
+        is_saved = saves or step >= run.steps.total_steps  # the last step is saved as the final file
+        if run.options.validation.is_due_after_epoch(epoch, step, run.steps.steps_per_epoch, is_saved):
+            _validate(run, run.validation, EPOCH)
     _restart_step_timing(run)
-
-
-def _save_after_epoch(run: TrainingRun, saver: Saver, epoch: int) -> None:
-    run.reporter.log_pause(SAVING)
-    with run.logs.clock.pause(SAVING):
-        saver.save_epoch(epoch)
-
-
-def _validate_after_epoch(run: TrainingRun, validation: Validation, epoch: int, *, saves: bool) -> None:
-    """Measure the validation loss if it is due after an epoch; `saves` is whether the epoch was saved."""
-    step = run.progress.step
-    is_saved = saves or step >= run.steps.total_steps  # the last step is saved as the final file
-    if run.options.validation.is_due_after_epoch(epoch, step, run.steps.steps_per_epoch, is_saved):
-        _validate(run, validation, EPOCH)
 
 
 def _save_for_resuming(run: TrainingRun) -> None:
@@ -651,19 +638,15 @@ def _validate(run: TrainingRun, validation: Validation, occasion: str) -> None:
     run.reporter.log_validation(step, losses)
     # the console gets only the mean; losses of single levels are on the page and in the trackers
     recorded = run.reporter.validations.get(step, losses[LOSS])  # rounded, like the earlier ones
-    _log_validation_loss(step, recorded, earlier_losses)
+    # Log a validation loss with the previous one, and whether it is the lowest; losses are keyed by step
+    previous, remark = "", ""
+    if earlier_losses:
+        previous = f"{earlier_losses[max(earlier_losses)]:.5f} -> "
+        if recorded < min(earlier_losses.values()):
+            remark = ", the lowest so far"
+    logger.info("Step %d: validation loss %s%.5f%s", step, previous, recorded, remark)
     for stopping_rule in run.features.on.after_validation:
         reason = stopping_rule(run, losses[LOSS])
         if reason and step < run.steps.total_steps:
             logger.info("Ended after step %d of %d: %s.", step, run.steps.total_steps, reason)
             run.reporter.is_done = True
-
-
-def _log_validation_loss(step: int, loss: float, earlier_losses: Mapping[int, float]) -> None:
-    """Log a validation loss with the previous one, and whether it is the lowest; losses are keyed by step."""
-    previous, remark = "", ""
-    if earlier_losses:
-        previous = f"{earlier_losses[max(earlier_losses)]:.5f} -> "
-        if loss < min(earlier_losses.values()):
-            remark = ", the lowest so far"
-    logger.info("Step %d: validation loss %s%.5f%s", step, previous, loss, remark)

@@ -130,9 +130,31 @@ class TrainingOptions(Options, must_give=True):
             self._check_full_dit(self.full_dit)
         rank = None if self.network is None else self.network.network_dim
         if rank is not None and rank > MAX_RANK:
-            self._check_large_rank(rank)
+            # Raise OptionError for a rank above MAX_RANK, unless it is of a module without ranks
+            module = None if self.network is None else self.network.network_module
+            if module is None or module.startswith(RANKED_NETWORKS):
+                raise OptionError(
+                    f"--network_dim {rank}: {MAX_RANK} is the maximum. Usual ranks are 4 to 128."
+                )
         if self.is_fused:
-            self._check_fused()
+            # Raise OptionError for options that need gradients after the backward pass
+            accumulation = self.loop.gradient_accumulation_steps
+            if accumulation != 1:
+                raise OptionError(
+                    f"--fused_backward_pass with --gradient_accumulation_steps {accumulation}: gradients are "
+                    "freed in each backward pass, so there are none to accumulate. Use 1, or a larger "
+                    "batch_size in --dataset_config"
+                )
+            if self.accelerator.mixed_precision == "fp16":
+                raise OptionError(
+                    "--fused_backward_pass with --mixed_precision fp16: whether fp16's scaled gradients "
+                    "overflowed is known only after the whole backward pass. Use bf16 or no"
+                )
+            if self.network is not None and "ggpo_sigma" in self.network.arguments():
+                raise OptionError(
+                    "--fused_backward_pass with --network_args ggpo_sigma: LoRA-GGPO needs the gradients "
+                    "that are freed at once. Omit one of the two"
+                )
         # `features` raises OptionError if features do not fit the options; one that only shows something
         # needs no data and no folder
         if self.features.show is not None:
@@ -143,12 +165,6 @@ class TrainingOptions(Options, must_give=True):
             require(self.loop.dataset_config, "--dataset_config", "a TOML file that describes the data sets")
         if not self.exits_before_training:
             _ = self.saving.folder_and_name  # raises OptionError if the folder or the name is missing
-
-    def _check_large_rank(self, rank: int) -> None:
-        """Raise OptionError for a rank above MAX_RANK, unless it is of a module without ranks."""
-        module = None if self.network is None else self.network.network_module
-        if module is None or module.startswith(RANKED_NETWORKS):
-            raise OptionError(f"--network_dim {rank}: {MAX_RANK} is the maximum. Usual ranks are 4 to 128.")
 
     def of(self, kind: type[T]) -> T:
         """Return the options of a feature, given their class."""
@@ -241,26 +257,6 @@ class TrainingOptions(Options, must_give=True):
                 "whether fp16's scaled gradients overflowed concerns all of them. Use bf16 or no"
             )
         self.speed.swap.reject_trained(options.fused_backward_pass)
-
-    def _check_fused(self) -> None:
-        """Raise OptionError for options that need gradients after the backward pass."""
-        accumulation = self.loop.gradient_accumulation_steps
-        if accumulation != 1:
-            raise OptionError(
-                f"--fused_backward_pass with --gradient_accumulation_steps {accumulation}: gradients are "
-                "freed in each backward pass, so there are none to accumulate. Use 1, or a larger batch_size "
-                "in --dataset_config"
-            )
-        if self.accelerator.mixed_precision == "fp16":
-            raise OptionError(
-                "--fused_backward_pass with --mixed_precision fp16: whether fp16's scaled gradients "
-                "overflowed is known only after the whole backward pass. Use bf16 or no"
-            )
-        if self.network is not None and "ggpo_sigma" in self.network.arguments():
-            raise OptionError(
-                "--fused_backward_pass with --network_args ggpo_sigma: LoRA-GGPO needs the gradients that "
-                "are freed at once. Omit one of the two"
-            )
 
 
 # options that `accelerate launch` sets by environment variables

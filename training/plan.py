@@ -18,7 +18,6 @@ from dataset.cache.store import Stores, npz_names
 from dataset.config import DatasetConfig, for_family, load_dataset_config, with_empty_prompts
 from dataset.sources.media_source import NO_REFERENCE
 from dataset.subsets import folders_config
-from dataset.table import DatasetTable
 from modules.errors import DatasetError, OptionError, OutputError
 from modules.lost_processes import OtherProcesses
 from modules.option_values import require
@@ -376,16 +375,12 @@ class RunPlanner:
         takes_references = any(table.references or table.clip_references for table in tables)
         if takes_references and lack_edit_references([*data.training, *data.validation], data.sources.stores):
             logger.warning("%s", NO_REFERENCE)
-        if subset is not None and subset.masked_loss:
-            _warn_of_missing_masks(tables)
-
-
-def _warn_of_missing_masks(tables: Sequence[DatasetTable]) -> None:
-    """Warn if no table has the masks that --masked_loss requires."""
-    if not any(table.mask_directory or table.alpha_mask for table in tables):
-        logger.warning(
-            "--masked_loss has no effect: no subset has masks (conditioning_data_dir, or alpha_mask = true)"
-        )
+        has_masks = any(table.mask_directory or table.alpha_mask for table in tables)
+        if subset is not None and subset.masked_loss and not has_masks:
+            logger.warning(
+                "--masked_loss has no effect: no subset has masks (conditioning_data_dir, or alpha_mask = "
+                "true)"
+            )
 
 
 def _warn_of_rejected_items(training: Sequence[TrainingItem]) -> None:

@@ -181,18 +181,12 @@ def collect_run_settings(
     experts = [f"{expert.name or 'one'} from {expert.min_timestep:g}" for expert in family.experts]
     fixed[TRANSFORMERS] = ", ".join(experts)
     fixed[TRAINING_ADAPTER] = adapter
-    return RunSettings(fixed, _list_adjustable_settings(family, options, config), type(family.options))
-
-
-def _list_adjustable_settings(
-    family: Family, options: TrainingOptions, config: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return the settings whose change in a resumed run only causes a warning."""
+    # The settings whose change in a resumed run only causes a warning
     adjustable = _values_by_flag(config, "habit")
     adjustable |= {f"--{name}": value for name, value in recorded_values(family.options, "habit").items()}
     models = [value for name, value in family.metadata.items() if name.startswith("sd_model_name")]
     adjustable["the model's file"] = ", ".join(models) or None
-    return adjustable | list_file_names(options)
+    return RunSettings(fixed, (adjustable | list_file_names(options)), type(family.options))
 
 
 def _values_by_flag(config: Mapping[str, Any], kind: str) -> dict[str, Any]:

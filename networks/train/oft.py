@@ -108,15 +108,6 @@ def fit_block_size(width: int, size: int) -> int | None:
     return min(divisors, key=lambda number: (abs(number - size), number), default=None)
 
 
-def _log_adjustments(adjustments: Mapping[str, int]) -> None:
-    """Log which block sizes were replaced because they do not divide a layer's inputs."""
-    lines = [f"{text} ({format_count(count, 'layer')})" for text, count in sorted(adjustments.items())]
-    logger.info(
-        "block sizes that do not divide a layer's inputs are replaced by the nearest that do. "
-        f"{'; '.join(lines)}"
-    )
-
-
 class OftTraining(KindTraining):
     """Builds the layers of OFTs."""
 
@@ -144,7 +135,14 @@ class OftTraining(KindTraining):
                 adjustments[f"{module.in_features} inputs: {block_size} instead of {target.rank}"] += 1
             layers[name] = OftLayer(module, block_size)
         if adjustments:
-            _log_adjustments(adjustments)
+            # Log which block sizes were replaced because they do not divide a layer's inputs
+            lines = [
+                f"{text} ({format_count(count, 'layer')})" for text, count in sorted(adjustments.items())
+            ]
+            logger.info(
+                "block sizes that do not divide a layer's inputs are replaced by the nearest that do. "
+                f"{'; '.join(lines)}"
+            )
         if not layers:
             raise OptionError(f"--network_module {MODULE}: the model has no linear layer that can be rotated")
         return layers

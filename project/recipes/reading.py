@@ -253,7 +253,12 @@ def check_values(
     if not argv:
         raise ValueError(f"train = {train!r}: {family} {task} has no script for it")
     recipe_options = find_recipe_options(argv[0])
-    modules = {*RANKED_NETWORKS, *_list_own_modules(model)}
+    # The --network_module values in a model's training command
+    argv = model.commands["train"].split()
+    modules = {
+        *RANKED_NETWORKS,
+        *([after for word, after in zip(argv, argv[1:], strict=False) if word == "--network_module"]),
+    }
     values = {}
     for name, value in training.items():
         option = recipe_options.get(name)
@@ -287,12 +292,6 @@ def list_allowed(script: str) -> frozenset[str]:
         allowed |= {*options_with(record, "resume", "identity"), *options_with(record, "resume", "habit")}
     hardware_options = {*get_option_info(AcceleratorOptions), *get_option_info(TrainingSpeedOptions)}
     return frozenset(allowed - hardware_options - DECIDED_BY_NEW)
-
-
-def _list_own_modules(model: ModelSet) -> list[str]:
-    """Return the --network_module values in a model's training command."""
-    argv = model.commands["train"].split()
-    return [after for word, after in zip(argv, argv[1:], strict=False) if word == "--network_module"]
 
 
 @cache

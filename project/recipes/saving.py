@@ -85,7 +85,12 @@ def save_recipe(options: RecipeOptions, history: Path) -> None:
         OptionError: If the run has not ended, or is of a kind that `new` does not set up.
         OutputError: If the file exists and may not be replaced.
     """
-    run_history, start = _read_finished_run(history)
+    # A run's history and its start. Raises OptionError if the run has not ended well.
+    session = read_session(history)
+    run_history = RunHistory() if session is None else read_history(history, session)
+    start, ending = run_history.start, run_history.ending
+    if start is None or ending is None or ending[1] != "good":
+        raise OptionError(f"{history}: this run has not finished. A recipe is made of a finished one")
     try:
         recipe, reasons = _make_recipe(options, history, run_history, start)
     except ValueError as error:  # the history or run.toml, which may be a stranger's, names no model of ours
@@ -105,16 +110,6 @@ def save_recipe(options: RecipeOptions, history: Path) -> None:
     print_lines(lines)
 
 
-def _read_finished_run(history: Path) -> tuple[RunHistory, Start]:
-    """Return a run's history and its start. Raises OptionError if the run has not ended well."""
-    session = read_session(history)
-    run_history = RunHistory() if session is None else read_history(history, session)
-    start, ending = run_history.start, run_history.ending
-    if start is None or ending is None or ending[1] != "good":
-        raise OptionError(f"{history}: this run has not finished. A recipe is made of a finished one")
-    return run_history, start
-
-
 def _make_recipe(
     options: RecipeOptions, history: Path, run_history: RunHistory, start: Start
 ) -> tuple[TrainingRecipe, list[str]]:
@@ -125,6 +120,16 @@ def _make_recipe(
     values, reasons = _select_recipe_options(changed_options, family, task=task, train=train)
     # a run that a feature ended early has taken fewer steps than it was started for
     values["max_train_steps"] = max(run_history.loss, default=start.total_steps)
+    # The measured figures of a training run, such as losses and seconds, by name
+    figures = {}
+    if run_history.average is not None:
+        figures["average loss at the end"] = f"{run_history.average:.{DIGITS}g}"
+    if run_history.lowest_validation is not None:
+        step, loss = run_history.lowest_validation
+        figures["lowest validation loss"] = f"{loss:.{DIGITS}g} at step {step}"
+    seconds = sorted(value for value in run_history.seconds.values() if value is not None)
+    if seconds:
+        figures["seconds a step, median"] = f"{seconds[len(seconds) // 2]:.3g}"
     recipe = TrainingRecipe(
         name=name,
         title=options.title or f"{family} {task}: {name}",
@@ -133,7 +138,7 @@ def _make_recipe(
         train=train,
         tried_on=options.tried_on or _name_model_file(changed_options, family, task),
         training=values,
-        figures=_list_figures(run_history, start),
+        figures=figures,
     )
     return recipe, reasons
 
@@ -254,17 +259,3 @@ def _parse_history_value(action: argparse.Action, text: str) -> int | float | st
         except ValueError:
             continue
     return text
-
-
-def _list_figures(run_history: RunHistory, start: Start) -> dict[str, str]:
-    """Return the measured figures of a training run, such as losses and seconds, by name."""
-    figures = {}
-    if run_history.average is not None:
-        figures["average loss at the end"] = f"{run_history.average:.{DIGITS}g}"
-    if run_history.lowest_validation is not None:
-        step, loss = run_history.lowest_validation
-        figures["lowest validation loss"] = f"{loss:.{DIGITS}g} at step {step}"
-    seconds = sorted(value for value in run_history.seconds.values() if value is not None)
-    if seconds:
-        figures["seconds a step, median"] = f"{seconds[len(seconds) // 2]:.3g}"
-    return figures

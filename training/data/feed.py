@@ -212,7 +212,11 @@ class NoiseSampler:
             weights=self._weigh(batch, times),
             num_clean_frames=num_clean_frames,
             expert=times.expert,
-            perturbation=self._draw_perturbation(shape, number) if self.perturbations else None,
+            perturbation=functools.reduce(
+                torch.add, (draw(shape, self.seed, number) for draw in self.perturbations)
+            )
+            if self.perturbations
+            else None,
             number=number,
             levels=tuple(times.levels.tolist()),
         )
@@ -255,10 +259,6 @@ class NoiseSampler:
             tensors = self.noise_spec.change_conditions(batch.tensors, self.condition_set, generator)
             batch = replace(batch, tensors=tensors)
         return batch
-
-    def _draw_perturbation(self, shape: torch.Size, number: int) -> Tensor:
-        """Draw the perturbation noise that features add to the network's input, summed over features."""
-        return functools.reduce(torch.add, (draw(shape, self.seed, number) for draw in self.perturbations))
 
     def _weigh(self, batch: Batch, times: Timesteps) -> Tensor:
         """Return the loss weight of each sample, a tensor of shape B."""
@@ -472,15 +472,12 @@ class Feed:
         if items[0].table.reference_dropout_rate and should_drop_references(items, seed, number):
             batch = batch.without_references()
         if self.sources.tables:  # captions are encoded during training: shuffle and drop their tags now
-            position = self._find_run_position(key, number)
+            # The step of the run to which micro-batch `number` belongs
+            step = self.plan.step_of(*key)
+            position = RunPosition(self.noise_sampler.seed, number, step, self.plan.total_steps)
             batch = replace(batch, captions=change_captions(items, batch.captions, captions, position))
         noise_sampler, first_sample = self._get_noise_sampler(key)
         return noise_sampler.add_noise(batch, number, first_sample)
-
-    def _find_run_position(self, key: Key, number: int) -> RunPosition:
-        """Return the step of the run to which micro-batch `number` belongs."""
-        step = self.plan.step_of(*key)
-        return RunPosition(self.noise_sampler.seed, number, step, self.plan.total_steps)
 
     def _get_noise_sampler(self, key: Key) -> tuple[NoiseSampler, int]:
         """Return the sampler for a micro-batch, and the number of samples drawn before it."""

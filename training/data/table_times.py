@@ -84,7 +84,13 @@ def check_timesteps(options: TimestepOptions, tables: Sequence[DatasetTable], fa
             _check_table(options, table, noise_spec, experts)
     options_by_table = list_timestep_options(options, tables)
     if options.timestep_focus is not None:
-        _check_focus(options, experts)
+        low, high = options.timestep_focus_range
+        lowest = min(expert.min_timestep for expert in experts)
+        if high <= lowest:
+            raise OptionError(
+                f"--timestep_focus_range {low} {high}: only levels from {lowest:g} on are trained (the "
+                f"{experts[0].description}). Pass a range above that, such as {lowest:g} {NUM_TIMESTEPS}"
+            )
     if len(experts) > 1 or experts[0].min_timestep > 0:
         check_experts_reached(options_by_table, noise_spec, experts)
 
@@ -116,16 +122,6 @@ def _check_table(
         f"{experts[0].description}), and this table has none of them. Widen its window, omit the table, "
         "or train both transformers"
     )
-
-
-def _check_focus(options: TimestepOptions, experts: Sequence[Expert]) -> None:
-    low, high = options.timestep_focus_range
-    lowest = min(expert.min_timestep for expert in experts)
-    if high <= lowest:
-        raise OptionError(
-            f"--timestep_focus_range {low} {high}: only levels from {lowest:g} on are trained (the "
-            f"{experts[0].description}). Pass a range above that, such as {lowest:g} {NUM_TIMESTEPS}"
-        )
 
 
 def takes_shift(options: TimestepOptions, noise_spec: NoiseSpec) -> bool:

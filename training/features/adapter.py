@@ -26,15 +26,6 @@ class AdapterOptions(FeatureOptions, title="network", at=AT_NETWORK, facts=HABIT
     )
 
 
-def _check_targets(run: RunFeatures) -> None:
-    kept = [target.option for target in run.targets if target.replaces_velocity]
-    if kept:
-        raise OptionError(
-            f"--make_adapter with {kept[0]}: an adapter has to unlearn what the model was distilled for, and "
-            "this target keeps it. Omit one of the two"
-        )
-
-
 def _note_base(run: RunFeatures, planned: PlannedRun) -> None:
     from checkpoints.file_hashes import name_base  # not needed for --help
 
@@ -49,7 +40,12 @@ def _join(run: RunFeatures, options: AdapterOptions) -> None:
             "--make_adapter with --training_adapter: with an adapter in use, little is left to unlearn. "
             "To continue training one, pass it as --network_weights"
         )
-    _check_targets(run)
+    kept = [target.option for target in run.targets if target.replaces_velocity]
+    if kept:
+        raise OptionError(
+            f"--make_adapter with {kept[0]}: an adapter has to unlearn what the model was distilled for, and "
+            "this target keeps it. Omit one of the two"
+        )
     run.keeps_few_step_ability = True
     run.info.in_files["adapter_data"] = options.make_adapter
     run.info.targets.append("what the model was distilled for is unlearned: a training adapter")

@@ -10,7 +10,6 @@ from modules.options import Options, find_reach, find_record_type, get_option_in
 from training.features import FEATURES
 from training.features.contract import AGAINST_BAD_STEPS, AT_NETWORK
 from training.features.hooks import RunEnd, RunFeatures
-from training.features.step_targets import StepTarget
 
 if TYPE_CHECKING:
     from dataset.table import DatasetTable
@@ -90,9 +89,24 @@ def join_run(options: "RunOptionsProtocol", tables: "Sequence[DatasetTable]" = (
         if feature.is_on(feature_options) or feature.options.attribute in attributes:
             feature.join(run, feature_options)
     if run.targets:
-        _reject_targets(run.targets)
+        # Raise OptionError if two training targets, such as a slider and a teacher, cannot be combined
+        replacing = [target.option for target in run.targets if target.replaces_velocity]
+        if len(replacing) > 1:
+            raise OptionError(
+                f"{replacing[0]} and {replacing[1]} both choose what is learned instead of the clip. Omit "
+                "one of the two"
+            )
+        for target in run.targets:
+            others = [other.option for other in run.targets if other is not target]
+            if target.reason_to_exclude_others and others:
+                reason = target.reason_to_exclude_others
+                raise OptionError(f"{target.option} with {others[0]}: {reason}. Omit one of the two")
     if attributes:
-        _note_unused(tables)
+        # Warn about attributes of dataset tables that no active feature reads
+        known = {feature.options.attribute for feature in FEATURES}
+        for table in tables:
+            for name in sorted(table.attributes - known):
+                logger.warning("%s: custom_attributes.%s is ignored: nothing reads it", table.name, name)
     return run
 
 
@@ -105,29 +119,6 @@ def begin_run(
     for start in run.on.start:
         start(run)
     return run
-
-
-def _reject_targets(targets: Sequence[StepTarget]) -> None:
-    """Raise OptionError if two training targets, such as a slider and a teacher, cannot be combined."""
-    replacing = [target.option for target in targets if target.replaces_velocity]
-    if len(replacing) > 1:
-        raise OptionError(
-            f"{replacing[0]} and {replacing[1]} both choose what is learned instead of the clip. Omit "
-            "one of the two"
-        )
-    for target in targets:
-        others = [other.option for other in targets if other is not target]
-        if target.reason_to_exclude_others and others:
-            reason = target.reason_to_exclude_others
-            raise OptionError(f"{target.option} with {others[0]}: {reason}. Omit one of the two")
-
-
-def _note_unused(tables: "Sequence[DatasetTable]") -> None:
-    """Warn about attributes of dataset tables that no active feature reads."""
-    known = {feature.options.attribute for feature in FEATURES}
-    for table in tables:
-        for name in sorted(table.attributes - known):
-            logger.warning("%s: custom_attributes.%s is ignored: nothing reads it", table.name, name)
 
 
 @contextlib.contextmanager

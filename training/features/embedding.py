@@ -199,33 +199,6 @@ def _list_explicit_options(record: Options | None) -> list[str]:
     return [option_name(field) for field in own if is_set(record, field)]
 
 
-def _join_alone(run: RunFeatures, options: EmbeddingOptions) -> None:
-    """Register --embedding_only: the vectors of a word are trained in place of a LoRA."""
-    # Options of a LoRA are rejected, except those in OPTIONS_ALLOWED_ALONE, which also apply to the word.
-    name = run.options.saving.output_name
-    explicit_options = [
-        *_list_explicit_options(run.options.network),
-        *_list_explicit_options(run.options.lora_parts),
-    ]
-    lora_options = [option for option in explicit_options if option not in OPTIONS_ALLOWED_ALONE]
-    if run.options.by_expert.lora_per_expert:
-        lora_options.append("lora_per_expert")
-    if lora_options:
-        raise OptionError(
-            f"--embedding_only trains no LoRA, but these are LoRA options: --{', --'.join(lora_options)}. "
-            "Omit one or the other"
-        )
-    if name not in (None, options.train_embedding):
-        logger.warning(
-            "--output_name %s is not the word %s: programs take the name of a file as its word. Rename the "
-            "file to %s.safetensors before it is used.",
-            name,
-            options.train_embedding,
-            options.train_embedding,
-        )
-    run.lora_replacement = partial(_word_as_network, options.word())
-
-
 def _join(run: RunFeatures, options: EmbeddingOptions) -> None:
     """Register --train_embedding: a run learns the vectors of a new word, with a LoRA or alone."""
     assert options.train_embedding is not None  # the feature is on
@@ -245,7 +218,30 @@ def _join(run: RunFeatures, options: EmbeddingOptions) -> None:
     word = options.word(None if run.options.network is None else run.options.network.network_weights)
     run.on.family.append(partial(_with_word, word))
     if options.embedding_only:
-        _join_alone(run, options)
+        # Register --embedding_only: the vectors of a word are trained in place of a LoRA
+        # Options of a LoRA are rejected, except those in OPTIONS_ALLOWED_ALONE, which also apply to the word.
+        name = run.options.saving.output_name
+        explicit_options = [
+            *_list_explicit_options(run.options.network),
+            *_list_explicit_options(run.options.lora_parts),
+        ]
+        lora_options = [option for option in explicit_options if option not in OPTIONS_ALLOWED_ALONE]
+        if run.options.by_expert.lora_per_expert:
+            lora_options.append("lora_per_expert")
+        if lora_options:
+            raise OptionError(
+                "--embedding_only trains no LoRA, but these are LoRA options: "
+                f"--{', --'.join(lora_options)}. Omit one or the other"
+            )
+        if name not in (None, options.train_embedding):
+            logger.warning(
+                "--output_name %s is not the word %s: programs take the name of a file as its word. Rename "
+                "the file to %s.safetensors before it is used.",
+                name,
+                options.train_embedding,
+                options.train_embedding,
+            )
+        run.lora_replacement = partial(_word_as_network, options.word())
         return
     run.on.check.append(partial(_check, word))
     run.on.start.append(partial(_start, word, options.embedding_file))

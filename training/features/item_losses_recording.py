@@ -252,7 +252,12 @@ def make_thumbnails(table: DatasetTable, cache_tag: str, keys: Sequence[str]) ->
         cache_tag: The family's tag in names of cache files.
         keys: Keys of the items, which are the names of their cache files; items of other tables are ignored.
     """
-    keys_by_stem = _group_keys_by_source(table, cache_tag, keys)
+    # Group item keys by the stem of their source file: the clips of one video have several keys
+    keys_by_stem: dict[str, list[str]] = {}
+    for key in keys:
+        name = parse_latent_name(f"{key}{SUFFIX}", cache_tag, table.kind)
+        if name is not None:
+            keys_by_stem.setdefault(name.stem, []).append(key)
     if not keys_by_stem or table.is_audio_only:
         return {}
     ignored_faults: list[Fault] = []
@@ -266,16 +271,6 @@ def make_thumbnails(table: DatasetTable, cache_tag: str, keys: Sequence[str]) ->
                 thumbnail = ItemImage.of(source.path.name, _read_first_frame(source))
                 thumbnails |= dict.fromkeys(keys_by_stem[source.stem], thumbnail)
     return thumbnails
-
-
-def _group_keys_by_source(table: DatasetTable, cache_tag: str, keys: Sequence[str]) -> dict[str, list[str]]:
-    """Group item keys by the stem of their source file: the clips of one video have several keys."""
-    keys_by_stem: dict[str, list[str]] = {}
-    for key in keys:
-        name = parse_latent_name(f"{key}{SUFFIX}", cache_tag, table.kind)
-        if name is not None:
-            keys_by_stem.setdefault(name.stem, []).append(key)
-    return keys_by_stem
 
 
 def _read_first_frame(source: MediaSource) -> Frame:

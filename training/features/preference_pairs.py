@@ -78,7 +78,10 @@ def join_pairs(noisy_batch: NoisyBatch) -> NoisyBatch:
     """Return a batch of 2B samples: B chosen items, then their rejected items with equal noise and text."""
     batch = noisy_batch.batch
     assert batch.rejected is not None  # the feed reads them because the feature needs REJECTED_ONES
-    tensors = {name: _repeat(value) for name, value in batch.tensors.items()}
+    tensors = {
+        name: ([*value, *value] if isinstance(value, list) else _stack_twice(value))
+        for name, value in batch.tensors.items()
+    }
     tensors["latents"] = torch.cat([batch.tensor("latents"), batch.rejected])
     doubled_batch = replace(
         batch,
@@ -100,7 +103,15 @@ def join_pairs(noisy_batch: NoisyBatch) -> NoisyBatch:
         timesteps=_stack_twice(noisy_batch.timesteps),
         weights=_stack_twice(noisy_batch.weights),
         perturbation=None if perturbation is None else _stack_twice(perturbation),
-        audio=None if noisy_batch.audio is None else _repeat_audio(noisy_batch.audio),
+        audio=None
+        if noisy_batch.audio is None
+        else NoisyAudio(
+            noise=_stack_twice(noisy_batch.audio.noise),
+            sigmas=_stack_twice(noisy_batch.audio.sigmas),
+            timesteps=_stack_twice(noisy_batch.audio.timesteps),
+            weights=_stack_twice(noisy_batch.audio.weights),
+            levels=noisy_batch.audio.levels * 2,
+        ),
         clean_tokens=None if clean_tokens is None else clean_tokens.map_tensors(_stack_twice),
         levels=noisy_batch.levels * 2,
     )
@@ -108,21 +119,6 @@ def join_pairs(noisy_batch: NoisyBatch) -> NoisyBatch:
 
 def _stack_twice(tensor: Tensor) -> Tensor:
     return torch.cat([tensor, tensor])
-
-
-def _repeat(value: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
-    return [*value, *value] if isinstance(value, list) else _stack_twice(value)
-
-
-def _repeat_audio(audio: NoisyAudio) -> NoisyAudio:
-    """Repeat audio noise and noise levels, so that chosen and rejected clips share them."""
-    return NoisyAudio(
-        noise=_stack_twice(audio.noise),
-        sigmas=_stack_twice(audio.sigmas),
-        timesteps=_stack_twice(audio.timesteps),
-        weights=_stack_twice(audio.weights),
-        levels=audio.levels * 2,
-    )
 
 
 def add_streams(streams: Sequence[Tensor], pairs: NoisyBatch) -> Tensor:

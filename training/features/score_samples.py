@@ -58,8 +58,21 @@ def _start(run: RunFeatures) -> None:
     run.on.recorders.append(lambda plan, records: scorer)
 
 
-def _require_files(options: SampleScoringOptions) -> None:
-    """Raise OptionError, before training begins, if the folder of a scoring model lacks its main file."""
+def _require_file(option_name: str, folder: Path | None, file: str, remedy: str) -> None:
+    """Raise OptionError if the folder of an option, if given, does not contain a file."""
+    if folder is not None and not (folder / file).is_file():
+        raise OptionError(f"{option_name} {folder}: there is no {file} in this folder. {remedy}, or omit it")
+
+
+def _join(run: RunFeatures, options: SampleScoringOptions) -> None:
+    if run.options.samples.sample_prompts is None:
+        raise OptionError("--score_samples needs samples: pass --sample_prompts, or omit it")
+    if run.options.logs.no_page:
+        raise OptionError(
+            "--score_samples with --no_page: scores are computed from the run's history, and shown on its "
+            "page. Omit one of the two"
+        )
+    # Raise OptionError, before training begins, if the folder of a scoring model lacks its main file
     words = ["python", "tools/download.py", "--family", "tools", "--to", "models", "--task"]
     score_clip, wd_tagger = (
         f"Download a model: {quote_command([*words, task])}" for task in ("score_clip", "wd_tagger")
@@ -78,23 +91,6 @@ def _require_files(options: SampleScoringOptions) -> None:
         "model.onnx",
         wd_tagger,
     )
-
-
-def _require_file(option_name: str, folder: Path | None, file: str, remedy: str) -> None:
-    """Raise OptionError if the folder of an option, if given, does not contain a file."""
-    if folder is not None and not (folder / file).is_file():
-        raise OptionError(f"{option_name} {folder}: there is no {file} in this folder. {remedy}, or omit it")
-
-
-def _join(run: RunFeatures, options: SampleScoringOptions) -> None:
-    if run.options.samples.sample_prompts is None:
-        raise OptionError("--score_samples needs samples: pass --sample_prompts, or omit it")
-    if run.options.logs.no_page:
-        raise OptionError(
-            "--score_samples with --no_page: scores are computed from the run's history, and shown on its "
-            "page. Omit one of the two"
-        )
-    _require_files(options)
     also = "" if options.score_likeness_model is None else f", likeness by {options.score_likeness_model}"
     if options.score_tagger is not None:
         also += f", tags by {options.score_tagger}"

@@ -152,14 +152,8 @@ def judge_step(run: HookedRun, step: GradientStep, gradient_norm: "Tensor") -> s
     is_new_level = skipping.record(outcome, norm, step.kind)
     if outcome == TAKEN:
         return ""
-    _warn_of_skipped_step(
-        run, step, describe_skip(outcome, loss, norm=norm, limit=limit, is_new_level=is_new_level)
-    )
-    return OUTCOME_NAMES[outcome]
-
-
-def _warn_of_skipped_step(run: HookedRun, step: GradientStep, reason: str) -> None:
-    """Warn why a step is skipped, listing its items from all processes; all processes must call this."""
+    # Warn why a step is skipped, listing its items from all processes; all processes must call this
+    reason = describe_skip(outcome, loss, norm=norm, limit=limit, is_new_level=is_new_level)
     keys = step.keys
     if run.steps.num_processes > 1:
         from accelerate.utils import gather_object  # only of several processes
@@ -168,6 +162,7 @@ def _warn_of_skipped_step(run: HookedRun, step: GradientStep, reason: str) -> No
     if run.is_main:
         items = ", ".join(dict.fromkeys(keys))
         logger.warning("Step %d is skipped: %s Its items: %s", run.progress.step + 1, reason, items)
+    return OUTCOME_NAMES[outcome]
 
 
 def describe_skip(

@@ -122,20 +122,7 @@ class TeacherComparison:
         self, passes: TrainingPasses, noisy_batch: NoisyBatch
     ) -> list[TargetComparison]:
         """Return the loss terms of samples inside and of samples outside the teacher's noise range (band)."""
-        is_inside, is_outside = self._split_by_band(passes, noisy_batch)
-        # in lockstep the teacher always runs, because all processes have to run the same passes
-        in_lockstep = passes.rule.in_lockstep
-        comparisons = []
-        if any(is_inside) or in_lockstep:
-            comparisons.append(self._compare_inside(passes, noisy_batch, is_inside))
-        if any(is_outside) or (in_lockstep and self.target.band is not None):
-            comparisons.append(self._compare_outside(passes, noisy_batch, is_outside))
-        return comparisons
-
-    def _split_by_band(
-        self, passes: TrainingPasses, noisy_batch: NoisyBatch
-    ) -> tuple[list[bool], list[bool]]:
-        """Return for each sample whether its noise level is inside the band, and whether it is outside."""
+        # For each sample whether its noise level is inside the band, and whether it is outside
         # Both are False for a sample whose target is the base model's prediction.
         band = self.target.band
         is_inside = []
@@ -145,21 +132,25 @@ class TeacherComparison:
             in_band = band is None or band.contains(level)
             is_inside.append(in_band and not preserved)
             is_outside.append(not in_band and not preserved)
-        return is_inside, is_outside
-
-    def _compare_inside(
-        self, passes: TrainingPasses, noisy_batch: NoisyBatch, is_inside: Sequence[bool]
-    ) -> TargetComparison:
-        """Compare with a teacher that gets all known inputs; samples outside its band have weight 0."""
-        teacher_batch = with_teacher_inputs(passes.family, noisy_batch, self.target.condition_set)
-        target = self.predict_target(passes, teacher_batch)
-        weights = [self.target.weight * inside for inside in is_inside]
-        return TargetComparison(
-            target,
-            _measure_for(passes, self.target.split),
-            teacher_batch,
-            _as_sample_weights(weights, target.device),
-        )
+        # in lockstep the teacher always runs, because all processes have to run the same passes
+        in_lockstep = passes.rule.in_lockstep
+        comparisons = []
+        if any(is_inside) or in_lockstep:
+            # Compare with a teacher that gets all known inputs; samples outside its band have weight 0
+            teacher_batch = with_teacher_inputs(passes.family, noisy_batch, self.target.condition_set)
+            target = self.predict_target(passes, teacher_batch)
+            weights = [self.target.weight * inside for inside in is_inside]
+            comparisons.append(
+                TargetComparison(
+                    target,
+                    _measure_for(passes, self.target.split),
+                    teacher_batch,
+                    _as_sample_weights(weights, target.device),
+                )
+            )
+        if any(is_outside) or (in_lockstep and self.target.band is not None):
+            comparisons.append(self._compare_outside(passes, noisy_batch, is_outside))
+        return comparisons
 
     def _compare_outside(
         self, passes: TrainingPasses, noisy_batch: NoisyBatch, is_outside: Sequence[bool]

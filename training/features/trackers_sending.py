@@ -83,7 +83,17 @@ class Trackers:
         for tracker in self.accelerator.trackers:
             if tracker.name not in self._failed_trackers:
                 with self._disabling_at_error(tracker):
-                    self._log_values(tracker, values, step)
+                    if tracker.name == "tensorboard":  # accelerate's own `log` waits for the disk each time
+                        for name, value in values.items():
+                            tracker.writer.add_scalar(name, value, step)
+                        now = self.now()
+                        if now - self._last_flush >= FLUSH_SECONDS:
+                            tracker.writer.flush()
+                            self._last_flush = now
+                    else:  # names in some trackers may only have letters, digits, blanks, _, - and /
+                        tracker.log(
+                            {name.replace("*", "-"): value for name, value in values.items()}, step=step
+                        )
 
     @contextlib.contextmanager
     def _disabling_at_error(self, tracker: Any, kind: type[Exception] = OSError) -> Iterator[None]:
@@ -96,17 +106,6 @@ class Trackers:
                     "--log_with %s receives no more values; the training continues: %s", tracker.name, error
                 )
             self._failed_trackers.add(tracker.name)
-
-    def _log_values(self, tracker: Any, values: Mapping[str, float], step: int) -> None:
-        if tracker.name == "tensorboard":  # accelerate's own `log` waits for the disk each time
-            for name, value in values.items():
-                tracker.writer.add_scalar(name, value, step)
-            now = self.now()
-            if now - self._last_flush >= FLUSH_SECONDS:
-                tracker.writer.flush()
-                self._last_flush = now
-        else:  # names in some trackers may only have letters, digits, blanks, _, - and /
-            tracker.log({name.replace("*", "-"): value for name, value in values.items()}, step=step)
 
     def log_samples(
         self, step: int, files: Mapping[int, Path], strips: Mapping[int, Frame], prompts: Mapping[int, str]

@@ -107,7 +107,19 @@ class Rehearsal:
             noisy_batch = replace(noisy_batch, batch=batch).to(self.ledger.device)
         self.ledger.begin_phase("forward outside the blocks")
         autocast = make_autocast(self.options, self.ledger.device)
-        rule = self._make_loss_rule()
+        # The run's loss rule, set to run every pass that some noise level or mask needs
+        features = begin_run(self.options, self.family, self.tables)
+        rule = LossRule(
+            self.options.loss,
+            self.options.predicted,
+            as_base=contextlib.nullcontext,  # in the base model's passes the network stays in place
+            base_target_attributes=frozenset(features.base_target_attributes),
+            targets=features.on.target,
+            passes=features.on.passes,
+            replaces_default_pass=features.replaces_default_pass,
+            in_lockstep=True,  # so that every pass runs, whatever the noise levels and masks
+            learning_pass_contexts=self.learning_pass_contexts,
+        )
         # families may read noise levels, whose values change no sizes
         with self.ledger.reading_unknown_as_one():
             loss = training_loss(self.family, self.dit, noisy_batch, autocast=autocast, rule=rule)
@@ -124,21 +136,6 @@ class Rehearsal:
         dry.truncate_blocks(self.dit, self.blocks, self.num_blocks, self.ledger)
         return peaks
 
-    def _make_loss_rule(self) -> LossRule:
-        """Return the run's loss rule, set to run every pass that some noise level or mask needs."""
-        features = begin_run(self.options, self.family, self.tables)
-        return LossRule(
-            self.options.loss,
-            self.options.predicted,
-            as_base=contextlib.nullcontext,  # in the base model's passes the network stays in place
-            base_target_attributes=frozenset(features.base_target_attributes),
-            targets=features.on.target,
-            passes=features.on.passes,
-            replaces_default_pass=features.replaces_default_pass,
-            in_lockstep=True,  # so that every pass runs, whatever the noise levels and masks
-            learning_pass_contexts=self.learning_pass_contexts,
-        )
-
     def rehearse_optimizer(self) -> dict[str, dry.BytesByKind]:
         """Create the optimizer's states by simulating a step with gradient clipping.
 
@@ -151,7 +148,9 @@ class Rehearsal:
         if package in REHEARSABLE:  # its optimizers can step tensors without values
             phase_peaks = {STEP: self._rehearse_optimizer_step()}
         else:
-            self._allocate_estimated_states()
+            with self.ledger.allocating(dry.OPTIMIZER):
+                size = estimate_state_bytes(self.optimizer, self.parameters)
+                self.states.append(torch.empty(size, dtype=torch.uint8, device=self.ledger.device))
         if not self.options.is_fused:
             return phase_peaks
         assert self.parameter_steps is not None  # `check_optimizer` rejects optimizers that step all weights
@@ -159,12 +158,6 @@ class Rehearsal:
             max_norm = self.options.optimizer.max_grad_norm
             self.fused_backward = FusedBackward(self.parameter_steps, self.parameters, max_norm)
         return {}
-
-    def _allocate_estimated_states(self) -> None:
-        """Allocate one tensor of the estimated size of the states, if the optimizer cannot be simulated."""
-        with self.ledger.allocating(dry.OPTIMIZER):
-            size = estimate_state_bytes(self.optimizer, self.parameters)
-            self.states.append(torch.empty(size, dtype=torch.uint8, device=self.ledger.device))
 
     def _rehearse_optimizer_step(self) -> dry.BytesByKind:
         """Simulate an optimizer step on tensors without storage; return the bytes by kind at its peak."""
@@ -297,7 +290,11 @@ def set_up_trainable(
     set_up_network(dit, family.dit, options.loop, ledger.device)
     optimizer = _make_optimizer_as_on_gpu(options, groups)
     parameters = [parameter for group in groups for parameter in group["params"]]
-    _count_gradients(parameters, ledger)
+    for parameter in parameters:
+        # a layer that is skipped by its dropout has no gradient
+        parameter.register_post_accumulate_grad_hook(
+            lambda weight: None if weight.grad is None else ledger.track(weight.grad, dry.GRADIENTS)
+        )
     average = _allocate_average(options, parameters, ledger)
     return Rehearsal(
         family=family,
@@ -311,15 +308,6 @@ def set_up_trainable(
         blocks=blocks,
         live_encoders=live_encoders,
     )
-
-
-def _count_gradients(parameters: Sequence[Parameter], ledger: dry.Ledger) -> None:
-    """Install hooks that count the memory of each gradient from the backward pass on."""
-    for parameter in parameters:
-        # a layer that is skipped by its dropout has no gradient
-        parameter.register_post_accumulate_grad_hook(
-            lambda weight: None if weight.grad is None else ledger.track(weight.grad, dry.GRADIENTS)
-        )
 
 
 def _allocate_average(
@@ -413,7 +401,21 @@ def estimate_state_bytes(optimizer: Optimizer, parameters: Sequence[Parameter]) 
     bytes_per_element = STATE_BYTES.get(name)
     if bytes_per_element is None:
         try:
-            bytes_per_element = _measure_state_bytes(optimizer)
+            # Step an optimizer of the same class on small CPU weights; return bytes of its states per element
+            settings: dict[str, Any] = {
+                key: value for key, value in optimizer.defaults.items() if value is not None
+            }
+            with disable_modes():  # a real step, even during a rehearsal
+                small_weights = []
+                for weight in optimizer.param_groups[0]["params"][:2]:
+                    shape = [min(size, MAX_WEIGHT_SIDE) for size in weight.shape]
+                    small_weights.append(Parameter(torch.ones(shape, dtype=weight.dtype)))
+                small_optimizer = type(optimizer)(small_weights, **settings)
+                for weight in small_weights:
+                    weight.grad = torch.ones_like(weight)
+                small_optimizer.step()
+                size_bytes = sum(tensor.nbytes for tensor in list_states(small_optimizer))
+                bytes_per_element = size_bytes / sum(weight.numel() for weight in small_weights)
         except Exception as error:  # a foreign class may raise anything, and must not prevent the plan
             logger.warning(
                 "The states of %s cannot be measured (%s); assuming %g bytes per element.",
@@ -423,22 +425,6 @@ def estimate_state_bytes(optimizer: Optimizer, parameters: Sequence[Parameter]) 
             )
             bytes_per_element = DEFAULT_STATE_BYTES
     return round(bytes_per_element * sum(parameter.numel() for parameter in parameters))
-
-
-def _measure_state_bytes(optimizer: Optimizer) -> float:
-    """Step an optimizer of the same class on small CPU weights; return bytes of its states per element."""
-    settings: dict[str, Any] = {key: value for key, value in optimizer.defaults.items() if value is not None}
-    with disable_modes():  # a real step, even during a rehearsal
-        small_weights = []
-        for weight in optimizer.param_groups[0]["params"][:2]:
-            shape = [min(size, MAX_WEIGHT_SIDE) for size in weight.shape]
-            small_weights.append(Parameter(torch.ones(shape, dtype=weight.dtype)))
-        small_optimizer = type(optimizer)(small_weights, **settings)
-        for weight in small_weights:
-            weight.grad = torch.ones_like(weight)
-        small_optimizer.step()
-        size_bytes = sum(tensor.nbytes for tensor in list_states(small_optimizer))
-        return size_bytes / sum(weight.numel() for weight in small_weights)
 
 
 def make_autocast(options: TrainingOptions, device: torch.device) -> Autocast:
