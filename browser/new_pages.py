@@ -379,6 +379,12 @@ class NewPages:
         if described is not None:
             saved_form = self.make_form(described)
             is_saved = not list_unsaved(form, saved_form, saved_form)
+        dry_run_job = progress.description_job
+        if progress.has_changes and dry_run_job is not None:
+            compared_form = NewForm.from_argv(shlex.split(dry_run_job.line))
+            # the changes are shown for other values if something was typed since
+            if list_unsaved(form, compared_form, compared_form):
+                progress = replace(progress, has_changes=False)
         existing_form = form if folder is not None else replace(form, folder="")
         return select_step(existing_form, progress, is_saved)
 

@@ -11,7 +11,8 @@ from browser.short_names import short_digest
 from modules.pages.language import join, say, say_count
 
 DESCRIBE, LOAD, CHECK, START = "describe", "load", "check", "start"  # action of the button
-CHANGES, FOLLOW = "changes", "follow"  # the button leads to a part of this page, or to another page
+CHANGES = "changes"  # the button replaces the files as the listed changes say
+FOLLOW = "follow"  # the button leads to another page
 CAPTIONS, MEND = "captions", "mend"  # the button jumps to missing inputs, or to listed errors
 BUSY = "busy"  # a command is running; the button only shows that
 CHANGES_ANCHOR = "#would-change"
@@ -92,7 +93,12 @@ def select_step(form: NewForm, progress: FolderProgress, is_saved: bool) -> Next
     if progress.description_job is not None and progress.description_job.state == RUNNING:
         return NextStep(BUSY, say("Preparing …"))
     if progress.has_changes:
-        return NextStep(CHANGES, say("Look at the changes"), address=CHANGES_ANCHOR)
+        return NextStep(
+            CHANGES,
+            say("Replace the three files"),
+            second_label=say("Look at the changes"),
+            second_address=CHANGES_ANCHOR,
+        )
     if not (progress.is_described and is_saved):
         return NextStep(DESCRIBE, say("Prepare"))
     return _select_after_describing(progress)

@@ -371,5 +371,10 @@ def test_no_column_is_cut_off_on_a_phone(tmp_path: Path, models: Path) -> None:
             "[...document.querySelectorAll('.parts td, .models td')].filter((one) => one.offsetWidth)"
             ".map((one) => one.getBoundingClientRect().right)"
         )
+        heights = page.evaluate(
+            "[...document.querySelectorAll(':is(.parts, .models) :is(a, summary)')]"
+            ".filter((one) => one.checkVisibility()).map((one) => one.getBoundingClientRect().height)"
+        )
     assert len(cells) > 100
     assert max(cells) <= 390
+    assert min(heights) >= 24  # a finger meets it

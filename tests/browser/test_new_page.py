@@ -334,16 +334,22 @@ def test_replacing_shows_the_changes_asks_and_keeps_the_old_files(served: Served
     mark = mark_of(served, folder)
 
     post(served, "describe", **{"folder": str(folder), **FIELDS, "trigger": "ohwx", "mark": mark})
-    text = wait_for(served, folder, "Replace the three files")
+    text = wait_for(served, folder, 'id="press_changes"')
 
     assert "-my own prompt" in text
     assert "+trigger_word = &#34;ohwx&#34;" in text
     assert {name: (folder / name).read_bytes() for name in FILES} == old
     shown = served.ask(f"/new?folder={quote(str(folder))}").text
     assert 'name="trigger" value="ohwx"' in shown  # what was asked for survives a reload
+    button = 'class="main" form="press_changes">Replace the three files</button>'
+    assert button in shown
+    fields = {"folder": str(folder), **FIELDS, "trigger": "sks"}
+    assert button not in served.ask(f"/new?{urlencode(fields)}").text  # the changes are those of another word
     assert post(served, "replace", folder=str(folder), mark="0123").status == 422
-    assert post(served, "replace", folder=str(folder), mark=mark).status == 200
-    wait_for(served, folder, '">prepared<')
+    with open_page(f"{served.url}/new?folder={quote(str(folder))}") as page:
+        press(page, "Replace the three files")
+        wait_for(served, folder, '">prepared<')
+        assert page.problems == []
     assert 'trigger_word = "ohwx"' in (folder / "dataset.toml").read_text()
     [kept] = (root / "reelsmith-bin/replaced").iterdir()
     assert {name: (kept / name).read_bytes() for name in FILES} == old
@@ -355,7 +361,7 @@ def test_changes_that_were_refused_leave_all_as_it_was(served: Served, root: Pat
     write_images(folder, 2, captions=True)
     describe(served, folder)
     post(served, "describe", **{"folder": str(folder), **FIELDS, "trigger": "ohwx"})
-    wait_for(served, folder, "Replace the three files")
+    wait_for(served, folder, 'id="press_changes"')
 
     assert post(served, "keep", folder=str(folder)).status == 200
 

@@ -55,7 +55,11 @@ def standing(**facts: Any) -> FolderProgress:
     [
         ({}, False, "Prepare"),
         ({"description_job": (RUNNING,)}, False, "Preparing …"),
-        ({**DESCRIBED, "description_job": (FINISHED, 0), "has_changes": True}, False, "Look at the changes"),
+        (
+            {**DESCRIBED, "description_job": (FINISHED, 0), "has_changes": True},
+            False,
+            "Replace the three files",
+        ),
         ({**CHECKED}, False, "Prepare"),  # something was typed since
         ({**DESCRIBED, "missing_gigabytes": "99 GB"}, True, "Download the model (99 GB)"),
         ({**CHECKED, "missing_gigabytes": "99 GB"}, True, "Download the model (99 GB)"),
