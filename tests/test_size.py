@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # Files and functions of ours on each way. A commit that adds no feature may not raise them, and a feature
 # that is off adds none. `python benchmarks/way.py` prints kinds of records too.
 WAYS = {
-    "one clip, cache and train": {"files": 180, "functions": 1180},
-    "one prompt with a LoRA": {"files": 102, "functions": 649},
+    "one clip, cache and train": {"files": 180, "functions": 1185},
+    "one prompt with a LoRA": {"files": 102, "functions": 644},
 }
 # functions that were above a limit when the limits were made: `file: name`, one a line
 CROWDED = ROOT / "tests" / "data" / "crowded_functions.txt"
