@@ -380,7 +380,8 @@ def test_what_an_adapter_prints_for_its_own_images_is_typed_as_it_is(tmp_path: P
 
     said = describe(folder, "z_image turbo", *map(str, words))
 
-    printed = [shlex.split(line) for line in said.splitlines() if "reelsmith.py new" in line]
+    # a path with blanks is in quotes
+    printed = [shlex.split(line) for line in said.splitlines() if re.search(r"reelsmith\.py'? new ", line)]
     own = folder / "own"
     write_photos(own)  # by another program, whose pictures hold no prompt
     assert [line[2:4] for line in printed] == [["new", str(own)]]
