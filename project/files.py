@@ -33,6 +33,7 @@ from project.foreign.own_files import use_own_files
 from project.foreign.places import find_table_keys, omit_table_keys
 from project.foreign.project import ForeignProject
 from project.foreign.reading import read_foreign
+from project.foreign.sample_prompts import MAX_SAMPLES
 from project.foreign.settling import DatasetLayout, complete_options, resolve_project
 from project.kinds.composing import BY_NAME, find_control_kind, list_kinds
 from project.kinds.contract import RunKind
@@ -402,9 +403,15 @@ def _use_foreign_samples(setup: describing.RunSetup, foreign: ForeignProject) ->
     elif not setup.has_text_samples:
         reason = "samples need images of the folder here; prompts.txt has some with them"
     else:
-        count = format_count(len(foreign.samples), "prompt")
+        samples = foreign.samples[:MAX_SAMPLES]
+        count = format_count(len(samples), "prompt")
         foreign.change_lines.append(f"{', '.join(foreign.sample_keys)}: {count} in prompts.txt")
-        return dataclasses.replace(setup, foreign_samples=foreign.samples)
+        if len(foreign.samples) > len(samples):
+            foreign.omission_lines.append(
+                f"{len(foreign.samples) - len(samples)} more sample prompts: each takes as long as a "
+                "generation"
+            )
+        return dataclasses.replace(setup, foreign_samples=samples)
     for key in foreign.sample_keys:
         foreign.report_omitted_key(key, reason)
     return setup

@@ -27,7 +27,7 @@ from project.foreign.contract import (
     read_rate,
     read_text,
 )
-from project.foreign.sample_prompts import MAX_SAMPLES, ForeignSample
+from project.foreign.sample_prompts import ForeignSample
 
 _UI_ONLY = omitted("only the form itself uses it")
 _SET_BY_NETWORK_ARGS = omitted("set it by network_args below [training]: docs/networks.md")
@@ -87,7 +87,7 @@ def _read_samples(values: Mapping[str, Any]) -> list[ForeignSample]:
     """Return the lines of prompts, which have options of their own as in prompts.txt."""
     lines = str(values.get("sample_prompts") or "").splitlines()
     texts = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
-    return [ForeignSample(text, is_line=True) for text in texts][:MAX_SAMPLES]
+    return [ForeignSample(text, is_line=True) for text in texts]
 
 
 def _find_run(values: Mapping[str, Any]) -> ForeignRun:

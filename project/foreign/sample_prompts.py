@@ -8,7 +8,7 @@ from typing import Any
 from modules.control_codes import drop_control_codes
 from project.foreign.contract import is_off, number, read_side
 
-MAX_SAMPLES = 50  # more than any project asks for
+MAX_SAMPLES = 50  # each takes as long as a generation
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class ForeignSample:
         """
         prompt = self.prompt.replace("[trigger]", trigger_word or "").strip()
         if self.is_line:
-            return " ".join(prompt.split())
+            return " ".join(drop_control_codes(prompt).split())
         parts = [plain(prompt)]
         parts.append(default_size if self.size is None else f"--w {self.size[0]} --h {self.size[1]}")
         if self.steps is None and self.guidance is None:
@@ -71,12 +71,13 @@ def read_sample(values: Mapping[str, Any], keys: Mapping[str, str], **changes: A
     prompt = fields.pop("prompt", None)
     if not isinstance(prompt, str) or not prompt.strip():
         return None
+    negative = fields.get("negative", "")
     size = fields.pop("size", None)
     if size is None and fields.get("width") and fields.get("height"):
         size = f"{fields['width']}x{fields['height']}"
     return ForeignSample(
         prompt=prompt,
-        negative=str(fields.get("negative", "")),
+        negative=negative if isinstance(negative, str) else "",
         size=None if size is None else _read_or_none(read_side, size),
         steps=_read_or_none(_read_count, fields.get("steps")),
         guidance=_read_or_none(number(0, 100), fields.get("guidance")),
@@ -103,9 +104,9 @@ def group_list(values: Mapping[str, Any], start: str) -> list[dict[str, Any]]:
         match = pattern.fullmatch(key)
         if match is not None:
             tables.setdefault(int(match[1]), {})[match[2]] = value
-    return [tables[index] for index in sorted(tables)][:MAX_SAMPLES]
+    return [tables[index] for index in sorted(tables)]
 
 
 def drop_missing(samples: Sequence[ForeignSample | None]) -> list[ForeignSample]:
-    """Return the samples that have a prompt, without those beyond a sensible number."""
-    return [sample for sample in samples if sample is not None][:MAX_SAMPLES]
+    """Return the samples that have a prompt."""
+    return [sample for sample in samples if sample is not None]

@@ -788,3 +788,16 @@ def test_options_that_the_form_has_as_text_are_options(tmp_path: Path) -> None:
     assert project.training_options["min_timestep"] == 100
     assert project.training_options["loss_type"] == "huber"
     assert project.training_options["seed"] == KOHYA["seed"]
+
+
+def test_more_samples_than_a_run_can_make_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = tmp_path / "photos"
+    write_photos(photos)
+    base = {"pretrained_model_name_or_path": "stabilityai/stable-diffusion-xl-base-1.0"}
+    lines = "\n".join(f"a cat {number} --w 64 --h 64" for number in range(60))
+    project = write_files(tmp_path, {"a.json": {**KOHYA, **base, "sample_prompts": lines}})
+    describe(photos, project, "--memory", "24")
+    assert len((photos / "prompts.txt").read_text(encoding="utf-8").splitlines()) == 50
+    assert "left: 10 more sample prompts" in capsys.readouterr().out
