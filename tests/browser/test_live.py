@@ -117,6 +117,10 @@ def test_a_run_appears_grows_samples_when_asked_and_stops(training: SteppedTrain
         training.thread.join(CHECK_INTERVAL)
         page.evaluate("window.confirm = () => true")
         page.click("#stop")
+        # the steps that are left come only after the request, which the page sends when it can
+        while training.thread.is_alive() and not (training.folder / "output" / "x.stop").exists():
+            training.thread.join(0.05)
+        training.thread.join(CHECK_INTERVAL)
         training.step_until(lambda: not training.thread.is_alive(), 2)
         page.evaluate("ask()")
         page.wait_for_selector("#deeds .status.stopped", timeout=PATIENCE * MILLISECONDS)
