@@ -249,7 +249,7 @@ def _add_layers(
             lora_layers += layers.values()
     # for each LoRA, by diffusers' module path
     unet_layers = [
-        {layer.target.module_path: layer for layer in (layers.values())} for layers in attached_by_target[0]
+        {layer.target.module_path: layer for layer in layers.values()} for layers in attached_by_target[0]
     ]
     for weighted, lora_layers in zip(weighted_loras, layers_by_lora, strict=True):
         _log_added(weighted, lora_layers)

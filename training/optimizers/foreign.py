@@ -120,8 +120,7 @@ def _renumber_in_order(
 ) -> dict[str, Any] | None:
     """Return another program's state with this run's parameter numbers; None if groups or shapes differ."""
     # 1. Sort this run's groups, and the parameters in each, by `get_position`: the order that the other
-    #    program
-    #    is assumed to use.
+    #    program is assumed to use.
     # 2. Assign its moments to this run's parameters one by one in this order.
     # 3. Take its settings for each group, such as learning rates.
     # indices of this run's groups in the other program's order
