@@ -18,9 +18,9 @@ from torch import Tensor
 from modules.errors import CheckpointError
 from modules.limits import MAX_EXPRESSIONS, MAX_SEARCH_SECONDS
 from modules.text_files import parse_json, read_text
-from networks.deltas import get_lora_rank, group_by_module, split_scaling, ungroup
 from networks.key_formats import NativeTensors
 from networks.kinds.factors import DOWN, UP, Factors
+from networks.module_factors import get_lora_rank, group_by_module, split_scaling, ungroup
 from networks.names.layouts import FOLDED, IN_DIFFUSERS, PEFT_FILE, UNET_IN_DIFFUSERS
 from networks.names.texts import find_diffusers_text_path
 from networks.tensor_names import find_expert_prefixes, find_networks

@@ -18,11 +18,9 @@ from checkpoints.opening import open_checkpoint
 from modules.console import list_some
 from modules.errors import CheckpointError
 from modules.integers import ceil_div
-from networks import deltas
 from networks.delta import Delta, read_deltas
-from networks.deltas import CPU, ROW_RANGE, SET_WEIGHT
 from networks.depth_variants import fit_depths
-from networks.fused_parts import (
+from networks.fused_loras import (
     FusedPiece,
     FusionError,
     find_default_rows,
@@ -40,6 +38,7 @@ from networks.loading import (
     warn_about_absent_modules,
     warn_about_other_family,
 )
+from networks.module_factors import BIAS_FACTORS, CPU, ROW_RANGE, SET_WEIGHT, read_row_range, to_meta_tensor
 from networks.module_names import RelatedModule, from_alias, related_modules, select_family
 from networks.names.layouts import FIRST_LAYERS, OURS, FamilyNames
 from networks.rank_masks import read_rank_rule
@@ -186,7 +185,7 @@ class Change:
         # Per-input DoRA magnitudes need the norms of the whole layer, which the weight must therefore
         # contain.
         layer_size = self.delta.matrix_size()
-        first_row, end_row = deltas.read_row_range(self.delta.factors)  # this change's rows in the layer
+        first_row, end_row = read_row_range(self.delta.factors)  # this change's rows in the layer
         weight_contains_part = related is not None and related.is_part and is_row_slice(related.part)
         if related is None or not weight_contains_part or layer_size is None:
             raise MismatchError(_NEEDS_WHOLE_WEIGHT)
@@ -304,9 +303,9 @@ def list_changes(weighted_lora: WeightedLora, delta: Delta) -> list[Change]:
     """Return the changes that a LoRA makes to a module's bias and weight, as up to two `Change` objects."""
     changes: list[Change] = []
     parts = delta.factors.keys()
-    if parts & deltas.BIAS_FACTORS:
+    if parts & BIAS_FACTORS:
         changes.append(Change(weighted_lora, delta, "bias"))
-    if parts - deltas.BIAS_FACTORS - {"alpha"}:
+    if parts - BIAS_FACTORS - {"alpha"}:
         changes.append(Change(weighted_lora, delta, "weight"))
     return changes
 
@@ -615,7 +614,7 @@ class LoraPatch:
             fitted = change.fit(related, weight, name, self._model)
             was_expanded = change.delta.has_row_range and not fitted.delta.has_row_range
             if was_expanded:  # each part (q, k, v) became the change of the whole layer: keep only the first
-                first_row, _ = deltas.read_row_range(change.delta.factors)
+                first_row, _ = read_row_range(change.delta.factors)
                 if first_row > 0:
                     continue
             fitted_changes.append(fitted)
@@ -813,7 +812,7 @@ class OriginalWeights:
         """
         name_in_file = self._to_published_name(name)
         # on the meta device, `add_to` only compares shapes and records which changes apply
-        self._patch_of_all_loras.add_to(name_in_file, deltas.to_meta_tensor(weight))
+        self._patch_of_all_loras.add_to(name_in_file, to_meta_tensor(weight))
         if self._patch_of_all_loras.changes_parameter(name_in_file):
             self._originals[name] = weight.detach().to(CPU, copy=True)
         return weight
@@ -867,7 +866,7 @@ def check_loras_fit(
         for name, info in checkpoint.tensors.items():
             # on the meta device, `add_to` only compares shapes; both calls record which modules exist
             if info.packing is None or info.packing.pad == 1:
-                patch.add_to(name, deltas.to_meta_tensor(info))
+                patch.add_to(name, to_meta_tensor(info))
             else:  # padded rows: the stored shape may exceed the weight's, so only compare names
                 patch.changes_parameter(name)
     patch.reject_misfits()

@@ -17,12 +17,9 @@ from checkpoints.opening import Checkpoint, list_tensor_sources, open_checkpoint
 from checkpoints.quantizing import dequantized_on_read
 from modules.console import format_count
 from modules.errors import CheckpointError, OptionError
-from networks import deltas
 from networks.apply import Change
 from networks.delta import read_delta
-from networks.deltas import CPU
 from networks.extracting import decompose_change, reshape_to_lora
-from networks.fused_rows import with_stacked_rows
 from networks.key_formats import split_tensor_name
 from networks.kinds import LORA
 from networks.kinds.composing import (
@@ -35,8 +32,10 @@ from networks.kinds.contract import NORMS_FORM, named
 from networks.kinds.factors import DOWN, MID, Factors
 from networks.loading import LoraFile, WeightedLora
 from networks.lora_network import get_prefix
+from networks.module_factors import CPU, group_by_module, ungroup
 from networks.module_names import from_alias
 from networks.names.layouts import OURS, SWAPPED, FamilyNames, joined_tensors, tensor_patterns
+from networks.rows_by_head import with_stacked_rows
 from networks.text_loras import is_full, list_pieces
 from networks.writing import convert_to_our_layout
 from protocols.loading import TensorSource
@@ -114,7 +113,7 @@ def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> Baked:
     tensors: Mapping[str, Tensor] = lora.tensors
     if family is not None and any(name.endswith(FACTORS_NEEDING_WEIGHT) for name in tensors):
         tensors = convert_to_our_layout(tensors, family)
-    modules = deltas.group_by_module({**tensors, **lora.text_tensors})
+    modules = group_by_module({**tensors, **lora.text_tensors})
     to_approximate: dict[str, Factors] = {}
     for name, module_factors in modules.items():
         if module_factors.keys() & NON_LORA_FACTORS:
@@ -172,7 +171,10 @@ def replace_factors(lora: LoraFile, modules: Mapping[str, Factors], metadata: Ma
     text_modules = {name: factors for name, factors in modules.items() if not name.startswith(OURS)}
     in_dit = {name: factors for name, factors in modules.items() if name.startswith(OURS)}
     return replace(
-        lora, tensors=deltas.ungroup(in_dit), text_tensors=deltas.ungroup(text_modules), metadata=metadata
+        lora,
+        tensors=ungroup(in_dit),
+        text_tensors=ungroup(text_modules),
+        metadata=metadata,
     )
 
 

@@ -13,12 +13,12 @@ from checkpoints.opening import open_checkpoint
 from modules.console import list_some
 from modules.errors import CheckpointError, OptionError
 from networks.builtin_modules import OWN_MODULES, WITH_FILE, NetworkArguments, read_own
-from networks.deltas import add_missing_alphas, group_by_module
 from networks.kinds.contract import LoraModule, NetworkKind, RankRule, Target
 from networks.kinds.factors import Factors
 from networks.lora_layer import LoraLayer
 from networks.lora_network import OwnNetwork
 from networks.lora_settings import LoraSettings, find_by_pattern, fit_patterns, log_overlaps
+from networks.module_factors import add_missing_alphas, group_by_module
 from networks.names.layouts import OURS, LoraRules
 from networks.names.texts import published_path
 from networks.rank_masks import mask_for
@@ -381,7 +381,7 @@ def _factors_for(
     modules_by_name: Mapping[str, ModuleWithPath], tensors: Mapping[str, Tensor]
 ) -> dict[str, dict[str, Tensor]]:
     """Convert tensors of any layout to the model's modules; return {module name: {factor name: tensor}}."""
-    from networks.fused_parts import convert_fused_layers  # only for a file or a state
+    from networks.fused_loras import convert_fused_layers  # only for a file or a state
 
     num_rows = {name: len(target.module.weight) for name, target in modules_by_name.items()}
     return group_by_module(add_missing_alphas(convert_fused_layers(tensors, num_rows.get)))

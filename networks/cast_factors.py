@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from modules.private_torch import copy_each, scale_each
-from networks.joined_weights import join_weights
+from networks.adjacent_weights import join_weights
 from networks.lora_layer import LoraLayer
 from networks.shared_inputs import SharedInput
 

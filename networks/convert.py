@@ -21,9 +21,7 @@ from networks import module_names
 from networks.alphas import without_alphas
 from networks.baking import NON_LORA_FACTORS, Baked, Baking, bake
 from networks.delta import read_delta
-from networks.deltas import add_missing_alphas, group_by_module, ungroup
-from networks.formats import TARGETS
-from networks.fused_parts import join_parts
+from networks.fused_loras import join_parts
 from networks.key_formats import can_be_for
 from networks.kinds import KINDS
 from networks.kinds.composing import (
@@ -35,8 +33,10 @@ from networks.kinds.composing import (
 )
 from networks.kinds.factors import Factors
 from networks.loading import LoraFile, read_lora, warn_about_other_expert
+from networks.lora_format import TARGETS
 from networks.magnitudes import convert_to_norms
 from networks.metadata import PARTS_METADATA, STALE, add_hashes
+from networks.module_factors import add_missing_alphas, group_by_module, ungroup
 from networks.names.layouts import (
     COMFYUI,
     IN_DIFFUSERS,

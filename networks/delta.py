@@ -14,7 +14,11 @@ from torch import Tensor
 
 from checkpoints.finite import is_finite
 from modules.devices import dtype_name
-from networks.deltas import (
+from networks.kinds import KINDS, composing
+from networks.kinds.algebra import Algebra, InputRotation, Magnitudes, MismatchError
+from networks.kinds.composing import MAGNITUDES
+from networks.kinds.factors import Factors
+from networks.module_factors import (
     BIAS_FACTORS,
     CPU,
     FACTOR_NAMES,
@@ -26,10 +30,6 @@ from networks.deltas import (
     read_row_range,
     without_alpha,
 )
-from networks.kinds import KINDS, composing
-from networks.kinds.algebra import Algebra, InputRotation, Magnitudes, MismatchError
-from networks.kinds.composing import MAGNITUDES
-from networks.kinds.factors import Factors
 
 _FULL_SIZE_FACTORS = {"diff", "diff_b", SET_WEIGHT}  # as large as the weight or the bias
 # names of tensors that are not multiplied with other factors

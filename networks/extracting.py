@@ -23,7 +23,6 @@ from modules.console import format_duration, format_size, show_box
 from modules.devices import select_device
 from modules.errors import CheckpointError
 from modules.seeds import derive_seed
-from networks.fused_rows import with_stacked_rows
 from networks.key_formats import split_tensor_name
 from networks.kinds.factors import DOWN, UP
 from networks.merging import DTYPES, in_known_names
@@ -31,6 +30,7 @@ from networks.metadata import add_hashes
 from networks.module_names import family_named, from_alias, has_module, select_family
 from networks.names.layouts import OURS, FamilyNames
 from networks.names.texts import TEXT_PROJECTION
+from networks.rows_by_head import with_stacked_rows
 from networks.text_loras import TensorPiece, is_full, list_pieces
 from networks.tool_options import MIN_DIFF, ExtractOptions
 

@@ -20,16 +20,24 @@ from torch import Tensor, nn
 from checkpoints.stored.forms import get_quantized_weight
 from modules.console import list_some
 from modules.errors import CheckpointError
-from networks import deltas, loading
+from networks import loading
 from networks.apply import list_changes
 from networks.delta import Delta, read_delta, read_deltas
-from networks.deltas import BIAS_FACTORS, CPU, PLAIN_LORA_FACTORS, SET_WEIGHT
 from networks.depth_variants import fit_depths
-from networks.fused_parts import convert_fused_layers
+from networks.fused_loras import convert_fused_layers
 from networks.kinds.composing import MAGNITUDE_KIND_NAME, list_additive
 from networks.kinds.factors import DOWN, UP
 from networks.loading import LoraFile, WeightedLora
 from networks.lora_products import add_product
+from networks.module_factors import (
+    BIAS_FACTORS,
+    CPU,
+    PLAIN_LORA_FACTORS,
+    SET_WEIGHT,
+    compute_scaling,
+    get_lora_rank,
+    group_by_module,
+)
 from networks.module_names import select_family
 from networks.names.layouts import FIRST_LAYERS, OURS, FamilyNames
 from networks.rank_masks import RankMask, count_joined_parts, mask_for, read_rank_rule
@@ -132,7 +140,7 @@ class LoraBranch:
         changes_weight = bool(factors.keys() - BIAS_FACTORS - {"alpha"})
         if is_low_rank and self.target.adds_to_output:
             down = factors[DOWN].to(device, dtype)
-            up = factors[UP].to(device, torch.float32) * deltas.compute_scaling(factors)  # alpha / rank
+            up = factors[UP].to(device, torch.float32) * compute_scaling(factors)  # alpha / rank
             core = [factors[_TUCKER_CORE].to(device, dtype)] if _TUCKER_CORE in factors else []
             self._low_rank_factors = [down, *core, up.to(dtype)]
         elif changes_weight:
@@ -284,7 +292,7 @@ class LoraBranch:
             metadata: Metadata of the LoRA file.
         """
         rule = read_rank_rule(metadata)
-        rank = deltas.get_lora_rank(self.delta.factors)
+        rank = get_lora_rank(self.delta.factors)
         if rule is not None and rank:
             self.rank_mask = mask_for(network, rule, rank, count_joined_parts(metadata, rank))
 
@@ -578,7 +586,7 @@ def attach_branches(
 
 def reject_magnitudes(lora: LoraFile, option: str) -> None:
     """Raise CheckpointError if a LoRA has DoRA magnitudes, which depend on all changes of the weight."""
-    deltas_by_name = read_deltas(deltas.group_by_module(lora.tensors))
+    deltas_by_name = read_deltas(group_by_module(lora.tensors))
     decomposed = [name for name, delta in deltas_by_name.items() if delta.normalization is not None]
     if decomposed:
         raise CheckpointError(
@@ -628,7 +636,7 @@ def fit_lora(lora: LoraFile, parameters: Mapping[str, ChangedParameter], option:
     """
     num_rows = {name: len(parameter.unpacked) for name, parameter in parameters.items()}
     tensors = convert_fused_layers(lora.tensors, num_rows.get)
-    deltas_in_file = read_deltas(deltas.group_by_module(tensors))
+    deltas_in_file = read_deltas(group_by_module(tensors))
     absent = [name for name in deltas_in_file if name not in parameters]
     modules = [name.removeprefix(OURS) for name in parameters]
     family = select_family(modules)

@@ -12,11 +12,11 @@ from typing import NamedTuple
 from torch import Tensor
 
 from networks.delta import Delta, read_delta, read_deltas
-from networks.deltas import FACTOR_NAMES, ROW_RANGE, SET_WEIGHT
 from networks.kinds import KINDS
 from networks.kinds.algebra import MismatchError
 from networks.kinds.composing import STORED_AS_VECTOR
 from networks.kinds.factors import Factors
+from networks.module_factors import FACTOR_NAMES, ROW_RANGE, SET_WEIGHT
 from networks.module_names import (
     FAMILIES,
     from_alias,

@@ -17,15 +17,7 @@ from modules.errors import CheckpointError, OptionError
 from networks import key_formats
 from networks.alphas import read_alphas, restore_folded_alphas
 from networks.delta import Delta, read_deltas
-from networks.deltas import (
-    SET_WEIGHT,
-    drop_replaced,
-    drop_unused_alphas,
-    get_lora_rank,
-    group_by_module,
-    ungroup,
-)
-from networks.fused_parts import correct_split_alphas, stack_rows
+from networks.fused_loras import correct_split_alphas, stack_rows
 from networks.key_formats import NativeTensors
 from networks.kinds import KINDS
 from networks.kinds.composing import MAGNITUDE_KIND_NAME, list_additive, list_read_kinds
@@ -37,6 +29,14 @@ from networks.metadata import (
     is_damaged,
     layout_hash,
     select_expert_metadata,
+)
+from networks.module_factors import (
+    SET_WEIGHT,
+    drop_replaced,
+    drop_unused_alphas,
+    get_lora_rank,
+    group_by_module,
+    ungroup,
 )
 from networks.module_names import (
     describe_text_module,

@@ -10,14 +10,13 @@ from torch import Tensor, nn
 
 from modules.console import format_count, list_some
 from modules.errors import CheckpointError
-from networks import deltas
 from networks.delta import read_deltas
-from networks.deltas import add_missing_alphas, group_by_module, ungroup
 from networks.kinds.contract import named
 from networks.kinds.factors import DOWN, UP, Factors
 from networks.lora_layer import DropoutSeed
 from networks.lora_products import mean_row_norm, row_strengths
 from networks.lora_settings import LoraSettings, find_by_pattern, log_overlaps
+from networks.module_factors import add_missing_alphas, get_lora_rank, group_by_module, ungroup, without_alpha
 from networks.module_names import describe_text_module, read_family, select_family
 from networks.names.layouts import OURS
 from networks.rank_masks import read_rank_rule
@@ -331,7 +330,7 @@ def _factors_for_network(
     lora: "LoraFile", network_modules: Mapping[str, Factors]
 ) -> dict[str, dict[str, Tensor]]:
     """Convert a LoRA file's tensors to the network's modules; return {module name: factors}."""
-    from networks.fused_parts import convert_fused_layers  # only for --network_weights
+    from networks.fused_loras import convert_fused_layers  # only for --network_weights
 
     num_rows = {name: len(factors[UP]) for name, factors in network_modules.items() if UP in factors}
     # an OFT rotation applies to all rows, so any number of rows will do
@@ -393,7 +392,7 @@ def _advise(file_modules: Mapping[str, Factors], factors: Factors, name: str) ->
     if _read_outer_sizes(file_modules[name]) != _read_outer_sizes(factors):
         return "Pass a LoRA that was trained for a model of this size."
     # the sizes of the layers fit, so only the ranks differ
-    ranks = {deltas.get_lora_rank(factors) for factors in file_modules.values()}
+    ranks = {get_lora_rank(factors) for factors in file_modules.values()}
     single_rank = f"--network_dim {ranks.pop()}, or " if len(ranks) == 1 else ""
     return f"Pass {single_rank}--dim_from_weights."
 
@@ -431,7 +430,7 @@ def rename_texts(texts: Mapping[str, Tensor], prefixes: Collection[str]) -> dict
 
 def _list_shapes(factors: Mapping[str, Tensor]) -> dict[str, list[int]]:
     """Return the shape of each factor except alpha."""
-    return {part: list(tensor.shape) for part, tensor in deltas.without_alpha(factors).items()}
+    return {part: list(tensor.shape) for part, tensor in without_alpha(factors).items()}
 
 
 def _describe_shapes(factors: Mapping[str, Tensor]) -> str:

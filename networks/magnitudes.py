@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from modules.errors import CheckpointError, OptionError
-from networks import deltas
 from networks.apply import Change
 from networks.baking import Baking, Weights, open_weights, read_module_weight, replace_factors
 from networks.delta import read_delta
@@ -15,6 +14,7 @@ from networks.kinds.composing import MAGNITUDES
 from networks.kinds.contract import FROZEN_NORMS, NORMS_FORM
 from networks.kinds.factors import Factors
 from networks.loading import LoraFile, WeightedLora
+from networks.module_factors import group_by_module
 from networks.names.layouts import FamilyNames
 from networks.writing import convert_to_our_layout
 
@@ -73,7 +73,7 @@ def convert_to_norms(
 def _convert_norms(lora: LoraFile, family: FamilyNames | None, baking: Baking, are_frozen: bool) -> LoraFile:
     """Convert magnitudes to the norms of the frozen weights (`are_frozen`), or of the changed weights."""
     tensors = lora.tensors if family is None else convert_to_our_layout(lora.tensors, family)
-    modules = deltas.group_by_module({**tensors, **lora.text_tensors})
+    modules = group_by_module({**tensors, **lora.text_tensors})
     with open_weights(baking.models, family) as weights:
         for name, factors in modules.items():
             if MAGNITUDES not in factors or is_by_input(factors[MAGNITUDES]):

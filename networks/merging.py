@@ -23,18 +23,18 @@ from modules.output_files import reject_replacing
 from modules.text_files import real_path
 from networks import tool_options
 from networks.apply import LoraPatch
-from networks.deltas import CPU, LORA_FACTORS, compute_scaling, group_by_module, to_meta_tensor
 from networks.depth_variants import fit_depths
-from networks.fused_rows import with_stacked_rows
 from networks.key_formats import find_lora_families
 from networks.kinds.factors import DOWN, UP, Factors
 from networks.loading import LoraFile, WeightedLora, read_lora, read_weighted_loras
 from networks.lora_network import get_prefix
 from networks.metadata import add_hashes
+from networks.module_factors import CPU, LORA_FACTORS, compute_scaling, group_by_module, to_meta_tensor
 from networks.module_names import family_named, read_family
 from networks.names.layouts import FIRST_LAYERS, TRAINED_ON, FamilyNames
 from networks.rank_masks import read_rank_rule
 from networks.rounding import LoraRounding
+from networks.rows_by_head import with_stacked_rows
 from networks.tensor_names import find_networks
 from networks.text_loras import FullPatch, is_full, select_for_network, warn_about_other_encoders
 from networks.tool_options import FluxMergeOptions, FullMergeOptions, MergeOptions

@@ -18,9 +18,9 @@ from checkpoints.writing import save_tensors
 from modules.console import format_count
 from modules.errors import CheckpointError
 from modules.text_files import parse_json
-from networks.deltas import get_lora_rank, group_by_module, to_meta_tensor
 from networks.kinds.composing import KIND_BY_FACTOR, MAGNITUDE_KIND_NAME, MAGNITUDES, sizes_by_word
 from networks.kinds.factors import Factors
+from networks.module_factors import get_lora_rank, group_by_module, to_meta_tensor
 from networks.module_names import read_family
 from networks.names.layouts import EXPERT_VALUES, FOR_BOTH, LAYOUT_KEY, OURS, TRAINED_EXPERT
 from protocols.loading import TensorInfo

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from networks.delta import read_delta
-from networks.deltas import BIAS_FACTORS, LORA_FACTORS, SET_WEIGHT, compute_scaling
-from networks.fused_parts import joined_blocks
+from networks.fused_loras import joined_blocks
 from networks.kinds.composing import MAGNITUDES
 from networks.kinds.factors import DOWN, UP, Factors
+from networks.module_factors import BIAS_FACTORS, LORA_FACTORS, SET_WEIGHT, compute_scaling
 from networks.module_names import count_parts
 from networks.tensor_names import FACTORS, split_end
 

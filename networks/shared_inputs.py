@@ -5,7 +5,7 @@ to its gradient. Here, the first layer that gets the tensor casts it and multipl
 factors; the others take their columns of the product. This saves kernels, for which a GPU may wait. If all
 modules are plain linear layers, the first layer computes the outputs of all layers: one autograd function
 instead of two or three per layer costs the host less, and products are added in place. If the frozen weights
-are adjacent in memory (networks/joined_weights.py), one product computes all outputs.
+are adjacent in memory (networks/adjacent_weights.py), one product computes all outputs.
 """
 # Letters: M rows of all samples, R rank (the sum of ranks for a matrix of all layers)
 
@@ -18,7 +18,7 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from networks.joined_weights import (
+from networks.adjacent_weights import (
     MAX_JOINED,
     add_products,
     multiply_parts,

@@ -23,9 +23,9 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import NamedTuple
 
-from networks.deltas import FACTOR_NAMES
 from networks.kinds import KINDS
 from networks.kinds.composing import ENDS, MAGNITUDES, SPELLINGS
+from networks.module_factors import FACTOR_NAMES
 from networks.module_names import FAMILIES, is_known_module
 from networks.names.layouts import (
     CLIP_LAYER_PREFIX,

@@ -10,15 +10,26 @@ from logging import getLogger
 import torch
 from torch import Tensor
 
-from networks import deltas, module_names
+from networks import module_names
 from networks.delta import Delta, read_delta
-from networks.deltas import LORA_FACTORS, SET_WEIGHT, add_missing_alphas
-from networks.fused_parts import join_parts, joined_blocks, resolve_rows
+from networks.fused_loras import join_parts, joined_blocks, resolve_rows
 from networks.kinds import KINDS
 from networks.kinds.composing import MAGNITUDE_KIND_NAME, MAGNITUDES, find_kinds_with_factors
 from networks.kinds.contract import TranslatedModules
 from networks.kinds.factors import DOWN, UP, Factors
 from networks.lora_products import count_fused_part_rows
+from networks.module_factors import (
+    BIAS_FACTORS,
+    LORA_FACTORS,
+    PLAIN_LORA_FACTORS,
+    SET_WEIGHT,
+    add_missing_alphas,
+    compute_scaling,
+    fold_scaling,
+    get_lora_rank,
+    group_by_module,
+    ungroup,
+)
 from networks.module_names import (
     find_fused_path,
     find_parts,
@@ -65,7 +76,7 @@ def in_dialect(
     Returns:
         The tensors in the dialect, and the modules that it cannot express.
     """
-    modules = deltas.group_by_module(tensors)
+    modules = group_by_module(tensors)
     if family is None:
         return TranslatedModules({}, dict.fromkeys(modules, _UNKNOWN))
     # for some families, whose path prefix is not `diffusion_model.`, ComfyUI reads diffusers' names
@@ -95,11 +106,11 @@ def _to_comfyui(modules: Mapping[str, Factors], family: FamilyNames) -> Translat
     plain_loras: dict[str, Factors] = {}
     other_modules: dict[str, Factors] = {}
     for name, factors in modules.items():
-        if is_split_in_diffusers and factors.keys() <= deltas.PLAIN_LORA_FACTORS:
+        if is_split_in_diffusers and factors.keys() <= PLAIN_LORA_FACTORS:
             plain_loras[name] = factors
         else:
             other_modules[name] = factors
-    as_diffusers = in_dialect(deltas.ungroup(plain_loras), family, "diffusers")
+    as_diffusers = in_dialect(ungroup(plain_loras), family, "diffusers")
     # plain LoRAs that cannot be split are written under our modules
     for name in as_diffusers.left_out:
         other_modules[name] = plain_loras[name]
@@ -154,7 +165,7 @@ def texts_to_diffusers(tensors: Mapping[str, Tensor]) -> TranslatedModules:
     """
     reason = "diffusers has no such text encoder"
     return write_modules(
-        deltas.group_by_module(tensors),
+        group_by_module(tensors),
         "",
         lambda name, factors: single_piece(find_diffusers_text_path(name), factors, reason),
         _in_toolkit,
@@ -169,10 +180,10 @@ def texts_to_comfyui(tensors: Mapping[str, Tensor], family: FamilyNames | None) 
     starts = () if family is None else family.texts_in_comfyui
     unchanged: dict[str, Tensor] = {}
     renamed: dict[str, Tensor] = {}
-    for name, factors in deltas.group_by_module(tensors).items():
+    for name, factors in group_by_module(tensors).items():
         path = find_comfyui_text_path(name, starts)
         if path is None:  # an encoder that ComfyUI reads under our names
-            unchanged |= deltas.ungroup({name: factors})
+            unchanged |= ungroup({name: factors})
         else:
             renamed |= {
                 f"{path}.{factor_name}": tensor for factor_name, tensor in in_comfyui(factors).items()
@@ -244,9 +255,9 @@ def in_comfyui(factors: Factors) -> dict[str, Tensor]:
     tensors = {
         factor_name: tensor
         for factor_name, tensor in factors.items()
-        if factor_name not in ("alpha", *deltas.BIAS_FACTORS)
+        if factor_name not in ("alpha", *BIAS_FACTORS)
     }
-    rank = deltas.get_lora_rank(factors)
+    rank = get_lora_rank(factors)
     can_fold_alpha = tensors.keys() <= {*LORA_FACTORS, "diff", MAGNITUDES}
     if can_fold_alpha:
         unchanged = {
@@ -255,7 +266,7 @@ def in_comfyui(factors: Factors) -> dict[str, Tensor]:
         tensors = _fold(factors) | unchanged
     elif rank is not None:
         # an alpha of 0 means the rank, so the rank is written
-        tensors["alpha"] = torch.tensor(deltas.compute_scaling(factors) * rank)
+        tensors["alpha"] = torch.tensor(compute_scaling(factors) * rank)
     bias = read_delta(factors).bias_in_file_dtype()
     if bias is not None:
         tensors["diff_b"] = bias
@@ -297,7 +308,7 @@ def _in_diffusers(factors: Factors) -> ConvertedFactors:
 
 def _find_peft_error(factors: Factors, delta: Delta) -> str | None:
     """Return why PEFT has no form for a module's factors; None if it has."""
-    if factors.keys() - deltas.PLAIN_LORA_FACTORS - {MAGNITUDES} or DOWN not in factors:
+    if factors.keys() - PLAIN_LORA_FACTORS - {MAGNITUDES} or DOWN not in factors:
         factor_names = sorted(factors.keys() - {"alpha"})
         return f"{', '.join(factor_names)} cannot be expressed in this dialect"
     if delta.has_input_magnitudes:
@@ -317,7 +328,7 @@ def _to_peft_magnitudes(magnitudes: Tensor) -> Tensor:
 
 def _fold(factors: Factors) -> dict[str, Tensor]:
     """Return LoRA factors under PEFT's names, each multiplied by sqrt(alpha / rank) to need no alpha."""
-    scale = deltas.compute_scaling(factors)
+    scale = compute_scaling(factors)
     root = math.sqrt(abs(scale))
     folded: dict[str, Tensor] = {}
     if DOWN in factors:
@@ -333,7 +344,7 @@ def _in_toolkit(factors: Factors) -> ConvertedFactors:
     """Return diffusers' tensors with alpha / rank folded into the factors, by a power of two in up."""
     if DOWN not in factors:
         return _in_diffusers(factors)
-    folded = deltas.fold_scaling(factors)
+    folded = fold_scaling(factors)
     return _in_diffusers({part: tensor.contiguous() for part, tensor in folded.items()})
 
 
@@ -450,7 +461,7 @@ def convert_to_dialect(
     if target == "other":
         # The modules that ComfyUI cannot read, each with the reason
         unreadable: dict[str, str] = {}
-        for name, factors in deltas.group_by_module(native).items():
+        for name, factors in group_by_module(native).items():
             reasons = [
                 kind.not_in_comfyui for kind in find_kinds_with_factors(factors) if kind.not_in_comfyui
             ]
@@ -488,7 +499,7 @@ def _write_fused(native: Mapping[str, Tensor], family: FamilyNames) -> Translate
     # A part that cannot be fused with others, because its factors are not a plain LoRA, is left out.
     fused: dict[str, Factors] = {}
     unfused: list[str] = []  # modules that could not be joined and therefore still have a part's name
-    for name, factors in deltas.group_by_module(join_parts(native, family=family)).items():
+    for name, factors in group_by_module(join_parts(native, family=family)).items():
         if is_fused_elsewhere(name.removeprefix(OURS), family):
             unfused.append(name)
         else:
@@ -521,7 +532,7 @@ def split_fused_layers(tensors: Mapping[str, Tensor], family: FamilyNames) -> di
     A module that cannot be split stays fused, with a warning.
     """
     split: dict[str, Factors] = {}
-    for name, factors in deltas.group_by_module(rename_to_aliases(tensors, family, from_alias)).items():
+    for name, factors in group_by_module(rename_to_aliases(tensors, family, from_alias)).items():
         parts = find_parts(name.removeprefix(OURS), family)
         paths = [OURS + path_and_part.path.replace(".", "_") for path_and_part in parts]
         pieces = _cut(factors, paths) if paths else {name: factors}
@@ -530,7 +541,7 @@ def split_fused_layers(tensors: Mapping[str, Tensor], family: FamilyNames) -> di
             pieces = {name: factors}
         split.update(pieces)
     # copies, because tensors in safetensors files must not share memory
-    return {name: tensor.clone() for name, tensor in deltas.ungroup(split).items()}
+    return {name: tensor.clone() for name, tensor in ungroup(split).items()}
 
 
 def rename_to_aliases(

@@ -17,10 +17,10 @@ from checkpoints.dialects import LoadPlan
 from modules.console import format_count
 from modules.errors import CheckpointError, OptionError
 from networks.apply import LoraPatch, OriginalWeights
-from networks.deltas import group_by_module, to_meta_tensor
 from networks.gated_loras import LoraBranch, attach_branches, find_parameters, fit_lora
 from networks.key_formats import family_by_text_width
 from networks.loading import LoraFile, WeightedLora, read_lora
+from networks.module_factors import group_by_module, to_meta_tensor
 from networks.module_names import read_family
 from networks.names.texts import published_parameter, published_path
 from networks.rounding import LoraRounding

@@ -20,9 +20,9 @@ from modules.private_torch import without_dynamo
 from networks.adapter import check_network
 from networks.builtin_modules import OWN_MODULES
 from networks.builtin_networks import smallest_lora_bytes
-from networks.formats import LoraFormat, select_format
 from networks.kinds.composing import RANKED_NETWORKS, ROTATING, find_network_kind
 from networks.kinds.contract import named
+from networks.lora_format import LoraFormat, select_format
 from networks.lora_settings import REG_RATES, read_rates
 from networks.options import NetworkOptions
 from protocols.family import Family, LearningEncoder

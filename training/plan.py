@@ -22,7 +22,7 @@ from modules.errors import DatasetError, OptionError, OutputError
 from modules.lost_processes import OtherProcesses
 from modules.option_values import require
 from modules.speed_options import Quantization
-from networks.formats import LoraFormat
+from networks.lora_format import LoraFormat
 from protocols.family import Family, brings_empty_text, get_audio_spec
 from protocols.full_model import trains_checkpoint
 from runtime.offload.joining import have_joined

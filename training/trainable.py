@@ -17,9 +17,9 @@ from checkpoints.unused import OpenedTensors, UnusedTensors
 from modules.errors import OptionError
 from modules.seeds import derive_seed
 from networks.adapter import ForeignNetwork, TrainableNetwork, tie_network
-from networks.deltas import list_sizes
-from networks.formats import LoraFormat
+from networks.lora_format import LoraFormat
 from networks.metadata import save_network
+from networks.module_factors import list_sizes
 from networks.names.layouts import KNOWN
 from protocols.loading import TensorInfo
 from training.learner import NetworkSpec

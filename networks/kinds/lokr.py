@@ -17,7 +17,7 @@ from networks.kinds.factors import Shapes
 from networks.names.layouts import DIFFUSERS
 
 if TYPE_CHECKING:  # --help must not import torch
-    from networks.factored import MakeShapes
+    from networks.factored_layer import MakeShapes
     from networks.kinds.lokr_layer import LokrAlgebra
     from networks.names.layouts import FamilyNames
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from networks.factored import Geometry, Product, product_with_core, shape_with_core
+from networks.factored_layer import Geometry, Product, product_with_core, shape_with_core
 from networks.kinds.algebra import Algebra, MismatchError
 from networks.kinds.factors import Factors, Shapes
 

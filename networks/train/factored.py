@@ -7,10 +7,10 @@ from torch import nn
 
 from modules.errors import CheckpointError
 from networks.delta import read_delta
-from networks.deltas import UNTRAINABLE_FACTORS, get_lora_rank, without_alpha
-from networks.factored import Factored, FactoredLayer, MakeShapes, Product
+from networks.factored_layer import Factored, FactoredLayer, MakeShapes, Product
 from networks.kinds.contract import Target
 from networks.kinds.factors import Factors
+from networks.module_factors import UNTRAINABLE_FACTORS, get_lora_rank, without_alpha
 
 
 def make_layers(

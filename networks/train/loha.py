@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from networks.factored import FactoredLayer
+from networks.factored_layer import FactoredLayer
 from networks.kinds import loha
 from networks.kinds.contract import KindTraining, LoraModule, Settings, Target
 from networks.kinds.factors import Factors

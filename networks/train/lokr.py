@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from networks.factored import FactoredLayer, MakeShapes
+from networks.factored_layer import FactoredLayer, MakeShapes
 from networks.kinds import lokr
 from networks.kinds.contract import KindTraining, LoraModule, Settings, Target
 from networks.kinds.factors import Factors

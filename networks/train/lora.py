@@ -5,13 +5,13 @@ from typing import Any
 
 from torch import nn
 
-from networks.deltas import get_lora_rank
 from networks.kinds import lora
 from networks.kinds.composing import find_kinds_with_factors
 from networks.kinds.contract import KindTraining, LoraModule, NetworkKind, Settings, Target
 from networks.kinds.factors import UP, Factors
 from networks.lora_layer import LoraLayer
 from networks.lora_products import diagonal_blocks
+from networks.module_factors import get_lora_rank
 from networks.train import TRAININGS
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 import convert_lora
 import merge_lora
 from fibo_2.names import FIBO_2
-from networks.formats import KNOWN, LoraFormat
+from networks.lora_format import KNOWN, LoraFormat
 from tests.fibo_2.making import in_diffusers, tiny_model
 from tests.tiny.fibo_2 import in_comfyui_names, tiny_state
 from tests.tiny.hunyuan_encoders import save

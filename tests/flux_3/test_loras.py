@@ -11,7 +11,7 @@ import convert_lora
 import merge_lora
 from flux_3.names import FLUX_3
 from networks.builtin_modules import OWN_MODULES
-from networks.formats import LoraFormat
+from networks.lora_format import LoraFormat
 from networks.names.layouts import KNOWN
 from tests.flux_3.making import tiny_model
 from tests.tiny.flux_3 import tiny_state, write_dit

@@ -13,7 +13,7 @@ import merge_lora
 from modules.errors import OptionError
 from moss_image.names import MOSS_IMAGE
 from networks.builtin_modules import OWN_MODULES
-from networks.formats import LoraFormat
+from networks.lora_format import LoraFormat
 from networks.names.layouts import COMFYUI, KNOWN
 from tests.moss_image.making import CONFIG, tiny_model, tiny_weights
 from tests.tiny.hunyuan_encoders import save

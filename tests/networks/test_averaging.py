@@ -20,8 +20,8 @@ from modules.errors import CheckpointError, OptionError
 from networks import averaging
 from networks.apply import LoraPatch
 from networks.averaging import LARGEST_SIGMA, AveragingOptions, compute_file_weights, find_gamma
-from networks.formats import LoraFormat
 from networks.loading import LoraFile, WeightedLora, read_lora
+from networks.lora_format import LoraFormat
 from networks.metadata import add_hashes, model_hashes
 from networks.module_names import family_named
 from networks.names.layouts import COMFYUI, KNOWN

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from encoders.clip_layers import ClipText
 from minimax_h3.dit_checkpoints import load_dit
-from networks.deltas import group_by_module
 from networks.key_formats import find_lora_families, to_native
 from networks.loading import read_lora, warn_about_other_family
+from networks.module_factors import group_by_module
 from networks.module_names import family_named
 from networks.names.layouts import OURS
 from networks.names.texts import published_path

@@ -21,7 +21,7 @@ import tests.qwen_image.making as qwen_image
 import tests.qwen_image_21.making as qwen_image_21
 import tests.wan.making as wan
 import tests.z_image.making as z_image
-from networks.formats import LoraFormat
+from networks.lora_format import LoraFormat
 from networks.module_names import FAMILIES
 from networks.names.layouts import COMFYUI, DIFFUSERS
 from tests.ltx_2.tiny_dit import dit_in_diffusers, dit_inputs, dit_state, tiny_dit

@@ -26,10 +26,10 @@ from networks import (
 )
 from networks.apply import LoraPatch
 from networks.delta import read_delta
-from networks.deltas import group_by_module
 from networks.extracting import decompose_change
-from networks.fused_parts import join_parts
+from networks.fused_loras import join_parts
 from networks.loading import WeightedLora, read_lora
+from networks.module_factors import group_by_module
 from networks.names.layouts import FamilyNames
 from tests.golden_cases import draw, make_weights, read_case
 from tests.tiny import krea2, z_image

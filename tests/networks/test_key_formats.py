@@ -11,9 +11,9 @@ from diffusers.loaders import WanLoraLoaderMixin
 from torch import Tensor
 
 from networks.convert import convert_file
-from networks.deltas import add_missing_alphas
 from networks.key_formats import read_own_names, split_names, to_native
 from networks.loading import read_lora
+from networks.module_factors import add_missing_alphas
 from networks.module_names import FAMILIES, diffusers_path, from_alias, module_path, select_family
 from networks.names.layouts import FamilyNames
 from networks.writing import TranslatedModules, in_dialect

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from modules.errors import CheckpointError
 from networks.alphas import peft_alphas
 from networks.convert import convert_file
-from networks.deltas import compute_scaling
 from networks.loading import read_lora
 from networks.metadata import save_network
+from networks.module_factors import compute_scaling
 from tests.networks.making import tiny_dit, wan_network
 
 

@@ -15,7 +15,7 @@ from modules.errors import CheckpointError
 from networks.apply import LoraPatch
 from networks.convert import convert_file
 from networks.delta import read_delta
-from networks.fused_parts import split_fused
+from networks.fused_loras import split_fused
 from networks.key_formats import to_native
 from networks.loading import LoraFile, WeightedLora, read_lora
 from networks.metadata import save_network

@@ -19,7 +19,7 @@ from modules.errors import CheckpointError
 from networks import convert_z_image_lora_to_comfy
 from networks.apply import LoraPatch
 from networks.convert import convert_file
-from networks.fused_parts import join_parts
+from networks.fused_loras import join_parts
 from networks.loading import WeightedLora, read_lora
 from networks.merging import merge_into_file
 from networks.module_names import module_path, related_modules

@@ -14,10 +14,10 @@ from lumina.configs import DIT as LUMINA_DIT
 from modules.speed_options import Quantization
 from networks.apply import LoraPatch, OriginalWeights
 from networks.delta import read_delta
-from networks.deltas import group_by_module
 from networks.loading import LoraFile, WeightedLora, read_lora, read_weighted_loras
 from networks.lora_network import OwnNetwork
 from networks.metadata import save_network
+from networks.module_factors import group_by_module
 from networks.unmerged_loras import add_unmerged
 from networks.use_options import LoraOptions, LoraPatternOptions
 from protocols.loading import Placement

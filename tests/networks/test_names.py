@@ -24,8 +24,8 @@ from hunyuan_model.names import HUNYUAN_VIDEO
 from krea2.names import KREA_2
 from lumina.names import LUMINA
 from networks.apply import LIKELY_MODEL
-from networks.deltas import group_by_module
 from networks.key_formats import find_lora_families, split_tensor_name, to_native
+from networks.module_factors import group_by_module
 from networks.module_names import diffusers_path, from_alias, module_path, select_family, sizes_fit, to_alias
 from networks.names.layouts import FamilyNames, tensor_patterns
 from qwen_image.names import QWEN_IMAGE

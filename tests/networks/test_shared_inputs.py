@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from networks.adjacent_weights import join_weights, view_as_one_matrix
 from networks.cast_factors import cast_before_pass, group_layers, join_groups
-from networks.joined_weights import join_weights, view_as_one_matrix
 from networks.lora_layer import Dropouts, LoraLayer
 from tests.networks.test_cast_factors import Kernels
 from tests.tiny.dits import DITS, TinyDit

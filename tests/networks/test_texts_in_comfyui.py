@@ -10,7 +10,7 @@ from torch import Tensor
 import convert_lora
 from anima.names import ANIMA
 from lumina.names import LUMINA
-from networks.formats import COMFYUI, LoraFormat
+from networks.lora_format import COMFYUI, LoraFormat
 
 # family -> a module of its transformer, and where its text encoder is in ComfyUI. Source: the converter of
 # sd-scripts (anima), ComfyUI's names of its text encoders

@@ -15,8 +15,8 @@ import merge_lora
 from modules.errors import CheckpointError
 from networks import extract_lora_from_models, sdxl_merge_lora
 from networks.delta import read_delta
-from networks.deltas import group_by_module
 from networks.loading import read_lora
+from networks.module_factors import group_by_module
 from stable_diffusion.contract import SD1, SDXL, UnetCall
 from stable_diffusion.lllites import check_lllites, load_lllites
 from stable_diffusion.network_options import ControlOptions

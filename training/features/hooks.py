@@ -24,9 +24,9 @@ if TYPE_CHECKING:  # features are loaded one by one, and without torch
     from dataset.sources.decoding import DecodedMedia
     from dataset.subset_options import SubsetOptions
     from dataset.table import DatasetConfig, DatasetTable
-    from networks.formats import LoraFormat
     from networks.gated_loras import AddedLoras
     from networks.loading import WeightedLora
+    from networks.lora_format import LoraFormat
     from networks.options import NetworkOptions
     from protocols.data import MediaEncoders
     from protocols.family import Caches, Described, Family

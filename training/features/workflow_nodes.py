@@ -18,7 +18,7 @@ from generation.sample_lines import read_sample_file
 from modules.atomic_write import atomic_path
 from modules.console import quiet
 from modules.errors import OptionError
-from networks.formats import LoraFormat
+from networks.lora_format import LoraFormat
 from networks.names.layouts import COMFYUI, KNOWN
 from protocols.family import Family
 from protocols.requests import Prepared, Request

@@ -15,12 +15,22 @@ from torch import Tensor
 
 from checkpoints.dialects import stack_heads
 from modules.errors import CheckpointError
-from networks import deltas
 from networks.delta import Delta, read_delta
-from networks.deltas import LORA_FACTORS, ROW_RANGE, compute_scaling
 from networks.kinds.composing import KIND_BY_FACTOR, MAGNITUDE_KIND_NAME, MAGNITUDES
 from networks.kinds.factors import DOWN, UP, Factors
 from networks.lora_products import count_fused_part_rows, diagonal_blocks
+from networks.module_factors import (
+    BIAS_FACTORS,
+    CPU,
+    LORA_FACTORS,
+    PLAIN_LORA_FACTORS,
+    ROW_RANGE,
+    SET_WEIGHT,
+    compute_scaling,
+    group_by_module,
+    read_row_range,
+    ungroup,
+)
 from networks.module_names import FAMILIES, RelatedModule, related_modules
 from networks.names.layouts import BEFORE_REST, OURS, REST, SWAPPED, FamilyNames, RowsByHead, WeightPart
 
@@ -135,7 +145,7 @@ def split_fused(
         tensors: Tensors under our names, with our prefix.
         rows_in_model: Returns the number of rows of a module's weight; None if the model lacks the module.
     """
-    modules = deltas.group_by_module(tensors)
+    modules = group_by_module(tensors)
     new_modules: dict[str, Factors] = {}
     for name, factors in modules.items():
         rows_by_part: dict[RelatedModule, int | None] = {}
@@ -150,7 +160,7 @@ def split_fused(
         except FusionError as reason:
             logger.warning(f"{name}: {reason}; it is not split")
             new_modules[name] = factors
-    return deltas.ungroup(new_modules)
+    return ungroup(new_modules)
 
 
 def _count_part_rows(
@@ -277,7 +287,7 @@ def join_parts(
             number of rows is estimated from the parts in all blocks and from the published model.
         family: Family of the modules; None for any.
     """
-    modules = deltas.group_by_module(tensors)
+    modules = group_by_module(tensors)
     pieces_by_module = _find_pieces(modules, rows_in_model, family)
     num_rows = _count_rows_by_module(pieces_by_module, rows_in_model)
     part_names = {piece.name for pieces in pieces_by_module.values() for piece in pieces}
@@ -292,7 +302,7 @@ def join_parts(
         except FusionError as reason:
             logger.warning(f"{name}: {reason}; they are not joined")
             new_modules.update({piece.name: piece.factors for piece in pieces})
-    return deltas.ungroup(new_modules)
+    return ungroup(new_modules)
 
 
 def _count_rows_by_module(
@@ -452,7 +462,7 @@ def _include_all_slices(pieces: Sequence[FusedPiece]) -> bool:
 
 def _is_low_rank_matrix(factors: Factors) -> bool:
     """Return whether these are a linear layer's LoRA or DoRA factors, without a core matrix between them."""
-    further_factors = factors.keys() - deltas.PLAIN_LORA_FACTORS - {MAGNITUDES}
+    further_factors = factors.keys() - PLAIN_LORA_FACTORS - {MAGNITUDES}
     return not further_factors and UP in factors and factors[UP].ndim == 2
 
 
@@ -496,7 +506,7 @@ def _join_low_rank(parts: Sequence[RowFactors], num_rows: int) -> Factors:
         DOWN: down,
         UP: _join_up_factors(parts, num_rows, rank=len(down), shares_down=is_shared),
     }
-    for name in (MAGNITUDES, *deltas.BIAS_FACTORS):
+    for name in (MAGNITUDES, *BIAS_FACTORS):
         if any(name in part.factors for part in parts):
             # Stack one factor of each part of a fused weight along rows, with zeros for parts that lack it
             parts_with_tensor = [part for part in parts if name in part.factors]
@@ -525,7 +535,7 @@ def _with_bias_difference(factors: Factors) -> Factors:
     bias = read_delta(factors).bias_in_file_dtype()
     if bias is None:
         return factors
-    others = {name: tensor for name, tensor in factors.items() if name not in deltas.BIAS_FACTORS}
+    others = {name: tensor for name, tensor in factors.items() if name not in BIAS_FACTORS}
     return {**others, "diff_b": bias}
 
 
@@ -581,7 +591,7 @@ def _join_full_matrices(parts: Sequence[RowFactors], num_rows: int) -> Factors:
     part_deltas = [read_delta(part.factors) for part in parts]
     _check_full_matrices(part_deltas, parts, num_rows)
     # The full change of a weight; raise FusionError if its parts differ in the shape of a row
-    changes = [delta.compute_change(deltas.CPU) for delta in part_deltas]
+    changes = [delta.compute_change(CPU) for delta in part_deltas]
     row_shapes = {None if change is None else change.shape[1:] for change in changes}
     row_shape = row_shapes.pop()
     # None for a part that does not change the weight
@@ -591,7 +601,7 @@ def _join_full_matrices(parts: Sequence[RowFactors], num_rows: int) -> Factors:
     magnitudes = [delta.magnitudes for delta in part_deltas if delta.magnitudes is not None]
     if magnitudes:
         joined[MAGNITUDES] = torch.cat(magnitudes)
-    biases = [delta.compute_bias_change(deltas.CPU) for delta in part_deltas]
+    biases = [delta.compute_bias_change(CPU) for delta in part_deltas]
     if any(bias is not None for bias in biases):
         joined["diff_b"] = _write_rows(parts, biases, torch.zeros(num_rows))
     return joined
@@ -600,7 +610,7 @@ def _join_full_matrices(parts: Sequence[RowFactors], num_rows: int) -> Factors:
 def _check_full_matrices(part_deltas: Sequence[Delta], parts: Sequence[RowFactors], num_rows: int) -> None:
     """Raise FusionError if a part replaces the weight, or if only some rows would have DoRA magnitudes."""
     if any(delta.replaces_weight for delta in part_deltas):
-        raise FusionError(f"{deltas.SET_WEIGHT} is only for some of its rows")
+        raise FusionError(f"{SET_WEIGHT} is only for some of its rows")
     if any(delta.has_input_magnitudes for delta in part_deltas):
         raise FusionError(f"its {MAGNITUDE_KIND_NAME} magnitudes are by input, so they belong to the parts")
     num_with_magnitudes = sum(delta.magnitudes is not None for delta in part_deltas)
@@ -646,10 +656,10 @@ def _find_factors_to_stack(parts: Sequence[Factors]) -> set[str] | None:
         return split_names
     # each part has the full layer's factors and a range of rows; only magnitudes and biases are split
     layer_size = delta.matrix_size()
-    ranges = [deltas.read_row_range(part) for part in parts]
+    ranges = [read_row_range(part) for part in parts]
     if layer_size is None or not _cover_all_rows(ranges, layer_size[0]):
         return None
-    return split_names & {MAGNITUDES, *deltas.BIAS_FACTORS}
+    return split_names & {MAGNITUDES, *BIAS_FACTORS}
 
 
 def resolve_rows(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -661,13 +671,13 @@ def resolve_rows(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     Raises:
         CheckpointError: If a part has per-input magnitudes, because they belong to the full layer.
     """
-    modules = deltas.group_by_module(tensors)
+    modules = group_by_module(tensors)
     if not any(ROW_RANGE in factors for factors in modules.values()):
         return tensors
     resolved: dict[str, Factors] = {}
     for name, factors in modules.items():
         resolved[name] = factors if ROW_RANGE not in factors else _resolve_part(name, factors)
-    return deltas.ungroup(resolved)
+    return ungroup(resolved)
 
 
 def _resolve_part(name: str, factors: Factors) -> Factors:
@@ -679,12 +689,12 @@ def _resolve_part(name: str, factors: Factors) -> Factors:
             "belong to the whole layer, which this model has in separate parts.\n"
             "  Convert the file with the program that made it."
         )
-    start, stop = deltas.read_row_range(factors)
+    start, stop = read_row_range(factors)
     sliced_factors = delta.slice_factors(start, stop)
     if sliced_factors is not None:
         return sliced_factors
     # the kind cannot be cut there: compute the full matrix of the part's rows
-    change = delta.compute_change(deltas.CPU)
+    change = delta.compute_change(CPU)
     assert change is not None
     dtype = next(factors[factor_name].dtype for factor_name in factors if factor_name in KIND_BY_FACTOR)
     resolved: dict[str, Tensor] = {"diff": change.to(dtype).clone()}
@@ -716,7 +726,7 @@ def stack_rows(
     if not has_rows_by_head:
         return tensors
     ending = rule.ending.replace(".", "_")
-    modules = deltas.group_by_module(tensors)
+    modules = group_by_module(tensors)
     for name, factors in modules.items():
         if not name.endswith(ending):
             continue
@@ -736,7 +746,7 @@ def stack_rows(
                 path,
             )
         modules[name] = dict(reordered.factors)
-    return deltas.ungroup(modules)
+    return ungroup(modules)
 
 
 def correct_split_alphas(
@@ -750,7 +760,7 @@ def correct_split_alphas(
     corrected = dict(tensors)
     trained_alpha = metadata.get("ss_network_alpha", "").removesuffix(".0")  # as `:g` formats it below
     num_corrected = 0
-    for name, factors in deltas.group_by_module(tensors).items():
+    for name, factors in group_by_module(tensors).items():
         is_plain_lora = set(factors) == {"alpha", *LORA_FACTORS}
         if not is_plain_lora or f"{float(factors['alpha']):g}" != trained_alpha:
             continue

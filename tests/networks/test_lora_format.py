@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from checkpoints.opening import open_checkpoint
 from modules.errors import OptionError
 from networks.convert import convert_file
-from networks.formats import LoraFormat, select_format
 from networks.loading import read_lora
+from networks.lora_format import LoraFormat, select_format
 from networks.metadata import describe_lora
 from networks.module_names import FAMILIES, family_named
 from networks.names.layouts import COMFYUI, DIFFUSERS, KNOWN, FamilyNames

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from checkpoints.writing import save_tensors
 from modules.console import list_some
 from modules.errors import OptionError
-from networks import deltas
 from networks.builtin_modules import OWN_MODULES
 from networks.kinds.contract import TranslatedModules
 from networks.kinds.factors import DOWN, Factors
 from networks.metadata import add_hashes
+from networks.module_factors import compute_scaling, fold_scaling, group_by_module, ungroup
 from networks.module_names import read_family
 from networks.names.layouts import (
     COMFYUI,
@@ -109,7 +109,7 @@ class LoraFormat:
             return Formatted(dict(tensors), {}, {})
         text_modules: dict[str, Factors] = {}
         in_dit: dict[str, Factors] = {}
-        for module, factors in deltas.group_by_module(tensors).items():
+        for module, factors in group_by_module(tensors).items():
             if module.startswith(OURS):
                 in_dit[module] = factors
             else:
@@ -130,10 +130,8 @@ class LoraFormat:
         for scaling, group in self._group_by_scaling(modules).items():
             native = convert_to_our_layout(group, self.family)
             if scaling is not None:
-                factors_by_module = deltas.group_by_module(native)
-                native = deltas.ungroup(
-                    {name: deltas.fold_scaling(factors) for name, factors in factors_by_module.items()}
-                )
+                factors_by_module = group_by_module(native)
+                native = ungroup({name: fold_scaling(factors) for name, factors in factors_by_module.items()})
             translated = convert_to_dialect(native, self.family, TARGETS[self.name])
             converted.append(_ConvertedModules(translated, scaling))
         return converted
@@ -143,12 +141,12 @@ class LoraFormat:
         from networks.writing import texts_to_comfyui, texts_to_diffusers  # not for the default format
 
         if self.name == COMFYUI:
-            tensors = texts_to_comfyui(deltas.ungroup(modules), self.family)
+            tensors = texts_to_comfyui(ungroup(modules), self.family)
             return [_ConvertedModules(TranslatedModules(tensors, {}), folded_scaling=None)]
         converted: list[_ConvertedModules] = []
         for name, factors in modules.items():
-            translated = texts_to_diffusers(deltas.ungroup({name: factors}))
-            converted.append(_ConvertedModules(translated, deltas.compute_scaling(factors)))
+            translated = texts_to_diffusers(ungroup({name: factors}))
+            converted.append(_ConvertedModules(translated, compute_scaling(factors)))
         return converted
 
     def _group_by_scaling(self, modules: Mapping[str, Factors]) -> dict[float | None, dict[str, Tensor]]:
@@ -158,8 +156,8 @@ class LoraFormat:
         groups: dict[float | None, dict[str, Tensor]] = {}
         for name, factors in modules.items():
             is_folded = DOWN in factors and not keeps_alphas
-            scaling = deltas.compute_scaling(factors) if is_folded else None
-            groups.setdefault(scaling, {}).update(deltas.ungroup({name: factors}))
+            scaling = compute_scaling(factors) if is_folded else None
+            groups.setdefault(scaling, {}).update(ungroup({name: factors}))
         return groups
 
 

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from networks.delta import read_delta
-from networks.deltas import compute_scaling
 from networks.gated_loras import ChangedParameter, LoraBranch, LoraWrapper
+from networks.module_factors import compute_scaling
 from tests.commands import ROOT, run_python
 from tests.stable_diffusion.loaded import RANK, Factors, low_rank, random
 

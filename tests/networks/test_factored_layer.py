@@ -15,7 +15,7 @@ from modules.errors import CheckpointError, OptionError
 from networks.apply import LoraPatch
 from networks.convert import convert_file
 from networks.delta import read_delta
-from networks.factored import FactoredLayer, Product
+from networks.factored_layer import FactoredLayer, Product
 from networks.gated_loras import add_loras
 from networks.kinds import loha_layer, lokr_layer
 from networks.kinds.loha import make_shapes as loha_shapes
