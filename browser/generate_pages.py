@@ -1,8 +1,7 @@
 """The Generate page: a form for an image or clip, the state of render jobs, and the results of all days."""
 
-import functools
+import contextlib
 import secrets
-import shlex
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +13,6 @@ from starlette.routing import Route
 
 from browser import launch
 from browser.command_lines import format_command
-from browser.compare import group_options
 from browser.dropped_files import FOLDER as INPUTS
 from browser.dropped_files import InputFolder
 from browser.dropped_settings import DroppedSettings, read_dropped_settings
@@ -120,6 +118,7 @@ class GenerateForm:
     lora_experts: Mapping[str, str] = field(default_factory=dict)  # expert of each selected LoRA, by path
     num_results: str = "1"
     keeps_seed: bool = False  # keep the seed for the next result
+    filled_from: str = ""  # source that the page showed when the form was sent; "" if it is not known
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Sequence[str]]) -> "GenerateForm":
@@ -142,6 +141,7 @@ class GenerateForm:
             lora_strengths=lora_strengths,
             lora_experts=lora_experts,
             keeps_seed="lock" in fields,
+            filled_from="".join(fields.get("filled_from", ())[:1]),
         )
 
     def as_fields(self) -> dict[str, list[str]]:
@@ -389,15 +389,18 @@ class GeneratePages:
         return make_model_recipe(model, self.site.models, Path.cwd())
 
     def refill(self, form: GenerateForm) -> GenerateForm:
-        """Return the form after another run or model was selected: its defaults, the old prompts and seed."""
+        """Return the form after another run or model was selected: its defaults, and what the user typed."""
         recipe = self.find_recipe(form.source)
         default = make_default_form(form.source, recipe, self.run_loras.list_rows(recipe))
+        earlier_texts: Mapping[str, str] = {}  # default texts of the source that was selected before
+        with contextlib.suppress(UserError, OSError):  # a run that is gone
+            earlier_texts = self.find_recipe(form.filled_from).initial_texts
         field_values = dict(default.field_values)
         for name in ("prompt", "negative", "seed", "lora_file", "lora_strength"):
-            if form.field_values.get(name, "").strip():
+            text = form.field_values.get(name, "").strip()
+            # browsers send other line ends than the page has
+            if text and text.splitlines() != earlier_texts.get(name, "").strip().splitlines():
                 field_values[name] = form.field_values[name]
-        if field_values.get("negative") in list_default_negatives():  # another model's default
-            field_values["negative"] = default.field_values.get("negative", "")
         return replace(
             default, field_values=field_values, num_results=form.num_results, keeps_seed=form.keeps_seed
         )
@@ -695,16 +698,6 @@ def _describe_input_images(settings: DroppedSettings, recipe: ModelRecipe) -> li
                 say("It started from %(splitlines)s: drop that file on the form.", splitlines=paths[0])
             )
     return sentences
-
-
-@functools.cache
-def list_default_negatives() -> frozenset[str]:
-    """Return the negative prompts in the commands of released models."""
-    negatives = set()
-    for model in model_sets():
-        options = group_options(shlex.split(model.commands.get("generate", "")))
-        negatives.add(" ".join(options.get("--negative_prompt", ())))
-    return frozenset(negatives - {""})
 
 
 def make_default_form(source: str, recipe: ModelRecipe, rows: Sequence[LoraRow]) -> GenerateForm:

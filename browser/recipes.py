@@ -8,7 +8,7 @@ import math
 import shlex
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,6 +71,7 @@ FORM_OPTIONS = {
 # fmt: on
 EXAMPLE_FILES = {"start.png", "end.png", "control.mp4"}  # placeholders in commands of the catalogue
 ASPECTS = (1.0, 4 / 3, 3 / 4, 16 / 9, 9 / 16)  # width by height
+TASK_FLAGS = ("--task", "--model_version")  # what a model of a script makes, and from which images
 HALF_PRECISION_FLAGS = ("--fp16", "--bf16")  # switches for a graphics card in the catalogue's commands
 SHAPE_STEP = 32  # pixels; all models accept multiples of it
 
@@ -380,7 +381,7 @@ def _index_by_placeholder(model: ModelSet, models: Path) -> dict[str, str]:
 def make_run_recipe(source: ComparableRun) -> ModelRecipe:
     """Return the recipe to generate with a run's model, from the generation command in its history."""
     names = {Path(word).name for words in source.options.values() for word in words}
-    return _make_command_recipe(
+    recipe = _make_command_recipe(
         title=source.run.name,
         family=source.family,
         options=source.options,
@@ -389,6 +390,21 @@ def make_run_recipe(source: ComparableRun) -> ModelRecipe:
         is_placeholder=lambda word: word in source.unfilled_words or PLACEHOLDER.fullmatch(word) is not None,
         file_defaults=_find_defaults(source.family, names),
     )
+    released_images = _list_released_images(recipe)
+    return replace(recipe, required_images=list(dict.fromkeys([*recipe.required_images, *released_images])))
+
+
+def _list_released_images(recipe: ModelRecipe) -> list[str]:
+    """Return the fields with images that all released models of a run's script and task need."""
+    # A run that was trained without sample images has a command without any, although its model edits one.
+    required = []
+    for model in filter(can_generate, model_sets()):
+        if recipe.script not in model.commands["generate"].split():
+            continue
+        released = make_model_recipe(model, recipe.folder, recipe.folder)
+        if all(released.fixed_options.get(flag) == recipe.fixed_options.get(flag) for flag in TASK_FLAGS):
+            required.append(set(released.required_images))
+    return [name for name in IMAGES if required and name in set.intersection(*required)]
 
 
 def _find_defaults(family: str, names: Collection[str]) -> Mapping[str, Any]:

@@ -660,9 +660,40 @@ def test_the_negative_prompt_of_one_model_does_not_stay_for_another(served: Serv
     assert negative is not None
     assert negative[1]
     other = {**fields, "source": "model stable_diffusion 1.5", "negative": html.unescape(negative[1])}
+    other["filled_from"] = fields["source"]
     assert html.unescape(negative[1]) not in html.unescape(post(served, "form", other).text)
     typed = post(served, "form", {**other, "negative": "hands"}).text
     assert ">hands</textarea>" in typed
+
+
+def test_the_prompt_of_one_run_does_not_stay_for_another(served: Served, root: Path) -> None:
+    write_generating(root / "other", "other")
+    history = history_path(root / "other", "other")
+    history.write_text(history.read_text("utf-8").replace("a square", "a circle"), "utf-8")
+    with open_page(f"{served.url}/generate?run={run_id(served)}") as page:
+        prompt = page.get_by_label("Prompt")
+        assert prompt.input_value() == "a square"
+        page.get_by_label("Model").select_option(f"run {run_id(served, 'other')}")
+        wait_until(page, "document.querySelector('#prompt').value === 'a circle'")
+        prompt.fill("a triangle")
+        page.get_by_label("Model").select_option(f"run {run_id(served)}")
+        wait_until(
+            page,
+            "document.querySelector('#make [name=filled_from]').value === document.querySelector('#source').value",
+        )
+        assert prompt.input_value() == "a triangle"
+
+
+def test_an_edit_without_an_image_is_refused_before_the_queue(root: Path) -> None:
+    write_generating(root / "edits", "edits", "kontext", "flux_kontext_generate_image.py", task="")
+    with serve(root) as served:
+        fields = {"source": f"run {run_id(served, 'edits')}", "prompt": "it wears a hat", "count": "1"}
+        refused = post(served, "make", fields)
+        assert (refused.status, message(refused)) == (
+            422,
+            "Edit: this model needs one. Drop it on the field.",
+        )
+        assert requests(root) == []
 
 
 def test_without_a_card_models_compute_in_32_bits(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
