@@ -32,6 +32,7 @@ FILE_CHECK_SECONDS = 120
 _FILE_CHECK_LOCK = threading.Lock()  # one process at a time, because each loads torch
 logger = logging.getLogger(__name__)
 MAX_SUGGESTED = 3  # number of recommended rows
+USUAL_PIXELS = 1024 * 1024  # of the images of models since Stable Diffusion XL
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ def list_model_rows(models: Path, memory: float, content: MediaFolder | None = N
             ranked.is_distilled,
             ranked.is_for_drawings,
             not ranked.fits_memory,
+            ranked.is_small_image,
             ranked.size_bytes,
         )
     )
@@ -136,6 +138,7 @@ class _RankedRow(NamedTuple):
     is_distilled: bool  # distilled models are harder to train
     is_for_drawings: bool  # a folder of images rather has photos
     fits_memory: bool  # whether it fits the memory of the graphics card
+    is_small_image: bool  # a card could train a newer model, which makes larger images
     size_bytes: int
 
 
@@ -148,6 +151,7 @@ def _rank_row(row: ModelRow, memory: float, content: MediaFolder | None) -> _Ran
         suits_media = row.makes.startswith("clips" if content.num_clips else "images")
         if content.num_clips and model.properties.get("from_image"):
             suits_media = False  # it needs start images
+    height, width = model.properties["resolution"]
     return _RankedRow(
         row=row,
         suits_media=suits_media,
@@ -155,6 +159,7 @@ def _rank_row(row: ModelRow, memory: float, content: MediaFolder | None) -> _Ran
         is_distilled=any(phrase in model.about for phrase in ("eight steps", "four steps", "distilled")),
         is_for_drawings="for drawings" in model.about,
         fits_memory=not memory or is_small(model, memory),
+        is_small_image=memory > 0 and row.makes.startswith("images") and height * width < USUAL_PIXELS,
         size_bytes=transformer_bytes(model),
     )
 

@@ -40,7 +40,9 @@ def test_models_that_suit_the_folder_and_the_card_come_first() -> None:
     assert (rows[0].makes, rows[0].fit) == ("images", "fits")
     assert [row.is_suggested for row in rows[:4]] == [True, True, True, False]
     suggested = [row.value for row in rows[:3]]  # none of them is for drawings
-    assert suggested == ["stable_diffusion 1.5", "stable_diffusion 2.1", "stable_diffusion xl"]
+    assert suggested == ["stable_diffusion xl", "lumina 2.0", "flux_2 klein-base-4b"]
+    slow = [row.value for row in list_model_rows(Path("models"), 0, folder(pictures=3))[:3]]
+    assert slow == ["stable_diffusion 1.5", "stable_diffusion 2.1", "stable_diffusion xl"]
     assert not any(row.is_suggested for row in list_model_rows(Path("models"), 24))
     assert len(rows) == len(find_models())
 
