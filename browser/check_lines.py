@@ -104,6 +104,7 @@ UNREAD_LINES = (
 # whole lines
 CHECK_LINES = (
     say("%(file)s: no %(caption)s next to it"),
+    say("%(folder)s has %(n)s control images for %(name)s; needed: %(needed)s (or another image type)"),
     say("%(folder)s: its masks are not used. %(key)s in the table of %(name)s uses them"),
     say("%(folder)s: its images are not used: folders inside a folder are not searched. Give it a table"),
     say("%(folder)s: its videos are not used: folders inside a folder are not searched. Give it a table"),

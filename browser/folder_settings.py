@@ -3,6 +3,7 @@
 The options and their help come from the training script's own --help, printed as JSON by a process.
 """
 
+import contextlib
 import functools
 import re
 import shlex
@@ -336,6 +337,8 @@ class FolderSettingsPages:
 
     def __init__(self, site: Site) -> None:
         self.site = site
+        # by folder: when its last `new` had ended, and the run.toml that it had written
+        self.written_runs: dict[Path, tuple[int, str]] = {}
 
     def show(self, folder: Path, _: Mapping[str, str]) -> Response:
         """Return the HTML of a folder's settings."""
@@ -425,6 +428,9 @@ class FolderSettingsPages:
 
     def read_proposed_run(self, folder: Path) -> str | None:
         """Return the run.toml that `new` chose for a folder; None if it is unknown or out of date."""
+        written_run = self.read_written_run(folder)
+        if written_run is not None:
+            return written_run
         job = self.site.background_jobs.find(name_background_job(PROPOSAL, folder))
         if job is None or job.code != 0:
             return None
@@ -434,6 +440,20 @@ class FolderSettingsPages:
             return parse_proposed_run(read_text(job.log))
         except (OSError, ValueError, UserError):
             return None
+
+    def read_written_run(self, folder: Path) -> str | None:
+        """Return the run.toml that the page's last `new` has written; None if the page has not seen it."""
+        job = self.site.background_jobs.find(name_background_job(DESCRIBE, folder))
+        if job is None or job.code != 0:
+            return None
+        with contextlib.suppress(OSError, ValueError, UserError):
+            # `new` prints its last line after it has written the files
+            ended_ns = job.log.stat().st_mtime_ns
+            if (folder / RUN_FILE).stat().st_mtime_ns <= ended_ns:
+                self.written_runs[folder] = (ended_ns, read_draft_file(self.site, folder, RUN_FILE).text)
+            seen_ns, text = self.written_runs.get(folder, (0, ""))
+            return parse_proposed_run(text) if seen_ns == ended_ns else None
+        return None
 
     def change(self, folder: Path, action: str, fields: Mapping[str, str]) -> Response:
         """Preview or save the edited settings, or compute the values that `new` would choose."""

@@ -18,6 +18,7 @@ from typing import Any
 from browser import launch
 from browser.earlier_jobs import EarlierJob
 from browser.known_queues import KnownQueue, recall_queue, remember_queue
+from browser.printed_lines import translate_log_line
 from browser.runs import DIED, FINISHED, REMOTE_RUN_TIMEOUT_SECONDS, RUNNING, STOPPED, Runs, is_process_alive
 from browser.short_names import short_digest
 from modules.atomic_write import append_text, explain_errors, write_text
@@ -173,6 +174,10 @@ class Job:
             return ""
         lines = [line.rstrip("\r").rpartition("\r")[2] for line in text.rstrip().split("\n")]
         return shorten_lines(escape_control_codes("\n".join(lines[-count:])), 1000)
+
+    def show_lines(self, count: int = LAST_LINES) -> str:
+        """Return the last lines of the job's log, with the known ones in the page's language."""
+        return join("\n", map(translate_log_line, self.last_lines(count).split("\n")))
 
 
 @dataclass

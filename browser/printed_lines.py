@@ -4,6 +4,7 @@ Programs print English. A line that matches one of the patterns below is shown t
 numbers; any other line is shown as it was printed.
 """
 
+import functools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -389,6 +390,17 @@ def is_for_terminal(line: str) -> bool:
 def translate_line(line: str) -> str:
     """Return a printed line as translatable text; an unknown line unchanged."""
     return _translate_by_pattern(line, (*UNREAD_LINES, *LINES, *CHECK_LINES)) or _find_fault(line) or line
+
+
+@functools.lru_cache(maxsize=4096)
+def translate_log_line(line: str) -> str:
+    """Return a line of a command's log as translatable text; an unknown line unchanged."""
+    text = line.strip()
+    indent = line[: len(line) - len(line.lstrip())]
+    known = translate_line(text)
+    if known is text:
+        known = _translate_by_pattern(text, (*RUN_ERRORS, *COMMANDS)) or text
+    return join("", (indent, known)) if indent else known
 
 
 def translate_file_kind(kind: str | None) -> str:

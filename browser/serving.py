@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 import webbrowser
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +37,41 @@ class ServedFolders(NamedTuple):
 
     folders: tuple[Path, ...]
     models: Path
+
+
+@dataclass(frozen=True)
+class ServerAddress:
+    """Where browsers find a server: at its host and port, or at its name for this start only."""
+
+    options: BrowserOptions
+    port: int
+    start_name: str = ""  # "" if the server keeps its name
+
+    def format(self, word: str | None) -> str:
+        """Return the URL under which all machines that can reach the server open the page.
+
+        `word` is the token, or a word that admits one browser; None to leave it out.
+        """
+        if self.options.public_origin is not None:
+            url = f"{self.options.public_origin}/"
+            return f"{url}?token={word}" if word else url
+        host = self.start_name or self.options.host
+        if host in ("0.0.0.0", "::", ""):  # the address that this machine has in its network
+            host = socket.gethostname()
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+                # an address for documentation (RFC 5737): connecting a UDP socket sends nothing, but binds it
+                # to the interface that leads outside
+                probe.connect(("192.0.2.1", 9))
+                host = str(probe.getsockname()[0])
+        if ":" in host:  # an IPv6 address
+            host = f"[{host}]"
+        url = f"http://{host}:{self.port}/"
+        return f"{url}?token={word}" if word else url
+
+    def log_next(self, word: str) -> None:
+        """Log the URL with the word for one more browser, since the last word was used."""
+        if FROM_QUEUE not in os.environ:  # pages show the output of a job
+            logger.info("For another browser: %s", self.format(word))
 
 
 def run_browser(options: BrowserOptions) -> None:
@@ -66,17 +101,17 @@ def serve_pages(options: BrowserOptions, runs: Runs, models: Path) -> None:
 
     keeps_name = options.token is not None or options.public_origin is not None or not options.is_local
     has_names = sys.platform != "darwin"  # Safari finds no names below localhost
-    start_name = make_start_name() if has_names and not keeps_name else ""
     port = options.port
     if port is None and not (has_names or keeps_name):
         port = 0  # another port is another origin too
     server_socket = open_socket(options.host, port)
-    port = server_socket.getsockname()[1]
+    start_name = make_start_name() if has_names and not keeps_name else ""
+    address = ServerAddress(options, port=server_socket.getsockname()[1], start_name=start_name)
     queue = start_queue(runs, options)
     word = None
     if not keeps_name and token.secret is not None:
-        word = PrintedWord(partial(log_next_address, options, port, start_name))
-    show_address(options, port, token, start_name, word)
+        word = PrintedWord(address.log_next)
+    show_address(address, token, word)
     log_runs(runs)
     ticket = Ticket()
     app: Any = make_app(
@@ -86,14 +121,14 @@ def serve_pages(options: BrowserOptions, runs: Runs, models: Path) -> None:
         read_only=options.read_only,
         queue=queue,
         models=models,
-        settings=_make_settings(options, port, token),
+        settings=_make_settings(ServerAddress(options, address.port), token),
         ticket=ticket,
         word=word,
         start_name=start_name,
     )
     if may_open_page(options):
         # all users can read that browser's command line: it gets a one-time secret, not the token
-        ticket_address = make_address(options, port, token.secret and ticket.secret, start_name)
+        ticket_address = address.format(token.secret and ticket.secret)
         # in a thread, because some browsers block the calling process; the socket is already listening
         threading.Thread(target=webbrowser.open, args=(ticket_address,), daemon=True).start()
     try:
@@ -118,15 +153,16 @@ def make_server_config(app: Any, log_level: str = "warning") -> Any:
     )
 
 
-def _make_settings(options: BrowserOptions, port: int, token: PageToken) -> ServerSettings:
+def _make_settings(address: ServerAddress, token: PageToken) -> ServerSettings:
     """Return the settings with which the server was started, as its pages show them."""
+    options = address.options
     return ServerSettings(
         host=options.host,
-        port=port,
+        port=address.port,
         token=token,
         is_token_given=options.token is not None,
         is_local=options.is_local,
-        address=make_address(options, port, token.secret),
+        address=address.format(token.secret),
         public_origin=options.public_origin,
     )
 
@@ -239,52 +275,18 @@ def make_start_name() -> str:
     return f"{secrets.token_hex(6)}.localhost"
 
 
-def make_address(options: BrowserOptions, port: int, token: str | None, start_name: str = "") -> str:
-    """Return the URL, with the token, under which all machines that can reach this server open the page.
-
-    `start_name` is the server's host name for this start only; "" if it keeps its name.
-    """
-    if options.public_origin is not None:
-        url = f"{options.public_origin}/"
-        return f"{url}?token={token}" if token else url
-    host = start_name or options.host
-    if host in ("0.0.0.0", "::", ""):  # the address that this machine has in its network
-        host = socket.gethostname()
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
-            # an address for documentation (RFC 5737): connecting a UDP socket sends nothing, but binds it to
-            # the interface that leads outside
-            probe.connect(("192.0.2.1", 9))
-            host = str(probe.getsockname()[0])
-    if ":" in host:  # an IPv6 address
-        host = f"[{host}]"
-    url = f"http://{host}:{port}/"
-    return f"{url}?token={token}" if token else url
-
-
-def log_next_address(options: BrowserOptions, port: int, start_name: str, word: str) -> None:
-    """Log the URL with the word for one more browser, since the last word was used."""
-    if FROM_QUEUE not in os.environ:  # pages show the output of a job
-        logger.info("For another browser: %s", make_address(options, port, word, start_name))
-
-
-def show_address(
-    options: BrowserOptions,
-    port: int,
-    token: PageToken,
-    start_name: str = "",
-    word: PrintedWord | None = None,
-) -> None:
+def show_address(address: ServerAddress, token: PageToken, word: PrintedWord | None = None) -> None:
     """Print the URL, with a QR code for phones if other machines can reach the server.
 
     In a queued job, pages show the output as a log, so the URL is printed without the token.
     """
     if FROM_QUEUE in os.environ:
         hint = "" if token.path is None else f" followed by ?token= and the word in {token.path}"
-        sys.stdout.write(f"{make_address(options, port, None, start_name)}{hint}\n")
+        sys.stdout.write(f"{address.format(None)}{hint}\n")
         sys.stdout.flush()
         return
-    address = make_address(options, port, token.secret if word is None else word.secret, start_name)
-    sys.stdout.write(f"{address}\n")
-    if not options.is_local or options.public_origin is not None:
-        sys.stdout.write(draw_code(address))
+    url = address.format(token.secret if word is None else word.secret)
+    sys.stdout.write(f"{url}\n")
+    if not address.options.is_local or address.options.public_origin is not None:
+        sys.stdout.write(draw_code(url))
     sys.stdout.flush()

@@ -66,7 +66,8 @@ def answer_shared_file(path: Path, request: Request) -> Response:
     file = path.open("rb")  # this version, even if the file is replaced while it is sent
     try:
         status = os.fstat(file.fileno())
-        replacements = _find_replacements(file, path.suffix, status.st_size)
+        find = _FINDERS.get(path.suffix.lower())  # None for a file without metadata
+        replacements = [] if find is None else list(find(file, status.st_size))
     except BaseException:
         file.close()
         raise
@@ -123,12 +124,6 @@ def _read_pieces(file: BinaryIO, replacements: list[Replacement], begin: int, en
                     content[first - begin : last - begin] = replacement.cut(first, last)
             yield bytes(content)
             begin += len(piece)
-
-
-def _find_replacements(file: BinaryIO, suffix: str, size: int) -> list[Replacement]:
-    """Return the bytes that replace a file's metadata when it is sent; [] for a file without metadata."""
-    find = _FINDERS.get(suffix.lower())
-    return [] if find is None else list(find(file, size))
 
 
 def _find_in_tensors(file: BinaryIO, size: int) -> Iterator[Replacement]:

@@ -569,6 +569,9 @@ def test_what_is_typed_stays_while_a_folder_is_described_and_checked(tmp_path: P
             wait_until(page, "document.querySelector('#set-blocks_to_swap').value === '3'")
             assert page.locator("#set-network_dim").input_value() == "8"
             assert page.locator("#set-loss_type").input_value() == "huber"
+            assert page.locator("#row-blocks_to_swap").inner_text().count("changed") == 1
+            # the file that `new` has written is what it chose: nothing is computed for it
+            assert list(tmp_path.rglob("chosen-*.json")) == []
             assert page.problems == []
 
 

@@ -677,10 +677,8 @@ def test_the_prompt_of_one_run_does_not_stay_for_another(served: Served, root: P
         wait_until(page, "document.querySelector('#prompt').value === 'a circle'")
         prompt.fill("a triangle")
         page.get_by_label("Model").select_option(f"run {run_id(served)}")
-        wait_until(
-            page,
-            "document.querySelector('#make [name=filled_from]').value === document.querySelector('#source').value",
-        )
+        shown = page.locator("#source").input_value()
+        page.locator(f"#make [name=filled_from][value='{shown}']").wait_for(state="attached")
         assert prompt.input_value() == "a triangle"
 
 

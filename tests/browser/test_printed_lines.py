@@ -12,6 +12,7 @@ pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 import torch
 from PIL import Image
 
+from browser.jobs import Job
 from browser.language_tables import read_texts
 from browser.printed_lines import (
     is_for_terminal,
@@ -332,3 +333,18 @@ def test_commands_below_a_run_are_told_in_the_language_of_the_page() -> None:
         assert "Convert" not in show(shown.title)
         assert "/d/a b" in show(shown.note)
         assert not re.search("Commands|sample", show(shown.note))
+
+
+@pytest.mark.parametrize("code", ["zh", "ja"])
+def test_the_last_lines_of_a_job_are_told_in_the_language_of_the_page(code: str, tmp_path: Path) -> None:
+    log = tmp_path / "1.log"
+    log.write_text(
+        "loss=0.5\n  cats has 0 control images for cat_4; needed: cat_4.png (or another image type)\n"
+    )
+    job = Job(id=1, line="x", folder=str(tmp_path), log=log, process=None, stops=0)
+    assert job.show_lines() == job.last_lines()
+    with speaking(Language(code, read_texts(code))):
+        first, second = show(job.show_lines()).split("\n")
+    assert first == "loss=0.5"
+    assert second.startswith("  cats ")
+    assert re.findall("[a-z0-9_.]{3,}", second) == ["cats", "cat_4", "cat_4.png"]

@@ -6,7 +6,7 @@ import pytest
 
 from browser.options import BrowserOptions
 from browser.server_state import ServerSettings
-from browser.serving import show_address
+from browser.serving import ServerAddress, show_address
 from browser.tokens import PageToken
 from modules.errors import OptionError
 from modules.script_options import parse_options
@@ -49,7 +49,7 @@ def test_addresses_that_no_page_can_have_are_refused(words: list[str], message: 
 
 
 def test_the_printed_address_is_the_one_from_outside(capsys: pytest.CaptureFixture[str]) -> None:
-    show_address(BrowserOptions(public_url=OUTSIDE), 8765, PageToken(WORD))
+    show_address(ServerAddress(BrowserOptions(public_url=OUTSIDE), 8765), PageToken(WORD))
     address, *code = capsys.readouterr().out.splitlines()
     assert address == f"{OUTSIDE}/?token={WORD}"
     assert len(code) > 10  # for phones

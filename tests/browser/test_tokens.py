@@ -17,7 +17,7 @@ import pytest
 
 from browser.options import BrowserOptions
 from browser.page_access import COOKIE, derive_access
-from browser.serving import make_address, make_start_name, show_address
+from browser.serving import ServerAddress, make_start_name, show_address
 from browser.tokens import (
     CLOSED_CONNECTION,
     Connection,
@@ -105,10 +105,10 @@ def test_a_token_file_that_others_can_read_is_named(tmp_path: Path, caplog: pyte
 
 def test_a_job_prints_no_word(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     token = select_token(BrowserOptions())
-    show_address(BrowserOptions(), 8765, token)
-    assert capsys.readouterr().out == make_address(BrowserOptions(), 8765, token.secret) + "\n"
+    show_address(ServerAddress(BrowserOptions(), 8765), token)
+    assert capsys.readouterr().out == ServerAddress(BrowserOptions(), 8765).format(token.secret) + "\n"
     monkeypatch.setenv("REELSMITH_FROM_QUEUE", "1")
-    show_address(BrowserOptions(), 8765, token)
+    show_address(ServerAddress(BrowserOptions(), 8765), token)
     printed = capsys.readouterr().out
     assert str(token.secret) not in printed
     assert str(token.path) in printed
@@ -140,6 +140,28 @@ def test_each_start_has_an_origin_of_its_own(tmp_path: Path) -> None:
     kept = [derive_access(TOKEN, 8765, name) for name in names]
     assert kept[0].root != kept[1].root
     assert not kept[1].has_valid_cookie(f"{COOKIE}={kept[0].make_cookie_value(1000)}", 1000)
+
+
+def test_cookies_of_another_server_do_not_reach_the_name_of_a_start(tmp_path: Path) -> None:
+    """A server answers no request with 700 kB of cookies, which each port of `localhost` may set."""
+    word = PrintedWord(lambda word: None)
+    name = "0123456789ab.localhost"
+    with (
+        serve_runs(tmp_path, token=TOKEN, word=word, start_name=name) as served,
+        open_page(f"http://localhost:{served.port}/static/enter.js") as page,
+    ):
+        page.evaluate(
+            """() => {
+                for (let number = 0; number < 180; number += 1)
+                    for (const domain of ["", "; domain=localhost"])
+                        document.cookie = `c${number}=${"x".repeat(4000)}; path=/${domain}`;
+            }"""
+        )
+        assert page.evaluate("document.cookie.length") > 500_000
+        page.goto(f"http://{name}:{served.port}/?token={word.secret}")
+        page.wait_for_url("**/~*/")
+        assert page.title() == "Runs"
+        assert page.evaluate("document.cookie") == ""
 
 
 def test_a_script_of_another_server_at_this_address_does_not_run(tmp_path: Path) -> None:
