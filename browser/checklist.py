@@ -7,7 +7,7 @@ finds are read from its output; lines without a row are shown below the list.
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from browser.command_output import LEAVE_OUT_FILES, REPAIR_CAPTIONS, TRAIN_KIND, OutputLine
+from browser.command_output import LEAVE_OUT_FILES, REPAIR_CAPTIONS, TAKE_TASK, TRAIN_KIND, OutputLine
 from browser.folders import MediaFolder
 from modules.line_kinds import CAPTIONS, MEND, NEXT, WARNING
 from modules.pages.language import join, say, say_count
@@ -169,5 +169,7 @@ def _find_grade(head: OutputLine, details: Sequence[OutputLine]) -> str:
     """Return BAD for an error or an offer to exclude files, WARN for a warning or another remedy, or ""."""
     if head.is_error or any(detail.remedy == LEAVE_OUT_FILES for detail in details):
         return BAD
-    has_remedy = head.remedy not in ("", TRAIN_KIND) or any(detail.is_command for detail in details)
+    has_remedy = head.remedy not in ("", TAKE_TASK, TRAIN_KIND) or any(
+        detail.is_command for detail in details
+    )
     return WARN if has_remedy or head.kind == WARNING else ""

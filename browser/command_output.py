@@ -20,11 +20,14 @@ MAX_SEARCHED = 3000  # folders up to this size are searched for names with space
 DIFF_START = re.compile(r"--- \S+")  # first line of a diff printed by `new --dry_run`
 NAMED_ENCODING = re.compile(r"name it: --repair_captions (\S+)$")
 OTHER_KIND = re.compile(r"\. --train (\w+) trains an? .*")  # last sentence of a line, which a button replaces
+SMALLER_MODELS = " Smaller: "
+OTHER_TASK = re.compile(r"(?:does not edit, |, or take )--task ([^\s,]+)")
 # remedies of a line
 LEAVE_OUT_FILES = "out"
 REPAIR_CAPTIONS = "repair"  # convert them to UTF-8
 RUN_COMMAND = "run"
 TRAIN_KIND = "train"  # train something else
+TAKE_TASK = "task"  # train another version of the model
 UNREADABLE_PHRASES = ("left out: ", "cannot be read", "not an image that can be read", "is damaged")
 _SUFFIXES = "|".join(sorted(suffix.lstrip(".") for suffix in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)))
 FILE_NAME = re.compile(rf"[^\s/\\]+\.(?:{_SUFFIXES})\b", re.IGNORECASE)
@@ -54,6 +57,7 @@ class OutputLine:
     depth: int = 0  # indentation in spaces
     kind: str = ""  # kind of line (modules/line_kinds.py)
     other_kind: str = ""  # kind of run that TRAIN_KIND selects, as `new --train` names it
+    other_tasks: tuple[str, ...] = ()  # versions that TAKE_TASK offers
 
     @property
     def is_command(self) -> bool:
@@ -148,6 +152,10 @@ def _parse_line(line: str, names: Collection[str]) -> OutputLine:
     if other_kind is not None:
         text = text[: other_kind.start()]
         return OutputLine(text, found_names, remedy=TRAIN_KIND, other_kind=other_kind[1])
+    _, _, smaller_models = text.partition(SMALLER_MODELS)
+    other_tasks = re.findall(r"--task (\S+)", smaller_models) or OTHER_TASK.findall(text)
+    if other_tasks:
+        return OutputLine(text, found_names, remedy=TAKE_TASK, other_tasks=tuple(other_tasks))
     is_error = text.startswith("left out: ") or "Something is wrong" in text
     remedy = LEAVE_OUT_FILES if _may_leave_out(text, found_names, names) else ""
     return OutputLine(text, found_names, remedy=remedy, is_error=is_error)

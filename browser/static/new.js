@@ -60,7 +60,7 @@
     const card = target.closest(".model-cards .take");
     if (card) take(card.dataset.family, card.dataset.task);
     else if (target.matches(".take")) {
-      take(target.dataset.family, target.dataset.task).then(() => {
+      take(target.dataset.family ?? find("family").value, target.dataset.task).then(() => {
         find("task").focus({ preventScroll: true }); // the table leads to the fields
         find("task").scrollIntoView({ block: "center" });
       });

@@ -151,3 +151,29 @@ def test_another_kind_of_run_is_a_button_and_no_option(
 ) -> None:
     (shown,) = read_output_lines(job(tmp_path, line))
     assert (shown.text, shown.remedy, shown.other_kind) == (text, "train", kind)
+
+
+@pytest.mark.parametrize(
+    ("line", "tasks"),
+    [
+        (
+            "x: left out. A folder of this name contains source images of edits, and it does not edit, "
+            "--task edit-2511 does. To train on it, rename it",
+            ("edit-2511",),
+        ),
+        (
+            "Error: x has no sound, and LTX-2 learns sound. Use clips that have some, or take --task v, "
+            "which is trained on pictures and movement only.",
+            ("v",),
+        ),
+        (
+            "--task t2v-14B: the network has 28 GB, and a card of 12 GiB holds a part of it. Smaller: "
+            "--task t2v-1.3B (text to video), --task ti2v-5B (text, image to video)",
+            ("t2v-1.3B", "ti2v-5B"),
+        ),
+        ("--task 1.5 is taken: text to image. Others: 2.1, xl", ()),
+    ],
+)
+def test_another_version_is_a_button(line: str, tasks: tuple[str, ...], tmp_path: Path) -> None:
+    [shown] = read_output_lines(job(tmp_path, f"{line}\n"))
+    assert (shown.other_tasks, shown.remedy) == (tasks, "task" if tasks else "")
