@@ -3,13 +3,14 @@
 All paths below the folder are relative to it, so that it can be moved; `run` works in it.
 """
 
+import contextlib
 import itertools
 import os
 import re
 import shlex
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 from dataset.sources.captions import add_trigger, find_text
 from downloads.catalogue import ModelSet
 from modules.devices import emulates_bfloat16
-from modules.errors import OptionError
+from modules.errors import OptionError, UserError
 from modules.integers import round_up
 from modules.media.lengths import DEFAULT_LENGTHS, ClipLengths
 from modules.media.reading import first_frame, video_frames
@@ -27,7 +28,7 @@ from modules.output_files import is_windows_device
 from modules.paths import parse_path
 from modules.text_files import real_path
 from project.foreign.places import needs_subsets
-from project.foreign.sample_prompts import ForeignSample, plain
+from project.foreign.sample_prompts import ForeignSample
 from project.foreign.settling import VARYING_TEXTS
 from project.kinds.adapter import ADAPTER_NAME_SUFFIX
 from project.kinds.contract import RunKind
@@ -38,6 +39,7 @@ from project.model_sizes import FP8, is_small, weight_options
 from project.new_options import NewOptions
 from project.options import RUN_FILE
 from project.own_samples import find_origin
+from project.prompt_lines import format_options, plain
 from project.tags import TagLists, as_words
 from protocols.requests import COUNTS, VALUES
 from runtime.machine import lacks_bfloat16
@@ -250,6 +252,18 @@ def get_clip_lengths(model: ModelSet) -> ClipLengths:
     return ClipLengths(model.properties.get("frame_step", 4), model.properties.get("first_frames", 1))
 
 
+def list_clip_lengths(model: ModelSet, media: Sequence[Media]) -> list[int]:
+    """Return the frame counts, in ascending order, at which a model can learn some clip of these files.
+
+    The list is empty without clips and for models of images.
+    """
+    counts = [count_frames(item, model) for item in media if item.is_clip and item.seconds is not None]
+    if not counts or model.properties["frames"] == 1:
+        return []
+    lengths = range(min_clip_frames(model), max(counts) + 1, get_clip_lengths(model).step)
+    return [1, *lengths] if can_train_single_frames(model) else [*lengths]
+
+
 def min_clip_frames(model: ModelSet) -> int:
     """Return the smallest frame count of clips that a model can be trained on."""
     return int(model.properties.get("least_frames", get_clip_lengths(model).shortest))
@@ -278,10 +292,17 @@ def describe_dataset(setup: RunSetup) -> str:
     clip_keys = _make_clip_keys(setup)
     folders_and_kinds = dict.fromkeys((item.path.parent, item.kind) for item in setup.media)
     for folder, kind in folders_and_kinds:
-        if _trains_on(setup, kind):
+        if not _trains_on(setup, kind):
+            continue
+        # audio has no size
+        for size in _list_sizes(setup, folder) if kind != "audio" else [setup.target_size]:
             keys = _make_folder_keys(setup, folder, kind)
             if kind == "video":
-                keys |= clip_keys
+                keys = clip_keys | keys
+            else:
+                keys.pop("target_frames", None)
+            if size != setup.target_size:
+                keys |= {"resolution": size, "cache_directory": _name_cache(keys, size)}
             lines += ["", *_format_toml_table("[[datasets]]", keys)]
     if "[[datasets]]" not in lines:
         minimum = min_clip_frames(setup.model) / setup.model.properties["fps"]
@@ -301,24 +322,54 @@ def _trains_on(setup: RunSetup, kind: str) -> bool:
     return setup.frames > 1 or can_train_single_frames(setup.model)
 
 
+def _list_sizes(setup: RunSetup, folder: Path) -> Sequence[tuple[int, int]]:
+    """Return the sizes at which the files of a folder are trained: one, or those of another's project."""
+    own_sizes = setup.table_keys_by_folder.get(folder, {}).get("resolution")
+    return own_sizes or setup.general_keys.get("resolution") or [setup.target_size]
+
+
+def _name_cache(keys: Mapping[str, Any], size: tuple[int, int]) -> str:
+    """Return the cache folder of a table for a size other than that of [general]: tables cannot share one."""
+    return f"{keys['cache_directory']}_{format_shape(size)}"
+
+
 def _describe_subsets(setup: RunSetup) -> list[str]:
-    """Return the tables of dataset.toml with [[datasets.subsets]]."""
+    """Return the tables of dataset.toml with [[datasets.subsets]], for each size of another's project."""
     # Only this layout has regularization images and shuffled tags.
-    # The keys min_bucket_reso and max_bucket_reso for a target size, in steps of SIDE_STEP
-    shortest = min(setup.target_size)
+    general_keys = setup.general_keys
+    uses_limits = general_keys.get("enable_bucket", True) and not general_keys.get("bucket_no_upscale")
+    lines = []
+    for size in general_keys.get("resolution") or [setup.target_size]:
+        dataset_keys: dict[str, Any] = {} if size == setup.target_size else {"resolution": size}
+        if uses_limits:
+            # the [general] table already has the keys of another trainer's project
+            sides = _choose_bucket_sides(size)
+            dataset_keys |= {name: side for name, side in sides.items() if name not in general_keys}
+        lines += ["", *_format_toml_table("[[datasets]]", dataset_keys)]
+        for subset_keys in _list_subsets(setup):
+            if size != setup.target_size:
+                subset_keys["cache_directory"] = _name_cache(subset_keys, size)
+            lines += ["", *_format_toml_table("[[datasets.subsets]]", subset_keys)]
+    return lines
+
+
+def _choose_bucket_sides(size: tuple[int, int]) -> dict[str, int]:
+    """Return the keys min_bucket_reso and max_bucket_reso for a target size, in steps of SIDE_STEP."""
+    shortest = min(size)
     if shortest >= SIDE_STEP:
         shortest = shortest // SIDE_STEP * SIDE_STEP
     # leaves room for the long side of an image with an extreme aspect ratio
-    largest = round_up(2 * max(setup.target_size), SIDE_STEP)
-    bucket_sides = {"min_bucket_reso": min(DEFAULT_SIDE, shortest), "max_bucket_reso": largest}
-    # the [general] table already has the keys of another trainer's project
-    dataset_keys = {name: side for name, side in bucket_sides.items() if name not in setup.general_keys}
-    lines = ["", *_format_toml_table("[[datasets]]", dataset_keys)]
+    largest = round_up(2 * max(size), SIDE_STEP)
+    return {"min_bucket_reso": min(DEFAULT_SIDE, shortest), "max_bucket_reso": largest}
+
+
+def _list_subsets(setup: RunSetup) -> list[dict[str, Any]]:
+    """Return the keys of a [[datasets.subsets]] for each folder of images and of regularization images."""
+    subsets = []
     for folder in dict.fromkeys(item.path.parent for item in setup.media):
         table_keys = _make_folder_keys(setup, folder, "image")
         # subsets have sd-scripts' names for some keys
-        subset_keys = {SUBSET_KEYS.get(name, name): value for name, value in table_keys.items()}
-        lines += ["", *_format_toml_table("[[datasets.subsets]]", subset_keys)]
+        subsets.append({SUBSET_KEYS.get(name, name): value for name, value in table_keys.items()})
     for folder in setup.content.regularization_folders:
         # The dataset.toml keys of the subset for a folder of regularization images.
         cache = Path("cache", "images", folder.parent.name, folder.name).as_posix()
@@ -334,8 +385,8 @@ def _describe_subsets(setup: RunSetup) -> list[str]:
             keys["class_tokens"] = name.class_tokens
         if setup.trigger_word:
             keys["trigger_word"] = ""  # images of the class must not contain it
-        lines += ["", *_format_toml_table("[[datasets.subsets]]", keys)]
-    return lines
+        subsets.append(keys)
+    return subsets
 
 
 def _make_general_keys(setup: RunSetup) -> dict[str, Any]:
@@ -350,15 +401,18 @@ def _make_general_keys(setup: RunSetup) -> dict[str, Any]:
         keys["trigger_word"] = setup.trigger_word
     if setup.tags is not None:
         keys |= setup.tags.make_keys(setup.trigger_word)
-    return keys | {name: value for name, value in setup.general_keys.items() if name != "resolution"}
+    # lengths of clips are in the tables of clips
+    others = setup.general_keys.items()
+    return keys | {name: value for name, value in others if name not in {"resolution", "target_frames"}}
 
 
 def _make_clip_keys(setup: RunSetup) -> dict[str, Any]:
     """Return the dataset.toml keys that select which frames of clips are trained."""
     frames = setup.frames
     single_length = frames == 1 or not can_train_single_frames(setup.model)
+    lengths = [frames] if single_length else [1, frames]
     keys: dict[str, Any] = {
-        "target_frames": [frames] if single_length else [1, frames],
+        "target_frames": setup.general_keys.get("target_frames", lengths),
         "frame_extraction": "head",
     }
     if frames > 1:
@@ -382,7 +436,9 @@ def _make_folder_keys(setup: RunSetup, folder: Path, kind: str) -> dict[str, Any
     class_tokens = setup.trigger_word if folder_name is None else folder_name.class_tokens
     if class_tokens and _lacks_captions(setup, folder, kind):
         keys["class_tokens"] = class_tokens
-    return keys | dict(setup.table_keys_by_folder.get(folder, {}))
+    project_keys = setup.table_keys_by_folder.get(folder, {})
+    # sizes make several tables
+    return keys | {name: value for name, value in project_keys.items() if name != "resolution"}
 
 
 def _make_condition_keys(setup: RunSetup, folder: Path, kind: str) -> dict[str, Any]:
@@ -420,7 +476,7 @@ def describe_samples(setup: RunSetup) -> str:
     For a network with control images, the prompts are captions together with their control images. For
     edits, they are the instructions of the dataset with the images that they change, and another instruction.
     """
-    released_values = _released_values(setup.model)
+    released_values = format_options(_released_values(setup.model))
     if setup.content.control_folders:
         return _describe_control_samples(setup, released_values)
     if setup.content.layers_by_image:
@@ -428,16 +484,31 @@ def describe_samples(setup: RunSetup) -> str:
     edits = _list_edits(setup)
     if edits:
         return _describe_edit_samples(setup, edits, released_values)
-    size = _sample_size(setup)
     start_options = _write_start_frames(setup) if setup.model.properties.get("from_image") else ""
     lines = ""
     if setup.foreign_samples:
-        for sample in setup.foreign_samples:
-            lines += sample.format_line(setup.trigger_word, size, released_values) + "\n"
-        return lines
+        return _describe_foreign_samples(setup)
+    size = format_options(_sample_size(setup))
     for seed, prompt in enumerate(_make_sample_prompts(setup), start=1):
         parts = [prompt, size, released_values, start_options, f"--d {seed}"]
         lines += " ".join(filter(None, parts)) + "\n"
+    return lines
+
+
+def _describe_foreign_samples(setup: RunSetup) -> str:
+    """Return the samples of another trainer's project as lines of prompts.txt."""
+    released_values = _released_values(setup.model)
+    # one number is the guidance there: that of models with embedded guidance is the embedded one
+    has_embedded = False
+    with contextlib.suppress(UserError):  # Stable Diffusion reads its file, and has no embedded guidance
+        has_embedded = setup.model_info.family.defaults.embedded_guidance is not None
+    guidance_letter = "g" if has_embedded and "l" not in released_values else "l"
+    default_options = _sample_size(setup) | released_values
+    lines = ""
+    for sample in setup.foreign_samples:
+        if sample.frames is not None:
+            sample = replace(sample, frames=get_clip_lengths(setup.model).fit(sample.frames))
+        lines += sample.format_line(setup.trigger_word, default_options, guidance_letter) + "\n"
     return lines
 
 
@@ -475,7 +546,8 @@ def _describe_edit_samples(setup: RunSetup, edits: Sequence[Edit], released_valu
         samples.append(Edit(EDIT_INSTRUCTION, edits[-1].images))
     lines = ""
     for seed, edit in enumerate(samples, start=1):
-        parts = [edit.instruction, _sample_size(setup), released_values, edit.images, f"--d {seed}"]
+        size = format_options(_sample_size(setup))
+        parts = [edit.instruction, size, released_values, edit.images, f"--d {seed}"]
         lines += " ".join(filter(None, parts)) + "\n"
     return lines
 
@@ -525,16 +597,16 @@ def _select_situations(captions: Sequence[str]) -> list[str]:
     return (new if len(new) > 1 else list(SITUATIONS.values()))[:2]
 
 
-def _sample_size(setup: RunSetup) -> str:
-    """Return the size flags of a sample prompt: --w, --h and --f (frames)."""
-    # Audio models have only --f, image models have no --f.
+def _sample_size(setup: RunSetup) -> dict[str, Any]:
+    """Return the size of a sample by the letters of its options: w, h and f (frames)."""
+    # Audio models have only f, image models have no f.
     if setup.has_only_audio:
-        return f"--f {AUDIO_FRAMES}"
+        return {"f": AUDIO_FRAMES}
     width, height = setup.target_size
     if setup.frames > 1:
         width, height = _shrink_to_area(setup.target_size, MAX_SAMPLE_AREA)
-    frames = f" --f {setup.frames}" if setup.model.properties["frames"] > 1 else ""
-    return f"--w {width} --h {height}{frames}"
+    frames = {"f": setup.frames} if setup.model.properties["frames"] > 1 else {}
+    return {"w": width, "h": height, **frames}
 
 
 def _find_subject(captions: Sequence[str]) -> str:
@@ -559,19 +631,19 @@ def _join_shared_tags(tags: TagLists, trigger: str | None) -> str:
     return ", ".join(words)
 
 
-def _released_values(model: ModelSet) -> str:
-    """Return steps, guidance and flow shift of the model's generation command as prompt line options."""
+def _released_values(model: ModelSet) -> dict[str, Any]:
+    """Return steps, guidance and flow shift of the model's generation command by their option letters."""
     # All other values default to the family's, for samples as for generation.
     letter_by_option = {"--negative_prompt": "n"}
     for name in ("steps", "guidance_scale", "embedded_guidance", "flow_shift"):
         option, letter, _ = {**COUNTS, **VALUES}[name]
         letter_by_option[option] = letter
-    options = []
+    options = {}
     # each word of the command together with the one after it
     for option, value in itertools.pairwise(shlex.split(model.commands["generate"])):
         if option in letter_by_option:
-            options.append(f"--{letter_by_option[option]} {value}")
-    return " ".join(options)
+            options[letter_by_option[option]] = value
+    return options
 
 
 def _list_edits(setup: RunSetup) -> list[Edit]:

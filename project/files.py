@@ -372,6 +372,8 @@ def _apply_foreign_project(setup: describing.RunSetup, foreign: ForeignProject) 
         side_multiple=find_pixel_step(setup.model_info.family),
         supports_subsets="shuffle_caption" in script.accepted,
         uses_subsets=bool(content.regularization_folders) or setup.tags is not None,
+        target_size=setup.target_size,
+        clip_lengths=describing.list_clip_lengths(model, content.media),
         has_regularization=bool(content.regularization_folders),
     )
     resolve_project(foreign, model, setup.kind, script, setup.memory, dataset_layout)
@@ -379,7 +381,8 @@ def _apply_foreign_project(setup: describing.RunSetup, foreign: ForeignProject) 
     media_folders = dict.fromkeys(item.path.parent for item in content.media)
     setup = dataclasses.replace(
         setup,
-        target_size=foreign.general_keys.get("resolution") or setup.target_size,
+        target_size=foreign.general_keys.get("resolution", [setup.target_size])[0],  # the largest
+        frames=max(foreign.list_clip_lengths(), default=setup.frames),
         general_keys=foreign.general_keys,
         table_keys_by_folder=find_table_keys(foreign, folder, media_folders),
         training_options=foreign.training_options,

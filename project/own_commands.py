@@ -7,11 +7,11 @@ from pathlib import Path
 from downloads.catalogue import ModelSet
 from project import describing
 from project.describing import RunSetup
-from project.foreign.sample_prompts import plain
 from project.kinds.adapter import ADAPTER
 from project.new_options import NewOptions
 from project.options import own_command, typed_in
 from project.own_samples import OWN_FOLDER, OWN_PROMPTS
+from project.prompt_lines import plain
 
 # of the adapter for MiniMax-H3-Image; those for Qwen-Image-2.1 took 1,000, then 30,000
 TYPICAL_STEPS = 4000

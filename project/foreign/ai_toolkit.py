@@ -15,9 +15,9 @@ from project.foreign.contract import (
     UnsupportedRun,
     is_off,
     is_on,
+    join_switch,
     number,
     omitted,
-    read_largest,
     read_rate,
     read_switch,
     read_trigger,
@@ -34,6 +34,7 @@ _SAMPLE_KEYS = {
     "negative": "neg",
     "width": "width",
     "height": "height",
+    "frames": "num_frames",
     "steps": "sample_steps",
     "guidance": "guidance_scale",
     "seed": "seed",
@@ -45,12 +46,7 @@ _SLIDER = "--slider of a training script learns from two prompts, without files:
 
 
 def _join_switches(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the values with one key for the switch of an average and its decay, if it is on."""
-    joined = dict(values)
-    if is_on(joined.get(f"{_EMA}.use_ema")):
-        joined.pop(f"{_EMA}.use_ema")
-        joined[f"{_EMA}.use_ema, ema_decay"] = joined.pop(f"{_EMA}.ema_decay", _EMA_DECAY)
-    return joined
+    return join_switch(values, f"{_EMA}.use_ema", f"{_EMA}.ema_decay", default=_EMA_DECAY)
 
 
 def _read_samples(values: Mapping[str, Any]) -> list[ForeignSample]:
@@ -195,7 +191,7 @@ _RULES = {
     "datasets[].folder_path": rules.MEDIA_FOLDER,
     "datasets[].caption_ext": rules.CAPTIONS,
     "datasets[].num_repeats": rules.NUM_REPEATS,
-    "datasets[].resolution": KeyRule(DATA, "resolution", read_largest),
+    "datasets[].resolution": rules.RESOLUTIONS,
     "datasets[].caption_dropout_rate": rules.CAPTION_DROPOUT,
     "datasets[].shuffle_tokens": rules.SHUFFLED,
     "datasets[].keep_tokens": rules.KEPT_PARTS,
@@ -205,9 +201,9 @@ _RULES = {
     "datasets[].is_reg": rules.REGULARISING,
     "datasets[].mask_path": rules.MASKS,
     "datasets[].control_path": rules.CONTROLS,
-    "datasets[].num_frames": omitted("`new` chooses the frames of clips"),
+    "datasets[].num_frames": rules.CLIP_FRAMES,
     "datasets[].default_caption": omitted("class_tokens in dataset.toml is the caption of files without one"),
-    "datasets[].buckets": rules.BUCKETS,
+    "datasets[].buckets": rules.BUCKETED,
     "datasets[].cache_latents_to_disk": rules.CACHES,
     "datasets[].cache_latents": rules.CACHES,
     "model.name_or_path": rules.MODEL_FILE,

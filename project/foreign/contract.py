@@ -3,7 +3,7 @@
 import contextlib
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,8 @@ FILE = "file"  # the base model: a file, a folder, or the name of a released one
 OWN_FILE = "own file"
 ADAPTER = "adapter"  # a training adapter, which may be a published one
 FOLDER = "folder"  # a folder with images or clips
+SIZES = "sizes"  # sizes, at each of which a file is trained: resolution in dataset.toml
+FRAMES = "frames"  # lengths of clips: target_frames in dataset.toml
 EPOCHS = "epochs"  # epochs, converted to steps; name: precedence (below)
 PER_EPOCH = "per epoch"  # an interval in epochs; name: the option in steps
 SHARE = "share"  # the warm-up as a fraction of the run
@@ -130,6 +132,8 @@ class Program:
     dataset_off_values: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     # key and value that make repeats the number of files drawn per epoch
     fixed_draw_settings: Mapping[str, Any] = field(default_factory=dict)
+    # whether an epoch has each file at one of several sizes, not at all of them
+    draws_one_size: bool = False
     # keys with a variant of a model -> the key with the kind of model; `models` has both names, with
     # a space between them
     kind_key_by_variant: Mapping[str, str] = field(default_factory=dict)
@@ -144,6 +148,33 @@ class Program:
 def omitted(reason: str) -> KeyRule:
     """Return a rule that omits a key and gives the user this reason."""
     return KeyRule(OMITTED, reason)
+
+
+def join_switch(
+    values: dict[str, Any],
+    switch: str,
+    amount: str,
+    *,
+    default: float,
+    on_values: Collection[str] = (),
+    joined_key: str = "",
+) -> dict[str, Any]:
+    """Return the values with one key for a switch and the number that acts only if the switch is on.
+
+    Args:
+        values: Values of the file.
+        switch: Key of the switch.
+        amount: Key of the number.
+        default: The program's default of the number.
+        on_values: Values with which the switch is on; () for those that mean true.
+        joined_key: The key of both; "" for `SWITCH, NUMBER`, without the table of the number.
+    """
+    value = values.get(switch)
+    if not (value in on_values if on_values else is_on(value)):
+        return values
+    joined = {key: value for key, value in values.items() if key not in (switch, amount)}
+    joined[joined_key or f"{switch}, {amount.rpartition('.')[2]}"] = values.get(amount, default)
+    return joined
 
 
 def is_on(value: Any) -> bool:
@@ -324,8 +355,13 @@ def read_side(value: Any) -> tuple[int, int]:
     return rounded[0], rounded[-1]
 
 
-def read_largest(value: Any) -> tuple[int, int]:
-    """Return the largest of several sizes, each given as a number, as `512x768` or as a list of sides."""
+def read_one_size(value: Any) -> tuple[tuple[int, int]]:
+    """Parse the only size at which files are trained; see `read_side`."""
+    return (read_side(value),)
+
+
+def read_sizes(value: Any) -> tuple[tuple[int, int], ...]:
+    """Return several sizes, the largest first, each given as a number, as `512x768` or as a list of sides."""
     if isinstance(value, str):
         items: list[Any] = list(value.split(","))
     else:
@@ -339,7 +375,20 @@ def read_largest(value: Any) -> tuple[int, int]:
         sizes.append(read_side(item))
     if not sizes:
         raise ValueError("it is empty")
-    return max(sizes, key=lambda size: size[0] * size[1])
+    return join_sizes(sizes)
+
+
+def join_sizes(sizes: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Return sizes (width, height) once each, in descending order of their areas."""
+    return tuple(sorted(set(sizes), key=lambda size: (-size[0] * size[1], size)))
+
+
+def read_frames(value: Any) -> tuple[int, ...]:
+    """Return the lengths of clips in frames, in ascending order: a number, or a list of numbers."""
+    lengths = value if isinstance(value, list) else [value]
+    if not lengths:
+        raise ValueError("it is empty")
+    return tuple(sorted({integer(1, 100_000)(length) for length in lengths}))
 
 
 _NETWORKS: Mapping[str, str | None] = {  # spelling of a network -> module; None: a LoRA

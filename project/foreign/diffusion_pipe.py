@@ -15,7 +15,6 @@ from project.foreign.contract import (
     TrainedNetworks,
     integer,
     omitted,
-    read_largest,
     read_rate,
 )
 
@@ -137,24 +136,25 @@ PROGRAM = Program(
             )
         },
         "optimizer.warmup_init": rules.argument("warmup_init"),
-        "dataset:resolutions": KeyRule(DATA, "resolution", read_largest),
+        "dataset:resolutions": rules.RESOLUTIONS,
         "dataset:num_repeats": rules.NUM_REPEATS,
         **dict.fromkeys(
-            ("dataset:enable_ar_bucket", "dataset:min_ar", "dataset:max_ar", "dataset:num_ar_buckets"),
+            ("dataset:min_ar", "dataset:max_ar", "dataset:num_ar_buckets"),
             rules.BUCKETS,
         ),
+        "dataset:enable_ar_bucket": rules.BUCKETED,
         "dataset:ar_buckets": rules.BUCKETS,
         "dataset:cache_shuffle_num": omitted(
             "shuffle_caption in a subset of dataset.toml shuffles in each step"
         ),
         "dataset:cache_shuffle_delimiter": omitted("caption_separator in a subset of dataset.toml"),
-        "dataset:frame_buckets": omitted("`new` chooses the frames of clips"),
+        "dataset:frame_buckets": rules.CLIP_FRAMES,
         "dataset:directory[].path": rules.MEDIA_FOLDER,
         "dataset:directory[].mask_path": rules.MASKS,
         "dataset:directory[].control_path": rules.CONTROLS,
         "dataset:directory[].num_repeats": rules.NUM_REPEATS,
-        "dataset:directory[].resolutions": KeyRule(DATA, "resolution", read_largest),
-        "dataset:directory[].frame_buckets": omitted("`new` chooses the frames of clips"),
+        "dataset:directory[].resolutions": rules.RESOLUTIONS,
+        "dataset:directory[].frame_buckets": rules.CLIP_FRAMES,
         "dataset:directory[].ar_buckets": rules.BUCKETS,
     },
     model_by_name={

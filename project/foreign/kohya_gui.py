@@ -275,7 +275,7 @@ PROGRAM = Program(
         "t5xxl": rules.own_file("t5xxl"),
         "vae": rules.own_file("vae", "ae"),
         "caption_extension": rules.CAPTIONS,
-        "enable_bucket": rules.BUCKETS,
+        "enable_bucket": rules.BUCKETED,
         "dataset_config": omitted("dataset.toml is written by `new`"),
         "save_every_n_steps": rules.SAVE_STEPS,
         "save_every_n_epochs": rules.SAVE_EPOCHS,

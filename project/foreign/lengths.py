@@ -45,6 +45,9 @@ def select_length(
 
 def _count_steps_per_epoch(project: ForeignProject, steps_per_epoch: int) -> int:
     """Return the steps per epoch, even if the project draws a fixed number of files from each dataset."""
+    if project.program.draws_one_size:  # dataset.toml has a table for each size
+        num_sizes = len(project.general_keys.get("resolution", [None]))
+        steps_per_epoch = math.ceil(steps_per_epoch / num_sizes)
     files_per_epoch = [dataset.files_per_epoch for dataset in project.datasets.values()]
     if files_per_epoch and all(count is not None for count in files_per_epoch):
         batch = project.general_keys.get("batch_size", 1) * project.training_options.get(

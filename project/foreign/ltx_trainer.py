@@ -13,15 +13,29 @@ from project.foreign.contract import (
     Program,
     UnsupportedRun,
     integer,
+    is_on,
     number,
     omitted,
+    read_switch,
 )
+from project.foreign.sample_prompts import ForeignSample, drop_missing, group_list, read_sample
 
 _STRATEGY_TABLE = "training_strategy"
 # key of a condition; its list index is replaced by its type, so that each type has its own rules
 _CONDITION = re.compile(rf"({_STRATEGY_TABLE}\.(?:video|audio)\.conditions)\[\d+\]\.")
 _FRAMES = integer(0, 100_000)
 _read_fraction = number(0, 1)
+# field of a sample -> the key
+_SAMPLE_KEYS = {
+    "prompt": "prompt",
+    "negative": "negative_prompt",
+    "width": "width",
+    "height": "height",
+    "frames": "num_frames",
+    "steps": "inference_steps",
+    "guidance": "guidance_scale",
+    "seed": "seed",
+}
 _CONVERTED = omitted("`new` and `run` make caches of clips; pass their folder")
 
 
@@ -47,8 +61,25 @@ def _find_run(values: Mapping[str, Any]) -> ForeignRun:
 def _guess_model(values: Mapping[str, Any]) -> tuple[str, str]:
     """Guess the model family and task from the checkpoint's name and the presence of an audio stream."""
     family = "ltx_25" if "2.5" in str(values.get("model.model_path", "")) else "ltx_2"
-    has_audio = any(key.startswith(f"{_STRATEGY_TABLE}.audio.") for key in values)
+    has_audio = is_on(values.get(f"{_STRATEGY_TABLE}.with_audio"))  # as older files say it
+    has_audio |= any(key.startswith(f"{_STRATEGY_TABLE}.audio.") for key in values)
     return family, "av" if has_audio else "v"
+
+
+def _read_samples(values: Mapping[str, Any]) -> list[ForeignSample]:
+    """Return the samples: a table each, or prompts in a list, with common values."""
+    common = {
+        key.removeprefix("validation."): value
+        for key, value in values.items()
+        if key.startswith("validation.")
+    }
+    size = common.get("video_dims")  # width, height, frames
+    if isinstance(size, list) and len(size) == 3:
+        common |= dict(zip(("width", "height", "num_frames"), size, strict=True))
+    tables = group_list(values, "validation.samples")
+    prompts = common.get("prompts")
+    tables += [{"prompt": prompt} for prompt in prompts] if isinstance(prompts, list) else []
+    return drop_missing([read_sample({**common, **table}, _SAMPLE_KEYS) for table in tables])
 
 
 def _read_on(_: Any) -> bool:
@@ -96,6 +127,7 @@ PROGRAM = Program(
     find_run=_find_run,
     guess_model=_guess_model,
     rename_keys=_name_conditions,
+    read_samples=_read_samples,
     rules={
         "model.training_mode": omitted("it says what is trained"),
         "model.model_path": rules.own_file(
@@ -119,6 +151,10 @@ PROGRAM = Program(
             )
             for stream in ("video", "audio")
         },
+        f"{_STRATEGY_TABLE}.first_frame_conditioning_p": KeyRule(
+            TRAINING, "ltx2_first_frame_conditioning_p", _read_fraction
+        ),
+        f"{_STRATEGY_TABLE}.with_audio": omitted("the model's task follows from it"),
         f"{_STRATEGY_TABLE}.*": _CONVERTED,
         "optimization.learning_rate": rules.LEARNING_RATE,
         "optimization.steps": rules.STEPS,
@@ -133,7 +169,13 @@ PROGRAM = Program(
         "data.preprocessed_data_root": _CONVERTED,
         "data.num_dataloader_workers": rules.CHOSEN_BY_NEW,
         "validation.interval": rules.SAMPLE_STEPS,
-        "validation.*": rules.SAMPLES,
+        **{f"validation.{key}": rules.SAMPLES for key in (*_SAMPLE_KEYS.values(), "prompts", "video_dims")},
+        "validation.samples[].prompt": rules.SAMPLES,
+        "validation.samples[].*": omitted("samples of prompts.txt may have images by --i: docs/ltx2.md"),
+        "validation.skip_initial_validation": KeyRule(
+            TRAINING, "sample_at_first", lambda value: not read_switch(value)
+        ),
+        "validation.*": rules.SAMPLERS,
         "checkpoints.interval": rules.SAVE_STEPS,
         "checkpoints.keep_last_n": rules.KEPT_FILES,
         "checkpoints.precision": rules.CHOSEN_BY_NEW,

@@ -15,9 +15,9 @@ from project.foreign.contract import (
     UnsupportedRun,
     integer,
     is_on,
+    join_switch,
     number,
     omitted,
-    read_largest,
     read_rate,
     read_scheduler,
 )
@@ -41,6 +41,7 @@ _SAMPLE_KEYS = {
     "width": "width",
     "height": "height",
     "steps": "diffusion_steps",
+    "frames": "frames",
     "guidance": "cfg_scale",
     "seed": "seed",
 }
@@ -48,15 +49,15 @@ _EMA_DECAY = 0.999  # OneTrainer's default
 
 
 def _join_switches(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the values with one key for each pair of a switch and a value that the switch turns on."""
-    joined = dict(values)
-    if joined.get("loss_weight_fn") == "MIN_SNR_GAMMA":
-        joined.pop("loss_weight_fn")
-        joined[_MIN_SNR] = joined.pop("loss_weight_strength", 5.0)
-    if joined.get("ema") in ("GPU", "CPU"):
-        joined.pop("ema")
-        joined[_EMA] = joined.pop("ema_decay", _EMA_DECAY)
-    return joined
+    joined = join_switch(
+        values,
+        "loss_weight_fn",
+        "loss_weight_strength",
+        default=5.0,
+        on_values=("MIN_SNR_GAMMA",),
+        joined_key=_MIN_SNR,
+    )
+    return join_switch(joined, "ema", "ema_decay", default=_EMA_DECAY, on_values=("GPU", "CPU"))
 
 
 def _find_ineffective_keys(values: Mapping[str, Any]) -> set[str]:
@@ -230,6 +231,7 @@ PROGRAM = Program(
     },
     dataset_off_values={"enabled": (False,)},
     fixed_draw_settings={"balancing_strategy": "SAMPLES"},
+    draws_one_size=True,
     rules={
         "training_method": omitted("it says what is trained"),
         "model_type": rules.MODEL_NAME,
@@ -264,8 +266,8 @@ PROGRAM = Program(
         "batch_size": rules.BATCH_SIZE,
         "gradient_accumulation_steps": rules.ACCUMULATED,
         "clip_grad_norm": rules.GRADIENT_LIMIT,
-        "resolution": KeyRule(DATA, "resolution", read_largest),
-        "frames": omitted("`new` chooses the frames of clips"),
+        "resolution": rules.RESOLUTIONS,
+        "frames": rules.CLIP_FRAMES,
         "seed": rules.SEED,
         _EMA: rules.EMA_DECAY,
         "ema_update_step_interval": omitted("weights are averaged after each step"),
@@ -308,7 +310,7 @@ PROGRAM = Program(
         "unmasked_*": rules.MASKS,
         "normalize_masked_area_loss": omitted("a loss with masks is divided by the area of all pixels"),
         "latent_caching": rules.CACHES,
-        "aspect_ratio_bucketing": rules.BUCKETS,
+        "aspect_ratio_bucketing": rules.BUCKETED,
         **dict.fromkeys(("train_dtype", "train_device", "temp_device", "weight_dtype"), rules.CHOSEN_BY_NEW),
         **dict.fromkeys(
             ("gradient_checkpointing", "output_dtype", "compile", "dataloader_threads"), rules.CHOSEN_BY_NEW

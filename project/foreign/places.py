@@ -1,15 +1,15 @@
 """Match the datasets listed in another trainer's file with the described folders."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from dataset.config import KEYS
-from dataset.subset_options import SUBSET_KEYS
+from dataset.subset_options import DATASET, SUBSET_KEYS
 from modules.text_files import real_path
+from project.foreign.contract import join_sizes
 from project.foreign.project import ForeignDataset, ForeignProject, find_beside
-
-Size = tuple[int, int]  # width and height
 
 _NOT_LEARNED = "it is not learned there"
 _NOT_DESCRIBED = "its folder is not in the one that is described"
@@ -26,10 +26,10 @@ def join_datasets(project: ForeignProject) -> None:
             _report_unused_dataset(project, dataset)
         elif dataset.path is not None or dataset.table_keys:
             used_datasets[name] = dataset
-    project.datasets = used_datasets
+    project.datasets = _join_same_folders(project, used_datasets)
     _resolve_resolutions(project)
-    if len({dataset.path for dataset in used_datasets.values()}) == 1:
-        _move_to_general(project)
+    if len(project.datasets) == 1:
+        _move_to_general(project, *project.datasets.values())
 
 
 def _report_unused_dataset(project: ForeignProject, dataset: ForeignDataset) -> None:
@@ -39,64 +39,57 @@ def _report_unused_dataset(project: ForeignProject, dataset: ForeignDataset) -> 
         project.report_omitted_key(dataset.folder_key, _NOT_LEARNED)
 
 
+def _join_same_folders(
+    project: ForeignProject, datasets: Mapping[str, ForeignDataset]
+) -> dict[str, ForeignDataset]:
+    """Return the datasets with one entry for each folder, which has all sizes of the folder's entries."""
+    # Some projects list a folder once for each size. Of other keys, the first value is used.
+    first_by_folder: dict[Path | None, ForeignDataset] = {}
+    joined: dict[str, ForeignDataset] = {}
+    for name, dataset in datasets.items():
+        first = first_by_folder.setdefault(dataset.path, dataset)
+        if first is dataset:
+            joined[name] = dataset
+            continue
+        if first.files_per_epoch is not None and dataset.files_per_epoch is not None:
+            first.files_per_epoch += dataset.files_per_epoch
+        for key, value in dataset.table_keys.items():
+            known = first.table_keys.setdefault(key, value)
+            first.source_keys.setdefault(key, dataset.source_keys[key])
+            if key == "resolution":
+                first.table_keys[key] = join_sizes([*known, *value])
+            elif known != value:
+                reason = f"{key} of the same folder is {known} already"
+                _report_omitted_keys(project, dataset, [key], reason)
+    return joined
+
+
 def _resolve_resolutions(project: ForeignProject) -> None:
-    """Keep only the largest resolution of each folder, and set the largest of all in [general]."""
-    # Another trainer's project may list a folder as several datasets of different resolutions. Afterwards
-    # only folders that differ from [general] have their own key.
+    """Set the sizes of the folder with the largest in [general]; only folders that differ keep their own."""
     sized_datasets = [dataset for dataset in project.datasets.values() if "resolution" in dataset.table_keys]
     if not sized_datasets:
         return
-    _keep_largest_folder_sizes(project, sized_datasets)
     # if all datasets have a size, the project's general one has no effect
     if "resolution" in project.general_keys and len(sized_datasets) == len(project.datasets):
         _omit_general_key(project, "resolution")
-    largest_size = max((dataset.table_keys["resolution"] for dataset in sized_datasets), key=_count_pixels)
-    general_size = project.general_keys.setdefault("resolution", largest_size)
+    # the sizes of a folder begin with its largest
+    first = max(sized_datasets, key=lambda dataset: prod(dataset.table_keys["resolution"][0]))
+    general_sizes = project.general_keys.setdefault("resolution", first.table_keys["resolution"])
+    project.source_keys.setdefault("resolution", first.source_keys["resolution"])
     for dataset in sized_datasets:
-        # reports name the first key that gave a size
-        project.source_keys.setdefault("resolution", dataset.source_keys["resolution"])
-        if dataset.table_keys["resolution"] == general_size:
+        if dataset.table_keys["resolution"] == general_sizes:
             dataset.table_keys.pop("resolution")
 
 
-def _keep_largest_folder_sizes(project: ForeignProject, sized_datasets: Sequence[ForeignDataset]) -> None:
-    """Give all datasets of a folder the largest of their sizes, and report the other sizes as omitted."""
-    largest_by_folder: dict[Path | None, Size] = {}
-    for dataset in sized_datasets:
-        size: Size = dataset.table_keys["resolution"]
-        largest = largest_by_folder.get(dataset.path, size)
-        largest_by_folder[dataset.path] = max(largest, size, key=_count_pixels)
-    for dataset in sized_datasets:
-        largest = largest_by_folder[dataset.path]
-        if dataset.table_keys["resolution"] != largest:
-            reason = "the folder has a larger size, too, which is used"
-            _report_omitted_keys(project, dataset, ["resolution"], reason)
-        dataset.table_keys["resolution"] = largest
-
-
-def _count_pixels(size: Size) -> int:
-    width, height = size
-    return width * height
-
-
-def _move_to_general(project: ForeignProject) -> None:
+def _move_to_general(project: ForeignProject, dataset: ForeignDataset) -> None:
     """Move the keys of the only dataset folder to [general], where they override the project's values."""
-    # If the project lists the folder twice, the first value of a key is used.
     general_keys = project.general_keys
-    moved_names: set[str] = set()
-    for dataset in project.datasets.values():
-        for name, value in dataset.table_keys.items():
-            differs = name in general_keys and general_keys[name] != value
-            if differs and name in moved_names:
-                reason = f"{name} of the same folder is {general_keys[name]} already"
-                _report_omitted_keys(project, dataset, [name], reason)
-                continue
-            if differs:
-                _omit_general_key(project, name)
-            moved_names.add(name)
-            general_keys[name] = value
-            project.source_keys[name] = dataset.source_keys[name]
-        dataset.table_keys = {}
+    for name, value in dataset.table_keys.items():
+        if name in general_keys and general_keys[name] != value:
+            _omit_general_key(project, name)
+        general_keys[name] = value
+        project.source_keys[name] = dataset.source_keys[name]
+    dataset.table_keys = {}
 
 
 def _omit_general_key(project: ForeignProject, name: str) -> None:
@@ -134,7 +127,11 @@ def find_table_keys(
 def omit_table_keys(project: ForeignProject) -> None:
     """Omit keys of single folders that are allowed in [[datasets]] tables, but not in subsets."""
     for dataset in project.datasets.values():
-        names = [name for name in dataset.table_keys if name not in SUBSET_KEYS]
+        names = [
+            name
+            for name in dataset.table_keys
+            if name not in SUBSET_KEYS or SUBSET_KEYS[name].level == DATASET
+        ]
         _report_omitted_keys(project, dataset, names, _NOT_PER_SUBSET)
         for name in names:
             dataset.table_keys.pop(name)

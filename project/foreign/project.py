@@ -108,6 +108,11 @@ class ForeignProject:
         """Return the key of the foreign file that set a training option or a dataset.toml key."""
         return self.source_keys.get(name, name)
 
+    def list_clip_lengths(self) -> list[int]:
+        """Return the frame counts at which clips of any folder are trained; [] if the project sets none."""
+        tables = [self.general_keys, *(dataset.table_keys for dataset in self.datasets.values())]
+        return [length for table in tables for length in table.get("target_frames", [])]
+
     def report_omitted_key(self, key: str, reason: str) -> None:
         """Record why a key is omitted from the new project. Keys with the same reason share a line."""
         self.omitted_keys_by_reason.setdefault(reason, []).append(show(key))

@@ -72,6 +72,8 @@ def read_foreign(path: Path, typed_kind: str | None = None) -> ForeignProject:
             project.assumed_defaults[key] = values[key] = default
     model_rules = _convert_values(project, values)
     project.samples = program.read_samples(values)
+    omissions = dict.fromkeys(line for sample in project.samples for line in sample.omissions)
+    project.omission_lines += map(show, omissions)
     join_datasets(project)
     select_project_model(project, values, model_rules)
     return project

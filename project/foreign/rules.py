@@ -10,6 +10,7 @@ from project.foreign.contract import (
     EPOCHS,
     FILE,
     FOLDER,
+    FRAMES,
     KEPT,
     LAST,
     MODEL,
@@ -19,6 +20,7 @@ from project.foreign.contract import (
     OWN_FILE,
     PER_EPOCH,
     SAMPLE,
+    SIZES,
     TRAINING,
     KeyRule,
     integer,
@@ -26,15 +28,17 @@ from project.foreign.contract import (
     omitted,
     read_arguments,
     read_folder,
+    read_frames,
     read_loss,
     read_name,
     read_network,
+    read_one_size,
     read_optimizer,
     read_path,
     read_repeats,
     read_scheduler,
     read_shift,
-    read_side,
+    read_sizes,
     read_switch,
     read_trigger,
     read_warmup,
@@ -78,7 +82,9 @@ OUTPUT_FOLDER = omitted("output_dir in run.toml says where files go")
 MEDIA_FOLDER = KeyRule(FOLDER, "", read_folder)
 BATCH_SIZE = KeyRule(DATA, "batch_size", integer(1, 1024))
 NUM_REPEATS = KeyRule(DATA, "num_repeats", read_repeats)
-RESOLUTION = KeyRule(DATA, "resolution", read_side)
+RESOLUTION = KeyRule(SIZES, "resolution", read_one_size)
+RESOLUTIONS = KeyRule(SIZES, "resolution", read_sizes)
+CLIP_FRAMES = KeyRule(FRAMES, "target_frames", read_frames)
 CAPTION_DROPOUT = KeyRule(DATA, "caption_dropout_rate", number(0, 1))
 SHUFFLED = KeyRule(DATA, "shuffle_caption", read_switch)
 KEPT_PARTS = KeyRule(DATA, "keep_tokens", integer(0, 1000))
@@ -92,6 +98,7 @@ ADAPTER = KeyRule(ADAPTER_FILE, "", str)
 START = KeyRule(OWN_FILE, "network_weights", read_path)
 SAME_FILE = omitted("the model's own file is used, which is the same for all checkpoints of the model")
 BUCKETS = omitted("files always keep their shape")
+BUCKETED = KeyRule(DATA, "enable_bucket", read_switch)
 CAPTIONS = omitted("`new` finds the captions itself")
 REGULARISING = omitted(
     "a folder of regularization images is recognized by its name: call it reg, inside the described folder"

@@ -1,14 +1,16 @@
 """Sample prompts of other trainers' projects, as lines of prompts.txt."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from modules.control_codes import drop_control_codes
-from project.foreign.contract import is_off, number, read_side
+from project.foreign.contract import UnsetValue, integer, is_off, number, read_side
+from project.prompt_lines import format_options, loses_characters, plain
 
 MAX_SAMPLES = 50  # each takes as long as a generation
+_DASHES = "a line of prompts.txt has no -- in its prompt and no # at its start; they are left out"
 
 
 @dataclass(frozen=True)
@@ -18,48 +20,69 @@ class ForeignSample:
     prompt: str
     negative: str = ""
     size: tuple[int, int] | None = None  # width, height
+    frames: int | None = None
     steps: int | None = None
     guidance: float | None = None
     seed: int | None = None
     is_line: bool = False  # the prompt is a line with options of its own, as sd-scripts writes them
+    omissions: tuple[str, ...] = ()  # values that are left out, each with the reason
 
-    def format_line(self, trigger_word: str | None, default_size: str, released_values: str) -> str:
+    def format_line(
+        self, trigger_word: str | None, default_options: Mapping[str, Any], guidance_letter: str
+    ) -> str:
         """Return the line of prompts.txt.
 
         Args:
             trigger_word: Replaces [trigger] in the prompt.
-            default_size: Options of the size, if the sample has none.
-            released_values: Options of the model's steps and guidance, if the sample has none.
+            default_options: Size, steps and guidance by their letters, for those that the sample lacks.
+            guidance_letter: The letter of the guidance: the model's embedded one, or that of two passes.
         """
         prompt = self.prompt.replace("[trigger]", trigger_word or "").strip()
         if self.is_line:
             return " ".join(drop_control_codes(prompt).split())
-        parts = [plain(prompt)]
-        parts.append(default_size if self.size is None else f"--w {self.size[0]} --h {self.size[1]}")
-        if self.steps is None and self.guidance is None:
-            parts.append(released_values)
+        options = dict(default_options)
+        if self.size is not None:
+            options["w"], options["h"] = self.size
+        if self.frames is not None and "f" in options:  # a model of clips
+            options["f"] = self.frames
         if self.steps is not None:
-            parts.append(f"--s {self.steps}")
+            options["s"] = self.steps
         if self.guidance is not None:
-            parts.append(f"--l {self.guidance:g}")
+            options[guidance_letter] = f"{self.guidance:g}"
         if self.seed is not None:
-            parts.append(f"--d {self.seed}")
+            options["d"] = self.seed
         if self.negative:
-            parts.append(f"--n {plain(self.negative)}")
-        return " ".join(filter(None, parts))
+            options["n"] = plain(self.negative)
+        return f"{plain(prompt)} {format_options(options)}".strip()
 
 
-def plain(text: str) -> str:
-    """Return a prompt on one line, without characters that would start options or comments in prompts.txt."""
-    on_one_line = " ".join(drop_control_codes(text).split())
-    without_options = re.sub(r"(^|\s)-+", r"\1", on_one_line).lstrip("#")
-    return " ".join(without_options.split())
+def _read_seed(value: Any) -> int:
+    """Return a seed. Raises UnsetValue for -1, which means a random one."""
+    seed = integer(-1, 2**63 - 1)(value)
+    if seed < 0:
+        raise UnsetValue
+    return seed
+
+
+def _read_text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("it is not text")
+    return value
+
+
+# field of a sample -> how its value is read
+_READERS: Mapping[str, Callable[[Any], Any]] = {
+    "negative": _read_text,
+    "size": read_side,
+    "frames": integer(1, 100_000),
+    "steps": integer(1, 100_000),
+    "guidance": number(0, 1000),
+    "seed": _read_seed,
+}
 
 
 def read_sample(values: Mapping[str, Any], keys: Mapping[str, str], **changes: Any) -> ForeignSample | None:
     """Return the sample that a table of a project describes; None without a prompt.
-
-    A value that is not a number or a size is left out.
 
     Args:
         values: Values of the table.
@@ -67,33 +90,23 @@ def read_sample(values: Mapping[str, Any], keys: Mapping[str, str], **changes: A
         **changes: Fields that other keys of the project give, for keys that the table lacks.
     """
     found = {name: values[key] for name, key in keys.items() if key in values and not is_off(values[key])}
-    fields = {**changes, **found}
-    prompt = fields.pop("prompt", None)
+    texts = {**changes, **found}
+    prompt = texts.pop("prompt", None)
     if not isinstance(prompt, str) or not prompt.strip():
         return None
-    negative = fields.get("negative", "")
-    size = fields.pop("size", None)
-    if size is None and fields.get("width") and fields.get("height"):
-        size = f"{fields['width']}x{fields['height']}"
-    return ForeignSample(
-        prompt=prompt,
-        negative=negative if isinstance(negative, str) else "",
-        size=None if size is None else _read_or_none(read_side, size),
-        steps=_read_or_none(_read_count, fields.get("steps")),
-        guidance=_read_or_none(number(0, 100), fields.get("guidance")),
-        seed=_read_or_none(_read_count, fields.get("seed")),
-    )
-
-
-def _read_count(value: Any) -> int:
-    return int(number(0, 2**63 - 1)(value))
-
-
-def _read_or_none(read: Any, value: Any) -> Any:
-    try:
-        return read(value)
-    except (ValueError, TypeError):
-        return None
+    width, height = texts.pop("width", None), texts.pop("height", None)
+    if width and height:
+        texts.setdefault("size", f"{width}x{height}")
+    fields: dict[str, Any] = {}
+    omissions = [f"sample {plain(prompt)}: {_DASHES}"] if loses_characters(prompt) else []
+    for name, value in texts.items():
+        try:
+            fields[name] = _READERS[name](value)
+        except UnsetValue:
+            continue
+        except (ValueError, TypeError) as error:
+            omissions.append(f"{keys.get(name, name)} = {value} of a sample: {error}")
+    return ForeignSample(prompt, **fields, omissions=tuple(omissions))
 
 
 def group_list(values: Mapping[str, Any], start: str) -> list[dict[str, Any]]:

@@ -1,12 +1,14 @@
 """Fit another trainer's values to a model, a kind of run and its training script."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dataset.config import KEYS
 from dataset.subset_options import SUBSET_KEYS
 from downloads.catalogue import ModelSet
+from modules.integers import round_up
+from modules.option_values import format_shape
 from project.foreign.learning import remove_unsuitable_rates, resolve_trained_networks
 from project.foreign.named import adopt_by_name
 from project.foreign.optimizing import resolve_optimizer
@@ -25,6 +27,8 @@ VARYING_TEXTS = frozenset(
     {"shuffle_caption", "caption_tag_dropout_rate", "caption_dropout_every_n_epochs", "token_warmup_step"}
     | {"enable_wildcard"}
 )
+_BUCKET_LIMITS = ("min_bucket_reso", "max_bucket_reso")
+_BUCKET_STEP = "bucket_reso_steps"
 _SHUFFLING_KEYS = ("keep_tokens", "keep_tokens_separator", "caption_separator", "secondary_separator")
 
 
@@ -34,6 +38,9 @@ class DatasetLayout(NamedTuple):
     side_multiple: int  # sides are multiples of this
     supports_subsets: bool  # the model supports [[datasets.subsets]]
     uses_subsets: bool  # dataset.toml always has [[datasets.subsets]] in this run
+    target_size: tuple[int, int]  # width, height, unless the project sets sizes
+    # frame counts that the model accepts and some clip of the folder has; [] if there are no clips
+    clip_lengths: Sequence[int]
     has_regularization: bool = False  # the folder has regularization images
 
 
@@ -202,7 +209,15 @@ def _resolve_dataset_keys(project: ForeignProject, dataset_layout: DatasetLayout
     """Drop [general] keys that the new dataset.toml cannot have or that have no effect, and report them."""
     _omit_unsuitable_bucket_step(project, dataset_layout.side_multiple)
     _omit_subset_keys(project, dataset_layout)
+    _fit_bucket_limits(project, dataset_layout.target_size)
+    _fit_clip_lengths(project, project.general_keys, project.source_keys, dataset_layout)
+    for dataset in project.datasets.values():
+        _fit_clip_lengths(project, dataset.table_keys, dataset.source_keys, dataset_layout)
     ineffective_names: list[str] = []
+    if project.general_keys.get("enable_bucket") is False:
+        ineffective_names += [*_BUCKET_LIMITS, _BUCKET_STEP, "bucket_no_upscale"]
+    elif project.general_keys.get("bucket_no_upscale"):
+        ineffective_names += _BUCKET_LIMITS
     if not VARYING_TEXTS & project.general_keys.keys():
         ineffective_names += _SHUFFLING_KEYS
     if not dataset_layout.has_regularization:
@@ -225,6 +240,47 @@ def _omit_unsuitable_bucket_step(project: ForeignProject, side_multiple: int) ->
         project.report_omitted_value("bucket_reso_steps", steps, reason)
 
 
+def _fit_bucket_limits(project: ForeignProject, target_size: tuple[int, int]) -> None:
+    """Move the limits of bucket sides so that they include each size at which files are trained."""
+    general_keys = project.general_keys
+    sizes = general_keys.get("resolution", (target_size,))
+    step = general_keys.get(_BUCKET_STEP, SUBSET_KEYS[_BUCKET_STEP].default)
+    shortest = max(min(map(min, sizes)) // step * step, step)
+    longest = round_up(max(map(max, sizes)), step)
+    for name, side in zip(_BUCKET_LIMITS, (shortest, longest), strict=True):
+        limit = general_keys.get(name, side)
+        is_excluding = limit > side if name == "min_bucket_reso" else limit < side
+        if is_excluding:
+            general_keys[name] = side
+            key = project.get_file_key(name)
+            project.remove_from_report(key)
+            shown = ", ".join(map(format_shape, sizes))
+            project.report_change(key, limit, f"{name} = {side}, because files are trained at {shown}")
+
+
+def _fit_clip_lengths(
+    project: ForeignProject, table: dict[str, Any], source_keys: Mapping[str, str], layout: DatasetLayout
+) -> None:
+    """Round lengths of clips down to those that the model accepts and the folder has."""
+    lengths = table.pop("target_frames", None)
+    if lengths is None:
+        return
+    key = source_keys["target_frames"]
+    if not layout.clip_lengths:  # only images are learned
+        project.remove_from_report(key)
+        project.ineffective_keys.append(key)
+        return
+    shortest, *_ = layout.clip_lengths
+    fitted = set()
+    for length in lengths:
+        fitted.add(max(known for known in layout.clip_lengths if known <= max(length, shortest)))
+    table["target_frames"] = sorted(fitted)
+    if table["target_frames"] != [*lengths]:
+        project.remove_from_report(key)
+        result = f"target_frames = {table['target_frames']}, as the model and the clips here allow"
+        project.report_change(key, [*lengths], result)
+
+
 def _omit_subset_keys(project: ForeignProject, dataset_layout: DatasetLayout) -> None:
     """Drop keys that only [[datasets.subsets]] have: defaults, or all if the script has no subsets."""
     general_keys = project.general_keys
@@ -232,7 +288,9 @@ def _omit_subset_keys(project: ForeignProject, dataset_layout: DatasetLayout) ->
     for name in list(general_keys):
         key = project.get_file_key(name)
         needs_subsets = name not in KEYS
-        if name in SUBSET_KEYS and general_keys[name] == SUBSET_KEYS[name].default:
+        is_default = name in SUBSET_KEYS and general_keys[name] == SUBSET_KEYS[name].default
+        # of buckets, `new` chooses other values than these defaults
+        if is_default and name not in (*_BUCKET_LIMITS, _BUCKET_STEP, "enable_bucket"):
             general_keys.pop(name)
         elif needs_subsets and not may_use_subsets:
             general_keys.pop(name)

@@ -1,5 +1,6 @@
 """SimpleTuner's config.json, and its data backends."""
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,6 +8,7 @@ from project.foreign import rules
 from project.foreign.contract import (
     DATA,
     NETWORK_ARGUMENT,
+    SIZES,
     TRAINING,
     ForeignRun,
     KeyRule,
@@ -15,25 +17,30 @@ from project.foreign.contract import (
     UnsupportedRun,
     integer,
     is_on,
+    join_switch,
     number,
     omitted,
+    read_one_size,
     read_rate,
-    read_side,
 )
 from project.foreign.sample_prompts import ForeignSample, drop_missing, read_sample
 
 
 def _join_switches(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the values with one key for the switch of an average and its decay, if it is on."""
-    joined = dict(values)
-    if is_on(joined.get("use_ema")):
-        joined.pop("use_ema")
-        joined["use_ema, ema_decay"] = joined.pop("ema_decay", _EMA_DECAY)
-    return joined
+    return join_switch(values, "use_ema", "ema_decay", default=_EMA_DECAY)
 
 
 def _read_samples(values: Mapping[str, Any]) -> list[ForeignSample]:
-    return drop_missing([read_sample(values, _SAMPLE_KEYS)])
+    """Return a sample for each size: sizes are separated by commas, and small numbers are megapixels."""
+    key = _SAMPLE_KEYS["size"]
+    samples = []
+    for text in str(values.get(key) or "").split(","):
+        size: Any = text
+        with contextlib.suppress(ValueError):  # 1024x768, or no size at all
+            ((width, height),) = _read_size(text)
+            size = f"{width}x{height}"
+        samples.append(read_sample({**values, key: size}, _SAMPLE_KEYS))
+    return drop_missing(samples)
 
 
 def _find_run(values: Mapping[str, Any]) -> ForeignRun:
@@ -68,12 +75,12 @@ def _find_ineffective_keys(values: Mapping[str, Any]) -> set[str]:
     return keys
 
 
-def _read_size(value: Any) -> tuple[int, int]:
-    """Return width and height for one number: an area in megapixels up to 16, otherwise a side in pixels."""
+def _read_size(value: Any) -> tuple[tuple[int, int]]:
+    """Return the size for one number: an area in megapixels up to 16, otherwise a side in pixels."""
     if number()(value) <= 16:
         side = int((number()(value) * 1024 * 1024) ** 0.5)
-        return read_side(side)
-    return read_side(integer(64, 8192)(value))
+        return read_one_size(side)
+    return read_one_size(integer(64, 8192)(value))
 
 
 def _read_limit(value: Any) -> float:
@@ -95,6 +102,7 @@ _SAMPLE_KEYS = {
     "prompt": "validation_prompt",
     "negative": "validation_negative_prompt",
     "size": "validation_resolution",
+    "frames": "validation_num_video_frames",
     "steps": "validation_num_inference_steps",
     "guidance": "validation_guidance",
     "seed": "validation_seed",
@@ -158,7 +166,7 @@ _RULES = {
     "loss_type": rules.LOSS,
     "flow_schedule_shift": rules.SHIFT,
     "tread_config.*": omitted("tread below [training] leaves tokens out: docs/speed.md"),
-    "resolution": KeyRule(DATA, "resolution", _read_size),
+    "resolution": KeyRule(SIZES, "resolution", _read_size),
     "resolution_type": omitted("resolution here is the side of a square of the area"),
     "caption_dropout_probability": rules.CAPTION_DROPOUT,
     "snr_gamma": rules.MIN_SNR,
@@ -194,7 +202,7 @@ _RULES = {
 _BACKEND_RULES = {
     "instance_data_dir": rules.MEDIA_FOLDER,
     "repeats": KeyRule(DATA, "num_repeats", _read_repeats),
-    "resolution": KeyRule(DATA, "resolution", _read_size),
+    "resolution": KeyRule(SIZES, "resolution", _read_size),
     "resolution_type": omitted("resolution here is the side of a square of the area"),
     **dict.fromkeys(("caption_strategy", "instance_prompt", "only_instance_prompt"), rules.CAPTIONS),
     "prepend_instance_prompt": rules.CAPTIONS,

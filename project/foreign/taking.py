@@ -1,12 +1,13 @@
 """Convert the value of a key by its rule, or note why it is left out."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from modules.control_codes import shorten
 from modules.errors import UserError
+from modules.option_values import format_shape
 from project.foreign import contract
 from project.foreign.contract import KeyRule, Program, UnsetValue, is_off
 from project.foreign.project import (
@@ -140,10 +141,27 @@ def _take_training_option(project: ForeignProject, setting: FileValue, value: An
 
 
 def _take_dataset_key(project: ForeignProject, setting: FileValue, value: Any) -> None:
+    _set_dataset_key(project, setting, value, str(value))
+
+
+def _set_dataset_key(project: ForeignProject, setting: FileValue, value: Any, shown: str) -> None:
+    """Set a key of the dataset that has the setting, or of all datasets."""
     if setting.dataset is None:
-        _set_once(project, project.general_keys, project.source_keys, setting, value)
+        _set_once(project, project.general_keys, project.source_keys, setting, value, shown)
     else:
-        _set_once(project, setting.dataset.table_keys, setting.dataset.source_keys, setting, value)
+        _set_once(project, setting.dataset.table_keys, setting.dataset.source_keys, setting, value, shown)
+
+
+def _take_sizes(project: ForeignProject, setting: FileValue, sizes: Sequence[tuple[int, int]]) -> None:
+    """Set the sizes at which files are trained; each becomes a table of dataset.toml."""
+    shown = ", ".join(map(format_shape, sizes))
+    if len(sizes) > 1:
+        shown = f"{shown}, a table for each"
+    _set_dataset_key(project, setting, sizes, shown)
+
+
+def _take_clip_frames(project: ForeignProject, setting: FileValue, lengths: Sequence[int]) -> None:
+    _set_dataset_key(project, setting, lengths, str([*lengths]))
 
 
 def _take_adapter(project: ForeignProject, setting: FileValue, value: str) -> None:
@@ -168,6 +186,8 @@ _ADOPTERS: Mapping[str, Callable[[ForeignProject, FileValue, Any], None]] = {
     contract.NEW: _take_new_option,
     contract.TRAINING: _take_training_option,
     contract.DATA: _take_dataset_key,
+    contract.SIZES: _take_sizes,
+    contract.FRAMES: _take_clip_frames,
     contract.NETWORK: _take_network,
     contract.FOLDER: _take_folder,
     contract.EPOCHS: _take_epochs,
@@ -184,9 +204,17 @@ _ADOPTERS: Mapping[str, Callable[[ForeignProject, FileValue, Any], None]] = {
 
 
 def _set_once(
-    project: ForeignProject, our_values: dict[str, Any], keys: dict[str, str], setting: FileValue, value: Any
+    project: ForeignProject,
+    our_values: dict[str, Any],
+    keys: dict[str, str],
+    setting: FileValue,
+    value: Any,
+    shown: str = "",
 ) -> None:
-    """Set an option or dataset key, unless another key of the file has set another value."""
+    """Set an option or dataset key, unless another key of the file has set another value.
+
+    `shown` is the value as reports show it, if not its text.
+    """
     name = setting.rule.name
     # the file may not have the key: then the value is a default of the other program
     is_default = setting.key in project.assumed_defaults
@@ -203,7 +231,7 @@ def _set_once(
     elif _is_same(value, setting.value):
         project.adopted_keys.append(setting.key)
     else:
-        project.report_change(setting.key, setting.value, f"{name} = {value}")
+        project.report_change(setting.key, setting.value, f"{name} = {shown or value}")
 
 
 def _is_same(read: Any, value: Any) -> bool:

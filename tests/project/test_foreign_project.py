@@ -297,7 +297,7 @@ MEANT: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], int | Non
             "sample_every_n_steps": 125,
         },
         {
-            "resolution": (1024, 1024),
+            "resolution": ((1024, 1024), (768, 768), (512, 512)),
             "batch_size": 1,
             "caption_dropout_rate": 0.05,
             "shuffle_caption": False,
@@ -314,7 +314,7 @@ MEANT: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], int | Non
             "network_dim": 16,
             "network_alpha": 1,
         },
-        {"batch_size": 2, "resolution": (768, 768), "num_repeats": 3},
+        {"batch_size": 2, "resolution": ((768, 768),), "num_repeats": 3},
         10,
     ),
     "diffusion-pipe": (
@@ -327,7 +327,7 @@ MEANT: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], int | Non
             "optimizer_type": "adamw",
             "learning_rate": 2e-5,
         },
-        {"batch_size": 1, "resolution": (512, 512), "num_repeats": 5},
+        {"batch_size": 1, "resolution": ((512, 512),), "enable_bucket": True, "num_repeats": 5},
         1000,
     ),
     "SimpleTuner": (
@@ -340,7 +340,7 @@ MEANT: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], int | Non
             "lr_warmup_steps": 100,
             "seed": 42,
         },
-        {"batch_size": 4, "resolution": (1024, 1024), "num_repeats": 2},
+        {"batch_size": 4, "resolution": ((1024, 1024),), "num_repeats": 2},
         None,
     ),
     "the GUI of kohya_ss": (
@@ -353,7 +353,7 @@ MEANT: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], int | Non
             "optimizer_type": "adamw8bit",
             "seed": 1234,
         },
-        {"batch_size": 1, "resolution": (512, 512)},
+        {"batch_size": 1, "resolution": ((512, 512),)},
         4,
     ),
 }
@@ -374,7 +374,13 @@ def resolve_for(project: ForeignProject, kind: RunKind = LORA, memory: float = 2
         kind,
         script,
         memory,
-        DatasetLayout(8, "shuffle_caption" in script.accepted, uses_subsets=False),
+        DatasetLayout(
+            side_multiple=8,
+            supports_subsets="shuffle_caption" in script.accepted,
+            uses_subsets=False,
+            target_size=(512, 512),
+            clip_lengths=[],
+        ),
     )
 
 
@@ -446,9 +452,12 @@ def test_values_of_a_project_are_in_the_three_files(
         "gradient_accumulation_steps": 2,
     }
     assert expected.items() <= training.items()
-    (table,) = load_dataset_config(photos / "dataset.toml").datasets
-    assert table.resolution == (1024, 1024)
-    assert table.trigger_word == "ohwx"
+    tables = load_dataset_config(photos / "dataset.toml").datasets
+    # each file is trained at each of the sizes, as there
+    assert [table.resolution for table in tables] == [(1024, 1024), (768, 768), (512, 512)]
+    assert {table.directory for table in tables} == {Path()}
+    assert len({table.cache_directory for table in tables}) == 3
+    assert {table.trigger_word for table in tables} == {"ohwx"}
     told = " ".join(capsys.readouterr().out.split())
     assert "the size of a typical file" not in told
     for part in (
@@ -698,7 +707,7 @@ def test_samples_of_a_project_are_those_of_the_run(tmp_path: Path) -> None:
     off = {"prompt": "nobody", "enabled": False}
     onetrainer = {**ONETRAINER, "samples": [sample, off]}
     lines = "# mine\na fox --w 512 --h 512 --d 3 --n blurry\n\n"
-    line = "a cat on ice --w 512 --h 768 --s 12 --l 4.5 --d 7 --n dog"
+    line = "a cat on ice --w 512 --h 768 --l 4.5 --s 12 --d 7 --n dog"
     base = {"pretrained_model_name_or_path": "stabilityai/stable-diffusion-xl-base-1.0"}
     for number, (content, expected) in enumerate(
         [
