@@ -33,6 +33,7 @@ from protocols.requests import Prompt
 
 logger = logging.getLogger(__name__)
 
+CLIP_WORD_END = "</w>"  # ends the tokens at the end of a word
 # How CLIP splits a text before byte pairs are merged. A tokenizer.json has this pattern, a vocab.json does
 # not. Source: Radford et al. 2021, arXiv 2103.00020
 CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -45,6 +46,7 @@ class ClipWords:
     tokenize: Callable[[str], list[int]]
     start: int
     end: int
+    token_text: Callable[[int], str]  # the text of a token; "" for ids of added words
 
 
 def load_clip_words(files: TokenizerFiles, file: Path) -> ClipWords:
@@ -61,7 +63,10 @@ def load_clip_words(files: TokenizerFiles, file: Path) -> ClipWords:
             ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
-    return ClipWords(tokenize, start, end)
+    def token_text(token: int) -> str:
+        return (tokenizer.id_to_token(token) or "").removesuffix(CLIP_WORD_END)
+
+    return ClipWords(tokenize, start, end, token_text)
 
 
 def _find_start_and_end(tokenizer: Tokenizer, files: TokenizerFiles, file: Path) -> tuple[int, int]:
@@ -82,7 +87,9 @@ def _read_clip(files: TokenizerFiles, file: Path) -> Tokenizer:
     for part in (file, merges):
         files.check_bytes(part)
     with files.convert_errors(file):
-        model = models.BPE.from_file(str(file), str(merges), unk_token=CLIP_END, end_of_word_suffix="</w>")
+        model = models.BPE.from_file(
+            str(file), str(merges), unk_token=CLIP_END, end_of_word_suffix=CLIP_WORD_END
+        )
     tokenizer = Tokenizer(model)
     # vocab.json and merges.txt lack these settings, which a tokenizer.json contains
     tokenizer.normalizer = normalizers.Sequence(

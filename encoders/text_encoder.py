@@ -30,7 +30,14 @@ from modules.limits import MAX_TOKENIZER_BYTES
 from protocols.data import Conditions, weigh_tokens
 from protocols.family import EncoderAbilities
 from protocols.requests import Prompt, Spans
-from protocols.rules import CharSpan, CountTokens, TokenCount, count_covered_characters, token_weights
+from protocols.rules import (
+    CharSpan,
+    CountTokens,
+    TextPiece,
+    TokenCount,
+    count_covered_characters,
+    token_weights,
+)
 from runtime.offload.block_swap import move_network
 from runtime.offload.host_memory import LoadedNetwork
 
@@ -453,12 +460,18 @@ class FileTextEncoder(ABC, Generic[Network]):
         num_tokens = max(len(tokens.ids) - num_template_tokens, 0)
         # caches contain the states of these tokens; encoders of fixed length pad to `max_length`
         num_stored = min(num_tokens, self.max_length) if self.variable_length else self.max_length
+        pieces = []
+        for token, span in zip(tokens.ids, tokens.char_spans, strict=True):
+            # tokens of the template lie outside the prompt; the first one may begin with the space before it
+            if span is not None and span[0] < templated.start + length and span[1] > templated.start:
+                pieces.append(TextPiece(token, templated.text[span[0] : span[1]]))
         return TokenCount(
             templated.prompt,
             tokens=num_tokens,
             limit=self.max_length,
             num_read=min(max(characters_read, 0), length),
             size_bytes=num_stored * token_bytes,
+            pieces=tuple(pieces),
         )
 
     def load(self, device: torch.device) -> None:

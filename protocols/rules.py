@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from protocols.families import HIGH_NOISE, LOW_NOISE
 from protocols.inputs import IMAGE, LATENTS, VIDEO
@@ -283,6 +284,13 @@ class TeaCalibration:
 StepCaching = MagCache | TeaCache | MagCalibration | TeaCalibration
 
 
+class TextPiece(NamedTuple):
+    """A token of a text, without the tokens that a tokenizer or a template adds."""
+
+    id: int
+    text: str  # what it stands for
+
+
 @dataclass(frozen=True)
 class TokenCount:
     """Token counts of one text.
@@ -296,6 +304,7 @@ class TokenCount:
     limit: int
     num_read: int  # characters of `text` that are read
     size_bytes: int = 0  # size of its cache; 0 if unknown
+    pieces: tuple[TextPiece, ...] = ()  # the tokens of the whole text; () if they are unknown
 
     @property
     def is_cut(self) -> bool:

@@ -29,7 +29,7 @@ from modules.devices import dtype_name
 from protocols.data import Conditions
 from protocols.family import EncoderAbilities
 from protocols.requests import Prompt
-from protocols.rules import CountTokens, TokenCount
+from protocols.rules import CountTokens, TextPiece, TokenCount
 from runtime.offload.block_swap import move_network
 from runtime.offload.host_memory import LoadedNetwork
 from stable_diffusion import tokenizers
@@ -206,7 +206,8 @@ class LazyTextEncoder:
         max_tokens = tokenizers.CHUNK_SIZE * self._max_chunks  # without start and end token
 
         def count(text: str) -> TokenCount:
-            num_tokens = len(tokenizer.tokenize(text))
+            ids = tokenizer.tokenize(text)
+            num_tokens = len(ids)
             num_read = len(text)  # characters that fit
             if num_tokens > max_tokens:
                 # The number of leading characters, in whole words, that fit into `max_tokens` tokens
@@ -215,7 +216,13 @@ class LazyTextEncoder:
                     ends, max_tokens, key=lambda end: len(tokenizer.tokenize(text[:end]))
                 )
                 num_read = ends[num_words - 1] if num_words else 0
-            return TokenCount(text, tokens=num_tokens + 2, limit=max_tokens + 2, num_read=num_read)
+            return TokenCount(
+                text,
+                tokens=num_tokens + 2,
+                limit=max_tokens + 2,
+                num_read=num_read,
+                pieces=tuple(TextPiece(token, tokenizer.token_text(token)) for token in ids),
+            )
 
         return count
 

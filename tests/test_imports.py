@@ -46,6 +46,7 @@ MAY_IMPORT = {
     "training": GROUND
     | {"networks", "dataset", "data_tools.report", "generation", "blissful_tuner", "downloads.catalogue"},
     "downloads": GROUND,
+    "diagnosis": GROUND | {"dataset", "data_tools.report", "networks", "project.options", "training"},
     "project": GROUND | {"dataset", "data_tools.report", "downloads", "networks.kinds", "training"},
     "browser": GROUND
     | {"training.reports", "training.config_options", "training.features.composing"}
@@ -263,7 +264,7 @@ SCRIPTS = sorted(
 _TOOLS = {
     "tools": (
         *("cache_on_ray", "canny", "caption_dataset", "compare", "control_pictures", "convert_cache"),
-        *("dataset_report", "detect_face_rotate", "doctor"),
+        *("dataset_report", "detect_face_rotate", "diagnose", "doctor"),
         *("download", "lora_post_hoc_ema", "prepare_dataset", "quantise", "run_browser", "share_page"),
         *("mask", "merge_models", "pack", "recipe", "resize_images_to_resolution", "score"),
         *("show_metadata", "split_video", "tag", "unpack"),

@@ -12,6 +12,9 @@ from typing import NamedTuple, cast
 import torch
 
 from data_tools.report.audio import check_audio, uses_audio
+from data_tools.report.diagnosis.captions import find_caption_findings
+from data_tools.report.diagnosis.contract import MeasuredDataset, list_captions
+from data_tools.report.diagnosis.trigger_words import find_trigger_findings
 from data_tools.report.findings import (
     NO_TOKEN_COUNTERS,
     CheckResult,
@@ -203,10 +206,16 @@ def check_caching(
         tables[0].warnings.append(Fault(GETS_NO_REFERENCES, NO_REFERENCE))
     count_validation_items(tables, *validation)
     balance_regularization(tables)
+    tail = [_describe_training_epoch(tables)] if scope.media else []
+    if counters.by_encoder:
+        captions = list_captions(tables)
+        dataset = MeasuredDataset(config.path, tables, (), captions, dict(counters.by_encoder))
+        for finding in (*find_trigger_findings(dataset), *find_caption_findings(dataset)):
+            tail += finding.lines
     return CheckResult(
         head=(RECOGNIZED, *indent([*encoder_lines, *counters.missing_lines])),
         tables=tuple(tables),
-        tail=(_describe_training_epoch(tables),) if scope.media else (),
+        tail=tuple(tail),
         counters=counters,
     )
 

@@ -63,13 +63,9 @@ def run_report(config: DatasetConfig, options: ReportOptions) -> None:
     """
     # one core is left for this process
     workers = options.num_workers or max(1, (os.cpu_count() or 2) - 1)
-    latent = _select_latents(options)
+    latent = select_latents(options)
     config = _apply_options(config, options, latent)
-    folders = TableFolders(config)
-    tables = [
-        _measure_table(config, table, folders=folders, options=options, latent=latent, workers=workers)
-        for table in config.datasets
-    ]
+    tables = measure_tables(config, options, latent, workers)
     errors = [error for findings in tables for error in findings.errors]
     if not any(findings.sources for findings in tables):
         lines = (error.text for error in errors)
@@ -83,6 +79,17 @@ def run_report(config: DatasetConfig, options: ReportOptions) -> None:
         write_report_page(path, config, tables, statistics, options=options, latent=latent, workers=workers)
     if options.json is not None:
         _write_json(options.json, statistics, prints=options.prints)
+
+
+def measure_tables(
+    config: DatasetConfig, options: ReportOptions, latent: LatentSpec, workers: int
+) -> list[TableFindings]:
+    """Read all media files of a dataset and return what was found, by table."""
+    folders = TableFolders(config)
+    return [
+        _measure_table(config, table, folders=folders, options=options, latent=latent, workers=workers)
+        for table in config.datasets
+    ]
 
 
 def _apply_options(config: DatasetConfig, options: ReportOptions, latent: LatentSpec) -> DatasetConfig:
@@ -110,7 +117,7 @@ def _collect_results(
     statistics = collect_statistics(
         config,
         tables,
-        _find_copies(tables),
+        find_copies(tables),
         fps=options.fps,
         pixel_step=options.pixel_step,
         decodes=not options.no_decode,
@@ -120,7 +127,7 @@ def _collect_results(
     return statistics
 
 
-def _find_copies(tables: Sequence[TableFindings]) -> list[list[Path]]:
+def find_copies(tables: Sequence[TableFindings]) -> list[list[Path]]:
     """Return groups of near duplicates among the images, and among the clips; add a warning to each file."""
     copies: list[list[Path]] = []
     for kind in ("image", "video"):
@@ -139,7 +146,7 @@ def _find_copies(tables: Sequence[TableFindings]) -> list[list[Path]]:
     return copies
 
 
-def _select_latents(options: ReportOptions) -> LatentSpec:
+def select_latents(options: ReportOptions) -> LatentSpec:
     """Return the latent format of models that have the given --pixel_step and --frame_step."""
     if options.frame_step == LATENT_H3.clip_frames:
         return replace(LATENT_H3, pixel_step=options.pixel_step)

@@ -6,6 +6,7 @@ if TYPE_CHECKING:  # commands need none of it
     from package.reelsmith.api import (
         CommandRun,
         Event,
+        Finding,
         LineEvent,
         SampleEvent,
         SavedEvent,
@@ -14,6 +15,7 @@ if TYPE_CHECKING:  # commands need none of it
         ValidationEvent,
         cache,
         command,
+        diagnose,
         generate,
         merge,
         plan,
@@ -24,6 +26,7 @@ if TYPE_CHECKING:  # commands need none of it
 __all__ = [
     "CommandRun",
     "Event",
+    "Finding",
     "LineEvent",
     "SampleEvent",
     "SavedEvent",
@@ -32,6 +35,7 @@ __all__ = [
     "ValidationEvent",
     "cache",
     "command",
+    "diagnose",
     "generate",
     "merge",
     "plan",

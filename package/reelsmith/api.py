@@ -6,12 +6,15 @@ free when it has ended.
 
 import contextlib
 import difflib
+import json
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_tools.report.diagnosis.finding import Finding
 from modules.command import did_you_mean
 from modules.errors import UserError
 from modules.installation import ROOT
@@ -34,6 +37,7 @@ from training.saving.options import LATEST_ONLY
 __all__ = [
     "CommandRun",
     "Event",
+    "Finding",
     "LineEvent",
     "SampleEvent",
     "SavedEvent",
@@ -42,6 +46,7 @@ __all__ = [
     "ValidationEvent",
     "cache",
     "command",
+    "diagnose",
     "generate",
     "merge",
     "plan",
@@ -206,6 +211,24 @@ def merge(*, callback: Callback | None = None, **options: Any) -> Path:
     """
     _check_script(Path("merge_lora.py"), options).start().wait(callback)
     return Path(options["save_merged_model"])
+
+
+def diagnose(path: str | Path, *, with_lora: str | Path | None = None) -> list[Finding]:
+    """Return what keeps a LoRA from working, as `reelsmith diagnose PATH` prints it.
+
+    Args:
+        path: A folder that `new` described, a dataset file, the folder or history of a run, or a LoRA file.
+        with_lora: A second LoRA file that is used together with the first.
+
+    Raises:
+        UserError: If the path is anything else or cannot be read, with the message of the command.
+    """
+    options = {} if with_lora is None else {"with_lora": with_lora}
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "findings.json"
+        command("diagnose", path, json=target, **options).wait()
+        content = json.loads(target.read_text(encoding="utf-8"))
+    return [Finding(**values) for values in content["findings"]]
 
 
 def command(words: str, *operands: object, **options: Any) -> CommandRun:

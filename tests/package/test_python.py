@@ -13,6 +13,8 @@ from unittest.mock import patch
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import reelsmith
 from modules.installation import EXTENSIONS
@@ -478,3 +480,18 @@ def test_options_of_named_extensions_are_left_to_the_command(
 
     values = ScriptArguments(SCRIPT).check(words)
     assert (values["output_dir"], values["output_name"]) == ("output", "x")
+
+
+def test_findings_of_a_file_are_records(folder: Path) -> None:
+    matrices = {}
+    for block in range(2):
+        name = f"lora_unet_blocks_{block}_self_attn_q"
+        matrices[f"{name}.lora_up.weight"] = torch.zeros(8, 2)
+        matrices[f"{name}.lora_down.weight"] = torch.ones(2, 8)
+    save_file(matrices, folder / "flat ü.safetensors")
+
+    (finding,) = reelsmith.diagnose("flat ü.safetensors")
+
+    assert (finding.id, finding.figure) == ("lora-empty", 1.0)
+    with pytest.raises(reelsmith.UserError, match="no such file"):
+        reelsmith.diagnose("none.safetensors")

@@ -1,0 +1,1 @@
+"""Findings about datasets that explain why a training falls short."""

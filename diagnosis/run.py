@@ -1,0 +1,205 @@
+"""Run tools/diagnose.py after its options are read: find out what a path is, and print what was found."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from checkpoints.opening import SUFFIXES
+from data_tools.report.diagnosis.captions import find_caption_findings
+from data_tools.report.diagnosis.contract import MeasuredDataset
+from data_tools.report.diagnosis.finding import Finding
+from data_tools.report.diagnosis.images import find_image_findings
+from data_tools.report.diagnosis.trigger_words import find_trigger_findings
+from data_tools.report.findings import indent
+from data_tools.report.options import STDOUT
+from diagnosis.datasets import read_dataset, read_project_dataset
+from diagnosis.loras import (
+    compute_overlaps,
+    find_lora_findings,
+    find_pair_findings,
+    list_block_changes,
+    measure_lora,
+)
+from diagnosis.training_runs import find_run_findings
+from modules.atomic_write import write_text
+from modules.console import format_count
+from modules.control_codes import escape_control_codes, terminal_width, wrap_text
+from modules.errors import OptionError
+from modules.options import Options, option
+from modules.text_files import parse_toml, read_text
+from project.options import RUN_FILE
+from training.config_options import PROJECT_TABLE
+from training.reports.history import END, history_path
+from training.scoring.run import open_run
+
+DATASET_SUFFIXES = frozenset({".toml", ".json"})
+
+
+class DiagnoseOptions(Options, title="what to diagnose"):
+    """Options of tools/diagnose.py."""
+
+    path: Path = option(
+        "a folder that `new` described, a dataset file, the folder or history of a run, or a LoRA file",
+        positional=True,
+        place="there",
+    )
+    with_lora: Path | None = option("a second LoRA file that is used together with the first", place="file")
+    json: Path | None = option(
+        "write the findings as JSON; without PATH, or with -, to standard output",
+        nargs="?",
+        const=STDOUT,
+        place="new file",
+    )
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What was looked at, what was found, and lines and values about what cannot be judged."""
+
+    subject: str  # what was looked at, such as "the dataset data.toml"
+    findings: Sequence[Finding]
+    remarks: Sequence[str] = ()  # what could not be looked at, and why
+    rows: Sequence[Mapping[str, Any]] = ()  # measured values of each block of a LoRA
+
+
+def run_diagnosis(options: DiagnoseOptions) -> None:
+    """Print the findings about a path.
+
+    Raises:
+        OptionError: If the path is nothing that can be diagnosed.
+        DatasetError: If the dataset cannot be read.
+        CheckpointError: If the LoRA file cannot be read.
+    """
+    diagnoses = list_diagnoses(options.path, options.with_lora)
+    if options.json is not None:
+        content = {
+            "findings": [asdict(finding) for diagnosis in diagnoses for finding in diagnosis.findings],
+            "remarks": [remark for diagnosis in diagnoses for remark in diagnosis.remarks],
+            "blocks": [dict(row) for diagnosis in diagnoses for row in diagnosis.rows],
+        }
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        if str(options.json) == STDOUT:
+            sys.stdout.write(text)
+        else:
+            write_text(options.json, text)
+        return
+    lines = [line for diagnosis in diagnoses for line in _describe(diagnosis)]
+    text = escape_control_codes("\n".join(lines))
+    sys.stdout.write(wrap_text(text, terminal_width(sys.stdout)) + "\n")
+
+
+def list_diagnoses(path: Path, second_lora: Path | None = None) -> list[Diagnosis]:
+    """Diagnose a path: a described folder, a dataset file, a run or a LoRA file.
+
+    Args:
+        path: The file or folder.
+        second_lora: A LoRA file that is used together with the LoRA file `path`; None for none.
+
+    Raises:
+        OptionError: If the path is anything else, or `second_lora` is given for another kind of path.
+    """
+    if path.suffix in SUFFIXES or (path / "adapter_config.json").exists():
+        return [_diagnose_loras(path, second_lora)]
+    if second_lora is not None:
+        raise OptionError(f"--with_lora {second_lora}: it is compared with a LoRA file, and {path} is none")
+    if path.name.endswith(END):
+        return [_diagnose_run(path)]
+    folder = path.parent if path.name == RUN_FILE else path
+    if (folder / RUN_FILE).is_file():
+        return _diagnose_project(folder)
+    if path.suffix in DATASET_SUFFIXES:
+        return [_diagnose_dataset(read_dataset(path))]
+    if path.is_dir():
+        return [_diagnose_run(path)]
+    raise OptionError(
+        f"{path}: pass a folder that `new` described, a dataset file (.toml or .json), a run's folder or its "
+        f"...{END}, or a LoRA file"
+    )
+
+
+def _diagnose_dataset(dataset: MeasuredDataset) -> Diagnosis:
+    remarks = []
+    if not dataset.counters:
+        remarks.append(
+            "How the model's tokenizers cut the trigger word and the captions is unknown: diagnose the "
+            "folder that "
+            "`new` described, with the model's files downloaded."
+        )
+    if not dataset.trigger_words:
+        remarks.append(
+            "There is no trigger word: no table has trigger_word, and the captions do not begin with the "
+            "same word."
+        )
+    findings = [
+        *find_trigger_findings(dataset),
+        *find_caption_findings(dataset),
+        *find_image_findings(dataset),
+    ]
+    return Diagnosis(f"the dataset {dataset.path}", findings, remarks)
+
+
+def _diagnose_project(folder: Path) -> list[Diagnosis]:
+    """Diagnose the dataset of a described folder, and its run if that has begun."""
+    path = folder / RUN_FILE
+    try:
+        tables = parse_toml(read_text(path))
+        commands = [list(map(str, argv)) for argv in tables[PROJECT_TABLE]["commands"]]
+        training = tables["training"]
+        history = history_path(folder / str(training["output_dir"]), str(training["output_name"]))
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise OptionError(f"{path} is not in the form that `new` writes ({error}). Run `new` again") from None
+    dataset = read_project_dataset(folder, commands)
+    diagnoses = [] if dataset is None else [_diagnose_dataset(dataset)]
+    if history.exists():
+        diagnoses.append(_diagnose_run(history))
+    return diagnoses
+
+
+def _diagnose_run(path: Path) -> Diagnosis:
+    run = open_run(path)
+    return Diagnosis(f"the run {run.history}", list(find_run_findings(run)))
+
+
+def _diagnose_loras(path: Path, second_path: Path | None) -> Diagnosis:
+    """Diagnose a LoRA file, alone or together with a second one."""
+    lora = measure_lora(path)
+    changes = list_block_changes(lora.deltas)
+    rows: list[dict[str, Any]] = [
+        {"block": change.block, "modules": change.num_modules, "norm": change.squared_norm**0.5}
+        for change in changes
+    ]
+    findings = list(find_lora_findings(lora))
+    if second_path is not None:
+        second = measure_lora(second_path)
+        findings += find_pair_findings(lora, second)
+        overlaps = compute_overlaps(lora, second)
+        for row in rows:
+            row["cosine"] = overlaps.get(row["block"])
+    remarks = []
+    num_unknown = sum(change.num_unknown for change in changes)
+    if num_unknown:
+        remarks.append(
+            f"The change of {format_count(num_unknown, 'module')} depends on the weights of the model "
+            "(DoRA, OFT), so "
+            "that their norms are unknown."
+        )
+    return Diagnosis(f"the LoRA {path}", findings, remarks, rows)
+
+
+def _describe(diagnosis: Diagnosis) -> list[str]:
+    """Return the lines to print: the findings, what is unknown, and the table of blocks."""
+    lines = [f"Diagnosis of {diagnosis.subject}:"]
+    for finding in diagnosis.findings:
+        lines += ["", *indent(finding.lines)]
+    if not diagnosis.findings:
+        lines.append("  Nothing was found that explains a LoRA that does not work.")
+    lines += [f"  {remark}" for remark in diagnosis.remarks]
+    for row in diagnosis.rows:
+        cosine = row.get("cosine")
+        overlap = "" if cosine is None else f", cosine {cosine:+.3f}"
+        modules = format_count(row["modules"], "module")
+        lines.append(f"  {row['block']}: {modules}, norm {row['norm']:.4g}{overlap}")
+    return lines

@@ -1,0 +1,338 @@
+"""What `diagnose` finds where a fault is planted, and that it finds nothing else."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from data_tools.report.diagnosis.captions import find_caption_findings
+from data_tools.report.diagnosis.contract import DatasetCaption, MeasuredDataset
+from data_tools.report.diagnosis.trigger_words import cut_into_pieces, find_trigger_findings, propose_word
+from data_tools.report.options import STDOUT
+from diagnosis.run import DiagnoseOptions, list_diagnoses, run_diagnosis
+from modules.errors import CheckpointError, OptionError
+from protocols.rules import TextPiece, TokenCount
+from tests.data_tools.report.making import save_copy, save_image, write_config
+from tests.pictures import picture
+from tests.project.test_kinds_of_folders import POCKET, describe_short
+from training.reports.history import History, history_path
+
+SUBJECTS = ("a dog in a park", "a red car", "two boats", "an old tower", "a bowl of soup", "the night sky")
+SUBJECTS += ("a green door", "a snowy hill", "some books", "a wet street", "three apples", "a tall tree")
+VOCABULARY = ("wolf", "olf", "zw", "cat", "dog", "red", "ing", "er")
+
+
+def count_tokens(text: str, limit: int = 77) -> TokenCount:
+    """Cut words as a vocabulary of byte pairs does: into its longest entries, and single characters."""
+    pieces = []
+    for word in text.replace(",", " ,").split():
+        rest = word
+        while rest:
+            lower = rest.lower()
+            entry = max((e for e in VOCABULARY if lower.startswith(e)), key=len, default=lower[:1])
+            pieces.append(TextPiece(hash(entry), rest[: len(entry)]))
+            rest = rest[len(entry) :]
+    num_read = len(text) if len(pieces) <= limit else text.find(" ", limit // 2)
+    return TokenCount(text, tokens=len(pieces), limit=limit, num_read=num_read, pieces=tuple(pieces))
+
+
+def dataset(
+    captions: Sequence[str], word: str = "zwolf", regularization: Sequence[str] = (), table: str = "table 1"
+) -> MeasuredDataset:
+    learned = [DatasetCaption(text, Path(f"{n}.txt"), table, word, False) for n, text in enumerate(captions)]
+    others = [
+        DatasetCaption(text, Path(f"r{n}.txt"), "table 2", "", True) for n, text in enumerate(regularization)
+    ]
+    return MeasuredDataset(Path("data.toml"), (), (), [*learned, *others], {"clip": count_tokens})
+
+
+SOUND = [f"zwolf, {subject}" for subject in SUBJECTS]
+
+
+def find_ids(measured: MeasuredDataset) -> list[str]:
+    return [finding.id for finding in (*find_trigger_findings(measured), *find_caption_findings(measured))]
+
+
+def test_sound_captions_have_no_findings() -> None:
+    assert find_ids(dataset(SOUND)) == []
+
+
+@pytest.mark.parametrize(
+    ("measured", "found"),
+    [
+        (dataset([text.replace("zwolf", "mmx26") for text in SOUND], "mmx26"), "trigger-pieces"),
+        (dataset([text.replace("zwolf", "cat") for text in SOUND], "cat"), "trigger-known"),
+        (dataset([*SOUND[:6], *SUBJECTS[6:]]), "trigger-missing"),
+        (dataset(SOUND, regularization=["zwolf, a man", "a man"]), "trigger-shared"),
+        (dataset([f"{text}, before a white wall" for text in SOUND]), "caption-phrase"),
+        (dataset([f"{text}, {'x ' * 80}" for text in SOUND[:6]] + SOUND[6:]), "captions-cut"),
+    ],
+)
+def test_a_planted_fault_is_found_alone(measured: MeasuredDataset, found: str) -> None:
+    assert find_ids(measured) == [found]
+
+
+def test_capitals_matter_to_tokenizers_that_tell_them() -> None:
+    measured = dataset([SOUND[0].replace("zwolf", "Zwolf"), *SOUND[1:]])
+    assert find_ids(measured) == []
+
+    def count_with_capitals(text: str) -> TokenCount:
+        count = count_tokens(text)
+        return replace(count, pieces=tuple(TextPiece(hash(piece.text), piece.text) for piece in count.pieces))
+
+    findings = list(find_trigger_findings(replace(measured, counters={"t5": count_with_capitals})))
+    assert [finding.id for finding in findings] == ["trigger-capitals"]
+    assert findings[0].figure == 1
+    assert "as Zwolf" in findings[0].text
+
+
+def test_pieces_and_phrases_are_named_with_their_figures() -> None:
+    (pieces,) = find_trigger_findings(dataset([text.replace("zwolf", "mmx26") for text in SOUND], "mmx26"))
+    assert pieces.text == "clip reads the trigger word mmx26 as 5 pieces: m, m, x, 2, 6."
+    assert (pieces.figure, pieces.limit) == (5, 3)
+    assert "zwolf" in pieces.remedy  # z and w are one piece, olf another: both rare, and no caption has it
+    captions = [f"{text}, before a white wall" for text in SOUND[:11]] + [SOUND[11]]
+    (phrase,) = find_caption_findings(dataset(captions))
+    assert phrase.subject == "before a white wall"
+    assert phrase.figure == pytest.approx(11 / 12)
+    # in fewer captions it is no fault
+    assert find_ids(dataset([*captions[:9], *SOUND[9:]])) == []
+
+
+def test_a_proposed_word_has_few_pieces_in_every_tokenizer() -> None:
+    assert propose_word({"clip": count_tokens}, ["a dog"]) == "zwolf"
+    assert [piece.text for piece in cut_into_pieces("zwolf", {"clip": count_tokens})["clip"]] == ["zw", "olf"]
+    assert propose_word({"clip": count_tokens}, ["a zwolf"]) is None  # the others fall apart into letters
+
+
+# --- datasets, by the command
+
+
+def write_folder(folder: Path, count: int = 12) -> Path:
+    for number in range(count):
+        save_image(folder / f"{number}.png", number, caption=f"zwolf, {SUBJECTS[number]}")
+    return write_config(folder, "image_directory = '{folder}'")
+
+
+def diagnose(path: Path, capsys: pytest.CaptureFixture[str], *others: Any) -> Mapping[str, Any]:
+    run_diagnosis(DiagnoseOptions(path=path, json=Path(STDOUT), **dict(others)))
+    content: Mapping[str, Any] = json.loads(capsys.readouterr().out)
+    return content
+
+
+def found_ids(path: Path, capsys: pytest.CaptureFixture[str], *others: Any) -> list[str]:
+    return [finding["id"] for finding in diagnose(path, capsys, *others)["findings"]]
+
+
+def plant_copies(folder: Path) -> None:
+    for number in range(4):
+        save_copy(folder / "0.png", folder / f"copy {number}.png", (90, 68), f"zwolf, copy {number}")
+
+
+def plant_crops(folder: Path) -> None:
+    for number in range(4):
+        save_image(folder / f"wide {number}.png", 20 + number, (400, 40), f"zwolf, wide {number}")
+    data = folder / "data.toml"
+    data.write_text(data.read_text("utf-8").replace("enable_bucket = true\n", ""), encoding="utf-8")
+
+
+def plant_softness(folder: Path) -> None:
+    for number in range(12):
+        small = Image.fromarray(picture(number, (96, 72))).resize((6, 5))
+        small.resize((96, 72), Image.Resampling.BICUBIC).save(folder / f"{number}.png")
+
+
+@pytest.mark.parametrize(
+    ("plant", "found"),
+    [
+        (lambda folder: None, []),
+        (plant_copies, ["images-copies"]),
+        (plant_crops, ["images-cropped"]),
+        (plant_softness, ["images-soft"]),
+    ],
+    ids=["sound", "copies", "crops", "softness"],
+)
+def test_media_with_a_planted_fault(
+    plant: Callable[[Path], None], found: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_folder(tmp_path)
+    plant(tmp_path)
+    assert found_ids(config, capsys) == found
+
+
+def test_buckets_of_one_and_uneven_concepts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, size in enumerate([(64, 48), (48, 64), (96, 32), (32, 96)]):
+        save_image(tmp_path / f"{number}.png", number, size, f"zwolf, {SUBJECTS[number]}")
+    other = tmp_path / "other"
+    other.mkdir()
+    save_image(other / "a.png", 30, caption="vrax, a man")
+    tables = [
+        "image_directory = '{folder}'\ntrigger_word = 'zwolf'\nnum_repeats = 3",
+        "image_directory = '{folder}/other'\ntrigger_word = 'vrax'",
+    ]
+    content = diagnose(write_config(tmp_path, *tables), capsys)
+    findings = {finding["id"]: finding for finding in content["findings"]}
+    assert set(findings) == {"buckets-single", "concepts-uneven"}
+    assert findings["concepts-uneven"]["figure"] == 12
+    assert "vrax" in findings["concepts-uneven"]["remedy"]
+    assert any("tokenizers" in remark for remark in content["remarks"])
+
+
+def test_a_described_folder_is_read_with_its_models_tokenizers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = describe_short(POCKET, "clips", tmp_path / "models", tmp_path)
+    capsys.readouterr()
+    data = folder / "dataset.toml"
+    text = data.read_text("utf-8").replace("[[datasets]]", '[[datasets]]\ntrigger_word = "mmx26"', 1)
+    data.write_text(text, encoding="utf-8")
+    content = diagnose(folder, capsys)
+    assert content["remarks"] == []
+    finding = next(finding for finding in content["findings"] if finding["id"] == "trigger-pieces")
+    assert finding["subject"] == "mmx26"
+    assert finding["figure"] >= 4
+
+
+# --- runs
+
+
+def write_run(folder: Path, losses: Sequence[float], validations: Mapping[int, float] | None = None) -> Path:
+    history = History(history_path(folder, "x"), session=7)
+    history.add(0, started=True)
+    for step, loss in enumerate(losses, 1):
+        history.add(step, loss=loss, rates={"lr/unet": 1e-3}, seconds=0.5)
+        if validations and step in validations:
+            history.add(step, validation={"validation/loss": validations[step]})
+            (folder / f"x-step{step}.safetensors").touch()
+            history.add(step, saved=f"x-step{step}.safetensors")
+    history.flush()
+    return history.path
+
+
+FALLING = [1 / (1 + step / 30) for step in range(100)]
+UP_AGAIN = {20: 0.5, 40: 0.4, 60: 0.42, 80: 0.46, 100: 0.5}
+
+
+@pytest.mark.parametrize(
+    ("losses", "validations", "found"),
+    [
+        (FALLING, {step: 1 / step for step in UP_AGAIN}, []),
+        (FALLING, UP_AGAIN, ["validation-rises"]),
+        (FALLING[::-1], None, ["loss-rises"]),
+        ([*FALLING[:50], float("nan"), *FALLING[51:]], None, ["loss-broken"]),
+        (FALLING[:30][::-1], None, []),  # too short to judge
+    ],
+)
+def test_runs(
+    losses: Sequence[float],
+    validations: Mapping[int, float] | None,
+    found: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_run(tmp_path, losses, validations)
+    assert found_ids(tmp_path, capsys) == found
+
+
+def test_the_file_before_the_rise_is_named(tmp_path: Path) -> None:
+    path = write_run(tmp_path, FALLING, UP_AGAIN)
+    ((finding,),) = (diagnosis.findings for diagnosis in list_diagnoses(path))
+    assert finding.remedy == "Take x-step40.safetensors."
+    assert finding.figure == pytest.approx(1.25)
+
+
+# --- LoRA files
+
+
+def write_lora(path: Path, seed: int = 0, scale: float = 1.0, **changed: float) -> Path:
+    """Write a LoRA of Wan with 6 blocks; `changed` scales the up matrices of blocks, as `b3=0`."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, Tensor] = {}
+    for block in range(6):
+        for part in ("q", "k"):
+            name = f"lora_unet_blocks_{block}_self_attn_{part}"
+            factor = scale * changed.get(f"b{block}", 1.0)
+            tensors[f"{name}.lora_up.weight"] = factor * torch.randn(32, 4, generator=generator)
+            tensors[f"{name}.lora_down.weight"] = torch.randn(4, 32, generator=generator)
+            tensors[f"{name}.alpha"] = torch.tensor(2.0)
+    save_file(tensors, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changed", "found"),
+    [
+        ({}, []),
+        ({"b2": 0.0}, ["lora-empty"]),
+        ({"b4": 10.0}, ["lora-one-block"]),
+    ],
+)
+def test_loras(
+    changed: dict[str, float], found: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_lora(tmp_path / "a.safetensors", **changed)
+    content = diagnose(path, capsys)
+    assert [finding["id"] for finding in content["findings"]] == found
+    assert [row["block"] for row in content["blocks"]] == [f"blocks_{number}" for number in range(6)]
+    # the norm is that of the scaled product: alpha / rank = 0.5
+    generator = torch.Generator().manual_seed(0)
+    matrices = [torch.randn(shape, generator=generator) for shape in ((32, 4), (4, 32)) * 2]
+    products = [0.5 * matrices[index].double() @ matrices[index + 1].double() for index in (0, 2)]
+    expected = sum(product.square().sum() for product in products) ** 0.5
+    if "b0" not in changed:
+        assert content["blocks"][0]["norm"] == pytest.approx(float(expected))
+
+
+def test_two_loras(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = write_lora(tmp_path / "a.safetensors")
+    independent = write_lora(tmp_path / "b.safetensors", seed=1)
+    content = diagnose(first, capsys, ("with_lora", independent))
+    assert content["findings"] == []
+    assert all(abs(row["cosine"]) < 0.2 for row in content["blocks"])
+    loud = write_lora(tmp_path / "turbo.safetensors", seed=1, scale=10)
+    (finding,) = diagnose(first, capsys, ("with_lora", loud))["findings"]
+    assert finding["id"] == "loras-loud"
+    assert finding["figure"] == pytest.approx(10, rel=0.2)
+    negative = write_lora(tmp_path / "c.safetensors", scale=-1)
+    content = diagnose(first, capsys, ("with_lora", negative))
+    (finding,) = content["findings"]
+    assert finding["id"] == "loras-overlap"
+    assert finding["figure"] == pytest.approx(-1)
+    assert "cancel" in finding["meaning"]
+
+
+def test_wrong_paths_are_one_sentence_each(tmp_path: Path) -> None:
+    lora = write_lora(tmp_path / "a.safetensors")
+    other = tmp_path / "other.safetensors"
+    tensors = {"lora_unet_blocks_9_ffn_0.lora_up.weight": torch.ones(8, 2)}
+    tensors["lora_unet_blocks_9_ffn_0.lora_down.weight"] = torch.ones(2, 8)
+    save_file(tensors, other)
+    config = write_folder(tmp_path / "data", 1) if (tmp_path / "data").mkdir() is None else tmp_path
+    note = tmp_path / "note.md"
+    note.touch()
+    for path, second, error, words in (
+        (note, None, OptionError, "pass a folder"),
+        (config, lora, OptionError, "compared with a LoRA file"),
+        (tmp_path / "data", None, OptionError, "there is no run in this folder"),
+        (lora, other, CheckpointError, "changes no module that"),
+    ):
+        with pytest.raises(error) as caught:
+            list_diagnoses(path, second)
+        assert words in str(caught.value)
+        assert "\n" not in str(caught.value).strip() or words.startswith("there is no run")
+
+
+def test_findings_are_printed_with_remedy_and_id(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_diagnosis(DiagnoseOptions(path=write_run(tmp_path, FALLING[::-1])))
+    printed = capsys.readouterr().out
+    assert "[loss-rises]" in printed
+    assert "--learning_rate" in printed
+    np.testing.assert_equal(printed.count("The loss rises"), 1)
