@@ -6,12 +6,14 @@ from typing import Any
 from project.foreign import rules
 from project.foreign.contract import (
     DATA,
+    FULL_RANK,
     NEW,
     TRAINING,
     ForeignRun,
     KeyRule,
     Program,
     TrainedNetworks,
+    UnsetValue,
     UnsupportedRun,
     is_off,
     is_on,
@@ -26,7 +28,9 @@ from project.foreign.sample_prompts import ForeignSample, drop_missing, group_li
 
 _JOB = "config.process[]"
 _FIRST_PROCESS = "config.process[0]"
-_EMA = f"{_FIRST_PROCESS}.train.ema_config"
+_NETWORK = f"{_FIRST_PROCESS}.network"
+_TRAIN = f"{_FIRST_PROCESS}.train"
+_EMA = f"{_TRAIN}.ema_config"
 _EMA_DECAY = 0.995  # AI Toolkit's default
 # field of a sample -> the key
 _SAMPLE_KEYS = {
@@ -41,12 +45,43 @@ _SAMPLE_KEYS = {
 }
 _TRAINER_TYPES = ("sd_trainer", "ui_trainer", "diffusion_trainer")
 _EMBEDDING_TYPES = ("textual_inversion_trainer", "textual_inversion")
-_SET_BY_NETWORK_ARGS = omitted("network_args and network_dim below [training] say it: docs/networks.md")
 _SLIDER = "--slider of a training script learns from two prompts, without files: docs/targets.md"
 
 
 def _join_switches(values: dict[str, Any]) -> dict[str, Any]:
-    return join_switch(values, f"{_EMA}.use_ema", f"{_EMA}.ema_decay", default=_EMA_DECAY)
+    """Return the values with one key for an average and its decay, and for a LoKr of full matrices."""
+    joined = join_switch(values, f"{_EMA}.use_ema", f"{_EMA}.ema_decay", default=_EMA_DECAY)
+    full_rank = f"{_NETWORK}.lokr_full_rank"
+    if _is_lokr(values) and is_on(values.get(full_rank, True)):
+        for name in ("linear", "linear_alpha", "rank", "alpha", "lokr_full_rank"):
+            joined.pop(f"{_NETWORK}.{name}", None)
+        joined[full_rank] = True
+    return joined
+
+
+def _is_lokr(values: Mapping[str, Any]) -> bool:
+    return str(values.get(f"{_NETWORK}.type", "")).lower() == "lokr"
+
+
+def _read_full_rank(value: Any) -> int:
+    """Return a rank at which a LoKr has full matrices. Raises UnsetValue if they are factored."""
+    if not is_on(value):
+        raise UnsetValue
+    return FULL_RANK
+
+
+def _read_forced_sample(value: Any) -> bool:
+    """Return True if a sample is made before the first step. Raises UnsetValue if nothing is forced."""
+    if not read_switch(value):
+        raise UnsetValue
+    return True
+
+
+def _read_content_or_style(value: Any) -> None:
+    """Raise UnsetValue for both alike, and ValueError for one of them, which no distribution here prefers."""
+    if value == "balanced":
+        raise UnsetValue
+    raise ValueError("no timestep_sampling is like it; that of the model's page stays")
 
 
 def _read_samples(values: Mapping[str, Any]) -> list[ForeignSample]:
@@ -106,8 +141,14 @@ def _find_trained_networks(values: Mapping[str, Any]) -> TrainedNetworks:
 
 
 def _find_ineffective_keys(values: Mapping[str, Any]) -> set[str]:
-    """Return the keys without effect: empty lists, and EMA settings if EMA is off."""
+    """Return the keys without effect: those of another network, and those whose switch is off."""
     without_effect = set()
+    if not _is_lokr(values):
+        without_effect |= {f"{_NETWORK}.lokr_full_rank", f"{_NETWORK}.lokr_factor"}
+    if not is_on(values.get(f"{_TRAIN}.diff_output_preservation")):
+        without_effect |= {key for key in values if key.startswith(f"{_TRAIN}.diff_output_preservation")}
+    if values.get(f"{_TRAIN}.noise_scheduler", "flowmatch") != "flowmatch":
+        without_effect.add(f"{_TRAIN}.timestep_type")
     if f"{_EMA}.use_ema, ema_decay" not in values:
         without_effect |= {f"{_EMA}.use_ema", f"{_EMA}.ema_decay"}
     return {
@@ -122,16 +163,16 @@ _RULES = {
     "embedding.tokens": rules.VECTORS,
     "embedding.init_words": rules.INIT_WORD,
     "network.type": rules.NETWORK_KIND,
-    "network.lokr_factor": _SET_BY_NETWORK_ARGS,
-    "network.lokr_full_rank": _SET_BY_NETWORK_ARGS,
+    "network.lokr_factor": rules.LOKR_FACTOR,
+    "network.lokr_full_rank": KeyRule(TRAINING, "network_dim", _read_full_rank),
     "network.linear": rules.RANK,
     "network.linear_alpha": rules.ALPHA,
     "network.rank": rules.RANK,
     "network.alpha": rules.ALPHA,
     "network.dropout": rules.DROPOUT,
     "network.network_kwargs.*": rules.LAYERS,
-    "network.conv": omitted("conv_dim in network_args below [training]: docs/networks.md"),
-    "network.conv_alpha": omitted("conv_alpha in network_args below [training]: docs/networks.md"),
+    "network.conv": rules.CONVOLUTION_RANK,
+    "network.conv_alpha": rules.CONVOLUTION_ALPHA,
     "train.steps": rules.STEPS,
     "train.lr": rules.LEARNING_RATE,
     "train.batch_size": rules.BATCH_SIZE,
@@ -165,8 +206,8 @@ _RULES = {
     "train.unload_text_encoder": rules.CHOSEN_BY_NEW,
     "train.cache_text_embeddings": rules.CACHES,
     "train.noise_scheduler": omitted("the model's own noise is used"),
-    "train.timestep_type": rules.TIMESTEPS,
-    "train.content_or_style": rules.TIMESTEPS,
+    "train.timestep_type": rules.DISTRIBUTION,
+    "train.content_or_style": KeyRule(TRAINING, "timestep_sampling", _read_content_or_style),
     "train.linear_timesteps": rules.TIMESTEPS,
     "train.loss_type": rules.LOSS,
     "train.reg_weight": KeyRule(DATA, "prior_loss_weight", number(0, 1000)),
@@ -174,7 +215,7 @@ _RULES = {
         "of two networks, the noise level of each step decides which one is trained"
     ),
     "train.skip_first_sample": KeyRule(TRAINING, "sample_at_first", lambda value: not read_switch(value)),
-    "train.force_first_sample": KeyRule(TRAINING, "sample_at_first", read_switch),
+    "train.force_first_sample": KeyRule(TRAINING, "sample_at_first", _read_forced_sample),
     "train.disable_sampling": omitted("without sample_prompts below [training] there are no samples"),
     **dict.fromkeys(
         ("train.diff_output_preservation", "train.diff_output_preservation_*"),

@@ -37,6 +37,7 @@ OMITTED = "left"  # left out, with the reason in the rule
 # precedence of EPOCHS: over a number of steps, below it, or the run ends at whichever comes first
 FIRST, LAST, SOONEST = "first", "last", "soonest"
 MAX_STEPS = 10_000_000
+FULL_RANK = 1_000_000  # a LoKr of this rank has full matrices: no layer has half as many rows
 
 
 class KeyRule(NamedTuple):
@@ -320,11 +321,33 @@ def read_name(value: Any) -> str:
 
 
 def read_shift(value: Any) -> float:
-    """Return the shift of the noise levels. Raises UnsetValue for 0, which means none."""
+    """Return the shift of the noise levels. Raises UnsetValue for 0 and 1, which mean none."""
     shift = number(0, 1000)(value)
-    if not shift:
+    if shift in (0, 1):
         raise UnsetValue
     return shift
+
+
+# After the name of a distribution of noise levels: a shift moves them. Programs have the shift in a key of
+# its own; here it is another value of --timestep_sampling.
+SHIFTED = "shifted"
+_SIGMOID = ("sigmoid", "logit_normal")  # names of the same distribution: sigmoid of a normal one
+_TIMESTEP_SAMPLINGS = {
+    **{plain_name(name): "sigmoid" for name in _SIGMOID},
+    **{plain_name(f"{name}, {SHIFTED}"): "shift" for name in _SIGMOID},
+    **{plain_name(f"{name}, flux_shift"): "flux_shift" for name in _SIGMOID},
+    **dict.fromkeys(("uniform", "linear"), "uniform"),
+    "shiftedlogitnormal": "shifted_logit_normal",
+}
+read_timestep_sampling = make_name_reader(
+    _TIMESTEP_SAMPLINGS, "no timestep_sampling is like it; that of the model's page stays"
+)
+
+
+def name_distribution(name: str, shift: Any) -> str:
+    """Return the name of a distribution of noise levels, with SHIFTED if `shift` moves them."""
+    is_shifted = read_rate(shift) not in (None, 0, 1)
+    return f"{name}, {SHIFTED}" if is_shifted else name
 
 
 def read_path(value: Any) -> str:

@@ -7,17 +7,18 @@ from project.foreign import rules
 from project.foreign.contract import (
     DATA,
     EPOCHS,
-    NETWORK_ARGUMENT,
     SOONEST,
     ForeignRun,
     KeyRule,
     Program,
     TrainedNetworks,
-    integer,
+    is_on,
+    name_distribution,
     omitted,
     read_rate,
 )
 
+_METHOD = "model.timestep_sample_method"
 _TABLES = ("transformer_path", "diffusion_model", "checkpoint_path", "diffusers_path", "ckpt_path")
 _TEXT_ENCODERS = ("text_encoder", "text_encoder1", "t5", "qwen3", "gemma2", "gemma_root", "t5xxl")
 # keys of other networks -> names of --model_file
@@ -48,6 +49,17 @@ def _find_trained_networks(values: Mapping[str, Any]) -> TrainedNetworks:
     return TrainedNetworks(keys, True, read_rate(values.get(names[0])), texts)
 
 
+def _name_distribution(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values with the shift of noise levels in the name of their distribution."""
+    method = values.get(_METHOD, "logit_normal")
+    if is_on(values.get("model.flux_shift")):
+        return {**values, _METHOD: f"{method}, flux_shift"}
+    shift = values.get("model.shift")
+    if shift is None and _METHOD not in values:
+        return values
+    return {**values, _METHOD: name_distribution(method, shift)}
+
+
 def _read_batch(value: Any) -> int:
     if isinstance(value, list):
         raise ValueError("each size has its own there; batch_size in dataset.toml is for all")
@@ -62,6 +74,7 @@ PROGRAM = Program(
     companion_keys=("dataset",),
     default_values={"warmup_steps": 0},
     find_run=_find_run,
+    rename_keys=_name_distribution,
     find_trained_networks=_find_trained_networks,
     rules={
         "epochs": KeyRule(EPOCHS, SOONEST, rules.NUM_EPOCHS.read),
@@ -101,7 +114,9 @@ PROGRAM = Program(
             f"model.{name}": rules.CHOSEN_BY_NEW
             for name in ("dtype", "transformer_dtype", "diffusion_model_dtype")
         },
-        "model.timestep_sample_method": rules.TIMESTEPS,
+        _METHOD: rules.DISTRIBUTION,
+        "model.sigmoid_scale": rules.SIGMOID_SCALE,
+        "model.flux_shift": omitted("it is read with timestep_sample_method"),
         "model.shift": rules.SHIFT,
         "model.image_shift": rules.SHIFT,
         "model.cfg": omitted("targets below [training] keep what was distilled: docs/targets.md"),
@@ -120,7 +135,7 @@ PROGRAM = Program(
         "adapter.dropout": rules.DROPOUT,
         "adapter.dtype": rules.CHOSEN_BY_NEW,
         "adapter.init_from_existing": rules.START,
-        "adapter.decompose_factor": KeyRule(NETWORK_ARGUMENT, "factor", integer(-1, 100_000)),
+        "adapter.decompose_factor": rules.LOKR_FACTOR,
         "optimizer.type": rules.OPTIMIZER,
         "optimizer.lr": rules.LEARNING_RATE,
         **{

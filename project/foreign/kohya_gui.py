@@ -25,6 +25,7 @@ from project.foreign.contract import (
     number,
     omitted,
     read_rate,
+    read_switch,
     read_text,
 )
 from project.foreign.sample_prompts import ForeignSample
@@ -34,7 +35,7 @@ _SET_BY_NETWORK_ARGS = omitted("set it by network_args below [training]: docs/ne
 _LAUNCHER_ONLY = omitted("`run` starts the training on one card")
 _NETWORK_ARGUMENTS = ("conv_dim", "conv_alpha", "rank_dropout", "module_dropout", "factor")
 _LYCORIS_KEYS = (
-    *("algo", "block_size", "bypass_mode", "constrain", "decompose_both", "rank_dropout_scale"),
+    *("algo", "block_size", "bypass_mode", "constrain", "rank_dropout_scale"),
     *("rescaled", "train_norm", "train_on_input", "unit", "use_cp", "use_scalar", "use_tucker"),
 )
 _BLOCK_WEIGHT_KEYS = (
@@ -44,6 +45,9 @@ _BLOCK_WEIGHT_KEYS = (
 _MULTIRES_NOISE_KEYS = ("multires_noise_discount", "multires_noise_iterations")
 _NOISE_OFFSET_KEYS = ("adaptive_noise_scale", "noise_offset", "noise_offset_random_strength")
 _FLUX_ONLY_KEYS = ("guidance_scale", "discrete_flow_shift", "model_prediction_type", "timestep_sampling")
+# keys that FLUX ignores: of models that predict noise, and of their text encoders
+_NOISE_ONLY_KEYS = {*_MULTIRES_NOISE_KEYS, *_NOISE_OFFSET_KEYS, "min_snr_gamma", "zero_terminal_snr"}
+_NOISE_ONLY_KEYS |= {"clip_skip", "max_token_length", "ip_noise_gamma", "scale_v_pred_loss_like_noise_pred"}
 _FINE_TUNING_KEYS = ("train_dir", "image_folder", "create_caption", "create_buckets", "dataset_repeats")
 _LECO_SLIDER_KEYS = ("leco_denoise_guidance_scale", "max_denoising_steps", "prompts_file")
 _EMBEDDING_KEYS = ("token_string", "init_word", "num_vectors_per_token")
@@ -174,6 +178,8 @@ def _find_ineffective_keys(values: Mapping[str, Any]) -> set[str]:
     ineffective = _find_other_model_keys(values)
     if "lycoris" not in network_type:
         ineffective |= {*_LYCORIS_KEYS, "LyCORIS_preset", "dora_wd", "factor"}
+    if "lokr" not in network_type:
+        ineffective.add("decompose_both")
     if "lycoris" not in network_type and "locon" not in network_type:
         ineffective |= {"conv_dim", "conv_alpha"}
     if values.get("noise_offset_type", "Original") == "Original":
@@ -182,6 +188,10 @@ def _find_ineffective_keys(values: Mapping[str, Any]) -> set[str]:
         ineffective |= {*_NOISE_OFFSET_KEYS}
     if is_off(values.get("min_snr_gamma")) or values.get("min_snr_gamma") == 0:
         ineffective.add("min_snr_gamma")
+    if is_on(values.get("sdxl")):  # it always uses the last but one layer
+        ineffective.add("clip_skip")
+    if is_on(values.get("flux1_checkbox")):
+        ineffective |= _NOISE_ONLY_KEYS
     if str(values.get("max_token_length")) == "75":  # the text encoder's default length
         ineffective.add("max_token_length")
     if str(values.get("clip_skip")) in {"0", "1"}:  # the last layer
@@ -227,6 +237,7 @@ PROGRAM = Program(
         "network_alpha": rules.ALPHA,
         **{name: KeyRule(NETWORK_ARGUMENT, name, number(-1, 1e6)) for name in _NETWORK_ARGUMENTS},
         **dict.fromkeys((*_LYCORIS_KEYS, *_BLOCK_WEIGHT_KEYS, "LyCORIS_preset"), _SET_BY_NETWORK_ARGS),
+        "decompose_both": KeyRule(NETWORK_ARGUMENT, "decompose_both", read_switch),
         "dora_wd": rules.DORA,
         "token_string": rules.WORD,
         "init_word": rules.INIT_WORD,
@@ -254,6 +265,7 @@ PROGRAM = Program(
         "max_resolution": rules.RESOLUTION,
         "resolution": rules.RESOLUTION,
         "conditioning_data_dir": rules.CONTROLS,
+        "flux1_t5xxl_max_token_length": KeyRule(TRAINING, "t5xxl_max_token_length", integer(1, 4096)),
         "anima_discrete_flow_shift": KeyRule(TRAINING, "discrete_flow_shift", number(0, 1000)),
         "anima_sigmoid_scale": KeyRule(TRAINING, "sigmoid_scale", number(0, 1000)),
         "anima_timestep_sampling": KeyRule(TRAINING, "timestep_sampling", read_text),

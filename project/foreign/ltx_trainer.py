@@ -179,6 +179,7 @@ PROGRAM = Program(
         "checkpoints.interval": rules.SAVE_STEPS,
         "checkpoints.keep_last_n": rules.KEPT_FILES,
         "checkpoints.precision": rules.CHOSEN_BY_NEW,
+        "flow_matching.timestep_sampling_mode": rules.DISTRIBUTION,
         "flow_matching.*": rules.TIMESTEPS,
         "hub.*": rules.UPLOADS,
         "wandb.*": rules.LOGS,

@@ -16,6 +16,7 @@ from project.foreign.contract import (
     integer,
     is_on,
     join_switch,
+    name_distribution,
     number,
     omitted,
     read_rate,
@@ -33,6 +34,9 @@ _UNIT = "it is counted in minutes or seconds there, and in steps here"
 # the names of a switch and of its value, joined by `_join_switches`
 _MIN_SNR = "loss_weight_fn = MIN_SNR_GAMMA, loss_weight_strength"
 _EMA = "ema, ema_decay"
+_LOGIT_NORMAL = "LOGIT_NORMAL"
+# key of the weight of a loss -> the loss
+_LOSSES = {"mse_strength": "mse", "mae_strength": "mae", "log_cosh_strength": "log_cosh"}
 _VALIDATION_SPLIT = 0.1  # as `new` holds back of enough files
 # field of a sample -> the key
 _SAMPLE_KEYS = {
@@ -49,6 +53,7 @@ _EMA_DECAY = 0.999  # OneTrainer's default
 
 
 def _join_switches(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values with one key for each group of keys that make one setting together."""
     joined = join_switch(
         values,
         "loss_weight_fn",
@@ -57,7 +62,19 @@ def _join_switches(values: dict[str, Any]) -> dict[str, Any]:
         on_values=("MIN_SNR_GAMMA",),
         joined_key=_MIN_SNR,
     )
-    return join_switch(joined, "ema", "ema_decay", default=_EMA_DECAY, on_values=("GPU", "CPU"))
+    joined = join_switch(joined, "ema", "ema_decay", default=_EMA_DECAY, on_values=("GPU", "CPU"))
+    weights = {key: joined.pop(key) for key in _LOSSES if key in joined}
+    used = [key for key, weight in weights.items() if weight]
+    if len(used) == 1:
+        joined[", ".join(_LOSSES)] = _LOSSES[used[0]]
+    elif weights:
+        joined[", ".join(_LOSSES)] = ", ".join(str(joined_weight) for joined_weight in weights.values())
+    name = joined.get("timestep_distribution")
+    if name is not None:
+        if name == _LOGIT_NORMAL and joined.get("noising_bias"):
+            name = f"{name}, noising_bias = {joined['noising_bias']}"
+        joined["timestep_distribution"] = name_distribution(name, joined.get("timestep_shift"))
+    return joined
 
 
 def _find_ineffective_keys(values: Mapping[str, Any]) -> set[str]:
@@ -67,8 +84,12 @@ def _find_ineffective_keys(values: Mapping[str, Any]) -> set[str]:
         keys |= {"loss_weight_fn", "loss_weight_strength"}
     if _EMA not in values:
         keys |= {"ema", "ema_decay", "ema_update_step_interval"}
-    if values.get("timestep_shift") == 1:  # it changes nothing
-        keys |= {"timestep_shift"}
+    if not str(values.get("timestep_distribution", "")).startswith(_LOGIT_NORMAL):
+        keys |= {"noising_weight", "noising_bias"}
+    for key in values:
+        table = key.removesuffix(".resolution_override")
+        if table != key and not is_on(values.get(f"{table}.enable_resolution_override")):
+            keys |= {key, f"{table}.enable_resolution_override"}
     return keys
 
 
@@ -146,8 +167,19 @@ def _read_scheduler(value: Any) -> str:
 
 
 def _read_noise(value: Any) -> int:
-    """Convert a noise fraction (0 to 1) to a timestep (0 to 1000)."""
-    return round(1000 * number(0, 1)(value))
+    """Convert a noise fraction (0 to 1) to a timestep. Raises UnsetValue for 0 and 1: no limit."""
+    fraction = number(0, 1)(value)
+    if fraction in (0, 1):
+        raise UnsetValue
+    return round(1000 * fraction)
+
+
+def _read_noising_weight(value: Any) -> float:
+    """Return the standard deviation before the sigmoid. Raises UnsetValue for 0, which means 1."""
+    weight = number(-1, 100)(value)
+    if not weight:
+        raise UnsetValue
+    return weight + 1
 
 
 def _read_every(value: Any) -> int:
@@ -183,7 +215,8 @@ _CONCEPT_RULES = {
     "image.enable_crop_jitter": omitted(
         "crops are of the middle; random_crop in a subset of dataset.toml moves them"
     ),
-    "image.resolution_override": omitted("resolution in dataset.toml is for all folders"),
+    "image.resolution_override": rules.RESOLUTIONS,
+    "image.enable_resolution_override": omitted("it is read with resolution_override"),
 }
 _OPTIMIZER_ARGUMENTS = (
     "betas",
@@ -274,18 +307,15 @@ PROGRAM = Program(
         "offset_noise_weight": rules.NOISE_OFFSET,
         "max_noising_strength": KeyRule(TRAINING, "max_timestep", _read_noise),
         "min_noising_strength": KeyRule(TRAINING, "min_timestep", _read_noise),
-        "noising_*": rules.TIMESTEPS,
+        "noising_weight": KeyRule(TRAINING, "sigmoid_scale", _read_noising_weight),
+        "noising_bias": omitted("it is read with timestep_distribution"),
         "dynamic_timestep_shifting": rules.TIMESTEPS,
-        "mse_strength": omitted("loss_type below [training] has l2, l1, huber and smooth_l1"),
-        "mae_strength": omitted("loss_type below [training] has l2, l1, huber and smooth_l1"),
-        "log_cosh_strength": omitted("loss_type below [training] has l2, l1, huber and smooth_l1"),
+        ", ".join(_LOSSES): rules.LOSS,
         _MIN_SNR: rules.MIN_SNR,
         "loss_weight_fn": KeyRule(TRAINING, "debiased_estimation_loss", _read_loss_weight),
         "loss_weight_strength": omitted("it is a value of loss_weight_fn"),
-        "timestep_distribution": rules.TIMESTEPS,
-        "timestep_shift": omitted(
-            "it shifts the distribution of times that the file names, which is not here"
-        ),
+        "timestep_distribution": rules.DISTRIBUTION,
+        "timestep_shift": rules.SHIFT,
         "save_every": KeyRule(TRAINING, "save_every_n_steps", _read_every),
         "sample_after": KeyRule(TRAINING, "sample_every_n_steps", _read_every),
         "save_every (epochs)": rules.SAVE_EPOCHS,

@@ -11,6 +11,7 @@ from project.foreign.contract import (
     FILE,
     FOLDER,
     FRAMES,
+    FULL_RANK,
     KEPT,
     LAST,
     MODEL,
@@ -40,6 +41,7 @@ from project.foreign.contract import (
     read_shift,
     read_sizes,
     read_switch,
+    read_timestep_sampling,
     read_trigger,
     read_warmup,
 )
@@ -47,10 +49,12 @@ from project.foreign.contract import (
 MODEL_NAME = KeyRule(MODEL)
 MODEL_FILE = KeyRule(FILE)
 NETWORK_KIND = KeyRule(NETWORK, "", read_network)
-# LoKr trains full matrices at very large values
-RANK = KeyRule(TRAINING, "network_dim", integer(1, 2_000_000))
+RANK = KeyRule(TRAINING, "network_dim", integer(1, 2 * FULL_RANK))
 ALPHA = KeyRule(TRAINING, "network_alpha", number(0, 2_000_000))
 DROPOUT = KeyRule(TRAINING, "network_dropout", number(0, 0.999))
+LOKR_FACTOR = KeyRule(NETWORK_ARGUMENT, "factor", integer(-1, 100_000))
+CONVOLUTION_RANK = KeyRule(NETWORK_ARGUMENT, "conv_dim", integer(0, 100_000))
+CONVOLUTION_ALPHA = KeyRule(NETWORK_ARGUMENT, "conv_alpha", number(0, 100_000))
 DORA = KeyRule(NETWORK_ARGUMENT, "dora_wd", read_switch)
 WORD = KeyRule(NEW, "trigger_word", read_trigger)
 VECTORS = KeyRule(TRAINING, "num_vectors_per_token", integer(1, 1000))
@@ -92,6 +96,8 @@ MIRRORED = KeyRule(DATA, "flip_aug", read_switch)
 MASKS = omitted("`new` names the masks that it sees, for mask_directory in dataset.toml")
 TAG_DROPOUT = KeyRule(DATA, "caption_tag_dropout_rate", number(0, 1))
 LAYERS = omitted("network_args below [training] choose layers: docs/networks.md")
+DISTRIBUTION = KeyRule(TRAINING, "timestep_sampling", read_timestep_sampling)
+SIGMOID_SCALE = KeyRule(TRAINING, "sigmoid_scale", number(0, 100))
 TIMESTEPS = omitted("timestep_sampling below [training] is that of the model's page")
 SHIFT = KeyRule(TRAINING, "discrete_flow_shift", read_shift)
 ADAPTER = KeyRule(ADAPTER_FILE, "", str)

@@ -9,6 +9,7 @@ from dataset.subset_options import SUBSET_KEYS
 from downloads.catalogue import ModelSet
 from modules.integers import round_up
 from modules.option_values import format_shape
+from project.foreign.contract import FULL_RANK
 from project.foreign.learning import remove_unsuitable_rates, resolve_trained_networks
 from project.foreign.named import adopt_by_name
 from project.foreign.optimizing import resolve_optimizer
@@ -88,7 +89,7 @@ def resolve_project(
     resolve_trained_networks(project, model, kind, script)
     adopt_by_name(project, script, _list_options_set_by_new(model))
     resolve_optimizer(project, memory)
-    _resolve_network(project, kind)
+    _resolve_network(project, model, kind)
     if kind.saves_large_files:  # large networks, for which `new` sets Adafactor
         _adapt_adafactor_defaults(project, script)
     project.keeps_only_latest = kind.saves_large_files
@@ -97,6 +98,7 @@ def resolve_project(
         project.change_lines.append(
             f"min_snr_gamma is left out: {project.title} uses it only if its file sets it"
         )
+    _omit_unused_noise_levels(project, model, script)
     _remove_rejected_options(project, script)
     _resolve_dataset_keys(project, dataset_layout)
 
@@ -107,14 +109,41 @@ def _remove_rejected_options(project: ForeignProject, script: ScriptOptions) -> 
             project.remove_option(name, script.rejected.get(name, f"{script.name} has no such option"))
 
 
+def _omit_unused_noise_levels(project: ForeignProject, model: ModelSet, script: ScriptOptions) -> None:
+    """Drop the uniform noise levels of models that predict noise, and a shift that the sampling ignores."""
+    training = project.training_options
+    if "timestep_sampling" not in script.accepted and training.get("timestep_sampling") == "uniform":
+        project.ineffective_keys.append(project.get_file_key("timestep_sampling"))
+        project.remove_from_report(project.get_file_key("timestep_sampling"))
+        training.pop("timestep_sampling")
+    command = model.commands["train"].split()
+    on_page = (
+        command[command.index("--timestep_sampling") + 1] if "--timestep_sampling" in command else "shift"
+    )
+    sampling = training.get("timestep_sampling", on_page)
+    if "discrete_flow_shift" in training and sampling not in {"shift", "sigma"}:
+        reason = f"timestep_sampling = {sampling} has no such shift"
+        project.remove_option("discrete_flow_shift", reason)
+
+
 def _list_options_set_by_new(model: ModelSet) -> set[str]:
     """Return the names of the options that `new` itself sets for a model."""
     words = f"{model.commands['train']} {model.properties.get('train', '')}".split()
     return {word.removeprefix("--") for word in words if word.startswith("--")}
 
 
-def _resolve_network(project: ForeignProject, kind: RunKind) -> None:
+def _omit_convolution_arguments(project: ForeignProject) -> None:
+    """Drop the rank of convolutions, which has no effect in networks without them."""
+    for name in ("conv_dim", "conv_alpha"):
+        if name in project.network_arguments:
+            project.network_arguments.pop(name)
+            project.ineffective_keys.append(project.source_keys[name])
+
+
+def _resolve_network(project: ForeignProject, model: ModelSet, kind: RunKind) -> None:
     """Set rank, alpha and network arguments of a LoRA; for other kinds, omit them and report the reason."""
+    if not model.properties.get("convolutions"):
+        _omit_convolution_arguments(project)
     if kind is LORA:
         _omit_lora_only_settings(project)
         _write_network_arguments(project)
@@ -176,7 +205,9 @@ def _set_default_alpha(project: ForeignProject) -> None:
     rank = project.training_options.get("network_dim")
     if rank is None or "network_alpha" in project.training_options:
         return
-    alpha = rank if project.program.default_alpha is None else project.program.default_alpha
+    alpha = project.program.default_alpha
+    if alpha is None or rank >= FULL_RANK:  # full matrices are not scaled
+        alpha = rank
     project.training_options["network_alpha"] = alpha
     project.change_lines.append(f"no alpha is set: network_alpha = {alpha}, as in {project.title}")
 

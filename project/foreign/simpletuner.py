@@ -7,7 +7,6 @@ from typing import Any
 from project.foreign import rules
 from project.foreign.contract import (
     DATA,
-    NETWORK_ARGUMENT,
     SIZES,
     TRAINING,
     ForeignRun,
@@ -18,6 +17,7 @@ from project.foreign.contract import (
     integer,
     is_on,
     join_switch,
+    name_distribution,
     number,
     omitted,
     read_one_size,
@@ -27,7 +27,14 @@ from project.foreign.sample_prompts import ForeignSample, drop_missing, read_sam
 
 
 def _join_switches(values: dict[str, Any]) -> dict[str, Any]:
-    return join_switch(values, "use_ema", "ema_decay", default=_EMA_DECAY)
+    """Return the values with one key for an average and its decay, and one for the noise levels."""
+    joined = join_switch(values, "use_ema", "ema_decay", default=_EMA_DECAY)
+    shift = joined.get("flow_schedule_shift")
+    if is_on(joined.get("flow_use_uniform_schedule")):
+        joined[_FLOW_SCHEDULE] = name_distribution("uniform", shift)
+    elif shift is not None and not is_on(joined.get("flow_schedule_auto_shift")):
+        joined[_FLOW_SCHEDULE] = name_distribution("sigmoid", shift)
+    return joined
 
 
 def _read_samples(values: Mapping[str, Any]) -> list[ForeignSample]:
@@ -97,6 +104,7 @@ def _read_repeats(value: Any) -> int:
 
 
 _EMA_DECAY = 0.995  # SimpleTuner's default
+_FLOW_SCHEDULE = "flow schedule"  # the name that messages have for its keys together
 # field of a sample -> the key
 _SAMPLE_KEYS = {
     "prompt": "validation_prompt",
@@ -138,7 +146,7 @@ _RULES = {
     "lycoris_config:algo": rules.NETWORK_KIND,
     "lycoris_config:linear_dim": KeyRule(TRAINING, "network_dim", integer(1, 100_000)),
     "lycoris_config:linear_alpha": rules.ALPHA,
-    "lycoris_config:factor": KeyRule(NETWORK_ARGUMENT, "factor", integer(-1, 100_000)),
+    "lycoris_config:factor": rules.LOKR_FACTOR,
     "lycoris_config:*": rules.LAYERS,
     "init_lora": rules.START,
     "assistant_lora_path": rules.ADAPTER,
@@ -164,7 +172,11 @@ _RULES = {
     "max_grad_norm": KeyRule(TRAINING, "max_grad_norm", _read_limit),
     "grad_clip_method": omitted("max_grad_norm below [training] is the norm of all gradients"),
     "loss_type": rules.LOSS,
+    _FLOW_SCHEDULE: rules.DISTRIBUTION,
     "flow_schedule_shift": rules.SHIFT,
+    "flow_sigmoid_scale": rules.SIGMOID_SCALE,
+    "flow_use_uniform_schedule": omitted("it is read with the flow schedule"),
+    "flow_*": rules.TIMESTEPS,
     "tread_config.*": omitted("tread below [training] leaves tokens out: docs/speed.md"),
     "resolution": KeyRule(SIZES, "resolution", _read_size),
     "resolution_type": omitted("resolution here is the side of a square of the area"),

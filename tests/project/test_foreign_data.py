@@ -1,4 +1,4 @@
-"""`new --from`: sizes, lengths and buckets of another trainer's datasets, and its sample prompts."""
+"""`new --from`: sizes, lengths and buckets of datasets, sample prompts, and settings of several keys."""
 
 import json
 from pathlib import Path
@@ -18,6 +18,7 @@ from tests.project.test_foreign_project import (
     ONETRAINER,
     SIMPLETUNER,
     describe,
+    resolve_for,
     write_files,
 )
 from tests.project.test_new import write_photos
@@ -263,3 +264,146 @@ def test_values_of_a_sample_that_are_no_numbers_are_told(tmp_path: Path) -> None
 )
 def test_a_prompt_keeps_the_dashes_that_begin_no_option(text: str, line: str) -> None:
     assert plain(text) == line
+
+
+def toolkit(train: str = "", network: str = "") -> str:
+    """The job of AI Toolkit with further keys of its training, or another network."""
+    text = AI_TOOLKIT.replace("        lr: 1e-4\n", f"        lr: 1e-4\n{train}")
+    return (
+        text.replace('        type: "lora"\n        linear: 12\n        linear_alpha: 6\n', network)
+        if network
+        else text
+    )
+
+
+LOKR = "        type: lokr\n        linear: 16\n        lokr_factor: 4\n        lokr_full_rank: {}\n"
+PIPE = "micro_batch_size_per_gpu = 1\n[adapter]\ntype = 'lora'\nrank = 4\n[model]\ntype = 'flux'\n"
+FLUX_REPOSITORY = {
+    "--pretrained_model_name_or_path": "black-forest-labs/FLUX.1-dev",
+    "--model_family": "flux",
+}
+FLOW = {"model_type": "FLUX_DEV_1", "base_model_name": "black-forest-labs/FLUX.1-dev"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.yaml", toolkit("        timestep_type: sigmoid\n"), {"timestep_sampling": "sigmoid"}),
+        ("a.yaml", toolkit("        timestep_type: linear\n"), {"timestep_sampling": "uniform"}),
+        # no such distribution is here: the page's stays
+        ("a.yaml", toolkit("        timestep_type: weighted\n"), {"timestep_sampling": None}),
+        (
+            "a.yaml",
+            toolkit("        timestep_type: linear\n        noise_scheduler: ddpm\n"),
+            {"timestep_sampling": None},
+        ),
+        (
+            "a.yaml",
+            toolkit("        force_first_sample: false\n        skip_first_sample: true\n"),
+            {"sample_at_first": False},
+        ),
+        (
+            "a.yaml",
+            toolkit(network=LOKR.format("true")),
+            {"network_dim": 1_000_000, "network_alpha": 1_000_000, "network_args": ["factor=4"]},
+        ),
+        (
+            "a.yaml",
+            toolkit(network=LOKR.format("false")),
+            {"network_dim": 16, "network_alpha": 1, "network_args": ["factor=4"]},
+        ),
+        # the page's default network has neither
+        (
+            "a.yaml",
+            toolkit(network=LOKR.format("true").replace("lokr\n", "lora\n", 1)),
+            {"network_dim": 16, "network_args": None},
+        ),
+        ("a.toml", PIPE + "shift = 3\n", {"timestep_sampling": "shift", "discrete_flow_shift": 3}),
+        (
+            "a.toml",
+            PIPE + "flux_shift = true\nshift = 3\n",
+            {"timestep_sampling": "flux_shift", "discrete_flow_shift": None},
+        ),
+        (
+            "a.toml",
+            PIPE + "timestep_sample_method = 'logit_normal'\nsigmoid_scale = 1.3\n",
+            {"timestep_sampling": "sigmoid", "sigmoid_scale": 1.3},
+        ),
+        ("a.toml", PIPE + "timestep_sample_method = 'uniform'\n", {"timestep_sampling": "uniform"}),
+        ("a.toml", PIPE, {"timestep_sampling": None}),
+        (
+            "a.json",
+            {**SIMPLETUNER, **FLUX_REPOSITORY, "flow_schedule_shift": 3, "flow_sigmoid_scale": 1.2},
+            {"timestep_sampling": "shift", "discrete_flow_shift": 3, "sigmoid_scale": 1.2},
+        ),
+        (
+            "a.json",
+            {
+                **SIMPLETUNER,
+                **FLUX_REPOSITORY,
+                "flow_schedule_shift": 3,
+                "flow_schedule_auto_shift": True,
+            },
+            {"timestep_sampling": None, "discrete_flow_shift": None},
+        ),
+        (
+            "a.json",
+            {
+                **ONETRAINER,
+                **FLOW,
+                "timestep_distribution": "LOGIT_NORMAL",
+                "timestep_shift": 2.5,
+                "noising_weight": 0.2,
+            },
+            {"timestep_sampling": "shift", "discrete_flow_shift": 2.5, "sigmoid_scale": 1.2},
+        ),
+        (
+            "a.json",
+            {
+                **ONETRAINER,
+                **FLOW,
+                "timestep_distribution": "UNIFORM",
+                "timestep_shift": 1.0,
+                "noising_weight": 0.2,
+            },
+            {"timestep_sampling": "uniform", "discrete_flow_shift": None, "sigmoid_scale": None},
+        ),
+        (
+            "a.json",
+            {**ONETRAINER, **FLOW, "timestep_distribution": "UNIFORM", "timestep_shift": 3.0},
+            {"timestep_sampling": None, "discrete_flow_shift": None},
+        ),
+        ("a.json", {**ONETRAINER, "mse_strength": 0.0, "mae_strength": 1.0}, {"loss_type": "l1"}),
+        ("a.json", {**ONETRAINER, "mse_strength": 0.5, "mae_strength": 0.5}, {"loss_type": None}),
+        (
+            "a.json",
+            {**ONETRAINER, "min_noising_strength": 0.0, "max_noising_strength": 1.0},
+            {"max_timestep": None},
+        ),
+        (
+            "a.json",
+            {**KOHYA, "LoRA_type": "LyCORIS/LoKr", "decompose_both": True, "conv_dim": 4},
+            {"network_args": ["decompose_both=True", "conv_dim=4"]},
+        ),
+        ("a.json", {**KOHYA, "clip_skip": 2}, {"clip_skip": None}),
+    ],
+)
+def test_keys_that_make_one_setting_together_are_that_setting(
+    name: str, content: Any, expected: dict[str, Any], tmp_path: Path
+) -> None:
+    project = read_foreign(write_files(tmp_path, {name: content}))
+    resolve_for(project)
+    found = {key: project.training_options.get(key) for key in expected}
+    assert {key: sorted(value) if isinstance(value, list) else value for key, value in found.items()} == {
+        key: sorted(value) if isinstance(value, list) else value for key, value in expected.items()
+    }
+
+
+def test_a_concept_has_its_own_sizes_if_it_says_so(tmp_path: Path) -> None:
+    image = {"resolution_override": "256,512", "enable_resolution_override": True}
+    concept = {"path": "photos", "image": image}
+    project = read_foreign(write_files(tmp_path, {"a.json": {**ONETRAINER, "concepts": [concept]}}))
+    assert project.general_keys["resolution"] == ((512, 512), (256, 256))
+    image["enable_resolution_override"] = False
+    project = read_foreign(write_files(tmp_path, {"a.json": {**ONETRAINER, "concepts": [concept]}}))
+    assert project.general_keys["resolution"] == ((768, 768),)

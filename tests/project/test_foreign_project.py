@@ -9,6 +9,7 @@ import pytest
 
 from dataset.config import KEYS, load_dataset_config
 from dataset.subset_options import SUBSET_KEYS
+from flux.options import FluxTrainingOptions
 from ltx_2.options import Ltx2TrainingOptions
 from modules.errors import OptionError
 from modules.options import get_option_info
@@ -274,6 +275,7 @@ MEANT: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], int | Non
             "lr_scheduler": "linear",
             "sample_every_n_steps": 250,
             "save_every_n_steps": 100,
+            "timestep_sampling": "shifted_logit_normal",
             "seed": 42,
         },
         {"batch_size": 2},
@@ -500,6 +502,7 @@ def test_what_is_taken_has_a_place_here() -> None:
         *get_option_info(StableDiffusionTrainingOptions),
         *get_option_info(InversionOptions),
         *get_option_info(Ltx2TrainingOptions),
+        *get_option_info(FluxTrainingOptions),
     }
     arguments = {"beta1", "beta2", "eps2"}.union(*OPTIMIZER_ARGUMENTS.values())
     places = {
@@ -734,11 +737,8 @@ def test_as_many_saves_are_kept_as_the_project_keeps(tmp_path: Path) -> None:
 
 # reasons that name an option or a key that the user may write -> why no rule writes it
 NOT_WRITTEN = {
-    "network_args and network_dim below [training] say it: docs/networks.md": "names of layers differ",
     "network_args below [training] choose layers: docs/networks.md": "names of layers differ",
     "set it by network_args below [training]: docs/networks.md": "one key for several kinds of networks",
-    "conv_dim in network_args below [training]: docs/networks.md": "most models have no convolutions",
-    "conv_alpha in network_args below [training]: docs/networks.md": "most models have no convolutions",
     "timestep_sampling below [training] is that of the model's page": "distributions have no equal here",
     "without sample_prompts below [training] there are no samples": "samples do not change a training",
     "`new` names the masks that it sees, for mask_directory in dataset.toml": "masks have other names there",
@@ -757,8 +757,6 @@ NOT_WRITTEN = {
     "tread below [training] leaves tokens out: docs/speed.md": "routes are numbered otherwise",
     "num_repeats in dataset.toml says how often files are seen": "a share is no number of repeats",
     "lr_scheduler = cosine_with_min_lr below [training] has such a factor": "of one schedule alone",
-    "loss_type below [training] has l2, l1, huber and smooth_l1": "a sum of losses has no equal here",
-    "resolution in dataset.toml is for all folders": "the described folder has one",
     "custom_attributes.diff_output_preservation in a subset of dataset.toml: docs/image_datasets.md": "class",
     "batch_size in a table of dataset.toml": "tables of images and clips are one folder here",
     "shuffle_caption in a subset of dataset.toml shuffles in each step": "it is a number of variants there",
