@@ -23,7 +23,7 @@ from modules.seeds import derive_seed
 from networks.builtin_modules import OWN_MODULES, NetworkArguments, read_own
 from networks.builtin_networks import build_from_tensors, build_network, check_blocks
 from networks.cast_factors import cast_before_pass
-from networks.kinds.composing import OTHER_MODULES
+from networks.formats.kohya import OTHER_MODULES
 from networks.lora_network import OwnNetwork, rename_texts
 from networks.options import NetworkOptions
 from protocols.family import NumberedBlocks
@@ -241,7 +241,7 @@ def check_network(
             check_blocks(settings, depths)
         if settings.block_settings is not None:
             settings.block_settings.fit(numbered)  # called only to raise errors
-        if not OWN_MODULES[name].kind.has_norms and options.scale_weight_norms is not None:
+        if OWN_MODULES[name].kind.rotates and options.scale_weight_norms is not None:
             raise OptionError(
                 f"--scale_weight_norms cannot be used with --network_module {name}: a rotation has no norm "
                 "to scale down, and keeps the norms of the weights. Omit it"

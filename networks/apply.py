@@ -687,7 +687,7 @@ class LoraPatch:
         rank_rule = read_rank_rule(lora.metadata)
         # a merged T-LoRA has all ranks active at all noise levels
         if rank_rule is not None and not self._is_masked:
-            logger.warning(f"{lora.path} {rank_rule.kind.merged}")
+            logger.warning(rank_rule.explain_merging(lora.path))
         warn_about_other_family(lora, family, self._modules)
         if absent_keys:
             warn_about_absent_modules(

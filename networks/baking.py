@@ -20,6 +20,7 @@ from modules.errors import CheckpointError, OptionError
 from networks.apply import Change
 from networks.delta import read_delta
 from networks.extracting import decompose_change, reshape_to_lora
+from networks.formats.comfyui import NORMS_FORM
 from networks.key_formats import split_tensor_name
 from networks.kinds import LORA
 from networks.kinds.composing import (
@@ -28,7 +29,7 @@ from networks.kinds.composing import (
     MAGNITUDES,
     find_kinds_with_factors,
 )
-from networks.kinds.contract import NORMS_FORM, named
+from networks.kinds.contract import named
 from networks.kinds.factors import DOWN, MID, Factors
 from networks.loading import LoraFile, WeightedLora
 from networks.lora_network import get_prefix

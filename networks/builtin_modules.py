@@ -9,6 +9,7 @@ from networks.kinds.contract import NetworkKind
 from networks.lora_settings import LoraSettings, read_settings
 from networks.module_names import FAMILIES
 from networks.names.layouts import LoraRules
+from networks.train.lora import find_training
 
 
 @dataclass(frozen=True)
@@ -79,16 +80,16 @@ def read_own(name: str, typed: NetworkArguments) -> tuple[LoraSettings, Any]:
     """
     module = OWN_MODULES[name]
     kind = module.kind
+    training = find_training(kind)
     arguments = dict(typed.arguments)
-    own_settings = kind.read_arguments(arguments)  # removes them from `arguments`
-    rank = kind.default_size if typed.rank is None else typed.rank
+    own_settings = training.read_arguments(arguments)  # removes them from `arguments`
+    rank = kind.size.default if typed.rank is None else typed.rank
     settings = read_settings(rank, typed.alpha, typed.dropout, arguments=arguments, rules=module.rules)
     ratios = (settings.loraplus_lr_ratio, settings.loraplus_encoder_ratio)
     has_ratio = any(ratio is not None for ratio in ratios)
     has_lora_settings = any(
         (settings.variants, settings.pattern_learning_rates, settings.ggpo_sigma_and_beta, has_ratio)
     )
-    # other kinds reject the settings that only LoRAs support
-    if not kind.takes_all_settings:
-        kind.check_settings(settings, has_lora_settings)
+    # kinds other than LoRA reject the settings that only LoRAs support
+    training.check_settings(settings, has_lora_settings)
     return settings, own_settings

@@ -264,7 +264,7 @@ def build_network(
     }
     if settings.include or settings.exclude or settings.pattern_ranks or settings.pattern_learning_rates:
         settings = _fit_typed_patterns(settings, dit, trained_encoders)
-    if not kind.is_for_texts:  # some network kinds have no layers for text encoders
+    if kind.rotates:  # some network kinds have no layers for text encoders
         trained_encoders = {}
     targets: dict[str, Target] = {}
     if dit is not None:
@@ -461,7 +461,7 @@ def _make_file_layers(
                 "network.\n  Pass the --network_module that the file was trained with."
             )
         module = modules_by_name[name].module if name in modules_by_name else None
-        if module is not None and (kind.is_for_convolutions or isinstance(module, nn.Linear)):
+        if module is not None and (not kind.rotates or isinstance(module, nn.Linear)):
             layers[name] = find_training(kind).make_layer(module, name, factors, settings)
     return layers
 

@@ -21,9 +21,11 @@ from networks import module_names
 from networks.alphas import without_alphas
 from networks.baking import NON_LORA_FACTORS, Baked, Baking, bake
 from networks.delta import read_delta
+from networks.formats import diffusers
+from networks.formats.comfyui import find_file_error
+from networks.formats.effects import NOTES
 from networks.fused_loras import join_parts
 from networks.key_formats import can_be_for
-from networks.kinds import KINDS
 from networks.kinds.composing import (
     MAGNITUDE_KIND_NAME,
     MAGNITUDES,
@@ -368,9 +370,9 @@ def convert_z_image(options: ZImageConvertOptions) -> None:
 
 def _reject_for_comfyui(source: Path, names: Iterable[str]) -> None:
     """Raise CheckpointError if ComfyUI cannot read this kind of adapter."""
-    kind = find_network_kind(names, [kind for kind in KINDS if kind.rejection_by_comfyui])
-    if kind is not None:
-        raise CheckpointError(f"{source} {kind.rejection_by_comfyui}", source)
+    error = find_file_error(names)
+    if error:
+        raise CheckpointError(f"{source} {error}", source)
 
 
 def convert_file(
@@ -451,11 +453,10 @@ def _convert_both_experts(
 
 def _reject_for_two_experts(loras: Iterable[LoraFile]) -> None:
     """Raise OptionError if a LoRA is of a kind that one file cannot contain for two experts."""
-    rejected_kinds = [kind for kind in KINDS if kind.no_two_experts]
     for lora in loras:
-        kind = find_network_kind(lora.tensors, rejected_kinds)
-        if kind is not None:
-            raise OptionError(kind.no_two_experts)
+        for kind, rules in diffusers.BY_KIND.items():
+            if rules.two_experts_error and find_network_kind(lora.tensors, [kind]) is not None:
+                raise OptionError(rules.two_experts_error)
 
 
 def _join_metadata(metadata_by_expert: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
@@ -629,5 +630,5 @@ def _save(
     ]
     rank_rule = read_rank_rule(result.metadata)  # of a T-LoRA: its ranks are masked by noise level
     if rank_rule is not None:
-        rows.append((rank_rule.kind.name, rank_rule.kind.elsewhere))
+        rows.append((rank_rule.kind.name, NOTES.get(rank_rule.kind, "")))
     show_box("The LoRA is converted", rows)

@@ -12,9 +12,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from networks.delta import Delta, read_delta, read_deltas
-from networks.kinds import KINDS
+from networks.formats import kohya
+from networks.formats.diffusers import STORED_AS_VECTOR
 from networks.kinds.algebra import MismatchError
-from networks.kinds.composing import STORED_AS_VECTOR
 from networks.kinds.factors import Factors
 from networks.module_factors import FACTOR_NAMES, ROW_RANGE, SET_WEIGHT
 from networks.module_names import (
@@ -54,7 +54,7 @@ _MODEL_PREFIXES = (
 # kinds of networks that are not supported -> endings of their tensor names
 _UNSUPPORTED_KINDS = {
     "GLoRA": (".a1.weight", ".a2.weight", ".b1.weight", ".b2.weight"),
-    **{form: endings for kind in KINDS for form, endings in kind.unread.items()},
+    **{rules.other_form: rules.other_endings for rules in kohya.BY_KIND.values() if rules.other_form},
     "BOFT": (".boft_R", ".boft_s"),
     "(IA)3": (".on_input", ".ia3_l"),
     "LoRA as nunchaku packs it": tuple(

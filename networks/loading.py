@@ -17,11 +17,12 @@ from modules.errors import CheckpointError, OptionError
 from networks import key_formats
 from networks.alphas import read_alphas, restore_folded_alphas
 from networks.delta import Delta, read_deltas
+from networks.formats import diffusers, kohya
+from networks.formats.comfyui import FROZEN_NORMS, NORMS_FORM, has_unstated_norms
 from networks.fused_loras import correct_split_alphas, stack_rows
 from networks.key_formats import NativeTensors
 from networks.kinds import KINDS
-from networks.kinds.composing import MAGNITUDE_KIND_NAME, list_additive, list_read_kinds
-from networks.kinds.contract import FROZEN_NORMS, NORMS_FORM
+from networks.kinds.composing import MAGNITUDE_KIND_NAME, list_additive
 from networks.kinds.factors import Factors
 from networks.metadata import (
     find_lora_expert,
@@ -85,7 +86,7 @@ _ORIGIN_KEYS = (
 _ADAPTER_NAME = re.compile(
     "|".join(
         ["lora|vera|ia3|alpha|magnitude|diff(_[bm])?$|set_weight$|norm$"]
-        + [kind.word for kind in KINDS if kind.word]
+        + [kind.word for kind in KINDS if kind.parts]
     )
 )
 MAX_UNUSED = 0.1  # fraction of a file's tensors; if more are unused, a second warning states the consequence
@@ -320,9 +321,14 @@ def _add_embeddings(lora: LoraFile, embeddings: BundledWords) -> LoraFile:
 
 def _make_unsupported_error(path: Path, kind: str, key: str) -> CheckpointError:
     """Return the error for a file of an unsupported network kind, which the tensor name `key` shows."""
+    read_kinds: list[str] = []
+    for supported in KINDS:
+        form = kohya.BY_KIND[supported].read_form if supported in kohya.BY_KIND else ""
+        if supported.parts:
+            read_kinds.append(f"{supported.name} ({form})" if form else supported.name)
     return CheckpointError(
         f"{path} is a network of the kind {kind}, which is not supported: it has {key}.\n"
-        f"  Supported are {list_read_kinds()} and whole differences of weights. Pass such a file.",
+        f"  Supported are {', '.join(read_kinds)} and whole differences of weights. Pass such a file.",
         path,
     )
 
@@ -385,7 +391,7 @@ def _add_recognized_facts(
     if trained_family is None and native.family_name is not None:
         metadata = {**metadata, TRAINED_ON: native.family_name}
     is_in_comfyui_names = native.dialect == "other"
-    if is_in_comfyui_names and any(kind.has_frozen_norms(native.tensors, metadata) for kind in KINDS):
+    if is_in_comfyui_names and has_unstated_norms(native.tensors, metadata):
         metadata = {**metadata, NORMS_FORM: FROZEN_NORMS}
         logger.info(
             f"{stored.path}: its {MAGNITUDE_KIND_NAME} magnitudes are in ComfyUI's form, as its program "
@@ -413,11 +419,11 @@ def _build_lora(stored: _StoredLora, native: NativeTensors, expert: str | None) 
         reason = delta.find_error()
         if reason is not None:
             raise _make_faulty_error(path, module, delta, reason, native.unknown_keys)
-    for kind in KINDS:
-        if kind.check_file is None:
+    for kind, rules in diffusers.BY_KIND.items():
+        if rules.check_file is None:
             continue
         if any(not factors.keys().isdisjoint(kind.marks) for factors in modules.values()):
-            kind.check_file(path)
+            rules.check_file(path)
     alphas_clause = ""
     if any("alpha" not in factors and get_lora_rank(factors) is not None for factors in modules.values()):
         alphas = read_alphas(

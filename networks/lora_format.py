@@ -15,7 +15,8 @@ from checkpoints.writing import save_tensors
 from modules.console import list_some
 from modules.errors import OptionError
 from networks.builtin_modules import OWN_MODULES
-from networks.kinds.contract import TranslatedModules
+from networks.formats import comfyui, diffusers
+from networks.kinds.contract import NetworkKind
 from networks.kinds.factors import DOWN, Factors
 from networks.metadata import add_hashes
 from networks.module_factors import compute_scaling, fold_scaling, group_by_module, ungroup
@@ -31,12 +32,22 @@ from networks.names.layouts import (
     FamilyNames,
 )
 from networks.options import NetworkOptions
+from networks.tensor_names import PEFT_ENDS
+from networks.writing import (
+    TranslatedModules,
+    convert_to_dialect,
+    convert_to_our_layout,
+    rename_to_aliases,
+    texts_to_comfyui,
+    texts_to_diffusers,
+)
 
 logger = getLogger(__name__)
 
 # format -> value of --target of convert_lora.py
 TARGETS = {KNOWN: "default", COMFYUI: "other", DIFFUSERS: "diffusers"}
 _OTHERWISE = "Use --lora_format known"
+_UNKNOWN_NAMES = f"its names for the layers of this model are not known. {_OTHERWISE}"
 
 
 class Formatted(NamedTuple):
@@ -103,8 +114,6 @@ class LoraFormat:
         """
         if self.name == KNOWN:
             if self.family is not None and self.family.underscored_names == "aliases":
-                from networks.writing import rename_to_aliases  # only for a few families
-
                 tensors = rename_to_aliases(tensors, self.family)
             return Formatted(dict(tensors), {}, {})
         text_modules: dict[str, Factors] = {}
@@ -124,8 +133,6 @@ class LoraFormat:
 
     def _convert_dit(self, modules: Mapping[str, Factors]) -> list["_ConvertedModules"]:
         """Convert a transformer's modules to this format, in groups of equal alpha / rank."""
-        from networks.writing import convert_to_dialect, convert_to_our_layout  # not for the default format
-
         converted: list[_ConvertedModules] = []
         for scaling, group in self._group_by_scaling(modules).items():
             native = convert_to_our_layout(group, self.family)
@@ -138,8 +145,6 @@ class LoraFormat:
 
     def _convert_texts(self, modules: Mapping[str, Factors]) -> list["_ConvertedModules"]:
         """Convert modules of text encoders to this format; only diffusers' format folds alpha / rank."""
-        from networks.writing import texts_to_comfyui, texts_to_diffusers  # not for the default format
-
         if self.name == COMFYUI:
             tensors = texts_to_comfyui(ungroup(modules), self.family)
             return [_ConvertedModules(TranslatedModules(tensors, {}), folded_scaling=None)]
@@ -174,8 +179,6 @@ def _make_scaling_metadata(converted: Sequence[_ConvertedModules]) -> dict[str, 
     for modules in converted:
         if modules.folded_scaling is None:
             continue
-        from networks.tensor_names import PEFT_ENDS  # only if alphas were folded
-
         for name, tensor in modules.translated.tensors.items():
             if name.endswith(PEFT_ENDS[DOWN]):
                 scalings_by_rank.setdefault(len(tensor), set()).add(modules.folded_scaling)
@@ -234,19 +237,27 @@ def find_error(
             f"the files of --network_module {module} have that package's own names. {_OTHERWISE}, and "
             f"convert the file afterwards (convert_lora.py --target {name})"
         )
-    kind = own_module.kind
-    error = kind.find_format_error(name, family, bool(texts))
-    if error:
-        return error
+    kinds = (own_module.kind, *options.variants)
+    if name == COMFYUI:
+        return _find_comfyui_error(kinds, family)
     if family is None:
-        return f"its names for the layers of this model are not known. {_OTHERWISE}"
-    if name == COMFYUI and family.not_in_comfyui:
-        return f"{family.not_in_comfyui}. {_OTHERWISE} or diffusers"
-    for variant in options.variants:
-        error = variant.find_format_error(name, family, bool(texts))
+        return _UNKNOWN_NAMES
+    for kind in kinds:
+        error = diffusers.find_saving_error(kind, family, bool(texts))
         if error:
             return error
-    return _find_text_encoder_error(family, texts) if name == DIFFUSERS else None
+    return _find_text_encoder_error(family, texts)
+
+
+def _find_comfyui_error(kinds: Sequence[NetworkKind], family: FamilyNames | None) -> str | None:
+    """Return why ComfyUI has no form for a network of a kind and its variants (such as DoRA); else None."""
+    kind_error, *variant_errors = [comfyui.describe_kind(kind).saving_error for kind in kinds]
+    family_error = ""
+    if family is None:
+        family_error = _UNKNOWN_NAMES
+    elif family.not_in_comfyui:
+        family_error = f"{family.not_in_comfyui}. {_OTHERWISE} or diffusers"
+    return next(filter(None, (kind_error, family_error, *variant_errors)), None)
 
 
 def _find_text_encoder_error(family: FamilyNames, texts: Mapping[str, str]) -> str | None:

@@ -15,7 +15,8 @@ from torch import nn
 from modules.command import did_you_mean
 from modules.errors import OptionError
 from networks.block_numbers import KEYS, BlockSettings, read_blocks
-from networks.kinds import KINDS, LORA
+from networks.formats.lycoris import ALGORITHMS
+from networks.kinds import LORA
 from networks.kinds.composing import SWITCHES, VARIANTS
 from networks.kinds.contract import NetworkKind, RankRule
 from networks.lora_layer import Dropouts
@@ -31,9 +32,6 @@ Pattern = re.Pattern[str] | NamePattern
 # patterns with their values, searched in module names; the last match counts
 PatternValues = tuple[tuple[Pattern, float], ...]
 BlockNumbers = frozenset[int] | None  # block numbers in one list; None: all
-
-# `algo` of LyCORIS -> the module of the same kind
-ALGORITHMS = {name: kind.network_module for kind in KINDS for name in kind.algorithms}
 
 
 def family_readers(rules: LoraRules) -> dict[str, Reader]:
@@ -112,7 +110,7 @@ def read_ranks(paths: Sequence[str], argument: str, typed: Any) -> tuple[int, ..
 class LoraSettings:
     """Parsed settings of a LoRA: ranks, dropout rates, learning rates, and which modules get a LoRA."""
 
-    rank: int = LORA.default_size
+    rank: int = LORA.size.default
     alpha: float = DEFAULT_ALPHA
     conv_rank: int | None = None  # None: convolutions with kernels larger than 1 x 1 get no LoRA
     conv_alpha: float = DEFAULT_ALPHA
@@ -198,7 +196,7 @@ def read_settings(
         frozenset() if rules is None else frozenset(rules.encoder_switches.values())
     )
     settings = LoraSettings(
-        rank=LORA.default_size if rank is None else int(rank),
+        rank=LORA.size.default if rank is None else int(rank),
         alpha=DEFAULT_ALPHA if alpha is None else float(alpha),
         dropouts=Dropouts(neuron=neuron_dropout) if neuron_dropout else None,
         family_rules=rules,
@@ -285,10 +283,11 @@ def _read_values(arguments: Mapping[str, Any], rules: LoraRules | None) -> dict[
     # Raise OptionError for --network_args that are mistyped or belong to another program
     unknown = [key for key in typed if key not in readers]
     if "algo" in unknown:
-        kind = ALGORITHMS.get(str(typed["algo"]).lower(), "one of the modules in --help")
+        kind = ALGORITHMS.get(str(typed["algo"]).lower())
+        module = "one of the modules in --help" if kind is None else kind.network_module
         raise OptionError(
             f"--network_args algo={typed['algo']}: algo is a setting of LyCORIS. Here --network_module "
-            f"selects the kind of network: pass {kind}, and omit algo"
+            f"selects the kind of network: pass {module}, and omit algo"
         )
     if unknown:
         raise OptionError(

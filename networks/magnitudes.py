@@ -9,9 +9,9 @@ from modules.errors import CheckpointError, OptionError
 from networks.apply import Change
 from networks.baking import Baking, Weights, open_weights, read_module_weight, replace_factors
 from networks.delta import read_delta
+from networks.formats.comfyui import FROZEN_NORMS, NORMS_FORM
 from networks.kinds.algebra import compute_norms, is_by_input
 from networks.kinds.composing import MAGNITUDES
-from networks.kinds.contract import FROZEN_NORMS, NORMS_FORM
 from networks.kinds.factors import Factors
 from networks.loading import LoraFile, WeightedLora
 from networks.module_factors import group_by_module

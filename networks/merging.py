@@ -202,7 +202,7 @@ def save_sum(
     for weighted_lora in weighted_loras:
         rule = read_rank_rule(weighted_lora.lora.metadata)
         if rule is not None:  # trained with a rank mask, which a sum cannot apply
-            logger.warning(f"{weighted_lora.lora.path} {rule.kind.merged}")
+            logger.warning(rule.explain_merging(weighted_lora.lora.path))
     merged: dict[str, Tensor] = {}
     for name, summands in _list_summands(weighted_loras).items():
         total = _sum_factors(name, summands, device)

@@ -19,6 +19,7 @@ from modules.console import format_count
 from modules.errors import CheckpointError
 from modules.text_files import parse_json
 from networks.kinds.composing import KIND_BY_FACTOR, MAGNITUDE_KIND_NAME, MAGNITUDES, sizes_by_word
+from networks.kinds.contract import named
 from networks.kinds.factors import Factors
 from networks.module_factors import get_lora_rank, group_by_module, to_meta_tensor
 from networks.module_names import read_family
@@ -218,7 +219,7 @@ def _describe_kinds(modules: Mapping[str, Factors]) -> str:
     if not kinds:
         return "a whole differences of weights"
     names = sorted(kinds)
-    return f"{kinds[names[0]].article} {' and '.join(names)}"
+    return " and ".join([named(kinds[names[0]]), *names[1:]])
 
 
 def _describe_layers(modules: Iterable[str]) -> str:

@@ -13,14 +13,14 @@ from networks.names.layouts import COMFYUI, DIFFUSERS, KNOWN
 from networks.use_options import MAX_MULTIPLIER
 
 _MODULES = [
-    f"{kind.network_module} ({kind.module_note})" if kind.module_note else kind.network_module
+    f"{kind.network_module} ({kind.size.note})" if kind.size.note else kind.network_module
     for kind in KINDS
     if kind.network_module
 ]
 _DROPOUTS = "".join(f"; {kind.dropout_note}" for kind in KINDS if kind.dropout_note)
 # reasons why --network_alpha does nothing, by kind
 _WITHOUT_ALPHA: Mapping[str, Any] = {
-    f"{named(kind)} has no alpha": lambda typed: typed.kind.has_alpha for kind in KINDS if not kind.has_alpha
+    f"{named(kind)} has no alpha": lambda typed: not typed.kind.rotates for kind in KINDS if kind.rotates
 }
 
 
@@ -57,7 +57,7 @@ class NetworkOptions(Options, title="network"):
         facts={**IDENTITY, **IMPORTS_MODULE},
     )
     network_dim: int | None = option(
-        f"rank of the network; default {LORA.default_size}",
+        f"rank of the network; default {LORA.size.default}",
         minimum=1,
         hint="the rank",
         acts_if={"--dim_from_weights takes ranks from the file": lambda typed: not typed.dim_from_weights},
@@ -138,7 +138,7 @@ class NetworkOptions(Options, title="network"):
     @property
     def rank(self) -> int:
         """Return --network_dim or the kind's default; for some kinds a block size, not a rank."""
-        return self.network_dim or self.kind.default_size
+        return self.network_dim or self.kind.size.default
 
     @property
     def decomposes(self) -> bool:

@@ -27,6 +27,7 @@ from modules.errors import CheckpointError, OptionError
 from modules.options import NO_PIXELS, Options, not_needed, option
 from modules.text_files import parse_json
 from networks.alphas import without_alphas
+from networks.formats import diffusers
 from networks.kinds import KINDS
 from networks.kinds.contract import named
 from networks.kinds.lora import LORA
@@ -214,7 +215,8 @@ def _reject_other_kinds(
     for kind in KINDS:
         if kind is LORA or not kind.parts:
             continue
-        has_parts = any(name.endswith((*kind.parts, *kind.ends)) for name in names)
+        endings = diffusers.describe_kind(kind).endings
+        has_parts = any(name.endswith((*kind.parts, *endings)) for name in names)
         # names with the kind's word may also belong to an unsupported format
         if has_parts or re.search(rf"[._]{kind.word}_", all_names):
             command = _plain_file_command(source, "--bake", "RANK")

@@ -23,8 +23,9 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import NamedTuple
 
-from networks.kinds import KINDS
-from networks.kinds.composing import ENDS, MAGNITUDES, SPELLINGS
+from networks.formats import kohya
+from networks.formats.diffusers import ENDINGS, SPELLINGS
+from networks.kinds.composing import MAGNITUDES
 from networks.module_factors import FACTOR_NAMES
 from networks.module_names import FAMILIES, is_known_module
 from networks.names.layouts import (
@@ -80,10 +81,10 @@ FACTORS |= {"down": "lora_down", "up": "lora_up"}
 # our parts -> their endings in PEFT, diffusers and ComfyUI
 PEFT_ENDS = {f"{FACTORS[x]}.{leaf}": f"lora_{x}.{leaf}" for x in "AB" for leaf in ("weight", "bias")}
 # ending of DoRA magnitudes, only in diffusers
-MAGNITUDES_END = next((end.removeprefix(".") for end, part in ENDS.items() if part == MAGNITUDES), "")
+MAGNITUDES_END = next((end.removeprefix(".") for end, part in ENDINGS.items() if part == MAGNITUDES), "")
 # ending in any program -> our part
 _ENDINGS = {
-    **ENDS,
+    **ENDINGS,
     ".w_norm": "diff",  # LyCORIS, of norms
     ".b_norm": "diff_b",
     **dict.fromkeys((".lora_alpha", ".network_alpha", ".lora.alpha"), "alpha"),
@@ -136,10 +137,10 @@ def _known_prefixes() -> _KnownPrefixes:
     expert_prefixes = find_expert_prefixes()
     # prefixes of other networks in diffusers' pipelines that have the same modules
     diffusers_prefixes = tuple(prefix for family in FAMILIES for prefix in family.more_diffusers_prefixes)
-    dialect_by_prefix = {prefix: dialect for kind in KINDS for prefix, dialect in kind.starts.items()}
+    kohya_prefixes = [prefix for rules in kohya.BY_KIND.values() for prefix in rules.prefixes]
     dialects = {
         OURS: IN_OUR_NAMES,
-        **dialect_by_prefix,
+        **dict.fromkeys(kohya_prefixes, IN_OUR_NAMES),
         "lycoris_": "LyCORIS",
         "lora_transformer_": "OneTrainer",
         "lora_transformer-": "InvokeAI",

@@ -6,16 +6,18 @@ A function that cannot convert a module returns the reason as a string.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from logging import getLogger
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from networks import module_names
 from networks.delta import Delta, read_delta
+from networks.formats.comfyui import find_module_error
+from networks.formats.diffusers import describe_kind
 from networks.fused_loras import join_parts, joined_blocks, resolve_rows
 from networks.kinds import KINDS
-from networks.kinds.composing import MAGNITUDE_KIND_NAME, MAGNITUDES, find_kinds_with_factors
-from networks.kinds.contract import TranslatedModules
+from networks.kinds.composing import MAGNITUDE_KIND_NAME, MAGNITUDES
 from networks.kinds.factors import DOWN, UP, Factors
 from networks.lora_products import count_fused_part_rows
 from networks.module_factors import (
@@ -50,6 +52,13 @@ Pieces = Mapping[str, Factors]  # path in the other dialect -> factors
 ConvertedFactors = dict[str, Tensor] | str
 
 
+class TranslatedModules(NamedTuple):
+    """A LoRA under another program's names, and the modules that this program has no names for."""
+
+    tensors: dict[str, Tensor]
+    left_out: dict[str, str]  # module -> reason
+
+
 def in_dialect(
     tensors: Mapping[str, Tensor],
     family: FamilyNames | None,
@@ -59,7 +68,7 @@ def in_dialect(
     """Convert our names to ComfyUI's (target "other") or diffusers': `diffusion_model.<path>.lora_A.weight`.
 
     alpha / rank is multiplied into the factors of a LoRA (folded), and alpha is dropped. Other kinds keep
-    their factors and alphas; only ComfyUI reads them, except for kinds with `start_in_peft` or in the
+    their factors and alphas; only ComfyUI reads them, except for kinds with a `peft_prefix` or in the
     family's `kinds_in_diffusers`. For diffusers, the full difference of a matrix becomes a LoRA of full rank,
     which is exact.
 
@@ -85,8 +94,9 @@ def in_dialect(
         return _to_comfyui(modules, family)
     if target == "diffusers":
         for kind in KINDS:
-            if kind.start_in_peft and all(kind.marks[0] in factors for factors in modules.values()):
-                return _write_in_diffusers_layout(modules, family, kind.start_in_peft)
+            peft_prefix = describe_kind(kind).peft_prefix
+            if peft_prefix and all(kind.marks[0] in factors for factors in modules.values()):
+                return _write_in_diffusers_layout(modules, family, peft_prefix)
             own_factors = {"alpha", *kind.parts}.difference(kind.cores)
             is_plain = all(factors.keys() <= own_factors for factors in modules.values())
             if kind.name in family.kinds_in_diffusers and is_plain:
@@ -462,11 +472,9 @@ def convert_to_dialect(
         # The modules that ComfyUI cannot read, each with the reason
         unreadable: dict[str, str] = {}
         for name, factors in group_by_module(native).items():
-            reasons = [
-                kind.not_in_comfyui for kind in find_kinds_with_factors(factors) if kind.not_in_comfyui
-            ]
-            if reasons:
-                unreadable[name] = reasons[0]
+            error = find_module_error(factors)
+            if error:
+                unreadable[name] = error
         if unreadable:  # convert all other modules, and report these as left out
             readable = {
                 name: tensor for name, tensor in native.items() if name.partition(".")[0] not in unreadable

@@ -9,7 +9,8 @@ from typing import Any
 from modules.errors import OptionError
 from modules.media.options import EDGE_THRESHOLDS
 from modules.options import Options, option
-from networks.kinds.composing import BY_MODULE, OTHER_MODULES
+from networks.formats.kohya import OTHER_MODULES
+from networks.kinds.composing import BY_MODULE
 from networks.use_options import lora_rounding_option, multipliers_for
 
 UNSUPPORTED_MODULES = {"networks.boft": "BOFT", "networks.control_net_lllite": "a ControlNet-LLLite"}

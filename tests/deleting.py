@@ -4,6 +4,7 @@ is left has to work as before.
 python -m tests.deleting skip
 """
 
+import ast
 import functools
 import os
 import re
@@ -129,12 +130,42 @@ def delete_from(tree: Path, name: str) -> list[str]:
         (training / f"{name}.py").unlink(missing_ok=True)  # T-LoRA has no layers of its own
         listings.append(training / "__init__.py")
         room = r"networks\.(?:kinds|train)"
+        for dialect in sorted((tree / "networks" / "formats").glob("*.py")):
+            delete_rows(dialect, name)
     named = re.compile(rf"from {room}\.{name} |{name}(_\w+)?: |    {name.upper()},$")
     for listing in listings:
         lines = listing.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if not named.match(line)]
         listing.write_text("".join(kept), encoding="utf-8", newline="\n")
     return [path.name for path in paths]
+
+
+def delete_rows(path: Path, kind: str) -> None:
+    """Delete what a dialect's file imports of a kind of network, and its rows of the tables there."""
+    text = path.read_text(encoding="utf-8")
+    tree = ast.parse(text)
+    gone: list[ast.stmt | tuple[ast.expr, ast.expr]] = []
+    names = set[str]()
+    for node in tree.body:
+        module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
+        if re.fullmatch(rf"networks\.kinds\.{kind}(_\w+)?", module):
+            assert isinstance(node, ast.ImportFrom)
+            names |= {alias.name for alias in node.names}
+            gone.append(node)
+    for node in ast.walk(tree):
+        for row in zip(node.keys, node.values, strict=True) if isinstance(node, ast.Dict) else ():
+            if any(isinstance(side, ast.Name) and side.id in names for side in row):
+                assert row[0] is not None
+                gone.append((row[0], row[1]))
+    lines = text.splitlines(keepends=True)
+    for item in gone:
+        first, last = item if isinstance(item, tuple) else (item, item)
+        assert last.end_lineno is not None
+        # a value in parentheses ends on the line after that of its last word
+        end = last.end_lineno + (lines[last.end_lineno].strip() == "),")
+        for number in range(first.lineno - 1, end):
+            lines[number] = ""
+    path.write_text("".join(lines), encoding="utf-8", newline="\n")
 
 
 def name_what_it_brings(name: str) -> list[str]:

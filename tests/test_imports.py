@@ -213,6 +213,7 @@ _LIGHT = {
             f"kinds/{name}"
             for name in ("composing", "contract", "dora", "factors", "loha", "lokr", "lora", "oft", "tlora")
         ),
+        "formats/kohya",
         "multipliers",
         "names/layouts",
     ),

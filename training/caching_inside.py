@@ -584,10 +584,10 @@ def _select_trained_encoders(
     options.lora_parts.text_rates(len(trainable_encoders), options.optimizer.learning_rate)
     name = options.network.network_module or family.lora_module
     known_module = OWN_MODULES.get(name)
-    if trainable_encoders and known_module is not None and not known_module.kind.is_for_texts:
+    if trainable_encoders and known_module is not None and known_module.kind.rotates:
         raise OptionError(
             f"--network_module {name} has no part for text encoders: add {UNET_ONLY}, or use a "
-            f"{list_kinds(lambda kind: kind.network_module and kind.is_for_texts)}"
+            f"{list_kinds(lambda kind: kind.network_module and not kind.rotates)}"
         )
     switches = _encoder_switches(family, options)
     trained_encoders = [encoder for encoder in trainable_encoders if switches.get(encoder.lora_prefix, True)]

@@ -20,7 +20,8 @@ from modules.private_torch import without_dynamo
 from networks.adapter import check_network
 from networks.builtin_modules import OWN_MODULES
 from networks.builtin_networks import smallest_lora_bytes
-from networks.kinds.composing import RANKED_NETWORKS, ROTATING, find_network_kind
+from networks.kinds import KINDS
+from networks.kinds.composing import RANKED_NETWORKS, find_network_kind
 from networks.kinds.contract import named
 from networks.lora_format import LoraFormat, select_format
 from networks.lora_settings import REG_RATES, read_rates
@@ -318,8 +319,8 @@ def _read_loras(
 def _check_kind(lora: "LoraFile", network: NetworkOptions) -> None:
     """Raise OptionError if the --network_weights file and the network are of different kinds, e.g. OFT."""
     # Only kinds that rotate inputs are compared.
-    file_kind = find_network_kind(lora.tensors, ROTATING)
-    network_kind = network.kind if network.kind in ROTATING else None
+    file_kind = find_network_kind(lora.tensors, [kind for kind in KINDS if kind.rotates])
+    network_kind = network.kind if network.kind.rotates else None
     if file_kind is network_kind:
         return
     name = f"--network_weights {network.network_weights}"

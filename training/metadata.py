@@ -51,7 +51,7 @@ def continued_sizes_metadata(model: TrainedModel, expert_name: str) -> dict[str,
     ranks, alphas = model.trainable.ranks_and_alphas(expert_name)
     state_keeps_sizes = (
         network.rank in ranks and (network.network_alpha or network.rank) in alphas
-    ) or not network.kind.has_alpha
+    ) or network.kind.rotates
     if state_keeps_sizes and not initial_file:
         return {}
     sizes: dict[str, Sequence[float]] = {"ss_network_dim": ranks, "ss_network_alpha": alphas}
@@ -89,7 +89,7 @@ def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[
     if lora is not None:
         rank, alpha = ("Dynamic", "Dynamic") if lora.dim_from_weights else (lora.rank, lora.network_alpha)
         values["ss_network_dim"] = rank
-        values["ss_network_alpha"] = alpha if lora.kind.has_alpha else None
+        values["ss_network_alpha"] = None if lora.kind.rotates else alpha
         values["ss_network_args"] = json.dumps(lora.arguments(), ensure_ascii=False)
     # entries that programs need to load the file: of the network, of features, of the family
     values |= plan.network_spec.metadata

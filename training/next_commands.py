@@ -19,6 +19,8 @@ from modules.limits import MAX_EXAMPLE_CHARACTERS
 from modules.option_values import Placeholder, missing_words, option_argv
 from modules.options import STARTS, option_name, option_values, options_with
 from modules.repeated_options import RepeatedOption, accepted_options, fill_options
+from networks.formats.comfyui import describe_kind
+from networks.formats.effects import NOTES
 from networks.kinds.contract import NetworkKind
 from networks.module_names import read_family
 from networks.names.layouts import KNOWN, TRAINED_ON
@@ -149,7 +151,7 @@ class NextSteps:
         lora = self.plan.network_spec.lora_options
         if lora is not None:
             # kinds that other programs read only after conversion to a plain LoRA
-            plain_kind = next((kind for kind in lora.kinds if kind.plain_title), None)
+            plain_kind = next((kind for kind in lora.kinds if kind.needs_weight), None)
             if plain_kind is not None:
                 commands += [self._make_plain(path, plain_kind) for path in self._list_files(file)]
             elif self.converted_for and self._needs_conversion(lora):
@@ -172,13 +174,14 @@ class NextSteps:
         if lora_format is None or lora_format.name == KNOWN:
             return True
         # saved with the names of other programs, which all read except kinds that only ComfyUI knows
-        return lora.kind.is_for_comfyui_alone and self.converted_for != COMFYUI_TOOL
+        return describe_kind(lora.kind).is_only_reader and self.converted_for != COMFYUI_TOOL
 
     def _make_plain(self, file: Path, kind: NetworkKind) -> PageCommand:
         """Return the command that converts a trained network, such as a LoKr, to a plain LoRA."""
         # the LoRA depends on the model's weights
         arguments = ["--bake", str(BAKED_RANK), "--dit", self._find_dit(file)]
-        return self._convert(file, "plain", arguments, kind.plain_title, kind.elsewhere)
+        title = f"Make a plain LoRA of the {kind.name}"
+        return self._convert(file, "plain", arguments, title, NOTES.get(kind, ""))
 
     def _convert_names(self, file: Path) -> PageCommand:
         """Return the command that converts a LoRA for `converted_for`, such as ComfyUI."""
@@ -187,7 +190,7 @@ class NextSteps:
         name_suffix = tool if tool.isalpha() else "converted"  # no spaces or signs in a file name
         arguments: list[str] = []
         # only ComfyUI reads these kinds; other tools need them as the factors of a LoRA
-        is_comfyui_kind = network is not None and network.kind.is_for_comfyui_alone
+        is_comfyui_kind = network is not None and describe_kind(network.kind).is_only_reader
         if is_comfyui_kind and self.converted_for != COMFYUI_TOOL:
             arguments = ["--bake", str(BAKED_RANK)]
         return self._convert(file, name_suffix, arguments, f"Convert the LoRA for {self.converted_for}")

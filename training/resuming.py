@@ -385,7 +385,7 @@ def _normalize_fixed_settings(fixed: Mapping[str, Any], record: type) -> dict[st
             resolved[option] = _normalize_arguments(option, str(resolved[option]))
     if resolved.get("--network_dim") == str(None):  # recorded as text: the option was left out
         kind = get_module_kind(resolved.get("--network_module"))
-        resolved["--network_dim"] = kind.default_size
+        resolved["--network_dim"] = kind.size.default
     if resolved.get("--network_alpha") == 0:  # 0 means the same value as the rank
         resolved["--network_alpha"] = resolved.get("--network_dim")
     return resolved

@@ -14,6 +14,7 @@ from modules.console import Row, format_count, format_duration, format_size, sho
 from modules.devices import format_gib, format_peak_memory, host_peak
 from modules.installation import RUN_GOES_ON
 from modules.text_files import real_path
+from networks.formats.effects import NOTES
 from networks.kinds.composing import RANKED_NETWORKS
 from networks.metadata import describe_numbers
 from networks.options import NetworkOptions
@@ -209,7 +210,7 @@ def _describe_trained(
     if network is None:
         parts = full_dit.name_parts if full_dit is not None else ()
         return f"of the model: {' '.join(parts)}" if parts else "the whole model"
-    rank_name = network.kind.size_word
+    rank_name = network.kind.size.word
     if ranks_and_alphas is None:
         return f"{plan.network_module}, {rank_name} {network.rank}"
     ranks, _ = ranks_and_alphas
@@ -293,7 +294,7 @@ def _make_result_rows(run: TrainingRun, run_history: history.RunHistory) -> list
     peak = format_peak_memory(run.device) if run.memory is None else f"{format_gib(run.memory.highest)} GiB"
     rows.append(("peak memory", peak))
     if run.options.network is not None:
-        notes = [kind.elsewhere for kind in run.options.network.kinds if kind.elsewhere]
+        notes = [NOTES[kind] for kind in run.options.network.kinds if kind in NOTES]
         rows += [("other tools", note) for note in notes[:1]]
     if os.environ.get(RUN_GOES_ON):  # `reelsmith run` started this in a folder that the user did not type
         rows.append(("commands", f"typed in {Path.cwd()}"))

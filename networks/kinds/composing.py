@@ -1,6 +1,5 @@
 """Values and functions that combine all network kinds, for tools and training. Standard library only."""
 
-import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from networks.kinds import KINDS, LORA
@@ -13,8 +12,6 @@ PARTS = tuple(part for kind in KINDS for part in kind.parts)
 KIND_BY_FACTOR = {mark: kind for kind in KINDS for mark in kind.marks}
 TUCKER_CORES = frozenset(core for kind in KINDS for core in kind.cores)
 FACTORS_WITH_RANK_AXIS = tuple(part for kind in KINDS for part in kind.rank_parts)
-# kinds that rotate inputs; magnitudes need the weight too, but are not `marks` of a kind
-ROTATING = tuple(kind for kind in KINDS if kind.marks and kind.needs_weight)
 FACTOR_PAIRS = tuple(pair for kind in KINDS for pair in kind.pairs)
 # the kind with magnitudes, its part and its name; "" if there is no such kind
 MAGNITUDE_KIND = next((kind for kind in KINDS if kind.magnitudes), None)
@@ -25,12 +22,6 @@ PRODUCT_KIND_NAMES = tuple(
     kind.name for kind in KINDS if kind.marks and kind is not LORA and not kind.needs_weight
 )
 FACTORS_NEEDING_WEIGHT = tuple(part for kind in KINDS if kind.needs_weight for part in kind.parts)
-# endings in other programs -> our parts
-ENDS = {end: part for kind in KINDS for end, part in kind.ends.items()}
-# matches names of tensors that are vectors in the file and columns here
-STORED_AS_VECTOR = re.compile("|".join(kind.flat for kind in KINDS if kind.flat) or r"(?!)")
-# (pattern of an ending in files, our ending)
-SPELLINGS = tuple((re.compile(old), new) for kind in KINDS for old, new in kind.spellings.items())
 # values of --network_module whose files grow with --network_dim
 RANKED_NETWORKS = tuple(kind.network_module for kind in KINDS if kind.is_sized_by_rank)
 BY_MODULE = {kind.network_module: kind for kind in KINDS if kind.network_module}
@@ -39,7 +30,6 @@ VARIANTS = tuple(kind for kind in KINDS if kind.switch)
 SWITCHES = {kind.switch: kind for kind in VARIANTS}
 # --network_args of LoRAs that are used with --dim_from_weights too
 WITH_FILE = {name for kind in KINDS if kind.is_with_file for name in (kind.switch, *kind.numbers)}
-OTHER_MODULES = {name: advice for kind in KINDS for name, advice in kind.other_modules.items()}
 
 
 def find_kinds_with_factors(parts: Collection[str]) -> list[NetworkKind]:
@@ -70,13 +60,6 @@ def list_additive() -> str:
     return list_kinds(lambda kind: kind.network_module and not kind.needs_weight)
 
 
-def list_read_kinds() -> str:
-    """Return the names of all network kinds (LoRA, LoHa, ...) that can be loaded, with their variants."""
-    return ", ".join(
-        f"{kind.name} ({kind.read_form})" if kind.read_form else kind.name for kind in KINDS if kind.parts
-    )
-
-
 def get_module_kind(name: str | None) -> NetworkKind:
     """Return the kind (LoRA, LoHa, ...) that a network module trains; LoRA for modules of other packages."""
     return BY_MODULE.get(name or "", LORA)
@@ -87,7 +70,7 @@ def sizes_by_word(modules: Iterable[Factors]) -> Mapping[str, list[int]]:
     modules = list(modules)
     sizes_by_word: dict[str, list[int]] = {}
     for kind in KINDS:
-        sizes = [size for size in map(kind.size_of, modules) if size is not None]
+        sizes = [size for size in map(kind.size.measure, modules) if size is not None]
         if sizes:
-            sizes_by_word.setdefault(kind.size_word, []).extend(sizes)
+            sizes_by_word.setdefault(kind.size.word, []).extend(sizes)
     return sizes_by_word

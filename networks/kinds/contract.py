@@ -6,6 +6,7 @@ works: no tool names a kind except LoRA. Functions over all kinds are in `compos
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
@@ -18,14 +19,8 @@ if TYPE_CHECKING:  # --help must not import torch
     from torch import Tensor, nn
 
     from networks.kinds.algebra import Algebra
-    from networks.names.layouts import FamilyNames
 
 LoraModule: TypeAlias = "nn.Linear | nn.Conv2d"
-# Metadata key for the norms by which rows are divided before per-row magnitudes multiply them, and its value
-# for the frozen weights' norms (ComfyUI). Without it, the changed weights' norms are used. Other tools write
-# this key too
-NORMS_FORM = "ss_dora_scale_format"
-FROZEN_NORMS = "comfy_weight_norm"
 # arguments of --network_args that other kinds do not have, as messages list them
 LORA_ONLY_ARGUMENTS = ("dora_wd", "loraplus_...", "network_reg_lrs", "ggpo_...", "tlora")
 
@@ -38,13 +33,6 @@ class Target(NamedTuple):
     alpha: float
     split_sizes: tuple[int, ...]  # rows of parts that get separate factors; (): one pair of factors
     rate_factor: float = 1.0  # multiplies the learning rate
-
-
-class TranslatedModules(NamedTuple):
-    """A LoRA under another program's names, and the modules that this program has no names for."""
-
-    tensors: "dict[str, Tensor]"
-    left_out: dict[str, str]  # module -> reason
 
 
 class Settings(Protocol):
@@ -88,6 +76,9 @@ class RankRule(Protocol):
     def in_words(self) -> str:
         """Return the rule as it is written in --network_args."""
 
+    def explain_merging(self, path: "Path") -> str:
+        """Return a warning that says what is lost if the file of a LoRA with this rule is merged."""
+
     def active(self, rank: int, levels: "Tensor") -> "Tensor":
         """Return the number of active ranks for each sample, S.
 
@@ -97,11 +88,25 @@ class RankRule(Protocol):
         """
 
 
+def measure_nothing(factors: Factors) -> None:
+    """Return None: modules with a rank have no other size."""
+
+
+@dataclass(frozen=True)
+class NetworkSize:
+    """What --network_dim means for a network kind: a rank, unless the kind says otherwise."""
+
+    word: str = "rank"
+    default: int = 4
+    note: str = ""  # for --help
+    # returns the size of a module without a rank; None if it has no such size
+    measure: Callable[[Factors], int | None] = measure_nothing
+
+
 class NetworkKind:
     """Properties and functions of a kind of adapter, such as LoKr; defaults fit LoRA or disable a feature."""
 
     name: str  # for messages
-    article = "a"
 
     # --- tensors
     parts: tuple[str, ...] = ()  # factor names (endings of tensor names) that only this kind has
@@ -110,33 +115,16 @@ class NetworkKind:
     rank_parts: tuple[str, ...] = ()  # parts whose first axis is the rank; the first that exists is used
     magnitudes = ""  # part for `Algebra.magnitudes`; only one kind has it
     cores: tuple[str, ...] = ()  # parts of its Tucker form, which is read but not trained
-    # raises CheckpointError if a file with its modules was written for a variant that is not supported
-    check_file: Callable[["Path"], None] | None = None
     needs_weight = False  # whether its change depends on the frozen weight
-
-    # --- names in files
-    starts: Mapping[str, str] = MappingProxyType({})  # prefix of tensor names -> dialect
-    word = ""  # regular expression for a word in its tensor names, in files of any program
-    ends: Mapping[str, str] = MappingProxyType({})  # ending of names in other programs -> our part
-    flat = ""  # regular expression for names whose tensor is a vector in the file and a column here
-    spellings: Mapping[str, str] = MappingProxyType({})  # pattern of an ending in files -> our ending
-    unread: Mapping[str, tuple[str, ...]] = MappingProxyType({})  # unsupported form -> endings of its names
-    read_form = ""  # name of the supported form, if there are several
+    # whether it rotates the inputs of linear layers of the transformer: it has no alpha and no norm, and text
+    # encoders and convolutions get no layers
+    rotates = False
 
     # --- training
     network_module = ""  # value of --network_module; "": it extends the layers of a LoRA
-    module_note = ""  # text after the module's name in --help
     dropout_note = ""  # meaning of --network_dropout, for --help
-    size_word = "rank"  # meaning of --network_dim
-    default_size = 4  # default of --network_dim
+    size = NetworkSize()  # what --network_dim means
     is_sized_by_rank = False  # whether its files grow with --network_dim
-    has_alpha = True
-    takes_all_settings = False  # if False, `check_settings` rejects settings that the kind does not support
-    has_norms = True  # whether --scale_weight_norms is supported
-    is_for_texts = True  # whether text encoders can have layers of this kind
-    is_for_convolutions = True
-    other_modules: Mapping[str, str] = MappingProxyType({})  # unsupported --network_module -> advice
-    algorithms: tuple[str, ...] = ()  # values of `algo` in LyCORIS for the same network
     # orders of a layer's parameters in optimizer states, here and in other programs
     orders: tuple[tuple[str, ...], ...] = ()
     # for a kind that a LoRA's --network_args enable: the argument that enables it, and the types of its other
@@ -144,17 +132,11 @@ class NetworkKind:
     switch = ""
     numbers: Mapping[str, type[int] | type[float]] = MappingProxyType({})
     is_with_file = False  # whether these arguments are used with --dim_from_weights
-    merged = ""  # what is lost if a file is merged, as a sentence that follows its path
 
-    # --- other programs
-    not_in_comfyui = ""  # why ComfyUI cannot express a module of this kind
-    rejection_by_comfyui = ""  # error if a file is to be written for ComfyUI, after the file's path
-    # prefix of its names in PEFT, if PEFT reads its files, and the pipelines of diffusers do not
-    start_in_peft = ""
-    no_two_experts = ""  # why a file in diffusers' dialect cannot store the networks of two experts
-    is_for_comfyui_alone = False  # whether ComfyUI is the only program that reads its files unconverted
-    elsewhere = ""  # sentences about what other programs do with its files
-    plain_title = ""  # title of the command that makes plain LoRAs, if other programs need them
+    @property
+    def word(self) -> str:
+        """The word with which the names of its factors begin, in files of any program; "" without factors."""
+        return self.parts[0].partition("_")[0] if self.parts else ""
 
     def load_algebra(self) -> "Algebra | None":
         """Return the object that computes with a module's factors; None if the kind has no factors."""
@@ -166,39 +148,6 @@ class NetworkKind:
         The layers of the kinds in this folder are in `networks/train`, which knows the kinds.
         """
         return None
-
-    def has_frozen_norms(self, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> bool:
-        """Return whether magnitudes refer to frozen norms, as in ComfyUI, although no metadata says so."""
-        return False
-
-    def size_of(self, factors: Factors) -> int | None:
-        """Return a module's --network_dim for kinds without ranks (such as a block size); else None."""
-        return None
-
-    def read_arguments(self, arguments: dict[str, Any]) -> Any:
-        """Remove this kind's own arguments from --network_args; return their values for `make_layers`.
-
-        Raises:
-            OptionError: If a value is out of range.
-        """
-        return None
-
-    def check_settings(self, settings: "Settings", has_lora_arguments: bool) -> None:
-        """Check the settings of a network of this kind.
-
-        Args:
-            settings: All settings.
-            has_lora_arguments: Whether any argument in `LORA_ONLY_ARGUMENTS` is set.
-
-        Raises:
-            OptionError: If the kind does not support one of the settings.
-        """
-        if has_lora_arguments or settings.dropouts is not None:
-            *first, last = LORA_ONLY_ARGUMENTS
-            raise OptionError(
-                f"--network_dropout, and rank_dropout, module_dropout, {', '.join(first)} and {last} of "
-                "--network_args, are for LoRAs only: omit them, or use --network_module networks.lora"
-            )
 
     def read_rule_of_arguments(self, values: Mapping[str, Any], rank: int) -> "RankRule | None":
         """Return the rule for active ranks from the values of --network_args; None if all ranks are active.
@@ -216,21 +165,36 @@ class NetworkKind:
         """
         return None
 
-    def find_format_error(self, name: str, family: "FamilyNames | None", has_texts: bool) -> str:
-        """Return why files of a --lora_format cannot contain this network kind; "" if they can.
-
-        Args:
-            name: Value of --lora_format.
-            family: Names of the model's modules.
-            has_texts: Whether text encoders are trained too.
-        """
-        return ""
-
 
 class KindTraining:
     """Builds the trained layers of a network kind, or extends those of a LoRA, as DoRA does."""
 
     kind: NetworkKind
+
+    def read_arguments(self, arguments: dict[str, Any]) -> Any:
+        """Remove this kind's own arguments from --network_args; return their values for `make_layers`.
+
+        Raises:
+            OptionError: If a value is out of range.
+        """
+        return None
+
+    def check_settings(self, settings: Settings, has_lora_arguments: bool) -> None:
+        """Check the settings of a network of this kind.
+
+        Args:
+            settings: All settings.
+            has_lora_arguments: Whether any argument in `LORA_ONLY_ARGUMENTS` is set.
+
+        Raises:
+            OptionError: If the kind does not support one of the settings.
+        """
+        if has_lora_arguments or settings.dropouts is not None:
+            *first, last = LORA_ONLY_ARGUMENTS
+            raise OptionError(
+                f"--network_dropout, and rank_dropout, module_dropout, {', '.join(first)} and {last} of "
+                "--network_args, are for LoRAs only: omit them, or use --network_module networks.lora"
+            )
 
     def make_layers(
         self, targets: Mapping[str, Target], settings: Settings, kind_arguments: Any
@@ -240,7 +204,7 @@ class KindTraining:
         Args:
             targets: Modules that get a layer, by name.
             settings: Settings of the network.
-            kind_arguments: Result of `NetworkKind.read_arguments`.
+            kind_arguments: Result of `read_arguments`.
         """
         raise AssertionError(f"{self.kind.name} has no layers of its own")
 
@@ -258,4 +222,4 @@ class KindTraining:
 
 def named(kind: NetworkKind) -> str:
     """Return a network kind's name with its article for messages, such as "an OFT"."""
-    return f"{kind.article} {kind.name}"
+    return f"{'an' if kind.name[0] in 'AEIO' else 'a'} {kind.name}"

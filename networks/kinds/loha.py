@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING
 
 from networks.kinds.contract import NetworkKind
 from networks.kinds.factors import Shapes
-from networks.names.layouts import DIFFUSERS
 
 if TYPE_CHECKING:  # --help must not import torch
     from networks.kinds.loha_layer import LohaAlgebra
-    from networks.names.layouts import FamilyNames
 
 CORES = ("hada_t1", "hada_t2")
 
@@ -40,31 +38,19 @@ class LohaKind(NetworkKind):
     pairs = (("hada_w1_a", "hada_w1_b"), ("hada_w2_a", "hada_w2_b"))
     rank_parts = ("hada_w1_b",)
     cores = CORES
-    word = "hada"
     network_module = "networks.loha"
-    algorithms = ("loha",)
     # programs use different orders, which differ in the parameters' shapes
     orders = (
         ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
         ("hada_w1_b", "hada_w1_a", "hada_w2_b", "hada_w2_a"),
     )
     is_sized_by_rank = True
-    is_for_comfyui_alone = True
 
     def load_algebra(self) -> "LohaAlgebra":
         """Return the object that computes with the factors of a LoHa."""
         from networks.kinds.loha_layer import LohaAlgebra  # torch
 
         return LohaAlgebra()
-
-    def find_format_error(self, name: str, family: "FamilyNames | None", has_texts: bool) -> str:
-        """Return why diffusers cannot read a LoHa; "" for formats of other programs."""
-        if name != DIFFUSERS or family is None:
-            return ""
-        return (
-            "diffusers cannot read a LoHa for this model. Use --lora_format known, and make a plain LoRA of "
-            "it afterwards (convert_lora.py --target diffusers --bake 64)"
-        )
 
 
 LOHA = LohaKind()

@@ -7,25 +7,18 @@ Source: Yeh et al. 2023, arXiv 2309.14859.
 """
 # Letters: out = l * k and in = m * n: w1 is l x m, w2 is k x n
 
-import functools
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from modules.errors import OptionError
 from networks.kinds.contract import NetworkKind
 from networks.kinds.factors import Shapes
-from networks.names.layouts import DIFFUSERS
 
 if TYPE_CHECKING:  # --help must not import torch
-    from networks.factored_layer import MakeShapes
     from networks.kinds.lokr_layer import LokrAlgebra
-    from networks.names.layouts import FamilyNames
 
 CORE = "lokr_t2"
 MARKS = ("lokr_w1", "lokr_w1_a")
 FACTORS = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
-NAME = "LoKr"
-_BOOLEANS = {"True": True, "true": True, "1": True, "False": False, "false": False, "0": False}
 
 
 def make_shapes(weight: tuple[int, ...], rank: int, factor: int = -1, decompose_both: bool = False) -> Shapes:
@@ -71,55 +64,20 @@ def split_size(size: int, factor: int) -> tuple[int, int]:
 class LokrKind(NetworkKind):
     """LoKr: the change of a weight is the Kronecker product of two matrices."""
 
-    name = NAME
+    name = "LoKr"
     parts = (*FACTORS, CORE)
     marks = MARKS
     pairs = (("lokr_w1_a", "lokr_w1_b"), ("lokr_w2_a", "lokr_w2_b"))
     rank_parts = ("lokr_w2_b", "lokr_w1_b")
     cores = (CORE,)
-    word = "lokr"
     network_module = "networks.lokr"
-    algorithms = ("lokr",)
     orders = (FACTORS,)
-    is_for_comfyui_alone = True
 
     def load_algebra(self) -> "LokrAlgebra":
         """Return the object that computes with the factors of a Kronecker product (LoKr)."""
         from networks.kinds.lokr_layer import LokrAlgebra  # torch
 
         return LokrAlgebra()
-
-    def read_arguments(self, arguments: dict[str, Any]) -> "MakeShapes":
-        """Remove LoKr's arguments; return a function that computes the shapes of factors.
-
-        `factor=8` splits each axis into 8 and the quotient; the default -1 makes both as equal as possible.
-        With `decompose_both=True`, the small matrix is stored as two factors too.
-
-        Raises:
-            OptionError: If the value of an argument is invalid.
-        """
-        factor_text = arguments.pop("factor", -1)
-        decompose_both = str(arguments.pop("decompose_both", False))
-        try:
-            factor = int(factor_text)
-        except ValueError:
-            factor = 0  # invalid, for the error below
-        if factor < 1 and factor != -1:
-            raise OptionError(
-                f"--network_args factor={factor_text}: use a whole number from 1, or -1 for equal parts"
-            )
-        if decompose_both not in _BOOLEANS:
-            raise OptionError(f"--network_args decompose_both={decompose_both}: pass True or False")
-        return functools.partial(make_shapes, factor=factor, decompose_both=_BOOLEANS[decompose_both])
-
-    def find_format_error(self, name: str, family: "FamilyNames | None", has_texts: bool) -> str:
-        """Return why diffusers cannot read a LoKr of this family; "" if it can, and for other formats."""
-        if name != DIFFUSERS or family is None or NAME in family.kinds_in_diffusers:
-            return ""
-        return (
-            "diffusers cannot read a LoKr for this model. Use --lora_format known, and convert it to a plain "
-            "LoRA afterwards (convert_lora.py --target diffusers --bake 64)"
-        )
 
 
 LOKR = LokrKind()

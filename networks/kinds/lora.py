@@ -22,10 +22,8 @@ class LoraKind(NetworkKind):
     pairs = ((DOWN, UP),)
     rank_parts = (DOWN,)
     network_module = "networks.lora"
-    algorithms = ("lora", "locon")
     orders = ((DOWN, UP),)
     is_sized_by_rank = True
-    takes_all_settings = True
 
     def load_algebra(self) -> "LoraAlgebra":
         """Return the object that computes with low-rank factors."""

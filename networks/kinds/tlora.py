@@ -44,6 +44,13 @@ class TLoraRule:
         """Return the rule as it is written in --network_args."""
         return f"{SWITCH}=True {MIN_RANK}={self.minimum} {ALPHA}={self.power:g}"
 
+    def explain_merging(self, path: "Path") -> str:
+        """Return a warning that says what is lost if the file of a T-LoRA is merged."""
+        return (
+            f"{path} was trained with T-LoRA: merged, all ranks are active at every noise level, unlike in "
+            "training"
+        )
+
     def active(self, rank: int, levels: "Tensor") -> "Tensor":
         """Return the number of active ranks for each sample, S.
 
@@ -63,11 +70,6 @@ class TLoraKind(NetworkKind):
     switch = SWITCH
     numbers = {MIN_RANK: int, ALPHA: float}
     is_with_file = True
-    merged = "was trained with T-LoRA: merged, all ranks are active at every noise level, unlike in training"
-    elsewhere = (
-        "A T-LoRA has its trained effect in the scripts here, which mask its ranks at each step. Other "
-        "programs do not mask ranks, nor does merging: all ranks are then active at every noise level."
-    )
 
     def read_rule_of_arguments(self, values: Mapping[str, Any], rank: int) -> TLoraRule | None:
         """Return the T-LoRA rule that --network_args describe; None unless T-LoRA is switched on.

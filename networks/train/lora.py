@@ -20,6 +20,9 @@ class LoraTraining(KindTraining):
 
     kind = lora.LORA
 
+    def check_settings(self, settings: Settings, has_lora_arguments: bool) -> None:
+        """Accept all settings: they are those of a LoRA."""
+
     def make_layers(
         self, targets: Mapping[str, Target], settings: Settings, kind_arguments: Any
     ) -> dict[str, nn.Module]:

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from modules.console import format_count
 from modules.errors import CheckpointError, OptionError
 from networks.kinds import oft
-from networks.kinds.contract import KindTraining, LoraModule, Settings, Target
+from networks.kinds.contract import LORA_ONLY_ARGUMENTS, KindTraining, LoraModule, Settings, Target
 from networks.kinds.factors import Factors
-from networks.kinds.oft import MODULE, PART
+from networks.kinds.oft import MODULE, PART, measure_blocks
 from networks.kinds.oft_rotation import compute_rotations, rotate
 from networks.lora_layer import KINDS, Dropouts, DropoutSeed, Halves, halves, keep_mask
 
 logger = getLogger(__name__)
+MAX_BLOCK = 1024  # inputs in a block
 
 
 class Rotation(nn.Module):
@@ -113,6 +114,35 @@ class OftTraining(KindTraining):
 
     kind = oft.OFT
 
+    def check_settings(self, settings: Settings, has_lora_arguments: bool) -> None:
+        """Raise OptionError for settings that an OFT does not support.
+
+        Args:
+            settings: Settings of the network.
+            has_lora_arguments: Whether any argument in `LORA_ONLY_ARGUMENTS` is set.
+        """
+        if has_lora_arguments or settings.conv_rank is not None:
+            raise OptionError(
+                f"--network_module {MODULE} rotates the inputs of linear layers. "
+                f"{', '.join(LORA_ONLY_ARGUMENTS)} and conv_dim of --network_args are for LoRAs only: "
+                "omit them, or use --network_module networks.lora"
+            )
+        if settings.has_rank_dropout:
+            raise OptionError(
+                "--network_args rank_dropout: an OFT has no ranks. Use --network_dropout, the share of "
+                "blocks that do not rotate in a step, or module_dropout"
+            )
+        block_sizes = [settings.rank, *settings.ranks_by_pattern]  # --network_dim of an OFT
+        if 1 in block_sizes:
+            raise OptionError(
+                "--network_dim 1: a block of a single value cannot be rotated. Pass 2 or more; 32 is usual"
+            )
+        if max(block_sizes) > MAX_BLOCK:
+            raise OptionError(
+                f"--network_dim {max(block_sizes)}: {MAX_BLOCK} is the most values in a block of an OFT. "
+                "Use less; 32 is usual"
+            )
+
     def make_layers(
         self, targets: Mapping[str, Target], settings: Settings, kind_arguments: Any
     ) -> dict[str, nn.Module]:
@@ -153,7 +183,7 @@ class OftTraining(KindTraining):
         Raises:
             CheckpointError: If the blocks do not fit the layer's inputs.
         """
-        block_size = self.kind.size_of(factors)
+        block_size = measure_blocks(factors)
         if block_size is not None and isinstance(module, nn.Linear):
             num_blocks = len(factors[PART])
             # False for a single block that all inputs share, which cannot be trained

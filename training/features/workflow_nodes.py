@@ -18,6 +18,7 @@ from generation.sample_lines import read_sample_file
 from modules.atomic_write import atomic_path
 from modules.console import quiet
 from modules.errors import OptionError
+from networks.formats.comfyui import describe_kind
 from networks.lora_format import LoraFormat
 from networks.names.layouts import COMFYUI, KNOWN
 from protocols.family import Family
@@ -99,8 +100,9 @@ def plan_workflows(plan: PlannedRun) -> "Workflows":
     options = plan.options
     assert options.network is not None  # a full model has no such option
     for kind in options.network.kinds:
-        if kind.not_in_comfyui:
-            raise OptionError(f"{FLAG}: {kind.not_in_comfyui}. Omit it")
+        error = describe_kind(kind).module_error
+        if error:
+            raise OptionError(f"{FLAG}: {error}. Omit it")
     lora_format = plan.lora_format
     if lora_format is None:
         raise OptionError(

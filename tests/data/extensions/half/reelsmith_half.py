@@ -17,6 +17,9 @@ class HalfRule:
     def in_words(self):
         return "half=True"
 
+    def explain_merging(self, path):
+        return f"{path} was trained with half of its ranks at much noise: merged, all of them act"
+
     def active(self, rank, levels):
         import torch  # not for --help
 
@@ -27,7 +30,6 @@ class HalfKind(NetworkKind):
     name = "half LoRA"
     switch = "half"
     is_with_file = True
-    merged = "was trained with half of its ranks at much noise: merged, all of them act"
 
     def read_rule_of_arguments(self, values, rank):
         return HalfRule() if values.get("half", False) else None

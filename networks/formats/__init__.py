@@ -1,0 +1,1 @@
+"""What other programs do with network kinds: a table each, with a row for each kind they treat specially."""
