@@ -109,7 +109,7 @@ def read_config_json(path: Path) -> tuple[Path, Any]:
 def read_network_config(
     path: Path,
     part: str,
-    kind: str,
+    kind: str | tuple[str, ...],
     dim: int,
     defaults: Mapping[str, Any],
     embedded_config: str | None = None,
@@ -119,7 +119,7 @@ def read_network_config(
     Args:
         path: File or folder of the model.
         part: Key of the network's own settings, for a config.json that describes several networks.
-        kind: Prefix of the network's model_type.
+        kind: Prefix of the network's model_type, or several.
         dim: Width of the network according to its tensors.
         defaults: Values of keys that config.json leaves out.
         embedded_config: Content of a config.json inside the model file; None reads config.json in the folder.

@@ -65,7 +65,6 @@ UNSUPPORTED_MODELS: Marks = (
     ("double_stream_blocks.0.block.adaLN_modulation.1.bias", f"a transformer of HiDream-I1, {_NOT_YET}"),
     ("transformer_blocks.0.encoder_proj.weight", f"the transformer of Nucleus-Image, {_NOT_YET}"),
     ("glyph_projector.net.0.proj.weight", f"the transformer of GLM-Image, {_NOT_YET}"),
-    ("layers.0.adaLN_sa_ln.weight", f"the transformer of ERNIE-Image, {_NOT_YET}"),
     ("siglip_embedder.0.weight", f"the transformer of Z-Image-Omni, {_NOT_YET}"),
 )
 # networks and layouts that several families share; compared after the tensors that only one family has

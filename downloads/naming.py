@@ -57,7 +57,6 @@ LongCat: longcat
 Pyramid Flow: pyramidflow
 MAGI-1: magi
 GLM-Image: glmimage
-ERNIE-Image: ernie
 SkyReels V2 and V3: skyreelsv2 skyreelsv3
 """
 

@@ -82,7 +82,7 @@ class LanguageModel:
     option: str  # option for its file
     files: str  # names of suitable files, for messages
     class_prefix: str  # classes in transformers, without "Config" and "Model"
-    kind: str  # prefix of `model_type` in a config.json
+    kind: str | tuple[str, ...]  # prefix of `model_type` in a config.json, or several
     word_key: str  # key of its vectors in embedding files, as in ComfyUI
     defaults: Mapping[str, float]  # values of keys that a config.json leaves out
     theta: float  # base of the rotary frequencies if there is no config.json
@@ -91,7 +91,9 @@ class LanguageModel:
     # which of `_DISTINGUISHING_TENSORS` its first layer with full attention has, and TOWER_POSITIONS if the
     # files contain it
     distinguishing_tensors: tuple[str, ...] = ()
-    rope_types: tuple[str, ...] = ("default",)  # types of rotary embedding that equal the default for text
+    # types of rotary embedding that a config.json may ask for, equal for text; the first one if it asks for
+    # none
+    rope_types: tuple[str, ...] = ("default",)
     # how rotary frequencies are shared among time, rows and columns: sixteenths; (): thirds, with alternating
     # axes; None: the model has text only
     mrope_sixteenths: tuple[int, int, int] | tuple[()] | None = None
@@ -222,6 +224,48 @@ QWEN35 = LanguageModel(
     query_chunks=2,
     keep_float32=("linear_attn.A_log", "linear_attn.dt_bias"),  # exponents, which 16 bits would round
     min_transformers="5.3",
+)
+
+
+# Ministral 3's rotary frequencies, YaRN (Peng et al. 2023, arXiv 2309.00071). Source: the config.json of
+# baidu/ERNIE-Image. Its scores also grow with the logarithm of positions, from position 16384 on; texts are
+# shorter.
+_YARN = {
+    "factor": 16.0,
+    "original_max_position_embeddings": 16384,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+
+
+def _read_yarn(config_json: Mapping[str, Any], *_: Any) -> Mapping[str, Any]:
+    """Return the settings of YaRN under transformers' names; what config.json lacks is as released."""
+    rope = config_json.get("rope_parameters") or config_json.get("rope_scaling") or {}
+    numbers = {name: type(value)(rope.get(name, value)) for name, value in _YARN.items()}
+    if not all(0 < number < math.inf for number in numbers.values()):
+        raise ValueError(f"rope_parameters {numbers}")
+    return {
+        "rope_scaling": {"rope_type": "yarn", **numbers},
+        "max_position_embeddings": int(numbers["factor"] * numbers["original_max_position_embeddings"]),
+    }
+
+
+MINISTRAL3 = LanguageModel(
+    description="the language model of Ministral 3",
+    option="--text_encoder",
+    files="ministral-3-3b.safetensors of Comfy-Org, or the folder text_encoder of baidu/ERNIE-Image,",
+    # with the same frequencies, its class in transformers 5 computes the same as this one
+    class_prefix="Mistral",
+    kind=("ministral3", "mistral"),  # copies of its config.json have the second
+    word_key="ministral3_3b",
+    defaults={"hidden_size": 4096, "num_attention_heads": 32, "rms_norm_eps": 1e-5},
+    theta=1e6,
+    eps=1e-5,
+    rope_types=("yarn",),
+    read_settings=_read_yarn,
+    settings={"sliding_window": None},
 )
 
 
@@ -453,7 +497,7 @@ def _read_config_constants(
     try:
         # transformers 5 renamed rope_scaling to rope_parameters
         rope = config_json.get("rope_parameters") or config_json.get("rope_scaling") or {}
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        rope_type = rope.get("rope_type", rope.get("type", model.rope_types[0]))
         theta = float(rope.get("rope_theta", config_json.get("rope_theta", model.theta)))
         eps = float(config_json.get("rms_norm_eps", model.eps))
         rotary_dim = int(width * model.partial_rotary_factor)

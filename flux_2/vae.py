@@ -108,11 +108,24 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[AutoencoderConfig]:
     return plan
 
 
-def load_vae(path: Path, device: torch.device, dtype: torch.dtype, tile: int | None = None) -> Flux2Vae:
+def load_vae(
+    path: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    tile: int | None = None,
+    variance_eps: float = EPS,
+) -> Flux2Vae:
     """Load FLUX.2's autoencoder from a file or folder.
 
-    `tile` is the edge of a tile in pixels; None computes images as a whole.
-    Raises CheckpointError if the file is damaged or contains another model.
+    Args:
+        path: The file or folder.
+        device: Device to load to.
+        dtype: Compute dtype.
+        tile: Edge of a tile in pixels; None computes images as a whole.
+        variance_eps: Added to the variances of the statistics.
+
+    Raises:
+        CheckpointError: If the file is damaged or contains another model.
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_vae(checkpoint)
@@ -121,7 +134,7 @@ def load_vae(path: Path, device: torch.device, dtype: torch.dtype, tile: int | N
         )
         mean, variance = (plan.checkpoint.read(name).float().to(device) for name in (MEAN, VARIANCE))
     network.mean = mean.view(-1, 1, 1)
-    network.deviation = (variance + EPS).sqrt().view(-1, 1, 1)
+    network.deviation = (variance + variance_eps).sqrt().view(-1, 1, 1)
     set_memory_format(network, device)
     logger.info("VAE: %s, computing in %s", path, dtype_name(dtype))
     return network

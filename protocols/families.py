@@ -208,6 +208,7 @@ FOLDERS: Mapping[str, str] = {
     "qwen_image_21": "qwen_image_21",
     "moss_image": "moss_image",
     "fibo_2": "fibo_2",
+    "ernie_image": "ernie_image",
     "anima": "anima",
     "stable_diffusion": "stable_diffusion",
     "sd1": "stable_diffusion.sd1",

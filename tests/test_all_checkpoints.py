@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import ernie_image.files
 import fibo_2.files
 import flux.files
 import flux_2.files
@@ -26,6 +27,7 @@ import lumina.files
 import moss_image.files
 import qwen_image.files
 import qwen_image_21.files
+import tests.tiny.ernie_image as tiny_ernie_image
 import tests.tiny.fibo_2 as tiny_fibo_2
 import tests.tiny.flux as tiny_flux
 import tests.tiny.flux_2 as tiny_flux_2
@@ -137,6 +139,7 @@ KINDS = {
             (*SHARED, "comfyui"),
         ),
         Kind("fibo_2", fibo_2.files, tiny_fibo_2, dit("a Fibo 2.0"), (*SHARED, "comfyui", "early")),
+        Kind("ernie_image", ernie_image.files, tiny_ernie_image, dit("an ERNIE-Image")),
         Kind("z_image", *Z_IMAGE),
         Kind("z_image comfy", *Z_IMAGE, joins=True),
         Kind(
@@ -196,7 +199,7 @@ FP8_FILES = {
     "hunyuan i2v": hunyuan_dit.FP8_DIALECTS,
     "framepack": framepack_dit.FP8_DIALECTS,
     **dict.fromkeys(("flux_2 dev", "qwen_image", "krea2", "z_image", "z_image comfy"), wan_dit.FP8_DIALECTS),
-    **dict.fromkeys(("qwen_image_21", "moss_image", "fibo_2"), wan_dit.FP8_DIALECTS),
+    **dict.fromkeys(("qwen_image_21", "moss_image", "fibo_2", "ernie_image"), wan_dit.FP8_DIALECTS),
 }
 
 
@@ -438,6 +441,10 @@ def test_a_patch_sees_published_names_and_unrounded_whole_weights(tmp_path: Path
             *("fibo_2", ("layers.",)),
             {"attention.to_q.weight", "cross_attention.to_k.weight", "feed_forward.w2.weight"},
         ),
+        (
+            *("ernie_image", ("layers.",)),
+            {"self_attention.to_q.weight", "mlp.gate_proj.weight", "mlp.linear_fc2.weight"},
+        ),
         ("krea2", ("blocks.",), {"attn.wq.weight", "attn.gate.weight", "mlp.down.weight"}),
         (
             *("z_image", ("layers.",)),
@@ -480,6 +487,10 @@ FIBO = {
     **{"in_dim": 128, "text_dim": 7680, "max_gist": 512, "injections": (6, 14, 22, 30, 38)},
     "rotary_widths": (32, 48, 48),
 }
+ERNIE = {
+    **{"dim": 4096, "ffn_dim": 12288, "num_heads": 32, "num_layers": 36, "channels": 128},
+    **{"text_dim": 3072, "rotary_widths": (32, 48, 48)},
+}
 Z = {"num_layers": 30, "dim": 3840, "num_heads": 30, "rotary_widths": (32, 48, 48)}
 KREA = {
     **{"dim": 6144, "ffn_dim": 16384, "num_heads": 48, "num_kv_heads": 12, "num_layers": 28, "states": 12},
@@ -521,6 +532,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     **dict.fromkeys(("qwen-image-2.1-dit", "qwen-image-2.1-dit-diffusers"), ("qwen_image_21", QWEN_21)),
     **dict.fromkeys(("moss-image-dit", "moss-image-dit-comfy"), ("moss_image", MOSS)),
     "fibo-2-dit": ("fibo_2", FIBO),
+    "ernie-image-dit": ("ernie_image", ERNIE),
     "z-image-dit": ("z_image", Z),
     "z-image-dit-comfy": ("z_image", Z),
     "hunyuanimage2.1-dit": (
@@ -562,6 +574,10 @@ def test_published_files_of_full_size_load_without_leftovers(tmp_path: Path, man
         *(
             ("fibo_2", name)
             for name in ("x_embedder", "layers.0.attention.to_k", "perceiver.layers.0.ffn.w2")
+        ),
+        *(
+            ("ernie_image", name)
+            for name in ("x_embedder.proj", "text_proj", "layers.0.self_attention.to_k", "adaLN_modulation.1")
         ),
         *(("z_image", name) for name in ("all_x_embedder.2-1", "layers.0.feed_forward.w1")),
         ("lumina", "t_embedder.mlp.0"),
@@ -616,6 +632,13 @@ SENSELESS: dict[str, list[tuple[str, tuple[int, ...]]]] = {
         ("layers.0.attention.to_k.weight", ()),
         ("perceiver.latent_queries", (15, 64)),
         ("x_embedder.weight", (0, 128)),
+    ],
+    "ernie_image": [
+        ("layers.0.self_attention.norm_q.weight", (0,)),
+        ("layers.0.self_attention.norm_q.weight", (24,)),
+        ("layers.0.self_attention.to_k.weight", ()),
+        ("adaLN_modulation.1.weight", (575, 96)),
+        ("x_embedder.proj.weight", (96, 127, 1, 1)),
     ],
     "z_image": [
         ("layers.0.attention.to_k.weight", ()),

@@ -59,6 +59,7 @@ AGAIN = {"python reelsmith.py run clips"}  # starts a program for each step, as 
 # how scripts begin
 OF_IMAGES = (
     "anima",
+    "ernie_image",
     "fibo_2",
     "flux",
     "flux_2",
@@ -212,6 +213,7 @@ IMAGE_MODELS = {
         name: getattr(picture_project, f"lay_out_{name}")
         for name in (
             "anima",
+            "ernie_image",
             "fibo_2",
             "hunyuan_image",
             "krea2",

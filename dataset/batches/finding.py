@@ -545,15 +545,20 @@ def _explain_missing_caches(found: FoundItems) -> list[str]:
 
 def _explain_empty(table: DatasetTable) -> str:
     """Return an explanation why a table may have no latent cache."""
-    # shared caches are npz files, whose names the pattern below does not match
-    names = [] if table.cache_format in SHARED_CACHES else sorted(open_store(table).names())
-    foreign_cache = next(filter(_LATENT_CACHE_NAME.search, names), None)
     error = f"{table.name}: no latent cache in {table.cache_directory}"
     folder = table.directory
     if folder is not None and not folder.exists() and not table.cache_directory.exists():
         error = f"{table.name}: {folder}: no such folder{explain_lookup(folder, table.config_path)}"
+    if table.cache_format in SHARED_CACHES:  # npz files, whose names the pattern below does not match
+        return error
+    store = open_store(table)
+    foreign_cache = next(filter(_LATENT_CACHE_NAME.search, sorted(store.names())), None)
     if foreign_cache is not None:
-        error += f" of {table.kind}s for this model: {foreign_cache} is for another model or kind of data"
+        maker = ""
+        with contextlib.suppress(CacheError):  # a damaged file names no model
+            maker = store.read(foreign_cache, is_full=False).metadata.get("architecture", "")
+        model = maker or "another model or kind of data"
+        error += f" of {table.kind}s for this model: {foreign_cache} is for {model}"
     return error
 
 

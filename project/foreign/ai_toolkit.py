@@ -328,6 +328,7 @@ PROGRAM = Program(
         "sdxl": ("stable_diffusion", "xl"),
         "sd1": ("stable_diffusion", "1.5"),
         "anima": ("anima", "base"),
+        "ernie_image": ("ernie_image", None),
         "krea2": ("krea2", None),
         "krea2:turbo": ("krea2", "turbo"),
         "ltx2": ("ltx_2", None),

@@ -184,6 +184,7 @@ PROGRAM = Program(
         "wan": ("wan", None),
         "qwen_image": ("qwen_image", "original"),
         "z_image": ("z_image", None),
+        "ernie_image": ("ernie_image", None),
         "anima": ("anima", "base"),
         "minimax_h3": ("minimax_h3", None),
         "krea2": ("krea2", None),

@@ -370,6 +370,7 @@ PROGRAM = Program(
         "HUNYUAN_VIDEO": ("hunyuan_video", "t2v"),
         "QWEN": ("qwen_image", "original"),
         "Z_IMAGE": ("z_image", None),
+        "ERNIE": ("ernie_image", None),
         "ANIMA": ("anima", "base"),
         "KREA_2": ("krea2", None),
         "KREA2": ("krea2", None),

@@ -31,7 +31,6 @@ HIDREAM = {
 ONE = {"num_layers": 1}
 CASES: list[tuple[str, dict[str, Any], str]] = [
     ("Cosmos3OmniTransformer", {"num_hidden_layers": 1}, "Cosmos 3"),
-    ("ErnieImageTransformer2DModel", ONE, "ERNIE-Image"),
     ("GlmImageTransformer2DModel", ONE, "GLM-Image"),
     ("HiDreamImageTransformer2DModel", HIDREAM, "HiDream-I1"),
     ("HunyuanVideo15Transformer3DModel", ONE, "HunyuanVideo 1.5"),

@@ -174,6 +174,8 @@ KINDS = {
     "ltx2.5-dit": "an LTX-2 transformer",
     "ltx2.5-text": "Gemma language model",
     "ltx2.5": "LTX-2",
+    "ernie-image-dit": "an ERNIE-Image transformer",
+    "ministral": "language model",
     "moss-image-dit": "a MOSS-Image transformer",
     "moss-image-text-encoder": "a Qwen3.5 model",
     "moss-image-vae": "the autoencoder of FLUX.2",

@@ -273,6 +273,7 @@ RELEASED = {
     "qwen_image_21": "qwen-image-2.1-dit qwen-image-2.1-dit-diffusers",
     "moss_image": "moss-image-dit moss-image-dit-comfy",
     "fibo_2": "fibo-2-dit",
+    "ernie_image": "ernie-image-dit",
     "z_image": "z-image-dit z-image-dit-comfy",
     "wan": "wan2.1-t2v-14b-diffusers wan2.2-ti2v-5b",
     "ltx_2": "ltx2.3-dit-diffusers",

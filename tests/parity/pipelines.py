@@ -8,6 +8,7 @@ from typing import Any
 from diffusers import (
     AutoencoderKLQwenImage,
     ChromaPipeline,
+    ErnieImagePipeline,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Pipeline,
@@ -18,9 +19,11 @@ from diffusers import (
     ZImagePipeline,
 )
 from safetensors.torch import load_file
+from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import CLIPTokenizer, Gemma2Model, PreTrainedTokenizerFast
 
+import tests.ernie_image.making as ernie_image_making
 import tests.flux.making as flux_making
 import tests.flux_2.making as flux_2_making
 import tests.krea2.making as krea2_making
@@ -125,6 +128,30 @@ def flux_2(files: TinyFlux2, is_distilled: bool = False) -> Any:
     }
     pipe = Flux2Pipeline(**parts) if is_dev else Flux2KleinPipeline(**parts, is_distilled=is_distilled)
     return quiet(pipe)
+
+
+def ernie_image(files: TinyModel) -> ErnieImagePipeline:
+    """Without the prompt enhancer."""
+    pipe = ErnieImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=4.0),
+        vae=flux_2_making.autoencoder_in_diffusers(load_file(files.vae)),
+        text_encoder=ernie_image_making.text_encoder_there(),
+        tokenizer=begin_with_bos(
+            PreTrainedTokenizerFast(
+                tokenizer_file=str(files.text_encoder / "tokenizer.json"), bos_token="<s>"
+            )
+        ),
+        transformer=ernie_image_making.in_diffusers(load_file(files.dit)),
+    )
+    return quiet(pipe)
+
+
+def begin_with_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The tokenizer, which puts its begin token before a text, as the released one."""
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    return tokenizer
 
 
 def lumina(files: TinyLumina) -> Lumina2Pipeline:

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import anima_generate_image
+import ernie_image_generate_image
 import flux_2_generate_image
 import flux_generate_image
 import flux_kontext_generate_image
@@ -44,6 +45,7 @@ from tests.parity.training import RANK
 from tests.qwen_image.test_family import SCHEDULER
 from tests.tiny.anima import write_tiny_anima
 from tests.tiny.dit_files import TinyModel
+from tests.tiny.ernie_image import write_tiny_ernie_image
 from tests.tiny.flux import TinyFlux, write_tiny_flux
 from tests.tiny.flux_2 import write_tiny_flux_2
 from tests.tiny.hunyuan_image import write_tiny_hunyuan_image
@@ -164,6 +166,32 @@ def flux_2(version: str) -> Model:
         image_of_flux_2,
         lambda files: [*files.models[:-1], version],
         with_references,
+        near=0.6,
+    )
+
+
+def latents_of_ernie_image(pipe: Any, found: Tensor) -> Tensor:
+    return found[0].unsqueeze(1)
+
+
+def image_of_ernie_image(pipe: Any, found: Tensor) -> Tensor:
+    """Decoded as the pipeline does, with a smaller number in the statistics than FLUX.2's."""
+    norm = pipe.vae.bn
+    deviation = (norm.running_var + 1e-5).sqrt()[:, None, None]
+    return pipe.vae.decode(
+        pipe._unpatchify_latents(found * deviation + norm.running_mean[:, None, None])
+    ).sample
+
+
+def ernie_image(name: str = "dit") -> Model:
+    """name: of the transformer's file, which says whether it is Turbo."""
+    return Model(
+        partial(write_tiny_ernie_image, name=name),
+        ernie_image_generate_image.main,
+        pipelines.ernie_image,
+        latents_of_ernie_image,
+        image_of_ernie_image,
+        more=lambda pipe, images: {"use_pe": False},
         near=0.6,
     )
 
@@ -363,6 +391,14 @@ CASES: dict[str, tuple[Model, Sequence[object], dict[str, Any], Sequence[tuple[i
     "flux_2 dev, two references": (flux_2("dev"), (), {"guidance_scale": 4.0}, TWO),
     "lumina": (LUMINA, (*LUMINA_WORDS, 1, *AVOID), steps_of_lumina(1.0), ()),
     "lumina, guided at first": (LUMINA, (*LUMINA_WORDS, 0.2, *AVOID), steps_of_lumina(2 / STEPS), ()),
+    "ernie_image": (ernie_image(), (), {"guidance_scale": 4.0}, ()),
+    "ernie_image, negative prompt": (
+        ernie_image(),
+        (*THREE, *AVOID, "--prompt", LONG),
+        {**guided("guidance_scale", 3.0), "prompt": LONG},
+        (),
+    ),
+    "ernie_image turbo": (ernie_image("ernie-image-turbo"), (), {"guidance_scale": 1.0}, ()),
     # guidance scales count from 0 in both
     "z_image turbo": (Z_IMAGE, EVEN, {"guidance_scale": 0.0}, ()),
     "z_image base": (Z_IMAGE, (*EVEN, *THREE, *AVOID), guided("guidance_scale", 3.0), ()),

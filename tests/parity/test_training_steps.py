@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 import tests.anima.making as anima
+import tests.ernie_image.making as ernie_image
 import tests.fibo_2.making as fibo_2
 import tests.flux.making as flux
 import tests.flux_2.making as flux_2
@@ -270,6 +271,14 @@ def error_of_z_image(dit: nn.Module, batch: Sequence[Item], step: int) -> Tensor
     times = 1 - (1000 * sigmas + 1) / 1000  # as the known trainer
     given = {"noisy": noisy.squeeze(2), "times": times, "caption": caption, "caption_mask": mask}
     return -z_image.predict_with(dit, given) - wanted.squeeze(2)  # type: ignore[arg-type]
+
+
+def error_of_ernie_image(dit: nn.Module, batch: Sequence[Item], step: int) -> Tensor:
+    sigmas = shifted(normal_share(batch, step), 4.0)
+    noisy, wanted = mixed(batch, step, sigmas)
+    text, mask = padded(batch)
+    given = {"noisy": noisy, "timesteps": 1000 * sigmas, "text": text, "text_mask": mask}
+    return ernie_image.predict_with(dit, given) - wanted
 
 
 def error_of_lumina(dit: nn.Module, batch: Sequence[Item], step: int) -> Tensor:
@@ -625,6 +634,14 @@ CASES: dict[str, Training] = {
             (" edit, joint", ("--joint_references",), edits_of_two),
         )
     },
+    "ernie_image": Training(
+        *("ernie", "ministral3_embed", 20.0),
+        options=("--timestep_sampling", "shift", "--discrete_flow_shift", 4.0),
+        network=ernie_image.in_diffusers,
+        parts=linears_in("layers."),
+        error=error_of_ernie_image,
+        change=partial(write_caption, "picture 1", LONG),  # captions of unequal lengths
+    ),
     "z_image": Training(
         *("zi", "llm_embed", 20.0),
         options=("--timestep_sampling", "shift", "--discrete_flow_shift", 2.2),
@@ -678,7 +695,8 @@ def train(folder: Path, name: str, *more: object) -> Path:
 
 
 # the networks of the others are compared with recorded numbers, and what they learn in tests/test_families.py
-DAILY = {"hunyuan_video", "chroma", "lumina", "hunyuan_image", "qwen_image", "krea2", "z_image"} | {"anima"}
+DAILY = {"hunyuan_video", "chroma", "lumina", "hunyuan_image", "qwen_image", "krea2", "z_image"}
+DAILY |= {"anima", "ernie_image"}
 
 
 @pytest.mark.parametrize(

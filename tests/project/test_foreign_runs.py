@@ -237,7 +237,7 @@ def test_what_a_project_trains_is_what_is_described(
         ({"LoRA_type": "LyCORIS/Native Fine-Tuning", "sdxl": True}, "trains differences of whole layers"),
         ({"model_family": "sdxl", "control": True}, "no script here trains such a LoRA"),
         ({"model_family": "flux", "controlnet": True}, "controlnet = true: .*ControlNet.*Pass --train lora"),
-        ({"model_type": "ERNIE", "training_method": "LORA"}, "model_type = ERNIE"),
+        ({"model_type": "SANA", "training_method": "LORA"}, "model_type = SANA"),
     ],
 )
 def test_what_is_not_set_up_is_refused_by_the_key_that_says_it(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from anima.model import AnimaModel
+from ernie_image.model import ErnieImageModel
 from fibo_2.configs import STATES
 from fibo_2.model import Fibo2Model
 from flux.model import FluxModel
@@ -30,6 +31,7 @@ from tests.ltx_2.tiny_dit import DIT_CONFIGS, dit_inputs, dit_state
 from tests.networks.making import randomize
 from tests.tiny import (
     anima,
+    ernie_image,
     fibo_2,
     flux,
     flux_2,
@@ -386,6 +388,23 @@ def _fibo_2(edits: bool = False) -> TinyDit:
     return TinyDit(name, Fibo2Model.spec, make, "lora_fibo_2", with_reference if edits else inputs)
 
 
+def _ernie_image() -> TinyDit:
+    """With texts of several lengths."""
+    config = ernie_image.CONFIG
+
+    def inputs(size: Size, batch: int) -> dict[str, Any]:
+        draw, (_, *area, text) = _drawing(), size
+        return {
+            "noisy": draw(batch, config.channels, 1, *area),
+            "timesteps": torch.linspace(900.0, 100.0, batch),
+            "text": draw(batch, text, config.text_dim),
+            "text_mask": _mask(batch, text),
+        }
+
+    make = _maker(ErnieImageModel, config, ernie_image.tiny_state, "num_layers")
+    return TinyDit("ernie_image", ErnieImageModel.spec, make, "lora_ernie_image", inputs)
+
+
 def _anima() -> TinyDit:
     """With texts of unequal numbers of states, and of T5's tokens."""
     config = anima.CONFIG
@@ -428,7 +447,7 @@ DITS = (
     *(LUMINA, _flux("dev"), _flux("chroma"), _flux_2(), _flux_3()),
     *(_hunyuan_image(), _qwen_image(), _qwen_image(edits=True), Z_IMAGE, _krea2(), _krea2(edits=True)),
     *(_qwen_image_21(), _qwen_image_21(edits=True), _moss_image(), _moss_image(edits=True)),
-    *(_fibo_2(), _fibo_2(edits=True), _anima()),
+    *(_fibo_2(), _fibo_2(edits=True), _ernie_image(), _anima()),
     *(_ltx("2.0"), _ltx("2.3"), _ltx("2.5"), _wan("vace")),
 )
 ONE_OF_EACH = (DITS[0], DITS[2], DITS[3])

@@ -15,6 +15,7 @@ from PIL import Image
 from tests.ltx_2.release import write_release
 from tests.sound_media import Track, write_media
 from tests.tiny.anima import write_tiny_anima
+from tests.tiny.ernie_image import write_tiny_ernie_image
 from tests.tiny.fibo_2 import write_tiny_fibo_2
 from tests.tiny.flux import write_tiny_flux
 from tests.tiny.flux_2 import write_tiny_flux_2
@@ -492,6 +493,17 @@ def _fibo_2(edits: bool = False) -> TinyFamily:
     )
 
 
+def _ernie_image() -> TinyFamily:
+    return _images(
+        *("ernie_image", "ernie_image", "lora_ernie_image"),
+        lambda folder: write_tiny_ernie_image(folder / "model"),
+        vae=VAE,
+        texts=TEXTS,
+        line="--fs 5",
+        train_full="ernie_image_train.py",
+    )
+
+
 def _hunyuan_image() -> TinyFamily:
     return _images(
         *("hunyuan_image", "hunyuan_image", "lora_hunyuan_image"),
@@ -568,6 +580,7 @@ FAMILIES = (
     _moss_image(edits=True),
     _fibo_2(),
     _fibo_2(edits=True),
+    _ernie_image(),
     _anima(),
     _ltx_2("ltx_2", "v", "2.5"),
     _ltx_2("ltx_2 with sound", "av", "2.3"),
@@ -602,6 +615,7 @@ def write_deep(family: TinyFamily, folder: Path, clips: WriteClips = write_clips
         **dict.fromkeys(("qwen_image_21", "qwen_image_21 edit"), write_tiny_qwen_image_21),
         **dict.fromkeys(("moss_image", "moss_image edit"), write_tiny_moss_image),
         **dict.fromkeys(("fibo_2", "fibo_2 edit"), write_tiny_fibo_2),
+        "ernie_image": write_tiny_ernie_image,
         "qwen_image": write_tiny_qwen_image,
         "qwen_image edit-2511": partial(write_tiny_qwen_image, edits=True),
         "ltx_2": partial(write_release, version="2.5"),

@@ -84,6 +84,21 @@ MISTRAL_CONFIG = {
     "rope_parameters": {**_ROPE, "rope_theta": 1e9},
     "sliding_window": None,
 }
+# a short original length, so that the slowed frequencies show in a short text
+MINISTRAL3_CONFIG = {
+    **MISTRAL_CONFIG,
+    "max_position_embeddings": 1024,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 1e6,
+        "factor": 16.0,
+        "original_max_position_embeddings": 64,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    },
+}
 
 
 def filled(model: Any, seed: int = 5) -> Any:
@@ -167,6 +182,15 @@ def mistral3(layers: int = LAYERS) -> Any:
     return filled(MistralForCausalLM(MistralConfig(**{**MISTRAL_CONFIG, "num_hidden_layers": layers})))
 
 
+def ministral3(layers: int = LAYERS, **yarn: float) -> Any:
+    """The language model of Ministral 3 with its head. yarn: changes of its rotary frequencies."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = MistralConfig(**{**MINISTRAL3_CONFIG, "num_hidden_layers": layers})
+    config.rope_parameters = {**config.rope_parameters, **yarn}
+    return filled(MistralForCausalLM(config))
+
+
 def layouts(model: Any) -> dict[str, dict[str, Tensor]]:
     """The tensors of a network under the names that files have."""
     own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -224,6 +248,11 @@ def qwen_tokenizer() -> Tokenizer:
     return _tokenizer(QWEN_TOKENS, behind=True)
 
 
+def mistral_tokenizer() -> Tokenizer:
+    """Byte-level merges behind Qwen's cuts, Mistral's own tokens before them."""
+    return _tokenizer(MISTRAL_TOKENS, behind=False)
+
+
 def write_qwen_tokenizer(folder: Path, form: str = "tokenizer.json") -> Path:
     """Write tokenizer.json, or vocab.json with merges.txt. Returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -238,7 +267,7 @@ def write_qwen_tokenizer(folder: Path, form: str = "tokenizer.json") -> Path:
 def write_mistral_tokenizer(folder: Path) -> Path:
     """Write tokenizer.json. Returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    _tokenizer(MISTRAL_TOKENS, behind=False).save(str(folder / "tokenizer.json"))
+    mistral_tokenizer().save(str(folder / "tokenizer.json"))
     return folder
 
 

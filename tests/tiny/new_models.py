@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tests.ltx_2.release import write_release
 from tests.tiny.anima import write_tiny_anima
+from tests.tiny.ernie_image import write_tiny_ernie_image
 from tests.tiny.fibo_2 import write_tiny_fibo_2
 from tests.tiny.flux import write_tiny_flux
 from tests.tiny.flux_2 import write_tiny_flux_2
@@ -65,6 +66,7 @@ MODELS: dict[str, tuple[Writer, dict[str, str]]] = {
     "moss_image edit": (write_tiny_moss_image, IMAGES),
     "fibo_2 dev": (write_tiny_fibo_2, IMAGES),
     "fibo_2 edit": (write_tiny_fibo_2, IMAGES),
+    "ernie_image base": (write_tiny_ernie_image, IMAGES),
     "z_image turbo": (write_tiny_z_image, IMAGES),
     "krea2 raw": (write_tiny_krea2, IMAGES),
     "krea2 turbo": (write_tiny_krea2, IMAGES),

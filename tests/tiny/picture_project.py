@@ -16,6 +16,7 @@ from tests.ltx_2.release import write_lora, write_release, write_upscaler
 from tests.sound_media import Track, write_media
 from tests.tiny import (
     anima,
+    ernie_image,
     fibo_2,
     flux,
     flux_2,
@@ -123,6 +124,17 @@ def lay_out_fibo_2(folder: Path) -> None:
     (folder.parent / "before").mkdir()
     for name in ("start", "mask", "chair", "before/0", "before/1"):
         write_image(folder.parent / f"{name}.png", SIDE, SIDE)
+
+
+def lay_out_ernie_image(folder: Path) -> None:
+    """ERNIE-Image and its Turbo, and what they need."""
+    for seed, release in enumerate(("", "-turbo")):
+        state = ernie_image.tiny_state(seed, torch.bfloat16)
+        ernie_image.write_dit(folder, state, name=f"ernie-image{release}")
+    save(folder / "flux2-vae.safetensors", flux_2.vae_state(dtype=torch.bfloat16))
+    texts = ernie_image.write_text_encoder(folder / "ministral_3")
+    (texts / "model.safetensors").rename(folder / "ministral-3-3b.safetensors")
+    (texts / "config.json").rename(folder / "config.json")
 
 
 def lay_out_hunyuan_image(folder: Path) -> None:

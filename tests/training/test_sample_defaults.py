@@ -88,6 +88,14 @@ CASES |= {
         *("fibo_2", [], {}),
         {"steps": 30, "guidance_scale": (5.0,), "flow_shift": math.exp(1.15), "negative_prompt": NULL},
     ),
+    "ernie_image": (
+        *("ernie_image", [], {}),
+        {"steps": 50, "guidance_scale": (4.0,), "flow_shift": 4.0, "negative_prompt": ""},
+    ),
+    "ernie_image turbo": (
+        *("ernie_image", [], {"model/dit.safetensors": TURBO}),
+        {"steps": 8, "guidance_scale": (1.0,), "flow_shift": 4.0},
+    ),
     "fibo_2 turbo": ("fibo_2", [], {"model/dit.safetensors": TURBO}, {"steps": 4, "guidance_scale": (1.0,)}),
     "qwen_image_21 turbo": (
         *("qwen_image_21", [], {"model/dit.safetensors": TURBO}),

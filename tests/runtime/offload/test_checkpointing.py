@@ -34,7 +34,7 @@ ATTENTIONS = {
     **{"qwen_image_21": (4, 0), "qwen_image_21 edit": (8, 0)},
     **{"krea2 edit": (3, 0), "wan t2v": (2, 1), "wan i2v": (3, 1), "wan vace": (2, 1)},
     **{"moss_image": (2, 0), "moss_image edit": (3, 0)},
-    **dict.fromkeys(("fibo_2", "fibo_2 edit"), (2, 0)),
+    **dict.fromkeys(("fibo_2", "fibo_2 edit", "ernie_image"), (2, 0)),
     "anima": (2, 0),
 }
 LEARNS_BEFORE = {"lumina", "krea2", "krea2 edit"}  # a LoRA is in their refiners too
@@ -63,6 +63,7 @@ BOTH_DTYPES += [pytest.param(tiny, True, id=f"{tiny.name} autocast") for tiny in
 
 @pytest.mark.slow_cases(
     "anima",
+    "ernie_image",
     "fibo_2 edit",
     "fibo_2",
     "flux chroma",

@@ -1,0 +1,1 @@
+"""ERNIE-Image, base and Turbo: read family.py first, then model.py."""
