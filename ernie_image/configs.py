@@ -1,12 +1,10 @@
 """ERNIE-Image as data: dimensions of its transformer, its source, latents, noise, names of parts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from flux_2.configs import LATENT, count_latents
+from flux_2 import configs as flux_2
 from protocols.family import DitSpec, NoiseSpec
 from protocols.rules import ModelRelease
-
-__all__ = ["LATENT"]  # FLUX.2's autoencoder; each packed latent is a token
 
 RELEASE = ModelRelease(
     ("baidu/ERNIE-Image", "baidu/ERNIE-Image-Turbo"),
@@ -16,6 +14,8 @@ RELEASE = ModelRelease(
 )
 # Added to the variances of the latents' statistics. Source: diffusers' ErnieImagePipeline. FLUX.2 adds 1e-4.
 VARIANCE_EPS = 1e-5
+# FLUX.2's autoencoder; each packed latent is a token. Its caches differ by that number
+LATENT = replace(flux_2.LATENT, shares_caches=False)
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class ErnieImageConfig:
         return self.head_width // 4, 3 * self.head_width // 8, 3 * self.head_width // 8
 
 
-NOISE = NoiseSpec(training_offset=0.0, count_tokens=count_latents)
+NOISE = NoiseSpec(training_offset=0.0, count_tokens=flux_2.count_latents)
 DIT = DitSpec(
     block_lists=("layers",),
     shared_inputs=(

@@ -122,7 +122,8 @@ def test_names_that_several_families_have_are_those_of_like_blocks() -> None:
         {"lumina", "z_image", "fibo_2"},
     )
     of_several = {"x_embedder", "img_in", "txt_in", "final_layer.linear", "final_layer.adaLN_modulation.1"}
-    of_several |= {"time_embedding.0", "time_embedding.2"}
+    of_several |= {"time_embedding.0", "time_embedding.2", "x_embedder.proj"}
+    of_several |= {"time_embedding.linear_1", "time_embedding.linear_2"}
     for family in FAMILIES:
         for module in family.modules:
             name = module.replace("{n}", "7").replace(".", "_")

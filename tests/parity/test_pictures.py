@@ -394,8 +394,8 @@ CASES: dict[str, tuple[Model, Sequence[object], dict[str, Any], Sequence[tuple[i
     "ernie_image": (ernie_image(), (), {"guidance_scale": 4.0}, ()),
     "ernie_image, negative prompt": (
         ernie_image(),
-        (*THREE, *AVOID, "--prompt", LONG),
-        {**guided("guidance_scale", 3.0), "prompt": LONG},
+        (*THREE, *AVOID),
+        guided("guidance_scale", 3.0),
         (),
     ),
     "ernie_image turbo": (ernie_image("ernie-image-turbo"), (), {"guidance_scale": 1.0}, ()),

@@ -363,7 +363,8 @@ def linears_in(*starts: str) -> Callable[[Path], Parts]:
 
     def parts(dit_file: Path) -> Parts:
         paths = [name.removesuffix(".weight") for name in load_file(dit_file) if name.endswith(".weight")]
-        is_learned = [path.startswith(starts) and "norm" not in path and "_mod" not in path for path in paths]
+        others = ("norm", "_mod", "_ln")
+        is_learned = [path.startswith(starts) and not any(part in path for part in others) for path in paths]
         chosen = [path for path, learns in zip(paths, is_learned, strict=True) if learns]
         return {path.replace(".", "_"): [path] for path in chosen}
 

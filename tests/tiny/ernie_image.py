@@ -14,7 +14,7 @@ from tests.tiny.flux_2 import vae_state
 from tests.tiny.hunyuan_encoders import save
 from tests.tiny.language_models import DIM, ministral3, write_mistral_tokenizer, write_model
 
-CONFIG = ErnieImageConfig(dim=96, ffn_dim=144, num_heads=3, num_layers=2, channels=128, text_dim=DIM)
+CONFIG = ErnieImageConfig(dim=96, ffn_dim=144, num_heads=2, num_layers=2, channels=128, text_dim=DIM)
 
 
 def tiny_state(seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: int) -> dict[str, Tensor]:

@@ -67,6 +67,7 @@ MODELS: dict[str, tuple[Writer, dict[str, str]]] = {
     "fibo_2 dev": (write_tiny_fibo_2, IMAGES),
     "fibo_2 edit": (write_tiny_fibo_2, IMAGES),
     "ernie_image base": (write_tiny_ernie_image, IMAGES),
+    "ernie_image turbo": (write_tiny_ernie_image, IMAGES),
     "z_image turbo": (write_tiny_z_image, IMAGES),
     "krea2 raw": (write_tiny_krea2, IMAGES),
     "krea2 turbo": (write_tiny_krea2, IMAGES),
