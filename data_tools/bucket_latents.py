@@ -119,6 +119,7 @@ def _make_dataset(options: BucketLatentOptions) -> DatasetConfig:
     )
     config = folders_config(subset)
     tables = [
-        replace(table, cache_format="npz", cache_directory=table.base_folder) for table in config.datasets
+        replace(table, cache_format="npz", cache_directory=table.source.base_folder)
+        for table in config.datasets
     ]
     return replace(config, datasets=tuple(tables))

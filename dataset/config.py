@@ -104,12 +104,18 @@ def load_dataset_config(path: Path, typed: SubsetOptions | None = None) -> Datas
     if len(tables) > 1:
         # animations in a folder of both an image and a video table belong to the video table only
         clip_folders = {
-            folder_id(table.directory) for table in tables if table.kind == "video" and table.directory
+            folder_id(table.source.directory)
+            for table in tables
+            if table.kind == "video" and table.source.directory
         }
         assigned = []
         for table in tables:
-            if table.kind == "image" and table.directory and folder_id(table.directory) in clip_folders:
-                table = replace(table, excludes_animations=True)
+            if (
+                table.kind == "image"
+                and table.source.directory
+                and folder_id(table.source.directory) in clip_folders
+            ):
+                table = table.with_values(excludes_animations=True)
             assigned.append(table)
         tables = tuple(assigned)
     if errors:
@@ -174,7 +180,7 @@ def _find_cache_folder_errors(tables: Sequence[DatasetTable]) -> list[str]:
                 f"{table.label}: cache_directory = {folder}: {nearest_existing} is a file; name a "
                 "folder, which is created if it does not exist"
             )
-        if table.download_directory is not None or is_limited():
+        if table.source.download_directory is not None or is_limited():
             errors += _find_forbidden_folders(table)
         has_shared_format = table.cache_format in SHARED_CACHES  # another program's
         if has_shared_format and table.kind == "video":
@@ -194,7 +200,7 @@ def _find_cache_folder_errors(tables: Sequence[DatasetTable]) -> list[str]:
 def _find_forbidden_folders(table: DatasetTable) -> list[str]:
     """Return an error line if the table's folder for caches or downloads must not be written to."""
     # A dataset file from somebody else must not make the program write files outside the cache folders.
-    cache, downloads = table.cache_directory, table.download_directory
+    cache, downloads = table.cache_directory, table.source.download_directory
     error = describe_outside(cache)
     if error is not None:
         return [f"{table.label}: caches go to cache_directory = {cache}, and {error}"]
@@ -216,7 +222,7 @@ def with_downloads(config: DatasetConfig, folder: Path) -> DatasetConfig:
             folder,
             ", ".join(SOURCES_WITH_ADDRESSES),
         )
-    tables = tuple(replace(table, download_directory=folder) for table in config.datasets)
+    tables = tuple(table.with_values(download_directory=folder) for table in config.datasets)
     return replace(config, datasets=tables)
 
 
@@ -276,24 +282,26 @@ def for_family(config: DatasetConfig, family: "Caches", for_texts: bool = False)
     config = with_lengths(config, latent.lengths)
     tables = []
     for table in config.datasets:
-        if table.kind == "video" and abilities.match_audio_schedule and table.source_fps is None:
-            table = replace(table, source_fps=forms.AUTO)  # each file has its own frame rate
+        if table.kind == "video" and abilities.match_audio_schedule and table.buckets.source_fps is None:
+            table = table.with_values(source_fps=forms.AUTO)  # each file has its own frame rate
         finds_audio = latent.caches_audio and table.kind == "video"
         reads_references = abilities.takes_row_references
-        tables.append(replace(table, finds_audio_by_name=finds_audio, reads_row_references=reads_references))
+        tables.append(
+            table.with_values(finds_audio_by_name=finds_audio, reads_row_references=reads_references)
+        )
     config = replace(config, datasets=tuple(tables))
-    if latent.has_layers or any(table.multiple_target for table in tables):
+    if latent.has_layers or any(table.source.multiple_target for table in tables):
         from dataset.sources.layers import check_layers  # few models learn layers
 
         check_layers(config, latent.has_layers, family.name)
-    guided = [table.name for table in tables if table.has_guides]
+    guided = [table.name for table in tables if table.references.has_guides]
     if guided and not abilities.trains_with_guides:
         raise DatasetError(
             f"{guided[0]}: this model is not trained with guides (keyframe_guide_directory, "
             "latent_idx_guide_directory). Omit these keys"
         )
     config = with_references(config, family.references, abilities.references)
-    has_audio_references = any(table.reference_audio_directory is not None for table in tables)
+    has_audio_references = any(table.references.reference_audio_directory is not None for table in tables)
     return _with_audio_references(config, family) if has_audio_references and not for_texts else config
 
 
@@ -304,7 +312,7 @@ def _with_audio_references(config: DatasetConfig, family: "Caches") -> DatasetCo
     audio = get_audio_spec(family)
     tables = []
     for table in config.datasets:
-        if table.reference_audio_directory is not None:
+        if table.references.reference_audio_directory is not None:
             if audio is None:
                 raise DatasetError(
                     f"{table.name}: reference_audio_directory: this run does not train audio. Choose a mode "
@@ -315,14 +323,14 @@ def _with_audio_references(config: DatasetConfig, family: "Caches") -> DatasetCo
                     f"{table.name}: reference_audio_directory: this run takes no audio as reference. Omit "
                     "it, or change the option that selects the references to learn"
                 )
-            table = replace(table, reference_dropout_rate=audio.reference_dropout_rate)
+            table = table.with_values(reference_dropout_rate=audio.reference_dropout_rate)
         tables.append(table)
     return replace(config, datasets=tuple(tables))
 
 
 def with_empty_prompts(config: DatasetConfig) -> DatasetConfig:
     """Return a copy of the configuration in which the empty prompt is cached, too."""
-    tables = [replace(table, uses_empty_prompt=True) for table in config.datasets]
+    tables = [table.with_values(uses_empty_prompt=True) for table in config.datasets]
     return replace(config, datasets=tuple(tables))
 
 
@@ -338,10 +346,14 @@ def with_audio_files(config: DatasetConfig, option: str, folder: Path | None) ->
     """
     tables = []
     for table in config.datasets:
-        if table.kind == "video" and table.audio_directory is None and table.directory is None:
+        if table.kind == "video" and table.source.audio_directory is None and table.source.directory is None:
             logger.warning("%s: %s is ignored: audio_path in each row names its audio", table.name, option)
-        elif table.kind == "video" and table.audio_directory is None and not table.is_audio_only:
-            table = replace(table, audio_directory=folder or table.directory, audio_from_option=True)
+        elif (
+            table.kind == "video" and table.source.audio_directory is None and not table.source.is_audio_only
+        ):
+            table = table.with_values(
+                audio_directory=folder or table.source.directory, audio_from_option=True
+            )
         tables.append(table)
     return replace(config, datasets=tuple(tables))
 
@@ -350,7 +362,7 @@ def with_lengths(config: DatasetConfig, lengths: ClipLengths) -> DatasetConfig:
     """Round target_frames down to clip lengths that the family accepts, with a warning."""
     tables = []
     for table in config.datasets:
-        targets = table.target_frames
+        targets = table.buckets.target_frames
         rounded = tuple(sorted({lengths.fit(target) for target in targets}))
         if not set(targets) <= set(rounded):
             logger.warning(
@@ -360,7 +372,7 @@ def with_lengths(config: DatasetConfig, lengths: ClipLengths) -> DatasetConfig:
                 list(rounded),
                 lengths,
             )
-        tables.append(replace(table, target_frames=rounded))
+        tables.append(table.with_values(target_frames=rounded))
     return replace(config, datasets=tuple(tables))
 
 
@@ -374,17 +386,20 @@ def with_references(config: DatasetConfig, rules: "ReferenceRules | None", hint:
     """
     if rules is not None and rules.seen_by_text:
         for table in config.datasets:
-            if table.augmentation.flip:
+            if table.buckets.augmentation.flip:
                 raise DatasetError(
                     f"{table.name}: flip_aug mirrors reference images, but the text encoder would still see "
                     "the original ones. Omit it"
                 )
     errors: list[str] = []
     for table in config.datasets:
-        if table.reference_directory is not None or table.control_mask_directory is not None:
+        if (
+            table.references.reference_directory is not None
+            or table.references.control_mask_directory is not None
+        ):
             errors += _find_clip_reference_errors(table, rules, hint)
         if table.kind == "image" and (rules is None or rules.clips):
-            if table.reference_dropout_rate:
+            if table.references.reference_dropout_rate:
                 errors.append(
                     f"{table.name}: reference_dropout_rate: this model takes no reference images that could "
                     "be dropped. Omit it"
@@ -402,9 +417,9 @@ def with_references(config: DatasetConfig, rules: "ReferenceRules | None", hint:
     tables = []
     for table in config.datasets:
         if rules.clips:  # the model takes references of clips; other models take reference images
-            table = replace(table, clip_references=rules, reference_dropout_rate=rules.dropout_probability)
+            table = table.with_values(clip_rules=rules, reference_dropout_rate=rules.dropout_probability)
         elif table.kind == "image":
-            table = replace(table, references=rules)
+            table = table.with_values(rules=rules)
         tables.append(table)
     return replace(config, datasets=tuple(tables))
 
@@ -415,13 +430,13 @@ def _find_clip_reference_errors(table: DatasetTable, rules: "ReferenceRules | No
     takes_masks = rules is not None and rules.clips and rules.control_masks
     remedy = f"Omit it. {hint}" if hint else "Omit it"
     errors = []
-    if table.reference_directory is not None and not takes_clips:
+    if table.references.reference_directory is not None and not takes_clips:
         accepted = "none" if rules is None else "them from control_directory"
         errors.append(
             f"{table.name}: reference_directory has clips and images as references; this model takes "
             f"{accepted}. {remedy}"
         )
-    if table.control_mask_directory is not None and not takes_masks:
+    if table.references.control_mask_directory is not None and not takes_masks:
         errors.append(
             f"{table.name}: control_mask_directory: this model takes no masks of control clips; loss masks "
             f"are in mask_directory. {remedy}"
@@ -485,7 +500,7 @@ def _read_table(
         errors.append(f"{table_label}: {conflict}")
         return None
     _complete_fields(fields, FORMAT_BY_SOURCE[media_key], f"{path}, {table_label}")
-    return DatasetTable(path, index, kind, **fields)
+    return DatasetTable(path, index, kind).with_values(**fields)
 
 
 def _make_fields(values: dict[str, Any], source_key: str, media_key: str) -> dict[str, Any]:
@@ -569,11 +584,7 @@ def _complete_fields(fields: dict[str, Any], source_format: SourceFormat, table_
     if fields["target_fps"] is not None and fields["source_fps"] is None:
         fields["source_fps"] = forms.AUTO  # frames are dropped or repeated by their times
     fields["bucket_no_upscale"] = fields["bucket_no_upscale"] and fields["enable_bucket"]  # no effect alone
-    guides = fields["keyframe_guide_directory"] or fields["latent_idx_guide_directory"]
-    fields["has_guides"] = bool(guides)
-    fields["has_conditioned_parts"] = bool(  # parts of each item are conditions and have no loss
-        guides or fields["spatial_crop_region"] or fields["audio_cond_mask_directory"]
-    )
+    fields["has_guides"] = bool(fields["keyframe_guide_directory"] or fields["latent_idx_guide_directory"])
     fields["target_frames"] = tuple(sorted(set(fields["target_frames"])))
     if fields["frame_extraction"] == "uniform" and fields["frame_sample"] == 1:
         logger.warning(

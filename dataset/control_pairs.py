@@ -40,13 +40,13 @@ def check_pairs(config: DatasetConfig, network_name: str, warn: Callable[[str], 
     """
     by_folder: dict[Path, list[MediaSource]] = {}  # tables may share a folder of control images
     for table in config.datasets:
-        folder = table.control_directory
+        folder = table.references.control_directory
         if folder is None:
             raise DatasetError(
                 f"{table.name}: {network_name} learns from pairs of an image and its control image. Set "
                 "conditioning_data_dir, a folder of control images with the names of the images"
             )
-        if table.directory is None or table.directory.is_dir():
+        if table.source.directory is None or table.source.directory.is_dir():
             by_folder.setdefault(folder, []).extend(find_sources(table))
     for folder, sources in by_folder.items():
         # every control image belongs to an image

@@ -29,10 +29,10 @@ def warn_idle(path: Path, content: Mapping[str, Any], tables: Sequence[DatasetTa
     """Log a warning about keys that have no effect because no subset has the keys they depend on."""
     # whether any subset fulfills each condition that keys may depend on
     is_fulfilled = {
-        _BUCKETS: any(table.enable_bucket for table in tables),
-        _VARIES: any(table.caption_changes.moves_tags for table in tables),
-        "token_warmup_step": any(table.caption_changes.warmup_step > 0 for table in tables),
-        "is_reg = true": any(table.is_reg for table in tables),
+        _BUCKETS: any(table.buckets.enable_bucket for table in tables),
+        _VARIES: any(table.captions.changes.moves_tags for table in tables),
+        "token_warmup_step": any(table.captions.changes.warmup_step > 0 for table in tables),
+        "is_reg = true": any(table.learning.is_reg for table in tables),
     }
     idle = []
     for name, condition in _NEEDS.items():

@@ -62,12 +62,12 @@ def find_sources(
         sources = _list_sources(table, captions, table_faults)
     if not sources and not table_faults:
         raise DatasetError(_explain_empty(table))
-    if table.directory is None:  # sources of a folder are sorted already
+    if table.source.directory is None:  # sources of a folder are sorted already
         sources.sort(key=lambda source: str(source.path))
-    if table.references is not None:
+    if table.references.rules is not None:
         sources = limit_references(table, sources)
     _check_stems(table, sources, table_faults)
-    if table.multiple_target:
+    if table.source.multiple_target:
         from dataset.sources.layers import find_layer_errors  # few tables have layers
 
         table_faults += find_layer_errors(table, sources)
@@ -83,30 +83,30 @@ def _explain_empty(table: DatasetTable) -> str:
     """Return the error for a table without any images or clips: what its folder or list has instead."""
     contents = get_source_format(table).empty.format(kind=table.kind)
     hint = ""
-    if table.directory is not None:
+    if table.source.directory is not None:
         contents = describe_entries(table)
-        hint = find_relative_path_hint(table.directory, table.config_path)
-    return f"{table.name}: {table.source} {contents}. Add some, or correct the path.{hint}"
+        hint = find_relative_path_hint(table.source.directory, table.config_path)
+    return f"{table.name}: {table.source.path} {contents}. Add some, or correct the path.{hint}"
 
 
 def _list_sources(table: DatasetTable, captions: bool, faults: list[Fault]) -> list[MediaSource]:
     """List the items of a table, with their companion files from other folders."""
-    if table.directory is None:
+    if table.source.directory is None:
         return get_source_format(table).list_sources(table, faults)
     sources = list_table_folder(table, captions, faults)
-    if table.worse_directory is not None:
+    if table.source.worse_directory is not None:
         from dataset.sources.pairs import add_rejected  # few tables have pairs
 
         sources = add_rejected(table, sources, faults)
-    if table.has_guides:
+    if table.references.has_guides:
         from dataset.sources.guides import add_guides  # few tables have guides
 
         sources = add_guides(table, sources, faults)
-    if table.reference_audio_directory is not None:
+    if table.references.reference_audio_directory is not None:
         from dataset.sources.reference_audio import add_reference_audio  # few tables have them
 
         sources = add_reference_audio(table, sources, faults)
-    if table.reference_directory is None and table.control_mask_directory is None:
+    if table.references.reference_directory is None and table.references.control_mask_directory is None:
         return sources
     from dataset.sources.companions import add_companions  # few tables have companions
 
@@ -217,7 +217,7 @@ def find_all_sources(
         raise DatasetError("\n".join(table_errors))
     if any(source.caption_encoding is not None for source in sources):
         _warn_of_non_utf8_files(sources)
-    if any(table.control_directory is not None for table in config.datasets):
+    if any(table.references.control_directory is not None for table in config.datasets):
         log_lone_controls(sources)
     folders = folders or TableFolders(config)
     warnings = [folders.left_out_files(table) for table in config.datasets]
@@ -254,7 +254,7 @@ def warn_unused(config: DatasetConfig, sources: Sequence[MediaSource]) -> None:
             unread += find_unused(table)
     if unread:
         logger.warning("%s", escape_control_codes("\n".join(list_errors(unread, LISTED))))
-    if any(table.references for table in config.datasets) and lack_references(config.datasets, sources):
+    if any(table.references.rules for table in config.datasets) and lack_references(config.datasets, sources):
         logger.warning("%s", NO_REFERENCE)
 
 
@@ -296,7 +296,7 @@ def warn_captions(sources: Sequence[MediaSource]) -> None:
             assert path is not None
             unreadable[path] = str(error)
             continue
-        if file is None and source.table.class_tokens is None:
+        if file is None and source.table.captions.class_tokens is None:
             missing.append(source)
     if missing:
         num_sources = len(sources)

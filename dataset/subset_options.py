@@ -42,8 +42,8 @@ class SubsetKey(NamedTuple):
     value_type: forms.ValueType  # type of its value
     default: Any
     level: str = ANYWHERE  # SUBSET, ANYWHERE or DATASET
-    # field of the `DatasetTable` that gets the value: `name`, `caption_changes.name`, `augmentation.name`,
-    # `buckets.name`, or SAME; "": the value is converted first
+    # field of the `DatasetTable` that gets the value: `name`, `changes.name`, `augmentation.name`,
+    # `rule.name`, or SAME; "": the value is converted first
     field: str = ""
     # command-line option whose value is used if no table has the key; None: the option of the same name;
     # "": there is none
@@ -86,11 +86,11 @@ SUBSET_KEYS: Mapping[str, SubsetKey] = {
     "resolution": SubsetKey(forms.SIZE, None, DATASET, SAME),
     "batch_size": SubsetKey(forms.COUNT, 1, DATASET, field=SAME, option="train_batch_size"),
     "enable_bucket": SubsetKey(forms.YES_NO, False, DATASET, SAME),
-    "min_bucket_reso": SubsetKey(forms.SIDE, 256, DATASET, "buckets.minimum"),
-    "max_bucket_reso": SubsetKey(forms.SIDE, 1024, DATASET, "buckets.maximum"),
-    "bucket_reso_steps": SubsetKey(forms.SIDE, 64, DATASET, "buckets.step"),
+    "min_bucket_reso": SubsetKey(forms.SIDE, 256, DATASET, "rule.minimum"),
+    "max_bucket_reso": SubsetKey(forms.SIDE, 1024, DATASET, "rule.maximum"),
+    "bucket_reso_steps": SubsetKey(forms.SIDE, 64, DATASET, "rule.step"),
     "bucket_no_upscale": SubsetKey(forms.YES_NO, False, DATASET, SAME),
-    "resize_interpolation": SubsetKey(_INTERPOLATION, None, ANYWHERE, "buckets.interpolation"),
+    "resize_interpolation": SubsetKey(_INTERPOLATION, None, ANYWHERE, "rule.interpolation"),
     "network_multiplier": SubsetKey(_STRENGTH, 1.0, DATASET, field="", option=""),
     # loss and validation
     "prior_loss_weight": SubsetKey(_LOSS_WEIGHT, 1.0, ANYWHERE, SAME),
@@ -103,22 +103,22 @@ SUBSET_KEYS: Mapping[str, SubsetKey] = {
     "validation_seed": SubsetKey(_SEED, None, ANYWHERE, field=SAME, option=""),
     # captions
     "caption_extension": SubsetKey(forms.EXTENSION, ".caption", ANYWHERE, SAME),
-    "shuffle_caption": SubsetKey(forms.YES_NO, False, ANYWHERE, "caption_changes.shuffle"),
-    "caption_separator": SubsetKey(_SEPARATOR, ",", ANYWHERE, "caption_changes.separator"),
-    "keep_tokens": SubsetKey(forms.FROM_ZERO, 0, ANYWHERE, "caption_changes.keep_tokens"),
-    "keep_tokens_separator": SubsetKey(forms.TEXT, "", ANYWHERE, "caption_changes.keep_tokens_separator"),
-    "secondary_separator": SubsetKey(forms.TEXT, "", ANYWHERE, "caption_changes.secondary_separator"),
-    "enable_wildcard": SubsetKey(forms.YES_NO, False, ANYWHERE, "caption_changes.wildcards"),
+    "shuffle_caption": SubsetKey(forms.YES_NO, False, ANYWHERE, "changes.shuffle"),
+    "caption_separator": SubsetKey(_SEPARATOR, ",", ANYWHERE, "changes.separator"),
+    "keep_tokens": SubsetKey(forms.FROM_ZERO, 0, ANYWHERE, "changes.keep_tokens"),
+    "keep_tokens_separator": SubsetKey(forms.TEXT, "", ANYWHERE, "changes.keep_tokens_separator"),
+    "secondary_separator": SubsetKey(forms.TEXT, "", ANYWHERE, "changes.secondary_separator"),
+    "enable_wildcard": SubsetKey(forms.YES_NO, False, ANYWHERE, "changes.wildcards"),
     "trigger_word": SubsetKey(forms.WORDS, "", ANYWHERE, field=SAME, option=""),
     "caption_prefix": SubsetKey(forms.WORDS, "", ANYWHERE, SAME),
     "caption_suffix": SubsetKey(forms.WORDS, "", ANYWHERE, SAME),
     "caption_dropout_rate": SubsetKey(forms.SHARE, 0.0, ANYWHERE, SAME),
     "caption_dropout_every_n_epochs": SubsetKey(
-        forms.FROM_ZERO, 0, ANYWHERE, "caption_changes.dropout_every_n_epochs"
+        forms.FROM_ZERO, 0, ANYWHERE, "changes.dropout_every_n_epochs"
     ),
-    "caption_tag_dropout_rate": SubsetKey(forms.SHARE, 0.0, ANYWHERE, "caption_changes.part_dropout_rate"),
-    "token_warmup_min": SubsetKey(forms.FROM_ZERO, 1, ANYWHERE, "caption_changes.warmup_min"),
-    "token_warmup_step": SubsetKey(_UNTIL, 0.0, ANYWHERE, "caption_changes.warmup_step"),
+    "caption_tag_dropout_rate": SubsetKey(forms.SHARE, 0.0, ANYWHERE, "changes.part_dropout_rate"),
+    "token_warmup_min": SubsetKey(forms.FROM_ZERO, 1, ANYWHERE, "changes.warmup_min"),
+    "token_warmup_step": SubsetKey(_UNTIL, 0.0, ANYWHERE, "changes.warmup_step"),
     # images that change
     "flip_aug": SubsetKey(forms.YES_NO, False, ANYWHERE, "augmentation.flip"),
     "color_aug": SubsetKey(forms.YES_NO, False, ANYWHERE, "augmentation.color"),

@@ -83,9 +83,8 @@ def read_subsets(
             errors += [f"{subset.label}: {line}" for line in contradictions]
             if not contradictions:
                 fields = _table_fields(subset.values, subset.label, is_masked)
-                tables.append(
-                    DatasetTable(path, len(tables), "image", group=group, subset=subset.number, **fields)
-                )
+                table = DatasetTable(path, len(tables), "image", group=group, subset=subset.number)
+                tables.append(table.with_values(**fields))
     if tables:
         from dataset.idle_keys import warn_idle  # only for this layout
 
@@ -206,7 +205,7 @@ def _table_fields(values: Table, table_label: str, is_masked: bool) -> dict[str,
     # otherwise the limits of the sizes have no effect, and rounding them needs no warning
     uses_limits = values["enable_bucket"] and not values["bucket_no_upscale"]
     # size limits become multiples of the step
-    rule = BucketRule(**by_record["buckets"])
+    rule = BucketRule(**by_record["rule"])
     step = rule.step
     minimum = max(step, rule.minimum // step * step)
     maximum = round_up(rule.maximum, step)
@@ -218,8 +217,7 @@ def _table_fields(values: Table, table_label: str, is_masked: bool) -> dict[str,
             maximum,
             step,
         )
-    buckets = BucketRule(minimum, maximum, step, rule.interpolation)
-    changes = CaptionChanges(**by_record["caption_changes"])
+    changes = CaptionChanges(**by_record["changes"])
     fields = by_record[_TABLE_ITSELF]
     folders = _find_folders(fields.pop("metadata_file"), values, is_masked)
     return (
@@ -228,8 +226,8 @@ def _table_fields(values: Table, table_label: str, is_masked: bool) -> dict[str,
         | {
             "bucket_no_upscale": values["bucket_no_upscale"] and values["enable_bucket"],
             "prior_loss_weight": values["prior_loss_weight"] if values["is_reg"] else 1.0,
-            "buckets": buckets,
-            "caption_changes": dataclasses.replace(changes, varies_per_step=bool(changes.varying_keys)),
+            "rule": BucketRule(minimum, maximum, step, rule.interpolation),
+            "changes": dataclasses.replace(changes, varies_per_step=bool(changes.varying_keys)),
             "augmentation": Augmentation(**by_record["augmentation"]),
             "attributes": frozenset(name for name, value in values["custom_attributes"].items() if value),
         }
@@ -256,16 +254,16 @@ def _find_folders(metadata_file: Path | None, values: Table, is_masked: bool) ->
 
 def _fields_by_record(values: Table) -> dict[str, dict[str, Any]]:
     """Return a table's values, grouped by the dataclass that has the field."""
-    # These are the table's `caption_changes`, `augmentation` and `buckets`, and _TABLE_ITSELF.
+    # These are the table's `changes`, `augmentation` and `rule`, and _TABLE_ITSELF.
     by_record: dict[str, dict[str, Any]] = {
-        "caption_changes": {},
+        "changes": {},
         "augmentation": {},
-        "buckets": {},
+        "rule": {},
         _TABLE_ITSELF: {},
     }
     for name, key in SUBSET_KEYS.items():
         if key.field:
-            record, _, field_name = key.field.rpartition(".")  # such as `caption_changes.shuffle`
+            record, _, field_name = key.field.rpartition(".")  # such as `changes.shuffle`
             if field_name == SAME:  # the field has the name of the key
                 field_name = name
             by_record[record][field_name] = values[name]
@@ -340,16 +338,16 @@ def _with_cache_directories(tables: list[DatasetTable]) -> tuple[DatasetTable, .
     num_tables: Counter[tuple[str, str]] = Counter()  # number of tables by image folder and resolution
     completed_tables = []
     for table in tables:
-        folder = table.base_folder
+        folder = table.source.base_folder
         if table.cache_directory is None and table.cache_format in SHARED_CACHES:
-            table = dataclasses.replace(table, cache_directory=folder)
+            table = table.with_values(cache_directory=folder)
         elif table.cache_directory is None:
-            name = format_shape(table.resolution)
+            name = format_shape(table.buckets.resolution)
             key = (os.path.normcase(real_path(folder)), name)
             num_tables[key] += 1
             if num_tables[key] > 1:
                 name += f"_{num_tables[key]}"
-            table = dataclasses.replace(table, cache_directory=folder / name)
+            table = table.with_values(cache_directory=folder / name)
         completed_tables.append(table)
     return tuple(completed_tables)
 

@@ -6,7 +6,7 @@ Standard library only.
 import functools
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 
@@ -148,20 +148,96 @@ KeysT = TypeVar("KeysT", bound=FormatKeys)
 
 
 @dataclass(frozen=True)
-class DatasetTable:
-    """One `[[datasets]]` table of a dataset file, with defaults for all missing keys.
+class Source:
+    """Where the items of a table come from, with their masks, layers and audio."""
 
-    Keys for the other kind of table have defaults, too. A field made by `key` also declares allowed values.
-    """
-
-    config_path: Path = field(metadata={"indexed": NEITHER})
-    index: int = field(metadata={"indexed": NEITHER})  # index of the table in the file
-    kind: Literal["image", "video"]
     # exactly one of `directory`, `jsonl_file` and `format_keys` is set
     directory: Path | None = forms.source_field(forms.PATH)
     jsonl_file: Path | None = forms.source_field(forms.LIST_PATH)
+    format_keys: FormatKeys | None = None  # keys of the data form; None for a folder or a JSONL list
+    # base folder of relative paths in a list
+    image_folder: Path | None = field(default=None, metadata={"indexed": PATH_ONLY})
+    # conditioning_data_dir of the file: has masks (mask_directory) or control images (control_directory)
+    conditioning_directory: Path | None = field(default=None, metadata={"indexed": PATH_ONLY})
+    # rows may name URLs, which are downloaded
+    allow_urls: bool = key(forms.YES_NO, False, is_form_specific=True, stale=NOTHING)
+    # where downloads are kept; None: in the cache directory
+    download_directory: Path | None = key(forms.PATH, is_form_specific=True, stale=NOTHING, indexed=PATH_ONLY)
+    mask_directory: Path | None = key(forms.PATH, is_form_specific=True, stale=LATENTS | LEARNING, rank=6)
+    # the rejected items of preference pairs; the table's own items are the chosen ones
+    worse_directory: Path | None = key(forms.PATH, is_form_specific=True, stale=LEARNING, rank=7)
+    # transparent parts are not learned
+    alpha_mask: bool = key(forms.YES_NO, False, stale=LATENTS | LEARNING, rank=4)
+    # for models with audio: whether clips need audio, and the folder of separate audio files
+    audio: str = key(forms.AUDIO, forms.IF_PRESENT, kinds=VIDEO, stale=LEARNING, rank=5)
+    audio_directory: Path | None = key(forms.PATH, kinds=VIDEO, is_form_specific=True, stale=LEARNING, rank=6)
+    # audio_directory is from an option of the caching command, which training does not have
+    audio_from_option: bool = False
+    # audio may be in files named like the clips, next to them
+    finds_audio_by_name: bool = field(default=False, metadata={"indexed": LATENTS_ONLY})
+    is_audio_only: bool = False  # items are audio files; clips get black frames
+    # images are learned with their layers: cat_1.png, cat_2.png, ... of cat.png
+    multiple_target: bool = key(
+        forms.YES_NO, False, kinds=IMAGE, is_form_specific=True, stale=LATENTS | LEARNING, rank=8
+    )
+    has_precomputed_latents: bool = False  # latents are precomputed; no frames are read
+    excludes_animations: bool = False  # a video table has the same folder and uses its animations
+
+    @property
+    def path(self) -> Path:
+        """Return the folder or list from which the table reads its items; the first of several."""
+        path = self.directory or self.jsonl_file
+        if path is None:
+            assert self.format_keys is not None
+            path = self.format_keys.source
+        return path
+
+    @property
+    def base_folder(self) -> Path:
+        """Folder to which the paths of a table's images are relative."""
+        return self.directory or self.image_folder or self.path.parent
+
+    def require_format_keys(self, kind: type[KeysT]) -> KeysT:
+        """Return the values of the keys that only this table's data format has; `kind` is their class."""
+        assert isinstance(self.format_keys, kind)
+        return self.format_keys
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """Sizes and lengths in which a table's items are cached, and which frames of a clip are used."""
+
     resolution: tuple[int, int] = key(forms.SIZE, (960, 544), in_general=True, stale=LATENTS)  # width, height
+    enable_bucket: bool = key(forms.YES_NO, False, in_general=True, stale=LATENTS)
+    # never without enable_bucket
+    bucket_no_upscale: bool = key(forms.YES_NO, False, in_general=True, stale=LATENTS)
+    rule: BucketRule | None = None  # None: buckets of video trainers
+    augmentation: Augmentation = NO_AUGMENTATION
+    # ascending; `with_lengths` rounds them
+    target_frames: tuple[int, ...] = key(forms.COUNTS, (1,), kinds=VIDEO, stale=FRAMES, indexed=LATENTS_ONLY)
+    frame_extraction: str = key(forms.MODE, "head", kinds=VIDEO, stale=FRAMES)
+    frame_stride: int = key(forms.COUNT, 1, kinds=VIDEO, stale=FRAMES)
+    frame_sample: int = key(forms.SAMPLES, 1, kinds=VIDEO, stale=FRAMES)
+    max_frames: int = key(forms.COUNT, 129, kinds=VIDEO, stale=FRAMES)
+    # AUTO: timestamps in each file
+    source_fps: float | str | None = key(forms.SOURCE_FPS, kinds=VIDEO, stale=FRAMES, indexed=LATENTS_ONLY)
+    # frames per second of clips in training; None: the model's
+    target_fps: float | None = key(forms.TARGET_FPS, kinds=VIDEO, in_general=True, stale=FRAMES)
+    fp_latent_window_size: int = key(forms.COUNT, 9, stale=SECTIONS)
+
+    @property
+    def declared_fps(self) -> float | None:
+        """Return the frame rate that is stated as a number, not as "auto"."""
+        return None if isinstance(self.source_fps, str) else self.source_fps
+
+
+@dataclass(frozen=True)
+class Captions:
+    """The texts of a table's items, and how they change during training."""
+
     caption_extension: str | None = key(forms.EXTENSION, in_general=True, stale=NOTHING)
+    # None: tries the usual names of caption columns
+    caption_column: str | None = key(forms.COLUMN, is_form_specific=True, stale=NOTHING)
     # trigger_word, caption_prefix, caption_suffix: "" adds nothing
     trigger_word: str = key(forms.WORDS, "", in_general=True, stale=TEXTS | LEARNING)
     caption_prefix: str = key(forms.WORDS, "", in_general=True, stale=TEXTS | LEARNING)
@@ -173,47 +249,32 @@ class DatasetTable:
     caption_dropout_rate: float = key(
         forms.SHARE, 0.0, in_general=True, stale=LEARNING, rank=2, indexed=NEITHER
     )
-    batch_size: int = key(forms.COUNT, 1, in_general=True, stale=NOTHING)
-    num_repeats: int = key(forms.REPEATS, 1, in_general=True, stale=NOTHING, indexed=NEITHER)
-    enable_bucket: bool = key(forms.YES_NO, False, in_general=True, stale=LATENTS)
-    # never without enable_bucket
-    bucket_no_upscale: bool = key(forms.YES_NO, False, in_general=True, stale=LATENTS)
-    cache_format: Literal["files", "shards", "npz"] = key(
-        forms.CACHE_FORMAT, "files", in_general=True, stale=NOTHING
-    )
-    # None only while the file is read
-    cache_directory: Path = key(forms.PATH, stale=NOTHING, indexed=PATH_ONLY)
-    format_keys: FormatKeys | None = None  # keys of the data form; None for a folder or a JSONL list
+    changes: CaptionChanges = PLAIN_CAPTIONS
+    # cache the empty prompt even if no captions are dropped
+    uses_empty_prompt: bool = field(default=False, metadata={"indexed": NEITHER})
+
+    @property
+    def caches_empty_prompt(self) -> bool:
+        """Return whether text caches of the table include the empty prompt."""
+        drops_captions = self.caption_dropout_rate != 0 or self.changes.dropout_every_n_epochs > 0
+        return drops_captions or self.uses_empty_prompt
+
+
+@dataclass(frozen=True)
+class References:
+    """What conditions the items of a table: control media, references, guides, and parts of the items."""
+
     # in addition to control_path and control_path_1, ...
     control_column: str | None = key(forms.COLUMN, is_form_specific=True, stale=NOTHING)
-    # None: tries the usual names of caption columns
-    caption_column: str | None = key(forms.COLUMN, is_form_specific=True, stale=NOTHING)
-    # rows may name URLs, which are downloaded
-    allow_urls: bool = key(forms.YES_NO, False, is_form_specific=True, stale=NOTHING)
-    # where downloads are kept; None: in the cache directory
-    download_directory: Path | None = key(forms.PATH, is_form_specific=True, stale=NOTHING, indexed=PATH_ONLY)
     control_directory: Path | None = key(forms.PATH, is_form_specific=True, stale=NOTHING)
     # reference media of a clip, and masks of the part of control clips that is generated. Caches are
     # compared with these files
     reference_directory: Path | None = key(forms.PATH, is_form_specific=True, stale=NOTHING)
     control_mask_directory: Path | None = key(forms.PATH, is_form_specific=True, stale=NOTHING)
-    # the rejected items of preference pairs; the table's own items are the chosen ones
-    worse_directory: Path | None = key(forms.PATH, is_form_specific=True, stale=LEARNING, rank=7)
-    mask_directory: Path | None = key(forms.PATH, is_form_specific=True, stale=LATENTS | LEARNING, rank=6)
-    # for models with audio: whether clips need audio, and the folder of separate audio files
-    audio: str = key(forms.AUDIO, forms.IF_PRESENT, kinds=VIDEO, stale=LEARNING, rank=5)
-    audio_directory: Path | None = key(forms.PATH, kinds=VIDEO, is_form_specific=True, stale=LEARNING, rank=6)
     # audio on which the audio of clips is modeled, such as another recording of the same voice
     reference_audio_directory: Path | None = key(
         forms.PATH, kinds=VIDEO, is_form_specific=True, stale=LEARNING, rank=6
     )
-    # transparent parts are not learned
-    alpha_mask: bool = key(forms.YES_NO, False, stale=LATENTS | LEARNING, rank=4)
-    validation: bool = key(forms.YES_NO, False, stale=NOTHING, indexed=NEITHER)  # not trained on
-    # factor on the loss of its items in training
-    prior_loss_weight: float = key(forms.WEIGHT, 1.0, stale=LEARNING, rank=3, indexed=NEITHER)
-    # multiplier of the LoRA while it trains on these items; for slider LoRAs
-    network_multiplier: float = key(forms.MULTIPLIER, 1.0, stale=LEARNING, rank=3, indexed=NEITHER)
     # parts of an item that training may use as conditions: a rectangle of each frame, and parts of the audio,
     # whose seconds are in files named like the clips
     spatial_crop_region: tuple[int, ...] | None = key(
@@ -246,21 +307,7 @@ class DatasetTable:
     latent_idx_guide_strength: float = key(
         forms.STRENGTH, 1.0, kinds=VIDEO, stale=LEARNING, rank=9, indexed=NEITHER
     )
-    # override the training options of the same names; None: the option's value
-    min_timestep: int | None = key(LOW, in_general=True, stale=LEARNING, rank=7, indexed=NEITHER)
-    max_timestep: int | None = key(HIGH, in_general=True, stale=LEARNING, rank=7, indexed=NEITHER)
-    discrete_flow_shift: float | None = key(SHIFT, in_general=True, stale=LEARNING, rank=7, indexed=NEITHER)
-    # ascending; `with_lengths` rounds them
-    target_frames: tuple[int, ...] = key(forms.COUNTS, (1,), kinds=VIDEO, stale=FRAMES, indexed=LATENTS_ONLY)
-    frame_extraction: str = key(forms.MODE, "head", kinds=VIDEO, stale=FRAMES)
-    frame_stride: int = key(forms.COUNT, 1, kinds=VIDEO, stale=FRAMES)
-    frame_sample: int = key(forms.SAMPLES, 1, kinds=VIDEO, stale=FRAMES)
-    max_frames: int = key(forms.COUNT, 129, kinds=VIDEO, stale=FRAMES)
-    # AUTO: timestamps in each file
-    source_fps: float | str | None = key(forms.SOURCE_FPS, kinds=VIDEO, stale=FRAMES, indexed=LATENTS_ONLY)
-    # frames per second of clips in training; None: the model's
-    target_fps: float | None = key(forms.TARGET_FPS, kinds=VIDEO, in_general=True, stale=FRAMES)
-    fp_latent_window_size: int = key(forms.COUNT, 9, stale=SECTIONS)
+    has_guides: bool = False  # see `guides`
     fp_1f_clean_indices: tuple[int, ...] | None = key(forms.PLACES, kinds=IMAGE, stale=SECTIONS)
     fp_1f_target_index: int | None = key(forms.PLACE, kinds=IMAGE, stale=SECTIONS)
     fp_1f_no_post: bool = key(forms.YES_NO, False, kinds=IMAGE, stale=SECTIONS)
@@ -274,87 +321,13 @@ class DatasetTable:
     reference_dropout_rate: float = key(
         forms.SHARE, 0.0, kinds=IMAGE, stale=LEARNING, rank=2, indexed=LATENTS_ONLY
     )
-    # images are learned with their layers: cat_1.png, cat_2.png, ... of cat.png
-    multiple_target: bool = key(
-        forms.YES_NO, False, kinds=IMAGE, is_form_specific=True, stale=LATENTS | LEARNING, rank=8
-    )
     # how the family uses control images as references; None: control images are resized like their image
-    references: "ReferenceRules | None" = field(default=None, metadata={"indexed": LATENTS_ONLY})
+    rules: "ReferenceRules | None" = field(default=None, metadata={"indexed": LATENTS_ONLY})
     # how the family uses clip references and masks of control clips; None: it uses neither
-    clip_references: "ReferenceRules | None" = field(default=None, metadata={"indexed": LATENTS_ONLY})
-    is_audio_only: bool = False  # items are audio files; clips get black frames
-    has_precomputed_latents: bool = False  # latents are precomputed; no frames are read
-    # cache the empty prompt even if no captions are dropped
-    uses_empty_prompt: bool = field(default=False, metadata={"indexed": NEITHER})
-    excludes_animations: bool = False  # a video table has the same folder and uses its animations
-    # audio may be in files named like the clips, next to them
-    finds_audio_by_name: bool = field(default=False, metadata={"indexed": LATENTS_ONLY})
-    # audio_directory is from an option of the caching command, which training does not have
-    audio_from_option: bool = False
+    clip_rules: "ReferenceRules | None" = field(default=None, metadata={"indexed": LATENTS_ONLY})
     # rows of lists may have `references`
     reads_row_references: bool = field(default=False, metadata={"indexed": LATENTS_ONLY})
-    has_guides: bool = False  # see `guides`
-    # has guides, spatial_crop_region or audio_cond_mask_directory
-    has_conditioned_parts: bool = field(default=False, metadata={"indexed": NEITHER})
     reads_listed_controls: bool = True  # False: control media named in lists are ignored
-    # --- for subsets in the layout of sd-scripts; tables in our layout have the defaults
-    group: int | None = None  # index of its [[datasets]], whose subsets share batches; None: not a subset
-    subset: int | None = None  # index of the subset in its [[datasets]]
-    buckets: BucketRule | None = None  # None: buckets of video trainers
-    caption_changes: CaptionChanges = PLAIN_CAPTIONS
-    augmentation: Augmentation = NO_AUGMENTATION
-    # regularization images: repeated until there are as many as other images in the group
-    is_reg: bool = field(default=False, metadata={"indexed": NEITHER})
-    # base folder of relative paths in a list
-    image_folder: Path | None = field(default=None, metadata={"indexed": PATH_ONLY})
-    # conditioning_data_dir of the file: has masks (mask_directory) or control images (control_directory)
-    conditioning_directory: Path | None = field(default=None, metadata={"indexed": PATH_ONLY})
-    # fraction not trained on; None: the option's value
-    validation_split: float | None = field(default=None, metadata={"indexed": NEITHER})
-    # selects these items; None: the option's value
-    validation_seed: int | None = field(default=None, metadata={"indexed": NEITHER})
-    # names of custom_attributes that are true; training targets read them
-    attributes: frozenset[str] = field(default=frozenset(), metadata={"indexed": NEITHER})
-    # --- derived in __post_init__
-    # where the table is in the dataset file, for messages
-    label: str = field(init=False, repr=False, compare=False)
-    # items with the same index may share a batch; subsets of one entry have the same index
-    batch_group: int = field(init=False, repr=False, compare=False)
-    # min_timestep, max_timestep or discrete_flow_shift is set
-    has_own_timesteps: bool = field(init=False, repr=False, compare=False)
-    # text caches of the table include the empty prompt
-    caches_empty_prompt: bool = field(init=False, repr=False, compare=False)
-    # kind of media of the items
-    media_kind: Literal["image", "video", "sound"] = field(init=False, repr=False, compare=False)
-    # text encoders see the reference images of a caption's image
-    texts_see_references: bool = field(init=False, repr=False, compare=False)
-    # frame rate that is stated as a number, not as "auto"
-    declared_fps: float | None = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        """Set the fields that are derived from others."""
-        title = f"[[datasets]] {self.index + 1}"
-        if self.group is not None and self.subset is not None:
-            title = f"[[datasets]] {self.group + 1}, subset {self.subset + 1}"
-        timestep_settings = (self.min_timestep, self.max_timestep, self.discrete_flow_shift)
-        drops_captions = self.caption_dropout_rate != 0 or self.caption_changes.dropout_every_n_epochs > 0
-        derived = {
-            "label": title,
-            "batch_group": self.index if self.group is None else self.group,
-            "has_own_timesteps": timestep_settings != (None, None, None),
-            "caches_empty_prompt": drops_captions or self.uses_empty_prompt,
-            "media_kind": "sound" if self.is_audio_only else self.kind,
-            "texts_see_references": self.references is not None and self.references.seen_by_text,
-            "declared_fps": None if isinstance(self.source_fps, str) else self.source_fps,
-        }
-        # the dataclass is frozen, so that plain assignment is forbidden
-        for name, value in derived.items():
-            object.__setattr__(self, name, value)
-
-    @property
-    def name(self) -> str:
-        """The table's name for messages: `data.toml, [[datasets]] 2 (clips)`."""
-        return f"{self.config_path}, {self.label} ({self.source})"
 
     @property
     def guides(self) -> tuple[Guide, ...]:
@@ -385,50 +358,141 @@ class DatasetTable:
         return tuple(guides)
 
     @property
-    def source(self) -> Path:
-        """Return the folder or list from which the table reads its items; the first of several."""
-        source = self.directory or self.jsonl_file
-        if source is None:
-            assert self.format_keys is not None
-            source = self.format_keys.source
-        return source
-
-    def require_format_keys(self, kind: type[KeysT]) -> KeysT:
-        """Return the values of the keys that only this table's data format has; `kind` is their class."""
-        assert isinstance(self.format_keys, kind)
-        return self.format_keys
-
-    @property
-    def base_folder(self) -> Path:
-        """Folder to which the paths of a table's images are relative."""
-        return self.directory or self.image_folder or self.source.parent
-
-    @property
-    def source_key(self) -> str:
-        """The table key that names the items' source, such as `image_directory`."""
-        if self.format_keys is not None:
-            return self.format_keys.source_key(self.kind)
-        name = "directory" if self.directory is not None else "jsonl_file"
-        return f"{'audio' if self.is_audio_only else self.kind}_{name}"
-
-    @property
-    def path_key(self) -> str:
-        """Return the key of an item's path in lists, such as `video_path`."""
-        return "audio_path" if self.is_audio_only else f"{self.kind}_path"
-
-    @property
     def control_count(self) -> int | None:
         """Number of control images of an image that has any; 0 if the table reads none; None if it varies."""
         if not self.reads_listed_controls:
             return 0
-        if self.references is not None:
+        if self.rules is not None:
             return None
         return len(self.fp_1f_clean_indices) if self.fp_1f_clean_indices else 1
 
     @property
+    def are_seen_by_texts(self) -> bool:
+        """Return whether text encoders see the reference images of a caption's image."""
+        return self.rules is not None and self.rules.seen_by_text
+
+    @property
+    def has_conditioned_parts(self) -> bool:
+        """Return whether parts of each item are conditions and have no loss."""
+        parts = (self.spatial_crop_region, self.audio_cond_mask_directory)
+        return self.has_guides or any(part is not None for part in parts)
+
+
+@dataclass(frozen=True)
+class Learning:
+    """How often and with which weight and noise levels a table's items are learned."""
+
+    batch_size: int = key(forms.COUNT, 1, in_general=True, stale=NOTHING)
+    num_repeats: int = key(forms.REPEATS, 1, in_general=True, stale=NOTHING, indexed=NEITHER)
+    validation: bool = key(forms.YES_NO, False, stale=NOTHING, indexed=NEITHER)  # not trained on
+    # fraction not trained on; None: the option's value
+    validation_split: float | None = field(default=None, metadata={"indexed": NEITHER})
+    # selects these items; None: the option's value
+    validation_seed: int | None = field(default=None, metadata={"indexed": NEITHER})
+    # factor on the loss of its items in training
+    prior_loss_weight: float = key(forms.WEIGHT, 1.0, stale=LEARNING, rank=3, indexed=NEITHER)
+    # multiplier of the LoRA while it trains on these items; for slider LoRAs
+    network_multiplier: float = key(forms.MULTIPLIER, 1.0, stale=LEARNING, rank=3, indexed=NEITHER)
+    # override the training options of the same names; None: the option's value
+    min_timestep: int | None = key(LOW, in_general=True, stale=LEARNING, rank=7, indexed=NEITHER)
+    max_timestep: int | None = key(HIGH, in_general=True, stale=LEARNING, rank=7, indexed=NEITHER)
+    discrete_flow_shift: float | None = key(SHIFT, in_general=True, stale=LEARNING, rank=7, indexed=NEITHER)
+    # regularization images: repeated until there are as many as other images in the group
+    is_reg: bool = field(default=False, metadata={"indexed": NEITHER})
+    # names of custom_attributes that are true; training targets read them
+    attributes: frozenset[str] = field(default=frozenset(), metadata={"indexed": NEITHER})
+
+    @property
+    def has_own_timesteps(self) -> bool:
+        """Return whether min_timestep, max_timestep or discrete_flow_shift is set."""
+        settings = (self.min_timestep, self.max_timestep, self.discrete_flow_shift)
+        return any(setting is not None for setting in settings)
+
+
+@dataclass(frozen=True)
+class DatasetTable:
+    """One `[[datasets]]` table of a dataset file, with defaults for all missing keys.
+
+    Keys for the other kind of table have defaults, too. A field made by `key` also declares allowed values.
+    The names of the fields are unique among the records.
+    """
+
+    config_path: Path = field(metadata={"indexed": NEITHER})
+    index: int = field(metadata={"indexed": NEITHER})  # index of the table in the file
+    kind: Literal["image", "video"]
+    cache_format: Literal["files", "shards", "npz"] = key(
+        forms.CACHE_FORMAT, "files", in_general=True, stale=NOTHING
+    )
+    # None only while the file is read
+    cache_directory: Path = key(forms.PATH, stale=NOTHING, indexed=PATH_ONLY)
+    # --- for subsets in the layout of sd-scripts
+    group: int | None = None  # index of its [[datasets]], whose subsets share batches; None: not a subset
+    subset: int | None = None  # index of the subset in its [[datasets]]
+    source: Source = Source()
+    buckets: Buckets = Buckets()
+    captions: Captions = Captions()
+    references: References = References()
+    learning: Learning = Learning()
+
+    @property
+    def label(self) -> str:
+        """Return where the table is in the dataset file, for messages."""
+        if self.group is not None and self.subset is not None:
+            return f"[[datasets]] {self.group + 1}, subset {self.subset + 1}"
+        return f"[[datasets]] {self.index + 1}"
+
+    @property
+    def batch_group(self) -> int:
+        """Return an index that items of the same batch share; subsets of one entry have the same index."""
+        return self.index if self.group is None else self.group
+
+    @property
+    def media_kind(self) -> Literal["image", "video", "sound"]:
+        """Return the kind of media of the items."""
+        return "sound" if self.source.is_audio_only else self.kind
+
+    def value_of(self, name: str) -> Any:
+        """Return the value of a field of the table or of one of its records, by the field's name."""
+        record = getattr(self, _RECORD_BY_FIELD[name]) if name in _RECORD_BY_FIELD else self
+        return getattr(record, name)
+
+    def with_values(self, **values: Any) -> "DatasetTable":
+        """Return a copy with other values of these fields, which may be fields of its records."""
+        own = {}
+        by_record: dict[str, dict[str, Any]] = {}
+        for name, value in values.items():
+            if name in _RECORD_BY_FIELD:
+                by_record.setdefault(_RECORD_BY_FIELD[name], {})[name] = value
+            else:
+                own[name] = value
+        for name, changes in by_record.items():
+            own[name] = replace(getattr(self, name), **changes)
+        return replace(self, **own)
+
+    @property
+    def name(self) -> str:
+        """The table's name for messages: `data.toml, [[datasets]] 2 (clips)`."""
+        return f"{self.config_path}, {self.label} ({self.source.path})"
+
+    @property
+    def source_key(self) -> str:
+        """The table key that names the items' source, such as `image_directory`."""
+        if self.source.format_keys is not None:
+            return self.source.format_keys.source_key(self.kind)
+        name = "directory" if self.source.directory is not None else "jsonl_file"
+        return f"{'audio' if self.source.is_audio_only else self.kind}_{name}"
+
+    @property
+    def path_key(self) -> str:
+        """Return the key of an item's path in lists, such as `video_path`."""
+        return "audio_path" if self.source.is_audio_only else f"{self.kind}_path"
+
+    @property
     def learns_edits(self) -> bool:
         """Return whether this is an image table for a model trained to edit reference images."""
-        return self.kind == "image" and self.references is not None and self.references.edits_images
+        return (
+            self.kind == "image" and self.references.rules is not None and self.references.rules.edits_images
+        )
 
     def visible_reference_settings(self, bucket: Sequence[int]) -> dict[str, Any]:
         """Return, by name, the table's settings that change the reference images seen by text encoders.
@@ -436,7 +500,7 @@ class DatasetTable:
         Returns {} unless text encoders see reference images at the size that the VAE encodes. `bucket` is the
         item's width and height; if it is unknown, (), the keys that decide it are returned in its place.
         """
-        if self.references is None or not self.references.text_sees_vae_input:
+        if self.references.rules is None or not self.references.rules.text_sees_vae_input:
             return {}
         settings: dict[str, Any] = {"bucket": list(bucket), **self.non_default_values(REFERENCES)}
         return settings if bucket else settings | self.non_default_values(LATENTS)
@@ -463,7 +527,7 @@ class DatasetTable:
         settings: dict[str, Any] = {}
         if sees_frames:
             sizes = {
-                "resolution": list(self.resolution),
+                "resolution": list(self.buckets.resolution),
                 **self.non_default_values(FRAMES),
                 **self.non_default_values(LATENTS),
             }
@@ -480,42 +544,40 @@ class DatasetTable:
         The flags select, for example, the keys whose change makes cached latents stale. The values are JSON
         values; a folder is reduced to its name.
         """
-        values = {}
-        records: list[Any] = [self]
-        if self.format_keys is not None:  # keys that only tables of this data form have
-            records.append(self.format_keys)
-        for record in records:
-            for name, default in get_cache_key_defaults(stale, record.__class__).items():
-                value = getattr(record, name)
-                if value != default:
-                    values[name] = _as_json(value)
-        return values
+        defaults = get_cache_key_defaults(stale)
+        values = {name: self.value_of(name) for name in defaults}
+        own_keys = self.source.format_keys
+        if own_keys is not None:  # keys that only tables of this data form have
+            own_defaults = get_cache_key_defaults(stale, own_keys.__class__)
+            values |= {name: getattr(own_keys, name) for name in own_defaults}
+            defaults = defaults | own_defaults
+        return {name: _as_json(value) for name, value in values.items() if value != defaults[name]}
 
     @property
     def family_settings(self) -> list[Any]:
         """Values of the fields that `for_family` sets, which an index records with the latent space."""
         return [
-            self.finds_audio_by_name,
-            self.reads_row_references,
-            self.source_fps,
-            self.target_frames,
-            self.references,
-            self.clip_references,
-            self.reference_dropout_rate,
+            self.source.finds_audio_by_name,
+            self.references.reads_row_references,
+            self.buckets.source_fps,
+            self.buckets.target_frames,
+            self.references.rules,
+            self.references.clip_rules,
+            self.references.reference_dropout_rate,
         ]
 
     @property
     def learning_keys(self) -> dict[str, Any]:
         """Keys that affect training and are not at their defaults, with values, for states and metadata."""
         values = self.non_default_values(LEARNING)
-        if self.is_reg:
+        if self.learning.is_reg:
             values["is_reg"] = True
-        if self.attributes:  # some select another target
-            values["custom_attributes"] = sorted(self.attributes)
+        if self.learning.attributes:  # some select another target
+            values["custom_attributes"] = sorted(self.learning.attributes)
         for name, subset_key in SUBSET_KEYS.items():  # random changes of captions and images
             record, _, field_name = subset_key.field.partition(".")
-            if record in ("caption_changes", "augmentation"):
-                value = getattr(getattr(self, record), field_name)
+            if record in ("changes", "augmentation"):
+                value = getattr(self.value_of(record), field_name)
                 if value != subset_key.default:
                     values[name] = _as_json(value)
         return values
@@ -527,28 +589,47 @@ class DatasetTable:
             has_control: Whether there are control images; None if that follows from control_directory.
         """
         entry: dict[str, Any] = {
-            "resolution": list(self.resolution),
-            "caption_extension": self.caption_extension,
-            "batch_size_per_device": self.batch_size,
-            "num_repeats": self.num_repeats,
-            "enable_bucket": self.enable_bucket,
-            "bucket_no_upscale": self.bucket_no_upscale,
-            self.source_key: self.source.name,
+            "resolution": list(self.buckets.resolution),
+            "caption_extension": self.captions.caption_extension,
+            "batch_size_per_device": self.learning.batch_size,
+            "num_repeats": self.learning.num_repeats,
+            "enable_bucket": self.buckets.enable_bucket,
+            "bucket_no_upscale": self.buckets.bucket_no_upscale,
+            self.source_key: self.source.path.name,
         }
-        if self.buckets is not None:
-            entry |= self.buckets.describe()
-        if self.buckets is not None or self.class_tokens is not None:
-            entry["class_tokens"] = self.class_tokens
-        if self.control_directory is not None:
-            entry["control_directory"] = self.control_directory.name
-        entry["has_control"] = self.control_directory is not None if has_control is None else has_control
+        if self.buckets.rule is not None:
+            entry |= self.buckets.rule.describe()
+        if self.buckets.rule is not None or self.captions.class_tokens is not None:
+            entry["class_tokens"] = self.captions.class_tokens
+        if self.references.control_directory is not None:
+            entry["control_directory"] = self.references.control_directory.name
+        entry["has_control"] = (
+            self.references.control_directory is not None if has_control is None else has_control
+        )
         if self.kind == "video":
-            entry["target_frames"] = list(self.target_frames)
+            entry["target_frames"] = list(self.buckets.target_frames)
             for name in get_cache_key_defaults(FRAMES):
-                is_default_rate = name == "target_fps" and self.target_fps is None  # left out
+                is_default_rate = name == "target_fps" and self.buckets.target_fps is None  # left out
                 if name != "target_frames" and not is_default_rate:
-                    entry[name] = getattr(self, name)
+                    entry[name] = self.value_of(name)
         return entry | self.non_default_values(SECTIONS) | self.learning_keys  # only keys that were set
+
+
+RECORDS: Mapping[str, type[Any]] = {
+    "source": Source,
+    "buckets": Buckets,
+    "captions": Captions,
+    "references": References,
+    "learning": Learning,
+}
+# name of the record of a table that has a field
+_RECORD_BY_FIELD = {each.name: name for name, record in RECORDS.items() for each in fields(record)}
+
+
+def list_fields() -> list[Field[Any]]:
+    """Return the fields of a table and of its records."""
+    own = [each for each in fields(DatasetTable) if each.name not in RECORDS]
+    return own + [each for record in RECORDS.values() for each in fields(record)]
 
 
 @dataclass(frozen=True)
@@ -579,7 +660,8 @@ FURTHER_TEXT = FurtherText("teacher_caption", "the teacher")
 
 def declared_keys(record: Any) -> dict[str, forms.TableKey]:
     """Return the dataset keys that a class declares, `DatasetTable` or a `FormatKeys`, by name."""
-    return {each.name: each.metadata["key"] for each in fields(record) if "key" in each.metadata}
+    declared = list_fields() if record is DatasetTable else fields(record)
+    return {each.name: each.metadata["key"] for each in declared if "key" in each.metadata}
 
 
 @functools.cache

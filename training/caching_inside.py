@@ -264,7 +264,7 @@ def _locate_latents(
     family: Caches, table: DatasetTable, options: CachingInRunOptions | None
 ) -> TensorLocation:
     """Return where the latents of a table come from: encoded at each step, in memory, or from files."""
-    if table.augmentation.varying_keys:
+    if table.buckets.augmentation.varying_keys:
         if options is not None and options.caches_latents:
             raise DatasetError(
                 f"{table.name}: color_aug, random_crop and face_crop_aug_range change images each time, so "
@@ -303,7 +303,7 @@ def _open_store_at(location: TensorLocation, table: DatasetTable, names: NpzName
     if location is TensorLocation.CACHE:
         return open_store(table, names)
     if location is TensorLocation.NPZ:
-        return open_shared(table, names, "npz", table.base_folder)
+        return open_shared(table, names, "npz", table.source.base_folder)
     return MemoryStore(table.cache_directory)  # with `TensorLocation.LIVE` it stays empty
 
 
@@ -355,7 +355,7 @@ def _read_on_the_fly_table(
 
 def _check_references(table: DatasetTable, sources: Sequence[MediaSource]) -> None:
     """Raise DatasetError if text encoders need reference images, which are not read during training."""
-    if table.texts_see_references and any(source.control for source in sources):
+    if table.references.are_seen_by_texts and any(source.control for source in sources):
         raise DatasetError(
             f"{table.name}: the text encoder reads captions together with their reference images, and this "
             "training encodes captions at each step, without them. Omit what changes captions or learns "
@@ -374,7 +374,7 @@ def _warn_of_live_sources(
         # tables with buckets are those whose images are encoded during training
         if live_table is not None and live_table.on_the_fly_buckets is not None:
             images += live_table.on_the_fly_sources.values()
-            if table.directory is None:
+            if table.source.directory is None:
                 listed_tables.append(table)
     if listed_tables:
         warn_unused(DatasetConfig(config.path, tuple(listed_tables)), images)
@@ -447,7 +447,7 @@ def _select_live_encoders(
     # 3. Captions vary, or text encoders get a LoRA.
     # 4. An image trainer finds no caches of their outputs.
     caches_texts = options.caching is not None and options.caching.caches_texts
-    varying = next((table for table in config.datasets if table.caption_changes.varying_keys), None)
+    varying = next((table for table in config.datasets if table.captions.changes.varying_keys), None)
     if varying is not None and caches_texts:
         raise OptionError(
             f"--cache_text_encoder_outputs: captions of {varying.name} vary (shuffle_caption, wildcards, tag "
@@ -653,7 +653,7 @@ class LiveMedia:
         # the table of a validation item is a copy without augmentation
         source = replace(source, table=item.table)
         spec, fps = self._family.latent, self._family.defaults.fps
-        augmentation_generator = None if item.table.augmentation == NO_AUGMENTATION else generator
+        augmentation_generator = None if item.table.buckets.augmentation == NO_AUGMENTATION else generator
         media = decode_source(
             source,
             fps,

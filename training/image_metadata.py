@@ -123,7 +123,7 @@ def count_tags(items: Iterable[TrainingItem]) -> dict[str, dict[str, int]]:
             sources = find_sources(table, faults=[])
         except DatasetError:
             continue
-        tags = tags_by_folder.setdefault(table.source.name, Counter())
+        tags = tags_by_folder.setdefault(table.source.path.name, Counter())
         for source in sources:
             if source.stem in trained_stems[index] and source.path not in counted_files:
                 counted_files.add(source.path)
@@ -167,11 +167,11 @@ def _count_images(items: Iterable[TrainingItem]) -> _ImageCounts:
         table = item.table
         width, height = item.bucket[:2]
         num_by_table[table.index] += 1
-        buckets[width, height] += table.num_repeats
-        if table.is_reg:
-            num_regularization += table.num_repeats
+        buckets[width, height] += table.learning.num_repeats
+        if table.learning.is_reg:
+            num_regularization += table.learning.num_repeats
         else:
-            num_learned += table.num_repeats
+            num_learned += table.learning.num_repeats
         parsed = parse_latent_name(item.file_name, item.cache_info.tag, "image")
         if parsed is not None:
             image_width, image_height = parsed.size
@@ -195,14 +195,14 @@ def _make_image_counts(tables: Sequence[DatasetTable], items: Sequence[TrainingI
     image_counts = _count_images(items)
     folders: dict[bool, dict[str, dict[str, int]]] = {False: {}, True: {}}
     for table in tables:
-        folder_entries = folders[table.is_reg]
-        info = {"n_repeats": table.num_repeats, "img_count": image_counts.num_by_table[table.index]}
+        folder_entries = folders[table.learning.is_reg]
+        info = {"n_repeats": table.learning.num_repeats, "img_count": image_counts.num_by_table[table.index]}
         # `name`, with a number appended if it is already taken: several datasets may share a folder
         number = 1
-        free = table.source.name
+        free = table.source.path.name
         while free in folder_entries:
             number += 1
-            free = f"{table.source.name} ({number})"
+            free = f"{table.source.path.name} ({number})"
         folder_entries[free] = info
     return {
         "num_train_images": image_counts.num_learned,
@@ -219,13 +219,15 @@ def _make_image_counts(tables: Sequence[DatasetTable], items: Sequence[TrainingI
 
 def _list_recorded_settings(table: DatasetTable) -> dict[str, Any]:
     """Return the settings of a dataset table, keyed by the option names that known trainers record."""
-    changes, augmentation = table.caption_changes, table.augmentation
-    buckets = table.buckets if table.enable_bucket else None  # None: no sizes of buckets are recorded
+    changes, augmentation = table.captions.changes, table.buckets.augmentation
+    buckets = (
+        table.buckets.rule if table.buckets.enable_bucket else None
+    )  # None: no sizes of buckets are recorded
     return {
-        "batch_size_per_device": table.batch_size,
-        "resolution": tuple(table.resolution),
-        "enable_bucket": table.enable_bucket,
-        "bucket_no_upscale": table.bucket_no_upscale,
+        "batch_size_per_device": table.learning.batch_size,
+        "resolution": tuple(table.buckets.resolution),
+        "enable_bucket": table.buckets.enable_bucket,
+        "bucket_no_upscale": table.buckets.bucket_no_upscale,
         "min_bucket_reso": None if buckets is None else buckets.minimum,
         "max_bucket_reso": None if buckets is None else buckets.maximum,
         "color_aug": augmentation.color,
@@ -234,7 +236,7 @@ def _list_recorded_settings(table: DatasetTable) -> dict[str, Any]:
         "face_crop_aug_range": augmentation.face_crop_range,
         "shuffle_caption": changes.shuffle,
         "keep_tokens": changes.keep_tokens,
-        "caption_dropout_rate": table.caption_dropout_rate,
+        "caption_dropout_rate": table.captions.caption_dropout_rate,
         "caption_dropout_every_n_epochs": changes.dropout_every_n_epochs,
         "caption_tag_dropout_rate": changes.part_dropout_rate,
     }
@@ -263,8 +265,8 @@ def _describe_dataset(
     # Settings that all subsets share are entries of the dataset.
     descriptions = [table.describe() for table in tables]
     settings = _list_recorded_settings(tables[0])
-    buckets = tables[0].buckets
-    folders = sorted({table.source.name for table in tables})
+    buckets = tables[0].buckets.rule
+    folders = sorted({table.source.path.name for table in tables})
     # The entries that all descriptions share
     first, *others = descriptions
     return (
@@ -273,7 +275,7 @@ def _describe_dataset(
         "is_dreambooth": not any(get_source_format(table).metadata_key for table in tables),
         "num_train_images": image_counts.num_learned,
         "num_reg_images": image_counts.num_regularization,
-        "resolution": list(tables[0].resolution),
+        "resolution": list(tables[0].buckets.resolution),
         "batch_size_per_device": settings["batch_size_per_device"],
         "enable_bucket": settings["enable_bucket"],
         "min_bucket_reso": settings["min_bucket_reso"],
@@ -288,25 +290,25 @@ def _describe_dataset(
 
 def _describe_subset(table: DatasetTable, num_images: int) -> dict[str, Any]:
     """Return the entry of a subset in `ss_datasets`, with the keys that image trainers write."""
-    settings, changes = _list_recorded_settings(table), table.caption_changes
+    settings, changes = _list_recorded_settings(table), table.captions.changes
     keys = ("color_aug", "flip_aug", "random_crop", "shuffle_caption", "keep_tokens")
     entry: dict[str, Any] = {
         "img_count": num_images,
-        "num_repeats": table.num_repeats,
+        "num_repeats": table.learning.num_repeats,
         **{key: settings[key] for key in keys},
         "keep_tokens_separator": changes.keep_tokens_separator or None,
         "secondary_separator": changes.secondary_separator or None,
         "enable_wildcard": changes.wildcards,
-        "caption_prefix": table.caption_prefix or None,
-        "caption_suffix": table.caption_suffix or None,
-        "resize_interpolation": None if table.buckets is None else table.buckets.interpolation,
+        "caption_prefix": table.captions.caption_prefix or None,
+        "caption_suffix": table.captions.caption_suffix or None,
+        "resize_interpolation": None if table.buckets.rule is None else table.buckets.rule.interpolation,
     }
-    if table.directory is not None or table.image_folder is not None:
-        entry["image_dir"] = table.base_folder.name
+    if table.source.directory is not None or table.source.image_folder is not None:
+        entry["image_dir"] = table.source.base_folder.name
     # a subset is recorded either by its metadata file or, for a folder, by class tokens
     name = get_source_format(table).metadata_key
     if name:
-        entry[name] = table.source.name
+        entry[name] = table.source.path.name
     else:
-        entry |= {"class_tokens": table.class_tokens, "is_reg": table.is_reg}
+        entry |= {"class_tokens": table.captions.class_tokens, "is_reg": table.learning.is_reg}
     return {**table.learning_keys, **entry}

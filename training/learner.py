@@ -180,12 +180,12 @@ def _check_data(custom: CustomNetwork, config: DatasetConfig, preserve_attribute
         check_pairs(config, custom.label)
         return config
     for table in config.datasets:
-        if table.is_reg:
+        if table.learning.is_reg:
             raise DatasetError(
                 f"{table.name}: {custom.label} learns nothing from regularization images, as their captions "
                 "lack the word. Omit them"
             )
-        if preserve_attribute in table.attributes:
+        if preserve_attribute in table.learning.attributes:
             raise DatasetError(
                 f"{table.name}: {preserve_attribute} compares a network in the transformer with the model "
                 f"without it, and {custom.label} has none there. Omit it"
@@ -193,5 +193,7 @@ def _check_data(custom: CustomNetwork, config: DatasetConfig, preserve_attribute
     if not custom.sentences:
         return config
     # class_tokens is the caption of images without a caption file: "" makes such files unnecessary
-    tables = tuple(replace(table, class_tokens=table.class_tokens or "") for table in config.datasets)
+    tables = tuple(
+        table.with_values(class_tokens=table.captions.class_tokens or "") for table in config.datasets
+    )
     return replace(config, datasets=tables)

@@ -459,7 +459,7 @@ def example_values(plan: TrainingPlan, cached_with: Mapping[str, Any]) -> dict[s
     """
     item = plan.training[0]
     example = find_example(item, plan.sources.stores)
-    has_references = item.table.references is not None
+    has_references = item.table.references.rules is not None
     return {
         # a longer caption would flood the console, and systems limit the length of a command
         "prompt": example.caption if len(example.caption or "") <= MAX_EXAMPLE_CHARACTERS else None,

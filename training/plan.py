@@ -239,7 +239,10 @@ class RunPlanner:
         if LIVE_TEXTS in self.options.features.needs:
             return True
         subsets = [table for table in self.config.datasets if table.group is not None]
-        return any(table.caption_changes.varying_keys or table.augmentation.varying_keys for table in subsets)
+        return any(
+            table.captions.changes.varying_keys or table.buckets.augmentation.varying_keys
+            for table in subsets
+        )
 
     def _find_live_encoders(self) -> LiveTextEncoders | None:
         """Return the text encoders that run during training; None if all their outputs are cached."""
@@ -367,15 +370,15 @@ class RunPlanner:
             from training.token_captions import check_captions  # only to learn a word
 
             check_captions(read, data.training)
-        has_rejected_items = any(table.worse_directory is not None for table in tables)
+        has_rejected_items = any(table.source.worse_directory is not None for table in tables)
         if has_rejected_items and REJECTED_ONES not in features.needs:
             _warn_of_rejected_items(data.training)
         if not self.accelerator.is_main_process:
             return
-        takes_references = any(table.references or table.clip_references for table in tables)
+        takes_references = any(table.references.rules or table.references.clip_rules for table in tables)
         if takes_references and lack_edit_references([*data.training, *data.validation], data.sources.stores):
             logger.warning("%s", NO_REFERENCE)
-        has_masks = any(table.mask_directory or table.alpha_mask for table in tables)
+        has_masks = any(table.source.mask_directory or table.source.alpha_mask for table in tables)
         if subset is not None and subset.masked_loss and not has_masks:
             logger.warning(
                 "--masked_loss has no effect: no subset has masks (conditioning_data_dir, or alpha_mask = "
@@ -386,7 +389,7 @@ class RunPlanner:
 def _warn_of_rejected_items(training: Sequence[TrainingItem]) -> None:
     """Warn about tables whose rejected items this run ignores."""
     tables = {item.table.index: item.table for item in training}.values()
-    names = [table.name for table in tables if table.worse_directory is not None]
+    names = [table.name for table in tables if table.source.worse_directory is not None]
     if names:
         logger.warning(
             "%s: worse_directory has no effect in this run: it is for --preference. The better ones are "
@@ -512,7 +515,7 @@ def read_config(options: TrainingOptions, family: Family, network_spec: NetworkS
 
 def _check_tables(config: DatasetConfig) -> None:
     """Raise OptionError if a table sets network_multiplier, which full fine-tuning cannot use."""
-    scaled = next((table for table in config.datasets if table.network_multiplier != 1), None)
+    scaled = next((table for table in config.datasets if table.learning.network_multiplier != 1), None)
     if scaled is not None:
         raise OptionError(
             f"{scaled.name}: network_multiplier is the strength of a LoRA, and here the model itself is "
@@ -522,11 +525,11 @@ def _check_tables(config: DatasetConfig) -> None:
 
 def _check_batch_sizes(reason: str, config: DatasetConfig) -> None:
     """Raise OptionError if a table's batch size is above 1; `reason` says why the model needs size 1."""
-    larger = next((table for table in config.datasets if table.batch_size > 1), None)
+    larger = next((table for table in config.datasets if table.learning.batch_size > 1), None)
     if larger is not None:
         raise OptionError(
-            f"{larger.name}: batch_size {larger.batch_size}: {reason}. Set batch_size = 1, and "
-            f"--gradient_accumulation_steps {larger.batch_size} for steps of as many clips"
+            f"{larger.name}: batch_size {larger.learning.batch_size}: {reason}. Set batch_size = 1, and "
+            f"--gradient_accumulation_steps {larger.learning.batch_size} for steps of as many clips"
         )
 
 

@@ -20,7 +20,7 @@ def check_captions(read: ReadCaptions, items: Sequence[TrainingItem]) -> None:
     captions = [
         _complete(item.cache_info.on_the_fly_caption(item.source_stem, number), item.table)
         for item in items
-        if not item.table.is_reg  # regularization images are for the LoRA only
+        if not item.table.learning.is_reg  # regularization images are for the LoRA only
         for number in range(item.num_captions)
     ]
     remark = read(captions)
@@ -39,7 +39,7 @@ def check_source_captions(
     captions = [
         _complete(caption, table)
         for table, sources in listed
-        if not table.is_reg
+        if not table.learning.is_reg
         for source in sources
         for caption in (source.caption, *source.more_captions)
         if caption is not None
@@ -49,7 +49,9 @@ def check_source_captions(
 
 def _complete(caption: str, table: DatasetTable) -> str:
     """Return a caption with the text that training adds at each step, such as the trigger word."""
-    if not table.caption_changes.varies_per_step:  # the caption is already complete
+    if not table.captions.changes.varies_per_step:  # the caption is already complete
         return caption
     caption = "\n".join(split_captions(caption, table))  # with enable_wildcard, all lines that may be drawn
-    return complete_caption(caption, table.trigger_word, table.caption_prefix, table.caption_suffix)
+    return complete_caption(
+        caption, table.captions.trigger_word, table.captions.caption_prefix, table.captions.caption_suffix
+    )

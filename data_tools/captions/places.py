@@ -52,8 +52,8 @@ class CaptionList:
 
     def __init__(self, table: DatasetTable) -> None:
         """Read the JSONL list of a dataset table that has already been checked."""
-        assert table.jsonl_file is not None
-        self.path, self._key = table.jsonl_file, table.path_key
+        assert table.source.jsonl_file is not None
+        self.path, self._key = table.source.jsonl_file, table.path_key
         self._lines: list[str] = []
         self._line_indices: dict[str, int] = {}  # by the path in the line
         self._stamp: tuple[int, int] | None = None  # time and size of the file when it was read
@@ -265,7 +265,9 @@ def find_caption_locations(config: DatasetConfig, reads_captions: bool) -> list[
     Raises:
         DatasetError: If the dataset cannot be used, or has tables whose captions cannot be written.
     """
-    unwritable = [table.name for table in config.datasets if not (table.directory or table.jsonl_file)]
+    unwritable = [
+        table.name for table in config.datasets if not (table.source.directory or table.source.jsonl_file)
+    ]
     if unwritable:
         raise DatasetError(
             f"{', '.join(unwritable)}: captions are written next to the files of a folder, or into a JSONL "
@@ -273,7 +275,9 @@ def find_caption_locations(config: DatasetConfig, reads_captions: bool) -> list[
             "video_jsonl_file or image_jsonl_file over the same media."
         )
     tables = tuple(map(_with_media_only, config.datasets))
-    caption_lists = {table.jsonl_file: CaptionList(table) for table in tables if table.jsonl_file is not None}
+    caption_lists = {
+        table.source.jsonl_file: CaptionList(table) for table in tables if table.source.jsonl_file is not None
+    }
     locations: dict[tuple[Path, str], CaptionLocation] = {}
     for source in find_all_sources(dataclasses.replace(config, datasets=tables)):
         if source.caption_path is not None:
@@ -288,8 +292,8 @@ def find_caption_locations(config: DatasetConfig, reads_captions: bool) -> list[
                 has_caption=has_caption,
             )
         else:
-            assert source.table.jsonl_file is not None  # else the source would have a caption file
-            caption_list = caption_lists[source.table.jsonl_file]
+            assert source.table.source.jsonl_file is not None  # else the source would have a caption file
+            caption_list = caption_lists[source.table.source.jsonl_file]
             listed_path = caption_list.listed_paths.get(source.path)
             if listed_path is None:
                 raise DatasetError(
@@ -310,9 +314,8 @@ def find_caption_locations(config: DatasetConfig, reads_captions: bool) -> list[
 
 def _with_media_only(table: DatasetTable) -> DatasetTable:
     """Return a copy of a table without control media, masks and audio, so that only media are listed."""
-    return dataclasses.replace(
-        table,
-        caption_extension=table.caption_extension or DEFAULT_EXTENSION,
+    return table.with_values(
+        caption_extension=table.captions.caption_extension or DEFAULT_EXTENSION,
         control_directory=None,
         mask_directory=None,
         audio_directory=None,
@@ -325,7 +328,7 @@ def describe_missing_extensions(config: DatasetConfig) -> list[str]:
     """Return a message for each table that lacks caption_extension, the key for its caption files."""
     messages = []
     for table in config.datasets:
-        if table.directory and not table.caption_extension:
+        if table.source.directory and not table.captions.caption_extension:
             messages.append(
                 f"{table.name} has no caption_extension, so its captions are {DEFAULT_EXTENSION} files next "
                 f"to its {table.kind}s. For caching, add this line to the table (or to [general]): "

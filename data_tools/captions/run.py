@@ -91,7 +91,7 @@ def run_captioning(config: DatasetConfig, options: CaptioningOptions) -> None:
     for table in config.datasets:
         for name in ("caption_prefix", "caption_suffix"):
             text = getattr(options.wording, name).strip()
-            if text and getattr(table, name) == text:
+            if text and table.value_of(name) == text:
                 raise OptionError(
                     f"--{name} {text!r}: {table.name} has {name} = {text!r}, which does this without "
                     "touching files; it would be there twice. Omit one of the two."
@@ -104,10 +104,12 @@ def run_captioning(config: DatasetConfig, options: CaptioningOptions) -> None:
         backend = _make_text_backend(options, DEFAULT_MAX_TOKENS)
     else:
         # in tables for image editing, captions are instructions
-        list_tables = tuple(table for table in config.datasets if table.jsonl_file is not None)
+        list_tables = tuple(table for table in config.datasets if table.source.jsonl_file is not None)
         listed = find_all_sources(replace(config, datasets=list_tables), captions=False)
         for table in config.datasets:
-            if table.control_directory or any(source.control and source.table is table for source in listed):
+            if table.references.control_directory or any(
+                source.control and source.table is table for source in listed
+            ):
                 raise OptionError(
                     f"--caption_format {options.caption_format}: {table.name} has images before an edit, and "
                     "its captions say what is changed. A model that sees only the results cannot write them"
@@ -292,8 +294,8 @@ def fetch_frames(location: CaptionLocation, num_frames: int, max_pixels: int) ->
 def _recover_pending(config: DatasetConfig) -> None:
     """Move captions left by a killed run of an earlier version into their lists."""
     for table in config.datasets:
-        if table.jsonl_file:
-            pending = table.jsonl_file.with_name(f".{table.jsonl_file.name}.captions")
+        if table.source.jsonl_file:
+            pending = table.source.jsonl_file.with_name(f".{table.source.jsonl_file.name}.captions")
             if pending.exists():
                 CaptionList(table).recover_pending(pending)
 
@@ -484,7 +486,7 @@ def _list_edits(
     # `format` is the format of captions that are JSON objects; None if none is chosen.
     for location in locations:
         reword_text = partial(_reword_text, location=location, wording=wording, format=format)
-        has_several = location.source.table.multi_caption
+        has_several = location.source.table.captions.multi_caption
         if location.caption_list is None:
             edit = _edit_text_file(location, has_several, reword_text)
         else:

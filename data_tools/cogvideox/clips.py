@@ -130,10 +130,7 @@ def find_items(source: ClipSourceOptions, folder: Path, seed: int) -> list[Prepa
     """
     root = source.data_root
     option_text = f"--data_root {root}"
-    table = DatasetTable(
-        config_path=root,
-        index=0,
-        kind="video",
+    table = DatasetTable(root, index=0, kind="video").with_values(
         format_keys=CogVideoXKeys(
             root,
             dataset_file=source.dataset_file,

@@ -41,7 +41,7 @@ class AudioInspection:
 
 def uses_audio(table: DatasetTable) -> bool:
     """Return whether a table's clips are trained with their audio."""
-    return table.kind == "video" and table.audio != IGNORE
+    return table.kind == "video" and table.source.audio != IGNORE
 
 
 def inspect_audio(source: MediaSource) -> AudioInspection:
@@ -60,11 +60,11 @@ def inspect_audio(source: MediaSource) -> AudioInspection:
             is_video = (
                 local_source.precomputed is None
                 and not local_source.path.is_dir()
-                and not local_source.table.is_audio_only
+                and not local_source.table.source.is_audio_only
             )
             if is_video:
                 info = video_info(local_source.path)
-                rate = local_source.table.declared_fps or info.fps
+                rate = local_source.table.buckets.declared_fps or info.fps
                 video_seconds = info.frames / rate if info.frames and rate else None
     except NoAudio as reason:
         return AudioInspection(missing_reason=str(reason))
@@ -105,7 +105,9 @@ def check_audio(
     findings = AudioFindings(lines=[], errors=[], warnings=[])
     tracks: list[TrackInfo] = []
     num_valid = num_missing = 0  # audio caches
-    needs_audio = table.audio == REQUIRED or work.spec.audio_only  # else missing audio is only a warning
+    needs_audio = (
+        table.source.audio == REQUIRED or work.spec.audio_only
+    )  # else missing audio is only a warning
     for plan, result in zip(plans, results, strict=True):
         if isinstance(result, Failure):
             kind = "have sound that cannot be read"
@@ -126,7 +128,7 @@ def check_audio(
             kind = "have sound that does not fit"
             text = f"{plan.source.path}: {audio.mismatch}"
             findings.warnings.append(Fault(kind, text, plan.source.stem))
-    description = "can be heard" if table.is_audio_only else "clips have it"
+    description = "can be heard" if table.source.is_audio_only else "clips have it"
     findings.lines.append(f"sound: {len(tracks)} of {len(plans)} {description}{_describe_tracks(tracks)}")
     findings.lines.append(
         f"caches of sound: {num_valid} files are valid, {pluralize(num_missing, 'items need encoding')}"

@@ -263,9 +263,13 @@ class _CachingChecker:
                 has_control = any(source.control for source in sources)
                 has_references = any(source.references for source in sources)
                 rows = (
-                    tuple(source.row_references for source in sources) if table.reads_row_references else ()
+                    tuple(source.row_references for source in sources)
+                    if table.references.reads_row_references
+                    else ()
                 )
-                facts = media_table(table, has_control, has_references, table.has_guides, tuple(rows))
+                facts = media_table(
+                    table, has_control, has_references, table.references.has_guides, tuple(rows)
+                )
                 self.family.check_table(facts)
                 reject_companions(table, sources)
                 findings.sources = use_moments(self.family, sources)
@@ -455,7 +459,7 @@ def _plan_decoded(
 def _count_items(findings: TableFindings, plans: Sequence[SourcePlan], workers: int) -> None:
     """Count the items that each source will give; if its references cannot be read, add an error instead."""
     table = findings.table
-    if table.references is None:
+    if table.references.rules is None:
         for plan in plans:
             for item_size in plan.item_sizes:
                 findings.add_items([plan.source.stem], item_size)
@@ -467,7 +471,7 @@ def _count_items(findings: TableFindings, plans: Sequence[SourcePlan], workers: 
             findings.errors.append(Fault(UNREADABLE, str(reference_sizes), reference_sizes.stem))
             continue
         # references of one batch must have the same sizes
-        sides = tuple(itertools.chain(*reference_sizes)) if table.batch_size > 1 else ()
+        sides = tuple(itertools.chain(*reference_sizes)) if table.learning.batch_size > 1 else ()
         for item_size in plan.item_sizes:
             findings.add_items([plan.source.stem], (*item_size, *sides))
 
@@ -511,7 +515,7 @@ class _TrainingChecker:
         _add_missing_caches(findings, self.found_items)
         _check_cached_items(findings, items, self.latent, self.same_encoders)
         self._compare_sources(findings, items)
-        purpose = ", for validation" if table.validation else ""
+        purpose = ", for validation" if table.learning.validation else ""
         findings.title = f"{table.name}: {len(items)} cached items{purpose}"
         return findings
 
@@ -662,7 +666,7 @@ def _list_captions(items: Sequence[TrainingItem]) -> Iterator[tuple[TrainingItem
         for number in range(item.num_captions):
             yield item, number
     table = items[0].table
-    if table.caches_empty_prompt:
+    if table.captions.caches_empty_prompt:
         # the empty prompt once, or for each item if an encoder also gets its reference images
-        for item in items if table.texts_see_references else items[:1]:
+        for item in items if table.references.are_seen_by_texts else items[:1]:
             yield item, EMPTY

@@ -80,7 +80,7 @@ def _describe_source(source: MediaSource) -> JsonObject:
         "controls": len(source.control),
         "has_mask": source.mask is not None,
         "caption_file": None if source.caption_path is None else str(source.caption_path),
-        "caption_list": None if source.caption_path is not None else str(source.table.source),
+        "caption_list": None if source.caption_path is not None else str(source.table.source.path),
         "text": text,  # of the file
         # empty if training uses the text unchanged
         "captions": [] if captions == [text] else captions,  # captions as training uses them
@@ -297,17 +297,21 @@ def _add_seen_media(
     records = [record for by_encoder in samples for record in by_encoder.values()]
     clips = [record.settings[CLIP] for record in records if CLIP in record.settings]
     if any(SEEN_MEDIA in record.settings for record in records):
-        table = replace(table, reads_row_references=True)
-    if table.source_fps is None and any(clip.get("source_fps") == AUTO for clip in clips):
-        table = replace(table, source_fps=AUTO)  # families with audio use the timestamps in each file
+        table = table.with_values(reads_row_references=True)
+    if table.buckets.source_fps is None and any(clip.get("source_fps") == AUTO for clip in clips):
+        table = table.with_values(source_fps=AUTO)  # families with audio use the timestamps in each file
     # a clip or image that is itself seen is among the references of its record
-    if not clips and not table.reads_row_references and any(record.references for record in records):
+    if (
+        not clips
+        and not table.references.reads_row_references
+        and any(record.references for record in records)
+    ):
         rules = replace(
-            table.references or ReferenceRules(MAX_REFERENCES, pixel_step),
+            table.references.rules or ReferenceRules(MAX_REFERENCES, pixel_step),
             seen_by_text=True,
             text_sees_vae_input=any("bucket" in record.settings for record in records),
         )
-        table = replace(table, references=rules)
+        table = table.with_values(rules=rules)
     return table
 
 
@@ -362,7 +366,7 @@ def _find_text_state(plan: CaptionFile, store: CacheStore, sample_records: Mappi
         return STALE, f"it has no record of {encoder}"
     num_seen, num_now = len(record.references), len(plan.references)
     # named before the settings that only captions with references have
-    if plan.table.texts_see_references and num_seen != num_now:
+    if plan.table.references.are_seen_by_texts and num_seen != num_now:
         return STALE, f"it was made with {num_seen} reference images, but now there are {num_now}"
     # if its record fits, the tensors themselves must be unusable
     return STALE, why_outdated(record, sample_records[encoder].encoder, plan) or "damaged"

@@ -80,10 +80,10 @@ class TableFindings:
 
     def bucket_rows(self) -> list[BucketRow]:
         """Return the number of items and batches in each bucket, ascending by size."""
-        batch_size = self.table.batch_size
+        batch_size = self.table.learning.batch_size
         rows = []
         for bucket, num_items in sorted(self.num_items_by_bucket.items()):
-            num_repeated = round(num_items * self.table.num_repeats * self.balancing_factor)
+            num_repeated = round(num_items * self.table.learning.num_repeats * self.balancing_factor)
             num_batches = ceil_div(num_repeated, batch_size)
             last_batch = num_repeated - (num_batches - 1) * batch_size if num_repeated else batch_size
             rows.append(BucketRow(bucket, num_items, num_batches, last_batch))
@@ -91,8 +91,8 @@ class TableFindings:
 
     def lines(self) -> list[str]:
         """Return all findings as printable lines."""
-        batch_size = self.table.batch_size
-        repeats = self.table.num_repeats * self.balancing_factor
+        batch_size = self.table.learning.batch_size
+        repeats = self.table.learning.num_repeats * self.balancing_factor
         repeats_text = str(int(repeats)) if repeats == int(repeats) else f"{repeats:.1f}"
         lines = []
         for row in self.bucket_rows():
@@ -106,7 +106,7 @@ class TableFindings:
     def _describe_bucket(self, bucket: tuple[int, ...]) -> str:
         """Describe a bucket by its image size and its number of frames, or its reference images."""
         frames = f", {format_count(bucket[2], 'frame')}" if len(bucket) == 3 else references_in_words(bucket)
-        if self.table.is_audio_only:
+        if self.table.source.is_audio_only:
             return frames.removeprefix(", ")
         return f"{bucket[0]}x{bucket[1]}{frames}"
 
@@ -234,11 +234,11 @@ def balance_regularization(tables: Sequence[TableFindings]) -> None:
     num_learned = Counter[int]()
     num_regularization = Counter[int]()
     for findings in tables:
-        counts = num_regularization if findings.table.is_reg else num_learned
-        counts[findings.table.batch_group] += findings.num_items * findings.table.num_repeats
+        counts = num_regularization if findings.table.learning.is_reg else num_learned
+        counts[findings.table.batch_group] += findings.num_items * findings.table.learning.num_repeats
     for findings in tables:
         group = findings.table.batch_group
-        if findings.table.is_reg and num_regularization[group]:
+        if findings.table.learning.is_reg and num_regularization[group]:
             findings.balancing_factor = num_learned[group] / num_regularization[group]
 
 
@@ -256,9 +256,9 @@ def count_batches(tables: Iterable[TableFindings]) -> int:
         trained = findings.num_items_by_bucket - findings.validation_counts
         for bucket, count in trained.items():
             key = (table.batch_group, *bucket)
-            num_repeated = count * table.num_repeats * findings.balancing_factor
+            num_repeated = count * table.learning.num_repeats * findings.balancing_factor
             num_items[key] = num_items.get(key, 0) + num_repeated
-            batch_sizes[key] = table.batch_size
+            batch_sizes[key] = table.learning.batch_size
     # rounded first: `balancing_factor` is a quotient and may end in ...0001
     return sum(math.ceil(round(count, 6) / batch_sizes[key]) for key, count in num_items.items())
 
@@ -283,7 +283,7 @@ def find_table(config: DatasetConfig, table: DatasetTable, folders: TableFolders
     findings.warnings += find_encodings(findings.sources)
     with contextlib.suppress(DatasetError):  # already reported by `find_sources`
         findings.warnings += find_unused(table)
-    if table.references is not None:
+    if table.references.rules is not None:
         _add_references(findings)
     if any(source.references or source.control_mask for source in findings.sources):
         from dataset.sources.companions import companion_lines  # only with companions
@@ -370,7 +370,7 @@ def check_captions(
     warnings, sizes_by_encoder = find_cut_captions(findings.sources, dict(counters.by_encoder))
     findings.warnings += warnings
     if are_cached:
-        sees_references = findings.table.texts_see_references
+        sees_references = findings.table.references.are_seen_by_texts
         # the size of the cached embeddings of each text encoder
         references = ", more with what it sees of references" if sees_references else ""
         for name, sizes in sizes_by_encoder.items():

@@ -325,7 +325,7 @@ def _read_frames(
         inspection_fields["fps"] = info.fps
         inspection_fields["frames"] = info.frames
         if not is_animation(source.path):  # these are played by the times in the file
-            inspection_fields["rate_warning"] = compare_rates(info.fps, table.source_fps, fps)
+            inspection_fields["rate_warning"] = compare_rates(info.fps, table.buckets.source_fps, fps)
     sizes = FrameSizes()
     for frame in sizes.watch(source_frames(source, fps)):
         if "fit" not in inspection_fields:
@@ -472,7 +472,7 @@ def _show_reference(
     try:
         frame = read_image(path)
         size = (frame.shape[1], frame.shape[0])
-        if table.references is not None:
+        if table.references.rules is not None:
             fit = fit_reference(table, size, path, bucket)
     except MediaError as error:
         return ShownReference(name, text=str(error), is_bad=True)

@@ -108,7 +108,7 @@ def find_lone_masks(tables: Sequence[TableFindings]) -> None:
     media_stems: dict[str, set[str]] = {}  # by folder of masks: stems of all images and clips of its tables
     first_tables: dict[str, TableFindings] = {}  # the first table of each folder of masks
     for findings in tables:
-        folder = findings.table.mask_directory
+        folder = findings.table.source.mask_directory
         if folder is not None:
             key = folder_id(folder)
             media_stems.setdefault(key, set()).update(
@@ -121,8 +121,8 @@ def find_lone_masks(tables: Sequence[TableFindings]) -> None:
 
 def _find_lone_masks(table: DatasetTable, media_stems: set[str]) -> list[Fault]:
     """Return a warning for each mask in a table's folder whose stem is not among `media_stems`."""
-    assert table.mask_directory is not None
-    masks = _list_masks(table.mask_directory, table.directory)
+    assert table.source.mask_directory is not None
+    masks = _list_masks(table.source.mask_directory, table.source.directory)
     if media_stems.isdisjoint(masks):  # the table already has an error
         return []
     warnings = []

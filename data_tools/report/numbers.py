@@ -73,7 +73,9 @@ def collect_statistics(
         "sources": sum(table["sources"] for table in by_table),
         "items": sum(table["items"] for table in by_table),
         "items_per_epoch": items_per_epoch,
-        "batches_per_epoch": count_batches(findings for findings in tables if not findings.table.validation),
+        "batches_per_epoch": count_batches(
+            findings for findings in tables if not findings.table.learning.validation
+        ),
         "tables": by_table,
         "buckets": _count_buckets(tables),
         "broken": _list_with_reason(tables, "read_error"),
@@ -164,9 +166,9 @@ def count_fits(findings: TableFindings) -> dict[Size, Counter[Fit]]:
 
 def _count_items_per_epoch(findings: TableFindings) -> int:
     """Return how many items of a table are trained per epoch; 0 for a validation table."""
-    if findings.table.validation:
+    if findings.table.learning.validation:
         return 0
-    return round(findings.num_items * findings.table.num_repeats * findings.balancing_factor)
+    return round(findings.num_items * findings.table.learning.num_repeats * findings.balancing_factor)
 
 
 def _describe_table(findings: TableFindings, total_items_per_epoch: int) -> JsonObject:
@@ -182,18 +184,18 @@ def _describe_table(findings: TableFindings, total_items_per_epoch: int) -> Json
     return {
         "name": table.label,
         "kind": table.kind,
-        "source": str(table.source),
+        "source": str(table.source.path),
         "sources": len(findings.sources),
         "items": findings.num_items,
-        "num_repeats": table.num_repeats,
+        "num_repeats": table.learning.num_repeats,
         "items_per_epoch": items_per_epoch,
         "share_percent": percent,
-        "batch_size": table.batch_size,
-        "batches_per_epoch": 0 if table.validation else sum(row.batches for row in rows),
+        "batch_size": table.learning.batch_size,
+        "batches_per_epoch": 0 if table.learning.validation else sum(row.batches for row in rows),
         # batches that are not full: at most the last one of each bucket
-        "part_batches": sum(row.last_batch < table.batch_size for row in rows),
-        "resolution": list(table.resolution),
-        "validation": table.validation,
+        "part_batches": sum(row.last_batch < table.learning.batch_size for row in rows),
+        "resolution": list(table.buckets.resolution),
+        "validation": table.learning.validation,
         "broken": sum(inspection.read_error is not None for inspection in findings.inspections),
         "without_items": sum(inspection.no_item_reason is not None for inspection in findings.inspections),
         "buckets": _summarize_buckets(findings),
@@ -407,7 +409,7 @@ class _CaptionCounts:
             self.paths_without[reason].append(path)
             return
         for caption in (source.caption, *source.more_captions):
-            trigger = source.table.trigger_word
+            trigger = source.table.captions.trigger_word
             if trigger:
                 self.num_captions_of_trigger[trigger] += 1
                 is_present = re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption) is not None

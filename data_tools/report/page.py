@@ -400,21 +400,24 @@ def _group_spans(inspection: Inspection) -> list[SpanGroup]:
 
 def _describe_settings(table: DatasetTable) -> str:
     """Return the settings of a table in one line."""
-    width, height = table.resolution
-    buckets = "buckets" if table.enable_bucket else "one size"
-    settings = [f"{width}x{height}, {buckets}", f"batch_size {table.batch_size}"]
-    if table.num_repeats != 1:
-        settings.append(f"num_repeats {table.num_repeats}")
+    width, height = table.buckets.resolution
+    buckets = "buckets" if table.buckets.enable_bucket else "one size"
+    settings = [f"{width}x{height}, {buckets}", f"batch_size {table.learning.batch_size}"]
+    if table.learning.num_repeats != 1:
+        settings.append(f"num_repeats {table.learning.num_repeats}")
     if table.kind == "video":
-        frame_counts = f": {', '.join(map(str, table.target_frames))} frames"
-        settings.append(table.frame_extraction + ("" if table.frame_extraction == "full" else frame_counts))
-        if table.source_fps is not None:
-            settings.append(f"source_fps {table.source_fps}")
+        frame_counts = f": {', '.join(map(str, table.buckets.target_frames))} frames"
+        settings.append(
+            table.buckets.frame_extraction
+            + ("" if table.buckets.frame_extraction == "full" else frame_counts)
+        )
+        if table.buckets.source_fps is not None:
+            settings.append(f"source_fps {table.buckets.source_fps}")
     for name in TIMESTEP_KEYS:
-        value = getattr(table, name)
+        value = table.value_of(name)
         if value is not None:
             settings.append(f"{name} {value:g}")
-    if table.validation:
+    if table.learning.validation:
         settings.append("for validation")
     return "; ".join(settings)
 

@@ -177,7 +177,12 @@ def _caption(source: MediaSource) -> str:
     """Return a media file's caption as one training step might use it, after its random changes."""
     table = source.table
     return changed_caption(
-        source.caption or "", table.caption_changes, table, step=1, total_steps=1, generator=_make_rng(source)
+        source.caption or "",
+        table.captions.changes,
+        table,
+        step=1,
+        total_steps=1,
+        generator=_make_rng(source),
     )
 
 

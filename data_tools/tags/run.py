@@ -94,7 +94,7 @@ def _append_tags(location: CaptionLocation, new_tags: str, separator: str) -> st
             "folder without such captions, or write them with tools/caption_dataset.py --caption_format"
         )
     tags = new_tags.split(separator)
-    if location.source.table.multi_caption:  # each line is a caption
+    if location.source.table.captions.multi_caption:  # each line is a caption
         lines = split_lines(location.caption)
         return "\n".join(extend_caption(line, tags, separator) for line in lines)
     return extend_caption(location.caption, tags, separator)

@@ -108,18 +108,20 @@ def text_errors(
     for recorded_settings in recorded:
         yield from _find_text_setting_changes(item, recorded_settings, saw_references)
     yield from _find_seen_reference_errors(item, records)
-    if item.table.directory is not None:  # files that a list or a table of files names are not compared
+    if (
+        item.table.source.directory is not None
+    ):  # files that a list or a table of files names are not compared
         for record in records.values():
             # the images or clips that the encoder saw, and the file with the caption at index `number`
-            folders = [item.table.control_directory] * len(record.references)
+            folders = [item.table.references.control_directory] * len(record.references)
             if CLIP in record.settings:
-                folders[0] = item.table.directory  # the first reference is the clip or image itself
+                folders[0] = item.table.source.directory  # the first reference is the clip or image itself
             file = checks.changed_file(folders, record.references)
             if file is not None:
                 yield f"{file} has changed since its encoder saw it"
             if record.file is not None:
                 yield from _find_caption_change(
-                    item.table, item.table.directory / record.file.name, number, record, checks
+                    item.table, item.table.source.directory / record.file.name, number, record, checks
                 )
 
 
@@ -178,7 +180,7 @@ def _current_visible_media_settings(item: TrainingItem, recorded: Mapping[str, A
 
 def _find_seen_reference_errors(item: TrainingItem, records: Mapping[str, TextRecord]) -> Iterator[str]:
     """Yield an error if captions were encoded together with fewer reference images than the item has."""
-    rules = item.table.references
+    rules = item.table.references.rules
     if rules is None or not rules.seen_by_text:
         return
     num_references = min(_count_references(item) or 0, rules.max_references)
@@ -219,12 +221,12 @@ def latent_errors(
     allowed_origins = _list_allowed_mask_origins(item)
     if mask_origin not in allowed_origins:
         expected = "no mask" if allowed_origins == {None} else "a mask for it"
-        if item.table.alpha_mask:
+        if item.table.source.alpha_mask:
             expected = "alpha_mask = true"
         yield f"its loss mask is from {mask_origin or 'nowhere'}, but {item.table.name} has {expected}"
-    if table.augmentation.flip and "latents" + FLIPPED not in tensors:
+    if table.buckets.augmentation.flip and "latents" + FLIPPED not in tensors:
         yield "it has no mirrored latents, which flip_aug needs"
-    if table.references is not None or table.clip_references is not None:
+    if table.references.rules is not None or table.references.clip_rules is not None:
         yield from _find_reference_errors(item, tensors)
     if record is not None:
         bucket = find_bucket(table, tuple(record.options["size"]), latent.pixel_step, item.latent_path)
@@ -241,14 +243,14 @@ def latent_errors(
 def _list_allowed_mask_origins(item: TrainingItem) -> set[str | None]:
     """Return where an item's cached loss mask may come from: FROM_ALPHA, FROM_FILE, or None for no mask."""
     table = item.table
-    if table.alpha_mask:
+    if table.source.alpha_mask:
         return {FROM_ALPHA}
-    if table.mask_directory is not None:
+    if table.source.mask_directory is not None:
         companions = _current_companions(item)
         has_mask = companions is not None and companions.has_mask
         # without a mask file now, a cached mask is not an error: only the file may have been deleted
         return {FROM_FILE} if has_mask else {FROM_FILE, None}
-    if table.directory is None:  # a list, whose rows may name masks
+    if table.source.directory is None:  # a list, whose rows may name masks
         return {FROM_FILE, None}
     return {None}
 
@@ -290,9 +292,9 @@ def _find_changed_keys(
     SECTIONS and REFERENCES are groups of table keys. The record (`options`) has those that differed from
     their defaults.
     """
-    if AUDIO_FILE in options and (options.get("audio") == IGNORE) != (table.audio == IGNORE):
-        made = "without" if table.audio != IGNORE else "with"
-        yield f'it was made {made} the audio of its clip, but {table.name} has audio = "{table.audio}"'
+    if AUDIO_FILE in options and (options.get("audio") == IGNORE) != (table.source.audio == IGNORE):
+        made = "without" if table.source.audio != IGNORE else "with"
+        yield f'it was made {made} the audio of its clip, but {table.name} has audio = "{table.source.audio}"'
     recorded_sections = _select_recorded_keys(options, SECTIONS)
     change_text = options_difference(recorded_sections, table.non_default_values(SECTIONS), latent)
     if change_text is not None:
@@ -303,10 +305,10 @@ def _find_changed_keys(
         change_text = difference(defaults | recorded, defaults | table.non_default_values(REFERENCES))
         if change_text is not None:
             yield f"{change_text} in {table.name}"
-    if table.clip_references is not None and CLIP_REFERENCES in options:
+    if table.references.clip_rules is not None and CLIP_REFERENCES in options:
         # the number of references, followed by size factor, time factor and frame limit: see
         # `ReferenceRules.factors`
-        factors_now = table.clip_references.factors
+        factors_now = table.references.clip_rules.factors
         _, *factors = options[CLIP_REFERENCES]
         if factors != [*factors_now]:
             yield (
@@ -349,9 +351,9 @@ def audio_errors(
         # a reference file that was only deleted is not an error
         has_reference = HAS_REFERENCE in record.options
         table = item.table
-        if has_reference and table.reference_audio_directory is None:
+        if has_reference and table.references.reference_audio_directory is None:
             yield f"it was made with a reference, but {table.name} has no reference_audio_directory"
-        elif not has_reference and table.reference_audio_directory is not None:
+        elif not has_reference and table.references.reference_audio_directory is not None:
             companions = _current_companions(item)
             if companions is not None and companions.has_reference_audio:
                 yield f"it was made without a reference, but {table.name} now has one for it"
@@ -367,13 +369,13 @@ def _find_audio_source_changes(
     has_reference = HAS_REFERENCE in record.options
     num_files = len(record.files) - has_reference
     is_from_file = num_files > 1  # the clip and a separate audio file
-    differs = is_from_file != (table.audio_directory is not None) and FROM_OPTION not in record.options
-    if table.directory is not None and differs:
+    differs = is_from_file != (table.source.audio_directory is not None) and FROM_OPTION not in record.options
+    if table.source.directory is not None and differs:
         source = "a file of audio_directory" if is_from_file else "the track of its clip"
         yield f"it was made from {source}, which {table.name} does not use now"
-    folders = [table.directory, table.audio_directory][:num_files]
+    folders = [table.source.directory, table.source.audio_directory][:num_files]
     if has_reference:
-        folders.append(table.reference_audio_directory)
+        folders.append(table.references.reference_audio_directory)
     yield from _find_source_changes(item, folders, record, checks)
 
 
@@ -384,12 +386,13 @@ def _find_source_changes(
     # `folders` contains the folder of each file in the record.
     table = item.table
     rate = record.options.get("source_fps")
-    if table.kind == "video" and rate != table.source_fps:
-        yield f"made for source_fps = {rate}, but {table.name} has {table.source_fps}"
+    if table.kind == "video" and rate != table.buckets.source_fps:
+        yield f"made for source_fps = {rate}, but {table.name} has {table.buckets.source_fps}"
     fps = record.options.get("fps")  # target_fps, or the rate of the family
-    if table.target_fps is not None and fps not in (None, table.target_fps):
-        yield f"made for {fps:g} frames per second, but {table.name} has target_fps = {table.target_fps:g}"
-    if table.directory is not None and (table.index, item.key) not in checks.checked:
+    target_fps = table.buckets.target_fps
+    if target_fps is not None and fps not in (None, target_fps):
+        yield f"made for {fps:g} frames per second, but {table.name} has target_fps = {target_fps:g}"
+    if table.source.directory is not None and (table.index, item.key) not in checks.checked:
         # records of early versions list no files: then there is nothing to compare
         file = checks.changed_file(folders[: len(record.files)], record.files)
         if file is not None:
@@ -399,11 +402,11 @@ def _find_source_changes(
 def _find_reference_errors(item: TrainingItem, tensors: Iterable[str]) -> Iterator[str]:
     """Yield errors about cached reference images that no longer match the table or the list."""
     table = item.table
-    if table.clip_references is not None and table.directory is not None:
+    if table.references.clip_rules is not None and table.source.directory is not None:
         yield from _find_clip_reference_errors(item, tensors)
-    if table.references is not None:
+    if table.references.rules is not None:
         num_cached = _count_unmirrored(tensors, data.CONTROL)
-        yield from _find_control_errors(item, table.references.max_references, num_cached)
+        yield from _find_control_errors(item, table.references.rules.max_references, num_cached)
 
 
 def _find_control_errors(item: TrainingItem, max_references: int, num_cached: int) -> Iterator[str]:
@@ -413,10 +416,12 @@ def _find_control_errors(item: TrainingItem, max_references: int, num_cached: in
     made_with = f"it was made with {format_count(num_cached, 'reference image')}"
     num_now = _count_references(item)  # None: unknown
     num_expected = None if num_now is None else min(num_now, max_references)
-    if table.directory is None:  # a list: its rows name the references, so the numbers have to be equal
+    if (
+        table.source.directory is None
+    ):  # a list: its rows name the references, so the numbers have to be equal
         if num_expected is not None and num_expected != num_cached:
-            yield f"{made_with}, but {table.source} now names {num_now}"
-    elif num_cached and table.control_directory is None:
+            yield f"{made_with}, but {table.source.path} now names {num_now}"
+    elif num_cached and table.references.control_directory is None:
         yield f"it was made with reference images, but {table.name} has no control_directory"
     elif num_expected is not None and num_cached < num_expected:  # more: files were only deleted
         yield f"{made_with}, but now its image has {num_expected}"
@@ -428,7 +433,7 @@ def _find_clip_reference_errors(item: TrainingItem, tensors: Iterable[str]) -> I
     table = item.table
     num_cached = _count_unmirrored(tensors, data.REFERENCE_LATENTS)
     num_now = 0
-    if table.reference_directory is not None:
+    if table.references.reference_directory is not None:
         companions = _current_companions(item)
         # if the number is unknown, it counts as unchanged
         num_now = num_cached if companions is None else companions.num_references
@@ -444,7 +449,7 @@ def _count_unmirrored(tensors: Iterable[str], start: str) -> int:
 
 def _count_references(item: TrainingItem) -> int | None:
     """Return the number of an item's reference images on disk, without a limit; None if unknown."""
-    if item.table.directory is not None and item.table.control_directory is None:
+    if item.table.source.directory is not None and item.table.references.control_directory is None:
         return None
     companions = _current_companions(item)
     return None if companions is None else companions.num_controls

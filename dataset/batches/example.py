@@ -45,11 +45,17 @@ def find_example(item: TrainingItem, stores: Stores) -> ExampleItem:
         _read_caption(item, stores),
         cached=cached_keys,
         one_frame_settings=one_frame_settings(table) if table.kind == "image" else "",
-        guides=table.guides,
-        spatial_crop_region=table.spatial_crop_region,
+        guides=table.references.guides,
+        spatial_crop_region=table.references.spatial_crop_region,
     )
-    companion_folders = (table.control_directory, table.control_mask_directory, table.reference_directory)
-    has_companions = table.directory is None or any(companion_folders)  # the rows of a list may name some
+    companion_folders = (
+        table.references.control_directory,
+        table.references.control_mask_directory,
+        table.references.reference_directory,
+    )
+    has_companions = table.source.directory is None or any(
+        companion_folders
+    )  # the rows of a list may name some
     if has_companions or table.kind == "image":  # the command for a clip alone needs no file
         with contextlib.suppress(UserError, OSError), quiet():
             return _add_files(example, item, stores, has_companions)
@@ -59,7 +65,7 @@ def find_example(item: TrainingItem, stores: Stores) -> ExampleItem:
 def _add_files(example: ExampleItem, item: TrainingItem, stores: Stores, has_companions: bool) -> ExampleItem:
     """Add the files of an item, found in the record of its cache or by listing its table."""
     # Only a listing finds the companion files (controls, references) of an item.
-    folder = item.table.directory
+    folder = item.table.source.directory
     if not has_companions and folder is not None and item.cache_info.on_the_fly_buckets is None:
         record = latent_record(stores.latent_store(item.table).read(item.file_name, is_full=False))
         if record is not None and record.files and (folder / record.files[0].name).is_file():

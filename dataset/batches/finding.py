@@ -270,13 +270,13 @@ def _leave_out_unlisted(
     stems = _find_listed_stems(table, cache_info, latent_files)
     if stems is None:
         return latent_files
-    found.current_stems.setdefault(table.base_folder, set()).update(stems)
+    found.current_stems.setdefault(table.source.base_folder, set()).update(stems)
     selected = []
     for name, stem, _ in cache_files.latent_names(latent_files, cache_info.tag, table.kind):
         if stem in stems:
             selected.append(name)
         else:
-            found.unlisted_caches[table.base_folder, stem] = None
+            found.unlisted_caches[table.source.base_folder, stem] = None
     return selected
 
 
@@ -289,7 +289,7 @@ class _AudioCaches:
         """Find the audio caches among `names`; `add_audio` adds missing ones to `found`."""
         self.spec = spec
         self._tag, self._folder, self._found = tag, table.cache_directory, found
-        self._is_needed = table.audio == REQUIRED or spec.audio_only
+        self._is_needed = table.source.audio == REQUIRED or spec.audio_only
         ending = f"_{cache_files.audio_tag(tag)}{cache_files.SUFFIX}"
         self._names = {name for name in names if name.endswith(ending)}
         # each shape as its own key: items share one tuple, which saves memory
@@ -307,7 +307,7 @@ class _AudioCaches:
             self._found.missing_audio.append(self._folder / name)
         shape: tuple[int, ...] = ()
         reference_length = 0
-        if item.table.batch_size > 1:
+        if item.table.learning.batch_size > 1:
             num_frames = item.bucket[2]
             # C T M; () if the cached latents do not record their frame rate, which is reported when a batch
             # is read
@@ -316,7 +316,7 @@ class _AudioCaches:
                 rate = float(store.read(item.file_name, is_full=False).metadata[FPS])
             shape = () if rate is None else self.spec.shape(num_frames, rate)
             shape = self._shared_shapes.setdefault(shape, shape)
-            if shape and is_cached and item.table.reference_audio_directory is not None:
+            if shape and is_cached and item.table.references.reference_audio_directory is not None:
                 reference_length = _reference_length(store, name)
         return replace(
             item,
@@ -352,10 +352,14 @@ def with_reference_sizes(items: Iterable[TrainingItem], stores: Stores) -> list[
 
 def _may_have_references(table: DatasetTable) -> bool:
     """Return whether items of a table could have references; only then must their records be read."""
-    if table.references or table.fp_1f_clean_indices:
+    if table.references.rules or table.references.fp_1f_clean_indices:
         return True
-    has_source = table.reference_directory or table.control_directory or table.directory is None
-    return bool(table.clip_references and has_source)
+    has_source = (
+        table.references.reference_directory
+        or table.references.control_directory
+        or table.source.directory is None
+    )
+    return bool(table.references.clip_rules and has_source)
 
 
 def lack_edit_references(items: Sequence[TrainingItem], stores: Stores) -> bool:
@@ -379,7 +383,7 @@ def _is_edited(table: DatasetTable) -> bool:
     """Return whether the model is trained to edit the table's reference images or clips."""
     if table.learns_edits:
         return True
-    return table.clip_references is not None and table.clip_references.edits_images
+    return table.references.clip_rules is not None and table.references.clip_rules.edits_images
 
 
 class _TextCaches:
@@ -405,17 +409,20 @@ class _TextCaches:
             if self._is_used(name.removesuffix(cache_files.PART)):
                 self._found.unfinished_text[self._table.cache_directory / name] = None
         # number of captions by stem, for stems with several
-        self._num_captions = _count_captions(names, tag) if table.multi_caption else {}
+        self._num_captions = _count_captions(names, tag) if table.captions.multi_caption else {}
         # names of caches of empty prompts; None: not needed, or a missing one has already been reported
         self._empty_prompts: set[str] | None = None
-        if table.caches_empty_prompt:
+        if table.captions.caches_empty_prompt:
             self._empty_prompts = {name for name in names if cache_files.is_empty_text_name(name, tag)}
 
     def _is_used(self, name: str) -> bool:
         """Return whether the table uses this text cache of a further caption or of the empty prompt."""
-        if self._table.multi_caption and cache_files.parse_more_text_name(name, self._tag) is not None:
+        if (
+            self._table.captions.multi_caption
+            and cache_files.parse_more_text_name(name, self._tag) is not None
+        ):
             return True
-        return self._table.caches_empty_prompt and cache_files.is_empty_text_name(name, self._tag)
+        return self._table.captions.caches_empty_prompt and cache_files.is_empty_text_name(name, self._tag)
 
     def count_or_report(self, stem: str) -> int:
         """Return how many captions of a media file are cached; 0 if the first one is not.
@@ -433,7 +440,7 @@ class _TextCaches:
             return 0
         if self._empty_prompts is not None:
             empty_name = cache_files.empty_text_name(self._tag)
-            if self._table.texts_see_references:  # then each source has an empty prompt of its own
+            if self._table.references.are_seen_by_texts:  # then each source has an empty prompt of its own
                 empty_name = cache_files.text_file_name(stem, self._tag, cache_files.EMPTY)
             if empty_name not in self._empty_prompts:
                 self._found.missing_empty_prompts.append(folder / empty_name)
@@ -546,7 +553,7 @@ def _explain_missing_caches(found: FoundItems) -> list[str]:
 def _explain_empty(table: DatasetTable) -> str:
     """Return an explanation why a table may have no latent cache."""
     error = f"{table.name}: no latent cache in {table.cache_directory}"
-    folder = table.directory
+    folder = table.source.directory
     if folder is not None and not folder.exists() and not table.cache_directory.exists():
         error = f"{table.name}: {folder}: no such folder{explain_lookup(folder, table.config_path)}"
     if table.cache_format in SHARED_CACHES:  # npz files, whose names the pattern below does not match

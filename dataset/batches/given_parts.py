@@ -27,25 +27,27 @@ def add_clean_conditions(batch: data.Batch, items: Sequence[TrainingItem]) -> da
     Raises:
         DatasetError: If a file of spans cannot be read or has no pairs of seconds, or if caches lack guides.
     """
-    regions = tuple(item.table.spatial_crop_region for item in items)
+    regions = tuple(item.table.references.spatial_crop_region for item in items)
     rates = batch.tensors.get(data.FPS)  # B, in thousandths of a frame per second
     clean_audio_spans = []
     for index, item in enumerate(items):
         fps = float(rates[index]) / 1000 if isinstance(rates, Tensor) else None
         clean_audio_spans.append(read_clean_audio_spans(item, fps))
     tensors = dict(batch.tensors)
-    if items[0].table.guides:  # all items of a batch have the same table
+    if items[0].table.references.guides:  # all items of a batch have the same table
         # index and strength of each guide image, B G 2
         table = items[0].table
         starts = (data.KEYFRAME_LATENTS, data.LATENT_GUIDE)
         num_cached = sum(name.startswith(starts) for name in batch.tensors)
-        if num_cached != len(table.guides):
+        if num_cached != len(table.references.guides):
             raise DatasetError(
                 f"{batch.keys[0]}: its cache has {num_cached} guides, but {table.name} has "
-                f"{len(table.guides)}. Cache again"
+                f"{len(table.references.guides)}. Cache again"
             )
         # strengths 0..1 become integers 0..FULLY_CLEAN, which keep their values when a batch is cast
-        indices_and_strengths = [[guide.index, round(FULLY_CLEAN * guide.strength)] for guide in table.guides]
+        indices_and_strengths = [
+            [guide.index, round(FULLY_CLEAN * guide.strength)] for guide in table.references.guides
+        ]
         tensors[data.GUIDES] = torch.tensor(indices_and_strengths).expand(len(batch), -1, -1)
     return replace(
         batch,
@@ -68,7 +70,7 @@ def read_clean_audio_spans(item: TrainingItem, fps: float | None) -> Spans | Non
     Raises:
         DatasetError: If the file cannot be read, or contains anything other than pairs of seconds.
     """
-    folder = item.table.audio_cond_mask_directory
+    folder = item.table.references.audio_cond_mask_directory
     if folder is None:
         return None
     paths = [folder / f"{item.source_stem}{suffix}" for suffix in (".json", ".txt")]

@@ -98,7 +98,7 @@ class TrainingItem:
     def caption_path(self, number: int) -> Path:
         """Return the path of a caption's text cache file; `number` EMPTY stands for the empty prompt."""
         name = text_file_name(self.source_stem, self.cache_info.tag, number)
-        if number == EMPTY and not self.table.texts_see_references:
+        if number == EMPTY and not self.table.references.are_seen_by_texts:
             name = empty_text_name(self.cache_info.tag)
         return self.table.cache_directory / name
 

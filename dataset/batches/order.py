@@ -46,7 +46,7 @@ class BatchOrder:
         self._items = sorted(items, key=lambda item: item.key)
         self._items.sort(key=lambda item: item.table.index)
         self._repeated_items = repeat_items(self._items)  # items of an epoch, by group
-        if any(item.table.is_reg for item in self._items):
+        if any(item.table.learning.is_reg for item in self._items):
             # regularization images that no epoch contains
             used = {id(item) for group_items in self._repeated_items.values() for item in group_items}
             unused = len(self._items) - len(used)
@@ -57,7 +57,9 @@ class BatchOrder:
                     unused,
                 )
         self.num_items = sum(map(len, self._repeated_items.values()))  # items of an epoch, including repeats
-        group_sizes = [(len(group), group[0].table.batch_size) for group in self._repeated_items.values()]
+        group_sizes = [
+            (len(group), group[0].table.learning.batch_size) for group in self._repeated_items.values()
+        ]
         self.num_batches = sum(ceil_div(size, batch_size) for size, batch_size in group_sizes)
         self._cached_epoch = -1  # the epoch whose batches are cached; -1: none
         self._batches: list[tuple[TrainingItem, ...]] = []
@@ -83,7 +85,7 @@ class BatchOrder:
             batches: list[tuple[TrainingItem, ...]] = []
             with pause_garbage_collection():
                 for _, group_items in sorted(self._repeated_items.items()):
-                    batch_size = group_items[0].table.batch_size
+                    batch_size = group_items[0].table.learning.batch_size
                     shuffled = _shuffle(group_items, draw_bits)
                     for start in range(0, len(shuffled), batch_size):
                         batches.append(tuple(shuffled[start : start + batch_size]))
@@ -162,7 +164,7 @@ G = TypeVar("G", bound=Grouped)
 def count_batches(items: Sequence[Grouped]) -> int:
     """Return the number of batches in an epoch; each batch contains repeated items of one group."""
     pools = repeat_items(items).values()
-    return sum(ceil_div(len(pool), pool[0].table.batch_size) for pool in pools)
+    return sum(ceil_div(len(pool), pool[0].table.learning.batch_size) for pool in pools)
 
 
 def repeat_items(items: Sequence[G]) -> dict[tuple[int, ...], list[G]]:
@@ -171,8 +173,8 @@ def repeat_items(items: Sequence[G]) -> dict[tuple[int, ...], list[G]]:
     A batch has items of one group. Empty groups are omitted. If all items of a group have the same repeats,
     the whole list is repeated, so that a seed keeps giving the same batches.
     """
-    repeats = [item.table.num_repeats for item in items]
-    if any(item.table.is_reg for item in items):
+    repeats = [item.table.learning.num_repeats for item in items]
+    if any(item.table.learning.is_reg for item in items):
         repeats = _count_repeats(items)
     items_by_group: dict[tuple[int, ...], list[G]] = {}
     repeats_by_group: dict[tuple[int, ...], list[int]] = {}
@@ -195,15 +197,15 @@ def repeat_items(items: Sequence[G]) -> dict[tuple[int, ...], list[G]]:
 
 def _count_repeats(items: Sequence[Grouped]) -> list[int]:
     """Return how often an epoch trains each item, if there are regularization images."""
-    counts = [item.table.num_repeats for item in items]
+    counts = [item.table.learning.num_repeats for item in items]
     # tables of one group share their batches; each group is balanced separately
-    for group in {item.table.batch_group for item in items if item.table.is_reg}:
+    for group in {item.table.batch_group for item in items if item.table.learning.is_reg}:
         reg_indices: list[int] = []  # indices of regularization images
         num_learned = 0  # number of other images, with repeats
         for index, item in enumerate(items):
             if item.table.batch_group != group:
                 continue
-            if item.table.is_reg:
+            if item.table.learning.is_reg:
                 reg_indices.append(index)
             else:
                 num_learned += counts[index]
@@ -250,14 +252,14 @@ def split_validation(items: Sequence[S], fraction: float, seed: int = 0) -> tupl
         return _split_subsets(items, fraction, seed)
     held_out_stems: set[str] = set()
     if fraction > 0:
-        candidates = {item.source_stem for item in items if not item.table.validation}
+        candidates = {item.source_stem for item in items if not item.table.learning.validation}
         count = min(max(round(fraction * len(candidates)), 1), len(candidates) - 1)
         # the smallest hashes of names, so that the selection does not depend on the order
         held_out_stems = set(heapq.nsmallest(count, candidates, key=_digest))
     training: list[S] = []
     validation: list[S] = []
     for item in items:
-        if item.table.validation or item.source_stem in held_out_stems:
+        if item.table.learning.validation or item.source_stem in held_out_stems:
             validation.append(item)
         else:
             training.append(item)
@@ -277,11 +279,13 @@ def _split_subsets(items: Sequence[S], fraction: float, seed: int) -> tuple[list
     held_out_stems: dict[int, frozenset[str]] = {}  # by index of the table
     validation_tables: dict[int, DatasetTable] = {}
     for table in list_tables(items):
-        table_fraction = fraction if table.validation_split is None else table.validation_split
-        if not table_fraction or table.is_reg:
+        table_fraction = (
+            fraction if table.learning.validation_split is None else table.learning.validation_split
+        )
+        if not table_fraction or table.learning.is_reg:
             continue
         names = sorted({item.source_stem for item in items if item.table.index == table.index})
-        table_seed = seed if table.validation_seed is None else table.validation_seed
+        table_seed = seed if table.learning.validation_seed is None else table.learning.validation_seed
         random.Random(table_seed).shuffle(names)
         # rounded because 10 * (1 - 0.7) is slightly above 3
         num_trained = math.ceil(round(len(names) * (1 - table_fraction), 9))
@@ -301,13 +305,16 @@ def _split_subsets(items: Sequence[S], fraction: float, seed: int) -> tuple[list
 def _without_randomness(table: DatasetTable) -> DatasetTable:
     """Return the table as validation uses it, without repeats, loss weight and random changes."""
     changes = dataclasses.replace(
-        table.caption_changes, shuffle=False, dropout_every_n_epochs=0, part_dropout_rate=0.0, warmup_step=0.0
+        table.captions.changes,
+        shuffle=False,
+        dropout_every_n_epochs=0,
+        part_dropout_rate=0.0,
+        warmup_step=0.0,
     )
-    return dataclasses.replace(
-        table,
+    return table.with_values(
         num_repeats=1,
         augmentation=NO_AUGMENTATION,
-        caption_changes=changes,
+        changes=changes,
         caption_dropout_rate=0.0,
         reference_dropout_rate=0.0,
         prior_loss_weight=1.0,
@@ -339,14 +346,14 @@ def changed_caption(
     captions = split_captions(caption, table)
     text = generator.choice(captions) if changes.wildcards else captions[0]
     is_object = read_if_object(text) is not None  # its braces and commas are no choices and no separators
-    prefix, suffix = table.caption_prefix, table.caption_suffix
+    prefix, suffix = table.captions.caption_prefix, table.captions.caption_suffix
     if changes.wildcards:
         from dataset.sources.wildcards import fill_wildcards  # few tables have wildcards
 
         prefix = fill_wildcards(prefix, generator).text
         text = text if is_object else fill_wildcards(text, generator).text
         suffix = fill_wildcards(suffix, generator).text
-    text = complete_caption(text, table.trigger_word, prefix, suffix)
+    text = complete_caption(text, table.captions.trigger_word, prefix, suffix)
     if changes.moves_tags and not is_object:
         text = _vary_parts(text, changes, step=step, total_steps=total_steps, generator=generator)
     return join_parts(text, changes)
@@ -428,8 +435,8 @@ def select_captions(
     """
     selected = []
     for position, item in enumerate(items):
-        rate = item.table.caption_dropout_rate
-        interval = item.table.caption_changes.dropout_every_n_epochs
+        rate = item.table.captions.caption_dropout_rate
+        interval = item.table.captions.changes.dropout_every_n_epochs
         if interval > 0 and (epoch + 1) % interval == 0:  # in every n-th epoch, all captions are empty
             rate = 1.0
         caption_index = 0
@@ -446,7 +453,7 @@ def should_drop_references(items: Sequence[TrainingItem], seed: int, micro_batch
 
     `micro_batch` is the index of the micro-batch in the training run; with the seed, it decides.
     """
-    rate = items[0].table.reference_dropout_rate  # all items of a batch have the same rate
+    rate = items[0].table.references.reference_dropout_rate  # all items of a batch have the same rate
     generator = random.Random(derive_seed(seed, "references", micro_batch))
     return rate > 0 and generator.random() < rate
 
@@ -471,7 +478,7 @@ def change_captions(
         seed = derive_seed(run_position.seed, "caption changes", run_position.micro_batch, position)
         changed_text = changed_caption(
             caption,
-            changes=item.table.caption_changes,
+            changes=item.table.captions.changes,
             table=item.table,
             step=run_position.step,
             total_steps=run_position.total_steps,
@@ -486,5 +493,5 @@ def select_mirrored(items: Sequence[TrainingItem], seed: int, micro_batch: int) 
     are_mirrored = []
     for position, item in enumerate(items):
         generator = random.Random(derive_seed(seed, "flip", micro_batch, position))
-        are_mirrored.append(item.table.augmentation.flip and generator.random() < 0.5)
+        are_mirrored.append(item.table.buckets.augmentation.flip and generator.random() < 0.5)
     return tuple(are_mirrored)

@@ -101,7 +101,7 @@ def read_batch(
         undropped=_stack(undropped_texts, commands, is_text=True),
         empty_text=_stack(empty_texts, commands, is_text=True),
     )
-    if any(item.table.has_conditioned_parts for item in items):
+    if any(item.table.references.has_conditioned_parts for item in items):
         from dataset.batches.given_parts import add_clean_conditions  # few tables have them
 
         batch = add_clean_conditions(batch, items)
@@ -114,15 +114,15 @@ def _make_batch(
     """Return a batch of these tensors, with the facts that each item's text and table add to it."""
     # Facts that are the default for all items are left empty. Rejected latents become a field of their own.
     are_empty = tuple(text.is_empty for text in texts)
-    weights = tuple(item.table.prior_loss_weight for item in items)
-    attributes = tuple(item.table.attributes for item in items)
+    weights = tuple(item.table.learning.prior_loss_weight for item in items)
+    attributes = tuple(item.table.learning.attributes for item in items)
     return data.Batch(
         tensors={name: tensor for name, tensor in tensors.items() if name != data.REJECTED_LATENTS},
         captions=tuple(text.caption for text in texts),
         keys=tuple(item.key for item in items),
         loss_weights=() if set(weights) == {1.0} else weights,
         attributes=attributes if any(attributes) else (),
-        network_multiplier=items[0].table.network_multiplier,
+        network_multiplier=items[0].table.learning.network_multiplier,
         rejected=tensors.get(data.REJECTED_LATENTS),
         has_empty_text=are_empty if any(are_empty) else (),
         text_metadata=tuple(text.metadata for text in texts),
@@ -192,10 +192,10 @@ def _join_media_and_texts(
 def _count_windows(item: TrainingItem, record: LatentRecord, lengths: ClipLengths) -> int:
     """Return how many spans of a clip are training items, from the record of its latents; 0 if unknown."""
     table, clip = item.table, record.clip
-    if table.has_precomputed_latents or clip is None or record.parts > 1:
+    if table.source.has_precomputed_latents or clip is None or record.parts > 1:
         return 0
     # reading may have stopped early; only windows at the head do not depend on the length of the clip
-    if not clip.complete and table.frame_extraction != "head":
+    if not clip.complete and table.buckets.frame_extraction != "head":
         return 0
     return len(spans(table, clip.kept_frames, lengths))
 

@@ -271,15 +271,15 @@ def compare_sources(
     for table in tables:
         items = [item for item in found.items if item.table.index == table.index]
         _compare_lengths(table, items, commands)
-        if table.directory is None or not items or table.cache_format in SHARED_CACHES:
+        if table.source.directory is None or not items or table.cache_format in SHARED_CACHES:
             continue
         if table.index in found.left_out:  # the index of the caches has the answer
             differences = _SourceDifferences(found.left_out[table.index], [], [])
         else:
-            sources = _find_small_folder_sources(table, table.directory)
+            sources = _find_small_folder_sources(table, table.source.directory)
             if sources is None:
                 continue
-            checks_audio = trains_audio and table.kind == "video" and table.audio != IGNORE
+            checks_audio = trains_audio and table.kind == "video" and table.source.audio != IGNORE
             # `require_items` has warned about media without texts
             differences = _find_differences(sources, items, found.missing_text, tag, checks_audio)
         if any(differences):
@@ -349,13 +349,13 @@ def _find_small_folder_sources(table: DatasetTable, folder: Path) -> dict[str, M
 
 def _compare_lengths(table: DatasetTable, items: Sequence[TrainingItem], commands: CachingCommands) -> None:
     """Log a warning about target_frames without caches, and cached frame counts not in target_frames."""
-    if table.kind != "video" or table.frame_extraction == "full" or not items:
+    if table.kind != "video" or table.buckets.frame_extraction == "full" or not items:
         return
     first_name = parse_latent_name(items[0].file_name, items[0].cache_info.tag, table.kind)
     if first_name is None or first_name.section is not None:  # sections have their own length
         return
     cached = {item.bucket[2] for item in items}  # numbers of frames
-    targets = {*table.target_frames}
+    targets = {*table.buckets.target_frames}
     lines = []
     if targets - cached:
         lengths = ", ".join(map(str, sorted(targets - cached)))

@@ -27,7 +27,7 @@ from dataset.cache.records import CHECK_KEY, latent_record, size_and_mtime, sour
 from dataset.cache.store import SingleFiles
 from dataset.config_keys import IGNORE, Indexed
 from dataset.sources.media_source import FileIdentity
-from dataset.table import CLIP, MEDIA, DatasetTable
+from dataset.table import CLIP, MEDIA, DatasetTable, list_fields
 from modules.atomic_write import write_text
 from modules.errors import CacheError, MediaError, OutputError
 from modules.file_locks import only_one
@@ -38,6 +38,24 @@ from protocols.data import AudioSpec, LatentSpec
 NAME = "index.jsonl"
 VERSION = 1
 LATENTS, TEXTS = "latents", "texts"
+# fields of a table in the order of their lines in fingerprints of this version; other fields follow
+FIELD_ORDER = (
+    *("kind", "directory", "jsonl_file", "resolution", "caption_extension"),
+    *("trigger_word", "caption_prefix", "caption_suffix", "class_tokens", "multi_caption", "batch_size"),
+    *("enable_bucket", "bucket_no_upscale", "cache_format", "cache_directory", "format_keys"),
+    *("control_column", "caption_column", "allow_urls", "download_directory", "control_directory"),
+    *("reference_directory", "control_mask_directory", "worse_directory", "mask_directory"),
+    *("audio", "audio_directory", "reference_audio_directory", "alpha_mask"),
+    *("keyframe_guide_directory", "keyframe_guide_extra_directories", "latent_idx_guide_directory"),
+    *("frame_extraction", "frame_stride", "frame_sample", "max_frames", "target_fps"),
+    *("fp_latent_window_size", "fp_1f_clean_indices", "fp_1f_target_index", "fp_1f_no_post"),
+    *("no_resize_control", "control_resolution", "multiple_target", "is_audio_only"),
+    *("has_precomputed_latents", "excludes_animations", "audio_from_option", "has_guides"),
+    *("reads_listed_controls", "group", "subset", "rule", "changes", "augmentation"),
+    *("image_folder", "conditioning_directory"),
+)
+# names of fields in fingerprints of this version
+NAMES_IN_FINGERPRINT = {"rule": "buckets", "changes": "caption_changes"}
 MAX_FILES = 50_000  # files of a folder or a table; listing more is faster than reading an index of them
 # errors if an index is missing, damaged, or was changed by another program
 DAMAGES = (OSError, ValueError, KeyError, TypeError, AttributeError)
@@ -45,7 +63,7 @@ DAMAGES = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
 def has_audio_caches(table: DatasetTable, audio: AudioSpec) -> bool:
     """Return whether the audio of a table's clips is cached in separate files."""
-    return not audio.is_in_latent_cache and table.kind == "video" and table.audio != IGNORE
+    return not audio.is_in_latent_cache and table.kind == "video" and table.source.audio != IGNORE
 
 
 def is_indexed(table: DatasetTable, audio: AudioSpec | None) -> bool:
@@ -55,8 +73,8 @@ def is_indexed(table: DatasetTable, audio: AudioSpec | None) -> bool:
     text caches must not depend on reference images.
     """
     has_audio_files = audio is not None and has_audio_caches(table, audio)
-    has_other_parts = has_audio_files or table.texts_see_references
-    return table.format_keys is None and table.cache_format == "files" and not has_other_parts
+    has_other_parts = has_audio_files or table.references.are_seen_by_texts
+    return table.source.format_keys is None and table.cache_format == "files" and not has_other_parts
 
 
 def fingerprint_table(table: DatasetTable) -> str | None:
@@ -66,18 +84,22 @@ def fingerprint_table(table: DatasetTable) -> str | None:
     """
     lines: list[str] = []
     try:
-        for field in dataclasses.fields(table):
-            value = getattr(table, field.name)
+        for field in sorted(list_fields(), key=_find_position):
             indexed = field.metadata.get("indexed", Indexed.LATENTS_AND_TEXTS)
-            # fields that are not set by __init__ follow from the other fields
-            if indexed in (Indexed.LATENTS_ONLY, Indexed.NEITHER) or not field.init:
+            if indexed in (Indexed.LATENTS_ONLY, Indexed.NEITHER):
                 continue
-            lines.append(f"{field.name} {value!r}")
+            value = table.value_of(field.name)
+            lines.append(f"{NAMES_IN_FINGERPRINT.get(field.name, field.name)} {value!r}")
             if isinstance(value, Path) and indexed is not Indexed.PATH_ONLY:
                 lines += _list_path(value, only_files=field.name == "directory")
     except (OSError, ValueError):
         return None
     return _hash("\n".join(lines))
+
+
+def _find_position(field: dataclasses.Field[Any]) -> int:
+    """Return the position of a field's line in a fingerprint."""
+    return FIELD_ORDER.index(field.name) if field.name in FIELD_ORDER else len(FIELD_ORDER)
 
 
 def _fingerprint_latents(table: DatasetTable, latent: LatentSpec) -> str:
@@ -141,7 +163,7 @@ def read_index(table: DatasetTable, names: Collection[str], tag: str, latent: La
             return None
         if latents.table_fingerprint != fingerprint_table(table):  # last, because it lists folders
             return None
-        if table.caches_empty_prompt and cache_files.empty_text_name(tag) not in names:
+        if table.captions.caches_empty_prompt and cache_files.empty_text_name(tag) not in names:
             return None
         items = _list_items(table, latents, texts)
         if not items:
@@ -174,7 +196,7 @@ def _list_items(
     for line in latents.lines.values():
         numbers = numbers_by_source[line["source"]]  # KeyError if no caption is cached
         num_captions = 1
-        while table.multi_caption and num_captions in numbers:
+        while table.captions.multi_caption and num_captions in numbers:
             num_captions += 1
         file = LatentFile(
             file=line["file"],
@@ -355,7 +377,7 @@ def _describe_origin(table: DatasetTable, store: SingleFiles, file: str, part: s
                 if text_record.references or saw_media:  # the record does not say in which folders they are
                     return unknown_origin
                 if text_record.file is not None:
-                    source_files.append((table.directory, text_record.file))
+                    source_files.append((table.source.directory, text_record.file))
     except CacheError:
         return unknown_origin
     sources = {}

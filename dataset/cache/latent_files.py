@@ -65,7 +65,11 @@ def list_latent_files(
             num_files = num_sections[item] or 1  # 0: the clip has no sections, and is in one file
         sizes: tuple[int, ...] = ()
         # items can share a batch only if their references have equal sizes
-        if store is not None and table.batch_size > 1 and (table.references or table.clip_references):
+        if (
+            store is not None
+            and table.learning.batch_size > 1
+            and (table.references.rules or table.references.clip_rules)
+        ):
             sizes = reference_sizes(store, file_name)
             sizes = shared_tuples.setdefault(sizes, sizes)
         yield LatentFile(file_name, stem, bucket, num_parts=num_files, references=sizes)
@@ -86,7 +90,7 @@ def _find_bucket(table: DatasetTable, name: LatentName, latent: LatentSpec, path
     if table.kind == "image":
         return find_bucket(table, name.size, latent.pixel_step, path)
     if name.section is not None:  # sections of clips of any length share a batch: all have this length
-        return (*name.size, latent.count_frames(table.fp_latent_window_size))
+        return (*name.size, latent.count_frames(table.buckets.fp_latent_window_size))
     assert name.span is not None
     _, num_frames = name.span
     return (*name.size, num_frames)

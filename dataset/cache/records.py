@@ -200,21 +200,21 @@ def source_folders(table: DatasetTable, record: LatentRecord) -> list[Path | Non
     options = record.options
     after_controls: list[Path | None] = []
     if options.get("mask") == FROM_FILE:
-        after_controls.append(table.mask_directory)
+        after_controls.append(table.source.mask_directory)
     if CONTROL_MASK in options:
-        after_controls.append(table.control_mask_directory)
+        after_controls.append(table.references.control_mask_directory)
     # the number of references is followed by factors of their sizes
     num_references = options.get(CLIP_REFERENCES, [0])[0]
-    after_controls += [table.reference_directory] * num_references
+    after_controls += [table.references.reference_directory] * num_references
     if NUM_GUIDES in options:
-        after_controls += [guide.directory for guide in table.guides]
+        after_controls += [guide.directory for guide in table.references.guides]
     if REJECTED in options:
-        after_controls.append(table.worse_directory)
+        after_controls.append(table.source.worse_directory)
     if options.get(AUDIO_FILE) and options.get("audio") != IGNORE:
-        after_controls.append(table.audio_directory or table.directory)
-    after_controls += [table.directory] * options.get(LAYERS, 0)
+        after_controls.append(table.source.audio_directory or table.source.directory)
+    after_controls += [table.source.directory] * options.get(LAYERS, 0)
     num_controls = len(record.files) - 1 - len(after_controls)  # 1: the item itself
-    return [table.directory, *[table.control_directory] * num_controls, *after_controls]
+    return [table.source.directory, *[table.references.control_directory] * num_controls, *after_controls]
 
 
 def verify_tensors(entry: Entry, crc32: Mapping[str, str]) -> None:

@@ -211,7 +211,7 @@ class AudioWork:
         With `audio = "ignore"`, existing files are kept, and none counts as missing.
         """
         files_by_item = {name: name.file_name(self._tag) for name in names}
-        if source.table.audio == IGNORE:
+        if source.table.source.audio == IGNORE:
             existing = self._existing[source.table.index].of(source.stem)
             kept_files = tuple(file for file in files_by_item.values() if file in existing)
             return AudioPlan(source, kept_files, num_without_record=0, missing_items=())
@@ -279,12 +279,12 @@ class AudioWork:
         """Return the settings that an item's cached audio depends on; its record stores them."""
         table = source.table
         # if source_fps is not set, no frames are dropped to reach the family's rate
-        family_fps = None if table.source_fps is None else self._family.defaults.fps
-        fps = table.target_fps or family_fps
-        options = {"span": [*(name.span or ())], "source_fps": table.source_fps, "fps": fps}
+        family_fps = None if table.buckets.source_fps is None else self._family.defaults.fps
+        fps = table.buckets.target_fps or family_fps
+        options = {"span": [*(name.span or ())], "source_fps": table.buckets.source_fps, "fps": fps}
         if source.reference_audio is not None:  # a key of its own, so that other caches stay valid
             options[HAS_REFERENCE] = True
-        if table.audio_from_option:
+        if table.source.audio_from_option:
             options[FROM_OPTION] = True
         return options
 
@@ -301,7 +301,7 @@ class AudioWork:
             seconds = [num_frames / fps for _, num_frames in spans]
             references = self._read_references(plan.source, seconds)
         except NoAudio as reason:
-            if plan.source.table.audio == REQUIRED or self.spec.audio_only:
+            if plan.source.table.source.audio == REQUIRED or self.spec.audio_only:
                 why_required = 'audio = "required" needs it'
                 if self.spec.audio_only:
                     why_required = "only audio is learned"

@@ -172,7 +172,7 @@ def encode(
     assert encoders is not None
     media = batch_media(items, keys)
     all_rejected = [item.rejected for item in items if item.rejected is not None]
-    needs_mirrored = items[0].source.table.augmentation.flip
+    needs_mirrored = items[0].source.table.buckets.augmentation.flip
     if not all_rejected and not needs_mirrored:
         return family.encode_media(encoders, media)
     rejected = _stack_batch(all_rejected) if all_rejected else None  # B F H W C

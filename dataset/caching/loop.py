@@ -194,7 +194,7 @@ def _write_indexes(
         left_out = {}
         for failure in (*report.failures, *report.dropped):
             # if the whole list failed, the failure has the path of the table, not of a media file
-            if failure.table == table.index and failure.path != table.source:
+            if failure.table == table.index and failure.path != table.source.path:
                 left_out[failure.stem] = str(failure.path)
         write_index(
             table,

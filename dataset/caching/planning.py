@@ -87,14 +87,14 @@ class LatentCacheSettings:
         options: dict[str, Any] = {name: [*numbers] for name, numbers in sizes.items()}
         if table.kind == "video":
             # if source_fps is not set, no frames are dropped to reach the family's rate
-            family_fps = None if table.source_fps is None else self.fps
-            options["source_fps"] = table.source_fps
-            options["fps"] = table.target_fps or family_fps
+            family_fps = None if table.buckets.source_fps is None else self.fps
+            options["source_fps"] = table.buckets.source_fps
+            options["fps"] = table.buckets.target_fps or family_fps
         if source.mask_from is not None:
             options["mask"] = source.mask_from
         switches = {
             "moments": source.precomputed is not None,
-            FLIP: table.augmentation.flip,
+            FLIP: table.buckets.augmentation.flip,
             "frame_rate": self.stores_frame_rate,
             records.CLOCK: has_companions(source),  # early versions did not time companions by their clip
             CONTROL_MASK: source.control_mask is not None,
@@ -105,12 +105,12 @@ class LatentCacheSettings:
         options |= {name: count for name, count in counts.items() if count}
         if source.control:
             options |= table.non_default_values(REFERENCES)
-        if source.references and table.clip_references is not None:
+        if source.references and table.references.clip_rules is not None:
             # the number comes first: `source_folders` reads it
-            options[CLIP_REFERENCES] = [len(source.references), *table.clip_references.factors]
+            options[CLIP_REFERENCES] = [len(source.references), *table.references.clip_rules.factors]
         if self.stores_audio and table.kind == "video":
             options[AUDIO_FILE] = source.audio is not None  # whether the audio is in a separate file
-            if table.audio == IGNORE:
+            if table.source.audio == IGNORE:
                 options["audio"] = IGNORE
         if source.row_references:
             options[SHOWN] = [_describe_shown(medium) for medium in source.row_references]
@@ -124,7 +124,7 @@ class LatentCacheSettings:
     def source_files(self, source: MediaSource) -> tuple[tuple[Path, Origin | None], ...]:
         """Return the files that a source's latent caches depend on, with the `Origin` of packed ones."""
         parts = list(source.latent_inputs)
-        if source.audio is not None and self.stores_audio and source.table.audio != IGNORE:
+        if source.audio is not None and self.stores_audio and source.table.source.audio != IGNORE:
             parts.append(source.audio)
         for medium in source.row_references:
             parts += [(path, None) for path in (medium.path, medium.audio_path) if path is not None]
@@ -361,7 +361,7 @@ class SourcePlanner:
                 clip_spans = spans(table, clip.kept_frames, self.cache_settings.latent.lengths)
                 why_no_items = None
                 if not clip_spans:
-                    targets = ", ".join(map(str, table.target_frames))
+                    targets = ", ".join(map(str, table.buckets.target_frames))
                     why_no_items = f"{format_count(clip.kept_frames, 'frame')}, target_frames are {targets}"
                 plan = self.compare(clip.size, clip_spans, clip.kept_frames, why_no_items)
                 return replace(plan, size_changes=clip.size_changes)
@@ -448,7 +448,7 @@ class SourcePlanner:
                 comparison.missing_spans.append(span)
                 comparison.add_outdated(error)
         too_short_warning = None  # if the clip is too short for some of the lengths in target_frames
-        if kept_frames is not None and len(table.target_frames) > 1:
+        if kept_frames is not None and len(table.buckets.target_frames) > 1:
             too_short_warning = describe_short(table, source_spans, kept_frames)
         return SourcePlan(
             source=self.source,
@@ -476,7 +476,7 @@ class SourcePlanner:
         _, num_frames = span
         if self.source.table.kind == "image":
             # with multiple_target, the image's layers count as frames
-            size = (*bucket, num_frames) if self.source.table.multiple_target else bucket
+            size = (*bucket, num_frames) if self.source.table.source.multiple_target else bucket
             return [size] * (num_sections or 1)
         if num_sections is not None:
             num_frames = self._count_section_frames()
@@ -566,7 +566,7 @@ class SourcePlanner:
         if needs_frame_rate and FPS not in keys:
             yield "it does not contain its frame rate"
         # control images are the reference images of an editing model
-        if self.source.table.references is not None:
+        if self.source.table.references.rules is not None:
             num_references = len(self.source.control)
             if sum(key.startswith(CONTROL) for key in keys) < num_references:
                 yield f"it has no latents of its {num_references} reference images"
@@ -583,7 +583,7 @@ class SourcePlanner:
         """Return F, H, W of an item's latents, or of one section of them."""
         _, num_frames = span
         width, height = bucket
-        if self.source.table.multiple_target:
+        if self.source.table.source.multiple_target:
             num_frames = 1  # musubi-tuner writes 1 into tensor names, although the tensors have all layers
         if name.section is not None:
             num_frames = self._count_section_frames()
@@ -591,7 +591,7 @@ class SourcePlanner:
 
     def _count_section_frames(self) -> int:
         """Return how many pixel frames a section of the clip has, for a model that generates in sections."""
-        return self.cache_settings.latent.count_frames(self.source.table.fp_latent_window_size)
+        return self.cache_settings.latent.count_frames(self.source.table.buckets.fp_latent_window_size)
 
     def _read_header(self, file: str) -> Entry:
         """Return the header of a cache file, which is read only once."""

@@ -86,7 +86,9 @@ def list_sources(config: DatasetConfig, captions: bool) -> SourceListing:
     """List the media files of all tables; `captions` says whether to read captions, too."""
     skipped: list[tuple[DatasetTable, Fault]] = []
     sources = find_all_sources(config, captions, skipped=skipped)
-    failures = [Failure(table.source, error.text, table.index, error.stem or "") for table, error in skipped]
+    failures = [
+        Failure(table.source.path, error.text, table.index, error.stem or "") for table, error in skipped
+    ]
     broken = {table.index for table, _ in skipped}
     complete = [table for table in config.datasets if table.index not in broken]
     return SourceListing(sources, CacheReport(failures=tuple(failures)), complete)
@@ -378,7 +380,7 @@ def estimate_decoded_bytes(source: MediaSource) -> int:
     num_frames: float | None = 1 if table.kind == "image" else max_decoded_frames(table)
     if not num_frames:  # the table uses the whole clip
         num_frames = _estimate_frames(source)
-    width, height = table.resolution
+    width, height = table.buckets.resolution
     num_rejected = 0 if source.rejected is None else 1
     num_clips = 1 + len(source.control) + len(source.references) + num_rejected + len(source.layers)
     num_masks = (source.mask_from is not None) + (source.control_mask is not None)
@@ -391,7 +393,7 @@ def _estimate_frames(source: MediaSource) -> float:
     table = source.table
     if source.remote_or_packed:  # not downloaded yet; `check_memory` checks again once the file is local
         return UNKNOWN_FRAMES
-    if table.is_audio_only:  # audio samples take about as much memory as frames at this rate
+    if table.source.is_audio_only:  # audio samples take about as much memory as frames at this rate
         from dataset.sources.audio import count_frames  # only for tables of audio
 
         with contextlib.suppress(UserError):
@@ -400,11 +402,11 @@ def _estimate_frames(source: MediaSource) -> float:
     try:
         info = video_info(source.path)
         num_frames = info.frames or UNKNOWN_FRAMES
-        is_timed = table.source_fps == AUTO or is_animation(source.path)
+        is_timed = table.buckets.source_fps == AUTO or is_animation(source.path)
         if is_timed and info.fps:  # frames are chosen by time, so clips with a low rate repeat some
             return num_frames * FASTEST_FPS / info.fps
         # at a declared rate above the fastest one, some frames are dropped
-        return num_frames * min(1.0, FASTEST_FPS / (table.declared_fps or FASTEST_FPS))
+        return num_frames * min(1.0, FASTEST_FPS / (table.buckets.declared_fps or FASTEST_FPS))
     except UserError:
         return 0  # decoding reports the reason
 
@@ -414,7 +416,7 @@ def check_memory(source: MediaSource) -> None:
     needed = estimate_decoded_bytes(source)
     limit = psutil.virtual_memory().total
     if needed > 0.6 * limit:
-        width, height = source.table.resolution
+        width, height = source.table.buckets.resolution
         raise MediaError(
             f"{source.path}: its frames take about {needed / 1e9:.0f} GB at {width}x{height}, this machine "
             f"has {limit / 1e9:.0f} GB. "

@@ -135,12 +135,12 @@ def _list_table_files(
     empty_prompts: list[CaptionFile] = []
     for source in sources:
         seen = _SeenMedia()
-        if table.texts_see_references or visible_media != CAPTIONS_ONLY:
+        if table.references.are_seen_by_texts or visible_media != CAPTIONS_ONLY:
             seen = _list_seen(source, visible_media)
         captions = _list_captions(source, seen, tag=tag, visible_media=visible_media, fit=fit)
         first_captions.append(next(captions))
         further_captions += captions
-        if table.caches_empty_prompt and table.texts_see_references:
+        if table.captions.caches_empty_prompt and table.references.are_seen_by_texts:
             empty_prompts.append(
                 CaptionFile(
                     table=source.table,
@@ -154,7 +154,7 @@ def _list_table_files(
                     references=seen.files,
                 )
             )
-    if table.caches_empty_prompt and not table.texts_see_references:
+    if table.captions.caches_empty_prompt and not table.references.are_seen_by_texts:
         empty_prompts.append(
             CaptionFile(
                 table=table,
@@ -183,7 +183,7 @@ def _list_seen(source: MediaSource, visible_media: VisibleMedia) -> _SeenMedia:
     seen_source = None  # stays None if the item has no media that the encoders see
     files: tuple[tuple[Path, Origin | None], ...] = ()
     settings: dict[str, Any] = {}
-    if source.control and table.texts_see_references:
+    if source.control and table.references.are_seen_by_texts:
         seen_source = source
         num_references = len(source.control)
         files = source.latent_inputs[1 : 1 + num_references]  # 0 is the source itself
@@ -242,10 +242,16 @@ def _list_reference_settings(source: MediaSource) -> dict[str, Any]:
     # They depend on the item's bucket. Instead of an unknown bucket, () is used for a file that has to be
     # downloaded first, and (0, 0) for an unreadable file.
     table = source.table
-    if source.remote_or_packed or table.references is None or not table.references.text_sees_vae_input:
+    if (
+        source.remote_or_packed
+        or table.references.rules is None
+        or not table.references.rules.text_sees_vae_input
+    ):
         return table.visible_reference_settings(())
     try:
-        bucket = find_bucket_fit(table, image_size(source.path), table.references.step, source.path).bucket
+        bucket = find_bucket_fit(
+            table, image_size(source.path), table.references.rules.step, source.path
+        ).bucket
     except (MediaError, OSError):  # encoding reports the reason
         bucket = (0, 0)
     return table.visible_reference_settings(bucket)

@@ -106,7 +106,7 @@ class TextWork:
         # captions that change at random cannot be cached
         for table in config.datasets:
             if table.group is not None:
-                reject_changing(table, table.caption_changes.varying_keys, "texts")
+                reject_changing(table, table.captions.changes.varying_keys, "texts")
         listing = list_sources(config, captions=True)
         self._sources = listing.sources
         self.listing_report = listing.report  # failures of listing
@@ -285,7 +285,7 @@ class TextWork:
     def _add_seen_media(self, prompt: Prompt, source: MediaSource, stack: contextlib.ExitStack) -> Prompt:
         """Return the prompt with the media of an item that text encoders see."""
         # `stack` keeps downloaded or unpacked reference images until the caller closes it.
-        if source.table.references is not None:
+        if source.table.references.rules is not None:
             references = stack.enter_context(hold_references(source))
             prompt = dataclasses.replace(prompt, images=references)
         rules = self._family.references
@@ -423,7 +423,7 @@ def _describe_failure(file: CaptionFile, error: MediaError | CaptionError) -> Fa
         return Failure(path, str(error), file.table.index, file.name)
     if file.source is None:
         return None
-    if file.source.table.references is not None:
+    if file.source.table.references.rules is not None:
         return Failure.of(file.source, explain_reference(file.source, error))
     return Failure.of(file.source, error)
 
@@ -434,7 +434,7 @@ def _make_batches(files: Sequence[CaptionFile], size: int | None) -> list[TextBa
     batches: list[TextBatch] = []
     for _, group in itertools.groupby(files, lambda file: (file.table.index, file.encoding_round)):
         texts = tuple(group)
-        batch_size = size or texts[0].table.batch_size
+        batch_size = size or texts[0].table.learning.batch_size
         batches += [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
     return batches
 

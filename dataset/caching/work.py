@@ -72,7 +72,7 @@ def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[Media
     for source in sources:
         media = media_by_table[source.table.index]
         media.has_control = media.has_control or bool(source.control)
-        if source.table.reads_row_references:
+        if source.table.references.reads_row_references:
             media.reference_media.append(source.row_references)
         if source.references or source.control_mask is not None:
             media.companions.append(source)
@@ -80,11 +80,11 @@ def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[Media
         media = media_by_table[table.index]
         try:
             _check_table(family, table, media)
-            if trains_audio_only or table.is_audio_only:
+            if trains_audio_only or table.source.is_audio_only:
                 _check_audio(table, trains_audio_only)
         except DatasetError as error:
             # image trainers use this key for control images and, with --masked_loss, for masks
-            may_be_masks = media.has_control and table.conditioning_directory is not None
+            may_be_masks = media.has_control and table.source.conditioning_directory is not None
             errors.append(f"{error}{MASKS_HINT}" if may_be_masks else str(error))
     if errors:
         raise DatasetError("\n".join(errors))
@@ -93,9 +93,9 @@ def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[Media
 def _check_table(family: Caches, table: DatasetTable, media: _TableMedia) -> None:
     """Raise DatasetError if a model family cannot use a table with these media."""
     if table.group is not None:
-        reject_changing(table, table.augmentation.varying_keys, "latents")
+        reject_changing(table, table.buckets.augmentation.varying_keys, "latents")
     # checked first: precomputed latents ignore keys that the family's own check rejects
-    if table.has_precomputed_latents:
+    if table.source.has_precomputed_latents:
         from dataset.caching.precomputed import reject_moments  # few tables have precomputed latents
 
         reject_moments(family, table)
@@ -104,7 +104,7 @@ def _check_table(family: Caches, table: DatasetTable, media: _TableMedia) -> Non
         table,
         has_control=media.has_control,
         has_references=bool(media.companions),
-        has_guides=table.has_guides,
+        has_guides=table.references.has_guides,
         reference_media=tuple(media.reference_media),
     )
     family.check_table(described_table)
@@ -116,10 +116,10 @@ def _check_table(family: Caches, table: DatasetTable, media: _TableMedia) -> Non
 
 def _check_audio(table: DatasetTable, trains_audio_only: bool) -> None:
     """Raise DatasetError if a table has no audio in an audio-only run, or only audio in another run."""
-    if trains_audio_only and (table.kind == "image" or table.audio == IGNORE):
+    if trains_audio_only and (table.kind == "image" or table.source.audio == IGNORE):
         why = "it has images" if table.kind == "image" else 'audio = "ignore" leaves none'
         raise DatasetError(f"{table.name}: this run trains audio only, and {why}. Omit the table")
-    if table.is_audio_only and not trains_audio_only:
+    if table.source.is_audio_only and not trains_audio_only:
         raise DatasetError(
             f"{table.name}: it has audio files, but this run trains on images. Use the mode audio, "
             "which trains audio only"
@@ -133,7 +133,7 @@ def _check_sources(
     _check_tables(family, config, sources)
     warn_captions(sources)
     # only lists have columns that may be unused, and only models that edit take reference images
-    if any(table.directory is None or table.references is not None for table in config.datasets):
+    if any(table.source.directory is None or table.references.rules is not None for table in config.datasets):
         warn_unused(config, sources)
     family.check_named_files()
     if any(source.precomputed is not None for source in sources):
@@ -282,7 +282,7 @@ class MediaWork:
         batches = prefetch.fill_batches(
             items,
             get_group=lambda item: item.group,
-            get_batch_size=lambda item: self._options.batch_size or item.source.table.batch_size,
+            get_batch_size=lambda item: self._options.batch_size or item.source.table.learning.batch_size,
             get_num_bytes=lambda item: item.size_bytes,
             max_bytes=latents.PARTIAL_BYTES,
         )
@@ -296,7 +296,7 @@ class MediaWork:
         cache_settings = self._cache_settings
         warnings: list[Fault] = []
         # with a number as source_fps, the rate is not taken from the files and may differ from theirs
-        if any(table.declared_fps is not None for table in self._config.datasets):
+        if any(table.buckets.declared_fps is not None for table in self._config.datasets):
             warnings += find_wrong_rates(sources)
         warnings += find_media_warnings(
             sources, cache_settings.latent, cache_settings.fps, cache_settings.stores_frame_rate

@@ -45,7 +45,7 @@ def list_cogvideox(table: DatasetTable, faults: list[Fault]) -> list[MediaSource
     """
     sources: list[MediaSource] = []
     folders: dict[str, _TensorFolder] = {}  # filled by `_find_tensors`, which lists each folder once
-    load_tensors = table.require_format_keys(CogVideoXKeys).load_tensors
+    load_tensors = table.source.require_format_keys(CogVideoXKeys).load_tensors
     for row in read_rows(table, table.name, faults):
         (caption,) = complete_captions([row.caption], table)
         tensors = _find_tensors(row, folders, faults) if load_tensors else None
@@ -78,7 +78,7 @@ def read_rows(table: DatasetTable, name: str, faults: list[Fault]) -> Iterator[C
     Raises:
         DatasetError: If a list is missing, the two lists differ in length, or a column is missing.
     """
-    keys = table.require_format_keys(CogVideoXKeys)
+    keys = table.source.require_format_keys(CogVideoXKeys)
     root = keys.cogvideox_root
     if not root.is_dir():
         raise DatasetError(f"{name}: {root}: no such folder{explain_lookup(root, table.config_path)}")
@@ -123,8 +123,8 @@ class _Clips(NamedTuple):
 
 def _open_lists(table: DatasetTable, root: Path, name: str) -> _Clips:
     """Return the rows of two text files: each line of the prompts with the same line of the videos."""
-    prompt_list = root / (table.caption_column or _find_prompts(root, name))
-    video_list = root / (table.require_format_keys(CogVideoXKeys).video_column or VIDEOS)
+    prompt_list = root / (table.captions.caption_column or _find_prompts(root, name))
+    video_list = root / (table.source.require_format_keys(CogVideoXKeys).video_column or VIDEOS)
     _require_list(prompt_list, "caption_column", name)
     _require_list(video_list, "video_column", name)
     captions = [line for line in table_lines(prompt_list) if line.strip()]
@@ -162,7 +162,7 @@ def _find_prompts(root: Path, name: str) -> str:
 
 def _open_table(table: DatasetTable, root: Path, name: str) -> _Clips:
     """Return the rows of dataset_file, a CSV or JSON Lines file with caption and video columns."""
-    keys = table.require_format_keys(CogVideoXKeys)
+    keys = table.source.require_format_keys(CogVideoXKeys)
     assert keys.dataset_file is not None
     # relative to the working folder, otherwise to the folder of the dataset
     candidates = (keys.dataset_file, root / keys.dataset_file)
@@ -175,7 +175,7 @@ def _open_table(table: DatasetTable, root: Path, name: str) -> _Clips:
     caption_columns = CAPTION_COLUMNS
     if row_format(path) is JSON_LINES:  # if it has both columns, captions are in "prompt"
         caption_columns = caption_columns[::-1]
-    caption_column = table.caption_column or _find_default(caption_columns, names)
+    caption_column = table.captions.caption_column or _find_default(caption_columns, names)
     video_column = keys.video_column or _find_default(VIDEO_COLUMNS, names)
     for key, column in (("caption_column", caption_column), ("video_column", video_column)):
         if column not in names:

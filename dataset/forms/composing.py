@@ -8,7 +8,7 @@ from dataset import config_keys
 from dataset.config_keys import TableKey
 from dataset.forms import CACHES, FOLDER, FORMS, JSONL
 from dataset.forms.contract import SharedCaches, SourceFormat
-from dataset.table import DatasetTable, declared_keys
+from dataset.table import DatasetTable, declared_keys, list_fields
 
 # --- keys of a dataset file
 # ------------------------------------------------------------------------------------------------------------
@@ -23,8 +23,9 @@ def _list_declared_sources() -> dict[str, tuple[TableKey, SourceFormat]]:
     # names that are the same for all kinds
     common_keys: dict[str, tuple[TableKey, SourceFormat]] = {}
     for source_format in FORMS:
-        record: Any = source_format.keys or DatasetTable
-        for field in fields(record):
+        record: Any = source_format.keys
+        declared = list_fields() if record is None else fields(record)
+        for field in declared:
             if field.name == source_format.source and "source" in field.metadata:
                 kind_keys.append((field.name, field.metadata["source"], source_format))
             elif field.name == source_format.source:
@@ -55,7 +56,7 @@ def _compose_keys() -> dict[str, TableKey]:
     """Return all keys that a [[datasets]] table may have, in the order in which messages list them."""
     keys = {name: key for name, (key, _) in _SOURCES.items()}
     shared = declared_keys(DatasetTable)
-    for field in fields(DatasetTable):
+    for field in list_fields():
         if field.name == "format_keys":
             keys |= FORMAT_KEYS
         elif field.name in shared:
@@ -87,9 +88,11 @@ SOURCES_WITH_ADDRESSES = [source_format.source for source_format in _ADDRESSING]
 
 def get_source_format(table: DatasetTable) -> SourceFormat:
     """Return a table's source format (folder, list, tars ...), which its keys determine."""
-    if table.format_keys is None:
-        return FOLDER if table.directory is not None else JSONL
-    return next(source_format for source_format in FORMS if source_format.keys is type(table.format_keys))
+    if table.source.format_keys is None:
+        return FOLDER if table.source.directory is not None else JSONL
+    return next(
+        source_format for source_format in FORMS if source_format.keys is type(table.source.format_keys)
+    )
 
 
 def read_format_keys(source_format: SourceFormat, source_key: str, values: Mapping[str, Any]) -> Any:

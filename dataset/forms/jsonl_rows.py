@@ -37,7 +37,7 @@ def inspect_lines(table: DatasetTable) -> InspectedColumns:
     """Return the rows of a list, and the names of the keys that are read from them."""
     media = table.path_key
     read = names_read(table, media, "caption")
-    rows = read_jsonl(table.source, None)
+    rows = read_jsonl(table.source.path, None)
     return InspectedColumns(media, read, unread_file_columns=[], rows=rows, is_list=True)
 
 

@@ -41,7 +41,7 @@ class Metadata(SourceFormat):
         """Return the images that the metadata file lists."""
         from dataset.forms.metadata_listing import list_metadata  # it loads decoders
 
-        return list_metadata(table, table.source, faults)
+        return list_metadata(table, table.source.path, faults)
 
     def describe_caption_place(self, table: DatasetTable) -> str:
         """Return where a missing caption is expected: in the image's entry of the metadata file."""

@@ -40,7 +40,7 @@ def list_metadata(table: DatasetTable, path: Path, faults: list[Fault]) -> list[
     image_captions: list[tuple[Path, str | None]] = []
     for key, entry in entries.items():
         try:
-            image = find_image(key, table.image_folder, images_by_folder)
+            image = find_image(key, table.source.image_folder, images_by_folder)
             text = _join_caption_and_tags(entry, table)
         except (ValueError, OSError) as error:  # does not stop the other entries
             faults.append(Fault(f"entries of {path} cannot be used", f"{key[:200]!r}: {error}."))
@@ -135,10 +135,10 @@ def _join_caption_and_tags(entry: Any, table: DatasetTable) -> str | None:
     caption = _read_entry_text(entry, "caption")
     tags = _read_entry_text(entry, "tags")
     if not caption or not tags:
-        return caption or tags or table.class_tokens
-    separator = table.caption_changes.separator
+        return caption or tags or table.captions.class_tokens
+    separator = table.captions.changes.separator
     lines = [caption]
-    if table.caption_changes.wildcards:
+    if table.captions.changes.wildcards:
         tags = separator.join(split_lines(tags))
         lines = split_lines(caption)
     return "\n".join(f"{line}{separator} {tags}" for line in lines)

@@ -288,9 +288,9 @@ class NpzStore:
         """Return latents that another trainer wrote; raise CacheError if they do not match the table."""
         # `arrays` belong to one resolution, by name without suffix; `grid` is the latents' height and width.
         needed_by = {}  # array -> key of the table that needs it; the caller has checked that latents exist
-        if self.table.augmentation.flip:
+        if self.table.buckets.augmentation.flip:
             needed_by[MIRRORED] = "flip_aug"
-        if self.table.alpha_mask:
+        if self.table.source.alpha_mask:
             needed_by[ALPHA] = "alpha_mask"
         height, width = grid
         for key, table_key in needed_by.items():
@@ -352,7 +352,7 @@ class NpzStore:
     def _add_foreign_arrays(self, name: str, arrays: dict[str, Array]) -> None:
         """Add the arrays that only other trainers need: image size, crop box and an opaque mask."""
         size, bucket = self._sizes(name)
-        if self.table.alpha_mask and ALPHA not in arrays:  # opaque
+        if self.table.source.alpha_mask and ALPHA not in arrays:  # opaque
             width, height = bucket
             arrays[ALPHA] = np.ones((height, width), np.float32)
         arrays["original_size"] = np.array(size)
@@ -362,7 +362,7 @@ class NpzStore:
         """Return the name and the array under which an npz file stores a tensor of latents."""
         if key in _KNOWN and tensor.shape[1] == 1:
             return key, as_array(tensor, keep_half=False)[:, 0]  # C H W
-        if key == LOSS_MASK and self.table.alpha_mask:  # other programs read it in pixels
+        if key == LOSS_MASK and self.table.source.alpha_mask:  # other programs read it in pixels
             _, height_stride, width_stride = self.latent.stride
             mask = tensor[0].repeat_interleave(height_stride, 0).repeat_interleave(width_stride, 1)
             return ALPHA, as_array(mask, keep_half=False)
@@ -421,7 +421,7 @@ class NpzStore:
         """Return constant arrays that other trainers expect besides encoder outputs, such as zeros."""
         added: dict[str, Array] = {name: np.array(value) for name, value in self.format.constants.items()}
         for setting, table_field in self.format.table_settings.items():
-            added[setting] = np.array(getattr(self.table, table_field), np.float32)
+            added[setting] = np.array(self.table.value_of(table_field), np.float32)
         for name, (output, num_columns) in self.format.zeros.items():
             if output in arrays:  # zeros with as many rows as this output
                 added[name] = np.zeros((len(arrays[output]), num_columns), np.float32)

@@ -103,7 +103,7 @@ class RowReader:
         captions = complete_captions(caption_texts, self.table) if caption_texts else None
         controls, references = self._read_controls_and_references(values, position)
         mask = self._read_file_cell("mask_path", values.get("mask_path"), position)
-        layers = self._read_layers(values, position) if self.table.multiple_target else []
+        layers = self._read_layers(values, position) if self.table.source.multiple_target else []
         control_mask = self._read_file_cell("control_mask_path", values.get("control_mask_path"), position)
         rejected = self._read_file_cell("worse_path", values.get("worse_path"), position)
         source = make_source(
@@ -112,7 +112,7 @@ class RowReader:
             stem=media.stem,
             media=media.location,
             captions=captions,
-            controls=controls[: self.table.control_count],
+            controls=controls[: self.table.references.control_count],
             mask=mask,
             references=references,
             control_mask=control_mask,
@@ -120,7 +120,7 @@ class RowReader:
             layers=layers,
         )
         source = self._add_audio(source, values, position)
-        if self.table.reads_row_references:
+        if self.table.references.reads_row_references:
             source = self._add_row_references(source, values, position)
         self._identities.append(media.identity)  # `assign_unique_stems` uses it
         return source
@@ -152,7 +152,7 @@ class RowReader:
         """Return a source with its audio file: the one that its row names, else one next to the clip."""
         audio_path = values.get("audio_path") if self.table.kind == "video" else None
         audio = self._read_file_cell("audio_path", audio_path, position)
-        if audio is None and self.table.finds_audio_by_name and not source.remote_or_packed:
+        if audio is None and self.table.source.finds_audio_by_name and not source.remote_or_packed:
             from dataset.sources.folders import find_audio_beside  # few lists have audio
 
             audio = find_audio_beside(source.path)
@@ -163,7 +163,9 @@ class RowReader:
     def _read_media(self, values: Mapping[str, Any], position: str) -> "_Media":
         """Return the image or clip that a row names, with its stem and the text that identifies it."""
         text = values.get(self.path_column)
-        if text is None and self.table.multiple_target:  # image_path_0 is the image, image_path_1 a layer
+        if (
+            text is None and self.table.source.multiple_target
+        ):  # image_path_0 is the image, image_path_1 a layer
             text = values.get(f"{self.path_column}_0")
         if not isinstance(text, str) or not text.strip():
             hint = self._explain_list(values) if self.is_list else ""
@@ -185,7 +187,7 @@ class RowReader:
             return f", and {layers}: set multiple_target = true in the table"
         table_columns = (*PATH_COLUMNS, self.table.kind)
         text_columns = [name for name in table_columns if isinstance(values.get(name), str)]
-        if text_columns and not self.table.is_audio_only:
+        if text_columns and not self.table.source.is_audio_only:
             kind = self.table.kind
             return (
                 f". {text_columns[0]} is read from tables: name the file in {kind}_table_file instead of "
@@ -224,7 +226,9 @@ class RowReader:
         references: dict[int, FileLocation] = {}
         for name, value in values.items():
             control_index = control_number(name)
-            if name == self.table.control_column:  # a column without a number has the first control image
+            if (
+                name == self.table.references.control_column
+            ):  # a column without a number has the first control image
                 control_index = 0
             if control_index is not None:
                 self._add_numbered_files(
@@ -305,7 +309,7 @@ class RowReader:
 
     def _find_address_error(self, address: str, protocol: str) -> str | None:
         """Return why a URL is rejected; None if it is allowed."""
-        if not self.table.allow_urls:
+        if not self.table.source.allow_urls:
             return "addresses are read only with allow_urls = true in the table"
         if "::" in address.split("/", 1)[0]:
             return "chains of addresses (::) are not followed"
@@ -330,13 +334,13 @@ class RowReader:
         if self.is_list:  # captions of a JSONL list are used unchanged
             return captions
         captions = [text.strip() for text in captions]
-        if caption is not None and self.table.multi_caption:  # each line is a caption
+        if caption is not None and self.table.captions.multi_caption:  # each line is a caption
             captions[:1] = split_lines(captions[0]) or [""]
         return captions
 
     def _further_captions(self, values: Mapping[str, Any], position: str) -> list[str]:
         """Return the further captions of a row, its list `captions`; only used with multi_caption."""
-        texts = values.get("captions") if self.table.multi_caption else None
+        texts = values.get("captions") if self.table.captions.multi_caption else None
         if texts is None:
             return []
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
@@ -419,7 +423,7 @@ def make_source(
     layers: Sequence[FileLocation] = (),
 ) -> media_source.MediaSource:
     """Return the media file of a row or a tar sample; `position` is for messages."""
-    if mask is not None and table.alpha_mask:
+    if mask is not None and table.source.alpha_mask:
         raise DatasetError(f"{position}: its mask and alpha_mask = true exclude each other; omit one.")
     caption, more_captions = split_first_caption(captions, position)
     optional = (mask, control_mask, rejected)
@@ -462,7 +466,7 @@ def control_number(name: str, start: str = "control_path") -> int | None:
 
 def download_folder(table: DatasetTable) -> Path:
     """Return the folder for downloads: download_directory, or a subfolder of the cache directory."""
-    return table.download_directory or table.cache_directory / DOWNLOADS
+    return table.source.download_directory or table.cache_directory / DOWNLOADS
 
 
 def locate(text: str, base: Path | None, position: str) -> Path:
@@ -498,7 +502,7 @@ def find_missing_companions(
     `plural` names the rows or samples in messages: `lines of data.jsonl`.
     """
     faults: list[media_source.Fault] = []
-    count = table.control_count  # None: any number
+    count = table.references.control_count  # None: any number
     if count is not None and any(source.control for source in sources):
         needed = "control_path" if count == 1 else f"control_path_0 to control_path_{count - 1}"
         without_controls = [source for source in sources if len(source.control) < count]
@@ -532,7 +536,7 @@ def require_file(table: DatasetTable) -> Path:
     Raises:
         DatasetError: If the file does not exist.
     """
-    path = table.source
+    path = table.source.path
     if not path.exists():
         end = explain_lookup(path, table.config_path)
         raise DatasetError(f"{table.name}: {table.source_key} = {path}: no such file{end}")
@@ -541,9 +545,9 @@ def require_file(table: DatasetTable) -> Path:
 
 def names_read(table: DatasetTable, path_column: str, caption_column: str) -> set[str]:
     """Return the names of the columns that are read, except numbered ones (see `is_companion`)."""
-    names = {path_column, caption_column, table.control_column or ""}
+    names = {path_column, caption_column, table.references.control_column or ""}
     names |= {"mask_path", "control_mask_path", "worse_path"}
-    if table.multi_caption:
+    if table.captions.multi_caption:
         names.add("captions")
     if table.kind == "video":
         names.add("audio_path")
@@ -557,12 +561,12 @@ def is_companion(name: str) -> bool:
 
 def is_layer(table: DatasetTable, name: str) -> bool:
     """Return whether a numbered column contains an image or one of its layers."""
-    return table.multiple_target and control_number(name, table.path_key) is not None
+    return table.source.multiple_target and control_number(name, table.path_key) is not None
 
 
 def is_control(table: DatasetTable, name: str) -> bool:
     """Return whether a column contains control images or clips."""
-    return name == table.control_column or control_number(name) is not None
+    return name == table.references.control_column or control_number(name) is not None
 
 
 def find_base(path: Path, column: str, rows: Iterable[TableRow]) -> Path | None:

@@ -45,17 +45,17 @@ class Tables(SourceFormat):
         """Return the media files that the rows of the table name or contain."""
         from dataset.forms.tables_listing import list_table  # it loads decoders
 
-        return list_table(table, table.require_format_keys(TableKeys).path_column, faults)
+        return list_table(table, table.source.require_format_keys(TableKeys).path_column, faults)
 
     def describe_caption_place(self, table: DatasetTable) -> str:
         """Return where a missing caption is expected: in the caption column of the row."""
-        return f'no "{table.caption_column or "caption"}" in its row'
+        return f'no "{table.captions.caption_column or "caption"}" in its row'
 
     def inspect_columns(self, table: DatasetTable) -> InspectedColumns:
         """Return the rows of the table, and which columns are read."""
         from dataset.forms.tables_listing import inspect_table
 
-        return inspect_table(table, table.require_format_keys(TableKeys).path_column)
+        return inspect_table(table, table.source.require_format_keys(TableKeys).path_column)
 
 
 TABLES = Tables()

@@ -67,8 +67,8 @@ def _select_columns(
     # `path_column` is the value in the dataset file.
     columns_by_key = {
         "path_column": path_column,
-        "control_column": table.control_column,
-        "caption_column": table.caption_column,
+        "control_column": table.references.control_column,
+        "caption_column": table.captions.caption_column,
     }
     default_media = (f"{table.kind}_path", *PATH_COLUMNS)
     media_column = path_column or _find_first(default_media, columns)
@@ -81,7 +81,7 @@ def _select_columns(
     for key, name in columns_by_key.items():
         if name is not None and name not in columns:
             raise DatasetError(f"{table.name}: {key} = {name!r} is not a column. It has {_shown(columns)}.")
-    caption = table.caption_column or _find_first(CAPTION_COLUMNS, columns)
+    caption = table.captions.caption_column or _find_first(CAPTION_COLUMNS, columns)
     # a column called "image" or "video" contains the files themselves, or their paths
     return media_column or table.kind, caption
 
@@ -105,7 +105,7 @@ def inspect_table(table: DatasetTable, path_column: str | None) -> InspectedColu
     Raises:
         DatasetError: If the table cannot be listed.
     """
-    path = table.source
+    path = table.source.path
     columns = column_names(path)
     media_column, caption_column = _select_columns(table, path_column, columns)
     # the media column is inspected, too, because warnings compare other cells with it

@@ -44,7 +44,7 @@ class Tars(SourceFormat):
         """Return the samples in the tars; remote tars are downloaded first."""
         from dataset.forms.tars_listing import list_tars  # it loads decoders
 
-        return list_tars(table, table.require_format_keys(TarKeys).tars, faults)
+        return list_tars(table, table.source.require_format_keys(TarKeys).tars, faults)
 
     def describe_caption_place(self, table: DatasetTable) -> str:
         """Return where a missing caption is expected: a tar member with the same name as the media file."""
@@ -52,7 +52,7 @@ class Tars(SourceFormat):
 
     def list_addresses(self, table: DatasetTable) -> list[str]:
         """Return the tars that have to be downloaded: URLs instead of paths."""
-        return [tar for tar in table.require_format_keys(TarKeys).tars if is_address(tar)]
+        return [tar for tar in table.source.require_format_keys(TarKeys).tars if is_address(tar)]
 
 
 TARS = Tars()

@@ -105,10 +105,12 @@ def _make_rules(table: DatasetTable) -> TarRules:
         media=tuple(sorted(suffixes)),
         spare=tuple(sorted(spare_suffixes)),
         companions=tuple(sorted(mask_suffixes(table.kind))),
-        caption_suffix=(table.caption_extension or ".txt").lower(),
-        caption_names=CAPTION_COLUMNS if table.caption_column is None else (table.caption_column,),
-        json_first=table.caption_column is not None,  # a key of the .json that the table names
-        multi_caption=table.multi_caption,
+        caption_suffix=(table.captions.caption_extension or ".txt").lower(),
+        caption_names=CAPTION_COLUMNS
+        if table.captions.caption_column is None
+        else (table.captions.caption_column,),
+        json_first=table.captions.caption_column is not None,  # a key of the .json that the table names
+        multi_caption=table.captions.multi_caption,
     )
 
 
@@ -195,7 +197,7 @@ def _make_source(table: DatasetTable, tar: Path, sample: TarSample, stem: str) -
         stem=stem,
         media=media,
         captions=None if sample.caption is None else captions_in(sample.caption, table),
-        controls=controls[: table.control_count],
+        controls=controls[: table.references.control_count],
         mask=masks[0] if masks else None,
     )
 
@@ -229,7 +231,7 @@ def _find_tars(table: DatasetTable, patterns: Sequence[str], faults: list[media_
     tars: dict[Path, None] = {}
     for pattern in patterns:
         for name in expand_braces(pattern, table.name):
-            if is_address(name) and not table.allow_urls:
+            if is_address(name) and not table.source.allow_urls:
                 kind = f"tars of {table.name} are at addresses, which need allow_urls = true"
                 faults.append(media_source.Fault(kind, hide_secrets(name)))
                 continue

@@ -53,7 +53,7 @@ def find_unused(table: DatasetTable) -> list[Fault]:
     Raises:
         DatasetError: If the table cannot be listed.
     """
-    path = table.source
+    path = table.source.path
     source_format = get_source_format(table)
     if not source_format.has_columns or not path.exists():  # reported by the listing
         return []
@@ -68,7 +68,9 @@ def find_unused(table: DatasetTable) -> list[Fault]:
     for row in itertools.islice(columns.rows, MAX_ROWS):
         values = {**_list_control_cells(row, cell_finders), **row.values}
         for name in _list_surplus(values, table):
-            explanations[name] = f": the model uses {table.control_count} of these files for each item"
+            explanations[name] = (
+                f": the model uses {table.references.control_count} of these files for each item"
+            )
         for name, value in row.values.items():
             if name not in explanations and not _is_read(name, table, columns):
                 explanation = _explain_unused(name, value, row, table, columns)
@@ -100,7 +102,7 @@ def _explain_unused(
     explanation = _explain_by_name(name, value, table, lacks_caption)
     if explanation is None:
         media = row.values.get(columns.media_column)
-        explanation = _explain_by_value(name, value, table=table, path=table.source, media=media)
+        explanation = _explain_by_value(name, value, table=table, path=table.source.path, media=media)
     # other programs' tables have columns with names of keys, such as `resolution`; lists do not
     if explanation is None and columns.is_list and name in KEYS:
         explanation = IS_TABLE_KEY
@@ -116,7 +118,7 @@ def _explain_by_name(name: str, value: Any, table: DatasetTable, lacks_caption: 
         return ": captions are read from another column"
     if name in TIMESTEP_KEYS:
         return IS_TABLE_KEY
-    if name in ROW_REFERENCE_COLUMNS and not table.reads_row_references:
+    if name in ROW_REFERENCE_COLUMNS and not table.references.reads_row_references:
         return ": only models with references of several kinds read it, such as MiniMax-H3"
     return None
 
@@ -135,12 +137,12 @@ def _list_surplus(values: Mapping[str, Any], table: DatasetTable) -> list[str]:
     for name, value in values.items():
         if not is_control(table, name) or not value:
             continue
-        first = 0 if name == table.control_column else control_number(name) or 0
+        first = 0 if name == table.references.control_column else control_number(name) or 0
         count = 1
         if isinstance(value, list):
             count = sum(bool(path) for path in value)
         numbered += [(first + offset, name) for offset in range(count)]
-    maximum = len(numbered) if table.control_count is None else table.control_count
+    maximum = len(numbered) if table.references.control_count is None else table.references.control_count
     return [name for _, name in sorted(numbered)[maximum:]]
 
 

@@ -39,7 +39,7 @@ def find_audio(source: MediaSource) -> Path:
         MediaError: If a file is missing or unreadable.
     """
     table, path = source.table, source.path
-    declared = table.declared_fps
+    declared = table.buckets.declared_fps
     if source.audio is not None:
         file, origin = source.audio
         if origin is not None:
@@ -47,8 +47,8 @@ def find_audio(source: MediaSource) -> Path:
 
             download(origin.address, file, check=check_media)
         return file
-    if table.audio_directory is not None:
-        raise NoAudio(f"{path}: no file with its name in {table.audio_directory}")
+    if table.source.audio_directory is not None:
+        raise NoAudio(f"{path}: no file with its name in {table.source.audio_directory}")
     if source.precomputed is not None or path.is_dir() or is_animation(path):
         raise NoAudio(f"{path}: only video files have their own audio")
     rate = None if declared is None else file_rate(path)
@@ -83,11 +83,11 @@ def read_span_audios(local: MediaSource, spans: Sequence[Span], fps: float, spec
     """
     rate = kept_rate(local, fps)
     silence_reason = 'audio = "ignore"'
-    if local.table.audio != IGNORE:
+    if local.table.source.audio != IGNORE:
         try:
             return SpanAudios(tuple(read_audios(find_audio(local), spans, rate, spec)))
         except NoAudio as reason:
-            if local.table.audio == REQUIRED:
+            if local.table.source.audio == REQUIRED:
                 raise MediaError(f'{reason}; audio = "required" needs it') from None
             if local.audio is not None:
                 raise MediaError(f"{reason}. Use another file, or remove it") from None

@@ -120,10 +120,10 @@ def captions_in(text: str, table: DatasetTable) -> tuple[str, ...]:
 
     If captions vary, this is the full text, which `dataset.batches.order` changes in each step.
     """
-    if table.caption_changes.varies_per_step:
+    if table.captions.changes.varies_per_step:
         return (text,)
     captions = complete_captions(split_captions(text, table), table)
-    return tuple(join_parts(caption, table.caption_changes) for caption in captions)
+    return tuple(join_parts(caption, table.captions.changes) for caption in captions)
 
 
 def split_captions(text: str, table: DatasetTable) -> list[str]:
@@ -136,9 +136,9 @@ def split_captions(text: str, table: DatasetTable) -> list[str]:
     if read_if_object(text) is not None:
         return [text]
     if table.group is None:
-        return (split_lines(text) or [""]) if table.multi_caption else [text]
+        return (split_lines(text) or [""]) if table.captions.multi_caption else [text]
     lines = split_lines(text) or [""]
-    return lines if table.caption_changes.wildcards else lines[:1]
+    return lines if table.captions.changes.wildcards else lines[:1]
 
 
 def split_first_caption(
@@ -159,10 +159,12 @@ def split_first_caption(
 
 def complete_captions(captions: Iterable[str], table: DatasetTable) -> tuple[str, ...]:
     """Add a table's trigger word, prefix and suffix to captions; return them without duplicates."""
-    prefix, suffix = table.caption_prefix, table.caption_suffix
-    if not (table.trigger_word or prefix or suffix):
+    prefix, suffix = table.captions.caption_prefix, table.captions.caption_suffix
+    if not (table.captions.trigger_word or prefix or suffix):
         return tuple(dict.fromkeys(captions))
-    completed = [complete_caption(caption, table.trigger_word, prefix, suffix) for caption in captions]
+    completed = [
+        complete_caption(caption, table.captions.trigger_word, prefix, suffix) for caption in captions
+    ]
     return tuple(dict.fromkeys(completed))
 
 

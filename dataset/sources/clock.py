@@ -53,12 +53,12 @@ def kept_frames(path: Path, table: DatasetTable, fps: float, alpha: bool = False
         fps: Target rate of the model, which target_fps of the table replaces.
         alpha: Whether frames have an alpha channel if the file has one.
     """
-    target_rate = table.target_fps or fps
-    if table.is_audio_only:
+    target_rate = table.buckets.target_fps or fps
+    if table.source.is_audio_only:
         from dataset.sources.audio import black_frames  # only for audio files
 
         return itertools.islice(black_frames(path, target_rate), max_decoded_frames(table))
-    source_rate = table.declared_fps or target_rate  # before frames are dropped
+    source_rate = table.buckets.declared_fps or target_rate  # before frames are dropped
     frames: Iterable[SampledFrame]
     if _is_timed(path, table):
         frames = reading.frames_at(path, reading.frame_times(source_rate), alpha)
@@ -67,8 +67,8 @@ def kept_frames(path: Path, table: DatasetTable, fps: float, alpha: bool = False
         frames = zip(images, itertools.count(), reading.frame_times(source_rate), strict=False)
     else:
         frames = _all_frames(path, alpha)
-    if table.declared_fps is not None:
-        frames = itertools.compress(frames, keep_pattern(table.declared_fps, target_rate))
+    if table.buckets.declared_fps is not None:
+        frames = itertools.compress(frames, keep_pattern(table.buckets.declared_fps, target_rate))
     return itertools.islice(frames, max_decoded_frames(table))
 
 
@@ -112,7 +112,7 @@ def companion_frames(
     if not path.is_dir():
         return (frame for frame, _, _ in reading.frames_at(path, seconds, alpha))
     # the images of a folder have no times; they are taken to have the table's rate
-    rate = table.declared_fps or table.target_fps or fps
+    rate = table.buckets.declared_fps or table.buckets.target_fps or fps
     return _select_frames(reading.video_frames(path, alpha), [int(second * rate) for second in seconds])
 
 
@@ -164,7 +164,7 @@ def _select_frames(frames: Iterator[reading.Frame], indices: Sequence[int]) -> I
 
 def _is_timed(path: Path, table: DatasetTable) -> bool:
     """Return whether a clip's frames are picked by timestamp: animations, and source_fps "auto"."""
-    return is_animation(path) or (table.source_fps == AUTO and not path.is_dir())
+    return is_animation(path) or (table.buckets.source_fps == AUTO and not path.is_dir())
 
 
 @dataclass(frozen=True)
@@ -192,11 +192,13 @@ class _TimingComparison:
 
     def __init__(self, path: Path, clip: Path, table: DatasetTable, fps: float) -> None:
         self._path, self._clip_path = path, clip
-        self._default_rate = table.declared_fps or table.target_fps or fps
+        self._default_rate = table.buckets.declared_fps or table.buckets.target_fps or fps
         self._is_timed = _is_timed(path, table)
         self._clip_is_timed = _is_timed(clip, table)
         # with a number as source_fps, a folder of images has one image for each frame of the clip
-        self._is_frame_folder = path.is_dir() and table.declared_fps is not None and not self._clip_is_timed
+        self._is_frame_folder = (
+            path.is_dir() and table.buckets.declared_fps is not None and not self._clip_is_timed
+        )
         self.clip = self._measure(clip)
         self.companion = self._measure(path)
 

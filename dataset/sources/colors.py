@@ -30,7 +30,7 @@ def keeps_transparency(source: MediaSource, keeps_alpha: bool) -> tuple[bool, bo
     """
     for_family = keeps_alpha and source.table.kind == "image"
     # with alpha_mask, transparency is the loss mask, so the colors below it are used
-    return for_family or source.table.alpha_mask, for_family
+    return for_family or source.table.source.alpha_mask, for_family
 
 
 def reading_difference(source: MediaSource, keeps_alpha: bool, decoder_version: int) -> str | None:
@@ -163,7 +163,7 @@ def find_colors(sources: Sequence[MediaSource], keeps_alpha: bool = False) -> li
 def _should_warn_of_animation(source: MediaSource, path: Path) -> bool:
     """Return whether a warning is due that only the first frame of an animated file is used."""
     # GIF and WebP files in a folder of images were reported when the folder was listed
-    is_reported = source.table.directory is not None and path.suffix.lower() in ANIMATION_SUFFIXES
+    is_reported = source.table.source.directory is not None and path.suffix.lower() in ANIMATION_SUFFIXES
     return source.table.kind == "image" and not is_reported
 
 

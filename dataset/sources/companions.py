@@ -51,7 +51,7 @@ def add_companions(table: DatasetTable, sources: list[MediaSource], faults: list
     """
     stems = frozenset(source.stem for source in sources)
     for key in (REFERENCE, MASK):
-        folder = getattr(table, key)
+        folder = table.value_of(key)
         if folder is None:
             continue
         paired = pair_or_report(table, folder, key, stems, faults)
@@ -165,7 +165,7 @@ def reject_companions(table: DatasetTable, sources: Sequence[MediaSource]) -> No
 
     `sources` are the table's items that have references or a control mask.
     """
-    rules = table.clip_references  # None: the model takes no references besides control clips
+    rules = table.references.clip_rules  # None: the model takes no references besides control clips
     maximum = 0 if rules is None else rules.max_references
     accepts_masks = rules is not None and rules.control_masks
     for source in sources:
@@ -206,7 +206,7 @@ def _single_references(source: MediaSource) -> list[Path]:
     """Return an item's references, including clips, if the model accepts only still images."""
     if source.table.kind == "image":
         return [*source.references, *source.control]
-    rules = source.table.clip_references
+    rules = source.table.references.clip_rules
     # models that put references on a white canvas take images
     return [*source.references] if rules is not None and rules.pad_with_white else []
 
@@ -271,7 +271,7 @@ def _read_references(
     """Read an item's references, at the size of its bucket divided by the family's factor."""
     # Images are cropped to this size or padded with white, and have one frame. Clips have `count` frames,
     # those at `frame_times`; if a clip ends earlier, its last frame is repeated.
-    rules = local.table.clip_references
+    rules = local.table.references.clip_rules
     reference_size = bucket
     if rules is not None and local.references:
         reference_size = _divide_bucket(local, bucket, rules)

@@ -280,7 +280,7 @@ def _read_kept_frames(local: MediaSource, fps: float, step: int) -> _KeptFrames:
 
     def read_frames() -> Iterator[Frame]:
         """Yield the kept frames, and append the index and second of each one to `times`."""
-        for frame, index, second in kept_frames(local.path, table, fps, table.alpha_mask):
+        for frame, index, second in kept_frames(local.path, table, fps, table.source.alpha_mask):
             times.append((index, second))
             yield frame
 
@@ -291,7 +291,7 @@ def _read_kept_frames(local: MediaSource, fps: float, step: int) -> _KeptFrames:
     bucket = find_bucket(table, size, step, local.path)
     original_frames = itertools.chain([first_frame], original_frames)
     mask: Mask | None = None
-    if table.is_audio_only:  # frames are black; only their number matters
+    if table.source.is_audio_only:  # frames are black; only their number matters
         frames = _broadcast_black_frame(original_frames)
     else:
         frames, mask = _collect_frames(original_frames, bucket, max_decoded_frames(table))
@@ -369,7 +369,7 @@ def _fit_alpha_and_mask(
     cropped_alpha: NDArray[np.uint8] | None = None
     if alpha is not None and alpha.min() < 255:
         cropped_alpha = fit_to_bucket(alpha)
-    if source.table.alpha_mask:
+    if source.table.source.alpha_mask:
         if cropped_alpha is None or cropped_alpha.min() == 255:  # the crop may be opaque
             return None, None
         return None, cropped_alpha[None]
@@ -386,22 +386,22 @@ def _decode_image(
     # 2. Resize, crop and mirror its control images, mask and layers in the same way.
     # 3. Resize references and the control mask to the bucket on their own.
     table = source.table
-    image, alpha = split_alpha(read_image(source.path, keeps_alpha or table.alpha_mask))
+    image, alpha = split_alpha(read_image(source.path, keeps_alpha or table.source.alpha_mask))
     size = (image.shape[1], image.shape[0])  # width, height
     fit = find_bucket_fit(table, size, step, source.path)
     is_mirrored = False
     if generator is not None:
         fit = _draw_crop(source, size, fit, generator)
-        is_mirrored = table.augmentation.flip and generator.random() < 0.5
-        if table.augmentation.color:
+        is_mirrored = table.buckets.augmentation.flip and generator.random() < 0.5
+        if table.buckets.augmentation.color:
             image = change_colors(image, generator)
     # for the image itself, and for all that is aligned with it: control images, mask, layers
     fit_to_bucket = functools.partial(_fit_like, size=size, fit=fit, table=table, is_mirrored=is_mirrored)
-    if table.references is None:  # control images are resized like their image
+    if table.references.rules is None:  # control images are resized like their image
         control = [_read_control(path, fit_to_bucket, keeps_alpha) for path in source.control]
     else:
         control = _read_references(source, fit.bucket, fit_to_bucket, is_mirrored, has_alpha=has_alpha)
-    if has_alpha and not table.alpha_mask and alpha is not None:
+    if has_alpha and not table.source.alpha_mask and alpha is not None:
         # the model takes transparency as a fourth channel
         image, alpha = np.dstack([image, alpha]), None
     fitted_alpha, mask = _fit_alpha_and_mask(source, alpha, size, fit_to_bucket)
@@ -441,7 +441,9 @@ def _read_image_companions(
         from dataset.sources.pairs import require_equal_size  # few images have a rejected one
 
         # the rejected image of a preference pair, 1 H W C, is resized like the chosen one
-        keeps_alpha = has_alpha and not source.table.alpha_mask  # with alpha_mask, alpha is the loss mask
+        keeps_alpha = (
+            has_alpha and not source.table.source.alpha_mask
+        )  # with alpha_mask, alpha is the loss mask
         rejected = read_image(source.rejected, keeps_alpha)
         require_equal_size(source, size, (rejected.shape[1], rejected.shape[0]))
         fitted = fit_image(rejected)
@@ -490,7 +492,7 @@ def _fit_like(frame: Frame, size: Size, fit: Fit, table: DatasetTable, is_mirror
     """Resize, crop and mirror a frame in the same way as its image."""
     # `size` is the image's original size; `fit` says how the image was resized and cropped.
     frame_size = (frame.shape[1], frame.shape[0])
-    if table.buckets is None:
+    if table.buckets.rule is None:
         frame_fit = fit_cover(frame_size, fit.bucket)
     else:
         frame_fit = fit_like(fit, frame_size, size)
@@ -502,7 +504,7 @@ def _draw_crop(source: MediaSource, size: Size, fit: Fit, rng: random.Random) ->
     """Draw a random crop of an image if its table has random_crop or face_crop_aug_range."""
     # Else return `fit`.
     # `fit` is the crop without augmentation.
-    augmentation = source.table.augmentation
+    augmentation = source.table.buckets.augmentation
     if augmentation.face_crop_range is not None:
         face = face_in_name(source.stem)
         if face is not None:
@@ -559,13 +561,15 @@ def plan_source(
 def _plan_clip(local: MediaSource, fps: float) -> tuple[Size, int]:
     """Return the original size of a clip, and the number of frames kept at the frame rate `fps`."""
     table = local.table
-    if table.is_audio_only:
-        return table.resolution, _count_kept_frames(local, fps)
+    if table.source.is_audio_only:
+        return table.buckets.resolution, _count_kept_frames(local, fps)
     info = video_info(local.path)
-    if info.frames is None or table.source_fps == AUTO or is_animation(local.path):
+    if info.frames is None or table.buckets.source_fps == AUTO or is_animation(local.path):
         count = _count_kept_frames(local, fps)
     else:
-        count = len(resample_indices(info.frames, table.declared_fps, table.target_fps or fps))
+        count = len(
+            resample_indices(info.frames, table.buckets.declared_fps, table.buckets.target_fps or fps)
+        )
     return (info.width, info.height), count
 
 
@@ -604,11 +608,11 @@ def find_bucket_fit(table: DatasetTable, size: Size, step: int, path: Path | Non
         DatasetError: If the resolution does not fit `step`.
     """
     bucket = find_bucket(table, size, step, path)
-    sd_scripts_buckets = table.buckets  # None: the table is not in the layout of sd-scripts
+    sd_scripts_buckets = table.buckets.rule  # None: the table is not in the layout of sd-scripts
     if sd_scripts_buckets is None:
         return fit_cover(size, bucket)
-    if table.bucket_no_upscale:
-        width, height = table.resolution
+    if table.buckets.bucket_no_upscale:
+        width, height = table.buckets.resolution
         fit = fit_without_enlarging(size, width * height, sd_scripts_buckets.step)
     else:
         fit = fit_cover(size, bucket)
@@ -621,8 +625,8 @@ def find_bucket_fit(table: DatasetTable, size: Size, step: int, path: Path | Non
 def check_resolution(table: DatasetTable, step: int) -> None:
     """Raise DatasetError if a table's resolutions are not multiples of `step`, as the family requires."""
     find_bucket(table, (LARGE, LARGE), step)
-    if table.references is not None:
-        fit_reference(table, (LARGE, LARGE), table.source)
+    if table.references.rules is not None:
+        fit_reference(table, (LARGE, LARGE), table.source.path)
 
 
 def _broadcast_black_frame(frames: Iterator[Frame]) -> Clip:
@@ -673,11 +677,11 @@ def explain_no_spans(table: DatasetTable, num_kept: int, num_in_file: int | None
 
     `num_in_file` is the number of frames of its file, if known, of which others may be left out.
     """
-    declared = table.declared_fps
+    declared = table.buckets.declared_fps
     selection = f" after dropping from source_fps = {declared:g}" if declared else ""
-    if table.source_fps == AUTO:
+    if table.buckets.source_fps == AUTO:
         selection = ' at the rate of the model (source_fps = "auto")'
-    shortest = min(table.target_frames)
+    shortest = min(table.buckets.target_frames)
     frames = format_count(num_kept, "frame")
     if selection and num_in_file is not None and num_in_file != num_kept:
         frames = f"{num_kept} of its {format_count(num_in_file, 'frame')}"

@@ -50,7 +50,7 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
     layers = _list_with_layers(table, faults)
     paths = list(layers)
     companions = _FolderCompanions()
-    if any((table.control_directory, table.mask_directory, table.audio_directory)):
+    if any((table.references.control_directory, table.source.mask_directory, table.source.audio_directory)):
         companions = _find_folder_companions(table, paths, faults)
     caption_errors: dict[Path, str] = {}  # by caption file
     sources = []
@@ -59,7 +59,7 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
         if caption.path is not None and caption.error:
             caption_errors[caption.path] = caption.error
         audio = None
-        if companions.audios or table.finds_audio_by_name:
+        if companions.audios or table.source.finds_audio_by_name:
             audio = _find_audio(table, path, companions.audios, faults)
         source = MediaSource(
             path=path,
@@ -89,11 +89,11 @@ def _list_with_layers(table: DatasetTable, faults: list[Fault]) -> Mapping[Path,
         paths = _leave_out_tool_outputs(table, paths)
     if not all(path.name.isascii() for path in paths):
         paths = _leave_out_bad_names(table, paths, faults)
-    if not table.multiple_target:
+    if not table.source.multiple_target:
         return dict.fromkeys(paths, ())
     from dataset.sources.layers import group_layers  # few tables have layers
 
-    return group_layers(paths, table.caption_extension)
+    return group_layers(paths, table.captions.caption_extension)
 
 
 def _find_folder_companions(
@@ -101,21 +101,23 @@ def _find_folder_companions(
 ) -> _FolderCompanions:
     """Find the control media, masks and audio files that belong to these images or clips by name."""
     controls: Mapping[Path, tuple[Path, ...]] = {}
-    if table.control_directory is not None:
-        folder = ControlFolder(table.control_directory, {path.stem for path in paths}, table.config_path)
+    if table.references.control_directory is not None:
+        folder = ControlFolder(
+            table.references.control_directory, {path.stem for path in paths}, table.config_path
+        )
         controls = dict(zip(paths, _find_folder_controls(table, folder, paths, faults), strict=True))
     masks: Mapping[Path, Path] = {}
-    if table.mask_directory is not None:
-        masks = _find_companions(table, "mask", table.mask_directory, media=paths, faults=faults)
+    if table.source.mask_directory is not None:
+        masks = _find_companions(table, "mask", table.source.mask_directory, media=paths, faults=faults)
     audios: Mapping[Path, Path] = {}
-    if table.audio_directory is not None and table.audio != IGNORE:
-        audios = _find_companions(table, "sound", table.audio_directory, media=paths, faults=faults)
+    if table.source.audio_directory is not None and table.source.audio != IGNORE:
+        audios = _find_companions(table, "sound", table.source.audio_directory, media=paths, faults=faults)
     return _FolderCompanions(controls, masks, audios)
 
 
 def _make_caption_faults(table: DatasetTable, errors: Mapping[Path, str]) -> list[Fault]:
     """Return a fault for each caption file that cannot be used; `errors` has the reason by file."""
-    extension = table.caption_extension or ""
+    extension = table.captions.caption_extension or ""
     messages = explain_captions(list(errors), list(errors.values()))
     faults = []
     for path, message in zip(errors, messages, strict=True):
@@ -132,7 +134,11 @@ def _find_audio(
     if clip in audios:
         return audios[clip], None
     # a file next to the clip is used only if no audio_directory is set
-    if not table.finds_audio_by_name or table.audio_directory is not None or table.audio == IGNORE:
+    if (
+        not table.source.finds_audio_by_name
+        or table.source.audio_directory is not None
+        or table.source.audio == IGNORE
+    ):
         return None
     try:
         return find_audio_beside(clip)
@@ -179,16 +185,16 @@ def _find_captions(table: DatasetTable, stem: str, reads_file: bool) -> _Caption
     """Return the captions in the file next to an image or clip."""
     # If there is none, the table's class_tokens.
     # Without `reads_file`, the result has only the path of the file.
-    if not table.caption_extension:
+    if not table.captions.caption_extension:
         return _Captions()
-    assert table.directory is not None
-    path = find_spelling(table.directory / (stem + table.caption_extension))
+    assert table.source.directory is not None
+    path = find_spelling(table.source.directory / (stem + table.captions.caption_extension))
     if not reads_file:
         return _Captions(path)
     encoding = None
     try:
         file = read_caption_file(path)
-        text = table.class_tokens
+        text = table.captions.class_tokens
         if file is not None:
             text, encoding = file.text, file.encoding
         captions = None if text is None else captions_in(text, table)
@@ -229,11 +235,13 @@ def _companions_by_stem(table: DatasetTable, what: str, folder: Path) -> dict[st
     """Return the masks or audio files in a folder by the stem of the image or clip they belong to."""
     if what == "mask":
         entries = list_entries(folder, "mask_directory", table.config_path)
-        in_media_folder = table.directory is not None and folder_id(folder) == folder_id(table.directory)
+        in_media_folder = table.source.directory is not None and folder_id(folder) == folder_id(
+            table.source.directory
+        )
         return masks_by_stem(map(Path, entries), table.kind, in_media_folder)
     entries = list_entries(folder, "audio_directory", table.config_path)
     suffixes = AUDIO_SUFFIXES | VIDEO_SUFFIXES
-    if folder == table.directory:  # the clips themselves are in this folder
+    if folder == table.source.directory:  # the clips themselves are in this folder
         suffixes = AUDIO_SUFFIXES
     return files_by_stem(map(Path, entries), suffixes, False)
 
@@ -245,10 +253,10 @@ def _list_media(table: DatasetTable, faults: list[Fault]) -> list[Path]:
     # 2. If there are GIF, WebP or TIFF files, find which of them the table uses.
     # Files with a spare suffix (GIF, WebP, TIFF) are used only if no other file has their stem. Video tables
     # use only animations among them.
-    assert table.directory is not None
+    assert table.source.directory is not None
     suffixes, spare_suffixes = media_suffixes(table.media_kind)
     key = table.source_key if table.group is None else "image_dir"
-    entries = list_entries(table.directory, f"{table.name}: {key}", table.config_path)
+    entries = list_entries(table.source.directory, f"{table.name}: {key}", table.config_path)
     found_suffixes: set[str] = set()
     media: list[Path] = []
     spare_files: list[Path] = []
@@ -261,7 +269,7 @@ def _list_media(table: DatasetTable, faults: list[Fault]) -> list[Path]:
             not is_medium or find_stem_label(stem) is not None
         ):  # a label is of a mask or condition of OneTrainer
             continue
-        path = table.directory / entry.name
+        path = table.source.directory / entry.name
         if suffix in spare_suffixes:
             spare_files.append(path)
         elif is_file(entry):
@@ -272,7 +280,7 @@ def _list_media(table: DatasetTable, faults: list[Fault]) -> list[Path]:
     # usually there are no such files, and none has to be opened
     if (ANIMATION_SUFFIXES | spare_suffixes).isdisjoint(found_suffixes):
         return media
-    if table.excludes_animations:  # a video table with the same folder uses them
+    if table.source.excludes_animations:  # a video table with the same folder uses them
         animations = _find_animations(table, [*media, *spare_files])
         media = [path for path in media if path not in animations]
         spare_files = [path for path in spare_files if path not in animations]
@@ -315,20 +323,21 @@ def _find_folder_controls(
     for path in paths:
         try:
             if table.kind == "image":
-                controls.append(folder.for_image(path.stem, table.control_count))
+                controls.append(folder.for_image(path.stem, table.references.control_count))
             else:
                 controls.append((folder.for_video(path),))
         except DatasetError as error:
             controls.append(())
             faults.append(Fault(kind, str(error), path.stem))
-    if table.references is not None and paths and not any(controls):
-        text = f"{table.control_directory} has no reference image for any image, such as {paths[0].stem}.png"
+    if table.references.rules is not None and paths and not any(controls):
+        control_directory = table.references.control_directory
+        text = f"{control_directory} has no reference image for any image, such as {paths[0].stem}.png"
         faults.append(Fault(kind, text))
-    if table.kind == "image" and table.control_count is not None and all(controls):
+    if table.kind == "image" and table.references.control_count is not None and all(controls):
         # control images after the first control_count
         unused: list[Path] = []
         for path in paths:
-            unused += folder.list_surplus(path.stem, table.control_count)
+            unused += folder.list_surplus(path.stem, table.references.control_count)
         if unused:
             logger.warning(
                 "%s: %d control images are ignored, such as %s, because each image uses %d. For FramePack, "
@@ -336,7 +345,7 @@ def _find_folder_controls(
                 table.name,
                 len(unused),
                 unused[0],
-                table.control_count,
+                table.references.control_count,
             )
     return controls
 
@@ -349,7 +358,7 @@ def log_lone_controls(sources: Sequence[MediaSource]) -> None:
     image_stems: dict[Path, set[str]] = {}  # by control folder
     table_names: dict[Path, str] = {}  # name of the first table with the folder
     for source in sources:
-        folder = source.table.control_directory
+        folder = source.table.references.control_directory
         if source.table.kind == "image" and folder is not None:
             image_stems.setdefault(folder, set()).add(source.stem)
             table_names.setdefault(folder, source.table.name)

@@ -45,11 +45,11 @@ def spans(table: DatasetTable, kept_frames: int, lengths: ClipLengths = DEFAULT_
     without duplicates. `lengths` are the clip lengths of the family, to which frame_extraction = "full"
     rounds down.
     """
-    if table.frame_extraction == "full":
-        length = min(kept_frames, table.max_frames)
+    if table.buckets.frame_extraction == "full":
+        length = min(kept_frames, table.buckets.max_frames)
         return ((0, lengths.fit(length)),) if length > 0 else ()
     clip_spans: dict[Span, None] = {}
-    for target in table.target_frames:
+    for target in table.buckets.target_frames:
         if target <= kept_frames:
             starts = _starts(table, target, last=kept_frames - target)
             clip_spans |= dict.fromkeys((start, target) for start in starts)
@@ -59,16 +59,16 @@ def spans(table: DatasetTable, kept_frames: int, lengths: ClipLengths = DEFAULT_
 def _starts(table: DatasetTable, target: int, last: int) -> Iterable[int]:
     """Return the frames at which the table's frame_extraction starts spans of `target` frames."""
     # `last` is the last possible start.
-    match table.frame_extraction:
+    match table.buckets.frame_extraction:
         case "head":
             return (0,)
         case "chunk":
             return range(0, last + 1, target)
         case "slide":
-            return range(0, last + 1, table.frame_stride)
+            return range(0, last + 1, table.buckets.frame_stride)
         case "uniform":
             # computed in float64 and rounded down, as in musubi-tuner, so that caches agree
-            starts: list[int] = np.linspace(0, last, table.frame_sample).astype(int).tolist()
+            starts: list[int] = np.linspace(0, last, table.buckets.frame_sample).astype(int).tolist()
             return starts
         case mode:
             raise ValueError(f"unknown frame extraction {mode!r}")
@@ -76,10 +76,10 @@ def _starts(table: DatasetTable, target: int, last: int) -> Iterable[int]:
 
 def describe_short(table: DatasetTable, clip_spans: Collection[Span], kept_frames: int) -> str | None:
     """Return which target_frames a clip is too short for; None if it is long enough for all, or for none."""
-    if not clip_spans or table.kind == "image" or table.frame_extraction == "full":
+    if not clip_spans or table.kind == "image" or table.buckets.frame_extraction == "full":
         return None
     lengths = {length for _, length in clip_spans}
-    missing = [str(target) for target in table.target_frames if target not in lengths]
+    missing = [str(target) for target in table.buckets.target_frames if target not in lengths]
     if not missing:
         return None
     return f"{format_count(kept_frames, 'frame')}, too few for {', '.join(missing)} of target_frames"
@@ -87,10 +87,10 @@ def describe_short(table: DatasetTable, clip_spans: Collection[Span], kept_frame
 
 def max_decoded_frames(table: DatasetTable) -> int | None:
     """Return after how many kept frames decoding can stop; None if all frames are needed."""
-    if table.frame_extraction == "head":
-        return max(table.target_frames)
-    if table.frame_extraction == "full":
-        return table.max_frames
+    if table.buckets.frame_extraction == "head":
+        return max(table.buckets.target_frames)
+    if table.buckets.frame_extraction == "full":
+        return table.buckets.max_frames
     return None  # spans may begin anywhere
 
 
@@ -112,13 +112,13 @@ def media_table(
     """
     target_frames: tuple[int, ...] = ()
     max_frames = None
-    if table.kind == "video" and table.frame_extraction == "full":
-        max_frames = table.max_frames  # lengths vary
+    if table.kind == "video" and table.buckets.frame_extraction == "full":
+        max_frames = table.buckets.max_frames  # lengths vary
     elif table.kind == "video":
-        target_frames = table.target_frames
+        target_frames = table.buckets.target_frames
     guides = []  # keys of their latents
     if has_guides:
-        for number, guide in enumerate(table.guides):
+        for number, guide in enumerate(table.references.guides):
             guides.append(f"{KEYFRAME_LATENTS}_{number}" if guide.is_keyframe else LATENT_GUIDE)
     return MediaTable(
         name=table.name,
@@ -127,11 +127,11 @@ def media_table(
         has_references=has_references,
         target_frames=target_frames,
         max_frames=max_frames,
-        window=table.fp_latent_window_size,
-        clean_indices=table.fp_1f_clean_indices or (),
-        target_index=table.fp_1f_target_index,
-        has_post=not table.fp_1f_no_post,
-        flips=table.augmentation.flip,
+        window=table.buckets.fp_latent_window_size,
+        clean_indices=table.references.fp_1f_clean_indices or (),
+        target_index=table.references.fp_1f_target_index,
+        has_post=not table.references.fp_1f_no_post,
+        flips=table.buckets.augmentation.flip,
         guides=tuple(guides),
         reference_media=reference_media if any(reference_media) else (),  # empty if no row has any
     )
@@ -140,11 +140,11 @@ def media_table(
 def one_frame_settings(table: DatasetTable) -> str:
     """Return the --one_frame_inference value that matches a table's fp_1f keys; "" for other tables."""
     settings = []
-    if table.fp_1f_target_index is not None:
-        settings.append(f"target_index={table.fp_1f_target_index}")
-    if table.fp_1f_clean_indices:
-        settings.append(f"control_index={'+'.join(map(str, table.fp_1f_clean_indices))}")
-    if table.fp_1f_no_post:
+    if table.references.fp_1f_target_index is not None:
+        settings.append(f"target_index={table.references.fp_1f_target_index}")
+    if table.references.fp_1f_clean_indices:
+        settings.append(f"control_index={'+'.join(map(str, table.references.fp_1f_clean_indices))}")
+    if table.references.fp_1f_no_post:
         settings.append("no_post")
     return ",".join(settings)
 
@@ -200,9 +200,9 @@ def kept_rate(source: MediaSource, fps: float) -> float:
     Raises:
         MediaError: If a clip cannot be read.
     """
-    table, declared = source.table, source.table.declared_fps
-    fps = table.target_fps or fps
-    if table.kind == "image" or table.source_fps == AUTO or source.precomputed is not None:
+    table, declared = source.table, source.table.buckets.declared_fps
+    fps = table.buckets.target_fps or fps
+    if table.kind == "image" or table.buckets.source_fps == AUTO or source.precomputed is not None:
         return fps
     if declared is not None:
         return min(declared, fps)
@@ -236,7 +236,9 @@ def find_wrong_rates(sources: Sequence[MediaSource]) -> list[Fault]:
     Reads the headers of at most MAX_CHECKED_FILES local clips. Unreadable files are reported elsewhere.
     """
     clips = [
-        clip for clip in sources if isinstance(clip.table.source_fps, float) and not clip.remote_or_packed
+        clip
+        for clip in sources
+        if isinstance(clip.table.buckets.source_fps, float) and not clip.remote_or_packed
     ]
     step = ceil_div(len(clips), MAX_CHECKED_FILES) or 1  # evenly spaced among all clips
     kind = 'clips have a different rate than source_fps says; write source_fps = "auto"'
@@ -246,7 +248,7 @@ def find_wrong_rates(sources: Sequence[MediaSource]) -> list[Fault]:
             rate = None if source.precomputed is not None else file_rate(source.path)
         except (MediaError, OSError):
             continue
-        error = compare_rates(rate, source.table.source_fps, 1.0)  # 1.0 is unused: source_fps is set
+        error = compare_rates(rate, source.table.buckets.source_fps, 1.0)  # 1.0 is unused: source_fps is set
         if error is not None:
             text = f"{source.path}: {rate or 0:.4g} frames per second; {error}"
             errors.append(Fault(kind, text, source.stem))
@@ -264,8 +266,8 @@ def find_far_rates(sources: Sequence[MediaSource], fps: float) -> list[Fault]:
     clips = []
     for source in sources:
         table = source.table
-        has_rate = table.kind == "video" and not table.is_audio_only and source.precomputed is None
-        if has_rate and table.source_fps is None and not source.remote_or_packed:
+        has_rate = table.kind == "video" and not table.source.is_audio_only and source.precomputed is None
+        if has_rate and table.buckets.source_fps is None and not source.remote_or_packed:
             clips.append(source)
     errors = []
     step = ceil_div(len(clips), MAX_CHECKED_FILES) or 1  # evenly spaced among all clips
@@ -377,25 +379,25 @@ def find_bucket(table: DatasetTable, size: buckets.Size, step: int, path: Path |
         MediaError: If the image is too small to keep its size.
         DatasetError: If the resolution does not fit `step`.
     """
-    if table.has_precomputed_latents:
+    if table.source.has_precomputed_latents:
         return size
-    if not table.enable_bucket:
-        if any(side % step for side in table.resolution):
+    if not table.buckets.enable_bucket:
+        if any(side % step for side in table.buckets.resolution):
             raise _uneven_resolution(table, step)
-        return table.resolution
-    sd_scripts_buckets = table.buckets
+        return table.buckets.resolution
+    sd_scripts_buckets = table.buckets.rule
     if sd_scripts_buckets is not None and sd_scripts_buckets.step % step:
         raise DatasetError(
             f"{table.name}: bucket_reso_steps = {sd_scripts_buckets.step} is not a multiple of {step}, which "
             f"this model needs. Use {round_up(sd_scripts_buckets.step, step)}."
         )
-    width, height = table.resolution
+    width, height = table.buckets.resolution
     area = width * height
     sizes = _list_bucket_sizes(table, step)
     try:
         if sd_scripts_buckets is None:
-            return buckets.select_bucket(size, sizes, area, step, no_upscale=table.bucket_no_upscale)
-        if table.bucket_no_upscale:
+            return buckets.select_bucket(size, sizes, area, step, no_upscale=table.buckets.bucket_no_upscale)
+        if table.buckets.bucket_no_upscale:
             return buckets.fit_without_enlarging(size, area, sd_scripts_buckets.step).bucket
         return buckets.select_image_bucket(size, sizes)
     except ValueError as error:
@@ -404,7 +406,7 @@ def find_bucket(table: DatasetTable, size: buckets.Size, step: int, path: Path |
 
 def _uneven_resolution(table: DatasetTable, step: int) -> DatasetError:
     """Return the error for a table without buckets whose resolution is not a multiple of `step`."""
-    width, height = table.resolution
+    width, height = table.buckets.resolution
     smaller = width // step * step, height // step * step
     larger = round_up(width, step), round_up(height, step)
     options = " or ".join(str(list(option)) for option in dict.fromkeys((smaller, larger)) if min(option))
@@ -416,15 +418,18 @@ def _uneven_resolution(table: DatasetTable, step: int) -> DatasetError:
 
 def _list_bucket_sizes(table: DatasetTable, step: int) -> tuple[buckets.Size, ...]:
     """Return the sizes of a table's buckets; () if each image has its own bucket."""
-    sd_scripts_buckets = table.buckets  # None: the table is not in the layout of sd-scripts
-    width, height = table.resolution
+    sd_scripts_buckets = table.buckets.rule  # None: the table is not in the layout of sd-scripts
+    width, height = table.buckets.resolution
     try:
         if sd_scripts_buckets is None:
             return _bucket_sizes(width, height, step)
-        if table.bucket_no_upscale:
+        if table.buckets.bucket_no_upscale:
             return ()
         return _image_sizes(
-            table.resolution, sd_scripts_buckets.minimum, sd_scripts_buckets.maximum, sd_scripts_buckets.step
+            table.buckets.resolution,
+            sd_scripts_buckets.minimum,
+            sd_scripts_buckets.maximum,
+            sd_scripts_buckets.step,
         )
     except ValueError as error:
         raise DatasetError(f"{table.name}: resolution = [{width}, {height}]: {error}. Enlarge it.") from None

@@ -21,7 +21,7 @@ def add_guides(table: DatasetTable, sources: list[MediaSource], faults: list[Fau
     """
     stems = frozenset(source.stem for source in sources)
     guide_files: list[Mapping[str, tuple[Path, ...]]] = []  # files by stem of the clip
-    for guide in table.guides:
+    for guide in table.references.guides:
         key = KEYFRAMES if guide.is_keyframe else LATENT_GUIDES
         paired = pair_or_report(table, guide.directory, key, stems, faults)
         if paired is None:

@@ -20,17 +20,17 @@ def check_layers(config: DatasetConfig, has_layers: bool, model: str) -> None:
     """
     errors = []
     for table in config.datasets:
-        if table.multiple_target and not has_layers:
+        if table.source.multiple_target and not has_layers:
             errors.append(
                 f"{table.name}: multiple_target = true: {model} does not learn layers. Omit it, or "
                 "train Qwen-Image with --model_version layered"
             )
-        elif has_layers and not table.multiple_target:
+        elif has_layers and not table.source.multiple_target:
             errors.append(
                 f"{table.name}: {model} learns images with their layers. Set multiple_target = true in the "
                 "table, and give each image cat.png its layers cat_1.png, cat_2.png, ... from back to front"
             )
-        elif has_layers and table.control_directory is not None:
+        elif has_layers and table.references.control_directory is not None:
             # without this message, missing control images would be reported
             errors.append(
                 f"{table.name}: control_directory: {model} takes no control images, because it splits the "
@@ -88,14 +88,14 @@ def find_layer_errors(table: DatasetTable, sources: Iterable[MediaSource]) -> li
     for source in sources:
         stems = [layer.stem for layer in source.layers]
         if not stems:
-            example = f"{source.stem}_1.png" if table.directory else "image_path_1"
+            example = f"{source.stem}_1.png" if table.source.directory else "image_path_1"
             text = f"{source.path}: it has no layers, such as {example}"
-            if table.directory and source.stem.rpartition("_")[2].isdecimal():  # named like a layer
+            if table.source.directory and source.stem.rpartition("_")[2].isdecimal():  # named like a layer
                 text += (
                     ". It is not a layer itself: it has a caption, or there is no image without its number"
                 )
             errors.append(Fault(kind, text, source.stem))
-        elif table.directory and len(set(stems)) < len(stems):  # such as cat_1.png and cat_1.webp
+        elif table.source.directory and len(set(stems)) < len(stems):  # such as cat_1.png and cat_1.webp
             doubled = next(stem for stem in stems if stems.count(stem) > 1)
             errors.append(Fault(kind, f"{source.path}: two files are named {doubled}. Keep one", source.stem))
     return errors

@@ -39,17 +39,20 @@ class TableFolders:
         self._folder_ids: dict[int, str] = {}  # `folder_id` by index of the table
         self._tables_by_folder: dict[str, list[DatasetTable]] = {}  # tables by `folder_id`
         for table in config.datasets:
-            if table.directory is not None:
-                identity = folder_id(table.directory)
+            if table.source.directory is not None:
+                identity = folder_id(table.source.directory)
                 self._folder_ids[table.index] = identity
                 self._tables_by_folder.setdefault(identity, []).append(table)
         # other folders that tables read or write
         keys = [f"{kind}_directory" for kind in ("cache", "control", "mask", "audio", "download")]
         keys += ["reference_directory", "reference_audio_directory", "control_mask_directory"]
         keys += ["worse_directory"]
-        folders = [getattr(table, key) for table in config.datasets for key in keys]
+        folders = [table.value_of(key) for table in config.datasets for key in keys]
         folders += [
-            guide.directory for table in config.datasets if table.has_guides for guide in table.guides
+            guide.directory
+            for table in config.datasets
+            if table.references.has_guides
+            for guide in table.references.guides
         ]
         self._other_folders = {folder_id(folder) for folder in folders if folder}
 
@@ -62,18 +65,20 @@ class TableFolders:
             DatasetError: If the folder cannot be listed.
         """
         folder_key = self._folder_ids.get(table.index)
-        if folder_key is None or table.directory is None:
+        if folder_key is None or table.source.directory is None:
             return None
         tables = self._tables_by_folder[folder_key]
         if tables[0].index != table.index:  # the first table with this folder reports for all of them
             return None
         rules = self._make_rules(folder_key)
         # plain strings, because making a million Path objects is slow
-        entries = [(entry, *split_name(entry.name)) for entry in list_entries(table.directory, table.name)]
+        entries = [
+            (entry, *split_name(entry.name)) for entry in list_entries(table.source.directory, table.name)
+        ]
         if rules.has_only_captioned_media(entries):
             return None
-        counts = _count_unused(table, table.directory, rules, entries)
-        return f"{table.directory}: {_describe_counts(counts)}" if counts else None
+        counts = _count_unused(table, table.source.directory, rules, entries)
+        return f"{table.source.directory}: {_describe_counts(counts)}" if counts else None
 
     def _make_rules(self, folder_key: str) -> "_FolderRules":
         """Collect which media, captions and masks of a folder are read by the tables that have it."""
@@ -82,8 +87,12 @@ class TableFolders:
         suffixes_read = _all_suffixes(kinds)
         if folder_key in self._other_folders:  # the folder also has masks, control media or audio
             suffixes_read |= AUDIO_SUFFIXES | _all_suffixes(_KINDS)
-        caption_suffixes = {table.caption_extension for table in tables if table.caption_extension}
-        mask_folders = [table.mask_directory for table in tables if table.mask_directory is not None]
+        caption_suffixes = {
+            table.captions.caption_extension for table in tables if table.captions.caption_extension
+        }
+        mask_folders = [
+            table.source.mask_directory for table in tables if table.source.mask_directory is not None
+        ]
         has_masks = folder_key in map(folder_id, mask_folders)
         return _FolderRules(
             kinds,
@@ -97,16 +106,16 @@ class TableFolders:
         """Yield a line for each unread subfolder of a table's folder with media of the table's kind."""
         used_folders = self._other_folders | {*self._tables_by_folder}
         for table in tables:
-            if table.directory is None or not table.directory.is_dir():
+            if table.source.directory is None or not table.source.directory.is_dir():
                 continue
-            with os.scandir(table.directory) as entries:
+            with os.scandir(table.source.directory) as entries:
                 folders = sorted(
                     entry.path for entry in entries if entry.name[0] != "." and not is_file(entry)
                 )
             suffixes = _all_suffixes([table.media_kind])
             for folder in folders:
                 is_run_folder = (
-                    Path(folder).name in RUN_SUBFOLDERS and (table.directory / "run.toml").exists()
+                    Path(folder).name in RUN_SUBFOLDERS and (table.source.directory / "run.toml").exists()
                 )
                 if is_run_folder or folder_id(folder) in used_folders:
                     continue
@@ -129,7 +138,7 @@ def _explain_folder(folder: Path, table: DatasetTable) -> str:
     """Return why media in a subfolder of a table's folder are not read, and how to have them read."""
     if folder.name.lower() in MASK_FOLDERS:
         key = f'mask_directory = "{folder.name}"'
-        return f"its masks are not used. {key} in the table of {table.directory} uses them"
+        return f"its masks are not used. {key} in the table of {table.source.directory} uses them"
     return f"its {table.media_kind}s are not used: folders inside a folder are not searched. Give it a table"
 
 
@@ -337,8 +346,8 @@ def _explain_suffix(ending: str, kinds: set[str]) -> str:
 
 def describe_entries(table: DatasetTable) -> str:
     """Return what a table's folder contains instead of usable files, for an error message."""
-    assert table.directory is not None
-    suffixes = [path.suffix.lower() for path in table.directory.iterdir() if path.is_file()]
+    assert table.source.directory is not None
+    suffixes = [path.suffix.lower() for path in table.source.directory.iterdir() if path.is_file()]
     kind = table.media_kind
     other_kind = "image" if kind == "video" else "video"
     other_suffixes, _ = media_suffixes(other_kind)
@@ -346,7 +355,7 @@ def describe_entries(table: DatasetTable) -> str:
     if num_others:
         return f"has no {kind}s but {num_others} {other_kind}s, for which the key is {other_kind}_directory"
     read = ", ".join(sorted(_all_suffixes([kind])))
-    contents = _describe_contents(table.directory, suffixes)
+    contents = _describe_contents(table.source.directory, suffixes)
     return f"has no {kind}s ({contents}; folders inside it are not searched; the suffixes are {read})"
 
 

@@ -157,7 +157,7 @@ class MediaSource:
     @property
     def mask_from(self) -> str | None:
         """Where the mask comes from, FROM_ALPHA or FROM_FILE; None if there is no mask."""
-        if self.table.alpha_mask:
+        if self.table.source.alpha_mask:
             return FROM_ALPHA
         return None if self.mask is None else FROM_FILE
 

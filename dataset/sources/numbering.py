@@ -22,7 +22,7 @@ def find_number_gaps(sources: Iterable[MediaSource]) -> list[Fault]:
     """Return a warning for each image whose numbered companion files skip a number."""
     warnings = []
     for source in sources:
-        if source.table.directory is None:  # files that a list names need not be numbered
+        if source.table.source.directory is None:  # files that a list names need not be numbered
             continue
         for files in (source.layers, source.control, source.references):
             numbers = _read_numbers(source.stem, files)

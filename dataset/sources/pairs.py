@@ -29,7 +29,7 @@ def add_rejected(
     `cat.png` belongs to `cat.jpg`; a clip or a folder of images `cat` belongs to `cat.mp4`. Two files with
     the same name, and an item without a rejected file, are errors.
     """
-    folder = table.worse_directory
+    folder = table.source.worse_directory
     assert folder is not None
     kind = f"problems with worse_directory of {table.name}"
     try:

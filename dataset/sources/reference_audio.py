@@ -25,7 +25,7 @@ def add_reference_audio(
     files with the same name, and a folder without any matching file, are errors. A warning counts clips
     without a reference, and files without a clip.
     """
-    folder = table.reference_audio_directory
+    folder = table.references.reference_audio_directory
     assert folder is not None  # the caller checks it
     entries = map(Path, list_entries(folder, KEY, table.config_path))
     by_stem = files_by_stem(entries, AUDIO_SUFFIXES | VIDEO_SUFFIXES, with_folders=False)

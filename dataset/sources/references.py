@@ -40,7 +40,7 @@ def find_equal_references(sources: Iterable[MediaSource]) -> list[Fault]:
     return [
         Fault(kind, str(source.path), source.stem)
         for source in sources
-        if not source.remote_or_packed and source.table.references is not None and _is_equal(source)
+        if not source.remote_or_packed and source.table.references.rules is not None and _is_equal(source)
     ]
 
 
@@ -59,10 +59,10 @@ def limit_references(table: DatasetTable, sources: list[MediaSource]) -> list[Me
 
     Logs a warning about items with more, and about items without any if other items have some.
     """
-    assert table.references is not None
+    assert table.references.rules is not None
     if not any(source.control for source in sources):  # none has references: nothing to limit or to miss
         return sources
-    maximum = table.references.max_references
+    maximum = table.references.rules.max_references
     num_sources = len(sources)
     with_surplus = [source for source in sources if len(source.control) > maximum]
     if with_surplus:
@@ -188,15 +188,15 @@ def fit_reference(table: DatasetTable, size: Size, path: Path, bucket: Size | No
         MediaError: If the reference is too small.
         DatasetError: If control_resolution is too small.
     """
-    rules = table.references
+    rules = table.references.rules
     assert rules is not None
     width, height = size
     step = rules.step
-    resolution = table.control_resolution
+    resolution = table.references.control_resolution
     if min(size) < step:
         raise MediaError(f"{path} has {width}x{height} pixels, each side needs at least {step}")
     is_small = resolution is None or width * height <= resolution[0] * resolution[1]
-    if table.no_resize_control and is_small:
+    if table.references.no_resize_control and is_small:
         cropped = (width // step * step, height // step * step)
         return Fit(size, (0, 0), cropped, "none")
     if resolution is None:

@@ -59,7 +59,7 @@ def find_media_warnings(
     have_references = any(source.references or source.control for source in sources)
     have_masks = any(source.mask or source.control_mask for source in sources)
     have_layers = any(source.layers for source in sources)
-    are_listed = any(source.table.directory is None for source in sources)
+    are_listed = any(source.table.source.directory is None for source in sources)
     warnings = [] if has_rates else find_far_rates(sources, fps)
     if have_references or have_masks:
         warnings += find_other_lengths(sources, fps)
@@ -90,21 +90,23 @@ def unvaried_captions(source: MediaSource) -> Iterator[str]:
     table = source.table
     if source.caption is None:
         return
-    if not table.caption_changes.varies_per_step:
+    if not table.captions.changes.varies_per_step:
         yield from (source.caption, *source.more_captions)
         return
     for caption in split_captions(source.caption, table):
-        text = complete_caption(caption, table.trigger_word, table.caption_prefix, table.caption_suffix)
-        if table.caption_changes.wildcards and read_if_object(caption) is None:
+        text = complete_caption(
+            caption, table.captions.trigger_word, table.captions.caption_prefix, table.captions.caption_suffix
+        )
+        if table.captions.changes.wildcards and read_if_object(caption) is None:
             text = fill_wildcards(text, random.Random(0)).text
-        yield join_parts(text, table.caption_changes)
+        yield join_parts(text, table.captions.changes)
 
 
 def find_caption_warnings(sources: Iterable[MediaSource]) -> list[Fault]:
     """Return warnings about special characters in captions, which would probably be learned by mistake."""
     warnings: list[Fault] = []
     for source in sources:
-        changes = source.table.caption_changes
+        changes = source.table.captions.changes
         kinds: dict[str, None] = {}  # ordered, each kind once
         for text in (source.caption or "", *source.more_captions):
             if _SPECIAL.isdisjoint(text):

@@ -80,7 +80,7 @@ def count_epoch_steps(setup: describing.RunSetup) -> int:
 def _list_lengths(setup: describing.RunSetup, table: DatasetTable, item: Media) -> list[int]:
     """Return the frame count of each training item of a clip; [1] if the clip is too short for any target."""
     frames = describing.count_frames(item, setup.model)
-    reached = [target for target in table.target_frames if target <= frames]
+    reached = [target for target in table.buckets.target_frames if target <= frames]
     return reached or [1]
 
 

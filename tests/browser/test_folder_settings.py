@@ -647,7 +647,7 @@ def test_the_pictures_of_a_step_are_written_where_they_act(form: str, tmp_path: 
         wrong = send_table(served, folder, "save", **{"dataset batch_size": "four"}, **before)
         assert "Images of a step four: use a whole number" in html.unescape(wrong.text)
     config = load_dataset_config(folder / "dataset.toml")
-    assert {table.batch_size for table in config.datasets} == {4}
+    assert {table.learning.batch_size for table in config.datasets} == {4}
 
 
 def test_a_batch_size_of_the_training_moves_into_the_dataset(tmp_path: Path) -> None:
@@ -664,7 +664,7 @@ def test_a_batch_size_of_the_training_moves_into_the_dataset(tmp_path: Path) -> 
         answer = send_table(served, folder, "save", run, **typed, **fields)
     assert answer.status == 200
     assert "train_batch_size" not in (folder / "run.toml").read_text(encoding="utf-8")
-    assert load_dataset_config(folder / "dataset.toml").datasets[0].batch_size == 3
+    assert load_dataset_config(folder / "dataset.toml").datasets[0].learning.batch_size == 3
 
 
 def test_an_option_without_effect_is_said_where_it_is_typed(tmp_path: Path) -> None:

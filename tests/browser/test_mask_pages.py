@@ -523,7 +523,7 @@ def test_a_tick_says_whether_the_training_learns_by_the_masks(
 
     assert press_form(served, "learn", learns="yes").status == 200
 
-    masks = {table.mask_directory for table in load_dataset_config(folder / "dataset.toml").datasets}
+    masks = {table.source.mask_directory for table in load_dataset_config(folder / "dataset.toml").datasets}
     assert [path.resolve() for path in masks if path] == [folder / "masks"]
     again = served.ask(f"/new/masks?{urlencode({'folder': folder})}").text
     assert 'name="learns" value="yes" checked' in again

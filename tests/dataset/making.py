@@ -29,7 +29,7 @@ def make_table(folder: Path, source: str = "video_directory", **changes: Any) ->
     own = {name: changes.pop(name) for name in {*changes} & OWN_NAMES}
     if own:
         changes["format_keys"] = make_format_keys(**own)
-    return dataclasses.replace(table, **changes)
+    return table.with_values(**changes)
 
 
 def make_format_keys(**keys: Any) -> Any:

@@ -272,9 +272,7 @@ def test_caches_of_folders_in_the_order_of_texts_are_made_again(
     monkeypatch.setattr(planning, "MANY", many)
     config = make_config(tmp_path, clips=(5,))
     numbered_frames(tmp_path / "controls" / "clip_0", names)
-    table = dataclasses.replace(
-        config.datasets[0], control_directory=tmp_path / "controls", target_frames=(5,)
-    )
+    table = config.datasets[0].with_values(control_directory=tmp_path / "controls", target_frames=(5,))
     config = DatasetConfig(config.path, (table,))
     assert set(cached(config)) == {"clip"}
     assert caplog.text.count("9.png comes before 10.png") == is_stale
@@ -314,7 +312,7 @@ def test_clips_and_controls_that_change_their_size_are_told(
     folder.mkdir(parents=True)
     for number, size in enumerate([(64, 32)] * 3 + [(32, 64)] * 2):
         make_image(folder / f"{number}.png", size)
-    table = dataclasses.replace(config.datasets[0], control_directory=tmp_path / "controls")
+    table = config.datasets[0].with_values(control_directory=tmp_path / "controls")
     config = DatasetConfig(config.path, (table,))
     change = "clip_0: 64x32, from frame 4 on 32x64"
     kind = "1 clip has frames of several sizes: those of a different shape than the first are cropped"

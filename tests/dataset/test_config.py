@@ -1,6 +1,5 @@
 """Dataset configurations: defaults, look-up order, and errors that say what to change."""
 
-import dataclasses
 import json
 import logging
 import re
@@ -19,7 +18,7 @@ from dataset.forms.composing import FORMAT_KEYS, SOURCES
 from dataset.sources.frames import find_bucket, spans
 from dataset.sources.media_source import MediaSource
 from dataset.subset_options import ANYWHERE, DATASET, SUBSET, SUBSET_KEYS
-from dataset.table import Augmentation, CaptionChanges
+from dataset.table import Augmentation, CaptionChanges, list_fields
 from modules.errors import DatasetError
 from modules.media.lengths import ClipLengths
 from tests.commands import ROOT
@@ -41,12 +40,11 @@ def test_an_image_table_has_the_documented_defaults(tmp_path: Path) -> None:
     (table,) = tables(tmp_path, '[[datasets]]\nimage_directory = "pics"')
 
     nothing = (None, "", False, frozenset())
-    found = {name: value for name, value in vars(table).items() if value not in nothing}
+    values = {field.name: table.value_of(field.name) for field in list_fields()}
+    found = {name: value for name, value in values.items() if value not in nothing}
     assert found == {
         "config_path": tmp_path / "data.toml",
-        "label": "[[datasets]] 1",
         "kind": "image",
-        "media_kind": "image",
         "directory": Path("pics"),
         "cache_directory": Path("pics"),
         "cache_format": "files",
@@ -66,7 +64,7 @@ def test_an_image_table_has_the_documented_defaults(tmp_path: Path) -> None:
         "keyframe_guide_strength": 1.0,
         "latent_idx_guide_strength": 1.0,
         "reads_listed_controls": True,
-        "caption_changes": CaptionChanges(),
+        "changes": CaptionChanges(),
         "augmentation": Augmentation(),
     }
 
@@ -88,8 +86,16 @@ def test_the_table_goes_before_general_before_the_default(tmp_path: Path) -> Non
         """,
     )
 
-    assert (first.resolution, first.batch_size, first.caption_extension) == ((512, 512), 3, ".txt")
-    assert (second.resolution, second.batch_size, second.caption_extension) == ((960, 544), 2, ".txt")
+    assert (first.buckets.resolution, first.learning.batch_size, first.captions.caption_extension) == (
+        (512, 512),
+        3,
+        ".txt",
+    )
+    assert (second.buckets.resolution, second.learning.batch_size, second.captions.caption_extension) == (
+        (960, 544),
+        2,
+        ".txt",
+    )
 
 
 def test_a_hundred_problems_are_named_and_the_others_counted(tmp_path: Path) -> None:
@@ -112,14 +118,14 @@ def test_json_has_the_same_structure_and_null_counts_as_absent(tmp_path: Path) -
 
     (table,) = load_dataset_config(write(tmp_path, json.dumps(content), "data.json")).datasets
 
-    assert (table.kind, table.batch_size, table.resolution) == ("video", 1, (64, 48))
-    assert (table.cache_directory, table.target_frames) == (Path("c"), (1, 9))
+    assert (table.kind, table.learning.batch_size, table.buckets.resolution) == ("video", 1, (64, 48))
+    assert (table.cache_directory, table.buckets.target_frames) == (Path("c"), (1, 9))
 
 
 def test_a_uniform_sample_of_one_is_head(tmp_path: Path, caplog) -> None:
     (table,) = tables(tmp_path, '[[datasets]]\nvideo_directory = "v"\nframe_extraction = "uniform"')
 
-    assert table.frame_extraction == "head"
+    assert table.buckets.frame_extraction == "head"
     assert 'the same as "head"' in caplog.text
 
 
@@ -161,7 +167,7 @@ def test_the_metadata_entry_has_the_keys_of_the_format(tmp_path: Path) -> None:
         "source_fps",
     }
     found = [described[name] for name in ("caption_extension", "target_frames", "source_fps", "video_tars")]
-    assert found == [None, [1, 17], 30.0, videos.source.name]
+    assert found == [None, [1, 17], 30.0, videos.source.path.name]
 
 
 @pytest.fixture(autouse=True)
@@ -228,7 +234,7 @@ def test_a_cache_folder_of_references_is_taken_with_a_line(
     with caplog.at_level("INFO"):
         (table,) = load_dataset_config(path).datasets
 
-    assert table.reference_directory == Path("r")
+    assert table.references.reference_directory == Path("r")
     said = "reference_cache_directory is not needed: caches of references and guides are with those of their"
     assert caplog.text.count(said) == 1
 
@@ -261,12 +267,12 @@ def test_a_table_of_sound_alone_is_one_of_black_clips(
     text = "[general]\nresolution = [512, 512]\n[[datasets]]\naudio_bucket_interval = 2.0\n"
     text = f"{text}{key} = 'a'\ncache_directory = 'c'\n{more}\n"
     (table,) = tables(tmp_path, text)
-    assert (table.source_key, table.source, table.resolution) == (key, Path("a"), (64, 64))
-    assert (table.frame_extraction, table.max_frames) == ("full", 33 if more else 497)
+    assert (table.source_key, table.source.path, table.buckets.resolution) == (key, Path("a"), (64, 64))
+    assert (table.buckets.frame_extraction, table.buckets.max_frames) == ("full", 33 if more else 497)
     assert "ignored" not in caplog.text
     (table,) = tables(tmp_path, f"{text}target_frames = [9]")
-    assert (table.frame_extraction, table.target_frames) == ("head", (9,))
-    assert tables(tmp_path, f"{text}source_fps = 24.0")[0].source_fps == "auto"
+    assert (table.buckets.frame_extraction, table.buckets.target_frames) == ("head", (9,))
+    assert tables(tmp_path, f"{text}source_fps = 24.0")[0].buckets.source_fps == "auto"
     assert "source_fps: ignored, because audio files have no images" in caplog.text
     with pytest.raises(DatasetError, match='audio = "ignore" leaves nothing to learn of audio files'):
         tables(tmp_path, f"{text}audio = 'ignore'")
@@ -278,7 +284,7 @@ def test_masks_may_be_spelt_as_in_the_known_fork(tmp_path: Path) -> None:
     text = "[[datasets]]\nvideo_directory = 'v'\nloss_mask_directory = 'm'\n"
     text += "[[datasets]]\nimage_directory = 'p'\n"
     masked, clear = tables(tmp_path, f"{text}loss_mask_use_alpha = true\n")
-    assert (masked.mask_directory, clear.alpha_mask) == (Path("m"), True)
+    assert (masked.source.mask_directory, clear.source.alpha_mask) == (Path("m"), True)
     with pytest.raises(DatasetError, match="loss_mask_directory and mask_directory are the same key"):
         tables(tmp_path, text.replace("'m'", "'m'\nmask_directory = 'n'"))
 
@@ -303,7 +309,7 @@ def test_lengths_are_those_of_the_family(
 ) -> None:
     text = "[[datasets]]\nvideo_directory = 'v'\ntarget_frames = [45, 1, 14]\n"
     config = load_dataset_config(write(tmp_path, text))
-    assert for_family(config, family(step, first)).datasets[0].target_frames == lengths
+    assert for_family(config, family(step, first)).datasets[0].buckets.target_frames == lengths
     assert "ignored" not in caplog.text
     assert (f"become {list(lengths)}, because clips of this model have {step}n + {first}" in caplog.text) == (
         step > 1
@@ -358,15 +364,15 @@ RANKED = [  # as states and LoRA files have them since the keys exist
 
 def what_caches_tell(table: DatasetTable) -> tuple[object, object]:
     """What is compared of latents and of texts, of a source with whatever the table may ask for."""
-    tensors = CogVideoXTensors(Path(), "a", False) if table.has_precomputed_latents else None
-    mask = None if table.mask_directory is None else table.mask_directory / "a.png"
+    tensors = CogVideoXTensors(Path(), "a", False) if table.source.has_precomputed_latents else None
+    mask = None if table.source.mask_directory is None else table.source.mask_directory / "a.png"
     image = Path("a.png")
-    layers = (image,) if table.multiple_target else ()
+    layers = (image,) if table.source.multiple_target else ()
     source = MediaSource(
         image, "a", None, None, (image,), table, mask=mask, precomputed=tensors, layers=layers
     )
     cache_settings = LatentCacheSettings("toy", {}, LATENT, 24.0, lambda *_: None, Stores())
-    modes = [dataclasses.replace(table, frame_extraction=mode) for mode in ("uniform", "slide", "full")]
+    modes = [table.with_values(frame_extraction=mode) for mode in ("uniform", "slide", "full")]
     taken = [spans(one, 29) for one in (table, *modes)]
     boxes = [find_bucket(table, size, 16, image) for size in ((640, 480), (16, 48))]
     return (cache_settings.record_options(source), taken, boxes), table.non_default_values(TEXTS)
@@ -378,14 +384,12 @@ def test_each_key_makes_stale_what_it_says_and_nothing_else(tmp_path: Path, name
     stale, latents = KEYS[name].stale, LATENTS | FRAMES | SECTIONS | REFERENCES
     changes: dict[str, Any] = {name: OTHER.get(name, "other")}
     if name in FORMAT_KEYS:  # of a form of data, whose tables alone have it
-        default = dataclasses.replace(
-            default, format_keys=make_format_keys(**{name: FORMAT_KEYS[name].default})
-        )
+        default = default.with_values(format_keys=make_format_keys(**{name: FORMAT_KEYS[name].default}))
         changes = {
             "format_keys": make_format_keys(**changes),
             "has_precomputed_latents": name == "load_tensors",
         }
-    other = dataclasses.replace(default, **changes)
+    other = default.with_values(**changes)
     (before, texts), (now, texts_now) = map(what_caches_tell, (default, other))
 
     assert (now != before, texts_now != texts) == (bool(stale & latents), bool(stale & TEXTS))

@@ -1,7 +1,6 @@
 """Pictures with their layers: which file is whose, what is refused, and how they are read."""
 
 import io
-from dataclasses import replace
 from pathlib import Path
 
 import numpy
@@ -159,7 +158,7 @@ def test_a_number_that_a_list_leaves_out_is_told(
     (tmp_path / "list.jsonl").write_text(line)
     table = read_table(tmp_path, source='image_jsonl_file = "{}/list.jsonl"')
     if column == "control_path":
-        table = replace(table, multiple_target=False)
+        table = table.with_values(multiple_target=False)
 
     find_sources(table)
 

@@ -34,7 +34,7 @@ from tests.dataset.sources.test_addresses import write_tar
 def test_keys_have_the_names_of_several_tuners(tmp_path: Path, keys: str, found: tuple[Any, ...]) -> None:
     (table,) = make_set(tmp_path, {"a": (SIZE,)}, keys).datasets
 
-    assert (table.no_resize_control, table.control_resolution) == found
+    assert (table.references.no_resize_control, table.references.control_resolution) == found
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_a_reference_that_a_list_names_and_is_gone_costs_its_item_only(tmp_path:
     (refs / "gone_0.png").unlink()
     (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     (table,) = config.datasets
-    table = dataclasses.replace(table, directory=None, jsonl_file=tmp_path / "list.jsonl")
+    table = table.with_values(directory=None, jsonl_file=tmp_path / "list.jsonl")
 
     report, family = cache(dataclasses.replace(config, datasets=(table,)))
 

@@ -70,15 +70,24 @@ def test_a_subset_is_a_table_and_values_fall_back(tmp_path: Path) -> None:
         (0, 1, 1),
         (1, 0, 2),
     ]
-    assert (cat.resolution, cat.batch_size, cat.num_repeats, cat.class_tokens) == ((1024, 1024), 2, 10, "cat")
-    assert cat.caption_changes == CaptionChanges(shuffle=True, keep_tokens=2, varies_per_step=True)
-    assert (reg.is_reg, reg.prior_loss_weight, cat.prior_loss_weight) == (True, 0.5, 1.0)
-    assert (reg.caption_changes.keep_tokens, reg.num_repeats) == (1, 1)
-    assert small.buckets == BucketRule(256, 1024, 32, "bicubic")
-    assert small.caption_changes == CaptionChanges(keep_tokens=1)
-    assert small.augmentation == Augmentation(flip=True, random_crop=True)
-    assert (small.caption_extension, cat.caption_extension) == (".caption", ".txt")
-    assert small.attributes == {"diff_output_preservation"}
+    assert (
+        cat.buckets.resolution,
+        cat.learning.batch_size,
+        cat.learning.num_repeats,
+        cat.captions.class_tokens,
+    ) == ((1024, 1024), 2, 10, "cat")
+    assert cat.captions.changes == CaptionChanges(shuffle=True, keep_tokens=2, varies_per_step=True)
+    assert (reg.learning.is_reg, reg.learning.prior_loss_weight, cat.learning.prior_loss_weight) == (
+        True,
+        0.5,
+        1.0,
+    )
+    assert (reg.captions.changes.keep_tokens, reg.learning.num_repeats) == (1, 1)
+    assert small.buckets.rule == BucketRule(256, 1024, 32, "bicubic")
+    assert small.captions.changes == CaptionChanges(keep_tokens=1)
+    assert small.buckets.augmentation == Augmentation(flip=True, random_crop=True)
+    assert (small.captions.caption_extension, cat.captions.caption_extension) == (".caption", ".txt")
+    assert small.learning.attributes == {"diff_output_preservation"}
     assert cat.name.endswith(f"data.toml, [[datasets]] 1, subset 1 ({tmp_path / 'cat'})")
     more = TWO_SIZES + '\n  [[datasets.subsets]]\n  image_dir = "FOLDER/cat"\n'
     folders = [table.cache_directory.relative_to(tmp_path) for table in load(tmp_path, more).datasets]
@@ -91,8 +100,12 @@ def test_keys_above_all_tables_are_those_of_general(tmp_path: Path) -> None:
 
     first, _, other = load(tmp_path, above).datasets
 
-    assert (first.validation_split, first.validation_seed, first.resolution) == (0.1, 7, (640, 512))
-    assert (other.validation_seed, other.resolution) == (7, (768, 512))
+    assert (first.learning.validation_split, first.learning.validation_seed, first.buckets.resolution) == (
+        0.1,
+        7,
+        (640, 512),
+    )
+    assert (other.learning.validation_seed, other.buckets.resolution) == (7, (768, 512))
     said = faults(tmp_path, f"shuffle_caption = true\n{TWO_SIZES}")
     assert said.endswith("cannot be used:\n  above all tables and in [general]: shuffle_caption; omit one")
     said = faults(tmp_path, f'image_directory = "cats"\n{TWO_SIZES}')
@@ -170,9 +183,14 @@ def test_folders_say_repeats_and_class(tmp_path: Path, caplog: pytest.LogCapture
 
     config = folders_config(given(*words, "--caption_extension", ".txt", "--train_batch_size", "3"))
 
-    found = [(table.num_repeats, table.class_tokens, table.is_reg, table.group) for table in config.datasets]
+    found = [
+        (table.learning.num_repeats, table.captions.class_tokens, table.learning.is_reg, table.group)
+        for table in config.datasets
+    ]
     assert found == [(10, "shs cat", False, 0), (2, "dog", False, 0), (1, "cat", True, 0)]
-    assert {(table.resolution, table.batch_size) for table in config.datasets} == {((512, 768), 3)}
+    assert {(table.buckets.resolution, table.learning.batch_size) for table in config.datasets} == {
+        ((512, 768), 3)
+    }
     assert [find_sources(table)[0].caption for table in config.datasets] == ["shs cat", "a dog", "cat"]
     assert sorted(record.args[1].name for record in caplog.records) == ["0_off", "notes"]
 
@@ -200,7 +218,7 @@ def test_a_json_names_pictures_and_their_captions(tmp_path: Path) -> None:
         elsewhere: "far",
     }
     assert len({source.stem for source in sources}) == 4
-    assert table.num_repeats == 4
+    assert table.learning.num_repeats == 4
     assert table.cache_directory == images / "64x64"
     text = (
         "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = 'FOLDER/pics'\n"
@@ -365,10 +383,15 @@ def test_noise_levels_are_those_of_all_subsets_of_a_dataset(tmp_path: Path) -> N
     text = text.replace("batch_size = 2\n", "batch_size = 2\nmax_timestep = 500\ndiscrete_flow_shift = 2\n")
     cat, reg, small = load(tmp_path, text).datasets
 
-    assert [(table.min_timestep, table.max_timestep, table.discrete_flow_shift) for table in (cat, reg)] == [
-        (100, 500, 2.0)
-    ] * 2
-    assert (small.min_timestep, small.max_timestep, small.discrete_flow_shift) == (100, None, None)
+    assert [
+        (table.learning.min_timestep, table.learning.max_timestep, table.learning.discrete_flow_shift)
+        for table in (cat, reg)
+    ] == [(100, 500, 2.0)] * 2
+    assert (small.learning.min_timestep, small.learning.max_timestep, small.learning.discrete_flow_shift) == (
+        100,
+        None,
+        None,
+    )
     assert cat.describe()["max_timestep"] == 500
     inside = TWO_SIZES.replace("  keep_tokens = 2\n", "  max_timestep = 500\n")
     assert "subset 1: max_timestep = 500 is for [[datasets]] or [general]; move it there" in faults(

@@ -127,7 +127,7 @@ def test_clips_and_caches_without_guides_are_named(project: Project, tmp_path: P
 
 def test_caches_without_guides_are_not_trained(project: Project) -> None:
     (table,) = load_dataset_config(project.folder / "dataset.toml").datasets
-    item = SimpleNamespace(table=replace(table, audio_cond_mask_directory=None))
+    item = SimpleNamespace(table=table.with_values(audio_cond_mask_directory=None))
     batch = batch_of(tensors={"latents_keyframe_0": torch.zeros(2, 8, 1, 2, 3)})
 
     with pytest.raises(DatasetError, match="its cache has 1 guides.* has 3. Cache again"):

@@ -333,6 +333,6 @@ def test_a_plan_is_that_of_the_picture_with_most_control_images(
     monkeypatch.chdir(tmp_path)
 
     items = find_items(load_dataset_config(Path("dataset.toml")), "wan", LATENT).items
-    single = [replace(item, table=replace(item.table, batch_size=1)) for item in items]
+    single = [replace(item, table=item.table.with_values(batch_size=1)) for item in items]
 
     assert [item.source_stem for item in largest_batch(with_reference_sizes(single, Stores()))] == ["b"]

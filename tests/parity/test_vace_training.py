@@ -265,6 +265,6 @@ def test_a_plan_is_that_of_the_clip_with_references(
 
     assert [item.source_stem for item in items] == ["0", "a"]
     assert largest.source_stem == "a"
-    bare = dataclasses.replace(items[0].table, control_directory=None, reference_directory=None)
+    bare = items[0].table.with_values(control_directory=None, reference_directory=None)
     without = [dataclasses.replace(item, table=bare) for item in items]
     assert with_reference_sizes(without, Stores()) == without  # no header is read

@@ -47,8 +47,8 @@ def test_a_folder_that_is_listed_once_for_each_size_is_trained_at_all(tmp_path: 
     files = {"config.json": {**SIMPLETUNER, "--resolution": 512}, "multidatabackend.json": backends}
     describe(photos, write_files(tmp_path, files), "--memory", "24")
     tables = load_dataset_config(photos / "dataset.toml").datasets
-    assert [table.resolution for table in tables] == [(1024, 1024), (512, 512)]
-    assert [table.num_repeats for table in tables] == [2, 2]
+    assert [table.buckets.resolution for table in tables] == [(1024, 1024), (512, 512)]
+    assert [table.learning.num_repeats for table in tables] == [2, 2]
 
 
 def test_sizes_of_images_in_subsets_are_tables_with_the_same_subsets(tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_sizes_of_images_in_subsets_are_tables_with_the_same_subsets(tmp_path: P
     text = text.replace("is_flux", "is_xl").replace("[ 512, 768, 1024 ]", "[ 512, 1024 ]")
     describe(photos, write_files(tmp_path, {"a.yaml": text}), "--memory", "24")
     tables = load_dataset_config(photos / "dataset.toml").datasets
-    found = [(table.resolution, table.is_reg) for table in tables]
+    found = [(table.buckets.resolution, table.learning.is_reg) for table in tables]
     assert found == [(size, is_reg) for size in [(1024, 1024), (512, 512)] for is_reg in (False, True)]
     assert len({table.cache_directory for table in tables}) == 4
 

@@ -456,10 +456,10 @@ def test_values_of_a_project_are_in_the_three_files(
     assert expected.items() <= training.items()
     tables = load_dataset_config(photos / "dataset.toml").datasets
     # each file is trained at each of the sizes, as there
-    assert [table.resolution for table in tables] == [(1024, 1024), (768, 768), (512, 512)]
-    assert {table.directory for table in tables} == {Path()}
+    assert [table.buckets.resolution for table in tables] == [(1024, 1024), (768, 768), (512, 512)]
+    assert {table.source.directory for table in tables} == {Path()}
     assert len({table.cache_directory for table in tables}) == 3
-    assert {table.trigger_word for table in tables} == {"ohwx"}
+    assert {table.captions.trigger_word for table in tables} == {"ohwx"}
     told = " ".join(capsys.readouterr().out.split())
     assert "the size of a typical file" not in told
     for part in (

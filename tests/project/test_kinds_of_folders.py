@@ -328,8 +328,16 @@ def test_folders_of_kohya_are_repeated_and_named(tmp_path: Path) -> None:
     said = new(tmp_path, "--trigger_word", "ohwx")
 
     man, dog = load_dataset_config(tmp_path / "dataset.toml").datasets
-    assert (man.directory, man.num_repeats, man.class_tokens) == (Path("img/10_ohwx man"), 10, "ohwx man")
-    assert (dog.directory, dog.num_repeats, dog.class_tokens) == (Path("img/2_ohwx dog"), 2, None)
+    assert (man.source.directory, man.learning.num_repeats, man.captions.class_tokens) == (
+        Path("img/10_ohwx man"),
+        10,
+        "ohwx man",
+    )
+    assert (dog.source.directory, dog.learning.num_repeats, dog.captions.class_tokens) == (
+        Path("img/2_ohwx dog"),
+        2,
+        None,
+    )
     assert captions_of(tmp_path)["p0.jpg"] in {"ohwx man", "ohwx, a square, painted 0"}
     assert "by its name, each file is trained 10 times an epoch" in said
     assert f"{tmp_path / 'reg' / '1_man'}: left out, as reg is the name of a folder of regularization" in said
@@ -357,9 +365,16 @@ def test_stable_diffusion_learns_the_class_of_kohyas_folders(
     said = new(folder, "--trigger_word", "ohwx", model="stable_diffusion xl")
 
     man, of_class = load_dataset_config(folder / "dataset.toml").datasets
-    assert (man.directory, man.num_repeats, man.is_reg) == (Path("10_ohwx man"), 10, False)
-    assert (of_class.directory, of_class.is_reg) == (Path(reg), True)
-    assert (man.resolution, man.group) == (of_class.resolution, of_class.group)  # they share batches
+    assert (man.source.directory, man.learning.num_repeats, man.learning.is_reg) == (
+        Path("10_ohwx man"),
+        10,
+        False,
+    )
+    assert (of_class.source.directory, of_class.learning.is_reg) == (Path(reg), True)
+    assert (man.buckets.resolution, man.group) == (
+        of_class.buckets.resolution,
+        of_class.group,
+    )  # they share batches
     texts = captions_of(folder)
     assert (texts["p0.jpg"], texts["r0.jpg"]) == ("ohwx man", "man")  # the class has no word
     assert of_class.cache_directory is not None
@@ -429,12 +444,12 @@ def test_a_class_beside_its_subject_is_left_out(tmp_path: Path) -> None:
     write_photos(tmp_path / "1_man", captions=False)
     said = new(tmp_path)
     (table,) = load_dataset_config(tmp_path / "dataset.toml").datasets
-    assert table.directory == Path("10_ohwx man")
+    assert table.source.directory == Path("10_ohwx man")
     assert "1_man: left out, as `man` is the class of `ohwx man`" in said
 
     new(tmp_path / "1_man")  # alone it is what is learned
     (table,) = load_dataset_config(tmp_path / "1_man" / "dataset.toml").datasets
-    assert (table.class_tokens, table.num_repeats) == ("man", 1)
+    assert (table.captions.class_tokens, table.learning.num_repeats) == ("man", 1)
 
 
 def test_caches_of_a_linked_folder_are_below_the_described_one(tmp_path: Path) -> None:
@@ -542,7 +557,9 @@ def test_a_picture_model_learns_the_first_frames_of_clips(tmp_path: Path) -> Non
         assert f"{tmp_path}: 4 images. " in text
         assert "clip 0.mp4, clip 1.mp4, clip 0.mp4: z_image turbo is trained only on images." in text
     tables = load_dataset_config(tmp_path / "dataset.toml").datasets
-    folders = {str(table.directory and table.directory.as_posix()): table.kind for table in tables}
+    folders = {
+        str(table.source.directory and table.source.directory.as_posix()): table.kind for table in tables
+    }
     assert folders == dict.fromkeys([".", "first_frames", "first_frames/deep"], "image")
     captions = captions_of(tmp_path)
     assert captions["moving.gif"] == "ohwx, a square moves"

@@ -66,8 +66,8 @@ def test_pairs_become_references(layout: str, model: str, tmp_path: Path) -> Non
 
     assert told == (0, "")
     (table,) = load_dataset_config(folder / "dataset.toml").datasets
-    assert (table.directory, table.control_directory) == (Path(results), Path(sources))
-    assert (table.control_resolution is not None) is (family == "qwen")
+    assert (table.source.directory, table.references.control_directory) == (Path(results), Path(sources))
+    assert (table.references.control_resolution is not None) is (family == "qwen")
     prompts = (folder / "prompts.txt").read_text(encoding="utf-8").splitlines()
     shown = [line.split("--ci ")[1].split(" --")[0].strip() for line in prompts]
     assert shown == [(Path(sources) / name).as_posix() for name in ("p0.jpg", "p1.jpg", "p2_0.jpg")]
@@ -146,7 +146,7 @@ def test_a_model_that_does_not_edit_refuses_references_as_targets(tmp_path: Path
     done = run_script("new_project.py", tmp_path / "set", "--family", "zimage", "--task", "base")
     assert f"{tmp_path / 'set' / 'before'}: left out" in done.stdout
     (table,) = load_dataset_config(tmp_path / "set" / "dataset.toml").datasets
-    assert (table.directory, table.control_directory) == (Path("after"), None)
+    assert (table.source.directory, table.references.control_directory) == (Path("after"), None)
 
 
 @pytest.mark.parametrize("place", ["conditioning", "../control"])
@@ -243,8 +243,11 @@ def test_captions_of_other_names(end: str, found: int, tmp_path: Path) -> None:
     name, stem = photos[0].name, photos[0].stem
     assert (f"{name}.txt seems to be that of {name}: call it {stem}.txt" in said) is (found == 0)
     table, other = load_dataset_config(tmp_path / "dataset.toml").datasets
-    assert (table.caption_extension, table.class_tokens is None) == (end if found else ".txt", found == 3)
-    assert (table.num_repeats, other.num_repeats) == (10, 1)
+    assert (table.captions.caption_extension, table.captions.class_tokens is None) == (
+        end if found else ".txt",
+        found == 3,
+    )
+    assert (table.learning.num_repeats, other.learning.num_repeats) == (10, 1)
 
 
 @pytest.mark.parametrize("words", ["12", "12GB", "12 GB", "12gib", "=12G", "=12 GiB"])
@@ -273,7 +276,7 @@ def test_pictures_without_captions_get_the_word_or_both_ways_out(word: str | Non
     said = run_script("new_project.py", folder, *words).stdout
 
     (table,) = load_dataset_config(folder / "dataset.toml").datasets
-    assert table.class_tokens == word
+    assert table.captions.class_tokens == word
     assert "was distilled to few steps" in said
     assert "--training_adapter" in said
     assert all(("--s 8" in line) for line in (folder / "prompts.txt").read_text("utf-8").splitlines())
@@ -388,7 +391,7 @@ def test_masks_next_to_their_pictures_are_named_as_dataset_toml_takes_them(tmp_p
     path = tmp_path / "set" / "dataset.toml"
     path.write_text(path.read_text(encoding="utf-8") + 'mask_directory = "my cat"\n', encoding="utf-8")
     (table,) = load_dataset_config(path).datasets
-    assert table.mask_directory == table.directory
+    assert table.source.mask_directory == table.source.directory
 
 
 def test_a_named_checkpoint_brings_its_own_vae_and_is_not_downloaded_again(tmp_path: Path) -> None:

@@ -551,20 +551,20 @@ def test_every_model_takes_what_is_written(model: ModelSet, copied: Path) -> Non
     known = "are animated", "no such file", " downloads it.", "it gives no rights"
     assert not [line for line in said.splitlines() if not any(words in line for words in known)]
     tables = load_dataset_config(copied / "dataset.toml").datasets
-    assert not any(table.directory.is_absolute() for table in tables if table.directory)
-    assert all(table.trigger_word == "mrsfluff" for table in tables)
+    assert not any(table.source.directory.is_absolute() for table in tables if table.source.directory)
+    assert all(table.captions.trigger_word == "mrsfluff" for table in tables)
     for table in (table for table in tables if table.kind == "video"):
-        assert (table.source_fps == "auto") is (data["frames"] > 1)
-        assert table.target_frames[-1] % step == 1
-        assert min(data["frames"], 1 + step) <= table.target_frames[-1] <= data["frames"]
-        assert (1 in table.target_frames) is (not data.get("from_image"))
+        assert (table.buckets.source_fps == "auto") is (data["frames"] > 1)
+        assert table.buckets.target_frames[-1] % step == 1
+        assert min(data["frames"], 1 + step) <= table.buckets.target_frames[-1] <= data["frames"]
+        assert (1 in table.buckets.target_frames) is (not data.get("from_image"))
     kinds = {"video"} if data.get("from_image") else {"video", "image"}
     takes_clips = data["frames"] > 1 and "least_frames" not in data  # the clips are shorter
     assert {table.kind for table in tables} == (kinds if takes_clips else {"image"})
     prompts = (copied / "prompts.txt").read_text(encoding="utf-8").splitlines()
     quality = f"{data['tags']}, " if data.get("tags") else ""  # words that its pictures are rated by
     assert [line.startswith(f"{quality}mrsfluff, ") for line in prompts] == [True, True, False]
-    edits = [table for table in tables if table.control_directory is not None]
+    edits = [table for table in tables if table.references.control_directory is not None]
     # samples of edits are instructions of the dataset; other samples show what no caption mentions
     assert any("a square moves" in line for line in prompts) is bool(edits)
     assert bool(edits) is ("--ci " in prompts[0]) is (model.family in EDIT or model.task.startswith("edit"))
@@ -598,7 +598,7 @@ def test_what_does_not_fit_is_told(copied: Path, capfd: pytest.CaptureFixture[st
     assert f"no video in {copied / 'a.mp4'}" in said or str(copied / "a.mp4") in said
     assert "b.mkv, b.mkv: without a caption" in said
     assert "i.png, j.jpg, k.webp and 5 more: images, which this model cannot train on" in said
-    assert load_dataset_config(copied / "dataset.toml").datasets[1].directory == Path("more")
+    assert load_dataset_config(copied / "dataset.toml").datasets[1].source.directory == Path("more")
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ def test_a_folder_of_tags_is_shuffled_and_its_samples_are_tags(tmp_path: Path) -
     assert "(shuffle_caption), but for the first 2 (keep_tokens)" in said
     assert (dataset["general"]["shuffle_caption"], dataset["general"]["keep_tokens"]) == (True, 2)
     (table,) = load_dataset_config(folder / "dataset.toml").datasets
-    assert table.caption_changes.varying_keys == ("shuffle_caption",)
+    assert table.captions.changes.varying_keys == ("shuffle_caption",)
     scripts = [words[1] for words in run["reelsmith"]["commands"]]
     cache = "anima_cache_latents.py"
     assert scripts == ["tools/download.py", cache, cache, "anima_train_network.py"]

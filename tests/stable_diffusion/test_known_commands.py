@@ -279,13 +279,15 @@ def test_a_file_of_the_graphical_interface() -> None:
     assert options.speed.attention.choice.mode == "xformers"
     assert model.num_chunks == 1
     assert (model.loss_weights.min_snr_gamma, model.varied_noise.noise_offset) == (5, 0.05)
-    assert [(table.num_repeats, table.is_reg, table.class_tokens) for table in tables] == [
+    assert [
+        (table.learning.num_repeats, table.learning.is_reg, table.captions.class_tokens) for table in tables
+    ] == [
         (10, False, "ohwx man"),
         (1, True, "person"),
     ]
-    assert tables[0].buckets is not None
-    assert tables[0].buckets.step == 64
-    assert tables[0].caption_dropout_rate == 0.05
+    assert tables[0].buckets.rule is not None
+    assert tables[0].buckets.rule.step == 64
+    assert tables[0].captions.caption_dropout_rate == 0.05
 
 
 def test_a_notebook_with_a_data_set() -> None:
@@ -298,8 +300,8 @@ def test_a_notebook_with_a_data_set() -> None:
     assert options.lora_parts.text_encoder_lr == (5e-5,)
     assert options.saving.output_name == "last"
     assert (model.num_chunks, model.clip_skip) == (3, 2)
-    assert [table.is_reg for table in tables] == [False, True]
-    assert tables[0].caption_changes.shuffle
+    assert [table.learning.is_reg for table in tables] == [False, True]
+    assert tables[0].captions.changes.shuffle
 
 
 def test_a_file_with_all_options_by_hand() -> None:
@@ -308,7 +310,7 @@ def test_a_file_with_all_options_by_hand() -> None:
     assert options.saving.resume is None
     assert options.lr_schedule.lr_scheduler_type == ""
     assert model.varied_noise.multires_noise_iterations == 10
-    assert (table.resolution, table.enable_bucket) == ((512, 512), False)
+    assert (table.buckets.resolution, table.buckets.enable_bucket) == ((512, 512), False)
 
 
 def test_a_model_of_v() -> None:
@@ -318,13 +320,13 @@ def test_a_model_of_v() -> None:
     assert model.zero_terminal_snr
     assert options.caching is not None
     assert options.caching.caches_texts
-    assert table.caption_extension == ".txt"
+    assert table.captions.caption_extension == ".txt"
 
 
 def test_pictures_that_a_json_file_lists() -> None:
     options, _, (table,) = read("sdxl_train_network.py --config_file metadata.toml")
 
-    assert table.num_repeats == 10
+    assert table.learning.num_repeats == 10
     assert options.optimizer.max_grad_norm == 0
     assert options.lr_schedule.lr_warmup_steps == 80
     _, _, (listed,) = read("train_network.py --dataset_config listed.toml --output_dir out")
@@ -364,7 +366,7 @@ COMMON = "--network_module networks.lora --output_dir=out --learning_rate=1e-4"
 def test_commands_of_guides(line: str, expected: dict[str, Any]) -> None:
     _, _, (table, *_) = read(f"{line} {COMMON}")
 
-    assert {name: getattr(table, name) for name in expected} == expected
+    assert {name: table.value_of(name) for name in expected} == expected
 
 
 @pytest.mark.parametrize(

@@ -220,8 +220,8 @@ def test_validated_pictures_are_not_changed(tmp_path: Path) -> None:
     assert len(training) == 3
     assert sorted(item.source_stem for item in [*training, *validation]) == list("01234")
     table = validation[0].table
-    assert (table.num_repeats, table.caption_dropout_rate) == (1, 0.0)
-    assert not table.augmentation.varying_keys
+    assert (table.learning.num_repeats, table.captions.caption_dropout_rate) == (1, 0.0)
+    assert not table.buckets.augmentation.varying_keys
     one, two = (read_one(sources, validation[0], number) for number in (1, 2))
     assert torch.equal(one.tensor("latents"), two.tensor("latents"))
 

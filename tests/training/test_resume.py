@@ -183,7 +183,7 @@ def test_a_state_of_a_version_that_recorded_less_goes_on_and_says_what_is_not_co
 def test_the_batches_are_told_from_others_as_in_states_of_before(
     tmp_path: Path, count: int, batch_size: int
 ) -> None:
-    table = dataclasses.replace(make_table(tmp_path), batch_size=batch_size)
+    table = make_table(tmp_path, batch_size=batch_size)
     order = BatchOrder(
         [TrainingItem(f"clip{index}", 4, table, (32, 32), TableCacheInfo("toy")) for index in range(count)], 3
     )

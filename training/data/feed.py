@@ -454,7 +454,7 @@ class Feed:
         seed = self.noise_sampler.seed
         captions = select_captions(items, seed, number, epoch)
         flips: Sequence[bool] = ()
-        if any(item.table.augmentation.flip for item in items):
+        if any(item.table.buckets.augmentation.flip for item in items):
             flips = select_mirrored(items, seed, number)
         undropped: Sequence[int] = ()  # the captions without dropout, for a teacher
         if self.reads_undropped:
@@ -469,7 +469,7 @@ class Feed:
             reads_empty=self.reads_empty,
             reads_rejected=self.reads_rejected,
         )
-        if items[0].table.reference_dropout_rate and should_drop_references(items, seed, number):
+        if items[0].table.references.reference_dropout_rate and should_drop_references(items, seed, number):
             batch = batch.without_references()
         if self.sources.tables:  # captions are encoded during training: shuffle and drop their tags now
             # The step of the run to which micro-batch `number` belongs

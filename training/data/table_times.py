@@ -18,7 +18,7 @@ from training.noise_options import NUM_TIMESTEPS, TimestepOptions
 
 def list_training_tables(tables: Sequence[DatasetTable]) -> list[DatasetTable]:
     """Return the tables that are trained on: all except those for validation."""
-    return [table for table in tables if not table.validation]
+    return [table for table in tables if not table.learning.validation]
 
 
 def make_table_timestep_options(options: TimestepOptions, table: DatasetTable) -> TimestepOptions:
@@ -27,12 +27,16 @@ def make_table_timestep_options(options: TimestepOptions, table: DatasetTable) -
     Raises:
         DatasetError: If keys of the table and options contradict each other.
     """
-    if not table.has_own_timesteps:
+    if not table.learning.has_own_timesteps:
         return options
-    low = options.min_timestep if table.min_timestep is None else table.min_timestep
-    high = options.max_timestep if table.max_timestep is None else table.max_timestep
-    flow_shift = options.flow_shift if table.discrete_flow_shift is None else table.discrete_flow_shift
-    has_window = table.min_timestep is not None or table.max_timestep is not None
+    low = options.min_timestep if table.learning.min_timestep is None else table.learning.min_timestep
+    high = options.max_timestep if table.learning.max_timestep is None else table.learning.max_timestep
+    flow_shift = (
+        options.flow_shift
+        if table.learning.discrete_flow_shift is None
+        else table.learning.discrete_flow_shift
+    )
+    has_window = table.learning.min_timestep is not None or table.learning.max_timestep is not None
     if has_window and options.timestep_focus is not None:
         raise DatasetError(
             f"{table.name}: {_describe_table_keys(table)} with --timestep_focus {options.timestep_focus:g}: "
@@ -55,7 +59,7 @@ def timestep_options_by_group(
     Empty if no table has timestep options of its own.
     """
     trained = list_training_tables(tables)
-    if not any(table.has_own_timesteps for table in trained):
+    if not any(table.learning.has_own_timesteps for table in trained):
         return {}
     return {table.batch_group: make_table_timestep_options(options, table) for table in trained}
 
@@ -80,7 +84,7 @@ def check_timesteps(options: TimestepOptions, tables: Sequence[DatasetTable], fa
     """Raise DatasetError or OptionError if the noise levels of a table or option cannot be trained."""
     noise_spec, experts = family.noise, family.experts
     for table in list_training_tables(tables):
-        if table.has_own_timesteps:
+        if table.learning.has_own_timesteps:
             _check_table(options, table, noise_spec, experts)
     options_by_table = list_timestep_options(options, tables)
     if options.timestep_focus is not None:
@@ -100,13 +104,13 @@ def _check_table(
 ) -> None:
     """Raise DatasetError if a table's shift has no effect, or no expert is trained within its timesteps."""
     sampler = options.timestep_sampling
-    if table.discrete_flow_shift is not None and not takes_shift(options, noise_spec):
+    if table.learning.discrete_flow_shift is not None and not takes_shift(options, noise_spec):
         reason = "has no shift"
         if options.follows_size:
             reason = "takes its shift from the size of each item"
         raise DatasetError(
-            f"{table.name}: {SHIFT_KEY} = {table.discrete_flow_shift:g}: --timestep_sampling {sampler} "
-            f"{reason}. Omit the key, or use --timestep_sampling shift"
+            f"{table.name}: {SHIFT_KEY} = {table.learning.discrete_flow_shift:g}: "
+            f"--timestep_sampling {sampler} {reason}. Omit the key, or use --timestep_sampling shift"
         )
     table_options = make_table_timestep_options(options, table)
     if any(can_reach_expert(table_options, noise_spec, expert) for expert in experts):
@@ -131,7 +135,7 @@ def takes_shift(options: TimestepOptions, noise_spec: NoiseSpec) -> bool:
 
 
 def _describe_table_keys(table: DatasetTable) -> str:
-    values = {name: getattr(table, name) for name in TIMESTEP_KEYS}
+    values = {name: table.value_of(name) for name in TIMESTEP_KEYS}
     return " and ".join(f"{name} = {value:g}" for name, value in values.items() if value is not None)
 
 
@@ -164,7 +168,7 @@ def explain_ignored_options(
     # a validation uses --min_timestep and --max_timestep even if each trained table has its own bounds
     ignorable_keys = (SHIFT_KEY,) if validates_between else TIMESTEP_KEYS
     for name in ignorable_keys:
-        if training_tables and all(getattr(table, name) is not None for table in training_tables):
+        if training_tables and all(table.value_of(name) is not None for table in training_tables):
             reasons[name] = "each table of the dataset has its own"
     if not any(times.has_window for times in list_timestep_options(options, tables)):
         reasons["preserve_distribution_shape"] = "neither --min_timestep nor --max_timestep is set"

@@ -82,7 +82,7 @@ def join_run(options: "RunOptionsProtocol", tables: "Sequence[DatasetTable]" = (
         OptionError: If options or tables conflict with each other.
     """
     run = RunFeatures(options, tables)
-    attributes = {name for table in tables for name in table.attributes}
+    attributes = {name for table in tables for name in table.learning.attributes}
     for feature in FEATURES:
         feature_options = options.of(feature.options)
         # a feature is turned on by its options, or by an attribute in a dataset table
@@ -105,7 +105,7 @@ def join_run(options: "RunOptionsProtocol", tables: "Sequence[DatasetTable]" = (
         # Warn about attributes of dataset tables that no active feature reads
         known = {feature.options.attribute for feature in FEATURES}
         for table in tables:
-            for name in sorted(table.attributes - known):
+            for name in sorted(table.learning.attributes - known):
                 logger.warning("%s: custom_attributes.%s is ignored: nothing reads it", table.name, name)
     return run
 

@@ -112,7 +112,7 @@ def add_inputs(
     rng = random.Random(derive_seed("inpainting", key))
     repaints_all = rng.random() < options.inpainting_full_mask_rate
     kept_tensors = dict(tensors)
-    weights_loss = masks_weight_loss or image.source.table.alpha_mask
+    weights_loss = masks_weight_loss or image.source.table.source.alpha_mask
     if image.mask is not None and not weights_loss:  # the dataset's mask is the part to repaint
         del kept_tensors[LOSS_MASK]
         mask = image.mask[0] >= 128  # mid-gray or lighter
@@ -160,7 +160,7 @@ def _join(run: RunFeatures, options: InpaintingOptions) -> None:
     masks_weight_loss = subset is not None and subset.masked_loss
     if not masks_weight_loss:
         run.mask_input_option = SWITCH
-    has_masks = not masks_weight_loss and any(table.mask_directory for table in run.tables)
+    has_masks = not masks_weight_loss and any(table.source.mask_directory for table in run.tables)
     masks = "those of mask_directory, random ones elsewhere" if has_masks else "random ones"
     run.info.at_start["inpainting"] = f"masks: {masks}"
     run.info.in_files |= given_values(options)

@@ -258,7 +258,7 @@ def make_thumbnails(table: DatasetTable, cache_tag: str, keys: Sequence[str]) ->
         name = parse_latent_name(f"{key}{SUFFIX}", cache_tag, table.kind)
         if name is not None:
             keys_by_stem.setdefault(name.stem, []).append(key)
-    if not keys_by_stem or table.is_audio_only:
+    if not keys_by_stem or table.source.is_audio_only:
         return {}
     ignored_faults: list[Fault] = []
     sources: list[MediaSource] = []

@@ -44,7 +44,7 @@ class MaskPriorOptions(FeatureOptions, title="what the model keeps", at=AT_NETWO
 
 def _require_masks(run: RunFeatures, options: MaskPriorOptions, plan: PlannedRun) -> None:
     """Raise OptionError if no training item has a loss mask."""
-    if run.mask_input_option and not any(item.table.alpha_mask for item in plan.training):
+    if run.mask_input_option and not any(item.table.source.alpha_mask for item in plan.training):
         raise OptionError(
             f"--mask_prior_weight {options.weight:g} with {run.mask_input_option}: masks are inputs of the "
             "model there and do not weight the loss, so nothing is outside a mask. Omit one of the two, "
@@ -59,7 +59,7 @@ def _require_masks(run: RunFeatures, options: MaskPriorOptions, plan: PlannedRun
 
 def _has_masks(items: "Sequence[TrainingItem]", stores: "Stores") -> bool:
     """Return whether any training item has a loss mask, reading cache headers up to the first mask."""
-    if any(item.table.mask_directory is not None or item.table.alpha_mask for item in items):
+    if any(item.table.source.mask_directory is not None or item.table.source.alpha_mask for item in items):
         return True
     from protocols.data import LOSS_MASK  # torch: only with this target
 

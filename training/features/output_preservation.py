@@ -53,7 +53,7 @@ def preserve(
 
 def _join(run: RunFeatures, options: OutputPreservationOptions) -> None:
     if run.options.full_dit is not None:
-        name = next(table.name for table in run.tables if PRESERVE_OUTPUT in table.attributes)
+        name = next(table.name for table in run.tables if PRESERVE_OUTPUT in table.learning.attributes)
         raise OptionError(
             f"{name}: {PRESERVE_OUTPUT} compares a LoRA with the model without it, and here the model "
             "itself is trained. Omit it"

@@ -74,7 +74,9 @@ def _check(options: PreferenceOptions, family: "Family", counts: Sequence[int]) 
 
 def _check_tables(run: RunFeatures) -> None:
     """Raise OptionError if a dataset table asks for output preservation, which has its own target."""
-    preserving = next((table.name for table in run.tables if PRESERVE_OUTPUT in table.attributes), None)
+    preserving = next(
+        (table.name for table in run.tables if PRESERVE_OUTPUT in table.learning.attributes), None
+    )
     if preserving is not None:
         raise OptionError(
             f"{preserving}: {PRESERVE_OUTPUT} cannot be used with --preference, whose loss has no "

@@ -39,7 +39,7 @@ def require_pairs(items: Sequence[TrainingItem], stores: Stores, commands: Cachi
     """
     tables = {item.table.index: item.table for item in items}
     for table in tables.values():
-        if table.directory is not None and table.worse_directory is None:
+        if table.source.directory is not None and table.source.worse_directory is None:
             raise DatasetError(
                 f"{table.name}: --preference learns from pairs, and this table has no worse_directory. "
                 "Give it a folder with the worse ones, named like the better ones, or remove the table"

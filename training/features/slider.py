@@ -46,13 +46,13 @@ def _check_tables(run: RunFeatures, path: Path) -> None:
     """Raise OptionError if a dataset table asks for output preservation, or sets its own network strength."""
     # A slider learns from the captions of its own file, at its own strengths.
     for table in run.tables:
-        if PRESERVE_OUTPUT in table.attributes:
+        if PRESERVE_OUTPUT in table.learning.attributes:
             raise OptionError(
                 f"{table.name}: {PRESERVE_OUTPUT} cannot be used with --slider {path}, which learns "
                 "the captions of its own file, not those of the table. Omit it; an anchor in that file "
                 "preserves the output for a caption"
             )
-        if table.network_multiplier != 1:
+        if table.learning.network_multiplier != 1:
             raise OptionError(
                 f"{table.name}: network_multiplier cannot be used with --slider {path}, which learns at the "
                 "strengths 1 and -1. Omit one of the two"

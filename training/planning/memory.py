@@ -324,7 +324,7 @@ def largest_batch(items: Iterable[TrainingItem], latent_side: int = 8) -> tuple[
     batches = []
     for pool in repeat_items(list(items)).values():
         with_audio_first = sorted(pool, key=lambda item: not item.has_cached_audio)
-        batches.append(with_audio_first[: with_audio_first[0].table.batch_size])
+        batches.append(with_audio_first[: with_audio_first[0].table.learning.batch_size])
     return tuple(max(batches, key=partial(_count_pixels, latent_side=latent_side)))
 
 

@@ -104,7 +104,7 @@ def list_training_media(config: DatasetConfig) -> list[Medium]:
     """
     media = []
     for table in config.datasets:
-        if table.validation or table.is_reg or table.is_audio_only:
+        if table.learning.validation or table.learning.is_reg or table.source.is_audio_only:
             continue
         ignored_faults: list[Fault] = []
         for source in find_sources(table, captions=False, faults=ignored_faults):

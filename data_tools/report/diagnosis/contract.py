@@ -55,7 +55,7 @@ def list_captions(tables: Sequence[TableFindings]) -> list[DatasetCaption]:
     for findings in tables:
         table = findings.table
         texts = [(source, text) for source in findings.sources for text in unvaried_captions(source)]
-        word = table.trigger_word or _find_shared_beginning([text for _, text in texts])
+        word = table.captions.trigger_word or _find_shared_beginning([text for _, text in texts])
         for source, text in texts:
             captions.append(
                 DatasetCaption(
@@ -63,7 +63,7 @@ def list_captions(tables: Sequence[TableFindings]) -> list[DatasetCaption]:
                     path=source.caption_path or source.path,
                     table=table.name,
                     trigger_word=word,
-                    is_regularization=table.is_reg,
+                    is_regularization=table.learning.is_reg,
                 )
             )
     return captions

@@ -83,7 +83,7 @@ def _find_soft_files(findings: TableFindings) -> Iterator[Finding]:
 
 def _find_lone_items(findings: TableFindings) -> Iterator[Finding]:
     """Yield a finding if many buckets hold a single item, so that batches are not filled."""
-    batch_size = findings.table.batch_size
+    batch_size = findings.table.learning.batch_size
     rows = findings.bucket_rows()
     lone = [row for row in rows if row.items == 1]
     if batch_size == 1 or len(lone) < 2 or len(lone) * 2 < len(rows):
@@ -105,9 +105,9 @@ def _find_uneven_concepts(dataset: MeasuredDataset) -> Iterator[Finding]:
     """Yield a finding if one trigger word is shown far more often than another: concepts then blend."""
     shown = Counter[str]()
     for findings in dataset.tables:
-        word = findings.table.trigger_word
-        if word and not findings.table.is_reg:
-            shown[word] += len(findings.sources) * findings.table.num_repeats
+        word = findings.table.captions.trigger_word
+        if word and not findings.table.learning.is_reg:
+            shown[word] += len(findings.sources) * findings.table.learning.num_repeats
     if len(shown) < 2:
         return
     (most, most_count), *_, (least, least_count) = shown.most_common()

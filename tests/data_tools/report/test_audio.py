@@ -39,11 +39,11 @@ def config(tmp_path: Path) -> DatasetConfig:
 
 
 def change(config: DatasetConfig, **changes: str) -> DatasetConfig:
-    return DatasetConfig(config.path, tuple(dataclasses.replace(one, **changes) for one in config.datasets))
+    return DatasetConfig(config.path, tuple(one.with_values(**changes) for one in config.datasets))
 
 
 def test_sounds_have_no_size(config: DatasetConfig) -> None:
-    found = TableFindings(dataclasses.replace(config.datasets[0], is_audio_only=True), "2 sounds")
+    found = TableFindings(config.datasets[0].with_values(is_audio_only=True), "2 sounds")
     found.add_items(["a", "b"], (64, 64, 25))
     assert found.lines() == ["2 sounds", "  25 frames: 2 items x 1, 2 batches of 1"]
 

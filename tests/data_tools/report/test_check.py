@@ -147,7 +147,7 @@ def test_all_faults_of_all_tables_are_reported_in_one_run(tmp_path: Path) -> Non
     (tmp_path / "clip_3.mp4").write_bytes(b"")
     (tmp_path / "cover.png").write_bytes(b"x")
     (tmp_path / "nobody.txt").write_text("x", encoding="utf-8")
-    absent = dataclasses.replace(config.datasets[0], index=1, directory=tmp_path / "absent")
+    absent = config.datasets[0].with_values(index=1, directory=tmp_path / "absent")
     config = dataclasses.replace(config, datasets=(*config.datasets, absent))
 
     result = check_caching(ToyFamily(), config, 1, False)
@@ -265,7 +265,7 @@ def test_what_cannot_be_converted_surely_is_left_as_it_is_and_named(tmp_path: Pa
 
 def test_the_page_of_run_is_no_file_that_is_not_used(tmp_path: Path) -> None:
     config = make_config(tmp_path)
-    folder = config.datasets[0].directory
+    folder = config.datasets[0].source.directory
     assert folder is not None
     for name in ("check.html", "notes.html"):
         (folder / name).touch()

@@ -70,7 +70,7 @@ def test_lengths_that_are_asked_for_are_compared_with_the_caches(
     tmp_path: Path, asked: tuple[int, ...], said: tuple[str, ...], caplog: pytest.LogCaptureFixture
 ) -> None:
     config = cached(tmp_path, target_frames=(1, 5))
-    table = replace(config.datasets[0], target_frames=asked)
+    table = config.datasets[0].with_values(target_frames=asked)
     found = find_items(DatasetConfig(config.path, (table,)), "toy", LATENT)
     compare_sources([table], found, COMMANDS, "toy")
     warned = [record.message for record in caplog.records if "clips of" in record.message]
@@ -161,7 +161,7 @@ def test_a_cache_made_for_another_target_fps_is_named(tmp_path: Path) -> None:
     (item, *_) = find_items(config, "toy", LATENT).items
     assert len(read_batch([item], LATENT)) == 1
 
-    changed = replace(item, table=replace(item.table, target_fps=24.0))
+    changed = replace(item, table=item.table.with_values(target_fps=24.0))
 
     with pytest.raises(CacheError, match=r"made for 16 frames per second, but .* has target_fps = 24"):
         read_batch([changed], LATENT)
@@ -249,8 +249,8 @@ def test_validation_takes_whole_sources(tmp_path: Path) -> None:
 
 def test_subsets_of_a_dataset_share_batches_of_one_size(tmp_path: Path) -> None:
     table = subset_table(tmp_path, batch_size=4, num_repeats=2)
-    other = replace(table, index=1, subset=1, num_repeats=1)
-    apart = replace(table, index=2, group=1, subset=0, num_repeats=1)
+    other = table.with_values(index=1, subset=1, num_repeats=1)
+    apart = table.with_values(index=2, group=1, subset=0, num_repeats=1)
     items = [
         *make_items(table, 3),
         *make_items(other, 2),
@@ -283,8 +283,8 @@ def test_regularisation_images_are_as_many_as_others(repeats, learned: int, expe
 
 def test_regularisation_counts_in_its_own_dataset(tmp_path: Path) -> None:
     table = subset_table(tmp_path, num_repeats=3, batch_size=2)
-    reg = replace(table, index=1, subset=1, num_repeats=1, is_reg=True)
-    apart = replace(table, index=2, group=1, num_repeats=1)
+    reg = table.with_values(index=1, subset=1, num_repeats=1, is_reg=True)
+    apart = table.with_values(index=2, group=1, num_repeats=1)
     items = [*make_items(table, 2), *make_items(reg, 4), *make_items(apart, 9)]
     order = BatchOrder(items, 1)
 
@@ -296,7 +296,7 @@ def test_regularisation_counts_in_its_own_dataset(tmp_path: Path) -> None:
 
 def test_the_largest_batch_is_of_the_first_items_of_its_bucket(tmp_path: Path) -> None:
     table = subset_table(tmp_path, batch_size=3, num_repeats=2)
-    other = replace(table, index=1, group=1, batch_size=9, num_repeats=1)
+    other = table.with_values(index=1, group=1, batch_size=9, num_repeats=1)
     items = [*make_items(table, 5), *make_items(other, 2), *make_items(other, 8, (32, 32))]
 
     assert largest_batch(items) == tuple(items[:3])  # 12288 pixels; nine of the small ones would be 9216
@@ -383,7 +383,7 @@ def test_large_folders_are_not_listed(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     config = cached(tmp_path)
-    make_clip(Path(str(config.datasets[0].directory)) / "new.mkv", 5)
+    make_clip(Path(str(config.datasets[0].source.directory)) / "new.mkv", 5)
     monkeypatch.setattr(starting, "MAX_LISTED", maximum)
     monkeypatch.setattr(starting, "find_sources", starting.find_sources if told else None)
     compare_sources(config.datasets, find_items(config, "toy", LATENT), COMMANDS, "toy")
@@ -416,7 +416,7 @@ def test_a_window_without_latents_is_told(
     count = reading._count_windows
 
     def given(item: TrainingItem) -> TrainingItem:
-        return replace(item, table=replace(item.table, has_precomputed_latents=True))
+        return replace(item, table=item.table.with_values(has_precomputed_latents=True))
 
     config = cached(tmp_path, clips=(10, 10), frame_extraction=mode, frame_sample=3)
 

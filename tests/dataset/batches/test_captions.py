@@ -32,7 +32,7 @@ def draw_many(table: DatasetTable, text: str, count: int = 400, **place: int) ->
     (caption,) = captions_in(text, table)
     where = {"step": 0, "total_steps": 100} | place
     return {
-        changed_caption(caption, table.caption_changes, table, generator=random.Random(seed), **where)
+        changed_caption(caption, table.captions.changes, table, generator=random.Random(seed), **where)
         for seed in range(count)
     }
 
@@ -74,7 +74,7 @@ def test_left_out_parts_are_as_many_as_the_rate_says_and_never_the_kept_one(tmp_
     generator = random.Random(1)
 
     texts = [
-        changed_caption("a, b, c, d", table.caption_changes, table, 0, 1, generator).split(", ")
+        changed_caption("a, b, c, d", table.captions.changes, table, 0, 1, generator).split(", ")
         for _ in range(2000)
     ]
 

@@ -104,7 +104,7 @@ def test_training_refuses_caches_of_other_references_than_a_list_names(tmp_path:
 def test_mirrored_references_are_cached_and_chosen_too(tmp_path: Path) -> None:
     config = make_set(tmp_path, {"a": ((32, 32),)}, "no_resize_control = true\nbatch_size = 2")
     (table,) = config.datasets
-    table = dataclasses.replace(table, augmentation=dataclasses.replace(table.augmentation, flip=True))
+    table = table.with_values(augmentation=dataclasses.replace(table.buckets.augmentation, flip=True))
     config = dataclasses.replace(config, datasets=(table,))
     family = EditFamily()
     cache_media(family, config, options())

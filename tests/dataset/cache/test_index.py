@@ -1,13 +1,12 @@
 """Training from the index of a cache folder is training from the caches themselves, and reads no source."""
 
-import copy
 import json
 import logging
 import os
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,7 +23,7 @@ from dataset.caching.loop import LATENTS, NextCommand, run_caching
 from dataset.caching.loop import TEXTS as TEXT_WORK
 from dataset.config import DatasetConfig
 from dataset.config_keys import Indexed
-from dataset.table import DatasetTable
+from dataset.table import list_fields
 from modules.errors import DatasetError, UserError
 from tests.dataset.caching.test_loop import make_config
 from tests.dataset.making import make_clip
@@ -191,7 +190,7 @@ def test_a_changed_key_is_told_as_without_an_index(
 ) -> None:
     config = make_config(tmp_path, target_frames=(5,))
     cache(config)
-    changed = replace(config, datasets=(replace(config.datasets[0], **{key: value}),))
+    changed = replace(config, datasets=(config.datasets[0].with_values(**{key: value}),))
 
     said = start(changed)
     (tmp_path / "cache" / NAME).unlink()
@@ -200,14 +199,13 @@ def test_a_changed_key_is_told_as_without_an_index(
     assert expected in "\n".join(said)
 
 
-@pytest.mark.parametrize("name", [field.name for field in fields(DatasetTable) if field.init])
+@pytest.mark.parametrize("name", [field.name for field in list_fields()])
 def test_each_field_of_a_table_makes_the_parts_stale_that_it_declares(tmp_path: Path, name: str) -> None:
     table = make_config(tmp_path).datasets[0]
-    (declared,) = (field for field in fields(table) if field.name == name)
+    (declared,) = (field for field in list_fields() if field.name == name)
     indexed = declared.metadata.get("indexed", Indexed.LATENTS_AND_TEXTS)
     value = Path("other") if name.endswith(("directory", "folder", "_file")) else object()
-    changed = copy.copy(table)
-    object.__setattr__(changed, name, value)  # no check of the value, and no derived fields
+    changed = table.with_values(**{name: value})
 
     assert (changed.family_settings != table.family_settings) == (indexed is Indexed.LATENTS_ONLY)
     if indexed in (Indexed.LATENTS_ONLY, Indexed.NEITHER):
@@ -221,7 +219,7 @@ def test_files_of_a_folder_count_unless_a_field_declares_its_path_only(tmp_path:
     folder = tmp_path / "folder"
     folder.mkdir()
     changes: dict[str, Any] = {name: folder}
-    table = replace(make_config(tmp_path).datasets[0], **changes)
+    table = make_config(tmp_path).datasets[0].with_values(**changes)
     before = fingerprint_table(table)
     (folder / "new.png").touch()
     assert (fingerprint_table(table) == before) == (name == "cache_directory")
@@ -237,9 +235,9 @@ def test_caches_may_be_next_to_their_sources(tmp_path: Path, folder: str) -> Non
 def test_how_items_are_learned_may_change(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     cache(config)
-    learned = replace(config.datasets[0], num_repeats=3, prior_loss_weight=0.5, min_timestep=10)
+    learned = config.datasets[0].with_values(num_repeats=3, prior_loss_weight=0.5, min_timestep=10)
     found = find(replace(config, datasets=(learned,)))
-    assert [item.table.num_repeats for item in found.items] == [3, 3]
+    assert [item.table.learning.num_repeats for item in found.items] == [3, 3]
     assert all(item.cache_info.indexed_checksums for item in found.items)
 
 

@@ -51,7 +51,7 @@ def write_foreign(folder: Path, name: str, tensors: dict[str, torch.Tensor], **m
 
 def change(config: DatasetConfig, **changes: Any) -> DatasetConfig:
     return dataclasses.replace(
-        config, datasets=tuple(dataclasses.replace(table, **changes) for table in config.datasets)
+        config, datasets=tuple(table.with_values(**changes) for table in config.datasets)
     )
 
 

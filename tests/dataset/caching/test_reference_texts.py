@@ -196,7 +196,7 @@ def test_a_bad_reference_costs_no_text_of_the_same_name_in_another_table(tmp_pat
 def test_mirroring_is_refused_if_texts_see_references(tmp_path: Path) -> None:
     config = make_set(tmp_path, {"a": (SIZE,)})
     (table,) = config.datasets
-    table = dataclasses.replace(table, augmentation=dataclasses.replace(table.augmentation, flip=True))
+    table = table.with_values(augmentation=dataclasses.replace(table.buckets.augmentation, flip=True))
 
     with pytest.raises(DatasetError, match="flip_aug mirrors reference images, but"):
         with_references(dataclasses.replace(config, datasets=(table,)), SEEN)

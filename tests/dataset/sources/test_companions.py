@@ -40,7 +40,7 @@ def test_companions_are_paired_by_name_read_and_cut(tmp_path: Path, caplog: pyte
         control_directory=folders["control"],
         reference_directory=folders["references"],
         control_mask_directory=folders["masks"],
-        clip_references=RULES,
+        clip_rules=RULES,
     )
 
     found = {source.stem: source for source in find_sources(table)}
@@ -79,7 +79,7 @@ def test_lists_name_companions(tmp_path: Path) -> None:
     row = {"video_path": str(clip), "caption": "x", "control_mask_path": "m.png"}
     row |= {"reference_path_1": "r1.png", "reference_path": "r0.mp4"}
     (tmp_path / "list.jsonl").write_text(json.dumps(row), encoding="utf-8")
-    table = make_table(tmp_path, "video_jsonl_file", clip_references=RULES)
+    table = make_table(tmp_path, "video_jsonl_file", clip_rules=RULES)
 
     (source,) = find_sources(table)
 
@@ -88,7 +88,7 @@ def test_lists_name_companions(tmp_path: Path) -> None:
         reject_companions(table, [source])
     reject_companions(table, [replace(source, control=(Path("c.mp4"),))])
     for rules, words in ((None, "takes none"), (ReferenceRules(1, clips=True), "takes at most 1")):
-        other = make_table(tmp_path, "video_jsonl_file", clip_references=rules)
+        other = make_table(tmp_path, "video_jsonl_file", clip_rules=rules)
         with pytest.raises(DatasetError, match=words):
             reject_companions(other, find_sources(other))
 
@@ -128,7 +128,7 @@ def test_target_fps_is_the_rate_that_clips_are_cut_to(tmp_path: Path) -> None:
     make_table(tmp_path)
     path.write_text(path.read_text() + "target_fps = 12\ntarget_frames = [5]\nresolution = 32\n")
     table = load_dataset_config(path).datasets[0]
-    assert (table.target_fps, table.source_fps) == (12.0, "auto")
+    assert (table.buckets.target_fps, table.buckets.source_fps) == (12.0, "auto")
     media = decode_source(find_sources(table)[0], 16.0)
     grays = media.frames[:5, 0, 0, 0].astype(int)
     assert np.diff(grays).tolist() == pytest.approx([2 * GRAY_STEP] * 4, abs=2)  # of a lossy codec

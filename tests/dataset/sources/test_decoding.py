@@ -59,8 +59,8 @@ def test_the_recorded_frames_are_cut(clips: dict[int, Path], tmp_path: Path, cas
         for span in decoded.spans
     }
     assert found == {item["cache_file"]: item["frames"] for item in case["items"]}
-    assert list(table.target_frames) == case["effective_target_frames"]
-    assert table.frame_extraction == case["effective_mode"]
+    assert list(table.buckets.target_frames) == case["effective_target_frames"]
+    assert table.buckets.frame_extraction == case["effective_mode"]
     assert (decoded.reason is None) == bool(case["items"])
 
 
@@ -295,6 +295,6 @@ def test_animations_as_single_references_are_told(tmp_path: Path) -> None:
 
     for on_white in (True, False):
         rules = ReferenceRules(max_references=1, clips=True, pad_with_white=on_white)
-        sources = find_sources(make_table(tmp_path, clip_references=rules, **keys))
+        sources = find_sources(make_table(tmp_path, clip_rules=rules, **keys))
         texts = [error.text for error in find_moving_references(sources)]
         assert texts == [str(tmp_path / "references" / "a.gif")] * on_white

@@ -113,7 +113,7 @@ def test_a_file_puts_downloads_below_its_cache_folder(downloads: str, tmp_path: 
 
     inside = tmp_path / "cache" / "mine"
     path.write_text(f'{text}allow_urls = true\ndownload_directory = "{inside}"\n', encoding="utf-8")
-    assert load_dataset_config(path).datasets[0].download_directory == inside
+    assert load_dataset_config(path).datasets[0].source.download_directory == inside
 
 
 def test_a_typed_folder_may_lie_anywhere(tmp_path: Path, site: Site) -> None:

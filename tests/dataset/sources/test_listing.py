@@ -127,7 +127,7 @@ def test_control_images_go_by_stem_and_number(tmp_path: Path, caplog: pytest.Log
     other = make_table(tmp_path, "image_directory", control_directory=control)
     touch(tmp_path / "more", "c.png")
     touch(control, "c.png")
-    more = dataclasses.replace(other, index=1, directory=tmp_path / "more")
+    more = other.with_values(index=1, directory=tmp_path / "more")
     sources = find_all_sources(DatasetConfig(tmp_path / "data.toml", (table, more)))
 
     found = {one.stem: [path.name for path in one.control] for one in sources if one.table is table}
@@ -232,7 +232,7 @@ def test_folders_of_media_inside_a_folder_are_told_unless_a_table_has_them(
 ) -> None:
     touch(tmp_path, "a.png", "more/b.png", "used/c.png", "cache/d.png", "notes/e.txt")
     table = make_table(tmp_path, "image_directory")
-    other = dataclasses.replace(table, directory=tmp_path / "used", index=1, cache_directory=tmp_path / "c")
+    other = table.with_values(directory=tmp_path / "used", index=1, cache_directory=tmp_path / "c")
     config = dataclasses.replace(load_dataset_config(tmp_path / "data.toml"), datasets=(table, other))
 
     find_all_sources(config, captions=False)

@@ -424,7 +424,7 @@ def test_columns_of_whole_files_and_lists_of_paths_are_told(tmp_path: Path) -> N
     assert error.text == "'prompt': did you mean 'caption'?"
 
     audios = list_of(tmp_path, [{"audio_path": "a.wav", "caption": "x", "video_path": "q"}], "list")
-    assert find_unused(dataclasses.replace(audios, kind="video", is_audio_only=True)) == []
+    assert find_unused(audios.with_values(kind="video", is_audio_only=True)) == []
 
 
 @pytest.mark.parametrize("form", ["list", "jsonl", "csv", "parquet"])
@@ -432,14 +432,14 @@ def test_more_control_columns_than_a_model_takes_are_told(tmp_path: Path, form: 
     rows = [{"image_path": "a.png", "caption": "x", "control_path_0": "/c.png", "control_path_1": "/d.png"}]
     (error,) = find_unused(list_of(tmp_path, rows, form))
     assert error.text == "'control_path_1': the model uses 1 of these files for each item."
-    assert find_unused(list_of(tmp_path, rows, form, references=ReferenceRules(max_references=2))) == []
+    assert find_unused(list_of(tmp_path, rows, form, rules=ReferenceRules(max_references=2))) == []
 
 
 def test_a_key_that_is_there_twice_in_a_line_is_a_fault(tmp_path: Path) -> None:
     table = list_of(tmp_path, [{"image_path": "a.png", "caption": "x"}], "list")
-    assert table.jsonl_file is not None
-    line = table.jsonl_file.read_text(encoding="utf-8").replace("}", ', "caption": "y"}')
-    table.jsonl_file.write_text(line, encoding="utf-8")
+    assert table.source.jsonl_file is not None
+    line = table.source.jsonl_file.read_text(encoding="utf-8").replace("}", ', "caption": "y"}')
+    table.source.jsonl_file.write_text(line, encoding="utf-8")
     errors: list[Fault] = []
     assert find_sources(table, faults=errors) == []
     assert "key 'caption' occurs twice" in errors[0].text
@@ -448,7 +448,7 @@ def test_a_key_that_is_there_twice_in_a_line_is_a_fault(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["list", "jsonl", "csv", "parquet"])
 def test_a_key_names_the_column_of_control_media(tmp_path: Path, form: str) -> None:
     rows = [{"image_path": "a.png", "caption": "x", "edit": "/c.png", "control_path_1": "/d.png"}]
-    changes = {"control_column": "edit", "references": ReferenceRules(max_references=2)}
+    changes = {"control_column": "edit", "rules": ReferenceRules(max_references=2)}
 
     (one,) = find_sources(list_of(tmp_path, rows, form, **changes))
 
@@ -473,7 +473,7 @@ def test_a_file_in_several_rows_has_a_cache_for_each(tmp_path: Path, form: str) 
     rows = [row("/t.png", "/0.png", "x"), row("/t.png", "/1.png", "x"), row("/t-2.png", "/2.png", "x")]
     rows += [row("/t.png", "/1.png", "y"), row("/one.png", "/0.png", "z")]
 
-    found = find_sources(list_of(tmp_path, rows, form, references=ReferenceRules(max_references=2)))
+    found = find_sources(list_of(tmp_path, rows, form, rules=ReferenceRules(max_references=2)))
 
     assert {one.stem: (str(one.control[0]), one.caption) for one in found} == {
         "t": ("/0.png", "x"),
@@ -483,7 +483,7 @@ def test_a_file_in_several_rows_has_a_cache_for_each(tmp_path: Path, form: str) 
         "one": ("/0.png", "z"),
     }
     with pytest.raises(DatasetError, match="repeat another one and would share a cache file"):
-        find_sources(list_of(tmp_path, [*rows, rows[3]], form, references=ReferenceRules(max_references=2)))
+        find_sources(list_of(tmp_path, [*rows, rows[3]], form, rules=ReferenceRules(max_references=2)))
 
 
 LINE = '{"image_path": "a.png", "caption": "a"}'

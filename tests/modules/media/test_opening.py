@@ -218,12 +218,12 @@ def test_buckets_and_fits_are_those_of_the_known_trainer(tmp_path, case: dict[st
     not_keys = {"min_max_used", "buckets", "images", "resolution"}
     keys = {name: value for name, value in case.items() if name not in not_keys}
     table = subset_table(tmp_path, resolution=case["resolution"], **keys)
-    rule = table.buckets
+    rule = table.buckets.rule
 
     if "min_max_used" in case:
         assert [rule.minimum, rule.maximum] == case["min_max_used"]
     if "buckets" in case:
-        sizes = image_bucket_sizes(table.resolution, rule.minimum, rule.maximum, rule.step)
+        sizes = image_bucket_sizes(table.buckets.resolution, rule.minimum, rule.maximum, rule.step)
         assert [list(size) for size in sizes] == case["buckets"]
     for size, bucket, resized, crop, interpolation, box in case["images"]:
         fit = find_bucket_fit(table, tuple(size), 16)
