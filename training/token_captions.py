@@ -51,7 +51,9 @@ def _complete(caption: str, table: DatasetTable) -> str:
     """Return a caption with the text that training adds at each step, such as the trigger word."""
     if not table.captions.changes.varies_per_step:  # the caption is already complete
         return caption
-    caption = "\n".join(split_captions(caption, table))  # with enable_wildcard, all lines that may be drawn
+    caption = "\n".join(
+        part.text for part in split_captions(caption, table)
+    )  # with enable_wildcard, all lines that may be drawn
     return complete_caption(
         caption, table.captions.trigger_word, table.captions.caption_prefix, table.captions.caption_suffix
     )

@@ -175,14 +175,8 @@ def _show(display: str, file: Path, frames: NDArray[np.uint8], fps: float, debug
 
 def _caption(source: MediaSource) -> str:
     """Return a media file's caption as one training step might use it, after its random changes."""
-    table = source.table
     return changed_caption(
-        source.caption or "",
-        table.captions.changes,
-        table,
-        step=1,
-        total_steps=1,
-        generator=_make_rng(source),
+        source.caption or "", source.table, step=1, total_steps=1, generator=_make_rng(source)
     )
 
 

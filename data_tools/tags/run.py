@@ -19,11 +19,10 @@ from data_tools.tags.model import load_tagger
 from data_tools.tags.options import TaggingOptions
 from data_tools.tags.words import extend_caption, make_tag_selection
 from dataset.config import DatasetConfig, load_dataset_config
-from dataset.sources.captions import split_lines
+from dataset.sources.captions import Caption, split_lines
 from modules.control_codes import escape_control_codes
 from modules.errors import OptionError
 from modules.run_limits import temporary_folder
-from modules.text_files import read_if_object
 
 MAX_PIXELS = 4096**2  # maximum pixels of a frame
 
@@ -88,7 +87,7 @@ def _append_tags(location: CaptionLocation, new_tags: str, separator: str) -> st
     """
     if not location.caption:
         return new_tags
-    if read_if_object(location.caption) is not None:
+    if Caption.of(location.caption).is_object:
         raise OptionError(
             f"{location.display_path}: its caption is a JSON object, which --append_tags would break. Tag a "
             "folder without such captions, or write them with tools/caption_dataset.py --caption_format"

@@ -19,12 +19,11 @@ from typing import NamedTuple, Protocol, TypeVar
 
 from dataset.batches.items import HasSource, TrainingItem, list_tables
 from dataset.cache_files import EMPTY
-from dataset.sources.captions import complete_caption, join_parts, split_captions
+from dataset.sources.captions import Caption, draw_caption, join_parts, split_captions
 from dataset.sources.media_source import pause_garbage_collection
 from dataset.table import NO_AUGMENTATION, CaptionChanges, DatasetTable
 from modules.integers import ceil_div
 from modules.seeds import derive_seed
-from modules.text_files import read_if_object
 
 logger = logging.getLogger(__name__)
 
@@ -322,12 +321,7 @@ def _without_randomness(table: DatasetTable) -> DatasetTable:
 
 
 def changed_caption(
-    caption: str,
-    changes: CaptionChanges,
-    table: DatasetTable,
-    step: int,
-    total_steps: int,
-    generator: random.Random,
+    caption: str, table: DatasetTable, *, step: int, total_steps: int, generator: random.Random
 ) -> str:
     """Apply a table's random caption changes for one training step.
 
@@ -335,28 +329,21 @@ def changed_caption(
 
     Args:
         caption: Caption from the dataset (`MediaSource.caption`).
-        changes: How captions of the table vary.
         table: Table that contains the item.
         step: Step, counted from 0.
         total_steps: Number of steps of the run, for a warm-up that is a fraction of the run.
         generator: Random generator for this caption.
     """
+    changes = table.captions.changes
     if not changes.varies_per_step:  # trigger word, prefix and suffix were added when the source was listed
         return caption
     captions = split_captions(caption, table)
-    text = generator.choice(captions) if changes.wildcards else captions[0]
-    is_object = read_if_object(text) is not None  # its braces and commas are no choices and no separators
-    prefix, suffix = table.captions.caption_prefix, table.captions.caption_suffix
-    if changes.wildcards:
-        from dataset.sources.wildcards import fill_wildcards  # few tables have wildcards
-
-        prefix = fill_wildcards(prefix, generator).text
-        text = text if is_object else fill_wildcards(text, generator).text
-        suffix = fill_wildcards(suffix, generator).text
-    text = complete_caption(text, table.captions.trigger_word, prefix, suffix)
-    if changes.moves_tags and not is_object:
-        text = _vary_parts(text, changes, step=step, total_steps=total_steps, generator=generator)
-    return join_parts(text, changes)
+    chosen = generator.choice(captions) if changes.wildcards else captions[0]
+    drawn = draw_caption(chosen, table, generator)
+    if changes.moves_tags and not drawn.is_object:
+        varied = _vary_parts(drawn.text, changes, step=step, total_steps=total_steps, generator=generator)
+        drawn = Caption(varied, is_object=False)
+    return join_parts(drawn, changes)
 
 
 def _vary_parts(
@@ -478,8 +465,7 @@ def change_captions(
         seed = derive_seed(run_position.seed, "caption changes", run_position.micro_batch, position)
         changed_text = changed_caption(
             caption,
-            changes=item.table.captions.changes,
-            table=item.table,
+            item.table,
             step=run_position.step,
             total_steps=run_position.total_steps,
             generator=random.Random(seed),

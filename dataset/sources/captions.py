@@ -2,12 +2,14 @@
 
 import codecs
 import errno
+import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dataset.sources.wildcards import fill_wildcards
 from dataset.table import CaptionChanges, DatasetTable
 from modules.errors import DatasetError
 from modules.limits import MAX_CAPTION_BYTES, MAX_CAPTIONS
@@ -115,6 +117,19 @@ def describe_encoding(path: Path, text: str, encoding: str) -> str:
     return f"{path}: read as {encoding}: {shown!r}"
 
 
+@dataclass(frozen=True)
+class Caption:
+    """One caption of an item. In a JSON object, nothing is drawn, shuffled, dropped or joined."""
+
+    text: str
+    is_object: bool
+
+    @classmethod
+    def of(cls, text: str) -> "Caption":
+        """Return the caption of a text, which may be a JSON object."""
+        return cls(text, is_object=read_if_object(text) is not None)
+
+
 def captions_in(text: str, table: DatasetTable) -> tuple[str, ...]:
     """Return the captions in the text of a caption file, ready to be encoded; at least one.
 
@@ -122,23 +137,35 @@ def captions_in(text: str, table: DatasetTable) -> tuple[str, ...]:
     """
     if table.captions.changes.varies_per_step:
         return (text,)
-    captions = complete_captions(split_captions(text, table), table)
-    return tuple(join_parts(caption, table.captions.changes) for caption in captions)
+    captions = complete_captions([caption.text for caption in split_captions(text, table)], table)
+    return tuple(join_parts(Caption.of(caption), table.captions.changes) for caption in captions)
 
 
-def split_captions(text: str, table: DatasetTable) -> list[str]:
+def split_captions(text: str, table: DatasetTable) -> list[Caption]:
     """Return the captions in the text of a caption file as it is, before words are added; at least one.
 
     A JSON object is one caption, also if it has several lines. Other texts: with multi_caption, each
     non-empty line is a caption. Tables in the layout of sd-scripts have a single caption, the first line,
     or with enable_wildcard one of the lines.
     """
-    if read_if_object(text) is not None:
-        return [text]
-    if table.group is None:
-        return (split_lines(text) or [""]) if table.captions.multi_caption else [text]
-    lines = split_lines(text) or [""]
-    return lines if table.captions.changes.wildcards else lines[:1]
+    whole = Caption.of(text)
+    is_in_subset = table.group is not None
+    if whole.is_object or not (is_in_subset or table.captions.multi_caption):
+        return [whole]
+    captions = [Caption.of(line) for line in split_lines(text) or [""]]
+    return captions[:1] if is_in_subset and not table.captions.changes.wildcards else captions
+
+
+def draw_caption(caption: Caption, table: DatasetTable, generator: random.Random) -> Caption:
+    """Draw one alternative of each {a|b} if the table has wildcards; add trigger word, prefix and suffix."""
+    text = caption.text
+    prefix, suffix = table.captions.caption_prefix, table.captions.caption_suffix
+    if table.captions.changes.wildcards:
+        prefix = fill_wildcards(prefix, generator).text
+        text = text if caption.is_object else fill_wildcards(text, generator).text
+        suffix = fill_wildcards(suffix, generator).text
+    text = complete_caption(text, table.captions.trigger_word, prefix, suffix)
+    return Caption(text, caption.is_object)
 
 
 def split_first_caption(
@@ -226,12 +253,12 @@ def split_lines(text: str) -> list[str]:
     return [line.strip() for line in text.split("\n") if line.strip()]
 
 
-def join_parts(text: str, changes: CaptionChanges) -> str:
+def join_parts(caption: Caption, changes: CaptionChanges) -> str:
     """Replace the secondary separator, which keeps tags together during shuffling, with the separator."""
     secondary = changes.secondary_separator
-    if not secondary or read_if_object(text) is not None:
-        return text
-    return text.replace(secondary, changes.separator)
+    if not secondary or caption.is_object:
+        return caption.text
+    return caption.text.replace(secondary, changes.separator)
 
 
 def add_trigger(caption: str, trigger: str) -> str:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from dataset.sources.captions import SHOWN, complete_caption, describe_cut, join_parts, split_captions
+from dataset.sources.captions import SHOWN, Caption, describe_cut, draw_caption, join_parts, split_captions
 from dataset.sources.clock import find_other_lengths
 from dataset.sources.colors import find_colors, find_reordered
 from dataset.sources.frames import find_far_rates
@@ -16,7 +16,6 @@ from dataset.sources.wildcards import fill_wildcards, has_choice
 from dataset.table import CaptionChanges
 from modules.control_codes import escape_control_codes
 from modules.errors import CheckpointError
-from modules.text_files import read_if_object
 from protocols.data import LatentSpec
 from protocols.family import TextEncoder
 from protocols.rules import CountTokens
@@ -94,12 +93,7 @@ def unvaried_captions(source: MediaSource) -> Iterator[str]:
         yield from (source.caption, *source.more_captions)
         return
     for caption in split_captions(source.caption, table):
-        text = complete_caption(
-            caption, table.captions.trigger_word, table.captions.caption_prefix, table.captions.caption_suffix
-        )
-        if table.captions.changes.wildcards and read_if_object(caption) is None:
-            text = fill_wildcards(text, random.Random(0)).text
-        yield join_parts(text, table.captions.changes)
+        yield join_parts(draw_caption(caption, table, random.Random(0)), table.captions.changes)
 
 
 def find_caption_warnings(sources: Iterable[MediaSource]) -> list[Fault]:
@@ -119,18 +113,18 @@ def find_caption_warnings(sources: Iterable[MediaSource]) -> list[Fault]:
     return warnings
 
 
-def _find_special(caption: str, changes: CaptionChanges) -> Iterator[str]:
+def _find_special(caption: Caption, changes: CaptionChanges) -> Iterator[str]:
     """Yield the kinds of warnings about braces and backslashes in a caption."""
-    has_braces = "{" in caption and has_choice(caption)
-    if read_if_object(caption) is not None:
+    has_braces = "{" in caption.text and has_choice(caption.text)
+    if caption.is_object:
         if changes.moves_tags or (changes.wildcards and has_braces):
             yield UNVARIED
     elif changes.wildcards:
-        if fill_wildcards(caption, random.Random(0)).has_lone_brace:
+        if fill_wildcards(caption.text, random.Random(0)).has_lone_brace:
             yield LONE_BRACE
     elif has_braces:
         yield NOT_DRAWN
-    if _BACKSLASH.search(caption):
+    if _BACKSLASH.search(caption.text):
         yield BACKSLASH
 
 

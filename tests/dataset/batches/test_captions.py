@@ -31,10 +31,7 @@ CASES = read_case("image_captions")[0]["cases"]
 def draw_many(table: DatasetTable, text: str, count: int = 400, **place: int) -> set[str]:
     (caption,) = captions_in(text, table)
     where = {"step": 0, "total_steps": 100} | place
-    return {
-        changed_caption(caption, table.captions.changes, table, generator=random.Random(seed), **where)
-        for seed in range(count)
-    }
+    return {changed_caption(caption, table, generator=random.Random(seed), **where) for seed in range(count)}
 
 
 @pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
@@ -74,7 +71,7 @@ def test_left_out_parts_are_as_many_as_the_rate_says_and_never_the_kept_one(tmp_
     generator = random.Random(1)
 
     texts = [
-        changed_caption("a, b, c, d", table.captions.changes, table, 0, 1, generator).split(", ")
+        changed_caption("a, b, c, d", table, step=0, total_steps=1, generator=generator).split(", ")
         for _ in range(2000)
     ]
 
