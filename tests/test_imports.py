@@ -228,6 +228,7 @@ _LIGHT = {
         "composing",
         "contract",
         "hooks",
+        "phases",
         "step_targets",
         "slider_file",
         "ema",
@@ -312,11 +313,25 @@ def _statements_at_start(tree: ast.Module) -> Iterator[ast.stmt]:
             waiting += statement.body
 
 
+def _walk(tree: ast.Module, path: Path) -> Iterator[ast.AST]:
+    """Yield all nodes, without imports for types alone of features of training.
+
+    Phases hand to features what higher floors make, and a feature may name its type.
+    """
+    is_feature = path.is_relative_to(ROOT / "training" / "features")
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        node = waiting.pop()
+        yield node
+        if not (is_feature and isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            waiting += ast.iter_child_nodes(node)
+
+
 @functools.cache
 def _imported(path: Path, at_start: bool = False) -> set[str]:
     names = set()
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in _statements_at_start(tree) if at_start else ast.walk(tree):
+    for node in _statements_at_start(tree) if at_start else _walk(tree, path):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -465,7 +480,7 @@ def _resolve_imports() -> dict[str, set[str]]:
     graph: dict[str, set[str]] = {}
     for name, path in files.items():
         imported: set[str] = set()
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in _walk(ast.parse(path.read_text(encoding="utf-8")), path):
             if isinstance(node, ast.Import):
                 imported |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:

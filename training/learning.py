@@ -31,7 +31,10 @@ from training import experts
 from training.data.feed import Feed, NoiseSampler
 from training.features.contract import BASE_MODEL, DROPPED_CAPTIONS, EMPTY_PROMPT, REJECTED_ONES
 from training.features.hooks import AuxiliaryLearner, MergedLoras
+from training.features.loss_phases import add_phases
+from training.features.phases import VALIDATION_TARGETS
 from training.learning_options import PartsOptions
+from training.loop import make_phases
 from training.loss import LossRule
 from training.optimizers import stepping
 from training.optimizers.lr_schedule import make_lr_schedule
@@ -47,6 +50,7 @@ from training.reports.reporter import RunReporter
 from training.saver import restore
 from training.saving.files import MinuteClock, Saver
 from training.saving.states import ForeignState, SavedState
+from training.targets.passes import compare_with_clip
 from training.trainable import (
     LearningRates,
     Trainable,
@@ -93,7 +97,12 @@ def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
     if initial_lora is not None:
         _check_initial_lora(plan, initial_lora, auxiliary_learners)
     builder = TrainableBuilder(plan, auxiliary_learners)
-    networks = _load_trained_networks(loader, builder)
+    networks = []
+    for index in range(len(plan.family.experts)):
+        network = loader.load(plan.family, index)
+        builder.add(network.dit, network.expert)  # its LoRA, or its own weights
+        loader.set_up_network(network)
+        networks.append(network.dit)
     sample_networks = networks
     if loader.has_sample_only_networks:
         sample_networks = _load_sample_networks(loader, builder, networks)
@@ -149,18 +158,6 @@ def _check_initial_lora(
         from networks.predictions import compare_predictions  # of models that may predict noise or v
 
         compare_predictions({lora: metadata}, plan.family.noise.predicts_v)
-
-
-def _load_trained_networks(loader: "NetworkLoader", builder: "TrainableBuilder") -> list[nn.Module]:
-    """Load the networks of the trained experts, and add to each its LoRA, or select its trained weights."""
-    family = loader.plan.family
-    networks = []
-    for index in range(len(family.experts)):
-        network = loader.load(family, index)
-        builder.add(network.dit, network.expert)
-        loader.set_up_network(network)
-        networks.append(network.dit)
-    return networks
 
 
 def _load_sample_networks(
@@ -222,6 +219,7 @@ def make_run(
         reporter=reporter,
         requests=Requests(paths, sampler is not None, clock=clock),
         saver=saver,
+        phases=make_phases(plan.features),
     )
 
 
@@ -233,21 +231,18 @@ def _make_loss_rules(model: TrainedModel) -> tuple[LossRule, LossRule]:
         plan.options.predicted,
         as_base=model.trainable.as_base if model.trainable.networks else None,
         always_runs_base_model=plan.steps.in_lockstep and BASE_MODEL in features.needs,
-        base_target_attributes=frozenset(features.base_target_attributes),
-        targets=features.on.validation,
     )
     rule = replace(
-        validation_rule,
-        targets=features.on.target,
-        passes=features.on.passes,
-        replaces_default_pass=features.replaces_default_pass,
-        learning_pass_contexts=features.on.learning_pass,
+        add_phases(validation_rule, features),
         in_lockstep=plan.steps.in_lockstep,
         seed=plan.progress.seed,
         seed_networks=functools.partial(
             seed_networks, model.trainable, plan.progress.seed, device=plan.accelerator.device
         ),
     )
+    if VALIDATION_TARGETS in features.added:
+        comparing = features.wrap(VALIDATION_TARGETS, compare_with_clip)
+        validation_rule = replace(validation_rule, list_comparisons=comparing)
     return rule, validation_rule
 
 
@@ -623,7 +618,6 @@ def _make_stepping(
             scaler,
             networks=trainable.all_networks,
             parameter_steps=parameter_steps,
-            sharded_weights=sharded_weights,
         )
     if max_norm > 0:
         logger.warning(

@@ -27,6 +27,8 @@ from networks.names.layouts import COMFYUI, DIFFUSERS, KNOWN
 
 logger = logging.getLogger(__name__)
 
+# key in `custom_attributes` of a table: the target of its samples is the base model's prediction
+PRESERVE_OUTPUT = "diff_output_preservation"
 EVERYTHING = "."  # value of --trainable_modules that selects all weights: it occurs in every name
 NO_FROZEN_MODEL = (
     "the model itself is trained, so that there is no frozen one to add a LoRA to, or to learn from. Train a "

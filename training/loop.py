@@ -10,8 +10,8 @@ import contextlib
 import functools
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,14 +21,19 @@ from torch.nn import Parameter
 from modules.devices import tensor_on
 from modules.errors import UserError
 from networks.adapter import NormReport
-from protocols.rules import AUDIO_STREAM
 from training.bad_steps import explain_bad_step
+from training.features import phases
 from training.features.composing import bad_step_remedies
-from training.features.hooks import GradientStep
+from training.features.hooks import RunFeatures
 from training.loss import NoisyBatch
 from training.optimizers.optimizer import evaluation
-from training.optimizers.stepping import FusedBackward
-from training.processes import fill_missing_gradients, reduce_max, sum_over_processes
+from training.optimizers.stepping import FusedBackward, StepAfterBackward
+from training.processes import (
+    compute_gradient_norm,
+    fill_missing_gradients,
+    reduce_max,
+    sum_over_processes,
+)
 from training.reports.history import LOSS
 from training.reports.logs import (
     GRADIENT_NORM_COLUMN,
@@ -41,7 +46,15 @@ from training.reports.logs import (
 from training.reports.pauses import SAMPLES, SAVING, VALIDATION
 from training.targets.passes import StreamErrors, loss_passes
 from training.trainable import seed_networks
-from training.training_run import SAMPLE, SAVE, STOP, TrainingRun
+from training.training_run import (
+    SAMPLE,
+    SAVE,
+    STOP,
+    GradientStep,
+    LoopPhases,
+    StepRequests,
+    TrainingRun,
+)
 from training.validation import EPOCH, STEP, Validation
 
 if TYPE_CHECKING:  # it is loaded only if there are prompts
@@ -50,12 +63,15 @@ if TYPE_CHECKING:  # it is loaded only if there are prompts
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class StepRequests:
-    """Whether a timer or a request file asks for saves or samples, which need all processes."""
-
-    saves: bool
-    samples: bool
+def make_phases(features: RunFeatures) -> LoopPhases:
+    """Return the phases of the loop, each with what the features of the run put around it."""
+    return LoopPhases(
+        gradients=features.wrap(phases.GRADIENTS, compute_gradients),
+        step=features.wrap(phases.STEP, step_weights),
+        log=features.wrap(phases.LOG, log_report),
+        validate=features.wrap(phases.VALIDATE, validate),
+        sample=features.wrap(phases.SAMPLE, sample),
+    )
 
 
 def train(run: TrainingRun) -> bool:
@@ -72,7 +88,7 @@ def train(run: TrainingRun) -> bool:
             logger.info("Ended before step %d; run the same command to start again.", progress.step + 1)
             return False
         if progress.step == 0 and run.validation is not None:
-            _validate(run, run.validation, STEP)
+            run.phases.validate(run, run.validation, STEP)
         _restart_step_timing(run)
         with contextlib.closing(run.feed.start(progress.epoch, progress.position)) as micro_batches:
             for epoch in range(progress.epoch, run.steps.num_epochs):
@@ -81,7 +97,7 @@ def train(run: TrainingRun) -> bool:
                     break
         if is_ending(run):
             return False
-        _log_report(run, run.delayed_reports.flush())  # the last step's values, which are read one step late
+        _log_delayed(run)
         if run.saver is not None:
             run.reporter.log_pause(SAVING)
             run.saver.save_final()
@@ -94,7 +110,7 @@ def _sample_before_training(run: TrainingRun) -> None:
     if run.options.samples.sample_at_first and progress.step == 0 and progress.sampled_step != 0:
         progress.sample_pending = "e000000"  # named like the samples of an epoch
     if progress.sample_pending:
-        _sample(run)
+        run.phases.sample(run)
 
 
 def _train_epoch(run: TrainingRun, epoch: int, micro_batches: Iterator[NoisyBatch]) -> None:
@@ -120,6 +136,8 @@ def advance(run: TrainingRun, step_batches: range, micro_batches: Iterator[Noisy
     progress.step += 1
     progress.position = step_batches.stop
     _after_step(run, requested)
+    if requested.ends:
+        _end_if_requested(run)
     return is_ending(run)
 
 
@@ -129,7 +147,7 @@ def is_ending(run: TrainingRun) -> bool:
 
 
 def take_step(run: TrainingRun, step_batches: range, micro_batches: Iterator[NoisyBatch]) -> StepRequests:
-    """Take one optimizer step on `step_batches`; return the requested saves and samples.
+    """Take one optimizer step on `step_batches`; return what was requested.
 
     1. Run the micro-batches forward and backward, and add up gradients and values over processes.
     2. Step the weights, unless a feature skips the step.
@@ -142,51 +160,65 @@ def take_step(run: TrainingRun, step_batches: range, micro_batches: Iterator[Noi
     model.trainable.start_step(run.progress.step)
     # read before the step, because the schedule advances with it
     rates = name_rates(model.schedule.get_last_lr(), model.trainable.group_names, model.optimizer)
-    updated_parameters = run.parameters
-    if not run.updates_all_parameters:
-        updated_parameters = _find_updated_parameters(run, step_batches)
-    values, keys = _accumulate(run, step_batches, micro_batches)
-    # weights that a micro-batch could use, but that have no gradient, are stepped with a gradient of zero
-    if not run.options.is_fused:  # otherwise weights were stepped, and gradients freed, in the backward pass
-        fill_missing_gradients(updated_parameters)
-    requested = _poll_requests(run)
-    has_several_processes = run.steps.num_processes > 1
-    if has_several_processes:
-        values = _sum_over_processes(run, updated_parameters, values, requested)
-    skip_check = None
-    if run.features.on.before_step:
-        skip_check = _make_skip_check(run, step_batches, loss=values[LOSS_COLUMN], keys=keys)
-    norms = _step_weights(run, updated_parameters, skip_check)
+    step = run.phases.gradients(run, step_batches, micro_batches)
+    if not run.options.is_fused:
+        step.norm = compute_gradient_norm(run.parameters, model.trainable.sharded_weights)
+    try:
+        run.phases.step(run, step)
+    except UserError:  # of a feature: the numbers of the previous step are still on the device
+        _log_delayed(run)
+        raise
+    assert step.norm is not None
     batches = run.feed.order.epoch(run.progress.epoch)
     # steps with equal sizes take equally long
     sizes = tuple(sorted(item.bucket for index in step_batches for item in batches[index]))
-    report = StepReport(run.progress.step + 1, rates, keys, sizes)
-    if skip_check is not None:
-        report = replace(report, skipped=skip_check.reason)
-    previous = run.delayed_reports.push(report, torch.cat([values, *norms]))
-    _log_report(run, previous)
-    if has_several_processes:
-        return _read_requests(previous)
-    run.requests.ending_agreed = run.requests.ending_requested
-    return requested
-
-
-def _sum_over_processes(
-    run: TrainingRun, updated_parameters: Sequence[Parameter], values: Tensor, requested: StepRequests
-) -> Tensor:
-    """Sum the gradients of all processes, in place; return the sum of their values and requests."""
-    requests = [run.requests.ending_requested, requested.saves, requested.samples]
-    values[REQUEST_COLUMNS] = tensor_on(run.device, requests, torch.float32)
-    sharded = run.model.trainable.sharded_weights
-    return sum_over_processes([each for each in updated_parameters if each not in sharded], values)
-
-
-def _read_requests(previous: StepReport | None) -> StepRequests:
-    """Return the requests that any process received in the previous step; all processes get the same ones."""
+    report = StepReport(run.progress.step + 1, rates, step.keys, sizes, skipped=step.skipped)
+    norms = [step.norm.detach().float().view(1)]
+    if step.weight_norms is not None:
+        norms.insert(0, step.weight_norms)
+    previous = run.delayed_reports.push(report, torch.cat([step.values, *norms]))
+    if previous is not None:
+        run.phases.log(run, previous)
+    if run.steps.num_processes == 1:
+        run.requests.ending_agreed = run.requests.ending_requested
+        return step.requested
     if previous is None:
-        return StepRequests(saves=False, samples=False)
-    _, saves, samples = previous.values[REQUEST_COLUMNS]
-    return StepRequests(saves=saves > 0, samples=samples > 0)
+        return StepRequests()
+    # what any process was asked for until the previous step; all processes read the same sums
+    _, saves, samples, ends = previous.values[REQUEST_COLUMNS]
+    return StepRequests(saves=saves > 0, samples=samples > 0, ends=ends > 0)
+
+
+def compute_gradients(
+    run: TrainingRun, step_batches: range, micro_batches: Iterator[NoisyBatch]
+) -> GradientStep:
+    """Run the micro-batches of a step forward and backward; sum gradients and values over the processes."""
+    requests = run.requests
+    parameters = run.parameters
+    if not run.updates_all_parameters:
+        parameters = _find_updated_parameters(run, step_batches)
+    values, keys = _accumulate(run, step_batches, micro_batches)
+    # weights that a micro-batch could use, but that have no gradient, are stepped with a gradient of zero
+    if not run.options.is_fused:  # otherwise weights were stepped, and gradients freed, in the backward pass
+        fill_missing_gradients(parameters)
+    if requests.is_requested(STOP):
+        requests.finish(STOP)  # before the state is saved, so that the resumed run does not stop again
+        requests.ending_requested = True
+    is_due = requests.clock is not None and requests.clock.is_due()
+    requested = StepRequests(
+        saves=is_due or requests.is_requested(SAVE),
+        samples=requests.is_requested(SAMPLE),
+        ends=phases.END.name in requests.reasons,
+    )
+    if run.steps.num_processes > 1:
+        numbers = [requests.ending_requested, requested.saves, requested.samples, requested.ends]
+        values[REQUEST_COLUMNS] = tensor_on(run.device, numbers, torch.float32)
+        sharded = run.model.trainable.sharded_weights
+        values = sum_over_processes([each for each in parameters if each not in sharded], values)
+    stepping = run.model.stepping
+    if run.has_scaler and isinstance(stepping, StepAfterBackward) and stepping.can_scale:
+        run.model.scaler.unscale_(run.model.optimizer)
+    return GradientStep(step_batches, parameters, values, keys, requested)
 
 
 def _find_updated_parameters(run: TrainingRun, step_batches: range) -> list[Parameter]:
@@ -198,96 +230,31 @@ def _find_updated_parameters(run: TrainingRun, step_batches: range) -> list[Para
     parameters = run.parameters
     if trainable.by_expert:
         parameters = []
-        for expert in _list_step_experts(run, step_batches):
+        for expert in run.list_experts(step_batches):
             parameters += trainable.by_expert[expert]
-    if run.audio_parameters and not _has_audio(run, step_batches):
+    if run.audio_parameters and not run.has_audio(step_batches):
         parameters = [parameter for parameter in parameters if parameter not in run.audio_parameters]
     if trainable.freeze_at_step:
         parameters = [parameter for parameter in parameters if parameter.requires_grad]
     return parameters
 
 
-def _list_step_experts(run: TrainingRun, step_batches: range) -> list[int]:
-    """Return the indices of the experts that a step's micro-batches train."""
-    return sorted({run.feed.find_expert((run.progress.epoch, index)) for index in step_batches})
-
-
-def _has_audio(run: TrainingRun, step_batches: range) -> bool:
-    """Return whether a clip in a step's micro-batches has audio."""
-    return any(run.feed.has_audio((run.progress.epoch, index)) for index in step_batches)
-
-
-def _poll_requests(run: TrainingRun) -> StepRequests:
-    """Return the saves and samples requested from this process; record a request to stop."""
-    requests = run.requests
-    if requests.is_requested(STOP):
-        requests.finish(STOP)  # before the state is saved, so that the resumed run does not stop again
-        requests.ending_requested = True
-    is_due = requests.clock is not None and requests.clock.is_due()
-    return StepRequests(saves=is_due or requests.is_requested(SAVE), samples=requests.is_requested(SAMPLE))
-
-
-@dataclass
-class _SkipCheck:
-    """Ask the features' hooks whether a step is taken, once the norm of its gradients is known.
-
-    A feature may skip a step with an outlying loss, for example.
-    """
-
-    run: TrainingRun
-    step: GradientStep
-    reason: str = ""  # why the step is not taken; "": it is
-
-    def allows_step(self, gradient_norm: Tensor) -> bool:
-        """Return whether the step is taken, and count it if it is skipped."""
-        run = self.run
-        try:
-            # hooks after the first one that gives a reason are not called
-            reasons = (hook(run, self.step, gradient_norm) for hook in run.features.on.before_step)
-            self.reason = next(filter(None, reasons), "")
-        except UserError:
-            # the previous step, whose numbers are still on the device
-            _log_report(run, run.delayed_reports.flush())
-            raise
-        if self.reason:
-            run.progress.skipped += 1
-        return not self.reason
-
-
-def _make_skip_check(
-    run: TrainingRun, step_batches: range, *, loss: Tensor, keys: tuple[str, ...]
-) -> _SkipCheck:
-    """Return the check of a step with this loss and these items."""
-    # The kind of a step is its transformers, and whether it has audio: features compare gradient norms only
-    # between steps of the same kind.
-    experts = run.family.experts
-    kind = []
-    if len(experts) > 1:
-        kind += sorted(experts[index].name for index in _list_step_experts(run, step_batches))
-    if run.audio_parameters and _has_audio(run, step_batches):
-        kind.append(AUDIO_STREAM)
-    return _SkipCheck(run, GradientStep(loss=loss, keys=keys, kind=" ".join(kind)))
-
-
-def _step_weights(
-    run: TrainingRun, updated_parameters: Sequence[Parameter], skip_check: _SkipCheck | None
-) -> list[Tensor]:
-    """Step the weights and the learning rate schedule, and call the features' `after_step` hooks."""
+def step_weights(run: TrainingRun, step: GradientStep) -> GradientStep:
+    """Step the weights, unless a feature skips the step, and the schedule; limit the weight norms."""
     model = run.model
     if isinstance(model.stepping, FusedBackward):  # for it, options reject features that skip steps
-        gradient_norm = model.stepping.finish(updated_parameters).detach().float()
+        step.norm = model.stepping.finish(step.parameters)
+    elif step.skipped:
+        run.progress.skipped += 1
+        model.stepping.skip()
     else:
-        may_step = None if skip_check is None else skip_check.allows_step
-        gradient_norm = model.stepping.finish(may_step).detach().float()
+        assert step.norm is not None  # the gradients are complete
+        model.stepping.step(step.norm)
     model.schedule.step()
     model.optimizer.zero_grad(set_to_none=True)
-    norms: list[Tensor] = []
     if model.trainable.max_norm is not None:
-        norms.append(model.trainable.limit_norms(model.trainable.max_norm, run.device))
-    if skip_check is None or not skip_check.reason:
-        for hook in run.features.on.after_step:
-            hook()
-    return [*norms, gradient_norm.view(1)]
+        step.weight_norms = model.trainable.limit_norms(model.trainable.max_norm, run.device)
+    return step
 
 
 def _accumulate(
@@ -412,10 +379,15 @@ def _add_feature_metrics(
             values[columns.count_columns][feature_columns] += 1
 
 
-def _log_report(run: TrainingRun, step: StepReport | None) -> None:
-    """Log a step; None logs nothing."""
-    if step is None:
-        return
+def _log_delayed(run: TrainingRun) -> None:
+    """Log the last step now, whose values are otherwise read one step late."""
+    report = run.delayed_reports.flush()
+    if report is not None:
+        run.phases.log(run, report)
+
+
+def log_report(run: TrainingRun, step: StepReport) -> StepReport:
+    """Complete the report of a step, whose values have arrived on the host; log it, and return it."""
     loss = step.values[LOSS_COLUMN]
     norm = step.values[GRADIENT_NORM_COLUMN]
     if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -425,7 +397,7 @@ def _log_report(run: TrainingRun, step: StepReport | None) -> None:
         losses.append(loss)
     del losses[: -run.steps.steps_per_epoch]  # the average is over the steps of one epoch
     if run.steps.num_processes > 1:
-        num_ending, _, _ = step.values[REQUEST_COLUMNS]  # processes that were asked to end the run
+        num_ending, *_ = step.values[REQUEST_COLUMNS]  # processes that were asked to end the run
         run.requests.ending_agreed = run.requests.ending_agreed or num_ending > 0
     average = sum(losses) / max(len(losses), 1)
     report = replace(step, loss=loss, average=average, gradient_norm=norm)
@@ -435,6 +407,7 @@ def _log_report(run: TrainingRun, step: StepReport | None) -> None:
         report = _with_metrics(run, report)
     run.logs.log_step(report)
     run.reporter.log_step(report, run.logs.clock.estimate_remaining(report.step, run.steps.total_steps))
+    return report
 
 
 def _check_bad_step(run: TrainingRun, step: StepReport) -> None:
@@ -475,13 +448,14 @@ def _after_step(run: TrainingRun, requested: StepRequests) -> None:
     samples = requested.samples or _is_due(run.options.samples.sample_every_n_steps, progress.step)
     if not (saves or validates or samples):
         return
-    _log_report(run, run.delayed_reports.flush())
+    _log_delayed(run)
     if validates and run.validation is not None:
-        _validate(run, run.validation, STEP)
+        run.phases.validate(run, run.validation, STEP)
+        _end_if_requested(run)
     if samples:
         progress.sample_pending = f"{progress.step:06d}"
         if not is_ending(run):
-            _sample(run)
+            run.phases.sample(run)
     if is_ending(run):  # perhaps only since the samples were stopped
         _save_for_resuming(run)
     elif saves:
@@ -510,7 +484,7 @@ def _after_epoch(run: TrainingRun) -> None:
     progress = run.progress
     epoch = progress.epoch + 1
     is_complete = progress.position >= run.steps.num_batches  # otherwise --max_train_steps ended the epoch
-    _log_report(run, run.delayed_reports.flush())
+    _log_delayed(run)
     if run.logs.recorders:
         mean_loss = sum(progress.losses) / max(len(progress.losses), 1)
         run.logs.log_values({"loss/epoch": mean_loss}, progress.step)
@@ -527,7 +501,7 @@ def _after_epoch(run: TrainingRun) -> None:
         with run.logs.clock.pause(SAVING):
             run.saver.save_epoch(epoch)
     if progress.sample_pending:
-        _sample(run)
+        run.phases.sample(run)
     if is_ending(run):
         _save_for_resuming(run)
     elif run.validation is not None:
@@ -535,7 +509,8 @@ def _after_epoch(run: TrainingRun) -> None:
         step = run.progress.step
         is_saved = saves or step >= run.steps.total_steps  # the last step is saved as the final file
         if run.options.validation.is_due_after_epoch(epoch, step, run.steps.steps_per_epoch, is_saved):
-            _validate(run, run.validation, EPOCH)
+            run.phases.validate(run, run.validation, EPOCH)
+            _end_if_requested(run)
     _restart_step_timing(run)
 
 
@@ -555,7 +530,7 @@ class SamplingStopped(Exception):
     """Raised between two steps of a sample when the run is asked to end."""
 
 
-def _sample(run: TrainingRun) -> None:
+def sample(run: TrainingRun) -> None:
     """Generate the samples that `progress.sample_pending` names, and record that they are no longer pending.
 
     If the run is asked to end in the meantime, it ends at this step and the samples stay pending: the resumed
@@ -598,7 +573,9 @@ def _make_samples(run: TrainingRun, sampler: "Sampler") -> bool:
             run.sampler = sampler
             if sampler.samples:
                 run.reporter.log_pause(f"sample 1 of {len(sampler.samples)}")
-            with in_evaluation, _weights_for_sampling(run):
+            with in_evaluation, contextlib.ExitStack() as stack:
+                for loras in model.sample_dits.loras:  # of --sample_lora
+                    stack.enter_context(loras.switched_on(run.device, model.compute_dtype))
                 sampler.make(
                     model.sample_dits.on_device,
                     run.autocast,
@@ -611,21 +588,11 @@ def _make_samples(run: TrainingRun, sampler: "Sampler") -> bool:
     return True
 
 
-@contextlib.contextmanager
-def _weights_for_sampling(run: TrainingRun) -> Iterator[None]:
-    """Activate --sample_lora, and the moving average of the weights if samples use it, during the block."""
-    with contextlib.ExitStack() as stack:
-        for loras in run.model.sample_dits.loras:
-            stack.enter_context(loras.switched_on(run.device, run.model.compute_dtype))
-        average = run.features.average
-        if run.model.average is not None and average is not None and average.is_sampled:
-            stack.enter_context(run.model.average.in_place())
-        yield
+def validate(run: TrainingRun, validation: Validation, occasion: str) -> Mapping[str, float]:
+    """Measure and log the validation losses; return them by name.
 
-
-def _validate(run: TrainingRun, validation: Validation, occasion: str) -> None:
-    """Measure and log the validation loss, after which a feature may end the run."""
-    # `occasion` is STEP or EPOCH, which is a part of the names of logged values.
+    `occasion` is STEP or EPOCH, which is a part of the names of logged values.
+    """
     in_evaluation = evaluation(run.model.modules, run.model.optimizer, run.parameters)
     run.reporter.log_pause("validating")
     with run.logs.clock.pause(VALIDATION), in_evaluation:
@@ -645,8 +612,13 @@ def _validate(run: TrainingRun, validation: Validation, occasion: str) -> None:
         if recorded < min(earlier_losses.values()):
             remark = ", the lowest so far"
     logger.info("Step %d: validation loss %s%.5f%s", step, previous, recorded, remark)
-    for stopping_rule in run.features.on.after_validation:
-        reason = stopping_rule(run, losses[LOSS])
-        if reason and step < run.steps.total_steps:
-            logger.info("Ended after step %d of %d: %s.", step, run.steps.total_steps, reason)
-            run.reporter.is_done = True
+    return losses
+
+
+def _end_if_requested(run: TrainingRun) -> None:
+    """End the run, as after its last step, if a feature of any process asks for it; all must call this."""
+    step, reason = run.progress.step, run.requests.reasons.get(phases.END.name)
+    if reduce_max(reason is not None, run.steps.num_processes, run.device) and step < run.steps.total_steps:
+        reason = reason or "another process has asked for it"
+        logger.info("Ended after step %d of %d: %s.", step, run.steps.total_steps, reason)
+        run.reporter.is_done = True

@@ -1,7 +1,7 @@
 """Flow-matching loss: add noise, predict the velocity, compare it with the true one."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -120,19 +120,12 @@ class LossRule:
     always_runs_base_model: bool = (
         False  # run the base model for every batch, so that all processes run equal passes
     )
-    # attributes that mark tables whose samples keep the base model's prediction as target
-    base_target_attributes: frozenset[str] = frozenset()
-    # functions of `targets.passes.TrainingPasses`, a batch and its comparisons (first that with the clip);
-    # they return the comparisons to use instead
-    targets: Sequence[Callable[[Any, NoisyBatch, list[Any]], list[Any]]] = ()
-    # functions of the same passes and a batch: additional passes with gradients, which yield their errors
-    passes: Sequence[Callable[[Any, NoisyBatch], Iterator[tuple[Tensor, ...]]]] = ()
-    replaces_default_pass: bool = False  # `passes` replace the usual pass
+    # the phases TARGETS, LOSS and PREDICT with what features put around them, given the `TrainingPasses` of
+    # `targets/passes.py` and a batch; None: without features
+    list_comparisons: Callable[[Any, NoisyBatch], list[Any]] | None = None
+    run_passes: Callable[[Any, NoisyBatch], Iterator[tuple[Tensor, ...]]] | None = None
+    predict: Callable[[Any, NoisyBatch], Tensor] | None = None
     in_lockstep: bool = False  # processes share a model, so that all run equal passes
-    # functions of the DiT, a batch and `seed` that return the context of a pass with gradients
-    learning_pass_contexts: Sequence[
-        Callable[[nn.Module, NoisyBatch, int], AbstractContextManager[None]]
-    ] = ()
     seed: int = 0  # seed of the run
     seed_networks: Callable[[int], None] | None = None  # seeds dropout by the number of a micro-batch
 

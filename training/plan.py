@@ -38,9 +38,10 @@ from training.data.live import LiveTextEncoders
 from training.data.table_times import check_timesteps, list_timestep_options, timestep_options_by_group
 from training.experts import check_computing, get_network_module, log_experts
 from training.features.composing import begin_run
-from training.features.contract import EMPTY_PROMPT, LIVE_TEXTS, PRESERVE_OUTPUT, REJECTED_ONES
+from training.features.contract import EMPTY_PROMPT, LIVE_TEXTS, REJECTED_ONES
 from training.features.hooks import RunFeatures
 from training.learner import NetworkSpec
+from training.learning_options import PRESERVE_OUTPUT
 from training.noise_options import TimestepOptions
 from training.optimizers.stepping import check_fused_backward, check_offload, check_sharded_optimizer
 from training.options import TrainingOptions

@@ -65,31 +65,27 @@ def make_accelerator(options: AcceleratorOptions) -> Accelerator:
             f"--mixed_precision {options.mixed_precision} has no effect on {accelerator.device.type}: use "
             "bf16 or no"
         )
+    count, device = accelerator.num_processes, accelerator.device
     if accelerator.is_main_process:
-        _log_device(accelerator, options)
+        devices = f"{count} processes on {device.type}" if count > 1 else f"Training on {device}"
+        logger.info(f"{devices}, mixed precision {options.mixed_precision}, torch {torch.__version__}")
+        # warn about options that have no effect with this device, or with one process
+        if options.cuda_allow_tf32:
+            acts_on_cuda("--cuda_allow_tf32", "float32 products", device)
+        if options.cuda_cudnn_benchmark:
+            acts_on_cuda("--cuda_cudnn_benchmark", "convolutions", device)
+        if options.ddp_timeout is not None and count == 1:
+            logger.warning(
+                "--ddp_timeout %d has no effect with one process, which has no others to wait for.",
+                options.ddp_timeout,
+            )
     if options.fp16_accumulation:
-        is_active = allow_fp16_accumulation(accelerator.device)
+        is_active = allow_fp16_accumulation(device)
         if is_active and accelerator.is_main_process:
             logger.warning(
                 "--fp16_accumulation: gradients are less exact too; compare with a run without it."
             )
     return accelerator
-
-
-def _log_device(accelerator: Accelerator, options: AcceleratorOptions) -> None:
-    """Log the device and the precision, and warn about options that have no effect with them."""
-    count, device = accelerator.num_processes, accelerator.device
-    devices = f"{count} processes on {device.type}" if count > 1 else f"Training on {device}"
-    logger.info(f"{devices}, mixed precision {options.mixed_precision}, torch {torch.__version__}")
-    if options.cuda_allow_tf32:
-        acts_on_cuda("--cuda_allow_tf32", "float32 products", device)
-    if options.cuda_cudnn_benchmark:
-        acts_on_cuda("--cuda_cudnn_benchmark", "convolutions", device)
-    if options.ddp_timeout is not None and count == 1:
-        logger.warning(
-            "--ddp_timeout %d has no effect with one process, which has no others to wait for.",
-            options.ddp_timeout,
-        )
 
 
 def _check_environment() -> None:

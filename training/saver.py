@@ -15,6 +15,7 @@ from runtime.offload.block_swap import write_back_all
 from runtime.offload.sharding import as_sharded
 from training.data.table_times import list_timestep_options
 from training.experts import expert_metadata
+from training.features.phases import SAVE
 from training.metadata import continued_sizes_metadata, file_metadata, run_metadata
 from training.optimizers.optimizer import (
     averaged_weights,
@@ -27,7 +28,7 @@ from training.options import TrainingOptions
 from training.plan import TrainingPlan
 from training.resuming import freely_changeable_settings
 from training.saving import states
-from training.saving.files import PublishedRun, Publisher, Saver
+from training.saving.files import PublishedRun, Publisher, Saver, write_models
 from training.training_run import TrainedModel
 
 logger = logging.getLogger(__name__)
@@ -66,8 +67,8 @@ def make_saver(
 ) -> Saver | None:
     """Return the saver of the run's files, states and averages; None in processes that do not save.
 
-    The saver calls three parties: the writer of files, the publisher that uploads them, and the callbacks of
-    features and logs. Files that an earlier, killed run should have removed are removed now.
+    The saver calls three parties: the writer of files, the publisher that uploads them, and the log.
+    Files that an earlier, killed run should have removed are removed now.
 
     Args:
         model: The loaded networks.
@@ -86,12 +87,6 @@ def make_saver(
         publisher = publisher.for_run(_describe_published_run(plan, metadata, prompts))
     writer = _ModelWriter(model, file_dtype(plan.options, model.dits.networks[0]), metadata)
 
-    def handle_saved(paths: Sequence[Path]) -> None:
-        """Call the features' save callbacks, then log the files."""
-        for on_save in plan.features.on.save:
-            on_save(paths)
-        log_saved(paths, progress.step)
-
     saver = Saver(
         plan.saving,
         plan.names,
@@ -100,7 +95,8 @@ def make_saver(
         publisher=publisher,
         write_average=None if model.average is None else writer.write_average,
         is_main=is_main,
-        log_saved=handle_saved,
+        write_models=plan.features.wrap(SAVE, write_models),
+        log_saved=lambda paths: log_saved(paths, progress.step),
         on_removed=on_removed,
     )
     saver.remove_leftovers()
@@ -171,9 +167,6 @@ def _metadata_now(
     feature_metadata: dict[str, str] = {}
     if not plan.options.metadata.no_metadata:
         feature_metadata = {f"ss_{name}": str(value) for name, value in plan.features.info.in_files.items()}
-        can_skip_steps = bool(plan.features.on.before_step)
-        if can_skip_steps:
-            feature_metadata["ss_skipped_steps"] = str(progress.skipped)
     return file_metadata(
         {**fixed_metadata, **feature_metadata},
         plan.options,

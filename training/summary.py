@@ -22,6 +22,7 @@ from protocols.full_model import trains_checkpoint
 from runtime.planning.device_memory import MemoryWatch
 from training.checks import describe_learning_rate
 from training.data.table_times import describe_times
+from training.features.contract import SKIPPED_STEPS
 from training.learner import NetworkSpec
 from training.metadata import continued_sizes_metadata
 from training.next_commands import NextSteps
@@ -41,6 +42,7 @@ from training.training_run import TrainingRun
 MOMENTS_BYTES = 8  # of AdamW's two moments, for each trained weight; other optimizers keep less
 FLOAT_BYTES = 4  # states are saved in float32
 LOW_STRENGTH = 0.1  # a lower alpha / rank gets a note
+SHOWN_NOTES = 3  # the last notes of features that the box at the end repeats; the page has all of them
 SHOWN_NAMES = 6  # maximum number of parts that are named per learning rate
 SPARE = 1.05  # the box warns if the disk has less free space than this times the size of the run's files
 
@@ -107,36 +109,35 @@ def show_start(run: TrainingRun, dtype: torch.dtype | None) -> None:
 
 def _make_learning_rows(run: TrainingRun, parameters: Sequence[Tensor]) -> list[Row]:
     """Return the rows of the start box about the model, its trained parts, the data and the optimizer."""
-    plan, options, trainable = run.plan, run.options, run.model.trainable
-    lora = plan.network_spec.lora_options
-    # ranks and alphas of a network that continues from a file; None if the options set them
-    ranks_and_alphas: tuple[list[int], list[float]] | None = None
-    if options.network is not None and any(
-        continued_sizes_metadata(run.model, part) for part in trainable.written_files
-    ):
-        ranks_and_alphas = trainable.ranks_and_alphas()
-    num_weights = sum(parameter.numel() for parameter in parameters)
+    plan, options, steps = run.plan, run.options, run.steps
     model_keys = ("architecture", "task", "sd_model_name")
-    model = [text for key, text in plan.family.metadata.items() if text and key.startswith(model_keys)]
-    # The rows about the items, the timesteps at which they are trained, and the targets
-    data = f"{format_count(plan.order.num_items, 'item')} with repeats"
+    metadata = plan.family.metadata.items()
+    model = [text for key, text in metadata if text and key.startswith(model_keys)]
+    num_weights = sum(parameter.numel() for parameter in parameters)
+    # the items, the timesteps at which they are trained, and the targets
+    data = [f"{format_count(plan.order.num_items, 'item')} with repeats"]
     if plan.validation:
-        data += f", {format_count(len(plan.validation), 'item')} for validation"
-    data += f", {format_count(plan.steps.num_batches, 'batch')}"
-    rows: list[Row] = [("data", data)]
+        num_held_back = format_count(len(plan.validation), "item")
+        data.append(f"{num_held_back} for validation")
+    data.append(format_count(plan.steps.num_batches, "batch"))
+    rows: dict[str, str | None] = {"data": ", ".join(data)}
     if plan.table_times:
-        rows.append(("timesteps", "\n".join(describe_times(plan.options.timesteps, plan.config.datasets))))
+        times = describe_times(options.timesteps, plan.config.datasets)
+        rows["timesteps"] = "\n".join(times)
     if plan.features.targets or plan.features.info.targets:
-        rows.append(("targets", "\n".join(plan.features.describe_targets())))
-    return [
-        ("model", ", ".join(model)),
-        ("learns", f"{_describe_trained(plan, ranks_and_alphas)}, {format_count(num_weights, 'weight')}"),
-        ("alpha", None if lora is None else judge_alpha(lora, ranks_and_alphas)),
-        *rows,
-        ("steps", _describe_length(plan)),
-        ("learning rate", _describe_rates(options, trainable, plan.network_spec)),
-        ("optimizer", f"{options.optimizer.optimizer_type or 'AdamW'}, seed {plan.progress.seed}"),
-    ]
+        rows["targets"] = "\n".join(plan.features.describe_targets())
+    # the number of steps and epochs, and the step at which a resumed run begins
+    length = f"{steps.total_steps}, of the {steps.steps_per_epoch} of an epoch"
+    if steps.total_steps >= steps.steps_per_epoch:
+        length = (
+            f"{steps.total_steps} in {format_count(steps.num_epochs, 'epoch')} of {steps.steps_per_epoch}"
+        )
+    first_step = f", from step {run.progress.step + 1} on" if run.progress.step else ""
+    rows["steps"] = f"{length}{first_step}"
+    rows["learning rate"] = _describe_rates(options, run.model.trainable, plan.network_spec)
+    optimizer = options.optimizer.optimizer_type or "AdamW"
+    rows["optimizer"] = f"{optimizer}, seed {plan.progress.seed}"
+    return [("model", ", ".join(model)), *_make_network_rows(run, num_weights), *rows.items()]
 
 
 def _describe_rates(options: TrainingOptions, trainable: Trainable, network_spec: NetworkSpec) -> str:
@@ -200,31 +201,31 @@ def _make_writing_rows(
     ]
 
 
-def _describe_trained(
-    plan: TrainingPlan, ranks_and_alphas: tuple[Sequence[int], Sequence[float]] | None
-) -> str:
-    """Describe what is trained: the network with its rank, or the trained parts of the model."""
-    network, full_dit = plan.network_spec.lora_options, plan.options.full_dit
-    if plan.network_spec.description:
-        return plan.network_spec.description
-    if network is None:
+def _make_network_rows(run: TrainingRun, num_weights: int) -> list[Row]:
+    """Return the rows about what is trained: the network with its rank, or the trained parts of the model."""
+    plan, trainable = run.plan, run.model.trainable
+    spec, full_dit = plan.network_spec, plan.options.full_dit
+    lora = spec.lora_options
+    # ranks and alphas of a network that continues from a file; None if the options set them
+    ranks_and_alphas: tuple[list[int], list[float]] | None = None
+    if plan.options.network is not None and any(
+        continued_sizes_metadata(run.model, part) for part in trainable.written_files
+    ):
+        ranks_and_alphas = trainable.ranks_and_alphas()
+    trained = spec.description
+    if not trained and lora is None:
         parts = full_dit.name_parts if full_dit is not None else ()
-        return f"of the model: {' '.join(parts)}" if parts else "the whole model"
-    rank_name = network.kind.size.word
-    if ranks_and_alphas is None:
-        return f"{plan.network_module}, {rank_name} {network.rank}"
-    ranks, _ = ranks_and_alphas
-    return f"{plan.network_module}, {describe_numbers(rank_name, ranks)} of the file"
-
-
-def _describe_length(plan: TrainingPlan) -> str:
-    """Return the number of steps and epochs, and the step at which a resumed run begins."""
-    steps, first_step = plan.steps, plan.progress.step
-    beginning = f", from step {first_step + 1} on" if first_step else ""
-    if steps.total_steps < steps.steps_per_epoch:
-        return f"{steps.total_steps}, of the {steps.steps_per_epoch} of an epoch{beginning}"
-    epochs = format_count(steps.num_epochs, "epoch")
-    return f"{steps.total_steps} in {epochs} of {steps.steps_per_epoch}{beginning}"
+        trained = f"of the model: {' '.join(parts)}" if parts else "the whole model"
+    elif not trained and lora is not None:
+        rank_name = lora.kind.size.word
+        trained = f"{plan.network_module}, {rank_name} {lora.rank}"
+        if ranks_and_alphas is not None:
+            ranks, _ = ranks_and_alphas
+            trained = f"{plan.network_module}, {describe_numbers(rank_name, ranks)} of the file"
+    return [
+        ("learns", f"{trained}, {format_count(num_weights, 'weight')}"),
+        ("alpha", None if lora is None else judge_alpha(lora, ranks_and_alphas)),
+    ]
 
 
 def _sampling_times(samples: SampleOptions) -> str:
@@ -266,39 +267,41 @@ def show_end(run: TrainingRun, run_history: history.RunHistory, following: NextS
 def _make_result_rows(run: TrainingRun, run_history: history.RunHistory) -> list[Row]:
     """Return the rows of the end box: files, steps, loss, samples, page and memory."""
     names, losses, clock = run.plan.names, run.progress.losses, run.logs.clock
-    rows: list[Row] = []
-    for path in names.model_files(names.name).values():
-        if path.exists():
-            # The size in bytes of a file, or of all files in a folder
-            files = path.rglob("*") if path.is_dir() else [path]
-            rows.append(
-                (
-                    "result",
-                    f"{path} ({format_size(sum(file.stat().st_size for file in files if file.is_file()))})",
-                )
-            )
+    results: list[Row] = []
+    for path in filter(Path.exists, names.model_files(names.name).values()):
+        # the size in bytes of a file, or of all files in a folder
+        files = path.rglob("*") if path.is_dir() else [path]
+        size = sum(file.stat().st_size for file in files if file.is_file())
+        results.append(("result", f"{path} ({format_size(size)})"))
+    rows: dict[str, str] = {}
     if run_history.validations:
-        rows.append(("best by validation", describe_best(run_history, names.folder, names.name)))
-    speed = "" if clock.seconds_per_step is None else f" ({clock.seconds_per_step:.3g} s a step)"
+        rows["best by validation"] = describe_best(run_history, names.folder, names.name)
     duration = format_duration(clock.total_step_seconds)
-    rows.append(("steps", f"{clock.steps} in {duration}{speed}, without pauses"))
-    if run.features.on.before_step:  # a feature that can skip steps
-        rows.append(("skipped steps", str(run.progress.skipped)))
+    rows["steps"] = f"{clock.steps} in {duration}, without pauses"
+    if clock.seconds_per_step is not None:
+        speed = f"{clock.seconds_per_step:.3g} s a step"
+        rows["steps"] = f"{clock.steps} in {duration} ({speed}), without pauses"
+    if SKIPPED_STEPS in run.features.info.in_files:  # a feature that can skip steps
+        rows["skipped steps"] = str(run.progress.skipped)
+    for step, text in run_history.notes[-SHOWN_NOTES:]:
+        rows[f"step {step}"] = text
     if losses:
-        rows.append(("average loss", f"{sum(losses) / len(losses):.4g}"))
+        mean = sum(losses) / len(losses)
+        rows["average loss"] = f"{mean:.4g}"
     samples = names.folder / SAMPLE_FOLDER
     if run.sampler is not None and samples.is_dir():
-        rows.append(("samples", str(samples)))
+        rows["samples"] = str(samples)
     if not run.options.logs.no_page:
-        rows.append(("page", str(page_path(names.folder, names.name))))
-    peak = format_peak_memory(run.device) if run.memory is None else f"{format_gib(run.memory.highest)} GiB"
-    rows.append(("peak memory", peak))
+        rows["page"] = str(page_path(names.folder, names.name))
+    rows["peak memory"] = format_peak_memory(run.device)
+    if run.memory is not None:
+        rows["peak memory"] = f"{format_gib(run.memory.highest)} GiB"
     if run.options.network is not None:
-        notes = [NOTES[kind] for kind in run.options.network.kinds if kind in NOTES]
-        rows += [("other tools", note) for note in notes[:1]]
+        for note in [NOTES[kind] for kind in run.options.network.kinds if kind in NOTES][:1]:
+            rows["other tools"] = note
     if os.environ.get(RUN_GOES_ON):  # `reelsmith run` started this in a folder that the user did not type
-        rows.append(("commands", f"typed in {Path.cwd()}"))
-    return rows
+        rows["commands"] = f"typed in {Path.cwd()}"
+    return [*results, *rows.items()]
 
 
 def describe_best(run_history: history.RunHistory, folder: Path, name: str) -> str:

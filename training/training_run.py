@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +26,13 @@ from runtime.planning.device_memory import MemoryWatch
 from training.data.feed import Feed
 from training.experts import AUTOCAST, ExpertNetworks
 from training.features.hooks import Average, NetworkLoading, RunFeatures
-from training.loss import Autocast, LossRule
+from training.features.phases import RunPhase
+from training.loss import Autocast, LossRule, NoisyBatch
 from training.optimizers.lr_schedule import LrSchedule
 from training.optimizers.stepping import FusedBackward, StepAfterBackward
 from training.options import TrainingOptions
 from training.plan import TrainingPlan
-from training.reports.logs import DelayedReports, Logs, MetricColumns
+from training.reports.logs import LOSS_COLUMN, DelayedReports, Logs, MetricColumns, StepReport
 from training.reports.reporter import RunReporter
 from training.saving.files import MinuteClock, Names, Saver
 from training.steps import Progress, StepPlan
@@ -82,6 +83,7 @@ class Requests:
     # request files -> time of change in nanoseconds
     _pending_files: dict[Path, int] = field(default_factory=dict, init=False)
     _ignored_files: dict[Path, int] = field(default_factory=dict, init=False)
+    reasons: dict[str, str] = field(default_factory=dict, init=False)  # requests of features -> their reasons
 
     @contextlib.contextmanager
     def listen(self) -> Iterator[None]:
@@ -109,7 +111,7 @@ class Requests:
         )
 
     def is_requested(self, kind: str) -> bool:
-        """Return whether a file requests SAMPLE, SAVE or STOP. Checks the files at most once a second."""
+        """Return whether a file or a feature requests it. Checks the files at most once a second."""
         if self.paths and (self._last_check is None or self.now() - self._last_check >= CHECK_INTERVAL):
             self._last_check = self.now()
             for path, request in self.paths.items():
@@ -118,7 +120,7 @@ class Requests:
                     # not a folder: the folder of samples has such a name
                     if stat.S_ISREG(status.st_mode) and path not in self._pending_files:
                         self._record_request(path, request, status)
-        return any(self.paths[path] == kind for path in self._pending_files)
+        return kind in self.reasons or any(self.paths[path] == kind for path in self._pending_files)
 
     def _record_request(self, path: Path, kind: str, status: os.stat_result) -> None:
         """Record the request that a file in the folder makes, unless this version of it was ignored before.
@@ -143,10 +145,11 @@ class Requests:
             logger.info("%s asks to %s at the end of this step.", path, kind)
 
     def finish(self, kind: str) -> None:
-        """Remove the files whose request of this kind (SAMPLE, SAVE or STOP) has been carried out.
+        """Forget the requests of this kind, and remove their files, after it has been carried out.
 
         A file that has changed in the meantime is kept, as a new request.
         """
+        self.reasons.pop(kind, None)
         served = [path for path in self._pending_files if self.paths[path] == kind]
         for path in served:
             modified_ns = self._pending_files.pop(path)
@@ -158,6 +161,46 @@ class Requests:
             except OSError as error:
                 logger.warning("%s cannot be removed, and is ignored until it changes: %s", path, error)
                 self._ignored_files[path] = modified_ns
+
+
+@dataclass(frozen=True)
+class StepRequests:
+    """What a process was asked for until a step: by a timer, a request file or a feature."""
+
+    saves: bool = False
+    samples: bool = False
+    ends: bool = False  # a feature ends the run
+
+
+@dataclass
+class GradientStep:
+    """An optimizer step whose gradients are complete: summed over processes, and not clipped yet."""
+
+    batches: range  # its micro-batches, those of all processes
+    parameters: Sequence[Parameter]  # those that it changes
+    values: Tensor  # 1-D on the device, as `MetricColumns` orders them
+    keys: tuple[str, ...]  # of the items of this process
+    requested: StepRequests  # from this process
+    # norm of all gradients before clipping; None until the step: with --fused_backward_pass
+    norm: Tensor | None = None
+    weight_norms: Tensor | None = None  # values of a `NormReport`, only with --scale_weight_norms
+    skipped: str = ""  # why the weights are not stepped, for the history; set by features before the step
+
+    @property
+    def loss(self) -> Tensor:
+        """Mean loss of the step, a scalar on the device."""
+        return self.values[LOSS_COLUMN]
+
+
+@dataclass(frozen=True)
+class LoopPhases:
+    """The phases of the training loop, each with what features put around it; see `features/phases.py`."""
+
+    gradients: Callable[["TrainingRun", range, Iterator[NoisyBatch]], GradientStep]
+    step: Callable[["TrainingRun", GradientStep], GradientStep]
+    log: Callable[["TrainingRun", StepReport], StepReport]
+    validate: Callable[["TrainingRun", "Validation", str], Mapping[str, float]]
+    sample: Callable[["TrainingRun"], None]
 
 
 @dataclass
@@ -225,6 +268,7 @@ class TrainingRun:
     reporter: RunReporter
     requests: Requests  # only the main process watches its files and its clock
     saver: Saver | None  # None: another process saves
+    phases: LoopPhases
     delayed_reports: DelayedReports = field(default_factory=DelayedReports)
     # values of the model's plan
     plan: TrainingPlan = field(init=False)
@@ -269,6 +313,48 @@ class TrainingRun:
         self.metric_columns = MetricColumns(
             [*self.loss_components, *(name for tally in self.features.tallies for name in tally.names)]
         )
+
+    def request(self, phase: RunPhase[Any, Any, Any], reason: str) -> None:
+        """Ask for samples, a save or the end of the run, for a feature: SAMPLE, SAVE or END of the phases.
+
+        It is enough if one process asks: all of them do it, after this step or one of the next two. The end
+        is that of a finished run, whose files are saved, not that of an interrupted one.
+        """
+        kind = phase.name
+        if kind == SAMPLE and not self.requests.can_sample:
+            logger.warning("%s, but there is nothing to sample without --sample_prompts.", reason)
+        elif kind not in self.requests.reasons:
+            logger.info("Step %d asks to %s: %s.", self.progress.step, kind, reason)
+            self.requests.reasons[kind] = reason
+
+    def note(self, text: str, step: int | None = None) -> None:
+        """Say something about a step, by default the last one, in the console, on the page and at the end.
+
+        The main process says it; calls of other processes do nothing.
+        """
+        if self.is_main:
+            self.reporter.log_note(text, self.progress.step if step is None else step)
+
+    def list_experts(self, step_batches: range) -> list[int]:
+        """Return the indices of the experts that a step's micro-batches train."""
+        return sorted({self.feed.find_expert((self.progress.epoch, index)) for index in step_batches})
+
+    def has_audio(self, step_batches: range) -> bool:
+        """Return whether a clip in a step's micro-batches has audio."""
+        return any(self.feed.has_audio((self.progress.epoch, index)) for index in step_batches)
+
+    def name_kind(self, step_batches: range) -> str:
+        """Return the kind of a step: its transformers, and whether it has audio.
+
+        Gradient norms can be compared only between steps of the same kind.
+        """
+        experts = self.family.experts
+        kind = []
+        if len(experts) > 1:
+            kind += sorted(experts[index].name for index in self.list_experts(step_batches))
+        if self.audio_parameters and self.has_audio(step_batches):
+            kind.append(AUDIO_STREAM)
+        return " ".join(kind)
 
     @property
     def is_main(self) -> bool:

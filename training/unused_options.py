@@ -35,7 +35,14 @@ def list_without_effect(
     if options.lora_parts is not None and _replaces_rate(options.lora_parts):
         reasons.setdefault("learning_rate", _explain_replaced_rate(options.lora_parts))
     reasons |= _without_samples(options, options)
-    lines = _list_unused_weighting(options)
+    lines = []
+    # --weighting_scheme affects the loss weights or the distribution of timesteps, or neither
+    weighting = options.timesteps.weighting_scheme
+    beginning = f"--weighting_scheme {weighting} has no effect: it"
+    if weighting in LOSS_WEIGHTINGS and options.weighted_by == NOTHING:
+        lines.append(f"{beginning} weights the loss only with --model_prediction_type sigma_scaled.")
+    elif weighting in {"logit_normal", "mode"} and options.timesteps.timestep_sampling != "sigma":
+        lines.append(f"{beginning} shapes the draws of --timestep_sampling sigma only.")
     lines += _list_unused(options, reasons, options.typed_options)
     if is_dataclass(family_options):
         family_reasons = _without_samples(options, family_options)
@@ -44,17 +51,6 @@ def list_without_effect(
     values = option_values(options.speed.attention)
     flags = [flag for flag in TRAINING_FLAGS.values() if values[flag.removeprefix("--")]]
     return [*lines, *(f"{flag} has no effect: {flags[0]} comes first." for flag in flags[1:])]
-
-
-def _list_unused_weighting(options: TrainingOptions) -> list[str]:
-    """Return a line if --weighting_scheme affects neither the loss weights nor the timestep distribution."""
-    weighting = options.timesteps.weighting_scheme
-    beginning = f"--weighting_scheme {weighting} has no effect: it"
-    if weighting in LOSS_WEIGHTINGS and options.weighted_by == NOTHING:
-        return [f"{beginning} weights the loss only with --model_prediction_type sigma_scaled."]
-    if weighting in {"logit_normal", "mode"} and options.timesteps.timestep_sampling != "sigma":
-        return [f"{beginning} shapes the draws of --timestep_sampling sigma only."]
-    return []
 
 
 def _without_samples(options: TrainingOptions, record: Any) -> dict[str, str]:

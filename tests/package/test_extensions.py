@@ -25,6 +25,8 @@ PACKAGES = ROOT / "tests" / "data" / "extensions"
 # what each example announces: group, value
 ANNOUNCED = {
     "glow": ("reelsmith.features", "reelsmith_glow:GLOW"),
+    "gradient_noise": ("reelsmith.features", "reelsmith_gradient_noise:GRADIENT_NOISE"),
+    "rise": ("reelsmith.features", "reelsmith_rise:RISE"),
     "half": ("reelsmith.networks", "reelsmith_half:HALF"),
     "drift": ("reelsmith.optimizers", "reelsmith_drift:Drift"),
     "hello": ("reelsmith.pages", "reelsmith_hello:make_routes"),

@@ -15,7 +15,7 @@ from protocols.data import AUDIO_LATENTS, HAS_AUDIO, AudioSpec, AudioVideoShapes
 from protocols.family import FLOW, Abilities, NoiseSpec
 from protocols.rules import AUDIO_STREAM, IMAGE_STREAM, AudioLearning, ShiftedLogit
 from protocols.steps import NO_OVERRIDES, Overrides
-from tests.training.toy import LATENT, ToyFamily, toy_options, write_caches
+from tests.training.toy import LATENT, ToyFamily, around, toy_options, write_caches
 from training.data.feed import BatchSources, NoiseSampler
 from training.data.timesteps import draw
 from training.features.guided import GuidedTarget, with_guided_target
@@ -24,7 +24,7 @@ from training.features.teacher_passes import TeacherComparison, TeacherTarget, p
 from training.loss import PLAIN_LOSS, LossRule, NoisyBatch
 from training.noise_options import SHIFTED_LOGIT, TimestepOptions
 from training.run import prepare_run
-from training.targets.passes import measure_streams, training_loss
+from training.targets.passes import compare_with_clip, measure_streams, training_loss
 
 JOINT = AudioVideoShapes((2, 3, 2, 2), (2, 4, 3))
 
@@ -130,7 +130,8 @@ def test_a_guided_target_has_a_scale_for_each_stream_and_the_levels_of_each() ->
     assert noisy.audio is not None
     noisy = replace(noisy, batch=replace(noisy.batch, empty_text={"letters": [torch.zeros(1, 1)] * 2}))
     lowest = min(noisy.levels) + 1e-3  # one picture is below it
-    rule = LossRule(targets=[partial(with_guided_target, GuidedTarget(3.0, 2.0, lowest))])
+    guided = partial(with_guided_target, GuidedTarget(3.0, 2.0, lowest))
+    rule = LossRule(list_comparisons=around(compare_with_clip, guided))
 
     streams = measure_streams(Hearing(), nn.Identity(), noisy, nullcontext, rule)
 
@@ -161,7 +162,7 @@ def test_the_colour_of_a_teacher_is_of_the_picture_alone() -> None:
 
     noisy = drawn(batch_of(True))
     teaching = TeacherComparison(TeacherTarget(1.0, split=Split(1.0, 0.25)), predict_as_base_model)
-    rule = LossRule(as_base=as_base, targets=[teaching.compare])
+    rule = LossRule(as_base=as_base, list_comparisons=around(compare_with_clip, teaching.compare))
 
     image, heard = measure_streams(Shifted(), nn.Identity(), noisy, nullcontext, rule)
 

@@ -3,15 +3,15 @@
 import logging
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from safetensors import safe_open
 
 from modules.errors import OptionError
 from tests.training.toy import train_toy, write_caches
-from training.features.early_stopping import EarlyStoppingProgress, reason_to_stop
-from training.features.hooks import RunInfo
-from training.reports.history import history_path, read_history
+from training.features.early_stopping import EarlyStoppingProgress, end_if_no_lower
+from training.reports.history import LOSS, history_path, read_history
 from training.steps import Progress
 
 # a network that does not change: the first loss that is counted stays the lowest
@@ -45,9 +45,11 @@ def test_a_run_ends_when_the_loss_is_not_lower_any_more(
 def test_a_loss_above_that_of_the_untrained_model_that_falls_goes_on() -> None:
     losses = {0: 0.1, 2: 0.12, 4: 0.11, 6: 0.105}
     progress = Progress(seed=0, session_id=0, started_at=0)
-    run, info = SimpleNamespace(progress=progress), RunInfo()
+    requested: list[str] = []
+    run: Any = SimpleNamespace(progress=progress, request=lambda phase, reason: requested.append(reason))
     for progress.step, loss in losses.items():
-        assert reason_to_stop(run, loss, 3, info) == ""
+        end_if_no_lower(run, {LOSS: loss}, patience=3)
+    assert requested == []
     assert progress.feature_state(EarlyStoppingProgress).lowest_step == 6
 
 

@@ -30,7 +30,7 @@ from training.features.leco_file import LecoPair, read_pairs
 from training.features.leco_options import LecoOptions
 from training.features.leco_passes import DdpmSchedule, encode_pairs, leco_passes
 from training.loss import LossRule, NoisyBatch
-from training.targets.passes import TrainingPasses
+from training.targets.passes import TrainingPasses, run_usual_pass
 
 PAIRS = """resolution = 64
 weight = 2.0
@@ -210,7 +210,7 @@ def test_the_error_is_that_of_a_plain_loop(kind: str, action: str, tmp_path: Pat
     handle = unet.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append((kwargs["sample"], int(kwargs["timestep"][0]))), with_kwargs=True
     )
-    ((errors,),) = leco_passes(target, at_strength, passes, batch)
+    ((errors,),) = leco_passes(target, at_strength, run_usual_pass, passes, batch)
     handle.remove()
 
     plain = UNet2DConditionModel.from_pretrained(tmp_path / kind / "unet")

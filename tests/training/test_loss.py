@@ -23,15 +23,23 @@ from protocols.data import CAPTION, FIRST_FRAME, LOSS_MASK, Batch
 from protocols.family import FLOW, NoiseSpec
 from protocols.steps import NO_OVERRIDES, Overrides
 from tests.golden_cases import read_case
-from tests.training.toy import LATENT, ToyFamily, record_encoders, toy_options, train_toy, write_caches
-from training.features.contract import PRESERVE_OUTPUT
+from tests.training.toy import (
+    LATENT,
+    ToyFamily,
+    around,
+    record_encoders,
+    toy_options,
+    train_toy,
+    write_caches,
+)
 from training.features.output_preservation import preserve
 from training.features.teacher_passes import TeacherComparison, TeacherTarget, predict_as_base_model
+from training.learning_options import PRESERVE_OUTPUT
 from training.loss import PLAIN_LOSS, LossRule, NoisyBatch, convert_velocity, element_errors, find_thresholds
 from training.noise_options import PREDICTIONS, LossOptions
 from training.run import prepare_run
 from training.run_options import LoopOptions, ValidationOptions
-from training.targets.passes import measure_streams, training_loss
+from training.targets.passes import compare_with_clip, measure_streams, training_loss
 
 
 class Constant(torch.nn.Module):
@@ -225,8 +233,7 @@ def test_preserved_samples_and_a_teachers_share_are_compared_with_the_base_model
     teaching = TeacherComparison(TeacherTarget(teacher_weight), predict_as_base_model)
     rule = LossRule(
         as_base=lambda: saying(dit, 0.25),
-        base_target_attributes=frozenset({PRESERVE_OUTPUT}),
-        targets=[preserve, *([teaching.compare] if teacher_weight else [])],
+        list_comparisons=around(compare_with_clip, preserve, *([teaching.compare] if teacher_weight else [])),
     )
     errors = errors_of(batch, dit, rule=rule)
 
@@ -254,7 +261,9 @@ def test_a_teacher_is_told_dropped_captions_and_the_first_frame() -> None:
     batch = noisy_batch().moved(lambda tensor: tensor.repeat(1, 1, 3, 1, 1) if tensor.ndim == 5 else tensor)
     batch = with_batch(batch, undropped={"letters": [torch.full((1, 1), 7.0), torch.ones(3, 1)]})
     teaching = TeacherComparison(TeacherTarget(1.0), predict_as_base_model)
-    rule = LossRule(as_base=lambda: saying(dit, 0.75), targets=[teaching.compare])
+    rule = LossRule(
+        as_base=lambda: saying(dit, 0.75), list_comparisons=around(compare_with_clip, teaching.compare)
+    )
 
     errors = errors_of(batch, dit, Watching(teacher_only_conditions=(CAPTION, FIRST_FRAME)), rule)
     assert errors.tolist() == [0.25**2, 0.25**2]

@@ -17,6 +17,7 @@ from protocols.loading import Placement
 from tests.training import toy
 from tests.training.test_speed import KINDS, write_file
 from tests.training.test_targets import Step, write_project
+from training.features.phases import TARGETS
 from training.other_models import OtherFamilies
 from training.run import prepare_run
 from training.targets.passes import loss_passes
@@ -57,7 +58,7 @@ def other_words(folder: Path) -> list[object]:
 
 def teacher_of(run: TrainingRun) -> Any:
     """Return the model that teaches, of the function of the hooks."""
-    (compare,) = run.features.on.target
+    (compare,) = run.features.added[TARGETS].around
     return compare.__self__.predict_target.__self__  # type: ignore[attr-defined]
 
 

@@ -13,8 +13,7 @@ from torch.nn.functional import mse_loss
 
 from protocols.data import FIRST_FRAME, HAS_AUDIO, Batch
 from tests.training import toy
-from training.features.blank_prior import blank_pass
-from training.features.contract import PRESERVE_OUTPUT
+from training.features.blank_prior import run_blank_pass
 from training.features.guided import GuidedTarget, with_guided_target
 from training.features.output_preservation import preserve
 from training.features.preference_pairs import add_streams, join_pairs
@@ -29,8 +28,9 @@ from training.features.teacher_passes import (
     predict_as_base_model,
     with_teacher_inputs,
 )
+from training.learning_options import PRESERVE_OUTPUT
 from training.loss import LossRule, NoisyBatch
-from training.targets.passes import TrainingPasses, loss_passes
+from training.targets.passes import TrainingPasses, compare_with_clip, loss_passes, run_usual_pass
 
 RESTART, BASE, LEARNING = "restart", "base", "learning"
 
@@ -105,7 +105,7 @@ def velocity_of(noisy_batch: NoisyBatch) -> Tensor:
 
 def test_a_sample_at_the_lowest_level_is_guided() -> None:
     guided = GuidedTarget(scale=3.0, audio_scale=2.0, lowest_level=0.5)
-    step = Step(targets=[partial(with_guided_target, guided)])
+    step = Step(list_comparisons=toy.around(compare_with_clip, partial(with_guided_target, guided)))
     noisy_batch = make_batch(0.5, 0.499)
 
     away = step.predict(replace(noisy_batch, batch=noisy_batch.batch.with_empty_text()))
@@ -118,7 +118,7 @@ def test_a_sample_at_the_lowest_level_is_guided() -> None:
 def test_an_anchor_has_its_weight_and_its_balance() -> None:
     band = Band(0.0, 0.5)
     teaching = TeacherComparison(TeacherTarget(0.7, band=band, anchor_weight=0.5), predict_as_base_model)
-    step = Step(targets=[teaching.compare])
+    step = Step(list_comparisons=toy.around(compare_with_clip, teaching.compare))
     noisy_batch = replace(make_batch(0.5, 0.6), notes={BALANCE: 2.0})
 
     output, base = step.predict(noisy_batch), step.predict_base(noisy_batch)
@@ -142,9 +142,7 @@ def test_processes_that_share_a_model_run_the_base_model_for_every_batch(
     attributes: tuple[frozenset[str], ...],
 ) -> None:
     """What no sample asks for is dropped."""
-    step = Step(
-        always_runs_base_model=True, base_target_attributes=frozenset({PRESERVE_OUTPUT}), targets=[preserve]
-    )
+    step = Step(always_runs_base_model=True, list_comparisons=toy.around(compare_with_clip, preserve))
     noisy_batch = make_batch(0.5, 0.6)
     noisy_batch = replace(noisy_batch, batch=replace(noisy_batch.batch, attributes=attributes))
 
@@ -159,7 +157,10 @@ def test_processes_that_share_a_model_run_the_base_model_for_every_batch(
 
 def test_random_numbers_of_the_network_begin_anew_before_each_pass_that_learns() -> None:
     guided = partial(with_guided_target, GuidedTarget(3.0, 3.0, 0.0))
-    step = Step(targets=[guided], passes=[partial(blank_pass, 0.5)])
+    step = Step(
+        list_comparisons=toy.around(compare_with_clip, guided),
+        run_passes=toy.around(run_usual_pass, partial(run_blank_pass, 0.5)),
+    )
     step.loss(make_batch(0.5))
     assert step.events == [BASE, RESTART, LEARNING, RESTART, RESTART, LEARNING]
 
@@ -170,7 +171,8 @@ def test_random_numbers_of_the_network_begin_anew_before_each_pass_that_learns()
     latents = toy.LATENT.to_model(noisy_batch.batch.tensor("latents"))
     passes = TrainingPasses(step.family, step.dit, latents, contextlib.nullcontext, step.rule)
     step.events.clear()
-    for _ in slider_passes(target, lambda strength: contextlib.nullcontext(), passes, noisy_batch):
+    at_strength = lambda strength: contextlib.nullcontext()  # noqa: E731
+    for _ in slider_passes(target, at_strength, run_usual_pass, passes, noisy_batch):
         assert step.events[-2:] == [RESTART, LEARNING]
     assert step.events == [BASE] * 4 + [RESTART, LEARNING] * 4
 

@@ -21,8 +21,7 @@ from protocols.steps import NO_OVERRIDES, Overrides
 from runtime.run_blocks import get_runner
 from tests.training import toy
 from tests.training.toy_images import train_image_toy, write_subset
-from training.features.blank_prior import BlankPriorOptions, blank_pass
-from training.features.contract import PRESERVE_OUTPUT
+from training.features.blank_prior import BlankPriorOptions, run_blank_pass
 from training.features.guided import GuidedTarget, GuidedTargetOptions, with_guided_target
 from training.features.hooks import Tally
 from training.features.ip_noise import IpNoiseOptions
@@ -37,10 +36,11 @@ from training.features.teacher_options import TeacherOptions
 from training.features.teacher_passes import Band, TeacherComparison, TeacherTarget, predict_as_base_model
 from training.features.tread import TreadOptions, check_tread
 from training.features.tread_runner import Route, bypassing_blocks
+from training.learning_options import PRESERVE_OUTPUT
 from training.loss import MASK, LossRule, NoisyAudio, NoisyBatch
 from training.noise_options import L2, LossOptions
 from training.options import TrainedNetworkOptions, TrainingOptions
-from training.targets.passes import loss_passes
+from training.targets.passes import TrainingPasses, compare_with_clip, loss_passes, run_usual_pass
 
 # of a run: what a network learns towards, and which tokens take part
 TARGETS = (
@@ -212,20 +212,29 @@ def losses_of(names: tuple[str, ...], noisy_batch: NoisyBatch) -> Tensor:
     rule = LossRule(
         LossOptions.from_defaults(loss_type="l1") if "loss_type" in names else L2,
         as_base=lambda: at_strength(0.0),
-        base_target_attributes=frozenset({PRESERVE_OUTPUT}),
-        targets=[preserve, *(change for name, change in changes.items() if name in names)],
-        passes=[partial(blank_pass, BLANK_PRIOR)] if "blank_prior_weight" in names else (),
-        replaces_default_pass="preference" in names or "slider" in names,
+        list_comparisons=toy.around(
+            compare_with_clip, preserve, *(change for name, change in changes.items() if name in names)
+        ),
     )
+    if "blank_prior_weight" in names:
+        run_passes = toy.around(run_usual_pass, partial(run_blank_pass, BLANK_PRIOR))
+        rule = replace(rule, run_passes=run_passes)
     if "preference" in names:
-        rule = replace(rule, passes=[partial(pair_passes, PREFERENCE, Tally(("a", "b", "c")))])
+        pairs = partial(pair_passes, PREFERENCE, Tally(("a", "b", "c")))
+        rule = replace(rule, run_passes=toy.around(run_usual_pass, pairs))
     if "tread" in names:
         route = Route(0, -1, lambda grid: torch.zeros(1))
-        rule = replace(rule, learning_pass_contexts=[lambda dit, _, seed: bypassing_blocks(dit, route)])
+
+        def predict(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
+            with bypassing_blocks(passes.dit, route):
+                return passes.predict(noisy_batch)
+
+        rule = replace(rule, predict=predict)
     if "slider" in names:
         encoded = {text: {"letters": torch.full((1, 1), value)} for text, value in CAPTIONS.items()}
         target = SliderTarget(SliderFile(GUIDANCE, (SLIDER,)), encoded, frozenset({"letters"}))
-        rule = replace(rule, passes=[partial(slider_passes, target, at_strength)])
+        sliders = partial(slider_passes, target, at_strength)
+        rule = replace(rule, run_passes=toy.around(run_usual_pass, sliders))
     with at_strength(noisy_batch.batch.network_multiplier):
         passes = loss_passes(family, dit, noisy_batch, contextlib.nullcontext, rule)
         return sum((stream for streams in passes for stream in streams), torch.zeros(()))
@@ -442,9 +451,9 @@ WITHOUT_SAY = {
         "notes",
         "clean_tokens",
     },
-    LossRule: {"options", "prediction", "as_base", "always_runs_base_model", "base_target_attributes"}
-    | {"targets", "passes", "replaces_default_pass"}  # functions of targets
-    | {"in_lockstep", "learning_pass_contexts", "seed", "seed_networks"},
+    LossRule: {"options", "prediction", "as_base", "always_runs_base_model"}
+    | {"list_comparisons", "run_passes", "predict"}  # phases, with what targets put around them
+    | {"in_lockstep", "seed", "seed_networks"},
 }
 
 

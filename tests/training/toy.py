@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -360,6 +361,13 @@ def state_tensors(folder: Path) -> dict[str, dict[str, Tensor]]:
         if isinstance(value, Tensor)
     }
     return {**{part: dict(tensors) for part, tensors in state.parts.items()}, "optimizer": moments}
+
+
+def around(phase: Callable[..., Any], *acts: Callable[..., Any]) -> Callable[..., Any]:
+    """A phase with what features put around it, as `RunFeatures.wrap` returns it."""
+    for act in acts:
+        phase = partial(act, phase)
+    return phase
 
 
 def same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:

@@ -9,11 +9,12 @@ from modules.errors import OptionError
 from modules.options import HABIT, option
 from training.features.contract import AT_NETWORK, EMPTY_PROMPT, Feature, FeatureOptions
 from training.features.hooks import RunFeatures
+from training.features.phases import LOSS
 from training.features.step_targets import PassCounts, StepTarget
 
 if TYPE_CHECKING:
     from training.loss import NoisyBatch
-    from training.targets.passes import StreamErrors, TrainingPasses
+    from training.targets.passes import RunPasses, StreamErrors, TrainingPasses
 
 
 class BlankPriorOptions(FeatureOptions, title="what the model keeps", at=AT_NETWORK, facts=HABIT):
@@ -34,10 +35,13 @@ class BlankPriorOptions(FeatureOptions, title="what the model keeps", at=AT_NETW
         return self.blank_prior_weight or 0.0
 
 
-def blank_pass(
-    weight: float, passes: "TrainingPasses", noisy_batch: "NoisyBatch"
+def run_blank_pass(
+    weight: float,
+    run_others: "RunPasses",
+    passes: "TrainingPasses",
+    noisy_batch: "NoisyBatch",
 ) -> "Iterator[StreamErrors]":
-    """Yield the weighted error between the network and the base model, both with the empty prompt.
+    """Yield the weighted error between the network and the base model with the empty prompt, then the others.
 
     Masks apply only to the comparison with the clip, so all positions count here.
     """
@@ -49,6 +53,7 @@ def blank_pass(
     errors = measure_errors(passes, passes.predict_with_gradients(blank), target, without_masks(blank))
     passes.reset_network_seed(noisy_batch)  # for the next pass of this batch
     yield tuple(weight * error for error in errors)
+    yield from run_others(passes, noisy_batch)
 
 
 def _join(run: RunFeatures, options: BlankPriorOptions) -> None:
@@ -66,7 +71,7 @@ def _join(run: RunFeatures, options: BlankPriorOptions) -> None:
     run.targets.append(target)
     run.needs.add(EMPTY_PROMPT)
     run.info.in_files |= asdict(options)
-    run.on.passes.append(partial(blank_pass, options.weight))
+    run.around(LOSS, partial(run_blank_pass, options.weight))
 
 
 BLANK_PRIOR = Feature(

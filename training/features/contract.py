@@ -23,19 +23,21 @@ call a feature by name: an active feature adds values and functions to the run, 
 
 `_join` is called as soon as the options are read, so that impossible combinations are rejected early: it
 raises OptionError, and does not import torch; a function in `run.on.start` may. `RunFeatures` (`hooks.py`)
-has what a feature can add: needs of batches, targets, information about the run (`info`), and functions for
-the points of a run (`on`):
+has what a feature can add: needs of batches, targets, information about the run (`info`), functions for the
+points of a run (`on`), and functions before, around and after its phases (`phases.py`):
 
     conflicts with options or models      raise OptionError; `on.check`, `on.check_files`
     another part of batches               `needs`; `on.plan` of the run with its items
-    another target of the loss            `targets`, with `on.target` or `on.passes`
-    around a pass with gradients          `on.learning_pass`
-    before and after a step               `on.before_step`, `on.after_step`
+    another target of the loss            `targets`, with `around(TARGETS, ...)` or `around(LOSS, ...)`
+    around a pass with gradients          `around(PREDICT, ...)`
+    before and after a step               `after(GRADIENTS, ...)`, `before(STEP, ...)`, `after(STEP, ...)`
+    samples, a save, the end of the run   `TrainingRun.request(SAMPLE, reason)`, `SAVE`, `END`
+    a text in console, page and history   `TrainingRun.note(text)`
     more trained parameters               `on.auxiliary_learners`
     logged values of each step            `tallies`, which say how the page shows them
     values in saved states                `progress_records`
     metadata of files, lines, boxes       `info`
-    after files were saved                `on.save`
+    after files were saved                `after(SAVE, ...)`
     when the run is over                  `on.end`
 """
 
@@ -64,8 +66,8 @@ LIVE_TEXTS = "text encoders that learn a word"
 NO_DATASET = "no dataset, as what is learned comes from prompts"
 LIVE_MEDIA = "images that are encoded at each step"
 
-# key in `custom_attributes` of a table: the target of its samples is the base model's prediction
-PRESERVE_OUTPUT = "diff_output_preservation"
+# key of `RunInfo.in_files`: number of steps that were not taken, of a feature that can skip steps
+SKIPPED_STEPS = "skipped_steps"
 
 # key in an option's facts: a sentence on how it helps against a NaN or infinite loss or norm
 AGAINST_BAD_STEPS = "against bad steps"

@@ -7,11 +7,18 @@ decision.
 
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 from modules.errors import OptionError
 from modules.options import HABIT, option
 from training.features.contract import AT_WEIGHTS, Feature, FeatureOptions
-from training.features.hooks import HookedRun, PlannedRun, RunFeatures, RunInfo
+from training.features.hooks import PlannedRun, RunFeatures
+from training.features.phases import END, VALIDATE
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from training.training_run import TrainingRun
 
 
 class EarlyStoppingOptions(FeatureOptions, title="early stopping", at=AT_WEIGHTS, facts=HABIT):
@@ -35,26 +42,29 @@ class EarlyStoppingProgress:
     measured_since: int = 0
 
 
-def reason_to_stop(run: HookedRun, loss: float, patience: int, info: RunInfo) -> str:
-    """Return why the run ends after a validation with this loss; "" if it continues.
+def end_if_no_lower(run: "TrainingRun", losses: "Mapping[str, float]", *, patience: int) -> None:
+    """End the run if the loss of a validation was not the lowest one for `patience` times in a row.
 
-    If it ends, the metadata of files in `info` gets the step of the lowest loss.
+    If it ends, the metadata of its files gets the step of the lowest loss.
     """
+    from training.reports.history import LOSS  # not needed for --help
+
     if run.progress.step == 0:  # the untrained model, of which there is no file to return to
-        return ""
+        return
     progress = run.progress.feature_state(EarlyStoppingProgress)
-    if loss < progress.lowest_loss:
-        progress.lowest_loss, progress.lowest_step = loss, run.progress.step
+    if losses[LOSS] < progress.lowest_loss:
+        progress.lowest_loss, progress.lowest_step = losses[LOSS], run.progress.step
         progress.measured_since = 0
-        return ""
+        return
     progress.measured_since += 1
     if progress.measured_since < patience:
-        return ""
-    info.in_files["ended_early"] = progress.lowest_step
-    return (
+        return
+    run.features.info.in_files["ended_early"] = progress.lowest_step
+    reason = (
         f"the validation loss was lowest at step {progress.lowest_step} ({progress.lowest_loss:.5f}), and "
         f"not below it in {progress.measured_since} measurements since"
     )
+    run.request(END, reason)
 
 
 def _require_validation(planned: PlannedRun) -> None:
@@ -70,7 +80,7 @@ def _join(run: RunFeatures, options: EarlyStoppingOptions) -> None:
     assert patience is not None  # the feature is on
     run.progress_records.append(EarlyStoppingProgress)
     run.on.plan.append(_require_validation)
-    run.on.after_validation.append(partial(reason_to_stop, patience=patience, info=run.info))
+    run.after(VALIDATE, partial(end_if_no_lower, patience=patience))
 
 
 EARLY_STOPPING = Feature(

@@ -3,12 +3,20 @@
 `ema_weights.py` computes it. It is saved next to each file, and in states.
 """
 
+import contextlib
 from functools import partial
+from typing import TYPE_CHECKING
 
 from modules.errors import OptionError
 from modules.options import FREE, SAMPLES_ONLY, option
 from training.features.contract import AT_WEIGHTS, Feature, FeatureOptions
 from training.features.hooks import AverageInfo, HookedModel, RunFeatures
+from training.features.phases import SAMPLE, STEP
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from training.training_run import GradientStep, TrainingRun
 
 
 class EmaOptions(FeatureOptions, title="average of the weights (EMA)", at=AT_WEIGHTS, facts=FREE):
@@ -33,8 +41,8 @@ class EmaOptions(FeatureOptions, title="average of the weights (EMA)", at=AT_WEI
     )
 
 
-def _keep_average(run: RunFeatures, options: EmaOptions, model: HookedModel) -> None:
-    """Start the moving average of the trained weights, and update it after each step."""
+def _start_average(options: EmaOptions, model: HookedModel) -> None:
+    """Start the moving average of the trained weights."""
     from training.features.ema_weights import make_average  # torch: only with --ema_decay
 
     assert options.ema_decay is not None  # the feature is on
@@ -48,7 +56,19 @@ def _keep_average(run: RunFeatures, options: EmaOptions, model: HookedModel) -> 
     )
     if average is not None:
         model.average = average
-        run.on.after_step.append(average.after_step)
+
+
+def _update_average(run: "TrainingRun", step: "GradientStep") -> None:
+    """Update the average after a step that was taken; some processes keep none."""
+    if run.model.average is not None and not step.skipped:
+        run.model.average.after_step()
+
+
+def _sample_average(sample: "Callable[[TrainingRun], None]", run: "TrainingRun") -> None:
+    """Generate samples with the average in place of the trained weights (--sample_ema)."""
+    average = run.model.average
+    with contextlib.nullcontext() if average is None else average.in_place():
+        sample(run)
 
 
 def _join(run: RunFeatures, options: EmaOptions) -> None:
@@ -58,7 +78,10 @@ def _join(run: RunFeatures, options: EmaOptions) -> None:
             "with the ...-ema.safetensors file"
         )
     run.average = AverageInfo("EMA", is_sampled=options.sample_ema)
-    run.on.after_load.append(partial(_keep_average, run, options))
+    run.on.after_load.append(partial(_start_average, options))
+    run.after(STEP, _update_average)
+    if options.sample_ema:
+        run.around(SAMPLE, _sample_average)
 
 
 EMA = Feature(

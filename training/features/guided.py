@@ -9,6 +9,7 @@ from modules.errors import OptionError
 from modules.options import HABIT, option
 from training.features.contract import AT_LOSS, EMPTY_PROMPT, Feature, FeatureOptions, given_values
 from training.features.hooks import RunFeatures
+from training.features.phases import TARGETS
 from training.features.step_targets import PassCounts, StepTarget
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
     from protocols.family import Family
     from training.loss import NoisyBatch
-    from training.targets.passes import TargetComparison, TrainingPasses
+    from training.targets.passes import ListComparisons, TargetComparison, TrainingPasses
 
 MAX_GUIDANCE = 20
 THOUSAND = 1000
@@ -87,7 +88,7 @@ def guide(
         select_per_sample,
     )
 
-    unguided = _list_unguided(passes, noisy_batch)
+    unguided = _list_unguided(noisy_batch)
     guides_image = _list_guided(list_noise_fractions(noisy_batch), guided.lowest_level, unguided)
     guides_audio: list[bool] = []
     if noisy_batch.audio is not None:
@@ -110,7 +111,7 @@ def guide(
     return noisy_batch.joint.join(image, audio)
 
 
-def _list_unguided(passes: "TrainingPasses", noisy_batch: "NoisyBatch") -> list[bool]:
+def _list_unguided(noisy_batch: "NoisyBatch") -> list[bool]:
     """Return for each sample whether it keeps its ordinary target instead of the guided one."""
     # It does if its caption is empty, since the prediction without a prompt is then its own prediction, or if
     # its dataset table sets the base model's prediction as the target.
@@ -118,7 +119,7 @@ def _list_unguided(passes: "TrainingPasses", noisy_batch: "NoisyBatch") -> list[
 
     batch = noisy_batch.batch
     is_empty = batch.has_empty_text or (False,) * len(batch)
-    is_preserved = samples_with_base_target(passes, noisy_batch)
+    is_preserved = samples_with_base_target(noisy_batch)
     return [empty or preserved for empty, preserved in zip(is_empty, is_preserved, strict=True)]
 
 
@@ -144,12 +145,12 @@ def _describe(options: GuidedTargetOptions) -> str:
 
 def with_guided_target(
     guided: GuidedTarget,
+    list_comparisons: "ListComparisons",
     passes: "TrainingPasses",
     noisy_batch: "NoisyBatch",
-    comparisons: "list[TargetComparison]",
 ) -> "list[TargetComparison]":
-    """Return `comparisons` with the target of the first, the velocity, replaced by the guided target."""
-    clip, *others = comparisons
+    """Return the comparisons with the target of the first, the velocity, replaced by the guided target."""
+    clip, *others = list_comparisons(passes, noisy_batch)
     return [replace(clip, target=guide(guided, passes, noisy_batch, clip.target)), *others]
 
 
@@ -167,7 +168,7 @@ def _join(run: RunFeatures, options: GuidedTargetOptions) -> None:
     run.needs.add(EMPTY_PROMPT)
     run.info.in_files |= given_values(options)
     run.on.check.append(partial(_check, options))
-    run.on.target.append(partial(with_guided_target, make_guided(options)))
+    run.around(TARGETS, partial(with_guided_target, make_guided(options)))
 
 
 GUIDED = Feature(

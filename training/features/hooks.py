@@ -4,12 +4,14 @@ A feature gets a `RunFeatures` and adds functions to its `Hooks`, which lists th
 The protocols before them describe the parts of a run and its networks that features use.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, Protocol, TypeVar
 
+from training.features.phases import Additions, Given, Result, RunPhase, Subject, call_between
 from training.features.step_targets import PassCounts, StepTarget
 from training.reports.metric_charts import MetricChart, MetricTile
 
@@ -46,7 +48,6 @@ if TYPE_CHECKING:  # features are loaded one by one, and without torch
     from training.saving.options import SavingOptions
     from training.saving.states import SavedState
     from training.steps import Progress, StepPlan
-    from training.targets.passes import StreamErrors, TargetComparison, TrainingPasses
     from training.trainable import Trainable
 
 T = TypeVar("T")
@@ -175,34 +176,6 @@ class PlannedRun(Protocol):
         """Tensor names and layout of saved LoRA files; None for a network of another package."""
 
 
-class HookedRun(Protocol):
-    """Attributes of a training run that features use."""
-
-    @property
-    def options(self) -> RunOptionsProtocol:
-        """Options of the run, which never change."""
-
-    @property
-    def progress(self) -> "Progress":
-        """Current step and epoch."""
-
-    @property
-    def steps(self) -> "StepPlan":
-        """Planned number of steps and epochs."""
-
-    @property
-    def device(self) -> "torch.device":
-        """Device of this process."""
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process writes files and logs."""
-
-    @property
-    def has_scaler(self) -> bool:
-        """Whether losses are scaled, as float16 gradients require."""
-
-
 class Average(Protocol):
     """Moving average of the trained weights, saved next to each file and in states."""
 
@@ -214,6 +187,9 @@ class Average(Protocol):
 
     def begin(self) -> None:
         """Restart the average from the current weights."""
+
+    def after_step(self) -> None:
+        """Count a step, and update the average if it is due."""
 
     def in_place(self) -> AbstractContextManager[None]:
         """Replace the parameters' values with their average during the block."""
@@ -319,15 +295,6 @@ class MergedLoras:
     rounding: str = "auto"  # a value of --lora_rounding
 
 
-@dataclass(frozen=True)
-class GradientStep:
-    """Loss, items and kind of a step whose gradients are complete and whose weights are not updated yet."""
-
-    loss: "Tensor"  # mean loss of the step, a scalar on the device
-    keys: tuple[str, ...]  # keys of the items of this process
-    kind: str  # its transformers, and whether it has audio: norms of different kinds are not compared
-
-
 @dataclass
 class RunEnd:
     """Progress of a run, passed to features at its end, even if loading failed."""
@@ -389,17 +356,13 @@ class Storage(Protocol):
 
 
 OnNoise = Callable[["torch.Size", int, int], "Tensor"]
-BeforeStep = Callable[[HookedRun, GradientStep, "Tensor"], str]
 OnBatch = Callable[["NoiseSampler", "NoisyBatch"], "NoisyBatch"]
-LearningPass = Callable[["nn.Module", "NoisyBatch", int], AbstractContextManager[None]]
-Compare = Callable[["TrainingPasses", "NoisyBatch", "list[TargetComparison]"], "list[TargetComparison]"]
 # arguments after the encoders: the seed of the run, and whether the vectors get initial values
 MakeAuxiliaryLearner = Callable[["Mapping[str, nn.Module]", int, bool], AuxiliaryLearner]
 # changes the tensors of an image that is encoded at each step
 OnMedia = Callable[
     ["Caches", "MediaEncoders", "DecodedMedia", str, "Mapping[str, Tensor]"], "dict[str, Tensor]"
 ]
-MorePasses = Callable[["TrainingPasses", "NoisyBatch"], "Iterator[StreamErrors]"]
 
 
 @dataclass(frozen=True)
@@ -434,22 +397,6 @@ class Hooks:
     # given a `NoiseSampler` and a drawn micro-batch, return the micro-batch to use instead. These functions
     # are also sent to data loader workers
     batch: list[OnBatch] = field(default_factory=list)
-    # given the passes of a step, its batch and the comparisons of the prediction (first that with the clip),
-    # return the comparisons to use instead
-    target: list[Compare] = field(default_factory=list)
-    validation: list[Compare] = field(default_factory=list)  # the same for validation
-    # given the passes and the batch, run passes with gradients before the usual one, and yield their errors
-    passes: list[MorePasses] = field(default_factory=list)
-    # given the DiT, its batch and the seed of the run, return the context in which a pass with gradients runs
-    learning_pass: list[LearningPass] = field(default_factory=list)
-    # given the norm of the gradients before clipping, return why the step is skipped, for the history, or ""
-    # to take it. All processes return the same reason. With such a hook, each step waits for the device
-    before_step: list[BeforeStep] = field(default_factory=list)
-    after_step: list[Callable[[], None]] = field(default_factory=list)  # only after steps that are taken
-    # given the validation loss, the same in all processes, return why the run ends now, or "" to continue
-    after_validation: "list[Callable[[HookedRun, float], str]]" = field(default_factory=list)
-    # given the files of a save that are written; in the main process only
-    save: list[Callable[[Sequence[Path]], None]] = field(default_factory=list)
     # called when the run is over, even if it failed; in the main process only
     end: list[Callable[[RunEnd], None]] = field(default_factory=list)
 
@@ -472,7 +419,6 @@ class RunFeatures:
     # given all captions, return a note on those from which nothing is learned, or ""; raises DatasetError
     caption_checks: list[Callable[[Sequence[str]], str]] = field(default_factory=list)
     embedding_words: list[str] = field(default_factory=list)  # trained words that have their own files
-    base_target_attributes: set[str] = field(default_factory=set)  # see targets/passes.py
     further_models: "list[FurtherModel]" = field(default_factory=list)  # frozen, as large as the trained one
     average: AverageInfo | None = None
     # given a transformer's expert, return the LoRAs to merge while it is loaded, whether it is trained or not
@@ -490,11 +436,49 @@ class RunFeatures:
     tallies: list[Tally] = field(default_factory=list)
     info: RunInfo = field(default_factory=RunInfo)
     on: Hooks = field(default_factory=Hooks)
+    added: "dict[RunPhase[Any, Any, Any], Additions]" = field(
+        default_factory=dict
+    )  # what features add to phases
 
-    @property
-    def replaces_default_pass(self) -> bool:
-        """Return whether the passes in `on.passes`, if any, replace the usual forward pass with gradients."""
-        return bool(self.on.passes) and any(target.reason_to_exclude_others for target in self.targets)
+    def before(
+        self, phase: "RunPhase[Subject, Given, Result]", act: "Callable[Concatenate[Subject, Given], object]"
+    ) -> None:
+        """Call `act` before a phase, with the arguments of the phase."""
+        self.added.setdefault(phase, Additions()).before.append(act)
+
+    def around(
+        self,
+        phase: "RunPhase[Subject, Given, Result]",
+        act: "Callable[Concatenate[Callable[Concatenate[Subject, Given], Result], Subject, Given], Result]",
+    ) -> None:
+        """Call `act` in place of a phase, with the phase as its first argument.
+
+        `act` may call the phase, with what `before` and `after` have added, and returns the phase's result.
+        A later function stands around the earlier ones.
+        """
+        self.added.setdefault(phase, Additions()).around.append(act)
+
+    def after(
+        self, phase: "RunPhase[Subject, Given, Result]", act: "Callable[[Subject, Result], object]"
+    ) -> None:
+        """Call `act` after a phase, with the phase's first argument and its result."""
+        self.added.setdefault(phase, Additions()).after.append(act)
+
+    def wrap(
+        self,
+        phase: "RunPhase[Subject, Given, Result]",
+        function: "Callable[Concatenate[Subject, Given], Result]",
+    ) -> "Callable[Concatenate[Subject, Given], Result]":
+        """Return the function of a phase with what features add to it; itself if they add nothing."""
+        added = self.added.get(phase)
+        if added is None:
+            return function
+        wrapped: Any = function  # partials, not closures: data loader workers get some of them
+        if added.before or added.after:
+            wrapped = partial(call_between, added.before, function, added.after)
+        for act in added.around:
+            wrapped = partial(act, wrapped)
+        return wrapped
 
     @property
     def has_joint_audio_loss(self) -> bool:

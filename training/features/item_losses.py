@@ -6,6 +6,7 @@
 from modules.options import FREE, option
 from training.features.contract import AT_LOGS, Feature, FeatureOptions
 from training.features.hooks import RunFeatures
+from training.features.phases import TARGETS
 
 
 class ItemLossOptions(FeatureOptions, title="loss of each image", at=AT_LOGS, facts=FREE):
@@ -22,7 +23,7 @@ def _start(run: RunFeatures) -> None:
 
     folder, name = run.options.saving.folder_and_name
     recorder = ItemLossRecorder(folder, name)
-    run.on.target.append(recorder.observe)
+    run.around(TARGETS, recorder.observe)
     run.on.recorders.append(recorder.join_run)
 
 

@@ -39,7 +39,13 @@ from training.reports.item_losses import (
 )
 from training.reports.sections import images_path, items_path
 from training.steps import Progress
-from training.targets.passes import StreamErrors, TargetComparison, TrainingPasses, list_noise_fractions
+from training.targets.passes import (
+    ListComparisons,
+    StreamErrors,
+    TargetComparison,
+    TrainingPasses,
+    list_noise_fractions,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -142,9 +148,13 @@ class ItemLossRecorder:
             logger.warning("--item_losses recorded nothing: this run does not learn one image at a time.")
 
     def observe(
-        self, passes: TrainingPasses, noisy_batch: NoisyBatch, comparisons: list[TargetComparison]
+        self,
+        list_comparisons: ListComparisons,
+        passes: TrainingPasses,
+        noisy_batch: NoisyBatch,
     ) -> list[TargetComparison]:
         """Wrap the error function of the first comparison, with the clip's target, to record item losses."""
+        comparisons = list_comparisons(passes, noisy_batch)
         if self._process_index is None:
             return comparisons
         clip, *others = comparisons

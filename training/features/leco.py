@@ -24,6 +24,7 @@ from training.features.contract import NO_DATASET, Feature, given_values
 from training.features.hooks import HookedModel, PlannedRun, RunFeatures
 from training.features.leco_file import LecoPair, read_pairs
 from training.features.leco_options import LecoOptions
+from training.features.phases import LOSS
 from training.features.step_targets import PassCounts, StepTarget
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def _prepare_passes(
     target = encode_pairs(plan.family, options, pairs, plan.accelerator.device)
 
     def add_passes(model: HookedModel) -> None:
-        run.on.passes.append(partial(leco_passes, target, model.trainable.at_strength))
+        run.around(LOSS, partial(leco_passes, target, model.trainable.at_strength))
 
     run.on.after_load.append(add_passes)
 

@@ -19,7 +19,7 @@ from training.features.encoded_captions import EncodedCaptions, encode_captions
 from training.features.leco_file import LecoPair
 from training.features.leco_options import LecoOptions
 from training.loss import NoisyBatch
-from training.targets.passes import StreamErrors, TrainingPasses, measure_errors
+from training.targets.passes import RunPasses, StreamErrors, TrainingPasses, measure_errors
 
 NUM_TRAIN_TIMESTEPS = 1000
 RESOLUTION_STEP = 64
@@ -107,6 +107,7 @@ def weigh_equally(_: NoiseSampler, noisy_batch: NoisyBatch) -> NoisyBatch:
 def leco_passes(
     target: LecoTarget,
     at_strength: Callable[[float], AbstractContextManager[None]],
+    _: RunPasses,
     passes: TrainingPasses,
     noisy_batch: NoisyBatch,
 ) -> Iterator[StreamErrors]:

@@ -9,6 +9,7 @@ from modules.errors import OptionError
 from modules.options import HABIT, option
 from training.features.contract import AT_NETWORK, Feature, FeatureOptions
 from training.features.hooks import PlannedRun, RunFeatures
+from training.features.phases import TARGETS
 from training.features.step_targets import PassCounts, StepTarget
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from dataset.batches.items import TrainingItem
     from dataset.cache.store import Stores
     from training.loss import NoisyBatch
-    from training.targets.passes import StreamErrors, TargetComparison, TrainingPasses
+    from training.targets.passes import ListComparisons, StreamErrors, TargetComparison, TrainingPasses
 
 
 class MaskPriorOptions(FeatureOptions, title="what the model keeps", at=AT_NETWORK, facts=HABIT):
@@ -74,13 +75,14 @@ def _has_masks(items: "Sequence[TrainingItem]", stores: "Stores") -> bool:
 
 def compare_outside_masks(
     weight: float,
+    list_others: "ListComparisons",
     passes: "TrainingPasses",
     noisy_batch: "NoisyBatch",
-    comparisons: "list[TargetComparison]",
 ) -> "list[TargetComparison]":
-    """Add the comparison with the base model outside masks; return the list unchanged without masks."""
+    """Add the comparison with the base model outside masks; return only the others without masks."""
     from training.targets.passes import TargetComparison, has_mask  # torch: only with --mask_prior_weight
 
+    comparisons = list_others(passes, noisy_batch)
     if not has_mask(noisy_batch):
         if passes.rule.in_lockstep:  # processes that share the model have to run the same passes
             passes.predict_base_model(noisy_batch)
@@ -107,7 +109,7 @@ def _join(run: RunFeatures, options: MaskPriorOptions) -> None:
     run.targets.append(target)
     run.info.in_files |= asdict(options)
     run.on.plan.append(partial(_require_masks, run, options))
-    run.on.target.append(partial(compare_outside_masks, options.weight))
+    run.around(TARGETS, partial(compare_outside_masks, options.weight))
 
 
 MASK_PRIOR = Feature(

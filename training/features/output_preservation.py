@@ -8,14 +8,16 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from modules.errors import OptionError
-from training.features.contract import AT_NETWORK, BASE_MODEL, PRESERVE_OUTPUT, Feature, FeatureOptions
+from training.features.contract import AT_NETWORK, BASE_MODEL, Feature, FeatureOptions
 from training.features.hooks import RunFeatures
+from training.features.phases import TARGETS, VALIDATION_TARGETS
+from training.learning_options import PRESERVE_OUTPUT
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from training.loss import NoisyBatch
-    from training.targets.passes import TargetComparison, TrainingPasses
+    from training.targets.passes import ListComparisons, TargetComparison, TrainingPasses
 
 
 class OutputPreservationOptions(FeatureOptions, at=AT_NETWORK, attribute=PRESERVE_OUTPUT):
@@ -34,7 +36,7 @@ def velocity_or_base_prediction(
         select_per_sample,
     )
 
-    is_preserved = samples_with_base_target(passes, noisy_batch)
+    is_preserved = samples_with_base_target(noisy_batch)
     if any(is_preserved):
         base_output = passes.predict_base_model(noisy_batch)
         return select_per_sample(is_preserved, base_output, velocity)
@@ -44,10 +46,12 @@ def velocity_or_base_prediction(
 
 
 def preserve(
-    passes: "TrainingPasses", noisy_batch: "NoisyBatch", comparisons: "list[TargetComparison]"
+    list_comparisons: "ListComparisons",
+    passes: "TrainingPasses",
+    noisy_batch: "NoisyBatch",
 ) -> "list[TargetComparison]":
     """Use the base model's prediction as the target of samples whose dataset table asks for preservation."""
-    clip, *others = comparisons
+    clip, *others = list_comparisons(passes, noisy_batch)
     return [replace(clip, target=velocity_or_base_prediction(passes, noisy_batch, clip.target)), *others]
 
 
@@ -59,9 +63,8 @@ def _join(run: RunFeatures, options: OutputPreservationOptions) -> None:
             "itself is trained. Omit it"
         )
     run.needs.add(BASE_MODEL)
-    run.base_target_attributes.add(PRESERVE_OUTPUT)
-    run.on.target.append(preserve)
-    run.on.validation.append(preserve)
+    run.around(TARGETS, preserve)
+    run.around(VALIDATION_TARGETS, preserve)
 
 
 OUTPUT_PRESERVATION = Feature(

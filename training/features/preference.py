@@ -12,14 +12,15 @@ from modules.errors import OptionError
 from modules.options import HABIT, option
 from training.features.contract import (
     AT_NETWORK,
-    PRESERVE_OUTPUT,
     REJECTED_ONES,
     Feature,
     FeatureOptions,
     given_values,
 )
 from training.features.hooks import PlannedRun, RunFeatures, Tally
+from training.features.phases import LOSS
 from training.features.step_targets import PassCounts, StepTarget
+from training.learning_options import PRESERVE_OUTPUT
 from training.reports.metric_charts import MetricChart, MetricTile
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def _start(options: PreferenceOptions, logged_metrics: Tally, run: RunFeatures) 
     from training.features.preference_pairs import Preference, pair_passes  # torch: only with --preference
 
     preference = Preference(options.beta, options.preference_data_weight)
-    run.on.passes.append(partial(pair_passes, preference, logged_metrics))
+    run.around(LOSS, partial(pair_passes, preference, logged_metrics))
 
 
 def _join(run: RunFeatures, options: PreferenceOptions) -> None:

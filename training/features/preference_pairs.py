@@ -18,7 +18,13 @@ from modules.errors import CacheError, DatasetError
 from protocols.data import HAS_AUDIO, REJECTED_LATENTS
 from training.features.hooks import Tally
 from training.loss import NoisyAudio, NoisyBatch
-from training.targets.passes import StreamErrors, TrainingPasses, compute_target_velocity, measure_errors
+from training.targets.passes import (
+    RunPasses,
+    StreamErrors,
+    TrainingPasses,
+    compute_target_velocity,
+    measure_errors,
+)
 
 # number of items whose headers are read before anything is loaded; other headers are read during training
 NUM_CHECKED_ITEMS = 1000
@@ -61,7 +67,11 @@ def require_pairs(items: Sequence[TrainingItem], stores: Stores, commands: Cachi
 
 
 def pair_passes(
-    preference: Preference, logged_metrics: Tally, passes: TrainingPasses, noisy_batch: NoisyBatch
+    preference: Preference,
+    logged_metrics: Tally,
+    _: RunPasses,
+    passes: TrainingPasses,
+    noisy_batch: NoisyBatch,
 ) -> Iterator[StreamErrors]:
     """Yield the losses of a batch's pairs, B; the caller applies loss weights as for single samples."""
     pairs = join_pairs(noisy_batch)

@@ -11,11 +11,18 @@ from typing import TYPE_CHECKING
 
 from modules.errors import OptionError
 from modules.options import HABIT, option
-from training.features.contract import AGAINST_BAD_STEPS, AT_WEIGHTS, Feature, FeatureOptions
-from training.features.hooks import GradientStep, HookedRun, RunFeatures
+from training.features.contract import (
+    AGAINST_BAD_STEPS,
+    AT_WEIGHTS,
+    SKIPPED_STEPS,
+    Feature,
+    FeatureOptions,
+)
+from training.features.hooks import RunFeatures
+from training.features.phases import STEP
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from training.training_run import GradientStep, TrainingRun
 
 logger = logging.getLogger(__name__)
 
@@ -125,8 +132,8 @@ class Skipping:
         return True
 
 
-def judge_step(run: HookedRun, step: GradientStep, gradient_norm: "Tensor") -> str:
-    """Return why a step is skipped, a name of `OUTCOME_NAMES`, and log it; "" if the step is taken.
+def judge_step(run: "TrainingRun", step: "GradientStep") -> None:
+    """Let a step be skipped, and log why; the reason for the history is a name of `OUTCOME_NAMES`.
 
     All processes call this and get the same answer.
 
@@ -137,11 +144,13 @@ def judge_step(run: HookedRun, step: GradientStep, gradient_norm: "Tensor") -> s
 
     progress = run.progress.feature_state(SkipProgress)
     skipping = Skipping(run.options.of(SkipOptions), progress, run.has_scaler)
+    assert step.norm is not None  # --fused_backward_pass is rejected
     loss = float(step.loss)
-    norm = float(gradient_norm)
-    limit = skipping.limit(step.kind)
+    norm = float(step.norm)
+    kind = run.name_kind(step.batches)
+    limit = skipping.limit(kind)
     # GPUs of different kinds may differ in the last digits, but all processes must make the same decision
-    outcome = reduce_max(skipping.judge(loss, norm, step.kind), run.steps.num_processes, run.device)
+    outcome = reduce_max(skipping.judge(loss, norm, kind), run.steps.num_processes, run.device)
     if outcome == FATAL:
         from training.bad_steps import explain_bad_step  # only when the run ends
 
@@ -149,9 +158,9 @@ def judge_step(run: HookedRun, step: GradientStep, gradient_norm: "Tensor") -> s
         remedy = "" if num_skipped else REMEDY  # not if --skip_bad_steps is in use
         number = run.progress.step + 1
         raise explain_bad_step(number, loss, norm, step.keys, remedy=remedy, before=num_skipped)
-    is_new_level = skipping.record(outcome, norm, step.kind)
+    is_new_level = skipping.record(outcome, norm, kind)
     if outcome == TAKEN:
-        return ""
+        return
     # Warn why a step is skipped, listing its items from all processes; all processes must call this
     reason = describe_skip(outcome, loss, norm=norm, limit=limit, is_new_level=is_new_level)
     keys = step.keys
@@ -162,7 +171,11 @@ def judge_step(run: HookedRun, step: GradientStep, gradient_norm: "Tensor") -> s
     if run.is_main:
         items = ", ".join(dict.fromkeys(keys))
         logger.warning("Step %d is skipped: %s Its items: %s", run.progress.step + 1, reason, items)
-    return OUTCOME_NAMES[outcome]
+    step.skipped = OUTCOME_NAMES[outcome]
+
+
+def _count_skipped(run: "TrainingRun", step: "GradientStep") -> None:
+    run.features.info.in_files[SKIPPED_STEPS] = run.progress.skipped
 
 
 def describe_skip(
@@ -197,7 +210,8 @@ def _join(run: RunFeatures, options: SkipOptions) -> None:
         )
     run.progress_records.append(SkipProgress)
     run.info.in_files |= asdict(options)
-    run.on.before_step.append(judge_step)
+    run.before(STEP, judge_step)
+    run.after(STEP, _count_skipped)
 
 
 SKIP = Feature(

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING
 
 from modules.errors import OptionError
 from modules.options import HABIT, HABIT_BY_NAME, option
-from training.features.contract import AT_NETWORK, PRESERVE_OUTPUT, Feature, FeatureOptions, given_values
+from training.features.contract import AT_NETWORK, Feature, FeatureOptions, given_values
 from training.features.hooks import HookedModel, PlannedRun, RunFeatures
+from training.features.phases import LOSS
 from training.features.slider_file import SliderFile, read_sliders
 from training.features.step_targets import PassCounts, StepTarget
+from training.learning_options import PRESERVE_OUTPUT
 
 if TYPE_CHECKING:
     from training.data.live import LiveTextEncoders
@@ -77,7 +79,7 @@ def _prepare_passes(run: RunFeatures, file: SliderFile, plan: PlannedRun) -> Non
     target = encode_sliders(plan.family, file, plan.accelerator.device)
 
     def add_passes(model: HookedModel) -> None:
-        run.on.passes.append(partial(slider_passes, target, model.trainable.at_strength))
+        run.around(LOSS, partial(slider_passes, target, model.trainable.at_strength))
 
     run.on.after_load.append(add_passes)
 

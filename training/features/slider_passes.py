@@ -16,7 +16,7 @@ from training.data.live import stack_texts
 from training.features.encoded_captions import encode_captions
 from training.features.slider_file import Slider, SliderFile
 from training.loss import NoisyBatch
-from training.targets.passes import StreamErrors, TrainingPasses, measure_errors
+from training.targets.passes import RunPasses, StreamErrors, TrainingPasses, measure_errors
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class SliderTarget:
 def slider_passes(
     target: SliderTarget,
     at_strength: Callable[[float], AbstractContextManager[None]],
+    _: RunPasses,
     passes: TrainingPasses,
     noisy_batch: NoisyBatch,
 ) -> Iterator[StreamErrors]:

@@ -14,11 +14,13 @@ from protocols.steps import clean_fraction
 from training.data.feed import NoiseSampler
 from training.data.timesteps import find_shift
 from training.features.hooks import RunFeatures
+from training.features.phases import TARGETS
 from training.features.teacher_balance import find_balance
 from training.features.teacher_errors import EVEN_SPLIT, Split, magnitude_direction_errors
 from training.features.teacher_options import TeacherOptions
 from training.loss import NoisyBatch, mask_weights
 from training.targets.passes import (
+    ListComparisons,
     Measure,
     StreamErrors,
     TargetComparison,
@@ -42,7 +44,7 @@ def install_teacher(run: RunFeatures, options: TeacherOptions) -> "TeacherCompar
     comparison = TeacherComparison(
         make_target(options), run_change_passes_for_memory if options.teacher_delta else predict_as_base_model
     )
-    run.on.target.append(comparison.compare)
+    run.around(TARGETS, comparison.compare)
     if options.band is not None:
         run.on.batch.append(functools.partial(balance_anchor, options.band))
     return comparison
@@ -97,17 +99,20 @@ class TeacherComparison:
     predict_target: PredictTarget
 
     def compare(
-        self, passes: TrainingPasses, noisy_batch: NoisyBatch, comparisons: list[TargetComparison]
+        self,
+        list_comparisons: ListComparisons,
+        passes: TrainingPasses,
+        noisy_batch: NoisyBatch,
     ) -> list[TargetComparison]:
         """Add the loss terms of the teacher, and reduce the weight of the ordinary loss term by their weight.
 
         Inside its band of noise levels, the teacher gets all known inputs. Outside it, the teacher gets the
         network's inputs, as an anchor. Samples that learn the base model's prediction get no teacher term.
         """
-        ordinary, *other_comparisons = comparisons
+        ordinary, *other_comparisons = list_comparisons(passes, noisy_batch)
         teacher_weights = [
             0.0 if is_preserved else self.target.weight
-            for is_preserved in samples_with_base_target(passes, noisy_batch)
+            for is_preserved in samples_with_base_target(noisy_batch)
         ]
         ordinary_weight = _as_sample_weights(
             [1 - weight for weight in teacher_weights], ordinary.target.device
@@ -127,7 +132,7 @@ class TeacherComparison:
         band = self.target.band
         is_inside = []
         is_outside = []
-        is_preserved = samples_with_base_target(passes, noisy_batch)
+        is_preserved = samples_with_base_target(noisy_batch)
         for level, preserved in zip(list_noise_fractions(noisy_batch), is_preserved, strict=True):
             in_band = band is None or band.contains(level)
             is_inside.append(in_band and not preserved)

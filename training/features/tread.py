@@ -4,8 +4,7 @@
 Source: Krause et al. 2025, arXiv 2501.04765.
 """
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -13,12 +12,14 @@ from modules.errors import OptionError
 from modules.options import BETWEEN_BLOCKS, HABIT, option
 from training.features.contract import AT_LOSS, Feature, FeatureOptions, given_values
 from training.features.hooks import RunFeatures
+from training.features.phases import PREDICT
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor
 
     from protocols.family import Family
     from training.loss import NoisyBatch
+    from training.targets.passes import TrainingPasses
 
 MIDDLE = (2, -2)  # first and last bypassed block, as in --tread_blocks
 
@@ -87,23 +88,20 @@ def _describe(options: TreadOptions) -> str:
     return f"{percent} of the tokens bypass the blocks {first} to {last}, in passes with gradients"
 
 
-def bypass_blocks(
-    options: TreadOptions, dit: "nn.Module", noisy_batch: "NoisyBatch", seed: int
-) -> AbstractContextManager[None]:
-    """Return the context in which some tokens, drawn for this batch, skip the middle blocks of the DiT.
-
-    Args:
-        options: Options of the run.
-        dit: The transformer.
-        noisy_batch: Batch with noise and timesteps.
-        seed: Seed of the run.
-    """
+def predict_from_fewer_tokens(
+    options: TreadOptions,
+    predict: "Callable[[TrainingPasses, NoisyBatch], Tensor]",
+    passes: "TrainingPasses",
+    noisy_batch: "NoisyBatch",
+) -> "Tensor":
+    """Return the prediction of a pass in which some tokens, drawn for this batch, skip the middle blocks."""
     from training.features.tread_routes import select_kept_tokens
     from training.features.tread_runner import Route, bypassing_blocks  # torch: only with --tread
 
     first, last = options.tread_blocks
-    select = partial(select_kept_tokens, noisy_batch, drop_rate=options.drop_rate, seed=seed)
-    return bypassing_blocks(dit, Route(first, last, select))
+    select = partial(select_kept_tokens, noisy_batch, drop_rate=options.drop_rate, seed=passes.rule.seed)
+    with bypassing_blocks(passes.dit, Route(first, last, select)):
+        return predict(passes, noisy_batch)
 
 
 def _register(run: RunFeatures, options: TreadOptions) -> None:
@@ -122,7 +120,7 @@ def _register(run: RunFeatures, options: TreadOptions) -> None:
     run.info.targets.append(_describe(options))
     run.info.in_files |= given_values(options)
     run.on.check.append(partial(check_tread, options))
-    run.on.learning_pass.append(partial(bypass_blocks, options))
+    run.around(PREDICT, partial(predict_from_fewer_tokens, options))
 
 
 TREAD = Feature(

@@ -10,6 +10,7 @@ from modules.errors import OptionError
 from modules.options import FREE, option
 from training.features.contract import AT_NETWORK, Feature, FeatureOptions
 from training.features.hooks import PlannedRun, RunFeatures
+from training.features.phases import SAVE
 
 if TYPE_CHECKING:
     from protocols.family import Family
@@ -68,7 +69,7 @@ def _plan(run: RunFeatures, plan: PlannedRun) -> None:
     workflows = plan_workflows(plan)
     if plan.accelerator.is_main_process:
         workflows.log_limits()
-    run.on.save.append(workflows.write)
+        run.after(SAVE, lambda saver, paths: workflows.write(paths))
 
 
 WORKFLOW = Feature(

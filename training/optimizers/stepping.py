@@ -15,7 +15,7 @@ number being more likely, which is correct on average. The optimizer sees float3
 float32 too. The random bits depend only on seed, step and parameter.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeGuard
@@ -30,7 +30,6 @@ from modules.seeds import derive_seed
 from networks.adapter import TrainableNetwork
 from runtime.offload.sharding import gather_rows, slice_local_rows
 from training.optimizers.optimizer import find_optimizer
-from training.processes import compute_gradient_norm
 from training.steps import Progress
 
 # package -> classes whose step of each element depends only on it, its gradient and its own moments
@@ -220,27 +219,21 @@ class StepAfterBackward:
     scaler: torch.amp.GradScaler
     networks: Sequence[TrainableNetwork] = ()  # are notified once gradients are clipped
     parameter_steps: ParameterSteps | None = None  # steps the weights one by one; None: the optimizer itself
-    sharded_weights: Collection[Tensor] = ()  # parameters of which each process has some rows
 
-    def finish(self, may_step: Callable[[Tensor], bool] | None = None) -> Tensor:
-        """Unscale and clip the gradients, then step the optimizer, or each parameter with `parameter_steps`.
+    @property
+    def can_scale(self) -> bool:
+        """Whether fp16 gradients are scaled, and there are any in this step."""
+        # a gradient scaler cannot step without gradients (an audio-only network, for clips without audio)
+        return self.scaler.is_enabled() and any(parameter.grad is not None for parameter in self.parameters)
+
+    def step(self, norm: Tensor) -> None:
+        """Clip the gradients, and step the optimizer, or each parameter with `parameter_steps`.
 
         Args:
-            may_step: Decides from the norm whether the weights are stepped; None always steps them.
-
-        Returns:
-            The norm of all gradients before clipping.
+            norm: The norm of all gradients, which are not scaled any more.
         """
-        has_gradients = any(parameter.grad is not None for parameter in self.parameters)
-        # a gradient scaler cannot step without gradients (an audio-only network, for clips without audio)
-        if self.scaler.is_enabled() and not has_gradients:
-            return self.parameters[0].new_zeros(())
-        self.scaler.unscale_(self.optimizer)
-        norm = compute_gradient_norm(self.parameters, self.sharded_weights)
-        if may_step is not None and not may_step(norm):
-            if self.scaler.is_enabled():
-                self.scaler.update(self.scaler.get_scale())
-            return norm
+        if self.scaler.is_enabled() and not self.can_scale:
+            return
         if self.max_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_norm, norm)
         for network in self.networks:
@@ -252,7 +245,11 @@ class StepAfterBackward:
         else:  # as the optimizer itself does, if the scaler is off
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        return norm
+
+    def skip(self) -> None:
+        """Leave the weights as they are, and keep the scale of fp16 gradients for the next step."""
+        if self.can_scale:
+            self.scaler.update(self.scaler.get_scale())
 
 
 class FusedBackward:

@@ -25,7 +25,9 @@ from runtime.planning import dry_run as dry
 from training.data.live import LiveTextEncoders
 from training.experts import AUTOCAST, TRAINING_ADAPTER, read_adapter, set_up_network
 from training.features.composing import begin_run
-from training.features.hooks import LearningPass
+from training.features.hooks import RunFeatures
+from training.features.loss_phases import add_phases
+from training.features.phases import PREDICT
 from training.learner import find_network_spec
 from training.loss import Autocast, LossRule, NoisyBatch
 from training.optimizers.optimizer import arrange_weights, find_averaging_optimizer, make_optimizer
@@ -36,9 +38,9 @@ from training.optimizers.stepping import (
     can_step_one_parameter,
 )
 from training.options import TrainingOptions
-from training.processes import fill_missing_gradients
+from training.processes import compute_gradient_norm, fill_missing_gradients
 from training.steps import Progress
-from training.targets.passes import training_loss
+from training.targets.passes import TrainingPasses, training_loss
 from training.whole_checkpoint import prepare_full_model
 
 logger = logging.getLogger(__name__)
@@ -74,7 +76,7 @@ class Rehearsal:
     fused_backward: FusedBackward | None = None
     tables: Sequence[DatasetTable] = ()  # of the dataset
     # functions of features that return the context of a pass with gradients
-    learning_pass_contexts: Sequence[LearningPass] = ()
+    host_batch: NoisyBatch | None = None  # the batch with values, for features that read them
 
     @property
     def num_blocks(self) -> dry.Counts:
@@ -113,13 +115,11 @@ class Rehearsal:
             self.options.loss,
             self.options.predicted,
             as_base=contextlib.nullcontext,  # in the base model's passes the network stays in place
-            base_target_attributes=frozenset(features.base_target_attributes),
-            targets=features.on.target,
-            passes=features.on.passes,
-            replaces_default_pass=features.replaces_default_pass,
             in_lockstep=True,  # so that every pass runs, whatever the noise levels and masks
-            learning_pass_contexts=self.learning_pass_contexts,
         )
+        rule = add_phases(rule, features)
+        if rule.predict is not None and self.host_batch is not None:
+            rule = replace(rule, predict=functools.partial(_predict_on_device, features, self.host_batch))
         # families may read noise levels, whose values change no sizes
         with self.ledger.reading_unknown_as_one():
             loss = training_loss(self.family, self.dit, noisy_batch, autocast=autocast, rule=rule)
@@ -170,7 +170,7 @@ class Rehearsal:
             self.optimizer, self.parameters, max_norm, scaler, parameter_steps=self.parameter_steps
         )
         with self.ledger.reading_unknown_as_one():  # the norm of tensors without values reads as 1
-            stepping.finish()
+            stepping.step(compute_gradient_norm(self.parameters))
         self.register_optimizer_states()
         self.clear_gradients()
         states = self.ledger.bytes_by_kind.get(dry.OPTIMIZER, 0)
@@ -223,13 +223,11 @@ def rehearse(
         # first: the states that it creates count in the other phases
         phase_peaks = rehearsal.rehearse_optimizer()
         device_batch = noisy_batch.moved(lambda tensor: empty_like_on_device(tensor, ledger))
-        rehearsal.learning_pass_contexts = [
-            functools.partial(_enter_with, enter, noisy_batch) for enter in options.features.on.learning_pass
-        ]
+        rehearsal.host_batch = noisy_batch
         # measures a step with a few blocks of each list
         measure: Callable[[dry.Counts], Mapping[str, dry.BytesByKind]]
         measure = functools.partial(rehearsal.measure_passes, device_batch)
-        if rehearsal.learning_pass_contexts:
+        if PREDICT in options.features.added:
             # some blocks get fewer tokens than others, so all blocks are measured instead of extrapolated
             measure = functools.partial(_as_measured, measure(rehearsal.num_blocks))
         extrapolate = watch(dit)  # computes the memory with all blocks from steps with a few
@@ -237,11 +235,15 @@ def rehearse(
         return phase_peaks, rehearsal.host_activation_bytes
 
 
-def _enter_with(
-    enter: LearningPass, noisy_batch: NoisyBatch, dit: nn.Module, _: NoisyBatch, seed: int
-) -> contextlib.AbstractContextManager[None]:
-    """Enter a feature's context for a training pass with the CPU batch: the device batch has no values."""
-    return enter(dit, noisy_batch, seed)
+def _predict_on_device(
+    features: RunFeatures, host_batch: NoisyBatch, passes: TrainingPasses, device_batch: NoisyBatch
+) -> Tensor:
+    """Run a pass with gradients; show features the batch on the host, as that on the device has no values."""
+
+    def predict(passes: TrainingPasses, _: NoisyBatch) -> Tensor:
+        return passes.predict(device_batch)
+
+    return features.wrap(PREDICT, predict)(passes, host_batch)
 
 
 def _as_measured(phase_peaks: Mapping[str, dry.BytesByKind], _: dry.Counts) -> Mapping[str, dry.BytesByKind]:

@@ -146,6 +146,7 @@ class RunHistory:
     memory: list[tuple[str, str]] = field(default_factory=list)  # names and values
     commands: list[PageCommand] = field(default_factory=list)
     messages: list[tuple[int, str, str]] = field(default_factory=list)  # step, level, text
+    notes: list[tuple[int, str]] = field(default_factory=list)  # of features: step, text
 
     @classmethod
     def of(cls, rows: Iterable[Row]) -> "RunHistory":
@@ -176,6 +177,8 @@ class RunHistory:
             self.saved[row["saved"]] = step
         elif "message" in row:
             self.messages.append((step, str(row["level"]), str(row["message"])))
+        elif "note" in row:
+            self.notes.append((step, str(row["note"])))
         elif "ended" in row:
             self.ending = str(row["ended"]), str(row["kind"])
         elif "memory" in row:

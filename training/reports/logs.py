@@ -43,7 +43,8 @@ DROPPED = ("lr", "avr_loss", "keys_scaled", "average_key_norm", "mem", "sample",
 PRIVATE = "resume"  # text option that may be a path; options with a path type are private too
 # indices into the 1-D tensor of a step's values
 LOSS_COLUMN = 0
-REQUEST_COLUMNS = slice(1, 4)  # counts of processes that request an end, a save, and samples
+# counts of processes that were asked to stop, and for saves, samples, and the end of the run
+REQUEST_COLUMNS = slice(1, 5)
 WEIGHT_NORM_COLUMNS = slice(-4, -1)  # values of a `NormReport`, only with --scale_weight_norms
 GRADIENT_NORM_COLUMN = -1
 

@@ -107,6 +107,7 @@ def page_values(
         "sections": _make_sections(folder, name, run_history) if has_sections and name else [],
         "files": _list_saved_files(run_history, folder, best_name),
         "advice": (best and best.reasons) or describe_best(run_history, best_name),
+        "notes": [(f"{step:,}", text) for step, text in run_history.notes],
         "memory": run_history.memory,
         "commands": run_history.commands,
     }

@@ -142,6 +142,13 @@ class RunReporter:
                 self._flushed_at = self.now()
                 self._flush_seconds = self._flushed_at - started
 
+    def log_note(self, text: str, step: int) -> None:
+        """Show a note of a feature in the console, on the page and in the box at the end; once for a step."""
+        notes = self.history.run_history.notes
+        if (step, text) not in notes and len(notes) < MAX_MESSAGES:
+            logger.info("Step %d: %s", step, text)
+            self._record(step, note=shorten_lines(text, MAX_CHARACTERS))
+
     @property
     def validations(self) -> Mapping[int, float]:
         """Validation losses by step, from the history."""

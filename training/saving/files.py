@@ -128,6 +128,23 @@ class MinuteClock:
         self.last = self.now()
 
 
+def write_models(saver: "Saver", stem: str) -> list[Path]:
+    """Write the files of the model and of its average under a name; return their paths, averages last."""
+    write_by_ending = {"": saver.write_file}
+    if saver.write_average is not None:
+        write_by_ending = {AVERAGE: saver.write_average, **write_by_ending}
+    written: list[Path] = []
+    for average_ending, write in write_by_ending.items():
+        files = saver.names.model_files(f"{stem}{average_ending}")
+        if saver.names.embedding_words:
+            files |= saver.names.embedding_files(f"{stem}{average_ending}")
+        for expert_or_word, path in files.items():
+            write(expert_or_word, path)
+            logger.info("Saved %s", path)
+            written.append(path)
+    return written[::-1]
+
+
 @dataclass(frozen=True)
 class Saver:
     """Write files and states of a run, and remove expired ones, in the main process.
@@ -142,6 +159,8 @@ class Saver:
     publisher: Publisher | None  # None: nothing is uploaded
     write_average: WriteFile | None = None  # writes the averaged weights; None if there is no average
     is_main: bool = True
+    # the phase SAVE of a run: `write_models` with what features put around it
+    write_models: Callable[["Saver", str], list[Path]] = write_models
     log_saved: Callable[[Sequence[Path]], None] = lambda _: None  # gets all files of a save
     on_removed: Callable[[], None] = lambda: None  # is called after files have expired
 
@@ -240,19 +259,7 @@ class Saver:
     def _save(self, ending: str, with_state: bool) -> None:
         """Write models, averages and a state under the run's name; publish and log them."""
         stem = f"{self.names.name}{ending}"
-        write_by_ending = {"": self.write_file}
-        if self.write_average is not None:
-            write_by_ending = {AVERAGE: self.write_average, **write_by_ending}
-        written: list[Path] = []
-        for average_ending, write in write_by_ending.items():
-            files = self.names.model_files(f"{stem}{average_ending}")
-            if self.names.embedding_words:
-                files |= self.names.embedding_files(f"{stem}{average_ending}")
-            for expert_or_word, path in files.items():
-                write(expert_or_word, path)
-                logger.info("Saved %s", path)
-                written.append(path)
-        written.reverse()  # the file before its average
+        written = self.write_models(self, stem)
         if self.is_main:
             if self.publisher is not None:
                 for path in written:

@@ -6,7 +6,6 @@ does not apply to any sample of a batch, because of noise levels or masks, its p
 share a model (`LossRule.in_lockstep`), all run equal passes, and unneeded results are dropped.
 """
 
-import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from modules.devices import tensor_on
 from protocols.data import AUDIO_LATENTS, LOSS_MASK
 from protocols.family import Trains
+from training.learning_options import PRESERVE_OUTPUT
 from training.loss import (
     MASK,
     PLAIN_LOSS,
@@ -56,12 +56,11 @@ class TrainingPasses:
 
     def predict_with_gradients(self, noisy_batch: NoisyBatch) -> Tensor:
         """Return the prediction of the trained network, with gradients."""
-        with contextlib.ExitStack() as stack:
-            for enter in self.rule.learning_pass_contexts:
-                stack.enter_context(enter(self.dit, noisy_batch, self.rule.seed))
-            return self._predict(noisy_batch)
+        predict_batch = self.rule.predict or TrainingPasses.predict
+        return predict_batch(self, noisy_batch)
 
-    def _predict(self, noisy_batch: NoisyBatch) -> Tensor:
+    def predict(self, noisy_batch: NoisyBatch) -> Tensor:
+        """Return the prediction of the network with its current weights, with gradients if enabled."""
         return predict(
             self.family, self.dit, self.latents, noisy_batch, autocast=self.autocast, rule=self.rule
         )
@@ -69,18 +68,23 @@ class TrainingPasses:
     def predict_without_gradients(self, noisy_batch: NoisyBatch) -> Tensor:
         """Return the prediction of the network with its current weights, computed without gradients."""
         with torch.no_grad():
-            return self._predict(noisy_batch)
+            return self.predict(noisy_batch)
 
     def predict_base_model(self, noisy_batch: NoisyBatch) -> Tensor:
         """Return the prediction of the base model, with the LoRA disabled and without gradients."""
         assert self.rule.as_base is not None  # full fine-tuning rejects options that need it
         with torch.no_grad(), self.rule.as_base():
-            return self._predict(noisy_batch)
+            return self.predict(noisy_batch)
 
     def reset_network_seed(self, noisy_batch: NoisyBatch) -> None:
         """Reset the network's random generators, which an earlier pass of the batch may have advanced."""
         if self.rule.seed_networks is not None:
             self.rule.seed_networks(noisy_batch.number)
+
+
+# functions of the phases TARGETS and LOSS
+ListComparisons = Callable[[TrainingPasses, NoisyBatch], list[TargetComparison]]
+RunPasses = Callable[[TrainingPasses, NoisyBatch], Iterator[StreamErrors]]
 
 
 def training_loss(
@@ -106,11 +110,16 @@ def loss_passes(
     their state between two passes.
     """
     passes = _make_passes(family, dit, noisy_batch, autocast=autocast, rule=rule)
-    for run_extra_passes in rule.passes:
-        for errors in run_extra_passes(passes, noisy_batch):
-            yield weigh_losses(errors, noisy_batch)
-    if not rule.replaces_default_pass:
-        yield weigh_losses(_measure(passes, noisy_batch), noisy_batch)
+    if rule.run_passes is None:
+        yield weigh_losses(measure_pass(passes, noisy_batch), noisy_batch)
+        return
+    for errors in rule.run_passes(passes, noisy_batch):
+        yield weigh_losses(errors, noisy_batch)
+
+
+def run_usual_pass(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Iterator[StreamErrors]:
+    """Yield the errors of the usual pass, for features that run passes before it."""
+    yield measure_pass(passes, noisy_batch)
 
 
 def weigh_losses(errors: StreamErrors, noisy_batch: NoisyBatch) -> StreamErrors:
@@ -156,19 +165,23 @@ def measure_streams(
 
     For a batch with audio, a second tensor contains the errors of the audio.
     """
-    return _measure(_make_passes(family, dit, noisy_batch, autocast=autocast, rule=rule), noisy_batch)
+    return measure_pass(_make_passes(family, dit, noisy_batch, autocast=autocast, rule=rule), noisy_batch)
 
 
-def _measure(passes: TrainingPasses, noisy_batch: NoisyBatch) -> StreamErrors:
-    """Return the weighted sum of the errors of one forward pass against the velocity and other targets."""
+def compare_with_clip(passes: TrainingPasses, noisy_batch: NoisyBatch) -> list[TargetComparison]:
+    """Return the comparison of the prediction with the velocity of the clip, which features may change."""
     velocity = compute_target_velocity(passes, noisy_batch)
-    if not passes.rule.targets:
+    measure = functools.partial(measure_errors, passes)
+    return [TargetComparison(velocity, measure, noisy_batch, weight=1.0)]
+
+
+def measure_pass(passes: TrainingPasses, noisy_batch: NoisyBatch) -> StreamErrors:
+    """Return the weighted sum of the errors of one forward pass against the velocity and other targets."""
+    if passes.rule.list_comparisons is None:
+        velocity = compute_target_velocity(passes, noisy_batch)
         output = passes.predict_with_gradients(noisy_batch)
         return sample_errors(passes.family.noise, output - velocity, noisy_batch, passes.rule)
-    measure = functools.partial(measure_errors, passes)
-    comparisons = [TargetComparison(velocity, measure, noisy_batch, weight=1.0)]
-    for change_comparisons in passes.rule.targets:
-        comparisons = change_comparisons(passes, noisy_batch, comparisons)
+    comparisons = passes.rule.list_comparisons(passes, noisy_batch)
     output = passes.predict_with_gradients(noisy_batch)
     errors: StreamErrors = ()
     for comparison in comparisons:
@@ -206,12 +219,12 @@ def list_noise_fractions(noised: NoisyBatch | NoisyAudio) -> Sequence[float]:
     return noised.levels or noised.sigmas.tolist()
 
 
-def samples_with_base_target(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Sequence[bool]:
+def samples_with_base_target(noisy_batch: NoisyBatch) -> Sequence[bool]:
     """Return for each sample whether its dataset table sets the base model's prediction as the target."""
     batch = noisy_batch.batch
     if not batch.attributes:
         return [False] * len(batch)
-    return [bool(passes.rule.base_target_attributes & attributes) for attributes in batch.attributes]
+    return [PRESERVE_OUTPUT in attributes for attributes in batch.attributes]
 
 
 def has_mask(noisy_batch: NoisyBatch) -> bool:
