@@ -55,7 +55,6 @@ DIT = DitSpec(
     input_layers=("x_embedder", "text_proj"),
     token_wise_methods=("feed",),
     modulated_input="modulated_input",
-    num_unswapped=2,  # musubi-tuner's branch swaps 34 of 36 at most
     # they compute in float32, once for all blocks; under 2 % of the model
     keep_float32=("time_embedding.", "adaLN_modulation.", "final_norm."),
 )

@@ -29,6 +29,7 @@ CONVERTED_FOR = {
     "framepack": "diffusers",
     "qwen_image_21": "comfyui",
     "fibo_2": "comfyui",
+    "ernie_image": "diffusers",
     "flux_3": "diffusers",
 }
 SIZE = ["--video_size", "32", "32", "--infer_steps", "2", "--guidance_scale", "3"]

@@ -499,7 +499,6 @@ def _ernie_image() -> TinyFamily:
         lambda folder: write_tiny_ernie_image(folder / "model"),
         vae=VAE,
         texts=TEXTS,
-        line="--fs 5",
         train_full="ernie_image_train.py",
     )
 
