@@ -20,12 +20,12 @@ from starlette.routing import Route
 from browser.bin_folder import FOLDER as BIN
 from browser.bin_folder import rename_into
 from browser.captions import Captions, caption_values
-from browser.dataset_pages import Thumbnails, answer_cacheable_jpeg, answer_placeholder, read_page_slice
 from browser.folders import MAX_ENTRIES, find_folder
 from browser.page_root import add_root
 from browser.responses import NO_WRITING, NOT_FOUND, answer_body, answer_json, answer_not_found, answer_text
 from browser.runs import Runs
 from browser.short_names import short_digest
+from browser.thumbnails import Thumbnails, answer_cacheable_jpeg, answer_placeholder, read_page_slice
 from modules.atomic_write import explain_errors
 from modules.errors import MediaError, OptionError, OutputError, UserError
 from modules.media.decoding import ANIMATION_SUFFIXES

@@ -26,11 +26,11 @@ from browser.described_folder import (
 )
 from browser.draft_changes import find_training_script, read_draft_file, reject_new_errors
 from browser.durations import describe_duration
-from browser.folder_settings import NUMBER, read_settings
 from browser.jobs import Job
 from browser.responses import answer_template, answer_unknown
 from browser.runs import RUNNING
 from browser.server_state import Site
+from browser.training_settings import NUMBER, read_settings
 from modules.errors import OptionError, UserError
 from modules.pages.language import say
 from modules.speed_options import BASE_FORMS

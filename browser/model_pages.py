@@ -10,7 +10,6 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from browser.bin_folder import FOLDER as BIN
-from browser.bin_folder import BinFolder
 from browser.hub_login import describe_login
 from browser.model_files import (
     PartCache,
@@ -27,7 +26,7 @@ from browser.model_files import (
 )
 from browser.responses import Form, answer_form, answer_move, answer_template, answer_unknown, read_query
 from browser.runs import RUNNING
-from browser.server_state import Site
+from browser.server_state import Site, open_bin
 from downloads.listing import UNVERIFIED, gigabytes
 from modules.atomic_write import free_bytes
 from modules.errors import OptionError, UserError
@@ -57,14 +56,6 @@ class SelectedTask:
         if self.in_fp8:
             query["fp8"] = "yes"
         return f"/models?{urlencode(query)}"
-
-
-def open_bin(site: Site) -> BinFolder:
-    """Return the bin in the first root.
-
-    Files on other disks go to a bin in their root or in the models folder.
-    """
-    return BinFolder(*(top / BIN for top in site.runs.root_folders), site.models.absolute() / BIN)
 
 
 class ModelPages:

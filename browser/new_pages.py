@@ -64,9 +64,9 @@ from browser.folders import (
     read_media_folder,
     read_outer_folder,
 )
+from browser.graphics_cards import CardReader
 from browser.jobs import WAITING, Job
 from browser.launch import command_part, find_program, split_arguments
-from browser.machine_status import CardReader
 from browser.model_files import Download, TaskFiles, find_download, find_task, name_download
 from browser.model_table import (
     ModelRow,
@@ -119,8 +119,8 @@ from browser.run_start import (
 )
 from browser.run_views import POLICY
 from browser.runs import DIED, RUNNING
+from browser.server_command import make_server_argv
 from browser.server_state import Site
-from browser.settings_page import SettingsPages
 from browser.short_names import free_name, short_digest
 from browser.upload_parts import ADDRESS as PIECE
 from browser.upload_parts import PIECE_BYTES, PieceUploads
@@ -835,8 +835,7 @@ class NewPages:
         except ValueError as error:
             return f"{text}: {error}."
         if path is not None:
-            settings = SettingsPages(self.site)
-            command = settings.command_argv(settings.find_worker(), extra_folders=[real_path(path)])
+            command = make_server_argv(self.site, extra_folders=[real_path(path)])
             return say(
                 "%(path)s is outside the folders of this page, %(roots)s. End the server, and start "
                 "it with that folder: %(format_command)s",

@@ -2,59 +2,29 @@
 
 import contextlib
 import re
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import psutil  # comes with accelerate
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
-from browser import compare
-from browser.earlier_jobs import EarlierJob
 from browser.folders import find_folder
-from browser.jobs import ENDED, ENTRY, QUEUE, WAITING, Job, JobQueue, list_earlier
-from browser.launch import (
-    check_options,
-    command_part,
-    find_earlier_job,
-    find_program,
-    split_arguments,
-    split_folder,
-)
+from browser.jobs import ENDED, QUEUE, WAITING, Job, JobQueue, list_earlier
 from browser.responses import Form, answer_form, answer_page, answer_text, answer_unknown
-from browser.run_start import TrackedRuns
+from browser.run_start import TrackedRuns, is_started_by
 from browser.run_views import HERE, POLICY
-from browser.runs import RUNNING, Runs, RunSummary, is_process_alive
-from modules.command import quote_command
+from browser.runs import RUNNING, Runs, RunSummary
+from browser.typed_jobs import EXAMPLE, read_jobs
 from modules.control_codes import escape_control_codes
 from modules.errors import OptionError, UserError
 from modules.pages.language import say, say_duration
 from modules.pages.page import render_page
 from training.reports.present_files import current_commands
 
-EXAMPLE = ["reelsmith run my_clips", "cd my_clips && " + quote_command(["python", "wan_train_network.py"])]
 SHORT_SECONDS = 60  # the output of jobs that ran at most this long is shown without a click
 JOB_NUMBER = re.compile(r"[0-9]{1,15}")  # number of a job
-MAX_ADDED = 40  # maximum number of jobs added at once
-CHECK_SECONDS = 30.0  # time limit for checking the options of all added jobs
-
-
-def is_started_by(run: RunSummary, job: Job) -> bool:
-    """Return whether a job's process is a parent of the process of this training run."""
-    if (
-        run.state != RUNNING
-        or run.start is None
-        or not job.process
-        or not is_process_alive(run.start.process)
-    ):
-        return False
-    with contextlib.suppress(psutil.Error, KeyError):  # it has just ended
-        parents = psutil.Process(run.start.process["number"]).parents()
-        return job.process["number"] in {parent.pid for parent in parents}
-    return False
 
 
 class EditedCommand(NamedTuple):
@@ -84,67 +54,6 @@ def find_edited_command(runs: Runs, query: Mapping[str, str]) -> EditedCommand:
         if index < len(commands):
             return EditedCommand(escape_control_codes(commands[index].bash), run)
     return EditedCommand()
-
-
-def read_jobs(
-    text: str, run: RunSummary | None, earlier: Sequence[EarlierJob] = ()
-) -> list[tuple[list[str], Path]]:
-    """Return the (arguments, folder) of each command in a text, after checking all of them.
-
-    Args:
-        text: The commands, one per line.
-        run: Run from which the commands come; None if they were typed.
-        earlier: Jobs that are already in the queue. Like earlier commands in the text, they may create files
-            that a command reads.
-
-    Raises:
-        UserError: If a command is not valid.
-    """
-    lines = _read_job_lines(text)
-    jobs = [_parse_job(line, run) for line in lines]
-    for argv, folder in jobs:  # find all programs first: checking takes about a second per script
-        find_program(argv, folder)
-    deadline = time.monotonic() + CHECK_SECONDS
-    earlier_jobs = [*earlier]
-    for argv, folder in jobs:
-        seconds_left = deadline - time.monotonic()
-        if seconds_left <= 0:  # the other jobs are checked when they start
-            break
-        check_options(argv, folder, earlier_jobs, seconds=seconds_left)
-        earlier_job = find_earlier_job(argv, folder)
-        if earlier_job:
-            earlier_jobs.append(earlier_job)
-    return jobs
-
-
-def _read_job_lines(text: str) -> list[str]:
-    """Return the command lines of a text. Raises OptionError if there are none or more than MAX_ADDED."""
-    entries = map(str.strip, ENTRY.findall(text.replace("\r\n", "\n")))
-    lines = [line for line in entries if line and not line.startswith("#")]
-    if not lines:
-        raise OptionError(say("Type a command first, such as: %(example)s", example=EXAMPLE[0]))
-    if len(lines) > MAX_ADDED:
-        raise OptionError(
-            say(
-                "%(n)s jobs are too many: each is checked by its script, so at most %(most_added)s "
-                "can be added at a time. Add them in parts, or write them into %(queue)s",
-                n=f"{len(lines):,}",
-                most_added=MAX_ADDED,
-                queue=QUEUE,
-            )
-        )
-    return lines
-
-
-def _parse_job(line: str, run: RunSummary | None) -> tuple[list[str], Path]:
-    """Return a command's arguments, and its folder: from a `cd` in the line, or where it was typed."""
-    # `run` is the run from which the command comes; None if it was typed into the page.
-    argv = split_arguments(command_part(line))
-    typed_in = Path.cwd()
-    if run is not None:
-        typed_in = compare.working_folder(run, compare.group_options(argv))
-    _, folder = split_folder(line, typed_in)
-    return argv, folder
 
 
 def queue_routes(runs: Runs, queue: JobQueue, tracked_runs: TrackedRuns) -> list[Route]:

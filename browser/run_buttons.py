@@ -29,7 +29,6 @@ from browser.jobs import ENDED, QUEUE, WAITING, Job
 from browser.launch import check_options, command_part, find_program, split_arguments
 from browser.new_form import read_steps
 from browser.permissions import read_permissions, read_shown_text
-from browser.queue_pages import is_started_by, read_jobs
 from browser.responses import (
     Form,
     answer_form,
@@ -52,15 +51,17 @@ from browser.run_start import (
     TrackedRun,
     find_start_argv,
     is_folder_run,
+    is_started_by,
     make_check_argv,
     mark_state,
 )
 from browser.run_views import HERE, POLICY
 from browser.runs import DIED, FINISHED, RUNNING, STOPPED, RunSummary
-from browser.samples import list_images
+from browser.sample_rows import list_images
 from browser.score_jobs import make_score_argv
 from browser.server_state import Site
 from browser.short_names import free_name, short_digest
+from browser.typed_jobs import read_jobs
 from modules.command import quote_command
 from modules.console import format_size
 from modules.errors import OptionError, UserError

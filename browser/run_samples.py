@@ -11,7 +11,7 @@ from browser.described_folder import PROMPTS_FILE, read_described
 from browser.new_form import find_model, select_single_task
 from browser.responses import Form
 from browser.run_start import ACTIVE_STATES, TrackedRun
-from browser.samples import check_image, describe_rows, edit_prompts, read_rows, read_typed_rows
+from browser.sample_rows import check_image, describe_rows, edit_prompts, read_rows, read_typed_rows
 from browser.server_state import Site
 from downloads.catalogue import ModelSet
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil  # comes with accelerate
+
 from browser.background_jobs import BackgroundJobs, name_background_job
 from browser.described_folder import (
     DATASET_FILE,
@@ -21,7 +23,7 @@ from browser.described_folder import (
 )
 from browser.jobs import QUEUE, WAITING, Job, JobQueue, as_line
 from browser.printed_lines import translate_line, translate_reason
-from browser.runs import DIED, FINISHED, RUNNING, STOPPED, Runs, RunSummary
+from browser.runs import DIED, FINISHED, RUNNING, STOPPED, Runs, RunSummary, is_process_alive
 from browser.short_names import short_digest
 from browser.state_names import name_state
 from modules.atomic_write import SPARE_BYTES, explain_errors, free_bytes
@@ -809,3 +811,18 @@ def mark_state(tracked_run: TrackedRun) -> str:
     changed = 0.0 if tracked_run.run_config is None else tracked_run.run_config.changed
     info = (state.text, state.reason, state.is_stop_requested, state.is_paused, lines, changed)
     return short_digest(repr(info))
+
+
+def is_started_by(run: RunSummary, job: Job) -> bool:
+    """Return whether a job's process is a parent of the process of this training run."""
+    if (
+        run.state != RUNNING
+        or run.start is None
+        or not job.process
+        or not is_process_alive(run.start.process)
+    ):
+        return False
+    with contextlib.suppress(psutil.Error, KeyError):  # it has just ended
+        parents = psutil.Process(run.start.process["number"]).parents()
+        return job.process["number"] in {parent.pid for parent in parents}
+    return False

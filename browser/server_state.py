@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from browser.background_jobs import BackgroundJobs
+from browser.bin_folder import FOLDER as BIN
+from browser.bin_folder import BinFolder
 from browser.jobs import JobQueue
 from browser.render_worker import RenderWorker
 from browser.run_start import TrackedRuns
@@ -49,3 +51,11 @@ class Site:
     def read_only(self) -> bool:
         """Whether pages may not write."""
         return self.queue.read_only
+
+
+def open_bin(site: Site) -> BinFolder:
+    """Return the bin in the first root.
+
+    Files on other disks go to a bin in their root or in the models folder.
+    """
+    return BinFolder(*(top / BIN for top in site.runs.root_folders), site.models.absolute() / BIN)

@@ -1,6 +1,5 @@
 """The page Settings: folders, the server, the queue's worker, and the bin."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,17 +9,13 @@ from starlette.routing import Route
 
 from browser.command_lines import format_command
 from browser.jobs import QUEUE
-from browser.model_pages import open_bin
-from browser.options import NETWORK_PORT
 from browser.qr_code import draw_svg
 from browser.responses import Form, answer_form, answer_move, answer_template, answer_unknown
-from browser.server_state import Site
-from browser.tokens import choose_account_port
+from browser.server_command import find_worker, make_phone_argv, make_server_argv
+from browser.server_state import Site, open_bin
 from downloads.listing import gigabytes
 from modules.errors import UserError
-from modules.option_values import option_argv
 from modules.pages.language import join, say, say_count
-from project.options import MODELS
 
 MAX_ENTRIES = 200  # maximum number of listed entries of the bin
 WORKERS = {
@@ -51,7 +46,7 @@ class SettingsPages:
     def answer(self, error: str = "", asks_to_empty: bool = False) -> Response:
         """Return the Settings page with an error; with `asks_to_empty`, it asks whether to empty the bin."""
         site = self.site
-        worker = self.find_worker()
+        worker = find_worker(self.site)
         settings = site.settings
         can_be_reached = not settings.is_local or settings.public_origin is not None  # by other machines
         qr_code = ""
@@ -61,8 +56,8 @@ class SettingsPages:
             "rows": self.list_settings(),
             "worker": worker,
             "worker_words": WORKERS.get(worker, worker),
-            "command": format_command(self.command_argv(worker), Path.cwd()),
-            "phone_command": format_command(self.phone_argv(worker), Path.cwd()),
+            "command": format_command(make_server_argv(self.site), Path.cwd()),
+            "phone_command": format_command(make_phone_argv(self.site), Path.cwd()),
             **self._collect_bin_values(asks_to_empty),
             "gigabytes": gigabytes,
             "code": qr_code,
@@ -86,13 +81,6 @@ class SettingsPages:
             "mark": bin_folder.compute_checksum(),
             "is_asked": asks_to_empty and bool(entries),
         }
-
-    def find_worker(self) -> str:
-        """Return who runs the queue: "here", "elsewhere" or "" (nobody), or why that is not known."""
-        try:
-            return self.site.queue.worker
-        except UserError as error:
-            return str(error)
 
     def list_settings(self) -> list[ShownSetting]:
         """Return the rows of the settings table: name, current value, and the option that sets it."""
@@ -124,42 +112,6 @@ class SettingsPages:
         if token.secret is not None:
             return say("a generated word, until the server ends")
         return say("none: every account of this machine can open the page")
-
-    def command_argv(self, worker: str, extra_folders: Sequence[Path] = ()) -> list[str]:
-        """Return the command that starts this page with these settings, and with additional folders."""
-        settings = self.site.settings
-        port = None if settings.port in (None, choose_account_port()) else settings.port
-        return self._make_argv(settings.host, port, self._find_token_file(), worker, extra_folders)
-
-    def _find_token_file(self) -> str | None:
-        """Return the file of --token; None without this option."""
-        token = self.site.settings.token
-        is_given = self.site.settings.is_token_given and token.path is not None
-        return str(token.path.absolute()) if is_given and token.path is not None else None
-
-    def phone_argv(self, worker: str) -> list[str]:
-        """Return the command that starts this page so that other devices, such as a phone, can open it."""
-        token = self._find_token_file() or str(Path("token.txt").absolute())
-        return self._make_argv("0.0.0.0", NETWORK_PORT, token, worker)
-
-    def _make_argv(
-        self, host: str, port: int | None, token: str | None, worker: str, extra_folders: Sequence[Path] = ()
-    ) -> list[str]:
-        """Return the command that starts a server like this one, with the given address and token."""
-        # Options whose value is None are omitted. With `worker` "here", the server runs the queue's jobs.
-        options: dict[str, Any] = {
-            "--models": None if self.site.models == MODELS else str(self.site.models.absolute()),
-            "--host": None if host == "127.0.0.1" else host,
-            "--port": port,
-            "--public_url": self.site.settings.public_origin,
-            "--token": token,
-            # a server without a token starts another one without a token
-            "--no_token": (token is None and self.site.settings.token.secret is None) or None,
-            "--work": worker == "here" or None,
-            "--read_only": self.site.read_only or None,
-        }
-        folders = [str(root) for root in (*self.site.runs.roots, *extra_folders)]
-        return ["python", "tools/run_browser.py", *folders, *option_argv(options)]
 
     def change(self, request: Request, form: Form) -> Response:
         """Start or pause the queue, or empty the bin; then show the page again."""

@@ -12,7 +12,7 @@ from jinja2 import nodes
 
 from browser.caption_keys import name_key
 from browser.draft_changes import trains
-from browser.folder_settings import Setting, read_settings
+from browser.training_settings import Setting, read_settings
 from downloads.catalogue import model_sets
 from downloads.listing import UNVERIFIED
 from modules.installation import ROOT

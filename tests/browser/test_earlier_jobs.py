@@ -6,7 +6,7 @@ import pytest
 
 from browser.earlier_jobs import EarlierJob, may_be_created
 from browser.launch import INPUT_FILE_OPTIONS, check_options, find_earlier_job, split_arguments
-from browser.queue_pages import read_jobs
+from browser.typed_jobs import read_jobs
 from modules.errors import OptionError
 from modules.option_tables import list_option_names
 

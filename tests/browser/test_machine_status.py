@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from browser.graphics_cards import CardReader, GraphicsCard, read_cards
 from browser.jobs import STATE, JobQueue
-from browser.machine_status import CardReader, GraphicsCard, read_cards
 from browser.model_files import name_download
 from modules.atomic_write import free_bytes
 from tests.browser.serving import serve_runs, write_run

@@ -16,8 +16,8 @@ pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 
 from browser.captions import compute_checksum
 from browser.draft_changes import describe_difference, read_keys
-from browser.folder_settings import read_settings
 from browser.memory_plan import ReadPlan, edit_switches, read_plan, read_size, read_switches
+from browser.training_settings import read_settings
 from modules.errors import OptionError
 from runtime.planning.device_memory import DeviceMemory
 from runtime.planning.memory_plan import MemoryPart, MemoryPlan, Phase, show, verdict

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from browser.options import BrowserOptions
-from browser.run_views import LiveRunState, label_runs, select_runs, share_page
+from browser.run_list import select_runs
+from browser.run_views import LiveRunState, label_runs, share_page
 from browser.runs import DIED, FINISHED, REMOTE_RUN_TIMEOUT_SECONDS, RUNNING, STOPPED, Runs, read_run_summary
 from browser.serving import run_browser
 from modules.errors import OptionError

@@ -16,8 +16,8 @@ from browser.background_jobs import BackgroundJobs, name_background_job
 from browser.captioning import TYPED_OPTIONS, CaptionForm, make_caption_argv
 from browser.jobs import WAITING, open_queue
 from browser.launch import ENDING_BEFORE_TORCH, check_options
-from browser.queue_pages import read_jobs
 from browser.runs import RUNNING, Runs
+from browser.typed_jobs import read_jobs
 from modules.errors import OptionError
 from modules.run_limits import FOLDERS_VARIABLE
 from tests.browser.described_folders import describe
