@@ -5,8 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from browser import compare
-from browser.compare import ComparableRun, ComparedFile
+from browser.comparable_runs import LORA, ComparableRun, ComparedFile, read_source
 from browser.recipes import ModelRecipe, UsedLora
 from browser.run_views import label_runs
 from browser.runs import Runs, RunSummary
@@ -120,7 +119,7 @@ class RunLoras:
     def _read(self, run: RunSummary, label: str) -> _RunLoraFiles:
         """Return a run's family and the Generate form's rows of its LoRA files, with the title `label`."""
         try:
-            source = compare.read_source(self.runs, run)
+            source = read_source(self.runs, run)
         except OSError:
             source = None
         if source is None:
@@ -180,7 +179,7 @@ class RunLoras:
         Raises OSError if its history cannot be read.
         """
         run = self.runs.find(run_id)
-        return None if run is None else compare.read_source(self.runs, run)
+        return None if run is None else read_source(self.runs, run)
 
 
 def _make_row(source: ComparableRun, file: ComparedFile, label: str) -> LoraRow:
@@ -206,7 +205,7 @@ def _find_other_networks(source: ComparableRun) -> set[str] | None:
     loras: set[str] = set()
     others: set[str] = set()
     for option, words in source.options.items():
-        names = loras if option.startswith(compare.LORA) else others
+        names = loras if option.startswith(LORA) else others
         names.update(name for word in words if (name := Path(word).name) in source.run_history.saved)
     return None if others and not loras else others
 

@@ -13,7 +13,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from browser.compare import PLACEHOLDER, ComparableRun, group_options
+from browser.comparable_runs import PLACEHOLDER, ComparableRun, group_options
 from browser.render_queue import RenderJob
 from downloads.catalogue import ModelSet, model_sets
 from generation.options import request_extras

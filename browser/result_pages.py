@@ -17,12 +17,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from browser import compare
 from browser.background_jobs import name_background_job
 from browser.bin_folder import FOLDER as BIN
 from browser.bin_folder import BinFolder
 from browser.captions import compute_checksum
 from browser.command_lines import format_command
+from browser.comparable_runs import ComparableRun, read_source
 from browser.described_folder import PROMPTS_FILE, ChangedMeanwhileError, read_described
 from browser.folders import list_media_folders
 from browser.jobs import WAITING, Job
@@ -314,7 +314,7 @@ class ResultRegenerator:
                 if recipe.family == settings.family:
                     yield Candidate(recipe, None)
 
-    def _list_comparable_runs(self, result: Result, settings: ResultSettings) -> list[compare.ComparableRun]:
+    def _list_comparable_runs(self, result: Result, settings: ResultSettings) -> list[ComparableRun]:
         """Return the family's runs: the result's own run first, then runs with its LoRAs, then by age."""
         names = {*(lora.name for lora in settings.loras), *settings.embeddings}
 
@@ -328,7 +328,7 @@ class ResultRegenerator:
         with self.site.runs.lock:
             for run in sorted(self.site.runs.list_all(), key=rank):
                 with contextlib.suppress(OSError):
-                    comparable_run = compare.read_source(self.site.runs, run)
+                    comparable_run = read_source(self.site.runs, run)
                     if comparable_run is not None and comparable_run.family == settings.family:
                         comparable_runs.append(comparable_run)
         return comparable_runs

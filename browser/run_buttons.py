@@ -17,7 +17,7 @@ from browser.bin_folder import FOLDER as BIN
 from browser.bin_folder import BinFolder
 from browser.captions import CaptionConflictError, compute_checksum
 from browser.command_lines import format_cd, format_command, format_move
-from browser.compare import group_options, read_source, working_folder
+from browser.comparable_runs import group_options, read_source, working_folder
 from browser.described_folder import (
     FILES,
     ChangedMeanwhileError,

@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from browser import compare
+from browser.comparable_runs import group_options, working_folder
 from browser.earlier_jobs import EarlierJob
 from browser.jobs import ENTRY, QUEUE
 from browser.launch import (
@@ -81,6 +81,6 @@ def _parse_job(line: str, run: RunSummary | None) -> tuple[list[str], Path]:
     argv = split_arguments(command_part(line))
     typed_in = Path.cwd()
     if run is not None:
-        typed_in = compare.working_folder(run, compare.group_options(argv))
+        typed_in = working_folder(run, group_options(argv))
     _, folder = split_folder(line, typed_in)
     return argv, folder

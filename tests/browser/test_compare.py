@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from browser.compare import _read_commands
+from browser.comparable_runs import _read_commands
 from browser.jobs import WAITING, JobQueue
 from browser.runs import FINISHED
 from modules.media.writing import write_png
