@@ -23,8 +23,8 @@ import numpy as np  # noqa: E402
 from PIL import Image  # noqa: E402
 from safetensors.numpy import save_file  # noqa: E402
 
-from browser.jobs import QUEUE, STATE, JobQueue  # noqa: E402
-from browser.model_files import list_tasks  # noqa: E402
+from browser.jobs.jobs import QUEUE, STATE, JobQueue  # noqa: E402
+from browser.jobs.model_files import list_tasks  # noqa: E402
 from modules.atomic_write import write_text  # noqa: E402
 from modules.media.reading import Frame  # noqa: E402
 from modules.media.writing import write_video  # noqa: E402

@@ -195,7 +195,7 @@ def lay_out_package(root: Path, folder: Path) -> None:
         path.write_text(text, encoding="utf-8")
     # strings of modules are the keys of translations, so both are renamed in the same manner
     tables = (package / "modules" / TABLES.name).rglob("*.json")
-    for path in (*tables, *(package / "browser" / "languages").glob("*.json")):
+    for path in (*tables, *(package / "browser").rglob("*.json")):
         path.write_text(rename_scripts(path.read_text(encoding="utf-8"), scripts), encoding="utf-8")
 
 

@@ -107,7 +107,7 @@ def _list_translations() -> Iterator[str]:
     from tests.browser.page_texts import list_helps  # it reads the tables
 
     helps = set(list_helps())
-    for path in sorted((ROOT / "browser" / "languages").glob("helps_*.json")):
+    for path in sorted((ROOT / "browser").rglob("helps_*.json")):
         translated = set(json.loads(path.read_text(encoding="utf-8")))
         yield from (f"{path.name} lacks: {json.dumps(text)}" for text in sorted(helps - translated))
         yield from (f"{path.name} has, unused: {json.dumps(text)}" for text in sorted(translated - helps))

@@ -18,9 +18,9 @@ import pytest
 pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 
 import stable_diffusion.family  # noqa: F401  # packages of it warn when they are imported
-from browser.jobs import JobQueue
-from browser.render_queue import RenderJob
-from browser.render_worker import RenderWorker
+from browser.jobs.jobs import JobQueue
+from browser.jobs.render_queue import RenderJob
+from browser.jobs.render_worker import RenderWorker
 from modules.text_files import parse_toml
 from project.kinds.composing import BY_NAME, KINDS, list_kinds
 from project.kinds.contract import RunKind

@@ -12,8 +12,8 @@ pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 
 from starlette.applications import Starlette
 
-from browser.runs import Runs
-from browser.server import Gate, make_app
+from browser.core.server import Gate, make_app
+from browser.runs.runs import Runs
 from package.reelsmith.commands import find_commands
 from project.foreign.reading import PROGRAMS
 from project.kinds.composing import KINDS, list_kinds

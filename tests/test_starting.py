@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import quickstart
 import run_tests
-from browser.launch import find_program
+from browser.jobs.launch import find_program
 from modules import installation
 from modules.command import typed_words
 from modules.environment import TORCH

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from browser.jobs import JobQueue
-from browser.runs import FINISHED
+from browser.jobs.jobs import JobQueue
+from browser.runs.runs import FINISHED
 from tests.browser.serving import Served, serve_runs
 from tests.browser.test_dataset_page import Page
 from tests.browser.test_jobs import Fields, ask, queue, wait_for_states

@@ -8,10 +8,10 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
     sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
 
 import modules.interpreter  # noqa: F401
-from browser.options import BrowserOptions
+from browser.core.options import BrowserOptions
 from protocols.families import plain_script
 
-main = plain_script(__doc__, "browser.serving.run_browser", BrowserOptions)
+main = plain_script(__doc__, "browser.core.serving.run_browser", BrowserOptions)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ class ShareOptions(Options):
 
 main = plain_script(
     __doc__,
-    "browser.run_views.share_page",
+    "browser.runs.run_views.share_page",
     ShareOptions,
     prepare=lambda options: (options.page, options.copy),
 )

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from browser.short_names import number_names, short_digest
+from browser.core.short_names import number_names, short_digest
 from modules.atomic_write import explain_errors, place_new
 from modules.errors import OptionError, OutputError
 from modules.pages.language import say

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from browser.page_root import MARK, find_port
-from browser.tokens import Connection, find_owner
+from browser.core.page_root import MARK, find_port
+from browser.core.tokens import Connection, find_owner
 
 COOKIE = "reelsmith_page"
 OLD_COOKIE = "reelsmith"  # older cookie with the token itself, sent to all ports; it is deleted

@@ -7,9 +7,9 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
-from browser.language_tables import CODES, HEADER, NAMES, read_texts, write_script
-from browser.page_root import add_root, find_port
-from browser.responses import answer_not_found
+from browser.core.language_tables import CODES, HEADER, NAMES, read_texts, write_script
+from browser.core.page_root import add_root, find_port
+from browser.core.responses import answer_not_found
 from modules.pages.language import Language, language
 
 COOKIE = "reelsmith_language"  # the port is appended, because all ports of a host share cookies

@@ -10,11 +10,10 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, Response
 
-from browser.page_root import add_root_to_page
-from browser.run_views import HERE, POLICY
-from browser.static_files import add_digests
+from browser.core.page_root import add_root_to_page
+from browser.core.static_files import add_digests
+from browser.core.templates import POLICY, show_page
 from modules.pages.language import say, show, show_all
-from modules.pages.page import render_page
 
 Form = dict[str, list[str]]
 NOT_FOUND = say("It does not exist.")
@@ -31,13 +30,13 @@ def answer_page(text: str, status: int = 200, headers: Mapping[str, str] | None 
 
 
 def answer_template(
-    name: str, title: str, values: Mapping[str, Any], is_rejected: bool = False, policy: str = POLICY
+    template: str, title: str, values: Mapping[str, Any], is_rejected: bool = False, policy: str = POLICY
 ) -> Response:
-    """Return a page rendered from a template in this folder.
+    """Return a page rendered from a template, as `show_page` names it.
 
     `is_rejected` marks the page as the explanation of a rejected request (status 422).
     """
-    return answer_page(render_page(HERE / name, title, values, policy), 422 if is_rejected else 200)
+    return answer_page(show_page(template, title, values, policy), 422 if is_rejected else 200)
 
 
 def answer_message(text: str, is_rejected: bool = False) -> Response:
@@ -82,7 +81,7 @@ def answer_not_found_page(request: Request) -> Response:
     """Return a 404 page with links for a URL that does not exist; plain text for a part of a page."""
     if "hx-request" in request.headers:
         return answer_not_found()
-    page = render_page(HERE / "not_found.html", say("Not there"), {"message": NOT_FOUND}, POLICY)
+    page = show_page("not_found.html", say("Not there"), {"message": NOT_FOUND})
     return answer_page(page, 404)
 
 

@@ -15,26 +15,12 @@ from markupsafe import escape
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from browser import upload_parts, uploads
-from browser.background_jobs import BackgroundJobs
-from browser.compare_pages import compare_routes
-from browser.dataset_pages import dataset_routes
-from browser.draft_changes import folder_routes
-from browser.dropped_files import MAX_BYTES as MAX_INPUT_BYTES
-from browser.folder_settings import FolderSettingsPages
-from browser.generate_pages import generate_routes
-from browser.jobs import JobQueue, open_queue
-from browser.machine_status import machine_routes
-from browser.mask_making import mask_making_routes
-from browser.mask_pages import DRAWN_ADDRESS, MAX_DRAWN_MASK_BYTES, mask_routes
-from browser.memory_plan import MemoryPages
-from browser.model_pages import model_routes
-from browser.new_pages import new_routes
-from browser.page_access import (
+from browser.core.page import list_body_limits, list_pages, list_public_addresses
+from browser.core.page_access import (
     COOKIE,
     COOKIE_SECONDS,
     OLD_COOKIE,
@@ -44,29 +30,23 @@ from browser.page_access import (
     find_page_access,
     list_values,
 )
-from browser.page_language import choose_language, language_headers, language_routes
-from browser.page_root import add_root_to_header, serving_below
-from browser.queue_pages import queue_routes
-from browser.render_worker import RenderWorker
-from browser.responses import (
+from browser.core.page_language import choose_language, language_headers, language_routes
+from browser.core.page_root import add_root_to_header, serving_below
+from browser.core.responses import (
     NO_WRITING,
-    answer_form,
     answer_not_found,
     answer_not_found_page,
     answer_text,
 )
-from browser.result_pages import result_routes
-from browser.run_buttons import RunButtons, run_button_routes
-from browser.run_pages import RunPages
-from browser.run_views import POLICY, FileNotes
-from browser.runs import Runs
-from browser.samples import SamplePages
-from browser.server_state import ServerSettings, Site
-from browser.settings_page import settings_routes
-from browser.shares import ADDRESS as SHARED
-from browser.shares import SharePages, share_routes
-from browser.tag_pages import tag_routes
-from browser.tokens import PrintedWord, Ticket
+from browser.core.server_state import ServerSettings, Site
+from browser.core.static_files import STATIC
+from browser.core.templates import POLICY
+from browser.core.tokens import PrintedWord, Ticket
+from browser.jobs.background_jobs import BackgroundJobs
+from browser.jobs.jobs import JobQueue, open_queue
+from browser.jobs.render_worker import RenderWorker
+from browser.runs.run_views import FileNotes
+from browser.runs.runs import Runs
 from modules.errors import UserError
 from modules.installation import EXTENSIONS
 from modules.pages.language import say, show, speaking
@@ -100,14 +80,6 @@ START_NAME = re.compile(r"[0-9a-f]{12}\.localhost(?::\d{1,5})?", re.ASCII)  # of
 REMOVED_COOKIE = f"{OLD_COOKIE}=; Max-Age=0; Path=/".encode()
 TRANSLATED = (b"text/html", b"text/plain", b"application/json")  # content types with translatable text
 MAX_BYTES = 512 << 10  # largest body of a request: a form with two long prompts
-# maximum body sizes of requests that upload files, by address
-LARGEST_BODIES = {
-    "/generate/file": MAX_INPUT_BYTES,
-    "/generate/settings": MAX_INPUT_BYTES,
-    uploads.ADDRESS: uploads.DEFAULT_LIMITS.file_bytes,
-    upload_parts.ADDRESS: upload_parts.PIECE_BYTES,
-    DRAWN_ADDRESS: MAX_DRAWN_MASK_BYTES,
-}
 
 
 @dataclass
@@ -179,7 +151,7 @@ class Gate:
         is_below_root, scope = _strip_root(scope, access)  # routes are matched without the root
         root = access.root if access is not None and is_below_root else ""
         request = Request(scope)
-        body = _BoundedBody(receive, max_bytes=LARGEST_BODIES.get(request.url.path, MAX_BYTES))
+        body = _BoundedBody(receive, max_bytes=list_body_limits().get(request.url.path, MAX_BYTES))
         has_old_cookie = bool(list_values(request.headers.get("cookie", ""), OLD_COOKIE))
         response = _SentResponse(send, self._complete_headers, has_old_cookie)
         try:
@@ -217,7 +189,7 @@ class Gate:
         if self.read_only and not is_read:
             return answer_text(NO_WRITING, 403)
         path = request.url.path
-        is_public = is_read and (path.startswith(SHARED) or path == ENTER_SCRIPT)
+        is_public = is_read and path.startswith((ENTER_SCRIPT, *list_public_addresses()))
         if access is None or is_public:
             return None
         return self._check_browser(request, access, is_below_root)
@@ -371,7 +343,7 @@ def make_app(
     if start_name:
         host_names |= {start_name}
     handlers = {UserError: explain_error, OSError: explain_error, 404: explain_address}
-    app = Starlette(routes=_list_routes(site, read_only), exception_handlers=handlers)
+    app = Starlette(routes=_list_routes(site), exception_handlers=handlers)
     app.router.redirect_slashes = False  # it would redirect to an address built from the request's host
     return Gate(
         app,
@@ -385,40 +357,18 @@ def make_app(
     )
 
 
-def _list_routes(site: Site, read_only: bool) -> list[Route]:
+def _list_routes(site: Site) -> list[Route]:
     """Return the routes of all pages, and of the extensions if they are enabled."""
-    buttons = RunButtons(site)
-    shares = SharePages(site)
-    pages = RunPages(site, buttons, shares)
-    return [
-        Route("/", pages.lock(pages.show_list)),
-        *new_routes(site),
-        *result_routes(site),
-        *folder_routes(site, "samples", SamplePages(site)),
-        *tag_routes(site),
-        *mask_making_routes(site),
-        *mask_routes(site),
-        *folder_routes(site, "memory", MemoryPages(site)),
-        *folder_routes(site, "settings", FolderSettingsPages(site)),
-        *generate_routes(site),
-        *model_routes(site),
-        *settings_routes(site),
-        *machine_routes(site),
-        Route("/static/{name}", pages.show_static),
-        *language_routes(),
-        Route("/run/{id}/", pages.lock(pages.show_run)),
-        Route("/run/{id}/news", pages.lock(pages.show_news)),
-        Route("/run/{id}/ask", answer_form(pages.ask), methods=["POST"]),
-        Route("/run/{id}/about/{name:path}", pages.show_about),
-        *run_button_routes(buttons),
-        *share_routes(shares),
-        # last of a run's routes: it matches every path
-        Route("/run/{id}/{name:path}", pages.lock(pages.show_file)),
-        *queue_routes(site.runs, site.queue, site.tracked_runs),
-        *compare_routes(site.runs, site.notes, site.queue),
-        *dataset_routes(site.runs, read_only),
-        *_list_extension_routes(site),
-    ]
+    routes = [Route("/static/{name}", show_static), *language_routes()]
+    for page in list_pages():
+        routes += page.make_routes(site)
+    return [*routes, *_list_extension_routes(site)]
+
+
+def show_static(request: Request) -> Response:
+    """Respond with a script or style sheet of the pages."""
+    path = STATIC.get(request.path_params["name"])
+    return answer_not_found() if path is None else FileResponse(path)
 
 
 def _list_extension_routes(site: Site) -> list[Route]:

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from browser.options import NETWORK_PORT
-from browser.server_state import Site
-from browser.tokens import choose_account_port
+from browser.core.options import NETWORK_PORT
+from browser.core.server_state import Site
+from browser.core.tokens import choose_account_port
 from modules.errors import UserError
 from modules.option_values import option_argv
 from project.options import MODELS

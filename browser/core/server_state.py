@@ -4,15 +4,15 @@ import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from browser.background_jobs import BackgroundJobs
-from browser.bin_folder import FOLDER as BIN
-from browser.bin_folder import BinFolder
-from browser.jobs import JobQueue
-from browser.render_worker import RenderWorker
-from browser.run_start import TrackedRuns
-from browser.run_views import FileNotes
-from browser.runs import Runs
-from browser.tokens import PageToken
+from browser.core.bin_folder import FOLDER as BIN
+from browser.core.bin_folder import BinFolder
+from browser.core.tokens import PageToken
+from browser.jobs.background_jobs import BackgroundJobs
+from browser.jobs.jobs import JobQueue
+from browser.jobs.render_worker import RenderWorker
+from browser.runs.run_start import TrackedRuns
+from browser.runs.run_views import FileNotes
+from browser.runs.runs import Runs
 from project.options import MODELS
 
 

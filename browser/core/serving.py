@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from browser.jobs import JobQueue, UnknownJobsError, open_queue
-from browser.options import BrowserOptions
-from browser.qr_code import draw_code
-from browser.runs import RUNNING, Runs
-from browser.server_state import ServerSettings
-from browser.tokens import PageToken, PrintedWord, Ticket, choose_account_port, select_token
+from browser.core.options import BrowserOptions
+from browser.core.qr_code import draw_code
+from browser.core.server_state import ServerSettings
+from browser.core.tokens import PageToken, PrintedWord, Ticket, choose_account_port, select_token
+from browser.jobs.jobs import JobQueue, UnknownJobsError, open_queue
+from browser.runs.runs import RUNNING, Runs
 from modules.console import format_count
 from modules.errors import OutputError
 from modules.installation import FROM_QUEUE, ROOT
@@ -81,7 +81,7 @@ def run_browser(options: BrowserOptions) -> None:
     if options.export is None:
         serve_pages(options, runs, served.models)
         return
-    from browser.run_views import export_run
+    from browser.runs.run_views import export_run
 
     export_run(runs, options.export)
     logger.info("wrote %s", options.export)
@@ -97,7 +97,7 @@ def serve_pages(options: BrowserOptions, runs: Runs, models: Path) -> None:
     # imported here, so that --export and errors in options need no web server
     import uvicorn
 
-    from browser.server import make_app
+    from browser.core.server import make_app
 
     keeps_name = options.token is not None or options.public_origin is not None or not options.is_local
     has_names = sys.platform != "darwin"  # Safari finds no names below localhost

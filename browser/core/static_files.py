@@ -10,11 +10,11 @@ from base64 import b64encode
 from functools import cache
 from pathlib import Path
 
-from browser.language_tables import CODES, write_script
-from browser.run_views import HERE
+from browser.core.language_tables import CODES, write_script
 from modules.pages.page import HERE as PAGES
 
-STATIC = {path.name: path for folder in ("static", "vendor") for path in (HERE / folder).glob("*.[cj]s*")}
+# by name, wherever they stand: those of a page are in its folder
+STATIC = {path.name: path for path in Path(__file__).resolve().parent.parent.rglob("*.[cj]s*")}
 STATIC |= {name: PAGES / name for name in ("page.js", "pages.css")}
 # in our templates
 _NAMED = re.compile(r'(?<=\s)(?:src|href)="/(?:static/(?P<name>[\w.-]+)|language/(?P<language>\w+)\.js)"')

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from browser.options import TOKEN_PATTERN, BrowserOptions
+from browser.core.options import TOKEN_PATTERN, BrowserOptions
 from modules.user_files import read_user_file, user_folder, write_user_file
 
 logger = logging.getLogger(__name__)

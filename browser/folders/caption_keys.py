@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from browser.described_folder import is_described, read_described
+from browser.folders.described_folder import is_described, read_described
 from modules.pages.language import say, show_all
 from project.options import find_caption_format
 from protocols.caption_formats import CaptionFormat

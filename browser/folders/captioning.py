@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from browser.folder_files import picture_address
-from browser.jobs import Job
+from browser.folders.folder_files import picture_address
+from browser.jobs.jobs import Job
 from modules.errors import OptionError
 from modules.pages.language import say
 from project.options import CAPTION_MODEL, CAPTION_MODEL_SIZE, WRITE_CAPTIONS

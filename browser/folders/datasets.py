@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from browser.options import PROJECT_CONFIG
-from browser.runs import CONFIG, Runs, RunSummary
-from browser.short_names import short_digest
+from browser.core.options import PROJECT_CONFIG
+from browser.core.short_names import short_digest
+from browser.runs.runs import CONFIG, Runs, RunSummary
 from modules.control_codes import escape_control_codes
 from modules.errors import OptionError
 from modules.installation import program_environment, program_words

@@ -17,8 +17,8 @@ import tomlkit
 from tomlkit.exceptions import TOMLKitError
 from tomlkit.items import Table
 
-from browser.captions import BOM, compute_checksum
-from browser.short_names import short_digest
+from browser.core.short_names import short_digest
+from browser.folders.captions import BOM, compute_checksum
 from modules.atomic_write import write_bytes
 from modules.file_locks import only_one
 from modules.pages.language import join, say, say_count

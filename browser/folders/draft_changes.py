@@ -16,8 +16,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 from tomlkit.exceptions import TOMLKitError
 
-from browser import launch
-from browser.described_folder import (
+from browser.core.responses import Form, answer_form, answer_not_found, answer_text
+from browser.core.server_state import Site
+from browser.folders.described_folder import (
     DATASET_FILE,
     PROMPTS_FILE,
     TRAINING_TABLE,
@@ -26,11 +27,10 @@ from browser.described_folder import (
     is_described,
     tidy_lines,
 )
-from browser.folders import find_folder
-from browser.responses import Form, answer_form, answer_not_found, answer_text
-from browser.runs import Runs
-from browser.sample_sizes import describe_changed_sizes
-from browser.server_state import Site
+from browser.folders.folders import find_folder
+from browser.folders.sample_sizes import describe_changed_sizes
+from browser.jobs import launch
+from browser.runs.runs import Runs
 from generation.prompt_lines import numbered_lines
 from generation.sample_lines import parse_sample_line, read_all
 from modules.errors import OptionError, UserError

@@ -5,8 +5,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from browser.described_folder import DATASET_FILE, DescribedFolder
-from browser.runs import FINISHED, Runs, RunSummary, is_process_alive, read_run_summary
+from browser.folders.described_folder import DATASET_FILE, DescribedFolder
+from browser.runs.runs import FINISHED, Runs, RunSummary, is_process_alive, read_run_summary
 from modules.errors import UserError
 from modules.pages.language import TranslatableText, say, say_count
 from modules.paths import expand_path

@@ -17,15 +17,22 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from browser.bin_folder import FOLDER as BIN
-from browser.bin_folder import rename_into
-from browser.captions import Captions, caption_values
-from browser.folders import MAX_ENTRIES, find_folder
-from browser.page_root import add_root
-from browser.responses import NO_WRITING, NOT_FOUND, answer_body, answer_json, answer_not_found, answer_text
-from browser.runs import Runs
-from browser.short_names import short_digest
-from browser.thumbnails import Thumbnails, answer_cacheable_jpeg, answer_placeholder, read_page_slice
+from browser.core.bin_folder import FOLDER as BIN
+from browser.core.bin_folder import rename_into
+from browser.core.page_root import add_root
+from browser.core.responses import (
+    NO_WRITING,
+    NOT_FOUND,
+    answer_body,
+    answer_json,
+    answer_not_found,
+    answer_text,
+)
+from browser.core.short_names import short_digest
+from browser.folders.captions import Captions, caption_values
+from browser.folders.folders import MAX_ENTRIES, find_folder
+from browser.folders.thumbnails import Thumbnails, answer_cacheable_jpeg, answer_placeholder, read_page_slice
+from browser.runs.runs import Runs
 from modules.atomic_write import explain_errors
 from modules.errors import MediaError, OptionError, OutputError, UserError
 from modules.media.decoding import ANIMATION_SUFFIXES

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from browser.background_jobs import name_background_job
-from browser.captioning import read_tries
-from browser.jobs import ENDED, WAITING, Job
-from browser.runs import FINISHED, RUNNING
-from browser.server_state import Site
+from browser.core.server_state import Site
+from browser.folders.captioning import read_tries
+from browser.jobs.background_jobs import name_background_job
+from browser.jobs.jobs import ENDED, WAITING, Job
+from browser.runs.runs import FINISHED, RUNNING
 from modules.errors import OptionError
 from modules.pages.language import say
 

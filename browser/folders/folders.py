@@ -8,9 +8,9 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from browser.bin_folder import FOLDER as BIN
-from browser.described_folder import is_described
-from browser.runs import Runs
+from browser.core.bin_folder import FOLDER as BIN
+from browser.folders.described_folder import is_described
+from browser.runs.runs import Runs
 from modules.media.labels import MASK_FOLDERS, find_stem_label
 from modules.media.opening import AUDIO_SUFFIXES
 from modules.media.reading import IMAGE_SUFFIXES, VIDEO_SUFFIXES

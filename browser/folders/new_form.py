@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from browser.described_folder import DescribedFolder, KeyChanges, change_steps
+from browser.folders.described_folder import DescribedFolder, KeyChanges, change_steps
 from downloads.catalogue import ModelSet
 from modules.control_codes import shorten
 from modules.errors import OptionError

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from browser.datasets import list_named_paths
-from browser.described_folder import DATASET_FILE, is_described, read_own_file
-from browser.folders import find_folder, is_closed, read_media_folder
-from browser.runs import Runs
+from browser.folders.datasets import list_named_paths
+from browser.folders.described_folder import DATASET_FILE, is_described, read_own_file
+from browser.folders.folders import find_folder, is_closed, read_media_folder
+from browser.runs.runs import Runs
 from modules.errors import OptionError
 from modules.pages.language import say
 from modules.text_files import parse_json, parse_toml

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from browser.described_folder import PROMPTS_FILE, edit_toml
-from browser.draft_changes import (
+from browser.core.server_state import Site
+from browser.folders.described_folder import PROMPTS_FILE, edit_toml
+from browser.folders.draft_changes import (
     describe_difference,
     read_keys,
 )
-from browser.folders import is_written
-from browser.new_form import MAX_STEPS, parse_integer
-from browser.recipes import ModelRecipe, can_generate, make_model_recipe
-from browser.sample_sizes import note_sizes
-from browser.server_state import Site
+from browser.folders.folders import is_written
+from browser.folders.new_form import MAX_STEPS, parse_integer
+from browser.folders.sample_sizes import note_sizes
+from browser.runs.recipes import ModelRecipe, can_generate, make_model_recipe
 from downloads.catalogue import ModelSet
 from generation.prompt_lines import SplitLine, is_blank, split_line, unquote
 from generation.sample_lines import find_sample_option

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from browser.described_folder import PROMPTS_FILE, read_described
-from browser.new_form import find_model
-from browser.recipes import SIDES, ModelRecipe, can_generate, make_model_recipe
+from browser.folders.described_folder import PROMPTS_FILE, read_described
+from browser.folders.new_form import find_model
+from browser.runs.recipes import SIDES, ModelRecipe, can_generate, make_model_recipe
 from generation.prompt_lines import numbered_lines
 from generation.sample_lines import fit_side, parse_sample_line
 from modules.pages.language import join, say

@@ -12,7 +12,7 @@ from markupsafe import escape
 from PIL import Image
 from starlette.responses import Response
 
-from browser.upload_stream import DECODING
+from browser.core.upload_stream import DECODING
 from modules.errors import MediaError
 from modules.media.reading import first_frame
 from modules.pages.language import say, show

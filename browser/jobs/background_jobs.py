@@ -14,10 +14,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from browser import launch
-from browser.jobs import LOGS, STORED_TYPES, Job, JobQueue, as_line, reject_link
-from browser.runs import RUNNING, is_process_alive
-from browser.short_names import short_digest
+from browser.core.short_names import short_digest
+from browser.jobs import launch
+from browser.jobs.jobs import LOGS, STORED_TYPES, Job, JobQueue, as_line, reject_link
+from browser.runs.runs import RUNNING, is_process_alive
 from modules.atomic_write import append_text, check_space, explain_errors, write_text
 from modules.errors import OptionError, OutputError
 from modules.file_locks import only_one

@@ -1,4 +1,4 @@
-"""Patterns of the lines that checks of datasets and model files print, for `browser/printed_lines.py`.
+"""Patterns of the lines that checks of datasets and model files print, for `browser/jobs/printed_lines.py`.
 
 A placeholder %(name)s matches any text. If several patterns match a line, the first one is used.
 """

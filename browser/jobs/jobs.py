@@ -15,12 +15,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from browser import launch
-from browser.earlier_jobs import EarlierJob
-from browser.known_queues import KnownQueue, recall_queue, remember_queue
-from browser.printed_lines import translate_log_line
-from browser.runs import DIED, FINISHED, REMOTE_RUN_TIMEOUT_SECONDS, RUNNING, STOPPED, Runs, is_process_alive
-from browser.short_names import short_digest
+from browser.core.short_names import short_digest
+from browser.jobs import launch
+from browser.jobs.earlier_jobs import EarlierJob
+from browser.jobs.known_queues import KnownQueue, recall_queue, remember_queue
+from browser.jobs.printed_lines import translate_log_line
+from browser.runs.runs import (
+    DIED,
+    FINISHED,
+    REMOTE_RUN_TIMEOUT_SECONDS,
+    RUNNING,
+    STOPPED,
+    Runs,
+    is_process_alive,
+)
 from modules.atomic_write import append_text, explain_errors, write_text
 from modules.control_codes import escape_control_codes, shorten_lines
 from modules.errors import OptionError, OutputError, UserError

@@ -1,6 +1,6 @@
 """Turn a command line into a program of this project, and run it so that it outlives the server.
 
-`python -m browser.launch` is the process that runs a job: it reads from standard input the program, its
+`python -m browser.jobs.launch` is the process that runs a job: it reads from standard input the program, its
 working folder and the file for its exit code, and leads the process group of the job.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil  # comes with accelerate
 
-from browser.earlier_jobs import EarlierJob, may_be_created
+from browser.jobs.earlier_jobs import EarlierJob, may_be_created
 from downloads.catalogue import model_sets
 from modules.atomic_write import write_text
 from modules.command import did_you_mean, quote_command
@@ -549,7 +549,7 @@ def prepare_process(log: Path, **variables: str) -> "subprocess.Popen[bytes]":
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0), 0o666)
     with os.fdopen(handle, "ab") as file:
         return subprocess.Popen(
-            [sys.executable, "-m", f"{PREFIX}browser.launch"],
+            [sys.executable, "-m", f"{PREFIX}browser.jobs.launch"],
             cwd=ROOT,
             env={**os.environ, **variables},
             stdin=subprocess.PIPE,

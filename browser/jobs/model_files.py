@@ -11,12 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from browser.background_jobs import BackgroundJobs, name_background_job
-from browser.bin_folder import FOLDER as BIN
-from browser.bin_folder import BinFolder
-from browser.command_lines import format_command
-from browser.jobs import Job
-from browser.runs import RUNNING
+from browser.core.bin_folder import FOLDER as BIN
+from browser.core.bin_folder import BinFolder
+from browser.jobs.background_jobs import BackgroundJobs, name_background_job
+from browser.jobs.command_lines import format_command
+from browser.jobs.jobs import Job
+from browser.runs.runs import RUNNING
 from downloads.catalogue import Component, Licence, ModelSet, ReleasedFile, model_sets
 from downloads.listing import gigabytes, total_bytes
 from modules.errors import OptionError, OutputError

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from browser.check_lines import (
+from browser.jobs.check_lines import (
     CHECK_LINE_PARTS,
     CHECK_LINES,
     FAULT_LINE,

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from browser.jobs import WAITING, reject_link
-from browser.runs import DIED, FINISHED, RUNNING, STOPPED, is_process_alive
+from browser.jobs.jobs import WAITING, reject_link
+from browser.runs.runs import DIED, FINISHED, RUNNING, STOPPED, is_process_alive
 from modules.atomic_write import explain_errors, write_text
 from modules.errors import OptionError, OutputError
 from modules.file_locks import only_one

@@ -2,7 +2,7 @@
 
 A process of a generation script with --interactive does the work (`generation/json_requests.py`). It ends
 when another model is requested, after some idle time, and when a queued job waits for the GPU. If several
-servers show one folder, only one of them at a time works on the render jobs (`browser/render_queue.py`).
+servers show one folder, only one of them at a time works on the render jobs (`browser/jobs/render_queue.py`).
 """
 
 import atexit
@@ -20,11 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from browser import launch
-from browser.jobs import WAITING, Job, JobQueue, QueueState, reject_link
-from browser.render_queue import CANCELLING, LOADING, MAKING, RenderJob, RenderQueue
-from browser.runs import DIED, FINISHED, RUNNING, STOPPED, is_process_alive
-from browser.sessions import find_session, limit_session
+from browser.jobs import launch
+from browser.jobs.jobs import WAITING, Job, JobQueue, QueueState, reject_link
+from browser.jobs.render_queue import CANCELLING, LOADING, MAKING, RenderJob, RenderQueue
+from browser.jobs.sessions import find_session, limit_session
+from browser.runs.runs import DIED, FINISHED, RUNNING, STOPPED, is_process_alive
 from modules.atomic_write import explain_errors, write_text
 from modules.control_codes import escape_control_codes, shorten_lines
 from modules.error_output import extract_error_message

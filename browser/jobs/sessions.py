@@ -7,7 +7,7 @@ render jobs start together with the server. So only commands that the page itsel
 from collections.abc import Sequence
 from pathlib import Path
 
-from browser import launch
+from browser.jobs import launch
 from modules.control_codes import shorten
 from modules.errors import OptionError
 from modules.run_limits import is_in_queue, limit_variables

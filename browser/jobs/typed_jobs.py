@@ -4,10 +4,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from browser.comparable_runs import group_options, working_folder
-from browser.earlier_jobs import EarlierJob
-from browser.jobs import ENTRY, QUEUE
-from browser.launch import (
+from browser.jobs.earlier_jobs import EarlierJob
+from browser.jobs.jobs import ENTRY, QUEUE
+from browser.jobs.launch import (
     check_options,
     command_part,
     find_earlier_job,
@@ -15,7 +14,8 @@ from browser.launch import (
     split_arguments,
     split_folder,
 )
-from browser.runs import RunSummary
+from browser.runs.comparable_runs import group_options, working_folder
+from browser.runs.runs import RunSummary
 from modules.command import quote_command
 from modules.errors import OptionError
 from modules.pages.language import say

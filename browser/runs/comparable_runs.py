@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from browser.run_views import COMPARED_FOLDER
-from browser.runs import Runs, RunSummary
+from browser.runs.run_views import COMPARED_FOLDER
+from browser.runs.runs import Runs, RunSummary
 from modules.extension_words import split_extensions
 from modules.installation import FRONT_SCRIPT, MAX_BEFORE
 from modules.pages.language import say

@@ -13,8 +13,8 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from browser.comparable_runs import PLACEHOLDER, ComparableRun, group_options
-from browser.render_queue import RenderJob
+from browser.jobs.render_queue import RenderJob
+from browser.runs.comparable_runs import PLACEHOLDER, ComparableRun, group_options
 from downloads.catalogue import ModelSet, model_sets
 from generation.options import request_extras
 from generation.prompt_lines import LineOption, find_option

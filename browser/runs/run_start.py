@@ -13,19 +13,19 @@ from typing import Any
 
 import psutil  # comes with accelerate
 
-from browser.background_jobs import BackgroundJobs, name_background_job
-from browser.described_folder import (
+from browser.core.short_names import short_digest
+from browser.core.state_names import name_state
+from browser.folders.described_folder import (
     DATASET_FILE,
     TRAINING_TABLE,
     DescribedFolder,
     read_described,
     reject_share,
 )
-from browser.jobs import QUEUE, WAITING, Job, JobQueue, as_line
-from browser.printed_lines import translate_line, translate_reason
-from browser.runs import DIED, FINISHED, RUNNING, STOPPED, Runs, RunSummary, is_process_alive
-from browser.short_names import short_digest
-from browser.state_names import name_state
+from browser.jobs.background_jobs import BackgroundJobs, name_background_job
+from browser.jobs.jobs import QUEUE, WAITING, Job, JobQueue, as_line
+from browser.jobs.printed_lines import translate_line, translate_reason
+from browser.runs.runs import DIED, FINISHED, RUNNING, STOPPED, Runs, RunSummary, is_process_alive
 from modules.atomic_write import SPARE_BYTES, explain_errors, free_bytes
 from modules.control_codes import shorten_lines
 from modules.error_output import ERROR_LINE, extract_error_message

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import psutil  # comes with accelerate
 
-from browser.bin_folder import FOLDER as BIN
-from browser.short_names import short_digest
+from browser.core.bin_folder import FOLDER as BIN
+from browser.core.short_names import short_digest
 from downloads.catalogue import model_title
 from modules.atomic_write import identify_machine
 from modules.errors import OutputError

@@ -135,9 +135,9 @@ def show_unscripted(address: str) -> Markup:
 
 
 @functools.cache
-def _load_templates(folder: Path) -> jinja2.Environment:  # each template is compiled once
+def _load_templates(folders: tuple[Path, ...]) -> jinja2.Environment:  # each template is compiled once
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([folder, HERE]),
+        loader=jinja2.FileSystemLoader([*folders, HERE]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -162,10 +162,24 @@ def write_page(path: Path, template: Path, title: str, values: Mapping[str, Any]
     write_text(path, render_page(template, title, values))
 
 
-def render_page(template: Path, title: str, values: Mapping[str, Any], policy: str = FILE_POLICY) -> str:
-    """Return a page rendered from `template`; the values are escaped.
+def render_page(
+    template: Path,
+    title: str,
+    values: Mapping[str, Any],
+    policy: str = FILE_POLICY,
+    folders: Sequence[Path] = (),
+) -> str:
+    """Return a page rendered from a template; the values are escaped.
 
-    Raises jinja2.UndefinedError if the template uses a value that is missing.
+    Args:
+        template: Path of the template; with `folders`, its path below one of them.
+        title: Title of the page.
+        values: Values that the template uses.
+        policy: Content security policy: what the page may load and run.
+        folders: Folders of templates that may include each other; by default, the one of `template`.
+
+    Raises:
+        jinja2.UndefinedError: If the template uses a value that is missing.
     """
     values = {
         **values,
@@ -176,7 +190,10 @@ def render_page(template: Path, title: str, values: Mapping[str, Any], policy: s
     if not isinstance(title, TranslatableText):  # its translation is escaped where it is shown
         title = escape_control_codes(title)
     context = {**values, "title": title, "policy": policy}
-    return _load_templates(template.parent).get_template(template.name).render(context)
+    if not folders:
+        folders = [template.parent]
+        template = Path(template.name)
+    return _load_templates(tuple(folders)).get_template(template.as_posix()).render(context)
 
 
 CLIP_CRF = 24  # smaller than what is kept: a page contains many clips

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from browser.background_jobs import BackgroundJobs
-from browser.jobs import open_queue
-from browser.run_start import TrackedRun, TrackedRuns
-from browser.runs import Runs
+from browser.jobs.background_jobs import BackgroundJobs
+from browser.jobs.jobs import open_queue
+from browser.runs.run_start import TrackedRun, TrackedRuns
+from browser.runs.runs import Runs
 from project.known_folders import remember_folder
 from project.tracing import RunTrace
 

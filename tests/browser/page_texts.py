@@ -10,9 +10,9 @@ from typing import Any
 import jinja2
 from jinja2 import nodes
 
-from browser.caption_keys import name_key
-from browser.draft_changes import trains
-from browser.training_settings import Setting, read_settings
+from browser.folders.caption_keys import name_key
+from browser.folders.draft_changes import trains
+from browser.folders.training_settings import Setting, read_settings
 from downloads.catalogue import model_sets
 from downloads.listing import UNVERIFIED
 from modules.installation import ROOT
@@ -20,12 +20,12 @@ from package.reelsmith.commands import find_commands
 from protocols.families import caption_formats
 
 TEMPLATES = [
-    *sorted((ROOT / "browser").glob("*.html")),
+    *sorted((ROOT / "browser").rglob("*.html")),
     *(ROOT / "modules/pages" / f"{name}.html" for name in ("nav", "begin", "player", "beside", "sizes")),
     ROOT / "training/reports/page.html",
 ]
 PROGRAMS = [
-    *sorted((ROOT / "browser").glob("*.py")),
+    *sorted((ROOT / "browser").rglob("*.py")),
     ROOT / "modules/pages/language.py",
     ROOT / "training/reports/page.py",
     ROOT / "training/reports/item_losses.py",
@@ -34,7 +34,10 @@ PROGRAMS = [
     ROOT / "project/model_sizes.py",
     ROOT / "downloads/listing.py",
 ]
-SCRIPTS = [*sorted((ROOT / "browser/static").glob("*.js")), ROOT / "modules/pages/page.js"]
+SCRIPTS = [
+    *sorted(path for path in (ROOT / "browser").rglob("*.js") if path.parent.name != "vendor"),
+    ROOT / "modules/pages/page.js",
+]
 PLACE = re.compile(r"%\((\w+)\)s")  # of a value in a text
 # of a function, the place of the argument that is the key
 FUNCTIONS = {"_": 0, "say": 0, "counted": 2, "say_count": 2}
@@ -159,7 +162,7 @@ def list_texts() -> dict[str, list[Path]]:
     for key in list_chart_titles():
         found.setdefault(key, []).append(ROOT / "training/features")
     for key in list_key_labels():
-        found.setdefault(key, []).append(ROOT / "browser/caption_keys.py")
+        found.setdefault(key, []).append(ROOT / "browser/folders/caption_keys.py")
     for key in list_catalog_texts():
         found.setdefault(key, []).append(ROOT / "downloads/catalogue.toml")
     return found | list_helps()

@@ -15,10 +15,10 @@ from typing import Any
 
 import uvicorn
 
-from browser.jobs import open_queue
-from browser.runs import Runs
-from browser.server import make_app
-from browser.serving import make_server_config, open_socket
+from browser.core.server import make_app
+from browser.core.serving import make_server_config, open_socket
+from browser.jobs.jobs import open_queue
+from browser.runs.runs import Runs
 from modules.command import quote_for_shell
 from modules.installation import FRONT_SCRIPT, PREFIX
 from modules.script_words import console_words

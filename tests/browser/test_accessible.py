@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from browser.jobs import open_queue
-from browser.options import BrowserOptions
-from browser.runs import Runs
-from browser.serving import run_browser
+from browser.core.options import BrowserOptions
+from browser.core.serving import run_browser
+from browser.jobs.jobs import open_queue
+from browser.runs.runs import Runs
 from generation.sheets import ClipGrid, Row, write_grids
 from modules.pages.charts import Chart, Curve, draw_chart
 from modules.pages.page import write_page

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from browser.bin_folder import FOLDER, BinEntry, BinFolder
+from browser.core.bin_folder import FOLDER, BinEntry, BinFolder
 from modules.errors import OptionError, OutputError
 
 SHM = Path("/dev/shm")  # of memory: a different disk than that of the tests

@@ -8,8 +8,8 @@ from urllib.parse import quote
 
 import pytest
 
-from browser.caption_keys import describe_formats, find_folder_caption_format
-from browser.language_tables import read_texts
+from browser.core.language_tables import read_texts
+from browser.folders.caption_keys import describe_formats, find_folder_caption_format
 from fibo_2.captions import FORMAT, find_caption_errors
 from modules.pages.language import Language, speaking
 from protocols.families import FAMILIES

@@ -7,10 +7,10 @@ import pytest
 
 pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 
-from browser.checklist import BAD, GOOD, WARN, CheckRow, make_checklist
-from browser.command_output import REPAIR_CAPTIONS, OutputLine, read_output_lines
-from browser.folders import MediaFolder
-from browser.jobs import Job
+from browser.folders.folders import MediaFolder
+from browser.jobs.jobs import Job
+from browser.pages.new.checklist import BAD, GOOD, WARN, CheckRow, make_checklist
+from browser.pages.new.command_output import REPAIR_CAPTIONS, OutputLine, read_output_lines
 from modules.installation import TELLS_KINDS
 from modules.line_kinds import CAPTIONS, FAULT, KINDS, MEND, NEXT, WARNING
 from modules.pages.language import show

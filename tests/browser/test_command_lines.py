@@ -10,7 +10,7 @@ from urllib.parse import urlencode
 
 import pytest
 
-from browser.command_lines import format_cd, format_command
+from browser.jobs.command_lines import format_cd, format_command
 from modules.installation import EXTENSIONS, program_words
 from tests.browser.serving import python_of, serve_runs
 from tests.browser.test_new_page import describe, write_images

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from browser.command_output import find_command, read_changes, read_output_lines
-from browser.jobs import Job
+from browser.jobs.jobs import Job
+from browser.pages.new.command_output import find_command, read_changes, read_output_lines
 from data_tools.report.findings import repair_captions
 from dataset.options import GUESS
 from modules.pages.language import Language, speaking

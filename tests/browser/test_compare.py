@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from browser.comparable_runs import _read_commands
-from browser.jobs import WAITING, JobQueue
-from browser.runs import FINISHED
+from browser.jobs.jobs import WAITING, JobQueue
+from browser.runs.comparable_runs import _read_commands
+from browser.runs.runs import FINISHED
 from modules.media.writing import write_png
 from tests.browser.serving import Answer, Served, serve_runs, write_run
 from tests.browser.test_accessible import axe, list_errors  # noqa: F401  # a fixture

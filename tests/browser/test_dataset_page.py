@@ -26,9 +26,8 @@ import lumina.configs
 import qwen_image.configs
 import qwen_image_21.configs
 import z_image.configs
-from browser.captions import CaptionText
-from browser.dataset_pages import passes_filters
-from browser.datasets import (
+from browser.folders.captions import CaptionText
+from browser.folders.datasets import (
     IMAGE_MODELS_BY_STEP,
     MODELS,
     Datasets,
@@ -37,8 +36,9 @@ from browser.datasets import (
     _report_options,
     image_families,
 )
-from browser.folders import read_media_folder
-from browser.runs import Runs
+from browser.folders.folders import read_media_folder
+from browser.pages.datasets.dataset_pages import passes_filters
+from browser.runs.runs import Runs
 from data_tools.report.check import check_caching
 from dataset.config import load_dataset_config
 from pocket.clips import write_clips
@@ -108,7 +108,7 @@ class Page:
 
 
 class WarmReport:
-    """What `browser.datasets` starts to measure a dataset, with its libraries loaded before."""
+    """What `browser.folders.datasets` starts to measure a dataset, with its libraries loaded before."""
 
     def __init__(self, command: Sequence[str], cwd: Path, env: Mapping[str, str], **streams: int) -> None:
         self._said = tempfile.TemporaryDirectory()
@@ -132,7 +132,7 @@ def warm_reports(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     """Measure in copies of a process that has loaded torch already; `kept` starts a new one, as users do."""
     if CAN_BE_WARM and "kept" not in request.fixturenames:
         started = SimpleNamespace(Popen=WarmReport, DEVNULL=subprocess.DEVNULL, PIPE=subprocess.PIPE)
-        monkeypatch.setattr("browser.datasets.subprocess", started)
+        monkeypatch.setattr("browser.folders.datasets.subprocess", started)
 
 
 @pytest.fixture(scope="module")

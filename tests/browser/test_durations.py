@@ -9,9 +9,9 @@ import pytest
 
 pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 
-from browser.described_folder import read_described
-from browser.durations import _describe_time, describe_duration
-from browser.runs import Runs
+from browser.folders.described_folder import read_described
+from browser.folders.durations import _describe_time, describe_duration
+from browser.runs.runs import Runs
 from tests.browser.drafts import RUN, write_draft
 from tests.browser.serving import serve_runs, write_run
 from tests.chromium import open_page

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from browser.earlier_jobs import EarlierJob, may_be_created
-from browser.launch import INPUT_FILE_OPTIONS, check_options, find_earlier_job, split_arguments
-from browser.typed_jobs import read_jobs
+from browser.jobs.earlier_jobs import EarlierJob, may_be_created
+from browser.jobs.launch import INPUT_FILE_OPTIONS, check_options, find_earlier_job, split_arguments
+from browser.jobs.typed_jobs import read_jobs
 from modules.errors import OptionError
 from modules.option_tables import list_option_names
 

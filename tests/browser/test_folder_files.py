@@ -11,10 +11,10 @@ from urllib.parse import quote
 import pytest
 from PIL import Image
 
-from browser.folder_files import FolderFiles, LeftOut, list_uncaptioned
-from browser.runs import Runs
-from browser.short_names import short_digest
-from browser.thumbnails import Thumbnails
+from browser.core.short_names import short_digest
+from browser.folders.folder_files import FolderFiles, LeftOut, list_uncaptioned
+from browser.folders.thumbnails import Thumbnails
+from browser.runs.runs import Runs
 from tests.browser.serving import Answer, Served, serve_runs
 from tests.chromium import open_page
 from tests.data_tools.report.making import save_clip, save_image

@@ -13,13 +13,18 @@ import pytest
 
 pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 
-from browser.captions import compute_checksum
-from browser.dataset_keys import DatasetKeys
-from browser.described_folder import FILES, ChangedMeanwhileError, change_keys, edit_toml
-from browser.draft_changes import check_text, describe_difference, find_caching_argv, read_keys
-from browser.folder_settings import apply_edits, list_rows, name_field, parse_proposed_run
-from browser.setting_words import DATASET_KEYS, WORDS
-from browser.training_settings import read_settings
+from browser.folders.captions import compute_checksum
+from browser.folders.described_folder import FILES, ChangedMeanwhileError, change_keys, edit_toml
+from browser.folders.draft_changes import check_text, describe_difference, find_caching_argv, read_keys
+from browser.folders.training_settings import read_settings
+from browser.pages.folder_settings.dataset_keys import DatasetKeys
+from browser.pages.folder_settings.folder_settings import (
+    apply_edits,
+    list_rows,
+    name_field,
+    parse_proposed_run,
+)
+from browser.pages.folder_settings.setting_words import DATASET_KEYS, WORDS
 from dataset.config import load_dataset_config
 from dataset.subset_options import SubsetOptions
 from modules.errors import DatasetError, OptionError

@@ -8,9 +8,9 @@ from urllib.parse import quote, urlencode
 
 import pytest
 
-from browser.captions import compute_checksum
-from browser.launch import write_code
-from browser.short_names import short_digest
+from browser.core.short_names import short_digest
+from browser.folders.captions import compute_checksum
+from browser.jobs.launch import write_code
 from tests.browser.drafts import PROMPTS, RUN, write_draft
 from tests.browser.serving import Answer, Served, serve_runs
 

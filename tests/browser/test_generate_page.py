@@ -21,15 +21,15 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
-from browser import recipes
-from browser.dropped_settings import read_dropped_settings
-from browser.generate_pages import GenerateForm
-from browser.jobs import WAITING, JobQueue
-from browser.lora_rows import RunLoras, check_family
-from browser.recipes import make_model_recipe
-from browser.render_queue import ENDED_MEANWHILE
-from browser.render_worker import RenderWorker
-from browser.runs import FINISHED, RUNNING, STOPPED, Runs
+from browser.jobs.jobs import WAITING, JobQueue
+from browser.jobs.render_queue import ENDED_MEANWHILE
+from browser.jobs.render_worker import RenderWorker
+from browser.pages.generate.dropped_settings import read_dropped_settings
+from browser.pages.generate.generate_pages import GenerateForm
+from browser.pages.generate.lora_rows import RunLoras, check_family
+from browser.runs import recipes
+from browser.runs.recipes import make_model_recipe
+from browser.runs.runs import FINISHED, RUNNING, STOPPED, Runs
 from downloads.catalogue import model_sets
 from modules.errors import OptionError
 from modules.media.writing import write_png
@@ -846,7 +846,7 @@ def test_a_picture_has_the_suffix_of_its_content_and_no_path_of_its_name(
 def test_a_file_that_is_too_large_is_refused(
     served: Served, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("browser.dropped_files.MAX_BYTES", 1000)
+    monkeypatch.setattr("browser.pages.generate.dropped_files.MAX_BYTES", 1000)
     (tmp_path / "a.png").write_bytes(b"0" * 2000)
     answer = send(served, "file", tmp_path / "a.png")
     assert answer.status == 422

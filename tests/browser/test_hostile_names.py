@@ -12,8 +12,8 @@ pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from browser.background_jobs import name_background_job
-from browser.jobs import FOLDER as QUEUE_FOLDER
+from browser.jobs.background_jobs import name_background_job
+from browser.jobs.jobs import FOLDER as QUEUE_FOLDER
 from tests.browser.serving import serve_runs, write_run
 from tests.browser.test_safe_clicks import describe, list_addresses, read_controls, save_image
 from tests.chromium import open_page

@@ -18,10 +18,10 @@ import psutil
 import pytest
 from accelerate.commands.launch import launch_command_parser
 
-from browser.jobs import QUEUE, STATE, WAITING, Job, JobQueue
-from browser.launch import check_options, find_program, prepare_process, split_arguments
-from browser.runs import DIED, FINISHED, RUNNING, STOPPED
-from browser.serving import reopen_queue
+from browser.core.serving import reopen_queue
+from browser.jobs.jobs import QUEUE, STATE, WAITING, Job, JobQueue
+from browser.jobs.launch import check_options, find_program, prepare_process, split_arguments
+from browser.runs.runs import DIED, FINISHED, RUNNING, STOPPED
 from modules.errors import OptionError, OutputError
 from modules.installation import EXTENSIONS
 from pocket.measure import IN_FLOAT32, POCKET, model_options

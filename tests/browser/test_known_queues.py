@@ -11,8 +11,8 @@ import pytest
 
 pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 
-from browser.jobs import JobQueue, as_line
-from browser.serving import reopen_queue
+from browser.core.serving import reopen_queue
+from browser.jobs.jobs import JobQueue, as_line
 from modules.installation import ROOT
 from modules.user_files import user_folder
 from tests.browser.test_jobs import SHORT, wait_for, wait_for_states

@@ -13,9 +13,9 @@ pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 
 from jinja2 import nodes
 
-from browser import language_tables
-from browser.language_tables import CODES, NAMES, read_table, read_texts
-from browser.page_language import find_accepted, find_return_address
+from browser.core import language_tables
+from browser.core.language_tables import CODES, NAMES, read_table, read_texts
+from browser.core.page_language import find_accepted, find_return_address
 from downloads.catalogue import model_sets
 from modules.pages.language import Language, TranslatableText, join, say, say_count, show_all, speaking
 from project.recipes.reading import list_shipped
@@ -377,7 +377,7 @@ def test_every_page_shows_no_words_outside_of_the_table(
     here.mkdir()
     monkeypatch.chdir(here)
     marked = Language("en", Marked(), "/", NAMES)
-    monkeypatch.setattr("browser.server.choose_language", lambda request: marked)
+    monkeypatch.setattr("browser.core.server.choose_language", lambda request: marked)
     folder = quote(str(served.runs.root_folders[0] / "described"))
     found = {}
     for page in PAGES:
@@ -396,7 +396,7 @@ def test_the_table_of_settings_shows_no_words_outside_of_the_table(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     marked = Language("en", Marked(), "/", NAMES)
-    monkeypatch.setattr("browser.server.choose_language", lambda request: marked)
+    monkeypatch.setattr("browser.core.server.choose_language", lambda request: marked)
     answer = served.ask(f"/new/settings?folder={quote(str(served.runs.root_folders[0] / 'described'))}")
 
     settings = list_settings()["wan_train_network.py"]

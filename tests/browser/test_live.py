@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from browser.jobs import open_queue
+from browser.jobs.jobs import open_queue
 from tests.browser.serving import Served, serve_runs, write_run
 from tests.chromium import open_page, wait_until
 from tests.training.toy import ToyFamily, toy_options, toy_parser, write_caches, write_prompts

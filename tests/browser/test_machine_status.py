@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from browser.graphics_cards import CardReader, GraphicsCard, read_cards
-from browser.jobs import STATE, JobQueue
-from browser.model_files import name_download
+from browser.core.graphics_cards import CardReader, GraphicsCard, read_cards
+from browser.jobs.jobs import STATE, JobQueue
+from browser.jobs.model_files import name_download
 from modules.atomic_write import free_bytes
 from tests.browser.serving import serve_runs, write_run
 from tests.chromium import open_page, wait_until

@@ -20,14 +20,14 @@ from PIL import Image
 
 pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 
-from browser.background_jobs import BackgroundJobs
-from browser.jobs import open_queue
-from browser.mask_making import MaskMakingPages
-from browser.mask_pages import DRAWN_ADDRESS, MAX_DRAWN_MASK_BYTES
-from browser.mask_review import MaskConflictError, MaskReview
-from browser.render_worker import RenderWorker
-from browser.runs import Runs
-from browser.server_state import Site
+from browser.core.server_state import Site
+from browser.jobs.background_jobs import BackgroundJobs
+from browser.jobs.jobs import open_queue
+from browser.jobs.render_worker import RenderWorker
+from browser.pages.masks.mask_making import MaskMakingPages
+from browser.pages.masks.mask_pages import DRAWN_ADDRESS, MAX_DRAWN_MASK_BYTES
+from browser.pages.masks.mask_review import MaskConflictError, MaskReview
+from browser.runs.runs import Runs
 from data_tools.masks.options import MaskOptions
 from data_tools.masks.places import METHOD_TEXT, find_mask_entry
 from dataset.config import load_dataset_config

@@ -14,10 +14,10 @@ import pytest
 
 pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 
-from browser.captions import compute_checksum
-from browser.draft_changes import describe_difference, read_keys
-from browser.memory_plan import ReadPlan, edit_switches, read_plan, read_size, read_switches
-from browser.training_settings import read_settings
+from browser.folders.captions import compute_checksum
+from browser.folders.draft_changes import describe_difference, read_keys
+from browser.folders.training_settings import read_settings
+from browser.pages.memory.memory_plan import ReadPlan, edit_switches, read_plan, read_size, read_switches
 from modules.errors import OptionError
 from runtime.planning.device_memory import DeviceMemory
 from runtime.planning.memory_plan import MemoryPart, MemoryPlan, Phase, show, verdict

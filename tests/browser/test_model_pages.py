@@ -9,10 +9,10 @@ from urllib.parse import urlencode
 
 import pytest
 
-from browser import model_files
-from browser.bin_folder import BinFolder
-from browser.jobs import Job
-from browser.model_files import (
+from browser.core.bin_folder import BinFolder
+from browser.jobs import model_files
+from browser.jobs.jobs import Job
+from browser.jobs.model_files import (
     Download,
     find_task,
     list_tasks,

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from browser.folders import MediaFolder
-from browser.model_table import describe_file, describe_kind, list_missing, list_model_rows
+from browser.folders.folders import MediaFolder
+from browser.pages.new.model_table import describe_file, describe_kind, list_missing, list_model_rows
 from project.model_choice import describe_outputs, read_model_info
 from project.options import find_models
 from tests.commands import ROOT

@@ -6,7 +6,7 @@ from urllib.parse import quote
 
 import pytest
 
-from browser.model_files import find_task
+from browser.jobs.model_files import find_task
 from tests.browser.serving import serve_runs
 from tests.browser.test_new_page import describe, post, text_of, write_images
 from tests.chromium import open_page, wait_until

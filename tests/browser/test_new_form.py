@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from browser.captioning import CaptionForm, make_caption_argv
-from browser.described_folder import change_steps
-from browser.new_form import (
+from browser.folders.captioning import CaptionForm, make_caption_argv
+from browser.folders.described_folder import change_steps
+from browser.folders.new_form import (
     NewForm,
     check_form,
     hint_at_word,
@@ -16,7 +16,7 @@ from browser.new_form import (
     make_new_argv,
     read_steps,
 )
-from browser.new_pages import find_free_name
+from browser.pages.new.new_pages import find_free_name
 from modules.errors import OptionError
 from project.options import MODELS
 

@@ -15,14 +15,14 @@ from urllib.parse import parse_qs, quote, urlencode, urlsplit
 import pytest
 from PIL import Image
 
-from browser.background_jobs import BackgroundJobs
-from browser.captions import compute_checksum
-from browser.described_folder import FILES
-from browser.folders import list_media_folders
-from browser.jobs import open_queue
-from browser.model_files import name_download
-from browser.model_table import find_misfit
-from browser.runs import Runs
+from browser.folders.captions import compute_checksum
+from browser.folders.described_folder import FILES
+from browser.folders.folders import list_media_folders
+from browser.jobs.background_jobs import BackgroundJobs
+from browser.jobs.jobs import open_queue
+from browser.jobs.model_files import name_download
+from browser.pages.new.model_table import find_misfit
+from browser.runs.runs import Runs
 from downloads.listing import describe_licenses
 from pocket.measure import POCKET
 from project.options import MODELS, find_models

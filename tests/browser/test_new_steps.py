@@ -16,11 +16,11 @@ pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 import torch
 from safetensors.torch import load_file, save_file
 
-from browser.described_folder import FILES
-from browser.jobs import QUEUE, STATE, open_queue
-from browser.new_form import NewForm
-from browser.new_steps import FolderProgress, select_step
-from browser.runs import DIED, FINISHED, RUNNING, Runs
+from browser.folders.described_folder import FILES
+from browser.folders.new_form import NewForm
+from browser.jobs.jobs import QUEUE, STATE, open_queue
+from browser.pages.new.new_steps import FolderProgress, select_step
+from browser.runs.runs import DIED, FINISHED, RUNNING, Runs
 from project.options import find_models
 from tests.browser.described_folders import describe as describe_folder
 from tests.browser.serving import Served, serve_runs
@@ -210,7 +210,8 @@ def test_the_model_is_loaded_after_its_licences_and_only_what_is_missing(
     assert "I accept this license" in page
     started: list[list[str]] = []
     monkeypatch.setattr(
-        "browser.background_jobs.BackgroundJobs.start", lambda _, name, words, folder: started.append(words)
+        "browser.jobs.background_jobs.BackgroundJobs.start",
+        lambda _, name, words, folder: started.append(words),
     )
     refused = press_button(served, "load", folder=str(root / "loaded"))
     assert (refused.status, started) == (422, [])
@@ -228,7 +229,8 @@ def test_the_check_begins_by_itself_on_a_slow_machine(
     """The page is complete before htmx, which begins by a timer, knows the forms."""
     started: list[list[str]] = []
     monkeypatch.setattr(
-        "browser.background_jobs.BackgroundJobs.start", lambda _, name, words, folder: started.append(words)
+        "browser.jobs.background_jobs.BackgroundJobs.start",
+        lambda _, name, words, folder: started.append(words),
     )
     folder = str(root / "set")
     with open_page(served.url) as page:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from browser.page_access import COOKIE, COOKIE_SECONDS, PageAccess, derive_access
-from browser.page_root import add_root, add_root_to_page, serving_below
+from browser.core.page_access import COOKIE, COOKIE_SECONDS, PageAccess, derive_access
+from browser.core.page_root import add_root, add_root_to_page, serving_below
 from tests.browser.entering import enter
 from tests.browser.serving import Served, serve_runs, write_run
 from tests.browser.test_safe_clicks import list_addresses, root

@@ -14,10 +14,10 @@ import pytest
 
 pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 
-from browser.background_jobs import name_background_job
-from browser.jobs import FOLDER as QUEUE_FOLDER
-from browser.runs import Runs
-from browser.server import make_app
+from browser.core.server import make_app
+from browser.jobs.background_jobs import name_background_job
+from browser.jobs.jobs import FOLDER as QUEUE_FOLDER
+from browser.runs.runs import Runs
 from modules.errors import OutputError
 from tests.browser.serving import Served, serve_runs, write_run
 from tests.browser.test_safe_clicks import (

@@ -12,16 +12,16 @@ pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 import torch
 from PIL import Image
 
-from browser.jobs import Job
-from browser.language_tables import read_texts
-from browser.printed_lines import (
+from browser.core.language_tables import read_texts
+from browser.jobs.jobs import Job
+from browser.jobs.printed_lines import (
     is_for_terminal,
     translate_command,
     translate_file_kind,
     translate_line,
     translate_reason,
 )
-from browser.render_queue import PHASES
+from browser.jobs.render_queue import PHASES
 from checkpoints.first_bytes import LFS_POINTER, describe_kind
 from checkpoints.kinds import SHARED_PART_MARKS, TOOL_MARKS, UNSUPPORTED_MODELS
 from modules import installation

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from browser.options import BrowserOptions
-from browser.server_state import ServerSettings
-from browser.serving import ServerAddress, show_address
-from browser.tokens import PageToken
+from browser.core.options import BrowserOptions
+from browser.core.server_state import ServerSettings
+from browser.core.serving import ServerAddress, show_address
+from browser.core.tokens import PageToken
 from modules.errors import OptionError
 from modules.script_options import parse_options
 from tests.browser.entering import enter

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from browser.recipes import (
+from browser.runs.recipes import (
     LORA,
     ModelRecipe,
     RenderRequest,

@@ -16,11 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from browser.jobs import WAITING, JobQueue
-from browser.recipes import ModelRecipe, RenderRequest, UsedLora
-from browser.render_queue import ENDED_MEANWHILE, LOADING, RenderJob, RenderQueue
-from browser.render_worker import RenderWorker
-from browser.runs import DIED, FINISHED, RUNNING, STOPPED
+from browser.jobs.jobs import WAITING, JobQueue
+from browser.jobs.render_queue import ENDED_MEANWHILE, LOADING, RenderJob, RenderQueue
+from browser.jobs.render_worker import RenderWorker
+from browser.runs.recipes import ModelRecipe, RenderRequest, UsedLora
+from browser.runs.runs import DIED, FINISHED, RUNNING, STOPPED
 from modules.atomic_write import identify_machine
 from modules.errors import OptionError, OutputError
 from modules.media.reading import read_tags, video_frames

@@ -16,14 +16,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from browser.bin_folder import FOLDER as BIN
-from browser.bin_folder import BinFolder
-from browser.captions import compute_checksum
-from browser.described_folder import ChangedMeanwhileError
-from browser.recipes import ModelRecipe, find_model_set, make_model_recipe
-from browser.render_queue import RenderJob
-from browser.result_pages import add_line, name_day
-from browser.result_settings import (
+from browser.core.bin_folder import FOLDER as BIN
+from browser.core.bin_folder import BinFolder
+from browser.folders.captions import compute_checksum
+from browser.folders.described_folder import ChangedMeanwhileError
+from browser.jobs.render_queue import RenderJob
+from browser.pages.generate.result_pages import add_line, name_day
+from browser.pages.generate.result_settings import (
     ResultSettings,
     find_family,
     format_sample_line,
@@ -31,8 +30,9 @@ from browser.result_settings import (
     read_settings,
     regenerate,
 )
-from browser.results import DERIVED_NAME, ResultFolders
-from browser.runs import Runs
+from browser.pages.generate.results import DERIVED_NAME, ResultFolders
+from browser.runs.recipes import ModelRecipe, find_model_set, make_model_recipe
+from browser.runs.runs import Runs
 from modules.errors import OptionError
 from modules.media.reading import read_image, read_tags, video_frames
 from modules.media.writing import write_png, write_video

@@ -13,8 +13,8 @@ from urllib.parse import urlencode
 import pytest
 from PIL import Image
 
-from browser.jobs import JobQueue, open_queue
-from browser.runs import RUNNING, Runs
+from browser.jobs.jobs import JobQueue, open_queue
+from browser.runs.runs import RUNNING, Runs
 from pocket.measure import POCKET
 from tests.browser.described_folders import describe, trace
 from tests.browser.serving import Answer, Served, python_of, serve_runs, write_run
@@ -388,7 +388,9 @@ def write_resumable(folder: Path, name: str, **told: object) -> None:
 def test_a_run_of_a_terminal_continues_with_its_own_command(
     served: Served, queue: JobQueue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("browser.queue_pages.check_options", lambda argv, folder, earlier, seconds: None)
+    monkeypatch.setattr(
+        "browser.pages.queue.queue_pages.check_options", lambda argv, folder, earlier, seconds: None
+    )
     write_resumable(tmp_path / "other", "typed", changed=[["output_dir", str(tmp_path / "other")]])
     assert {"Continue", "Train on", "Remove"} <= buttons(served, "typed")
     assert press(served, "start", "typed").status == 200
@@ -472,7 +474,7 @@ def test_a_missing_model_file_is_said_where_one_clicked(
 ) -> None:
     (describe(tmp_path / "my clips") / "cache" / "dit.safetensors").unlink()
     argv = ["reelsmith", "run", str(tmp_path / "my clips")]  # without --download
-    monkeypatch.setattr("browser.run_buttons.find_start_argv", lambda *_: argv)
+    monkeypatch.setattr("browser.pages.runs.run_buttons.find_start_argv", lambda *_: argv)
     with serve_runs(tmp_path, queue=queue) as served, open_page(f"{served.url}/") as page:
         page.get_by_role("link", name="own").click()
         page.get_by_role("button", name="Check").wait_for()

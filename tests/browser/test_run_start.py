@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from browser.background_jobs import name_background_job
-from browser.jobs import JobQueue
-from browser.permissions import read_permissions
-from browser.run_start import find_start_argv, read_preparation_state
-from browser.runs import read_run_summary
-from browser.short_names import free_name
+from browser.core.short_names import free_name
+from browser.jobs.background_jobs import name_background_job
+from browser.jobs.jobs import JobQueue
+from browser.pages.runs.permissions import read_permissions
+from browser.runs.run_start import find_start_argv, read_preparation_state
+from browser.runs.runs import read_run_summary
 from modules.errors import OptionError
 from project.options import MODELS
 from tests.browser.described_folders import describe, find, look, state, trace
@@ -239,7 +239,7 @@ def test_a_full_disk_that_took_the_last_words_is_named(
     tracked_runs = look(tmp_path)
     tracked_runs.queue.add(["reelsmith", "run", str(folder)], tmp_path)
     set_job(tracked_runs.queue, 1, "In the folder x:\n")
-    monkeypatch.setattr("browser.run_start.free_bytes", lambda folder: 4096)
+    monkeypatch.setattr("browser.runs.run_start.free_bytes", lambda folder: 4096)
     logs = tracked_runs.queue.folder / "logs"
     assert find(tracked_runs).state.reason == (
         f"The disk of {logs} is full: it could not write why it ended. Free some space, and start it again; "

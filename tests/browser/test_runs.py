@@ -13,11 +13,19 @@ from typing import Any
 
 import pytest
 
-from browser.options import BrowserOptions
-from browser.run_list import select_runs
-from browser.run_views import LiveRunState, label_runs, share_page
-from browser.runs import DIED, FINISHED, REMOTE_RUN_TIMEOUT_SECONDS, RUNNING, STOPPED, Runs, read_run_summary
-from browser.serving import run_browser
+from browser.core.options import BrowserOptions
+from browser.core.serving import run_browser
+from browser.pages.runs.run_list import select_runs
+from browser.runs.run_views import LiveRunState, label_runs, share_page
+from browser.runs.runs import (
+    DIED,
+    FINISHED,
+    REMOTE_RUN_TIMEOUT_SECONDS,
+    RUNNING,
+    STOPPED,
+    Runs,
+    read_run_summary,
+)
 from modules.errors import OptionError
 from modules.script_options import parse_options
 from tests.browser.serving import serve_runs, write_run

@@ -25,18 +25,19 @@ from PIL import Image
 from starlette.applications import Starlette
 from starlette.routing import Route
 
-from browser import mask_making, tag_pages
-from browser.background_jobs import BackgroundJobs
-from browser.jobs import open_queue
-from browser.page_access import COOKIE
-from browser.queue_pages import QueuePages
-from browser.render_worker import RenderWorker
-from browser.result_pages import ResultPages
-from browser.run_buttons import RunButtons
-from browser.run_views import HERE
-from browser.runs import Runs
-from browser.server import MAX_BYTES, Gate, make_app
-from browser.server_state import Site
+from browser.core.page_access import COOKIE
+from browser.core.server import MAX_BYTES, Gate, make_app
+from browser.core.server_state import Site
+from browser.core.templates import BROWSER
+from browser.jobs.background_jobs import BackgroundJobs
+from browser.jobs.jobs import open_queue
+from browser.jobs.render_worker import RenderWorker
+from browser.pages.generate.result_pages import ResultPages
+from browser.pages.masks import mask_making
+from browser.pages.queue.queue_pages import QueuePages
+from browser.pages.runs.run_buttons import RunButtons
+from browser.pages.tags import tag_pages
+from browser.runs.runs import Runs
 from project.new_options import NewOptions
 from tests import warm_processes
 from tests.browser.serving import Served, serve_runs, write_run
@@ -119,7 +120,7 @@ def fill_route(path: str, values: Mapping[str, str], otherwise: str) -> str:
 
 def read_templates() -> str:
     """All templates and scripts of the pages."""
-    paths = [*HERE.glob("*.html"), *(HERE / "static").glob("*.js")]
+    paths = [*BROWSER.rglob("*.html"), *BROWSER.rglob("*.js")]
     return "\n".join(path.read_text(encoding="utf-8") for path in paths)
 
 

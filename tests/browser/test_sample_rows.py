@@ -9,9 +9,9 @@ import pytest
 
 pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 
-from browser.captions import compute_checksum
-from browser.draft_changes import check_text
-from browser.sample_rows import FIELDS, edit_prompts, edit_sampling_intervals, list_images, read_rows
+from browser.folders.captions import compute_checksum
+from browser.folders.draft_changes import check_text
+from browser.folders.sample_rows import FIELDS, edit_prompts, edit_sampling_intervals, list_images, read_rows
 from modules.errors import OptionError
 from tests.browser.drafts import PROMPTS, RUN, unfold, write_draft
 from tests.browser.serving import Answer, Served, serve_runs

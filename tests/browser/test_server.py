@@ -12,8 +12,9 @@ import pytest
 from starlette.applications import Starlette
 from starlette.routing import Route
 
-from browser.page_access import COOKIE
-from browser.server import LARGEST_BODIES, MAX_BYTES, Gate, make_app
+from browser.core.page import list_body_limits
+from browser.core.page_access import COOKIE
+from browser.core.server import MAX_BYTES, Gate, make_app
 from tests.browser.entering import enter
 from tests.browser.serving import PNG, Served, serve_runs, write_run
 from tests.chromium import open_page
@@ -99,7 +100,7 @@ def test_only_a_running_training_that_listens_is_asked(served: Served, tmp_path:
 @pytest.mark.parametrize("headers", [{}, {"Transfer_Encoding": "chunked"}], ids=["whole", "chunked"])
 def test_no_route_reads_a_large_request(served: Served, headers: dict[str, str]) -> None:
     # those with limits of their own take files
-    for address in {*writing_routes(served)} - LARGEST_BODIES.keys():
+    for address in {*writing_routes(served)} - list_body_limits().keys():
         large, maximum = ("x" * size for size in (MAX_BYTES + 1, MAX_BYTES))
         assert served.ask(address, "POST", large, Origin=served.url, **headers).status == 413, address
         assert served.ask(address, "POST", maximum, Origin=served.url, **headers).status != 413, address

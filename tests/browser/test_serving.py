@@ -14,11 +14,11 @@ import cv2
 import numpy as np
 import pytest
 
-from browser.options import BrowserOptions
-from browser.qr_code import draw_code
-from browser.runs import Runs
-from browser.serving import may_open_page, open_socket, select_folders
-from browser.tokens import choose_account_port
+from browser.core.options import BrowserOptions
+from browser.core.qr_code import draw_code
+from browser.core.serving import may_open_page, open_socket, select_folders
+from browser.core.tokens import choose_account_port
+from browser.runs.runs import Runs
 from modules.errors import OptionError, OutputError
 from modules.script_options import parse_options
 from tests.browser.serving import serve_runs, write_run
@@ -173,7 +173,8 @@ def test_the_page_is_opened_only_for_a_person_who_sees_it(monkeypatch: pytest.Mo
 
 
 def test_the_browser_never_loads_torch() -> None:
-    code = "import browser.server, browser.serving, browser.run_views, sys; print('torch' in sys.modules)"
+    modules = "browser.core.server, browser.core.serving, browser.runs.run_views"
+    code = f"import {modules}, sys; print('torch' in sys.modules)"
 
     assert run_python("-c", code, folder=ROOT).stdout == "False\n"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from browser.sessions import find_session, limit_session
+from browser.jobs.sessions import find_session, limit_session
 from modules.errors import OptionError
 from modules.installation import DRIVEN, ROOT, program_environment, program_words
 from modules.run_limits import FOLDERS_VARIABLE

@@ -12,11 +12,11 @@ import cv2
 import numpy as np
 import pytest
 
-from browser.bin_folder import BinFolder
-from browser.options import BrowserOptions
-from browser.qr_code import compute_cells, draw_svg
-from browser.server_state import ServerSettings
-from browser.tokens import PageToken
+from browser.core.bin_folder import BinFolder
+from browser.core.options import BrowserOptions
+from browser.core.qr_code import compute_cells, draw_svg
+from browser.core.server_state import ServerSettings
+from browser.core.tokens import PageToken
 from modules.errors import OptionError, OutputError
 from modules.script_options import parse_options
 from tests.browser.serving import Answer, Served, python_of, serve_runs

@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from browser import shares
-from browser.page_access import COOKIE
-from browser.run_views import COMPARED_FOLDER
-from browser.shares import DAY, Shares
+from browser.core.page_access import COOKIE
+from browser.pages.runs import shares
+from browser.pages.runs.shares import DAY, Shares
+from browser.runs.run_views import COMPARED_FOLDER
 from modules.media.reading import video_frames
 from modules.media.writing import write_png, write_video
 from modules.text_files import read_safetensors_texts

@@ -12,12 +12,12 @@ from urllib.parse import urlencode
 import pytest
 from PIL import Image
 
-from browser.background_jobs import BackgroundJobs, name_background_job
-from browser.captioning import TYPED_OPTIONS, CaptionForm, make_caption_argv
-from browser.jobs import WAITING, open_queue
-from browser.launch import ENDING_BEFORE_TORCH, check_options
-from browser.runs import RUNNING, Runs
-from browser.typed_jobs import read_jobs
+from browser.folders.captioning import TYPED_OPTIONS, CaptionForm, make_caption_argv
+from browser.jobs.background_jobs import BackgroundJobs, name_background_job
+from browser.jobs.jobs import WAITING, open_queue
+from browser.jobs.launch import ENDING_BEFORE_TORCH, check_options
+from browser.jobs.typed_jobs import read_jobs
+from browser.runs.runs import RUNNING, Runs
 from modules.errors import OptionError
 from modules.run_limits import FOLDERS_VARIABLE
 from tests.browser.described_folders import describe
@@ -143,7 +143,7 @@ def test_each_button_for_a_described_folder_starts_a_limited_process(
         started[log.stem.partition("-")[0]] = variables.get(FOLDERS_VARIABLE)
         raise OptionError("noted")
 
-    monkeypatch.setattr("browser.launch.prepare_process", note)
+    monkeypatch.setattr("browser.jobs.launch.prepare_process", note)
     set_commands(folder, [*CHECK, "check.html", *VAE])
     fields = {
         "folder": str(folder),
@@ -163,7 +163,7 @@ def test_each_button_for_a_described_folder_starts_a_limited_process(
 def test_captions_that_wait_in_the_queue_keep_their_limits(
     served: Served, folder: Path, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("browser.jobs.JobQueue.begin_work", lambda self: None)
+    monkeypatch.setattr("browser.jobs.jobs.JobQueue.begin_work", lambda self: None)
     assert press(served, "/new/write", folder=str(folder)).status == 200
     queue = open_queue(Runs([root]), read_only=False)
     (job,) = queue.jobs()
@@ -174,7 +174,7 @@ def test_captions_that_wait_in_the_queue_keep_their_limits(
         seen.append(variables.get(FOLDERS_VARIABLE))
         raise OSError("noted")
 
-    monkeypatch.setattr("browser.launch.prepare_process", note)
+    monkeypatch.setattr("browser.jobs.launch.prepare_process", note)
     with pytest.raises(Exception, match="noted"):
         queue.start_next()
     assert seen == [json.dumps([str(folder)])]
@@ -261,7 +261,7 @@ def test_many_jobs_at_once_are_refused_before_a_script_is_started(
     def check(*_: object) -> None:
         pytest.fail("a script was started")
 
-    monkeypatch.setattr("browser.queue_pages.check_options", check)
+    monkeypatch.setattr("browser.pages.queue.queue_pages.check_options", check)
     lines = "\n# a comment\n\npython wan_train_network.py --seed 1" * 900
     assert "900 jobs are too many" in press(served, "/queue/add", line=lines).text
     lines = "\npython wan_train_network.py --seed 1" * 30 + "\npython evil.py"
@@ -276,8 +276,8 @@ def test_checking_many_jobs_takes_no_more_time_than_all_may_take(monkeypatch: py
         given.append(seconds)
         now[0] += 11.0
 
-    monkeypatch.setattr("browser.queue_pages.check_options", check)
-    monkeypatch.setattr("browser.queue_pages.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("browser.pages.queue.queue_pages.check_options", check)
+    monkeypatch.setattr("browser.pages.queue.queue_pages.time.monotonic", lambda: now[0])
     lines = "\npython wan_train_network.py --seed 1" * 20
     read_jobs(lines, None)
     assert given == [30.0, 19.0, 8.0]

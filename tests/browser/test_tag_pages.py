@@ -14,10 +14,10 @@ import pytest
 
 pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 
-from browser.datasets import MODELS
-from browser.runs import Runs
-from browser.tag_editor import TagEditor, rename_tag
-from browser.tag_pages import FORM
+from browser.folders.datasets import MODELS
+from browser.pages.tags.tag_editor import TagEditor, rename_tag
+from browser.pages.tags.tag_pages import FORM
+from browser.runs.runs import Runs
 from data_tools.tags.options import TaggingOptions
 from modules.errors import OptionError
 from modules.script_options import parse_options

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from browser.options import BrowserOptions
-from browser.page_access import COOKIE, derive_access
-from browser.serving import ServerAddress, make_start_name, show_address
-from browser.tokens import (
+from browser.core.options import BrowserOptions
+from browser.core.page_access import COOKIE, derive_access
+from browser.core.serving import ServerAddress, make_start_name, show_address
+from browser.core.tokens import (
     CLOSED_CONNECTION,
     Connection,
     PageToken,

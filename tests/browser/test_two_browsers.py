@@ -10,12 +10,12 @@ import pytest
 
 pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 
-from browser import captions
-from browser.background_jobs import name_background_job
-from browser.captions import CaptionConflictError, Captions, compute_checksum
-from browser.described_folder import ChangedMeanwhileError, change_keys
-from browser.jobs import FOLDER as QUEUE_FOLDER
-from browser.jobs import JobQueue
+from browser.folders import captions
+from browser.folders.captions import CaptionConflictError, Captions, compute_checksum
+from browser.folders.described_folder import ChangedMeanwhileError, change_keys
+from browser.jobs.background_jobs import name_background_job
+from browser.jobs.jobs import FOLDER as QUEUE_FOLDER
+from browser.jobs.jobs import JobQueue
 from tests.browser.serving import Served, serve_runs
 from tests.browser.test_run_buttons import address_of, write_resumable
 from tests.browser.test_safe_clicks import describe, list_children, save_image, wait_for_children
@@ -118,7 +118,9 @@ def test_a_start_that_is_pressed_twice_starts_once(root: Path, servers: tuple[Se
 def test_a_run_of_a_terminal_that_is_continued_twice_goes_on_once(
     root: Path, servers: tuple[Served, Served], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("browser.queue_pages.check_options", lambda words, folder, earlier, seconds: None)
+    monkeypatch.setattr(
+        "browser.pages.queue.queue_pages.check_options", lambda words, folder, earlier, seconds: None
+    )
     write_resumable(root / "other", "typed")
     address = f"{address_of(servers[0], 'typed')}do/start"
 

@@ -13,10 +13,10 @@ from urllib.parse import urlencode
 import pytest
 from starlette.requests import Request
 
-from browser import uploads
-from browser.runs import Runs
-from browser.upload_parts import ADDRESS, OLD_SECONDS, PieceUploads
-from browser.uploads import FileUploads, UploadLimits, claim_file, name_upload_folder
+from browser.pages.new import uploads
+from browser.pages.new.upload_parts import ADDRESS, OLD_SECONDS, PieceUploads
+from browser.pages.new.uploads import FileUploads, UploadLimits, claim_file, name_upload_folder
+from browser.runs.runs import Runs
 from modules.errors import OptionError
 from tests.browser.serving import Served, serve_runs
 from tests.browser.test_uploads import everything, picture
@@ -204,7 +204,7 @@ def test_a_folder_that_another_page_makes_meanwhile_is_taken(
 def test_a_page_sends_a_large_file_in_pieces_through_breaks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("browser.new_pages.PIECE_BYTES", 200_000)
+    monkeypatch.setattr("browser.pages.new.new_pages.PIECE_BYTES", 200_000)
     (tmp_path / "roots").mkdir()
     source = tmp_path / "large.png"
     source.write_bytes(picture(tmp_path))
@@ -247,7 +247,7 @@ def test_a_clock_that_jumps_and_files_of_other_programs_lose_nothing(
     foreign = tmp_path / "roots/set/.theirs.0123456789abcdef.part"
     foreign.write_bytes(b"theirs")
     now = time.time()
-    monkeypatch.setattr("browser.upload_parts.time.time", lambda: now + 400 * OLD_SECONDS)
+    monkeypatch.setattr("browser.pages.new.upload_parts.time.time", lambda: now + 400 * OLD_SECONDS)
     assert send(served, content, 0, len(content), name="b.png")["status"] == 200
     assert send(served, content, 10, len(content))["status"] == 200
     assert everything(tmp_path / "roots/set") == [foreign.name, "a ü.png", "b.png"]

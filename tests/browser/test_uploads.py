@@ -16,11 +16,10 @@ from urllib.parse import urlencode
 import pytest
 from PIL import Image
 
-from browser.form_drafts import MAX_DRAFTS, Drafts
-from browser.runs import Runs
-from browser.server import MAX_BYTES
-from browser.short_names import short_digest
-from browser.uploads import (
+from browser.core.server import MAX_BYTES
+from browser.core.short_names import short_digest
+from browser.pages.generate.form_drafts import MAX_DRAFTS, Drafts
+from browser.pages.new.uploads import (
     ADDRESS,
     FileUploads,
     UploadLimits,
@@ -29,6 +28,7 @@ from browser.uploads import (
     find_kind,
     name_upload_folder,
 )
+from browser.runs.runs import Runs
 from modules.atomic_write import identify_machine, place_new
 from modules.errors import OptionError, OutputError
 from modules.output_files import fold_name
@@ -300,7 +300,7 @@ def test_dropped_files_are_decoded_one_after_another(tmp_path: Path, monkeypatch
         with lock:
             decoding.pop()
 
-    monkeypatch.setattr("browser.uploads.first_frame", decode)
+    monkeypatch.setattr("browser.pages.new.uploads.first_frame", decode)
     threads = [threading.Thread(target=check_content, args=(tmp_path, "picture")) for _ in range(6)]
     for thread in threads:
         thread.start()

@@ -19,10 +19,10 @@ pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 
 import numpy as np
 
-from browser import launch
-from browser.jobs import open_queue
-from browser.render_worker import RenderWorker
-from browser.runs import RUNNING, Runs
+from browser.jobs import launch
+from browser.jobs.jobs import open_queue
+from browser.jobs.render_worker import RenderWorker
+from browser.runs.runs import RUNNING, Runs
 from modules.media.writing import write_png
 from pocket.measure import POCKET
 from tests.browser import stand_in_jobs

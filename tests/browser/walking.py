@@ -17,10 +17,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from browser import launch
-from browser.jobs import LOGS, WAITING, JobQueue
-from browser.render_worker import RenderWorker
-from browser.runs import RUNNING
+from browser.jobs.jobs import LOGS, WAITING, JobQueue, launch
+from browser.jobs.render_worker import RenderWorker
+from browser.runs.runs import RUNNING
 from modules.errors import OptionError
 from tests.browser.serving import Served
 from tests.chromium import read_page
@@ -222,7 +221,7 @@ class World:
         """Note what the server logs with a traceback, and what ends a thread of it, until the block ends."""
         handler = logging.Handler(logging.DEBUG)
         handler.emit = self._note_record  # type: ignore[method-assign]
-        loggers = [logging.getLogger(name) for name in ("browser.server", "uvicorn.error", "asyncio")]
+        loggers = [logging.getLogger(name) for name in ("browser.core.server", "uvicorn.error", "asyncio")]
         levels = [logger.level for logger in loggers]
         hook = threading.excepthook
         threading.excepthook = lambda told: self.traces.append(f"in a thread: {told.exc_value!r}")

@@ -8,9 +8,9 @@ import pytest
 
 pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 
-from browser.datasets import DATASET_TABLE
-from browser.dropped_settings import read_dropped_settings
-from browser.launch import command_part
+from browser.folders.datasets import DATASET_TABLE
+from browser.jobs.launch import command_part
+from browser.pages.generate.dropped_settings import read_dropped_settings
 from modules.errors import UserError
 from modules.media.audio import _read_subtitle
 from modules.paths import hide_secrets

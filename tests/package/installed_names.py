@@ -1,5 +1,5 @@
-"""Import modules of the installed package by their names in a checkout: `browser.runs` for
-`reelsmith.browser.runs`.
+"""Import modules of the installed package by their names in a checkout: `browser.runs.runs` for
+`reelsmith.browser.runs.runs`.
 
 A plugin of pytest, with which tests of the checkout test the package. Processes that tests start do without.
 """

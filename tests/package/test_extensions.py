@@ -252,8 +252,8 @@ def test_two_packages_with_one_name_are_refused(tmp_path: Path) -> None:
 
 PAGE = """
 from pathlib import Path
-from browser.runs import Runs
-from browser.server import make_app
+from browser.runs.runs import Runs
+from browser.core.server import make_app
 routes = make_app(Runs([Path(".")]), read_only=True).app.routes
 print([route.endpoint(None).body.decode() for route in routes if route.path == "/hello"])
 """

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from browser.described_folder import read_described
+from browser.folders.described_folder import read_described
 from dataset.config import load_dataset_config
 from modules.errors import OutputError
 from modules.script_options import parse_options

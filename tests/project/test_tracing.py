@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from browser.runs import DIED, RUNNING, STOPPED, Runs
+from browser.runs.runs import DIED, RUNNING, STOPPED, Runs
 from modules.errors import OptionError
 from project.tracing import RunTrace, describe_step, trace_run
 from training.reports.history import History, history_path

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from browser.result_settings import read_settings
+from browser.pages.generate.result_settings import read_settings
 from generation.options import read_generation
 from modules.errors import OptionError
 from stable_diffusion.samplers import ScaledSolver, begin_sampling, make_scheduler

@@ -16,17 +16,17 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 
-from browser.comparable_runs import (
+from browser.core.short_names import short_digest
+from browser.jobs.jobs import WAITING, JobQueue
+from browser.runs.comparable_runs import (
     COMPARISON_OPTIONS,
     ComparableRun,
     ComparedFile,
     group_options,
     read_source,
 )
-from browser.jobs import WAITING, JobQueue
-from browser.run_views import COMPARED, COMPARED_FOLDER, FileNotes
-from browser.runs import RUNNING, Runs, RunSummary
-from browser.short_names import short_digest
+from browser.runs.run_views import COMPARED, COMPARED_FOLDER, FileNotes
+from browser.runs.runs import RUNNING, Runs, RunSummary
 from downloads.catalogue import model_title
 from generation.prompt_lines import split_line
 from modules.errors import OptionError, UserError

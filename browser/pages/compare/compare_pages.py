@@ -8,16 +8,17 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
-from browser import compare
-from browser.command_lines import format_command
-from browser.jobs import JobQueue
-from browser.responses import Form, answer_form, answer_page, answer_text, read_query
-from browser.run_views import HERE, PLAYED, POLICY, FileNotes
-from browser.runs import Runs, RunSummary
+from browser.core.responses import Form, answer_form, answer_page, answer_text, read_query
+from browser.core.server_state import Site
+from browser.core.templates import show_page
+from browser.jobs.command_lines import format_command
+from browser.jobs.jobs import JobQueue
+from browser.pages.compare import compare
+from browser.runs.run_views import PLAYED, FileNotes
+from browser.runs.runs import Runs, RunSummary
 from modules.atomic_write import write_text
 from modules.errors import OptionError, UserError
 from modules.pages.language import say
-from modules.pages.page import render_page
 
 FIELDS = ("run", "file", "prompt", "more")  # fields of the form
 
@@ -96,7 +97,7 @@ class ComparePages:
             "can_write": not self.queue.read_only,
             "message": error,
         }
-        return render_page(HERE / "compare.html", say("Compare"), values, POLICY)
+        return show_page("compare/compare.html", say("Compare"), values)
 
 
 def _list_runs_to_add(comparison: compare.Comparison, runs: Sequence[RunSummary]) -> list[RunSummary]:
@@ -114,9 +115,9 @@ def _has_players(row_clips: Sequence[compare.RowClips]) -> bool:
     return False
 
 
-def compare_routes(runs: Runs, notes: FileNotes, queue: JobQueue) -> list[Route]:
+def compare_routes(site: Site) -> list[Route]:
     """Return the routes of the Compare page."""
-    pages = ComparePages(runs, notes, queue)
+    pages = ComparePages(site.runs, site.notes, site.queue)
     return [
         Route("/compare", pages.show),
         Route("/compare", answer_form(pages.make), methods=["POST"]),

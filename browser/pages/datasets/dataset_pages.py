@@ -10,15 +10,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from browser.caption_keys import describe_formats, find_folder_caption_format
-from browser.captions import Captions, caption_values
-from browser.command_lines import format_command
-from browser.datasets import IMAGE_MODELS, MODELS, Datasets, File, FoundDataset, Measurement
-from browser.described_folder import is_described
-from browser.offered_folders import find_open_folder, list_table_folders
-from browser.options import PROJECT_CONFIG
-from browser.page_root import add_root
-from browser.responses import (
+from browser.core.options import PROJECT_CONFIG
+from browser.core.page_root import add_root
+from browser.core.responses import (
     NO_WRITING,
     NOT_FOUND,
     answer_body,
@@ -28,8 +22,15 @@ from browser.responses import (
     answer_template,
     answer_text,
 )
-from browser.runs import Runs
-from browser.thumbnails import Thumbnails, answer_cacheable_jpeg, answer_placeholder, read_page_slice
+from browser.core.server_state import Site
+from browser.folders.caption_keys import describe_formats, find_folder_caption_format
+from browser.folders.captions import Captions, caption_values
+from browser.folders.datasets import IMAGE_MODELS, MODELS, Datasets, File, FoundDataset, Measurement
+from browser.folders.described_folder import is_described
+from browser.folders.offered_folders import find_open_folder, list_table_folders
+from browser.folders.thumbnails import Thumbnails, answer_cacheable_jpeg, answer_placeholder, read_page_slice
+from browser.jobs.command_lines import format_command
+from browser.runs.runs import Runs
 from modules.errors import MediaError
 from modules.pages.language import say
 from modules.text_files import parse_json, real_path
@@ -228,7 +229,7 @@ class DatasetPages:
             "roots": self.runs.roots,
             "can_write": not self.read_only,
         }
-        return answer_template("dataset.html", say("Datasets"), values)
+        return answer_template("datasets/dataset.html", say("Datasets"), values)
 
     # the page's script requests the files
     def show_page(self, dataset: FoundDataset, _: Request) -> Response:
@@ -244,7 +245,7 @@ class DatasetPages:
             "caption_format": dataset.caption_format or find_folder_caption_format(dataset.path.parent),
             "caption_formats": describe_formats(),
         }
-        return answer_template("dataset.html", dataset.name, values)
+        return answer_template("datasets/dataset.html", dataset.name, values)
 
     def run_line(self, dataset: FoundDataset) -> str:
         """Return the `run` command of a dataset that `new` has written; "" for other datasets."""
@@ -377,12 +378,9 @@ def _describe_status(measurement: Measurement) -> dict[str, Any]:
     }
 
 
-def dataset_routes(runs: Runs, read_only: bool) -> list[Route]:
-    """Return the routes of the dataset pages.
-
-    With `read_only`, requests write and measure nothing.
-    """
-    pages = DatasetPages(runs, read_only)
+def dataset_routes(site: Site) -> list[Route]:
+    """Return the routes of the dataset pages."""
+    pages = DatasetPages(site.runs, site.read_only)
 
     def with_dataset(handler: Callable[..., Response]) -> Callable[..., Response]:
         """Return a request handler that calls `handler` with the dataset whose id is in the URL."""

@@ -9,7 +9,7 @@ import tomlkit
 from tomlkit.exceptions import TOMLKitError
 from tomlkit.items import Table
 
-from browser.described_folder import append_key
+from browser.folders.described_folder import append_key
 from dataset.subset_options import SUBSET_KEYS, SubsetOptions
 from modules.errors import OptionError
 from modules.options import option_name

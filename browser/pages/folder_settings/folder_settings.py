@@ -13,9 +13,9 @@ from typing import Any
 import tomlkit
 from starlette.responses import Response
 
-from browser.background_jobs import name_background_job
-from browser.dataset_keys import BATCH, BATCH_OPTION, DatasetKeys, read_batch_field, write_batch
-from browser.described_folder import (
+from browser.core.responses import answer_template, answer_unknown
+from browser.core.server_state import Site
+from browser.folders.described_folder import (
     DATASET_FILE,
     FILES,
     TRAINING_TABLE,
@@ -24,7 +24,7 @@ from browser.described_folder import (
     edit_toml,
     read_described,
 )
-from browser.draft_changes import (
+from browser.folders.draft_changes import (
     DraftChange,
     describe_difference,
     find_training_script,
@@ -34,14 +34,20 @@ from browser.draft_changes import (
     require_full,
     save_change,
 )
-from browser.idle_settings import explain_idle
-from browser.new_form import NewForm, make_new_argv
-from browser.responses import answer_template, answer_unknown
-from browser.run_start import DESCRIBE
-from browser.runs import RUNNING
-from browser.server_state import Site
-from browser.setting_words import DATASET_KEYS, rank_words
-from browser.training_settings import Setting, read_settings
+from browser.folders.new_form import NewForm, make_new_argv
+from browser.folders.training_settings import Setting, read_settings
+from browser.jobs.background_jobs import name_background_job
+from browser.pages.folder_settings.dataset_keys import (
+    BATCH,
+    BATCH_OPTION,
+    DatasetKeys,
+    read_batch_field,
+    write_batch,
+)
+from browser.pages.folder_settings.idle_settings import explain_idle
+from browser.pages.folder_settings.setting_words import DATASET_KEYS, rank_words
+from browser.runs.run_start import DESCRIBE
+from browser.runs.runs import RUNNING
 from modules.errors import OptionError, UserError
 from modules.pages.language import join, say
 from modules.text_files import bad_character, parse_toml, read_text
@@ -310,7 +316,7 @@ class FolderSettingsPages:
             "can_write": not self.site.read_only,
             "table_part": SETTINGS_TABLE,
         }
-        return answer_template("folder_settings.html", RUN_FILE, values, is_rejected)
+        return answer_template("folder_settings/folder_settings.html", RUN_FILE, values, is_rejected)
 
     def view(self, folder: Path, change: DraftChange) -> SettingsView:
         """Return the values of the settings section. If a file is unreadable, `problem` has the error."""

@@ -7,7 +7,7 @@ import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from browser.upload_stream import DECODING, write_arriving
+from browser.core.upload_stream import DECODING, write_arriving
 from modules.atomic_write import check_space, explain_errors, remove_leftovers, replace_file, temporary_name
 from modules.errors import MediaError, OptionError
 from modules.media.opening import open_image, open_video

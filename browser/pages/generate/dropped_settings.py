@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from browser.recipes import IMAGES, ModelRecipe, float_or_one
-from browser.result_settings import PROMPT_LINE_KEYS, ResultSettings, find_family, parse_tags
+from browser.pages.generate.result_settings import PROMPT_LINE_KEYS, ResultSettings, find_family, parse_tags
+from browser.runs.recipes import IMAGES, ModelRecipe, float_or_one
 from modules.errors import OptionError
 from modules.pages.language import say
 from modules.text_files import parse_json

@@ -11,13 +11,27 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
-from browser import launch
-from browser.command_lines import format_command
-from browser.dropped_files import FOLDER as INPUTS
-from browser.dropped_files import InputFolder
-from browser.dropped_settings import DroppedSettings, read_dropped_settings
-from browser.form_drafts import Drafts
-from browser.lora_rows import (
+from browser.core.page_root import add_root
+from browser.core.responses import (
+    Form,
+    answer_form,
+    answer_json,
+    answer_not_found,
+    answer_template,
+    answer_unknown,
+    read_query,
+)
+from browser.core.server_state import Site
+from browser.core.state_names import name_state
+from browser.jobs import launch
+from browser.jobs.command_lines import format_command
+from browser.jobs.render_queue import RenderJob
+from browser.jobs.render_worker import IDLE_SECONDS
+from browser.pages.generate.dropped_files import FOLDER as INPUTS
+from browser.pages.generate.dropped_files import InputFolder
+from browser.pages.generate.dropped_settings import DroppedSettings, read_dropped_settings
+from browser.pages.generate.form_drafts import Drafts
+from browser.pages.generate.lora_rows import (
     BOTH,
     LoraRow,
     RunLoras,
@@ -26,8 +40,7 @@ from browser.lora_rows import (
     list_downloaded,
     select_default_loras,
 )
-from browser.page_root import add_root
-from browser.recipes import (
+from browser.runs.recipes import (
     FIELDS,
     IMAGES,
     RESULTS,
@@ -40,19 +53,6 @@ from browser.recipes import (
     make_model_recipe,
     make_run_recipe,
 )
-from browser.render_queue import RenderJob
-from browser.render_worker import IDLE_SECONDS
-from browser.responses import (
-    Form,
-    answer_form,
-    answer_json,
-    answer_not_found,
-    answer_template,
-    answer_unknown,
-    read_query,
-)
-from browser.server_state import Site
-from browser.state_names import name_state
 from downloads.catalogue import model_sets
 from modules.control_codes import shorten
 from modules.errors import MediaError, OptionError, UserError
@@ -257,7 +257,7 @@ class GeneratePages:
             "message": shown_error,
             "note": note,
         }
-        return answer_template("generate.html", say("Generate"), values, is_rejected=error != "")
+        return answer_template("generate/generate.html", say("Generate"), values, is_rejected=error != "")
 
     def lora_values(
         self, form: GenerateForm, recipe: ModelRecipe | None, loras: Sequence[LoraRow]
@@ -316,7 +316,9 @@ class GeneratePages:
             "message": error,
             "on_its_way": queued_message,
         }
-        return answer_template("generate_work.html", say("Generate"), values, is_rejected=error != "")
+        return answer_template(
+            "generate/generate_work.html", say("Generate"), values, is_rejected=error != ""
+        )
 
     def show_preview(self, request: Request) -> Response:
         """Respond with the newest preview image, or without content if it has just been removed."""

@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from browser.comparable_runs import LORA, ComparableRun, ComparedFile, read_source
-from browser.recipes import ModelRecipe, UsedLora
-from browser.run_views import label_runs
-from browser.runs import Runs, RunSummary
+from browser.runs.comparable_runs import LORA, ComparableRun, ComparedFile, read_source
+from browser.runs.recipes import ModelRecipe, UsedLora
+from browser.runs.run_views import label_runs
+from browser.runs.runs import Runs, RunSummary
 from downloads.catalogue import model_title
 from modules.errors import OptionError
 from modules.pages.language import say

@@ -17,18 +17,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from browser.background_jobs import name_background_job
-from browser.bin_folder import FOLDER as BIN
-from browser.bin_folder import BinFolder
-from browser.captions import compute_checksum
-from browser.command_lines import format_command
-from browser.comparable_runs import ComparableRun, read_source
-from browser.described_folder import PROMPTS_FILE, ChangedMeanwhileError, read_described
-from browser.folders import list_media_folders
-from browser.jobs import WAITING, Job
-from browser.recipes import RESULTS, ModelRecipe, can_generate, make_model_recipe, make_run_recipe
-from browser.render_queue import RenderJob
-from browser.responses import (
+from browser.core.bin_folder import FOLDER as BIN
+from browser.core.bin_folder import BinFolder
+from browser.core.responses import (
     Form,
     answer_file,
     answer_form,
@@ -39,7 +30,17 @@ from browser.responses import (
     answer_text,
     answer_unknown,
 )
-from browser.result_settings import (
+from browser.core.server_state import Site
+from browser.core.short_names import number_names, short_digest
+from browser.core.state_names import name_state
+from browser.folders.captions import compute_checksum
+from browser.folders.described_folder import PROMPTS_FILE, ChangedMeanwhileError, read_described
+from browser.folders.folders import list_media_folders
+from browser.jobs.background_jobs import name_background_job
+from browser.jobs.command_lines import format_command
+from browser.jobs.jobs import WAITING, Job
+from browser.jobs.render_queue import RenderJob
+from browser.pages.generate.result_settings import (
     EMBEDDINGS,
     PREFIX,
     ResultSettings,
@@ -47,12 +48,11 @@ from browser.result_settings import (
     read_settings,
     regenerate,
 )
-from browser.results import LAST_FRAME_SUFFIX, UPSCALED_SUFFIX, Result, ResultFolders
-from browser.run_views import label_runs
-from browser.runs import DIED, FINISHED, RUNNING, RunSummary
-from browser.server_state import Site
-from browser.short_names import number_names, short_digest
-from browser.state_names import name_state
+from browser.pages.generate.results import LAST_FRAME_SUFFIX, UPSCALED_SUFFIX, Result, ResultFolders
+from browser.runs.comparable_runs import ComparableRun, read_source
+from browser.runs.recipes import RESULTS, ModelRecipe, can_generate, make_model_recipe, make_run_recipe
+from browser.runs.run_views import label_runs
+from browser.runs.runs import DIED, FINISHED, RUNNING, RunSummary
 from downloads.catalogue import ModelSet, model_sets
 from downloads.listing import gigabytes, total_bytes
 from modules.atomic_write import write_bytes
@@ -527,7 +527,7 @@ class ResultPages:
             job = jobs.get(str(result.path))
             tiles.append(ResultTile(result, cached.settings, problem=cached.problem, job=job))
         values = {"tiles": tiles, "can_write": not self.site.read_only}
-        return answer_template("result_tiles.html", say("Results"), values)
+        return answer_template("generate/result_tiles.html", say("Results"), values)
 
     def find_upscale_jobs(self) -> dict[str, Job]:
         """Return, by file path, the newest queued job that upscales the file."""
@@ -581,7 +581,7 @@ class ResultPages:
             "message": error,
             **values,
         }
-        return answer_template("result_sheet.html", result.path.name, shown, is_rejected=error != "")
+        return answer_template("generate/result_sheet.html", result.path.name, shown, is_rejected=error != "")
 
     def show_commands(self, request: Request) -> Response:
         """Respond with the commands that the buttons of a generated file run, as JSON."""

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from browser.recipes import (
+from browser.jobs.render_queue import RenderJob
+from browser.runs.recipes import (
     FIELDS,
     IMAGES,
     LORA,
@@ -23,7 +24,6 @@ from browser.recipes import (
     UsedLora,
     to_command_options,
 )
-from browser.render_queue import RenderJob
 from downloads.catalogue import model_title
 from generation.options import GenerationOptions, generation_parser
 from generation.prompt_lines import find_option, read_path

@@ -12,10 +12,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from browser.bin_folder import FOLDER as BIN
-from browser.recipes import RESULTS
-from browser.runs import Runs
-from browser.short_names import short_digest
+from browser.core.bin_folder import FOLDER as BIN
+from browser.core.short_names import short_digest
+from browser.runs.recipes import RESULTS
+from browser.runs.runs import Runs
 from modules.media.layers import COMPOSITE, LAYER
 from modules.run_limits import QUEUE_FOLDER
 

@@ -11,17 +11,17 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from browser.command_lines import format_command
-from browser.graphics_cards import EVERY_SECONDS, CardReader, GraphicsCard
-from browser.jobs import WAITING
-from browser.model_files import list_downloads
-from browser.render_queue import RenderJob
-from browser.responses import answer_template
-from browser.run_start import is_started_by, read_preparation_state, read_run_state
-from browser.runs import DIED, FINISHED, RUNNING, STOPPED, RunSummary, is_process_alive
-from browser.server_command import make_server_argv
-from browser.server_state import Site
-from browser.state_names import name_state
+from browser.core.graphics_cards import EVERY_SECONDS, CardReader, GraphicsCard
+from browser.core.responses import answer_template
+from browser.core.server_command import make_server_argv
+from browser.core.server_state import Site
+from browser.core.state_names import name_state
+from browser.jobs.command_lines import format_command
+from browser.jobs.jobs import WAITING
+from browser.jobs.model_files import list_downloads
+from browser.jobs.render_queue import RenderJob
+from browser.runs.run_start import is_started_by, read_preparation_state, read_run_state
+from browser.runs.runs import DIED, FINISHED, RUNNING, STOPPED, RunSummary, is_process_alive
 from downloads.listing import gigabytes
 from modules.atomic_write import free_bytes
 from modules.errors import UserError
@@ -65,7 +65,7 @@ class MachineLine:
     def show(self, _: Request) -> Response:
         """Respond with the HTML of the status line about GPUs and running processes."""
         values = {"facts": self.read()}
-        return answer_template("machine.html", "", values)
+        return answer_template("machine/machine.html", "", values)
 
     def read(self) -> MachineInfo:
         """Return the state of the machine.

@@ -8,19 +8,19 @@ from typing import Any
 from starlette.responses import Response
 from starlette.routing import Route
 
-from browser.command_lines import format_command
-from browser.described_folder import ChangedMeanwhileError
-from browser.draft_changes import folder_routes
-from browser.folder_tools import FolderTool
-from browser.jobs import Job
-from browser.mask_review import find_masks_folder
-from browser.mask_use import MaskUse, read_mask_use
-from browser.model_files import TaskFiles, find_task
-from browser.offered_folders import find_open_folder, list_dataset_media_folders
-from browser.responses import answer_template, answer_unknown
-from browser.runs import FINISHED
-from browser.server_state import Site
-from browser.tool_form import CHOICE, NUMBER, SWITCH, ToolField, ToolForm, format_option
+from browser.core.responses import answer_template, answer_unknown
+from browser.core.server_state import Site
+from browser.folders.described_folder import ChangedMeanwhileError
+from browser.folders.draft_changes import folder_routes
+from browser.folders.folder_tools import FolderTool
+from browser.folders.offered_folders import find_open_folder, list_dataset_media_folders
+from browser.folders.tool_form import CHOICE, NUMBER, SWITCH, ToolField, ToolForm, format_option
+from browser.jobs.command_lines import format_command
+from browser.jobs.jobs import Job
+from browser.jobs.model_files import TaskFiles, find_task
+from browser.pages.masks.mask_review import find_masks_folder
+from browser.pages.masks.mask_use import MaskUse, read_mask_use
+from browser.runs.runs import FINISHED
 from data_tools.masks.options import BACKGROUND_FILE, FACE_FILE, IS_COLOR, MODEL_FOLDER, MaskOptions
 from downloads.catalogue import model_sets
 from modules.errors import OptionError, UserError
@@ -111,7 +111,7 @@ class MaskMakingPages:
             values |= self.tool.collect_progress(folder)  # also sets "job"
             values["use"] = self.find_use(folder)
             values["is_first"] = self.offers_training(values["use"], values["job"])
-        return answer_template("mask_making.html", say("Masks"), values, is_rejected=error != "")
+        return answer_template("masks/mask_making.html", say("Masks"), values, is_rejected=error != "")
 
     def collect_form(self, folder: Path, fields: Mapping[str, str]) -> dict[str, Any]:
         """Return the template values of the form: the mask model, and the commands of the buttons."""

@@ -9,11 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from browser.described_folder import ChangedMeanwhileError
-from browser.mask_review import ADDRESS, MASK_ACTIONS, MaskConflictError, MaskImage, MaskReview
-from browser.mask_use import use_first_mask
-from browser.offered_folders import find_open_folder, list_dataset_media_folders
-from browser.responses import (
+from browser.core.responses import (
     NOT_FOUND,
     answer_body,
     answer_json,
@@ -21,7 +17,11 @@ from browser.responses import (
     answer_not_found_page,
     answer_template,
 )
-from browser.server_state import Site
+from browser.core.server_state import Site
+from browser.folders.described_folder import ChangedMeanwhileError
+from browser.folders.offered_folders import find_open_folder, list_dataset_media_folders
+from browser.pages.masks.mask_review import ADDRESS, MASK_ACTIONS, MaskConflictError, MaskImage, MaskReview
+from browser.pages.masks.mask_use import use_first_mask
 from data_tools.masks.places import MaskEntry
 from modules.errors import UserError
 from modules.pages.language import say
@@ -72,7 +72,7 @@ class MaskPages:
             "can_write": not self.site.read_only,
             "problem": problem,
         }
-        return answer_template("masks.html", say("Masks"), values)
+        return answer_template("masks/masks.html", say("Masks"), values)
 
     def show_item(self, request: Request) -> Response:
         """Respond with one image or clip as JSON. The query has `at`, its index in the list."""

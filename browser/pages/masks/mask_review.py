@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from browser.described_folder import DATASET_FILE
-from browser.offered_folders import MEDIA_KEYS, read_tables
-from browser.page_root import add_root
-from browser.runs import Runs
-from browser.short_names import short_digest
-from browser.upload_stream import DECODING
+from browser.core.page_root import add_root
+from browser.core.short_names import short_digest
+from browser.core.upload_stream import DECODING
+from browser.folders.described_folder import DATASET_FILE
+from browser.folders.offered_folders import MEDIA_KEYS, read_tables
+from browser.runs.runs import Runs
 from data_tools.masks.places import (
     ACCEPTED_TEXT,
     METHOD_TEXT,

@@ -8,10 +8,10 @@ from typing import Any
 import tomlkit
 from tomlkit.exceptions import TOMLKitError
 
-from browser.described_folder import DATASET_FILE, DraftFile, is_described, read_own_file
-from browser.mask_review import find_masks_folder
-from browser.offered_folders import MEDIA_KEYS
-from browser.runs import Runs
+from browser.folders.described_folder import DATASET_FILE, DraftFile, is_described, read_own_file
+from browser.folders.offered_folders import MEDIA_KEYS
+from browser.pages.masks.mask_review import find_masks_folder
+from browser.runs.runs import Runs
 from data_tools.masks.options import FOLDER_NAME
 from data_tools.masks.places import find_mask_entries
 from modules.errors import OptionError

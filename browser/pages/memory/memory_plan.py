@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import tomlkit
 from starlette.responses import Response
 
-from browser.background_jobs import has_changed_since, name_background_job
-from browser.command_lines import format_command
-from browser.described_folder import (
+from browser.core.responses import answer_template, answer_unknown
+from browser.core.server_state import Site
+from browser.folders.described_folder import (
     DATASET_FILE,
     ChangedMeanwhileError,
     DescribedFolder,
@@ -24,13 +24,13 @@ from browser.described_folder import (
     edit_toml,
     read_described,
 )
-from browser.draft_changes import find_training_script, read_draft_file, reject_new_errors
-from browser.durations import describe_duration
-from browser.jobs import Job
-from browser.responses import answer_template, answer_unknown
-from browser.runs import RUNNING
-from browser.server_state import Site
-from browser.training_settings import NUMBER, read_settings
+from browser.folders.draft_changes import find_training_script, read_draft_file, reject_new_errors
+from browser.folders.durations import describe_duration
+from browser.folders.training_settings import NUMBER, read_settings
+from browser.jobs.background_jobs import has_changed_since, name_background_job
+from browser.jobs.command_lines import format_command
+from browser.jobs.jobs import Job
+from browser.runs.runs import RUNNING
 from modules.errors import OptionError, UserError
 from modules.pages.language import say
 from modules.speed_options import BASE_FORMS
@@ -286,7 +286,7 @@ class MemoryPages:
             "error": error,
             "message": message,
         }
-        return answer_template("memory_bar.html", say("Memory"), values, is_rejected=error != "")
+        return answer_template("memory/memory_bar.html", say("Memory"), values, is_rejected=error != "")
 
     def planned_size(self, job: Job | None, card: float) -> float:
         """Return the GPU memory in GiB for which the last plan was made; without a plan, this machine's."""

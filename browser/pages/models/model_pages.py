@@ -9,9 +9,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from browser.bin_folder import FOLDER as BIN
-from browser.hub_login import describe_login
-from browser.model_files import (
+from browser.core.bin_folder import FOLDER as BIN
+from browser.core.responses import Form, answer_form, answer_move, answer_template, answer_unknown, read_query
+from browser.core.server_state import Site, open_bin
+from browser.jobs.model_files import (
     PartCache,
     TaskFiles,
     find_download,
@@ -24,9 +25,8 @@ from browser.model_files import (
     name_task,
     remove_parts,
 )
-from browser.responses import Form, answer_form, answer_move, answer_template, answer_unknown, read_query
-from browser.runs import RUNNING
-from browser.server_state import Site, open_bin
+from browser.pages.models.hub_login import describe_login
+from browser.runs.runs import RUNNING
 from downloads.listing import UNVERIFIED, gigabytes
 from modules.atomic_write import free_bytes
 from modules.errors import OptionError, UserError
@@ -108,7 +108,7 @@ class ModelPages:
             "can_write": not self.site.read_only,
             "message": error,
         }
-        return answer_template("models.html", say("Models"), values, is_rejected=error != "")
+        return answer_template("models/models.html", say("Models"), values, is_rejected=error != "")
 
     def disk_values(self, part_cache: PartCache, moved: str) -> dict[str, object]:
         """Return the template values for the files in the models folder and in the bin.

@@ -7,8 +7,14 @@ finds are read from its output; lines without a row are shown below the list.
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from browser.command_output import LEAVE_OUT_FILES, REPAIR_CAPTIONS, TAKE_TASK, TRAIN_KIND, OutputLine
-from browser.folders import MediaFolder
+from browser.folders.folders import MediaFolder
+from browser.pages.new.command_output import (
+    LEAVE_OUT_FILES,
+    REPAIR_CAPTIONS,
+    TAKE_TASK,
+    TRAIN_KIND,
+    OutputLine,
+)
 from modules.line_kinds import CAPTIONS, MEND, NEXT, WARNING
 from modules.pages.language import join, say, say_count
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from browser.jobs import Job
-from browser.printed_lines import translate_line
+from browser.jobs.jobs import Job
+from browser.jobs.printed_lines import translate_line
 from modules.line_kinds import FAULT, read_kind
 from modules.media.reading import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from modules.pages.language import show

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from browser.folders import MediaFolder
-from browser.printed_lines import translate_file_kind, translate_line
+from browser.folders.folders import MediaFolder
+from browser.jobs.printed_lines import translate_file_kind, translate_line
 from checkpoints.first_bytes import describe_kind as describe_beginning
 from checkpoints.first_bytes import is_pointer_or_page
 from checkpoints.kinds import describe_file_kind

@@ -23,10 +23,24 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from browser.background_jobs import has_changed_since, name_background_job
-from browser.bin_folder import FOLDER as BIN
-from browser.caption_keys import describe_formats, find_folder_caption_format
-from browser.captioning import (
+from browser.core.bin_folder import FOLDER as BIN
+from browser.core.graphics_cards import CardReader
+from browser.core.responses import (
+    Form,
+    answer_form,
+    answer_move,
+    answer_not_found,
+    answer_page,
+    answer_template,
+    answer_unknown,
+    read_query,
+)
+from browser.core.server_command import make_server_argv
+from browser.core.server_state import Site
+from browser.core.short_names import free_name, short_digest
+from browser.core.templates import POLICY
+from browser.folders.caption_keys import describe_formats, find_folder_caption_format
+from browser.folders.captioning import (
     CAPTION_SCRIPT,
     TRIED,
     TYPED_OPTIONS,
@@ -35,11 +49,8 @@ from browser.captioning import (
     make_caption_argv,
     read_tries,
 )
-from browser.captions import compute_checksum
-from browser.checklist import BAD, Checklist, make_checklist
-from browser.command_lines import format_command
-from browser.command_output import REPAIR_CAPTIONS, OutputLine, find_command, read_changes, read_output_lines
-from browser.described_folder import (
+from browser.folders.captions import compute_checksum
+from browser.folders.described_folder import (
     FILES,
     ChangedMeanwhileError,
     DescribedFolder,
@@ -51,10 +62,10 @@ from browser.described_folder import (
     read_commands,
     read_described,
 )
-from browser.durations import describe_duration
-from browser.folder_files import FolderFiles, file_routes, list_names, picture_address
-from browser.folder_tools import find_tool_job
-from browser.folders import (
+from browser.folders.durations import describe_duration
+from browser.folders.folder_files import FolderFiles, file_routes, list_names, picture_address
+from browser.folders.folder_tools import find_tool_job
+from browser.folders.folders import (
     CHECK_PAGE,
     MediaFolder,
     find_file,
@@ -64,21 +75,7 @@ from browser.folders import (
     read_media_folder,
     read_outer_folder,
 )
-from browser.graphics_cards import CardReader
-from browser.jobs import WAITING, Job
-from browser.launch import command_part, find_program, split_arguments
-from browser.model_files import Download, TaskFiles, find_download, find_task, name_download
-from browser.model_table import (
-    ModelRow,
-    describe_file,
-    find_misfit,
-    has_login,
-    is_gated,
-    list_licenses,
-    list_missing,
-    list_model_rows,
-)
-from browser.new_form import (
+from browser.folders.new_form import (
     KIND_NOTES,
     KIND_TITLES,
     NewForm,
@@ -95,20 +92,37 @@ from browser.new_form import (
     name_field,
     read_steps,
 )
-from browser.new_steps import FolderProgress, NextStep, select_step
-from browser.offered_folders import find_open_folder, require_inside
-from browser.printed_lines import is_for_terminal, translate_line
-from browser.responses import (
-    Form,
-    answer_form,
-    answer_move,
-    answer_not_found,
-    answer_page,
-    answer_template,
-    answer_unknown,
-    read_query,
+from browser.folders.offered_folders import find_open_folder, require_inside
+from browser.jobs.background_jobs import has_changed_since, name_background_job
+from browser.jobs.command_lines import format_command
+from browser.jobs.jobs import WAITING, Job
+from browser.jobs.launch import command_part, find_program, split_arguments
+from browser.jobs.model_files import Download, TaskFiles, find_download, find_task, name_download
+from browser.jobs.printed_lines import is_for_terminal, translate_line
+from browser.pages.new.checklist import BAD, Checklist, make_checklist
+from browser.pages.new.command_output import (
+    REPAIR_CAPTIONS,
+    OutputLine,
+    find_command,
+    read_changes,
+    read_output_lines,
 )
-from browser.run_start import (
+from browser.pages.new.model_table import (
+    ModelRow,
+    describe_file,
+    find_misfit,
+    has_login,
+    is_gated,
+    list_licenses,
+    list_missing,
+    list_model_rows,
+)
+from browser.pages.new.new_steps import FolderProgress, NextStep, select_step
+from browser.pages.new.upload_parts import ADDRESS as PIECE
+from browser.pages.new.upload_parts import PIECE_BYTES, PieceUploads
+from browser.pages.new.uploads import ADDRESS as UPLOAD
+from browser.pages.new.uploads import FileUploads, name_upload_folder
+from browser.runs.run_start import (
     CHECK,
     DESCRIBE,
     is_folder_run,
@@ -117,15 +131,7 @@ from browser.run_start import (
     newest_job,
     parse_run_config,
 )
-from browser.run_views import POLICY
-from browser.runs import DIED, RUNNING
-from browser.server_command import make_server_argv
-from browser.server_state import Site
-from browser.short_names import free_name, short_digest
-from browser.upload_parts import ADDRESS as PIECE
-from browser.upload_parts import PIECE_BYTES, PieceUploads
-from browser.uploads import ADDRESS as UPLOAD
-from browser.uploads import FileUploads, name_upload_folder
+from browser.runs.runs import DIED, RUNNING
 from downloads.catalogue import Component, ModelSet
 from downloads.listing import describe_licenses, gigabytes, total_bytes
 from modules.atomic_write import free_bytes
@@ -332,7 +338,7 @@ class NewPages:
             "error": error if folder is None else "",  # error of a button whose folder no longer exists
         }
         response = answer_template(
-            "new.html", say("New"), values, is_rejected=error != "", policy=PAGE_POLICY
+            "new/new.html", say("New"), values, is_rejected=error != "", policy=PAGE_POLICY
         )
         # also as a header: in a meta element, frame-ancestors is ignored
         response.headers["content-security-policy"] = f"{PAGE_POLICY}; frame-ancestors 'none'"
@@ -753,7 +759,7 @@ class NewPages:
         """Return the section that `show_progress` shows. `error` says why a pressed button had no effect."""
         described, _ = self.try_read(folder)
         values = self.collect_progress(folder, described) | {"error": error, "is_part_of_page": True}
-        return answer_template("new_progress.html", say("New"), values, is_rejected=error != "")
+        return answer_template("new/new_progress.html", say("New"), values, is_rejected=error != "")
 
     def show_caption_line(self, request: Request) -> Response:
         """Respond with the captioning command for the form's values, or with an error message."""
@@ -778,7 +784,7 @@ class NewPages:
             "next_folder": first + FOLDERS_PER_PART,
             "picture_address": picture_address,
         }
-        return answer_template("new_folders.html", say("New"), values)
+        return answer_template("new/new_folders.html", say("New"), values)
 
     def show_check(self, request: Request) -> Response:
         """Respond with the check.html that the check has written into a folder.
@@ -1159,7 +1165,7 @@ class NewPages:
             "option": option,
             "asks": has_model and not is_checked and bool(path.strip()),
         }
-        return answer_template("new_file.html", say("New"), values)
+        return answer_template("new/new_file.html", say("New"), values)
 
     def show_misfit(self, request: Request, form: Form) -> Response:
         """Respond with the error message of `new` if a file does not fit the selected model."""

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from browser.jobs import WAITING, Job
-from browser.model_files import Download
-from browser.new_form import NewForm
-from browser.runs import FINISHED, RUNNING
-from browser.short_names import short_digest
+from browser.core.short_names import short_digest
+from browser.folders.new_form import NewForm
+from browser.jobs.jobs import WAITING, Job
+from browser.jobs.model_files import Download
+from browser.runs.runs import FINISHED, RUNNING
 from modules.pages.language import join, say, say_count
 
 DESCRIBE, LOAD, CHECK, START = "describe", "load", "check", "start"  # action of the button

@@ -16,9 +16,9 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from browser.responses import answer_json
-from browser.short_names import short_digest
-from browser.uploads import (
+from browser.core.responses import answer_json
+from browser.core.short_names import short_digest
+from browser.pages.new.uploads import (
     MAX_DIGITS,
     FileBusyError,
     FileUploads,

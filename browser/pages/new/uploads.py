@@ -16,13 +16,13 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 
-from browser.captions import MAX_BYTES as MAX_CAPTION_BYTES
-from browser.described_folder import FILES
-from browser.folders import CHECK_PAGE, find_folder, is_closed, read_media_folder
-from browser.responses import answer_json
-from browser.runs import Runs
-from browser.short_names import number_names, short_digest
-from browser.upload_stream import DECODING, write_arriving
+from browser.core.responses import answer_json
+from browser.core.short_names import number_names, short_digest
+from browser.core.upload_stream import DECODING, write_arriving
+from browser.folders.captions import MAX_BYTES as MAX_CAPTION_BYTES
+from browser.folders.described_folder import FILES
+from browser.folders.folders import CHECK_PAGE, find_folder, is_closed, read_media_folder
+from browser.runs.runs import Runs
 from modules.atomic_write import atomic_files, claim_name, explain_errors, free_bytes, remove_leftovers
 from modules.console import format_size
 from modules.control_codes import escape_control_codes

@@ -10,17 +10,17 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
-from browser.folders import find_folder
-from browser.jobs import ENDED, QUEUE, WAITING, Job, JobQueue, list_earlier
-from browser.responses import Form, answer_form, answer_page, answer_text, answer_unknown
-from browser.run_start import TrackedRuns, is_started_by
-from browser.run_views import HERE, POLICY
-from browser.runs import RUNNING, Runs, RunSummary
-from browser.typed_jobs import EXAMPLE, read_jobs
+from browser.core.responses import Form, answer_form, answer_page, answer_text, answer_unknown
+from browser.core.server_state import Site
+from browser.core.templates import show_page
+from browser.folders.folders import find_folder
+from browser.jobs.jobs import ENDED, QUEUE, WAITING, Job, JobQueue, list_earlier
+from browser.jobs.typed_jobs import EXAMPLE, read_jobs
+from browser.runs.run_start import TrackedRuns, is_started_by
+from browser.runs.runs import RUNNING, Runs, RunSummary
 from modules.control_codes import escape_control_codes
 from modules.errors import OptionError, UserError
 from modules.pages.language import say, say_duration
-from modules.pages.page import render_page
 from training.reports.present_files import current_commands
 
 SHORT_SECONDS = 60  # the output of jobs that ran at most this long is shown without a click
@@ -56,9 +56,9 @@ def find_edited_command(runs: Runs, query: Mapping[str, str]) -> EditedCommand:
     return EditedCommand()
 
 
-def queue_routes(runs: Runs, queue: JobQueue, tracked_runs: TrackedRuns) -> list[Route]:
+def queue_routes(site: Site) -> list[Route]:
     """Return the routes of the queue."""
-    pages = QueuePages(runs, queue, tracked_runs)
+    pages = QueuePages(site.runs, site.queue, site.tracked_runs)
     return [
         Route("/queue", pages.show),
         Route("/queue/{what}", answer_form(pages.change), methods=["POST"]),
@@ -120,7 +120,7 @@ class QueuePages:
             "is_paused": worker == "",
             "short": SHORT_SECONDS,
         }
-        return render_page(HERE / "queue.html", say("Queue"), values, POLICY)
+        return show_page("queue/queue.html", say("Queue"), values)
 
     def find_trainings(self, jobs: Sequence[Job]) -> dict[int, RunSummary]:
         """Return, by job number, the active training run that each job has started."""

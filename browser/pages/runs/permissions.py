@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from browser.described_folder import DATASET_FILE, TRAINING_TABLE, reject_share
+from browser.folders.described_folder import DATASET_FILE, TRAINING_TABLE, reject_share
 from modules.command import quote_command
 from modules.pages.language import say
 from modules.paths import expand_path

@@ -12,24 +12,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from browser.background_jobs import name_background_job
-from browser.bin_folder import FOLDER as BIN
-from browser.bin_folder import BinFolder
-from browser.captions import CaptionConflictError, compute_checksum
-from browser.command_lines import format_cd, format_command, format_move
-from browser.comparable_runs import group_options, read_source, working_folder
-from browser.described_folder import (
-    FILES,
-    ChangedMeanwhileError,
-    change_keys,
-    change_steps,
-    read_described,
-)
-from browser.jobs import ENDED, QUEUE, WAITING, Job
-from browser.launch import check_options, command_part, find_program, split_arguments
-from browser.new_form import read_steps
-from browser.permissions import read_permissions, read_shown_text
-from browser.responses import (
+from browser.core.bin_folder import FOLDER as BIN
+from browser.core.bin_folder import BinFolder
+from browser.core.responses import (
     Form,
     answer_form,
     answer_json,
@@ -39,8 +24,29 @@ from browser.responses import (
     answer_page,
     answer_template,
 )
-from browser.run_samples import RunSamples, read_fields
-from browser.run_start import (
+from browser.core.server_state import Site
+from browser.core.short_names import free_name, short_digest
+from browser.core.templates import show_page
+from browser.folders.captions import CaptionConflictError, compute_checksum
+from browser.folders.described_folder import (
+    FILES,
+    ChangedMeanwhileError,
+    change_keys,
+    change_steps,
+    read_described,
+)
+from browser.folders.new_form import read_steps
+from browser.folders.sample_rows import list_images
+from browser.jobs.background_jobs import name_background_job
+from browser.jobs.command_lines import format_cd, format_command, format_move
+from browser.jobs.jobs import ENDED, QUEUE, WAITING, Job
+from browser.jobs.launch import check_options, command_part, find_program, split_arguments
+from browser.jobs.typed_jobs import read_jobs
+from browser.pages.runs.permissions import read_permissions, read_shown_text
+from browser.pages.runs.run_samples import RunSamples, read_fields
+from browser.pages.runs.score_jobs import make_score_argv
+from browser.runs.comparable_runs import group_options, read_source, working_folder
+from browser.runs.run_start import (
     ACTIVE_STATES,
     CHECK,
     CHECKING,
@@ -55,18 +61,11 @@ from browser.run_start import (
     make_check_argv,
     mark_state,
 )
-from browser.run_views import HERE, POLICY
-from browser.runs import DIED, FINISHED, RUNNING, STOPPED, RunSummary
-from browser.sample_rows import list_images
-from browser.score_jobs import make_score_argv
-from browser.server_state import Site
-from browser.short_names import free_name, short_digest
-from browser.typed_jobs import read_jobs
+from browser.runs.runs import DIED, FINISHED, RUNNING, STOPPED, RunSummary
 from modules.command import quote_command
 from modules.console import format_size
 from modules.errors import OptionError, UserError
 from modules.pages.language import say, say_count
-from modules.pages.page import render_page
 from modules.paths import complete_home, expand_path
 from modules.text_files import read_content
 from project.options import RUN_FILE
@@ -191,21 +190,21 @@ class RunButtons:
         """Return the HTML page of a run that has not written a history file yet."""
         values = {
             "actions": Markup(self.render(tracked_run)),
-            "further": Markup(self.render(tracked_run, "more_actions.html")),
+            "further": Markup(self.render(tracked_run, "runs/more_actions.html")),
             "run_config": tracked_run.run_config,
             "is_trusted": tracked_run.run_config is None
             or self.tracked_runs.is_trusted(tracked_run.run_config),
         }
-        return render_page(HERE / "folder_plan.html", tracked_run.summary.name, values, POLICY)
+        return show_page("runs/folder_plan.html", tracked_run.summary.name, values)
 
-    def render(self, tracked_run: TrackedRun, template: str = "actions.html") -> str:
+    def render(self, tracked_run: TrackedRun, template: str = "runs/actions.html") -> str:
         """Return the buttons of a run, and the texts next to them, as HTML.
 
         Args:
             tracked_run: The run.
             template: `actions.html` for the buttons above the samples, `more_actions.html` for those below.
         """
-        return render_page(HERE / template, tracked_run.summary.name, self.values(tracked_run))
+        return show_page(template, tracked_run.summary.name, self.values(tracked_run))
 
     def values(self, tracked_run: TrackedRun) -> dict[str, Any]:
         """Return the template values of a run's buttons."""
@@ -433,7 +432,7 @@ class RunButtons:
         tracked_run = self.find(request)
         if tracked_run is None:
             return answer_not_found()
-        return answer_page(self.render(tracked_run) + self.render(tracked_run, "more_actions.html"))
+        return answer_page(self.render(tracked_run) + self.render(tracked_run, "runs/more_actions.html"))
 
     def show_standing(self, request: Request) -> Response:
         """Respond with the state of a run, which its page requests every few seconds."""
@@ -498,7 +497,7 @@ class RunButtons:
             values["message"] = error or str(problem)
             values["what"] = ""
         values |= extra_values or {}
-        return answer_template("panel.html", tracked_run.summary.name, values, is_rejected=error != "")
+        return answer_template("runs/panel.html", tracked_run.summary.name, values, is_rejected=error != "")
 
     def describe_run_config(self, tracked_run: TrackedRun) -> dict[str, Any]:
         """Return the content of a run.toml that a page shows before it is started."""

@@ -4,14 +4,14 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from browser.run_start import ACTIVE_STATES, STATES, RunState, TrackedRun, read_run_state
-from browser.run_views import HERE, POLICY, label_runs
-from browser.runs import RUNNING, RunSummary
-from browser.short_names import short_digest
-from browser.state_names import name_state
+from browser.core.short_names import short_digest
+from browser.core.state_names import name_state
+from browser.core.templates import show_page
+from browser.runs.run_start import ACTIVE_STATES, STATES, RunState, TrackedRun, read_run_state
+from browser.runs.run_views import label_runs
+from browser.runs.runs import RUNNING, RunSummary
 from downloads.catalogue import model_title
 from modules.pages.language import language, say
-from modules.pages.page import render_page
 
 MAX_RUNS = 200  # maximum length of a list, until the user asks for all
 MAX_CARDS = 60  # maximum number of cards; longer lists are tables, unless the user asks for cards
@@ -100,4 +100,4 @@ def list_page(
         "sorts": SORT_NAMES,
         "roots": roots,
     }
-    return render_page(HERE / "runs.html", say("Runs"), values, POLICY)
+    return show_page("runs/runs.html", say("Runs"), values)

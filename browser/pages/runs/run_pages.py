@@ -5,24 +5,26 @@ from collections.abc import Callable
 from pathlib import Path
 
 from starlette.requests import Request
-from starlette.responses import FileResponse, RedirectResponse, Response
+from starlette.responses import RedirectResponse, Response
+from starlette.routing import Route
 
-from browser.responses import (
+from browser.core.responses import (
     Form,
     answer_file,
+    answer_form,
     answer_json,
     answer_not_found,
     answer_not_found_page,
     answer_page,
     answer_text,
 )
-from browser.run_buttons import RunButtons
-from browser.run_list import list_page, mark_list
-from browser.run_views import collect_news, find_run_file, run_page
-from browser.runs import DIED, RUNNING, RunSummary
-from browser.server_state import Site
-from browser.shares import SharePages
-from browser.static_files import STATIC
+from browser.core.server_state import Site
+from browser.pages.runs.live_run import collect_news, run_page
+from browser.pages.runs.run_buttons import RunButtons, run_button_routes
+from browser.pages.runs.run_list import list_page, mark_list
+from browser.pages.runs.shares import SharePages, share_routes
+from browser.runs.run_views import find_run_file
+from browser.runs.runs import DIED, RUNNING, RunSummary
 from modules.errors import UserError
 from modules.pages.language import say
 
@@ -79,7 +81,7 @@ class RunPages:
         is_paused = False
         with contextlib.suppress(UserError):  # the queue's page reports it
             is_paused = self.queue.worker == ""
-        lower_buttons = self.buttons.render(tracked_run, "more_actions.html")
+        lower_buttons = self.buttons.render(tracked_run, "runs/more_actions.html")
         if not self.queue.read_only:
             lower_buttons += self.shares.render(run.id, self.shares.find_origin(request))
         page = run_page(
@@ -128,11 +130,6 @@ class RunPages:
         (run.history.parent / f"{run.name}.{kind}").touch()
         return answer_text(TRAINING_REQUESTS[kind])
 
-    def show_static(self, request: Request) -> Response:
-        """Respond with a script or style sheet of the page."""
-        path = STATIC.get(request.path_params["name"])
-        return answer_not_found() if path is None else FileResponse(path)
-
     def lock(self, show: Callable[[Request], Response]) -> Callable[[Request], Response]:
         """Return a handler that calls `show` under the runs' lock."""
 
@@ -141,3 +138,21 @@ class RunPages:
                 return show(request)
 
         return answer
+
+
+def run_routes(site: Site) -> list[Route]:
+    """Return the routes of the list of runs, and of each run."""
+    buttons = RunButtons(site)
+    shares = SharePages(site)
+    pages = RunPages(site, buttons, shares)
+    return [
+        Route("/", pages.lock(pages.show_list)),
+        Route("/run/{id}/", pages.lock(pages.show_run)),
+        Route("/run/{id}/news", pages.lock(pages.show_news)),
+        Route("/run/{id}/ask", answer_form(pages.ask), methods=["POST"]),
+        Route("/run/{id}/about/{name:path}", pages.show_about),
+        *run_button_routes(buttons),
+        *share_routes(shares),
+        # last: it matches every path
+        Route("/run/{id}/{name:path}", pages.lock(pages.show_file)),
+    ]

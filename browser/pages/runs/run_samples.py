@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
-from browser.captions import Captions
-from browser.described_folder import PROMPTS_FILE, read_described
-from browser.new_form import find_model, select_single_task
-from browser.responses import Form
-from browser.run_start import ACTIVE_STATES, TrackedRun
-from browser.sample_rows import check_image, describe_rows, edit_prompts, read_rows, read_typed_rows
-from browser.server_state import Site
+from browser.core.responses import Form
+from browser.core.server_state import Site
+from browser.folders.captions import Captions
+from browser.folders.described_folder import PROMPTS_FILE, read_described
+from browser.folders.new_form import find_model, select_single_task
+from browser.folders.sample_rows import check_image, describe_rows, edit_prompts, read_rows, read_typed_rows
+from browser.runs.run_start import ACTIVE_STATES, TrackedRun
 from downloads.catalogue import ModelSet
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from browser.runs import RunSummary
+from browser.runs.runs import RunSummary
 from data_tools.tags.options import MODEL_FOLDER
 from project.options import MODELS
 

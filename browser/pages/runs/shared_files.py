@@ -18,7 +18,7 @@ from typing import BinaryIO, NamedTuple
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from browser.responses import SHOWN, answer_file
+from browser.core.responses import SHOWN, answer_file
 from modules.pages.page import mark_folders
 from modules.text_files import read_tensor_header
 

@@ -22,20 +22,21 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from browser.new_form import parse_integer
-from browser.printed_lines import translate_memory
-from browser.responses import (
+from browser.core.responses import (
     Form,
     answer_form,
     answer_not_found,
     answer_page,
     answer_text,
 )
-from browser.run_views import COMPARED, HERE, POLICY, LiveRunState, drop_private, find_run_file
-from browser.runs import RUNNING, RunSummary
-from browser.server_state import Site
-from browser.shared_files import answer_shared_file
-from browser.state_names import name_state
+from browser.core.server_state import Site
+from browser.core.state_names import name_state
+from browser.core.templates import show_page
+from browser.folders.new_form import parse_integer
+from browser.jobs.printed_lines import translate_memory
+from browser.pages.runs.shared_files import answer_shared_file
+from browser.runs.run_views import COMPARED, LiveRunState, drop_private, find_run_file
+from browser.runs.runs import RUNNING, RunSummary
 from modules.errors import UserError
 from modules.file_locks import only_one
 from modules.pages.language import say
@@ -292,7 +293,7 @@ class SharePages:
             "is_open": is_open,
             "refused": error,
         }
-        return render_page(HERE / "sharing.html", "", values, POLICY)
+        return show_page("runs/sharing.html", "", values)
 
     def find_origin(self, request: Request) -> str:
         """Return the origin, such as https://my-page.example.org, at which others reach this server."""

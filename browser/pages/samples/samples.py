@@ -12,8 +12,10 @@ from typing import Any
 
 from starlette.responses import Response
 
-from browser.described_folder import PROMPTS_FILE, ChangedMeanwhileError, DraftFile, read_described
-from browser.draft_changes import (
+from browser.core.responses import answer_template, answer_unknown
+from browser.core.server_state import Site
+from browser.folders.described_folder import PROMPTS_FILE, ChangedMeanwhileError, DraftFile, read_described
+from browser.folders.draft_changes import (
     DraftChange,
     plan_change,
     read_draft_file,
@@ -21,9 +23,8 @@ from browser.draft_changes import (
     require_full,
     save_change,
 )
-from browser.new_form import find_model
-from browser.responses import answer_template, answer_unknown
-from browser.sample_rows import (
+from browser.folders.new_form import find_model
+from browser.folders.sample_rows import (
     SAMPLE_AT_FIRST,
     SAMPLE_EVERY_N_EPOCHS,
     SAMPLE_EVERY_N_STEPS,
@@ -37,8 +38,7 @@ from browser.sample_rows import (
     read_rows,
     read_typed_texts,
 )
-from browser.sample_sizes import describe_changed_sizes, note_sizes
-from browser.server_state import Site
+from browser.folders.sample_sizes import describe_changed_sizes, note_sizes
 from modules.errors import OptionError, UserError
 from modules.pages.language import say
 from project.options import RUN_FILE
@@ -102,7 +102,7 @@ class SamplePages:
                 values["notes"] = note_sizes(read_typed_texts(typed), recipe)
         except (OSError, ValueError, UserError) as error:
             values["problem"] = str(error)
-        return answer_template("sample_rows.html", say("Samples"), values, is_rejected)
+        return answer_template("samples/sample_rows.html", say("Samples"), values, is_rejected)
 
     def collect_values(self, folder: Path, num_rows: int) -> dict[str, Any]:
         """Return the template values of the samples section.

@@ -7,12 +7,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from browser.command_lines import format_command
-from browser.jobs import QUEUE
-from browser.qr_code import draw_svg
-from browser.responses import Form, answer_form, answer_move, answer_template, answer_unknown
-from browser.server_command import find_worker, make_phone_argv, make_server_argv
-from browser.server_state import Site, open_bin
+from browser.core.qr_code import draw_svg
+from browser.core.responses import Form, answer_form, answer_move, answer_template, answer_unknown
+from browser.core.server_command import find_worker, make_phone_argv, make_server_argv
+from browser.core.server_state import Site, open_bin
+from browser.jobs.command_lines import format_command
+from browser.jobs.jobs import QUEUE
 from downloads.listing import gigabytes
 from modules.errors import UserError
 from modules.pages.language import join, say, say_count
@@ -65,7 +65,9 @@ class SettingsPages:
             "can_write": not site.read_only,
             "message": error,
         }
-        return answer_template("settings_page.html", say("Settings"), values, is_rejected=error != "")
+        return answer_template(
+            "settings/settings_page.html", say("Settings"), values, is_rejected=error != ""
+        )
 
     def _collect_bin_values(self, asks_to_empty: bool) -> dict[str, Any]:
         """Return the template values of the section about the bin."""

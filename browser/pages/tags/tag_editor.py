@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from browser.captions import CaptionEdit, Captions
-from browser.folder_files import find_caption_file, list_names
-from browser.offered_folders import list_dataset_media_folders
-from browser.runs import Runs
+from browser.folders.captions import CaptionEdit, Captions
+from browser.folders.folder_files import find_caption_file, list_names
+from browser.folders.offered_folders import list_dataset_media_folders
+from browser.runs.runs import Runs
 from dataset.subset_options import KEEP_TOKENS_SEPARATOR
 from modules.errors import OptionError
 from modules.pages.language import join, say, say_count

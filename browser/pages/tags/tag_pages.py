@@ -7,16 +7,13 @@ from typing import Any
 from starlette.responses import Response
 from starlette.routing import Route
 
-from browser.command_lines import format_command
-from browser.described_folder import DATASET_FILE, is_described
-from browser.draft_changes import folder_routes
-from browser.folder_tools import FolderTool
-from browser.model_files import TaskFiles, find_task
-from browser.offered_folders import find_open_folder, require_inside
-from browser.responses import answer_template, answer_unknown
-from browser.server_state import Site
-from browser.tag_editor import TagEditor
-from browser.tool_form import (
+from browser.core.responses import answer_template, answer_unknown
+from browser.core.server_state import Site
+from browser.folders.described_folder import DATASET_FILE, is_described
+from browser.folders.draft_changes import folder_routes
+from browser.folders.folder_tools import FolderTool
+from browser.folders.offered_folders import find_open_folder, require_inside
+from browser.folders.tool_form import (
     CHOICE,
     NUMBER,
     SWITCH,
@@ -26,6 +23,9 @@ from browser.tool_form import (
     ToolForm,
     format_option,
 )
+from browser.jobs.command_lines import format_command
+from browser.jobs.model_files import TaskFiles, find_task
+from browser.pages.tags.tag_editor import TagEditor
 from data_tools.tags.options import TaggingOptions
 from modules.errors import OptionError, UserError
 from modules.pages.language import say
@@ -113,7 +113,7 @@ class TagPages:
                 "num_tags": len(counts),
                 "change": self.editor.last_change(folder),
             }
-        return answer_template("tags.html", say("Tags"), values, is_rejected=error != "")
+        return answer_template("tags/tags.html", say("Tags"), values, is_rejected=error != "")
 
     def collect_form(self, folder: Path, texts: Mapping[str, str]) -> dict[str, Any]:
         """Return the template values of the form: the tagger model, and the commands of the buttons."""

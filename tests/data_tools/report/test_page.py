@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from browser.run_views import share_page
+from browser.runs.run_views import share_page
 from data_tools.report.check import check_caching
 from data_tools.report.findings import TableFindings
 from data_tools.report.looks import draw_crop, inspect_and_draw

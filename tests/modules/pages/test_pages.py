@@ -11,7 +11,7 @@ import jinja2
 import numpy as np
 import pytest
 
-from browser.run_views import drop_private, share_page
+from browser.runs.run_views import drop_private, share_page
 from modules.errors import UserError
 from modules.pages.charts import Chart, Curve, draw_chart, smooth
 from modules.pages.page import embed_clip, embed_image, mark_folders, write_page

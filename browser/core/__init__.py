@@ -1,0 +1,1 @@
+"""The server: who may ask for a page, how answers are built, and how pages are found."""

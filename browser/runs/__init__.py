@@ -1,0 +1,1 @@
+"""Runs of training as pages see them: their histories, states and files, and how to generate with them."""
