@@ -11,5 +11,5 @@ tables: ## what scripts say of their options without importing them: after any c
 	.venv/bin/python -m tests.tables
 house:  ## what a reader of the code must hold in mind
 	.venv/bin/python benchmarks/house.py
-delete: ## delete a feature of training, a kind of network or a form of data in a copy, and check what is left: make delete NAME=skip
+delete: ## delete a feature of training, a kind of network, a form of data or a page in a copy, and check what is left: make delete NAME=skip
 	.venv/bin/python -m tests.deleting $(NAME)

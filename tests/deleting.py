@@ -1,5 +1,5 @@
-"""Delete a feature of training, a kind of network, a way to run or a form of data in a copy of the tree: what
-is left has to work as before.
+"""Delete a feature of training, a kind of network, a way to run, a form of data or a page of the browser in a
+copy of the tree: what is left has to work as before.
 
 python -m tests.deleting skip
 """
@@ -40,6 +40,8 @@ FORM_FILES = {
     if form not in (FOLDER, JSONL, JSON_LINES, METADATA)
 } | {caches.cache_format: caches for caches in CACHES}
 FOLDERS |= dict.fromkeys(FORM_FILES, "dataset/forms")
+# pages of the browser to which no other file leads: parts of the pages of a folder
+PAGES = ("folder_settings", "masks", "memory", "samples", "tags")
 # what writes a form, and is of no use without it
 WRITERS = {
     "cogvideox": (
@@ -69,6 +71,26 @@ KNOWN_KEYS = """
 import sys
 from dataset.forms.composing import KEYS
 assert not KEYS.keys() & sys.argv[1:], KEYS.keys() & sys.argv[1:]
+"""
+# fails if a page that is deleted left words, or if the other pages do not work
+ASK_PAGES = """
+import sys
+from pathlib import Path
+from urllib.parse import urlencode
+from browser.core.language_tables import CODES, read_texts
+from browser.core.page import list_links
+from tests.browser.drafts import write_draft
+from tests.browser.page_texts import list_all_script_texts, list_texts
+from tests.browser.serving import serve_runs
+folder = write_draft(Path(sys.argv[1]))
+known = {*list_texts()} | list_all_script_texts()
+for code in CODES[1:]:
+    assert {*read_texts(code)} == known, {*read_texts(code)} ^ known
+with serve_runs(folder.parent) as served:
+    for address in (*(link.address for link in list_links()), f"/new?{urlencode({'folder': folder})}"):
+        answer = served.ask(address)
+        assert answer.status == 200, (address, answer.text)
+        assert f"/new/{sys.argv[2]}" not in answer.text, address
 """
 # caches a plain folder, trains on it, and prints the checksum of all caches and of the LoRA but for its date
 TRAIN = """
@@ -239,8 +261,19 @@ def check_deletion(name: str, folder: Path) -> list[str]:
     return errors
 
 
+def check_page_deletion(name: str, folder: Path) -> list[str]:
+    """Delete one of PAGES in a copy below `folder`; return what does not work there as here."""
+    tree = folder / "tree"
+    copy_tree(tree)
+    shutil.rmtree(tree / "browser" / "pages" / name)
+    words = [sys.executable, "-c", ASK_PAGES, str(folder / "media"), name]
+    done = subprocess.run(words, cwd=tree, capture_output=True, text=True, encoding="utf-8")
+    return [done.stderr] if done.returncode else []
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or sys.argv[1] not in FOLDERS:
-        sys.exit(f"Pass one of: {' '.join(FOLDERS)}")
+    if len(sys.argv) != 2 or sys.argv[1] not in {*FOLDERS, *PAGES}:
+        sys.exit(f"Pass one of: {' '.join((*FOLDERS, *PAGES))}")
+    check = check_page_deletion if sys.argv[1] in PAGES else check_deletion
     with tempfile.TemporaryDirectory() as temporary:
-        sys.exit("\n".join(check_deletion(sys.argv[1], Path(temporary))) or 0)
+        sys.exit("\n".join(check(sys.argv[1], Path(temporary))) or 0)

@@ -2,7 +2,7 @@
 
 A table is a file in `languages`: sections of English strings and their translations. The section `scripts`
 is sent to the browser, for the strings of JavaScript. A second file has one more section: the first sentences
-of the help of all training options.
+of the help of all training options. Words that a single page uses are in its folder.
 """
 
 import functools
@@ -10,13 +10,16 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-TABLES = Path(__file__).resolve().parent / "languages"
+HERE = Path(__file__).resolve().parent
+TABLES = HERE / "languages"
+PAGES = HERE.parent / "pages"
 # HTML code -> the language's own name; the untranslated strings are in the first language
 NAMES = (("en", "English"), ("zh", "中文"), ("ja", "日本語"))
 CODES = tuple(code for code, _ in NAMES)
 HEADER = "Reelsmith-Language"  # sent by a page's scripts: the language of the page
 SCRIPTS = "scripts"  # section of a language file
 HELPS = "helps"  # section in a separate file
+PAGE_WORDS = "page"  # section of the words of a page, beside SCRIPTS
 
 
 @functools.cache
@@ -24,9 +27,13 @@ def read_table(code: str) -> Mapping[str, Mapping[str, str]]:
     """Return the sections of a language's translation table; empty for English."""
     if code == CODES[0]:
         return {}
-    sections = json.loads((TABLES / f"{code}.json").read_text(encoding="utf-8"))
-    helps = json.loads((TABLES / f"{HELPS}_{code}.json").read_text(encoding="utf-8"))
-    return {**sections, HELPS: helps}
+    sections: dict[str, dict[str, str]] = json.loads((TABLES / f"{code}.json").read_text(encoding="utf-8"))
+    sections[HELPS] = json.loads((TABLES / f"{HELPS}_{code}.json").read_text(encoding="utf-8"))
+    for path in sorted(PAGES.glob(f"*/words_{code}.json")):
+        words = json.loads(path.read_text(encoding="utf-8"))
+        sections[SCRIPTS] |= words.pop(SCRIPTS, {})
+        sections[path.parent.name] = sections.get(path.parent.name, {}) | words.get(PAGE_WORDS, {})
+    return sections
 
 
 @functools.cache
