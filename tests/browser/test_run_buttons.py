@@ -388,9 +388,7 @@ def write_resumable(folder: Path, name: str, **told: object) -> None:
 def test_a_run_of_a_terminal_continues_with_its_own_command(
     served: Served, queue: JobQueue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "browser.pages.queue.queue_pages.check_options", lambda argv, folder, earlier, seconds: None
-    )
+    monkeypatch.setattr("browser.jobs.typed_jobs.check_options", lambda argv, folder, earlier, seconds: None)
     write_resumable(tmp_path / "other", "typed", changed=[["output_dir", str(tmp_path / "other")]])
     assert {"Continue", "Train on", "Remove"} <= buttons(served, "typed")
     assert press(served, "start", "typed").status == 200

@@ -261,7 +261,7 @@ def test_many_jobs_at_once_are_refused_before_a_script_is_started(
     def check(*_: object) -> None:
         pytest.fail("a script was started")
 
-    monkeypatch.setattr("browser.pages.queue.queue_pages.check_options", check)
+    monkeypatch.setattr("browser.jobs.typed_jobs.check_options", check)
     lines = "\n# a comment\n\npython wan_train_network.py --seed 1" * 900
     assert "900 jobs are too many" in press(served, "/queue/add", line=lines).text
     lines = "\npython wan_train_network.py --seed 1" * 30 + "\npython evil.py"
@@ -276,8 +276,8 @@ def test_checking_many_jobs_takes_no_more_time_than_all_may_take(monkeypatch: py
         given.append(seconds)
         now[0] += 11.0
 
-    monkeypatch.setattr("browser.pages.queue.queue_pages.check_options", check)
-    monkeypatch.setattr("browser.pages.queue.queue_pages.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("browser.jobs.typed_jobs.check_options", check)
+    monkeypatch.setattr("browser.jobs.typed_jobs.time.monotonic", lambda: now[0])
     lines = "\npython wan_train_network.py --seed 1" * 20
     read_jobs(lines, None)
     assert given == [30.0, 19.0, 8.0]

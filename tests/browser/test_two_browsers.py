@@ -118,9 +118,7 @@ def test_a_start_that_is_pressed_twice_starts_once(root: Path, servers: tuple[Se
 def test_a_run_of_a_terminal_that_is_continued_twice_goes_on_once(
     root: Path, servers: tuple[Served, Served], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "browser.pages.queue.queue_pages.check_options", lambda words, folder, earlier, seconds: None
-    )
+    monkeypatch.setattr("browser.jobs.typed_jobs.check_options", lambda words, folder, earlier, seconds: None)
     write_resumable(root / "other", "typed")
     address = f"{address_of(servers[0], 'typed')}do/start"
 

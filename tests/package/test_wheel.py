@@ -233,7 +233,7 @@ def test_the_package_names_its_own_modules_and_commands(installed: Installed) ->
 OF_THE_CHECKOUT = (
     *("a_line_of_ours_becomes_a_program", "the_browser_never_loads_torch", "ended_process"),
     *("it_prints_an_address", "a_run_appears_grows", "is_accessible"),
-    "every_file_that_parses_what_others_made_has_a_row",
+    *("every_file_that_parses_what_others_made_has_a_row", "a_page_is_deleted_with_its_folder"),
 )
 
 
