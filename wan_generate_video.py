@@ -7,10 +7,12 @@ from generation.prompt_lines import (
     REFERENCES,
     LineOption,
     read_name,
+    read_number,
     read_path,
 )
 from generation.script_options import FASTER, ScriptDefaults
 from generation.scripts import generation_script
+from wan.bernini_options import IMAGE_SCALE, MODE_KEY, PROMPT_KEY, VIDEO_SCALE
 from wan.options import MASK, SCALE
 
 DEFAULTS = ScriptDefaults(
@@ -29,6 +31,10 @@ DEFAULTS = ScriptDefaults(
         **dict.fromkeys(("ci", "sr", "src_ref_images"), REFERENCES["ci"]),
         "vs": LineOption(SCALE, read_name),
         "of": LineOption("one_frame_inference", read_name),
+        "bp": LineOption(PROMPT_KEY, read_name),
+        "bg": LineOption(MODE_KEY, read_name),
+        "gv": LineOption(VIDEO_SCALE, read_number),
+        "gi": LineOption(IMAGE_SCALE, read_number),
     },
     spellings={
         "control_path": ("--control_path", "--src_video", "--vace_video"),

@@ -25,11 +25,13 @@ from blissful_tuner.guidance_formulas import (
     add_difference,
     cfg_zero,
     feed_momentum,
+    guide_chain,
     guide_stream,
     keep_token_norms,
     limit_norm,
     list_skip_layer_steps,
     perp_neg,
+    project_chain,
     project_momentum,
     rescale,
     run_passes,
@@ -126,12 +128,12 @@ def plan_steps(prepared: Prepared, options: GuidanceOptions) -> list[tuple[PassP
     Raises:
         OptionError: If the request's schedule conflicts with the options.
     """
-    if prepared.rules.projection is not None or prepared.rules.streams:
+    if prepared.rules.projection is not None or prepared.rules.streams or prepared.rules.references:
         reject_other_formulas(prepared.rules, options)
     planner = _StepPlanner(prepared, options)
     plans = []
-    for scales in guidance_scales(prepared, options):
-        plans.append(tuple(planner.plan(index, scale) for index, scale in enumerate(scales)))
+    for expert, scales in enumerate(guidance_scales(prepared, options)):
+        plans.append(tuple(planner.plan(index, scale, expert) for index, scale in enumerate(scales)))
     return plans
 
 
@@ -155,6 +157,12 @@ class _StepPlanner:
         self._pass_without_self_attention = Pass("positive", without_self_attention)
         self._pass_of_isolated_streams = Pass("positive", Overrides(isolate_modalities=True))
         self._pass_without_audio_reference = Pass("positive", Overrides(drop_audio_reference=True))
+        self._reference_passes: tuple[Pass, ...] = ()  # the chain of `ReferenceGuidance`, without its end
+        if self._rules.references is not None:
+            self._reference_passes = tuple(
+                NEGATIVE if count is None else Pass("negative", Overrides(max_references=count))
+                for count in self._rules.references.counts
+            )
         self._guided_overrides = NO_OVERRIDES
         if options.disable_embedded_for_cfg:
             self._guided_overrides = Overrides(embedded_guidance=False)
@@ -162,12 +170,13 @@ class _StepPlanner:
         # images and audio are guided separately, so each has its own momentum
         self._momentum_by_stream = [None if rule is None else Momentum(rule.momentum) for _ in range(2)]
 
-    def plan(self, index: int, scale: float | None) -> PassPlan:
+    def plan(self, index: int, scale: float | None, expert: int) -> PassPlan:
         """Return the plan of one sampling step: its network passes and how their outputs are combined.
 
         Args:
             index: Index of the step.
             scale: Guidance scale of the step; None uses the positive conditions alone.
+            expert: Index of the transformer, which may have its own weights of references.
         """
         options = self._options
         velocity_factor = options.cfgzerostar_multiplier if index < options.cfgzerostar_init_steps else 1.0
@@ -179,8 +188,8 @@ class _StepPlanner:
             audio_stages = self._make_stream_stages(audio_rule, scale)
         else:
             image_momentum, audio_momentum = self._momentum_by_stream
-            image_stages = self._make_plain_stages(index, scale, image_momentum)
-            audio_stages = self._make_plain_stages(index, scale, audio_momentum)
+            image_stages = self._make_plain_stages(index, scale, expert, image_momentum)
+            audio_stages = self._make_plain_stages(index, scale, expert, audio_momentum)
         if self._prepared.audio_video_shapes is None:  # the video has no audio
             audio_stages = ()
         passes: list[Pass] = []
@@ -211,11 +220,12 @@ class _StepPlanner:
         return tuple(stages)
 
     def _make_plain_stages(
-        self, index: int, scale: float, momentum: Momentum | None
+        self, index: int, scale: float, expert: int, momentum: Momentum | None
     ) -> tuple[GuidanceStage, ...]:
         """Return the guidance stages of one step, each a change of the velocity, in the order of application.
 
-        `index` is the step, `momentum` the running sum of earlier differences for projected guidance.
+        `index` is the step, `expert` the transformer, `momentum` the running sum of earlier differences for
+        projected guidance.
         """
         options = self._options
         rules = self._rules
@@ -226,6 +236,10 @@ class _StepPlanner:
         # the formula that combines the positive and the negative pass
         if options.perp_neg is not None:
             stages = [perp_neg(scale, options.perp_neg, negative)]
+        elif rules.references is not None:
+            weights = (*rules.references.weights[expert], scale)
+            make_stage = project_chain if rules.references.is_projected else guide_chain
+            stages = [make_stage(self._reference_passes, weights)]
         elif scale == 1:  # the formula would give the positive velocity back
             stages = []
         elif options.cfgzerostar_scaling:
@@ -283,8 +297,11 @@ def reject_other_formulas(rules: GuidanceRules, options: GuidanceOptions) -> Non
         "--cfgzerostar_scaling": options.cfgzerostar_scaling,
         "--perp_neg": options.perp_neg is not None,
     }
-    # such a model has either projected guidance, or rules for each stream
+    # such a model has projected guidance, guidance by references, or rules for each stream
     formula = "projected guidance"
+    if rules.references is not None:
+        formula = "one for the sources"
+        replacing["--slg_layers"] = bool(options.skipped_layers)
     if rules.streams:
         formula = "separate ones for picture and sound"
         replacing["--slg_layers"] = bool(options.skipped_layers)

@@ -5,8 +5,9 @@ change the velocity. All passes of a step's stages are requested together; each 
 stages need it.
 """
 
+import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -218,6 +219,64 @@ def guide_stream(weights: Mapping[Pass, float], rescale_fraction: float) -> Guid
         return rescaling.change(guided, predicted) if rescale_fraction else guided
 
     return GuidanceStage((POSITIVE, *weights), change, takes_clean_latents=True)
+
+
+# Guidance by references: each pass of a chain sees more of them, the last one also the prompt.
+#
+# Source: the released code of Bernini.
+def guide_chain(negatives: Sequence[Pass], weights: Sequence[float]) -> GuidanceStage:
+    """Return the stage that adds up the weighted differences of neighboring passes.
+
+    Args:
+        negatives: The passes before the positive one, the plainest first.
+        weights: Weight of the difference that each pass and the one after it have.
+    """
+    chain = (*negatives, POSITIVE)
+
+    def change(_: Tensor, velocities: Velocities) -> Tensor:
+        guided = velocities[chain[0]]
+        for (earlier, later), weight in zip(itertools.pairwise(chain), weights, strict=True):
+            guided = guided + weight * (velocities[later] - velocities[earlier])
+        return guided
+
+    return GuidanceStage(chain, change)
+
+
+CHAIN_NORM_LIMIT = 50.0  # of a difference in a latent frame
+CHAIN_PARALLEL_SHARE = 0.5  # of the part of a difference that is parallel to the later prediction
+
+
+def project_chain(negatives: Sequence[Pass], weights: Sequence[float]) -> GuidanceStage:
+    """Return the stage of `guide_chain` on clean predictions, with limited and projected differences.
+
+    Norms and projections are those of each latent frame.
+    """
+    chain = (*negatives, POSITIVE)
+
+    def change(_: Tensor, clean: Velocities) -> Tensor:
+        guided = clean[chain[0]]
+        dtype = guided.dtype if guided.device.type == "mps" else torch.float64  # MPS has no float64
+        guided = guided.to(dtype)
+        for (earlier, later), weight in zip(itertools.pairwise(chain), weights, strict=True):
+            better = clean[later].to(dtype)
+            difference = better - clean[earlier].to(dtype)
+            limited = difference * (CHAIN_NORM_LIMIT / _measure_frame_norms(difference)).clamp(max=1)
+            unit = better / _measure_frame_norms(better)
+            parallel = _sum_frames(limited * unit) * unit
+            guided = guided + weight * (limited - (1 - CHAIN_PARALLEL_SHARE) * parallel)
+        return guided.to(clean[POSITIVE].dtype)
+
+    return GuidanceStage(chain, change, takes_clean_latents=True)
+
+
+def _sum_frames(products: Tensor) -> Tensor:
+    """Return the sum over each latent frame, B 1 F 1 1."""
+    return products.sum((1, 3, 4), keepdim=True)
+
+
+def _measure_frame_norms(latents: Tensor) -> Tensor:
+    """Return the Euclidean norm of each latent frame, B 1 F 1 1; at least a tiny number, to divide by."""
+    return _sum_frames(latents.square()).sqrt().clamp(min=1e-12)
 
 
 def limit_norm(limit: float) -> GuidanceStage:

@@ -36,7 +36,10 @@ PREFIXES = (
     "model.diffusion_model.",
     "model.model.",
     "diffusion_model.",
+    "ema.diff_dec.",  # of Bernini-R's trainer, before the network's own prefix
+    "diff_dec.",
     "transformer.",
+    "transformer_2.",
     "net.",
 )
 # prefixes of other networks in all-in-one files
@@ -50,6 +53,7 @@ OTHER_NETWORKS = (
     "vocoder.",
     "text_embedding_projection.",
     "scaled_fp8",
+    "diff_dec.",  # a copy without averaging, next to the averaged one
 )
 # Rounding errors of the last blocks go directly into the velocity, while later blocks compensate for errors
 # of earlier ones. In the pocket model, two of eight blocks cause three quarters of the loss that fp8 adds. In

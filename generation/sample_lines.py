@@ -62,6 +62,11 @@ MODEL_SPECIFIC_OPTIONS: Mapping[str, prompt_lines.LineOption] = {
     # of VACE
     "sm": prompt_lines.LineOption("src_mask", prompt_lines.read_path),
     "vs": prompt_lines.LineOption("vace_scale", prompt_lines.read_name),
+    # of Bernini
+    "bp": prompt_lines.LineOption("bernini_prompt", prompt_lines.read_name),
+    "bg": prompt_lines.LineOption("bernini_guidance", prompt_lines.read_name),
+    "gv": prompt_lines.LineOption("guidance_scale_video", _read_leading_number),
+    "gi": prompt_lines.LineOption("guidance_scale_images", _read_leading_number),
     # of MiniMax-H3
     "ref": prompt_lines.LineOption("ref", prompt_lines.read_path, repeats=True),
     "ri": prompt_lines.LineOption("reference_image", prompt_lines.read_path, repeats=True),

@@ -131,6 +131,23 @@ class NegativeSkips:
 
 
 @dataclass(frozen=True)
+class ReferenceGuidance:
+    """Guidance along a chain of passes, from the plainest to the one with all references and the prompt.
+
+    The result is the plainest prediction plus each link, the difference of neighbors, times its weight. The
+    passes before the last one have the negative prompt. Source: the released code of Bernini.
+    """
+
+    # number of references in each pass with the negative prompt, the first ones; None: all
+    counts: tuple[int | None, ...]
+    # weights of the links between these passes, for each expert; the guidance scale is the last link's
+    weights: tuple[tuple[float, ...], ...]
+    # whether links are those of clean predictions, limited in norm for each latent frame, with half of their
+    # part that is parallel to the later prediction
+    is_projected: bool = False
+
+
+@dataclass(frozen=True)
 class GuidanceRules:
     """How one request combines the predictions of its passes, with and without its prompt."""
 
@@ -144,6 +161,7 @@ class GuidanceRules:
     # None: norms are not changed
     norm_patch_size: int | None = None
     projection: Projection | None = None  # None: plain guidance
+    references: ReferenceGuidance | None = None  # guidance by references; None: by the prompt alone
     # separate guidance of images and audio; (): the usual formula for both
     streams: tuple[StreamGuidance, ...] = ()
     perturbed_blocks: frozenset[int] = frozenset()  # blocks of the pass in `StreamGuidance.perturbed_scale`
@@ -439,6 +457,8 @@ class ReferenceRules:
     dropout_probability: float = 0.0  # fraction of batches that are trained without references of clips
     pad_with_white: bool = False  # whether each is a single image (a clip's first frame), padded with white
     control_masks: bool = False  # whether control_mask_directory and control_mask_path are supported
+    # limit of the long side of references with `clips` that keep their own aspect ratio; 0: the target's size
+    longest_side: int = 0
 
     @property
     def factors(self) -> tuple[int, int, int]:

@@ -126,6 +126,7 @@ class Overrides:
     skip_self_attention: frozenset[int] = frozenset()
     isolate_modalities: bool = False  # image and audio do not attend to each other
     drop_audio_reference: bool = False  # the reference of the audio is left out
+    max_references: int | None = None  # only the first references are used, this many; None: all
     nag: NagText | None = None
     # slows one frequency of the frames' rotary positions (RIFLEx)
     slow_frames: "SlowedFrequency | None" = None
@@ -144,7 +145,7 @@ class Overrides:
     def is_perturbed(self) -> bool:
         """Return whether a part of the network or of its inputs is skipped, as in skip-layer guidance."""
         skips = self.skip_blocks or self.skip_self_attention or self.isolate_modalities
-        return bool(skips or self.drop_audio_reference)
+        return bool(skips or self.drop_audio_reference or self.max_references is not None)
 
     def rename_nag(self, rename: Callable[[Conditions], Conditions]) -> "Overrides":
         """Return the overrides with the conditions of the negative attention text renamed by `rename`."""
@@ -182,6 +183,9 @@ class Overrides:
             skip_self_attention=self.skip_self_attention | all_passes.skip_self_attention,
             isolate_modalities=self.isolate_modalities or all_passes.isolate_modalities,
             drop_audio_reference=self.drop_audio_reference or all_passes.drop_audio_reference,
+            max_references=(
+                all_passes.max_references if self.max_references is None else self.max_references
+            ),
             nag=self.nag or all_passes.nag,
             slow_frames=self.slow_frames or all_passes.slow_frames,
             # False is the override here: the network gets no embedded guidance

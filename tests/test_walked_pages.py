@@ -40,6 +40,7 @@ ONE_WAY = (
         "wan",
         "wan22",
         "vace",
+        "bernini",
         "wan_one_frame",
         "hunyuan_video",
         "skyreels",

@@ -14,7 +14,7 @@ from protocols.data import (
     MediaEncoders,
     split_items,
 )
-from wan.configs import VACE, WanConfig, WanTask
+from wan.configs import BERNINI, VACE, WanConfig, WanTask
 from wan.inputs import (
     control_channels,
     first_last_condition,
@@ -35,13 +35,17 @@ def encode_together(
         encoders: VAE and image encoder.
         media: Clips or images of one size.
         store: Dtype of the stored latents.
-        condition_kind: i2v, flf2v, vace or one_frame; None for text-to-video caches.
+        condition_kind: i2v, flf2v, vace, bernini or one_frame; None for text-to-video caches.
     """
     vae = encoders.vae
     if condition_kind == VACE:
         from wan import vace_training  # only for VACE
 
         return vace_training.encode_items(vae, media, store)
+    if condition_kind == BERNINI:
+        from wan import bernini  # only for Bernini
+
+        return bernini.encode_items(vae, media, store)
     if condition_kind == ONE_FRAME:
         from wan import one_frame  # only for single images
 
@@ -81,6 +85,7 @@ NO_MOMENTS = (
     "features of the image, for which the frames are needed. Omit load_tensors, or --i2v, --clip "
     "and --flf2v"
 )
+NO_BERNINI_MOMENTS = "Bernini's caches hold sources, for which frames are needed. Omit --bernini"
 NO_VACE_MOMENTS = "VACE's caches hold the kept and the changed parts of a clip, for which frames are needed"
 CLIP_TOKENS = 257  # per image: 16 x 16 patches and the class token
 
@@ -114,6 +119,11 @@ def batch_conditions(
 
         batch.check({**needed, "latents_control": "wan_cache_latents.py --vace"}, f"--task {task.name}")
         return {"t5": batch.tensors["t5"], **vace_training.batch_control(batch)}
+    if task.kind == BERNINI:
+        from wan import bernini  # only for Bernini
+
+        batch.check(needed, f"--task {task.name}")
+        return {"t5": batch.tensors["t5"], **bernini.batch_sources(batch)}
     # what the task takes besides the text
     if task.uses_clip_features:
         needed |= {"clip": "wan_cache_latents.py --clip", "latents_image": "wan_cache_latents.py --clip"}

@@ -17,7 +17,8 @@ from checkpoints.opening import Checkpoint, list_tensor_sources, open_checkpoint
 from modules.errors import CheckpointError
 from networks.names.layouts import tensor_patterns
 from protocols.loading import TensorSource
-from wan.configs import HEAD_WIDTH, INPUT_CHANNELS, TASKS, VACE, VACE_DIM, WanConfig, WanTask
+from wan.bernini_options import find_named_sign
+from wan.configs import BERNINI, HEAD_WIDTH, INPUT_CHANNELS, TASKS, VACE, VACE_DIM, WanConfig, WanTask
 from wan.model import WanModel
 from wan.names import WAN
 
@@ -67,6 +68,8 @@ def identify(path: Path) -> str | None:
             bare = bare_names(checkpoint)
             kind = describe_file_kind(bare.tensors)
             if _is_wan(_list_shapes(bare)):
+                if find_named_sign(path):
+                    return "it is Bernini-R (--dit) for --task bernini-1.3B or bernini-14B"
                 return f"it is a Wan transformer (--dit) for --task {_join_model_names(_read_header(bare))}"
             return None if kind is None else f"it looks like {kind}"
     except CheckpointError:
@@ -303,7 +306,12 @@ def _join_model_names(header: DitHeader[WanConfig]) -> str:
 
 def _list_fitting_tasks(header: DitHeader[WanConfig]) -> list[str]:
     """Return the tasks that a transformer file fits; those of its width, if there are any."""
-    tasks = [task for task in TASKS.values() if task.model_kind == header.config.kind and task.frames > 1]
+    # Bernini's tasks fit all files of text to video, but a file that is not named so is not Bernini's
+    tasks = [
+        task
+        for task in TASKS.values()
+        if task.model_kind == header.config.kind and task.frames > 1 and task.kind != BERNINI
+    ]
     sized = [task for task in tasks if task.dim == header.config.dim]
     return [task.name for task in sized or tasks]
 

@@ -77,6 +77,7 @@ RELEASES = {release.channels: release for release in (WAN_2_1, WAN_2_2)}  # by t
 
 FUN_CONTROL = "fun-control"  # model kind of Wan2.1 Fun-Control
 VACE = "vace"  # the kind of a text-to-video model with a second stack, for control, masks and references
+BERNINI = "bernini"  # the kind of a text-to-video model with sources in its sequence, see `wan.bernini`
 VACE_DIM = 96  # channels of its control, see `wan.vace`
 HEAD_WIDTH = 128  # head width of all released sizes, because tensors do not show it
 
@@ -128,7 +129,8 @@ class WanTask:
     """Requirements of a `--task` on the checkpoint, and its defaults for generation."""
 
     name: str
-    # t2v, i2v, flf2v: what conditions the video; ti2v: a text, and an image if there is one; vace: see `VACE`
+    # t2v, i2v, flf2v: what conditions the video; ti2v: a text, and an image if there is one; vace, bernini:
+    # see `VACE` and `BERNINI`
     kind: str
     has_control: bool
     dim: int  # width of the released model; a file with another width is used, and this is logged
@@ -155,11 +157,18 @@ class WanTask:
     def __post_init__(self) -> None:
         requires_image = self.kind in {"i2v", "flf2v"}
         model_kind = "i2v-2.2" if self.kind == "i2v" and self.version == "2.2" else self.kind
+        if self.kind == BERNINI:  # its tensors are those of text to video
+            model_kind = "t2v"
         if self.has_control:
             model_kind = FUN_CONTROL if self.version == "2.1" else "fun-control-2.2"
         object.__setattr__(self, "requires_image", requires_image)
         object.__setattr__(self, "uses_clip_features", requires_image and self.version == "2.1")
         object.__setattr__(self, "model_kind", model_kind)
+
+    @property
+    def takes_references(self) -> bool:
+        """Whether the video may be made from a clip and from references, or from neither."""
+        return self.kind in (VACE, BERNINI)
 
     @property
     def side_step(self) -> int:
@@ -329,6 +338,34 @@ TASKS: dict[str, WanTask] = {
             repositories=("alibaba-pai/Wan2.2-VACE-Fun-A14B",),
             version="2.2",
             high_noise_guidance=5.0,
+            boundary=875.0,
+        ),
+        WanTask(
+            "bernini-1.3B",
+            BERNINI,
+            has_control=False,
+            dim=1536,
+            steps=40,
+            frames=81,
+            sizes=_480P,
+            repositories=("ByteDance/Bernini-R-1.3B-Diffusers",),
+            flow_shift=3.0,
+            guidance=4.0,
+        ),
+        WanTask(
+            "bernini-14B",
+            BERNINI,
+            has_control=False,
+            dim=5120,
+            steps=40,
+            frames=81,
+            sizes=_480P,
+            repositories=("ByteDance/Bernini-R-Diffusers",),
+            version="2.2",
+            flow_shift=3.0,
+            # all weights of the guidance are smaller for low noise, see `LOW_NOISE_FACTOR`
+            guidance=3.2,
+            high_noise_guidance=4.0,
             boundary=875.0,
         ),
         WanTask(

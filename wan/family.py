@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from checkpoints.dits import with_dtype
 from checkpoints.opening import fingerprint
 from encoders.files import OneTransformer
-from modules.errors import DatasetError
+from modules.errors import CacheError, DatasetError
 from modules.media.pixels import to_pixels
 from modules.options import NO_OPTIONS
 from modules.speed_options import text_form
@@ -38,7 +38,9 @@ from protocols.loading import Placement
 from protocols.requests import Prepared, Request
 from protocols.rules import ONE_EXPERT, Expert, ModelRelease, ReferenceRules, SourceRules
 from protocols.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
+from wan.bernini_options import BERNINI_EXTRAS, DEFAULT_TOPIC, SENTENCES
 from wan.caching import (
+    NO_BERNINI_MOMENTS,
     NO_MOMENTS,
     NO_VACE_MOMENTS,
     batch_conditions,
@@ -46,8 +48,15 @@ from wan.caching import (
     no_features,
 )
 from wan.checkpoints import load_dit, log_task_differences
-from wan.configs import FUN_CONTROL, VACE
-from wan.files import WanFiles, caching_files, files_and_boundary, find_boundary, select_files
+from wan.configs import BERNINI, FUN_CONTROL, VACE
+from wan.files import (
+    WanFiles,
+    caching_files,
+    files_and_boundary,
+    find_boundary,
+    resolve_task,
+    select_files,
+)
 from wan.inputs import (
     FIRST_LATENTS,
     appends_end,
@@ -67,7 +76,7 @@ from wan.options import (
     WanTextCachingOptions,
     WanTrainingOptions,
 )
-from wan.spec import DIT, LATENT, LATENT_SPECS, TEXT_KEYS, VACE_DIT
+from wan.spec import DIT, LATENT, LATENT_SPECS, SENTENCE_KEY, TEXT_KEYS, VACE_DIT
 from wan.vae import normalize_latents
 
 if TYPE_CHECKING:
@@ -76,6 +85,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 VACE_INPUTS = (("vace_control", "control"), ("vace_scales", "hint_scales"))  # condition, network argument
+_EXTRAS = {VACE: (MASK, SCALE), BERNINI: BERNINI_EXTRAS}  # keys of `Request.extra`, by the kind of the task
 VACE_REFERENCES = ReferenceRules(MAX_REFERENCES, clips=True, pad_with_white=True, control_masks=True)
 
 
@@ -84,7 +94,8 @@ class Wan(OneTransformer):
     """Description of a Wan model for one run, built by the `family_for_...` functions below."""
 
     files: WanFiles
-    # caching: i2v, flf2v, vace, one_frame, or None for text-to-video caches; training: one_frame for samples
+    # caching: i2v, flf2v, vace, bernini, one_frame, or None for text-to-video caches; training: one_frame for
+    # samples
     condition_kind: str | None = None
     rope: str = "default"
     precision: torch.dtype = torch.float32  # dtype of time embedding, modulation and rotary embedding
@@ -99,7 +110,8 @@ class Wan(OneTransformer):
         detects_few_steps=True,
         sampling_dit_option="--sample_dit_other",
         has_comfy_nodes=True,
-        references="VACE takes it: cache with --vace, and train with --task vace-1.3B, vace-14B or vace-A14B",
+        references="VACE takes it (cache with --vace, train with --task vace-1.3B, vace-14B or vace-A14B), "
+        "and Bernini (cache with --bernini, train with --task bernini-1.3B or bernini-14B)",
     )
     name: str = field(default="wan", init=False)
     cache_tag: str = field(default="wan", init=False)
@@ -128,8 +140,13 @@ class Wan(OneTransformer):
 
     @property
     def references(self) -> ReferenceRules | None:
-        """Rules for references in caches; None without VACE. `wan.vace` checks a request's references."""
-        return VACE_REFERENCES if VACE in (self.condition_kind, self.files.task.kind) else None
+        """Rules for references in caches; None without VACE and Bernini, which check those of requests."""
+        kinds = (self.condition_kind, self.files.task.kind)
+        if BERNINI in kinds:
+            from wan.bernini import REFERENCES  # only for Bernini
+
+            return REFERENCES
+        return VACE_REFERENCES if VACE in kinds else None
 
     @property
     def teacher_only_conditions(self) -> tuple[str, ...]:
@@ -162,7 +179,7 @@ class Wan(OneTransformer):
             frames=task.frames,
             expert_guidance=expert_guidance,
             experts=ONE_EXPERT if self.boundary is None else _experts(self.boundary),
-            extras=(ONE_FRAME, MASK, SCALE) if task.kind == VACE else (ONE_FRAME,),
+            extras=(ONE_FRAME, *_EXTRAS.get(task.kind, ())),
         )
 
     @property
@@ -183,6 +200,8 @@ class Wan(OneTransformer):
         if self.files.dit_high_noise is not None:
             key = "sd_model_name" if self.files.dit is None else "sd_model_name_high_noise"
             names[key] = self.files.dit_high_noise.name
+        if self.files.task.kind == BERNINI:
+            names["trained_for"] = "Bernini-R"
         return self.add_file_names(names)
 
     # encoding
@@ -246,7 +265,7 @@ class Wan(OneTransformer):
     @property
     def moments(self) -> MomentsRules:
         """Rules for moments: caches with an image condition or VACE need pixels and cannot use them."""
-        rejections = {None: None, VACE: NO_VACE_MOMENTS}
+        rejections = {None: None, VACE: NO_VACE_MOMENTS, BERNINI: NO_BERNINI_MOMENTS}
         return MomentsRules(rejections.get(self.condition_kind, NO_MOMENTS))
 
     def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]:
@@ -288,6 +307,8 @@ class Wan(OneTransformer):
             warn_about_cached_videos()
         zeros_on = latents.device if self._feature_zeros else None
         config = self.files.dit_header().config
+        if self.files.task.kind == BERNINI:
+            self._check_sentence(batch)
         conditions = batch_conditions(self.files.task, config, batch, zeros_on)
         batch.check_widths({"t5": config.text_dim}, self.files.dits[0], "wan_cache_text_encoder_outputs.py")
         return conditions
@@ -314,6 +335,10 @@ class Wan(OneTransformer):
             tensor = cond.get(name)
             if isinstance(tensor, Tensor):
                 arguments[argument] = tensor.to(noisy.device)
+        if self.files.task.kind == BERNINI:
+            from wan.bernini import list_sources  # only for Bernini
+
+            arguments["sources"] = list_sources(cond, overrides.max_references, noisy.device)
         positions = cond.get(FRAME_INDICES)
         if isinstance(positions, Tensor):  # on the host, the same for all samples
             arguments["frame_positions"] = tuple(positions[0].tolist())
@@ -323,6 +348,20 @@ class Wan(OneTransformer):
             # the network names its text input `text`
             overrides = overrides.rename_nag(lambda texts: {"text": texts["t5"]})
         return dit(noisy, timesteps, cond["t5"], features, overrides=overrides, **arguments)
+
+    def _check_sentence(self, batch: Batch) -> None:
+        """Raise CacheError if captions have a sentence of Bernini and --bernini_prompt says none, or not."""
+        for cache in batch.cache_origins:
+            if cache.part != "t5":
+                continue
+            cached = cache.encoder.get(SENTENCE_KEY, "")
+            if bool(cached) != bool(self.files.sentence):
+                raise CacheError(
+                    f"{cache.path}: its caption was encoded {'with' if cached else 'without'} a sentence of "
+                    "Bernini in front. Cache again with wan_cache_text_encoder_outputs.py --bernini_prompt "
+                    f"{self.options.bernini.bernini_prompt}, or train with --bernini_prompt "
+                    f"{'v2v' if cached else 'none'}."
+                )
 
     # generation
 
@@ -356,13 +395,20 @@ class Wan(OneTransformer):
         prepared = prepare_request(task, request, **settings)
         if prepared.request.control_path is not None:
             check_control(task, prepared, prepared.request.control_path)
+        if task.kind == BERNINI:
+            from wan.bernini import read_bernini_request  # only for Bernini
+
+            topic = None if self.options is NO_OPTIONS else self.options.bernini.bernini_prompt
+            return read_bernini_request(prepared.request, topic, prepared.frames == 1).add_to(prepared)
         return prepared if vace_request is None else vace_request.add_to(prepared)
 
     def needs_media(self, prepared: Prepared) -> bool:
         """Return whether the task takes an image or control video, or the request starts from an image."""
         task = self.files.task
-        keeps_one = task.takes_clean_first_frame and prepared.request.image_path is not None
-        return task.requires_image or task.has_control or keeps_one or task.kind == VACE
+        request = prepared.request
+        keeps_one = task.takes_clean_first_frame and request.image_path is not None
+        has_sources = task.kind == BERNINI and bool(request.control_path or request.control_images)
+        return task.requires_image or task.has_control or keeps_one or has_sources or task.kind == VACE
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """Encode images and control video as CLIP features and condition channels, B ..., on the CPU."""
@@ -370,6 +416,10 @@ class Wan(OneTransformer):
             from wan.vace import encode_control  # only for VACE
 
             return {0: encode_control(encoders.vae, prepared)}
+        if self.files.task.kind == BERNINI:
+            from wan import bernini  # only for Bernini
+
+            return {0: bernini.encode_request(encoders.vae, prepared)}
         if ONE_FRAME in prepared.request.extra:
             from wan.one_frame import encode_request  # only for single images
 
@@ -418,7 +468,7 @@ class Wan(OneTransformer):
         is_one_frame = ONE_FRAME in request.extra
         # a frame for each control image precedes the clip and is cut off at the end: references of VACE or
         # control images of a single image
-        num_leading = len(request.control_images)
+        num_leading = 0 if self.files.task.kind == BERNINI else len(request.control_images)
         frames += num_leading
         # an end image is one more latent frame after the video
         if not is_one_frame and appends_end(self.files.task, request):
@@ -469,13 +519,22 @@ def family_for_latent_caching(options: WanLatentCachingOptions) -> Wan:
 def family_for_text_caching(options: WanTextCachingOptions) -> Wan:
     """Build the model description for wan_cache_text_encoder_outputs.py, which needs only umT5."""
     text = options.text
-    files = WanFiles(t5=text.t5, t5_tokenizer=text.t5_tokenizer, t5_form=text_form(text))
+    sentence = SENTENCES[options.bernini.bernini_prompt or "none"]
+    files = WanFiles(t5=text.t5, t5_tokenizer=text.t5_tokenizer, t5_form=text_form(text), sentence=sentence)
     return Wan(files, condition_kind=VACE)  # captions may belong to items with references
 
 
 def family_for_training(options: WanTrainingOptions) -> Wan:
     """Build the model description for wan_train_network.py and Wan's other training scripts."""
+    options = resolve_task(options)
     files = select_files(options)
+    topic = options.bernini.bernini_prompt
+    if files.task.kind == BERNINI:
+        topic = topic or DEFAULT_TOPIC
+        options = replace(options, bernini=replace(options.bernini, bernini_prompt=topic))
+        files = replace(files, sentence=SENTENCES[topic])
+    elif topic is not None:
+        logger.warning("--bernini_prompt is ignored because --task %s is not Bernini's", files.task.name)
     # the task's default is filled in here, because the value is recorded and compared later
     if options.first_frame_probability is None:
         options = replace(options, first_frame_probability=files.task.first_frame_probability)
@@ -507,7 +566,11 @@ def family_for_samples(options: WanTrainingOptions) -> Wan | None:
 
 def family_for_generation(options: WanGenerationOptions) -> Wan:
     """Build the model description for wan_generate_video.py, with missing files from --ckpt_dir."""
+    options = resolve_task(options)
     files, boundary = files_and_boundary(options)
+    for name in BERNINI_EXTRAS:
+        if files.task.kind != BERNINI and getattr(options.bernini, name) is not None:
+            logger.warning("--%s is ignored because --task %s is not Bernini's", name, files.task.name)
     if options.i2v_extra_noise and not files.task.requires_image:
         logger.warning("--i2v_extra_noise is ignored because --task %s has no image channels", options.task)
     return Wan(

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 
@@ -25,13 +25,14 @@ from protocols.family import TextEncoder
 from protocols.rules import infer_expert_from_path
 from wan.checkpoints import FORMAT, add_vace_header, check_task, read_dit_header
 from wan.checkpoints import identify as identify  # files.py has it in every family's folder
-from wan.configs import RELEASES, TASKS, VACE, WAN_2_1, WAN_2_2, WanConfig, WanTask
+from wan.configs import BERNINI, RELEASES, TASKS, VACE, WAN_2_1, WAN_2_2, WanConfig, WanTask
 from wan.names import WAN
 from wan.options import (
     MAX_TIMESTEP,
     ONE_FRAME,
     WanGenerationOptions,
     WanLatentCachingOptions,
+    WanModelOptions,
     WanTrainingOptions,
 )
 from wan.spec import LATENT_SPECS
@@ -52,6 +53,7 @@ class WanFiles(TransformerFiles):
     vace_high_noise: Path | None = None
     vae_cache_cpu: bool = False
     t5_form: str | None = None
+    sentence: str = ""  # of Bernini, in front of captions
     task: WanTask = TASKS["t2v-14B"]
 
     format: ClassVar[DitFormat[Any, Any]] = FORMAT
@@ -124,7 +126,9 @@ class WanFiles(TransformerFiles):
         """Return umT5, whose weights are read when it is loaded."""
         from wan.t5 import WanTextEncoder  # only with texts
 
-        return [WanTextEncoder(self.t5_path, self.t5_tokenizer, self.t5_form)]
+        encoder = WanTextEncoder(self.t5_path, self.t5_tokenizer, self.t5_form)
+        encoder.sentence = self.sentence
+        return [encoder]
 
     def load_vae(self, device: torch.device) -> WanVae:
         """Load the VAE with the options for its cache and tiles."""
@@ -302,6 +306,55 @@ def _find_existing(folder: Path, parts: Mapping[str, str]) -> dict[str, Path]:
     return {key: folder / name for key, name in parts.items() if (folder / name).exists()}
 
 
+ModelOptions = TypeVar("ModelOptions", WanTrainingOptions, WanGenerationOptions)
+
+
+def resolve_task(options: ModelOptions) -> ModelOptions:
+    """Return the options with Bernini's task if no --task is given and a file shows that it is Bernini-R.
+
+    Its tensors are those of text to video: what decided is logged, and what contradicts causes a warning.
+    """
+    task = TASKS[options.task]
+    if task.model_kind != "t2v":
+        return options
+    from wan.bernini import find_sign  # only for files with these tensors
+
+    paths = [path for path in (options.dit, options.experts.dit_high_noise) if path is not None]
+    release = options.ckpt_dir if isinstance(options, WanGenerationOptions) else None
+    if not paths and release is not None and (release / PIPELINE_DIT["dit"]).is_dir():
+        paths.append(release / PIPELINE_DIT["dit"])
+    if not paths:
+        return options
+    path = next(filter(find_sign, paths), paths[0])
+    sign = find_sign(path)
+    if task.kind == BERNINI:
+        if sign:
+            logger.info("%s is Bernini-R: %s", path, sign)
+        else:
+            logger.warning(
+                "%s is used as Bernini-R because --task %s says so; nothing in its name or its folder does. "
+                "Text-to-video files of Wan have the same tensors, and would ignore or garble sources",
+                path,
+                task.name,
+            )
+        return options
+    if not sign:
+        return options
+    if options.task == WanModelOptions().task:  # the default
+        is_small = read_once(path, read_dit_header).config.dim == TASKS["bernini-1.3B"].dim
+        name = "bernini-1.3B" if is_small else "bernini-14B"
+        logger.info("--task is %s: %s is Bernini-R, %s", name, path, sign)
+        return replace(options, task=name)
+    logger.warning(
+        "%s is Bernini-R (%s), but --task %s uses it as plain Wan, without sources, which may not help its "
+        "edits. Pass --task bernini-14B or bernini-1.3B",
+        path,
+        sign,
+        task.name,
+    )
+    return options
+
+
 def select_files(options: WanTrainingOptions | WanGenerationOptions) -> WanFiles:
     """Return the files that the options name and the task uses.
 
@@ -381,8 +434,8 @@ def find_boundary(
 def caching_files(options: WanLatentCachingOptions) -> tuple[WanFiles, str | None]:
     """Return the files for caching, with a task that fits the VAE, and the kind of condition to cache.
 
-    The kind is i2v, flf2v, vace or one_frame; None for text-to-video caches. Raises OptionError for switches
-    that do not apply to this VAE.
+    The kind is i2v, flf2v, vace, bernini or one_frame; None for text-to-video caches. Raises OptionError for
+    switches that do not apply to this VAE.
     """
     files = WanFiles(clip=options.clip, vae_cache_cpu=options.vae_cache_cpu).add_vae(options.vae)
     condition_kind = _select_image_kind(options)
@@ -393,9 +446,10 @@ def caching_files(options: WanLatentCachingOptions) -> tuple[WanFiles, str | Non
         logger.info("Sizes are those of %s; pass --vae for other ones", WAN_2_1.description)
     if release is not WAN_2_2:
         return replace(files, task=TASKS["t2v-14B"]), condition_kind
-    if condition_kind == VACE:
+    if condition_kind in (VACE, BERNINI):
         raise OptionError(
-            f"--vace: --vae {options.vae.vae} is {WAN_2_2.description}; VACE needs that of Wan2.1"
+            f"--{condition_kind}: --vae {options.vae.vae} is {WAN_2_2.description}; this model needs that of "
+            "Wan2.1"
         )
     if condition_kind is not None:
         switch = "--clip" if options.clip is not None else "--i2v"
@@ -413,6 +467,8 @@ def _select_image_kind(options: WanLatentCachingOptions) -> str | None:
         return "flf2v"
     if options.vace:
         return VACE
+    if options.bernini:
+        return BERNINI
     if options.one_frame:
         return ONE_FRAME
     return "i2v" if options.i2v or options.clip is not None else None

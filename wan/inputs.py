@@ -30,7 +30,7 @@ from protocols.requests import (
     resolve_request,
 )
 from protocols.rules import Expert
-from wan.configs import FIRST_LAST_NEGATIVE_PROMPT, NEGATIVE_PROMPT, VACE, WanTask, default_flow_shift
+from wan.configs import FIRST_LAST_NEGATIVE_PROMPT, NEGATIVE_PROMPT, WanTask, default_flow_shift
 from wan.spec import LATENT
 from wan.vae import WanVae
 
@@ -154,15 +154,15 @@ def keep_task_media(task: WanTask, request: Request) -> Request:
     usable = {
         "image_path": task.requires_image or task.takes_clean_first_frame,
         "end_image_path": task.requires_image,
-        "control_path": task.has_control or task.kind == VACE,
-        "control_images": task.kind == VACE,
+        "control_path": task.has_control or task.takes_references,
+        "control_images": task.takes_references,
     }
     return keep_usable_media(request, usable, f"--task {task.name} does not take it")
 
 
 def check_control(task: WanTask, prepared: Prepared, path: Path) -> None:
     """Raise MediaError if a control video has too few frames, before any model is loaded."""
-    option = "--src_video" if task.kind == VACE else "--control_path"
+    option = "--src_video" if task.takes_references else "--control_path"
     end_frames = int(task.has_control and appends_end(task, prepared.request))
     check_frames(option, path, prepared.frames + end_frames)
 

@@ -9,6 +9,7 @@ unless `precision` says float16. All other layers compute in the dtype of their 
 # N heads, D head width, C = N * D
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as functional
@@ -18,12 +19,21 @@ from torch import Tensor, nn
 from modules.attention.attend import attend
 from modules.layers.modulation import add_gated, modulate, split_segments
 from modules.layers.norms import Float32LayerNorm, RMSNorm, activation_dtype, run_float32, run_in_weight_dtype
-from modules.layers.rope import TABLES, GridTable, TokenGrid, bind_rotary_table, rotate, sinusoid
+from modules.layers.rope import (
+    TABLES,
+    GridTable,
+    SlowedFrequency,
+    TokenGrid,
+    bind_rotary_table,
+    joined_tables,
+    rotate,
+    sinusoid,
+)
 from modules.speed_options import SDPA, AttentionChoice
 from protocols.steps import NO_OVERRIDES, Overrides
 from runtime.run_blocks import BlockNetwork, Hidden
 from wan.configs import WanConfig
-from wan.spec import DIT, WanTokens, pad_texts
+from wan.spec import DIT, SourceLatents, WanTokens, pad_texts
 
 TEXT_ROWS_AS_IMAGE = 257  # number of text rows that older tools passed as image tokens by mistake
 REF_CHANNELS = 16  # latent channels of the reference image that `ref_conv` takes
@@ -253,7 +263,9 @@ class WanModel(BlockNetwork):
         # rows and columns get a third of the pairs each, rounded down; frames get the rest
         spatial_width = 2 * (head_width // 6)
         widths = (head_width - 2 * spatial_width, spatial_width, spatial_width)
-        self._rotary = GridTable(bind_rotary_table(TABLES[rope], widths, dtype=precision))
+        make_table = bind_rotary_table(TABLES[rope], widths, dtype=precision)
+        self._rotary = GridTable(make_table)
+        self._source_rotary = GridTable(joined_tables(make_table))
 
     def embed(
         self,
@@ -263,6 +275,7 @@ class WanModel(BlockNetwork):
         image_embeds: Tensor | None = None,
         overrides: Overrides = NO_OVERRIDES,
         frame_positions: tuple[int, ...] = (),
+        sources: Sequence[SourceLatents] = (),
     ) -> Hidden:
         """Embed latents as video tokens, B L C float32; return them with the blocks' other inputs.
 
@@ -280,6 +293,7 @@ class WanModel(BlockNetwork):
             overrides: Changes to this call: a second text for guidance in the attention (NAG), named "text",
                 and clean frames at the beginning, whose time and velocity are 0.
             frame_positions: Positions in time of frames that are not consecutive.
+            sources: Clean clips and images in front of the tokens, for Bernini, with the time of `noisy`.
 
         Raises:
             ValueError: If sizes do not match.
@@ -316,7 +330,28 @@ class WanModel(BlockNetwork):
             attention=self.attention,
             combine_attention=overrides.combine_attention,
         )
-        return Hidden(rearrange(patches, "b c f h w -> b (f h w) c").contiguous(), tokens)
+        hidden = Hidden(rearrange(patches, "b c f h w -> b (f h w) c").contiguous(), tokens)
+        if sources:
+            self._put_in_front(hidden, sources, overrides.slow_frames)
+        return hidden
+
+    def _put_in_front(
+        self, hidden: Hidden, sources: Sequence[SourceLatents], slow_frames: SlowedFrequency | None
+    ) -> None:
+        """Add the tokens of sources in front of those of the noisy latents."""
+        parts, grids = [], []
+        for source in sources:
+            patches = run_in_weight_dtype(self.patch_embedding, source.latents).float()
+            # positions begin at 0 on the source's own grid, as those of the noisy latents do
+            grids.append(TokenGrid(tuple(patches.shape[2:]), slow_frames, source=source.number))
+            parts.append(rearrange(patches, "b c f h w -> b (f h w) c").expand(len(hidden.x), -1, -1))
+        rotary = self._source_rotary.get_table(tuple(grids), hidden.x.device)
+        hidden.tokens = replace(
+            hidden.tokens,
+            rotary=torch.cat([rotary, hidden.tokens.rotary]),
+            num_source_tokens=len(rotary),
+        )
+        hidden.x = torch.cat([*parts, hidden.x], dim=1)
 
     def _check(self, noisy: Tensor, image_embeds: Tensor | None) -> None:
         if noisy.shape[1] != self.config.in_dim:
@@ -345,7 +380,11 @@ class WanModel(BlockNetwork):
         return embedded.expand(len(noisy), -1, -1), repeats
 
     def unembed(self, x: Tensor, tokens: WanTokens) -> Tensor:
-        """Turn video tokens B L C into the velocity, B out_dim F H W float32; 0 for clean input frames."""
+        """Turn video tokens B L C into the velocity, B out_dim F H W float32; 0 for clean input frames.
+
+        Sources, whose tokens come first, have no velocity.
+        """
+        x = x[:, tokens.num_source_tokens :]
         frames, rows, columns = tokens.grid
         pf, ph, pw = self.config.patch_size
         velocity = rearrange(

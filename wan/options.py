@@ -22,7 +22,15 @@ from modules.options import (
     unsupported,
 )
 from modules.speed_options import VaeOptions, dit_dtype_option, fp8_text_option, text_form_option
-from wan.configs import FUN_CONTROL, TASKS, VACE, WanTask
+from wan.bernini_options import (
+    BERNINI_EXTRAS,
+    DEFAULT_TOPIC,
+    BerniniGenerationOptions,
+    BerniniTextCachingOptions,
+    BerniniTrainingOptions,
+    find_named_sign,
+)
+from wan.configs import BERNINI, FUN_CONTROL, TASKS, VACE, WanTask
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +107,12 @@ class WanLatentCachingOptions(Options, title="Wan"):
         excludes=("clip", "i2v"),
         often=True,
     )
+    bernini: bool = option(
+        "cache for Bernini, for items that have them: the clip or image to change (control_directory), and "
+        "references, clips or images (reference_directory)",
+        excludes=("clip", "i2v", "vace"),
+        often=True,
+    )
     one_frame: bool = option(
         "cache single images with the control images that they are generated from, for i2v-14B, flf2v-14B "
         "and i2v-A14B",
@@ -112,6 +126,7 @@ class WanTextCachingOptions(Options, title="Wan"):
     """Options of wan_cache_text_encoder_outputs.py in addition to the shared ones."""
 
     text: WanTextOptions = option(settings={"t5": {"required": True}})
+    bernini: BerniniTextCachingOptions
 
 
 class WanModelOptions(Options, title="Wan"):
@@ -200,6 +215,7 @@ class WanTrainingOptions(WanModelOptions, title="Wan"):
         maximum=1,
         facts=IDENTITY,
     )
+    bernini: BerniniTrainingOptions
     one_frame: bool = option(
         "generate single images as samples (--of and --ci in a prompt line)", facts=HABIT
     )
@@ -282,6 +298,7 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
         title="VACE",
         nargs="+",
     )
+    bernini: BerniniGenerationOptions
     one_frame_inference: str | None = option(
         "generate one image from --control_image_path: positions in time, "
         "'target_index=1,control_index=0+2', or default, which is one control image at 0",
@@ -310,9 +327,11 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
                     "--one_frame_inference is empty: pass default, or positions such as "
                     "target_index=1,control_index=0+2; or omit it for a video"
                 )
-        if TASKS[self.task].kind != VACE:
+        task = TASKS[self.task]
+        # a file of Bernini is run as such if --task is not given
+        takes_references = task.takes_references or find_named_sign(self.dit)
+        if task.kind != VACE:
             # Raise OptionError if an option is given that only VACE uses; called for all other tasks
-            task = TASKS[self.task]
             supports_one_frame = task.requires_image and not task.has_control
             # a single frame is generated from control images; prompt lines may ask for it too
             reads_prompt_lines = self.from_file is not None or self.interactive
@@ -322,8 +341,10 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
             unused_options = {
                 MASK: self.src_mask,
                 SCALE: self.vace_scale != (1.0,),  # the default
-                "control_path": self.control_path and not task.has_control,
-                "control_image_path": self.control_image_path and not may_make_one_frame,
+                "control_path": self.control_path and not (task.has_control or takes_references),
+                "control_image_path": (
+                    self.control_image_path and not (may_make_one_frame or takes_references)
+                ),
             }
             for name, is_unused in unused_options.items():
                 if is_unused:
@@ -338,6 +359,14 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
         )
 
 
+def text_encoder_options(options: WanLatentCachingOptions) -> dict[str, Any]:
+    """Return the options for caching the captions of items whose latents a command caches."""
+    texts: dict[str, Any] = {"--t5": Placeholder("T5_FILE")}
+    if options.bernini:
+        texts["--bernini_prompt"] = DEFAULT_TOPIC
+    return texts
+
+
 def training_options(options: WanLatentCachingOptions, family: Any) -> dict[str, Any]:
     """Return the options for training on the latents of a caching command: none, or --task.
 
@@ -346,6 +375,8 @@ def training_options(options: WanLatentCachingOptions, family: Any) -> dict[str,
     has_features = options.clip is not None
     if options.vace:
         task = "vace-14B"
+    elif options.bernini:
+        task = "bernini-14B"
     elif options.flf2v and has_features:
         task = "flf2v-14B"
     elif options.i2v or has_features:
@@ -364,9 +395,13 @@ def caching_options(options: WanTrainingOptions) -> tuple[dict[str, Any], dict[s
         "--i2v": task.requires_image and not task.uses_clip_features,
         "--flf2v": options.task.startswith("flf2v") and not options.one_frame,
         "--vace": task.kind == VACE,
+        "--bernini": task.kind == BERNINI,
         "--one_frame": options.one_frame,
     }
-    return latents, {"--t5": options.text.t5 or Placeholder("T5_FILE")}
+    texts: dict[str, Any] = {"--t5": options.text.t5 or Placeholder("T5_FILE")}
+    if task.kind == BERNINI and options.bernini.bernini_prompt != "none":
+        texts["--bernini_prompt"] = options.bernini.bernini_prompt or DEFAULT_TOPIC
+    return latents, texts
 
 
 def generation_options(options: WanTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
@@ -416,17 +451,16 @@ def _list_inputs(options: WanTrainingOptions, sample: Mapping[str, Any]) -> dict
         # The images and clips that a sample was generated from, by option
         extra = sample.get("extra") or {}
         images = sample.get("control_images")
-        is_vace = TASKS[options.task].kind == VACE
         inputs = {
             "--image_path": sample.get("image_path"),
             "--end_image_path": sample.get("end_image_path"),
-            "--src_video" if is_vace else "--control_path": sample.get("control_path"),
+            "--src_video" if task.takes_references else "--control_path": sample.get("control_path"),
         }
         if options.one_frame or ONE_FRAME in extra:
             inputs["--one_frame_inference"] = extra.get(ONE_FRAME, "default")
             inputs["--control_image_path"] = images
         else:
-            inputs |= {f"--{name}": extra.get(name) for name in (MASK, SCALE)}
+            inputs |= {f"--{name}": extra.get(name) for name in (MASK, SCALE, *BERNINI_EXTRAS)}
             inputs["--src_ref_images"] = images
     present = {flag: value for flag, value in inputs.items() if value}
     needed: dict[str, Any] = {
@@ -454,6 +488,8 @@ def _list_item_inputs(task: WanTask, one_frame: bool, sample: Mapping[str, Any])
             f"--{MASK}": example.control_mask if control else None,
             "--src_ref_images": example.references,
         }
+    if task.kind == BERNINI:
+        return {"--src_video": control, "--src_ref_images": example.references}
     return {
         "--image_path": example.image if task.requires_image else None,
         "--control_path": control if task.has_control else None,

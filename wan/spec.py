@@ -5,6 +5,7 @@ Names are for code that acts on a transformer from outside; inputs are texts, ti
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as functional
@@ -15,8 +16,9 @@ from modules.speed_options import SDPA, AttentionChoice
 from protocols.data import LatentSpec
 from protocols.family import DitSpec
 from runtime.offload.context import TokenShard
-from wan.configs import VACE
+from wan.configs import BERNINI, VACE
 
+SENTENCE_KEY = "t5_sentence"  # in records of text caches: Bernini's, in front of the caption
 TEXT_KEYS = frozenset({"t5"})  # keys of the cache entries that the text encoder writes
 # Least squares fit of latents in model space to colors (R, G, B), which all known tools use
 PREVIEW_FACTORS = (
@@ -55,7 +57,11 @@ LATENT_5B = LatentSpec(channels=48, stride=(4, 16, 16), pixel_step=32, frame_ste
 
 
 # by the kind of a task
-LATENT_SPECS = {**dict.fromkeys(("t2v", "i2v", "flf2v"), LATENT), VACE: LATENT_VACE, "ti2v": LATENT_5B}
+LATENT_SPECS = {
+    **dict.fromkeys(("t2v", "i2v", "flf2v", BERNINI), LATENT),
+    VACE: LATENT_VACE,
+    "ti2v": LATENT_5B,
+}
 
 
 DIT = DitSpec(
@@ -98,11 +104,18 @@ VACE_DIT = replace(
 # Letters: B batch, L video tokens, S segments of them, T text tokens, I image tokens, C width
 
 
+class SourceLatents(NamedTuple):
+    """A clip or an image that stands, clean, in front of the noisy latents: an input of Bernini."""
+
+    latents: Tensor  # B C f h w, or of one sample for all; its size is its own
+    number: float  # what it is told apart by, from 1; the noisy latents are 0
+
+
 @dataclass(frozen=True)
 class WanTokens:
     """Inputs of the blocks in addition to video tokens; built once per forward pass by `WanModel.embed`."""
 
-    grid: tuple[int, int, int]  # tokens along frames, rows, columns; L is their product
+    grid: tuple[int, int, int]  # tokens along frames, rows, columns; L is their product, and the sources'
     rotary: Tensor  # rotations by position, L 1 D/2 2 in the model's `precision`
     # (B T C, T float32) for each text, usually one. The second counts the equal rows that a row represents;
     # None: one each
@@ -116,6 +129,7 @@ class WanTokens:
     # merges the attentions to two texts, B L N D each; None: there is one text
     combine_attention: Callable[..., Tensor] | None
     shard: TokenShard | None = None  # the tokens that this process has; None: all
+    num_source_tokens: int = 0  # number of tokens of Bernini's sources, which come before those of `grid`
 
     def cut(self, shard: TokenShard) -> "WanTokens":
         """Return the inputs for the tokens of one process."""
@@ -129,7 +143,7 @@ class WanTokens:
     @property
     def first_noisy_token(self) -> int:
         """Index of the first token of the noisy latents, which is the first token of `grid`."""
-        return 0
+        return self.num_source_tokens
 
     def select(self, kept: Tensor, num_left_out: int) -> "WanTokens":
         """Return the inputs for a subset of the tokens; only tokens of the noisy latents may be missing.

@@ -106,15 +106,20 @@ class WanTextEncoder(FileTextEncoder[T5Network]):
     weighted_states_key = "t5"
     embedding = "token_embedding.weight"
     word_keys = ("umt5xxl",)
+    sentence: str = ""  # of Bernini, in front of all prompts but negative ones
     blocks: BlockSharder | None = None  # splits the network over processes
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """Everything that the outputs depend on: the file, the tokenizer, and the form of the weights."""
-        return self.identify("t5", weights=self.form)
+        """Everything that the outputs depend on: file, tokenizer, form of the weights, Bernini's sentence."""
+        return self.identify("t5", weights=self.form, sentence=self.sentence or None)
 
     def apply_template(self, prompt: Prompt) -> TemplatedPrompt:
         """Return the cleaned prompt with the positions of its weighted parts, which cleaning may shift."""
+        if self.sentence and not prompt.is_negative:
+            from wan.bernini import begin_with  # only for Bernini
+
+            prompt = begin_with(prompt, self.sentence)
         text, spans = clean_spans(prompt.text, prompt.weighted_spans)
         return TemplatedPrompt(text, text, spans)
 

@@ -139,16 +139,16 @@ class ModelRecipe:
         task = self._task_record
         if task is None:
             return name == "references" or not _is_required_by_other_model(self.script, name)
-        is_vace = bool(getattr(task, "kind", "") == "vace")
+        takes_references = bool(getattr(task, "takes_references", False))
         match name:
             case "start":
                 return bool(task.requires_image or task.takes_clean_first_frame)
             case "end":
                 return bool(task.requires_image)
             case "control":
-                return bool(task.has_control or is_vace)
+                return bool(task.has_control or takes_references)
             case _:  # references
-                return is_vace
+                return takes_references
 
     @property
     def _task_record(self) -> Any:

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,17 +17,19 @@ from dataset.sources.media_source import Fault, MediaSource
 from dataset.table import DatasetTable
 from modules.console import format_count
 from modules.errors import DatasetError, MediaError
-from modules.media.buckets import Size
+from modules.media.buckets import Size, size_within
 from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
 from modules.media.pixels import pixels_to_uint8
 from modules.media.reading import (
     VIDEO_SUFFIXES,
     FrameSizes,
     first_frame,
+    frame_size,
     image_suffixes,
     is_single_image,
     read_image,
     resize_cover,
+    resize_stretched,
 )
 from modules.paths import compose_name
 from protocols.rules import ReferenceRules
@@ -270,7 +272,8 @@ def _read_references(
 ) -> tuple[list[Clip], list[str]]:
     """Read an item's references, at the size of its bucket divided by the family's factor."""
     # Images are cropped to this size or padded with white, and have one frame. Clips have `count` frames,
-    # those at `frame_times`; if a clip ends earlier, its last frame is repeated.
+    # those at `frame_times`; if a clip ends earlier, its last frame is repeated. With `longest_side`, both
+    # keep their own aspect ratio.
     rules = local.table.references.clip_rules
     reference_size = bucket
     if rules is not None and local.references:
@@ -279,14 +282,21 @@ def _read_references(
     references: list[Clip] = []
     size_changes: list[str] = []
     for path in local.references:
-        if on_white or is_single_image(path) or local.table.kind == "image":
-            references.append(_read_reference_image(path, reference_size, on_white))
+        resize: Callable[[Clip, Size], Clip] = resize_cover
+        if rules is not None and rules.longest_side:
+            reference_size = size_within(frame_size(path), rules.longest_side, rules.step)
+            resize = resize_stretched
+        if on_white:
+            references.append(_read_on_white(path, reference_size))
+            continue
+        if is_single_image(path) or local.table.kind == "image":
+            references.append(resize(read_image(path), reference_size)[None])
             continue
         frames = companion_frames(path, local.path, table=local.table, fps=fps, frame_times=frame_times)
         # without alpha; the last frame fills gaps
         sizes = FrameSizes()
         watched = sizes.watch(frames)
-        clip = [resize_cover(np.ascontiguousarray(frame[..., :3]), reference_size) for frame in watched]
+        clip = [resize(np.ascontiguousarray(frame[..., :3]), reference_size) for frame in watched]
         missing = max(0, count - len(clip))
         references.append(np.stack(clip[:count] + clip[-1:] * missing))
         if sizes.change is not None:
@@ -307,10 +317,8 @@ def _divide_bucket(local: MediaSource, bucket: Size, rules: ReferenceRules) -> S
     return width // factor, height // factor
 
 
-def _read_reference_image(path: Path, size: Size, on_white: bool) -> Clip:
-    """Read a reference image, 1 H W 3, and crop it to `size` or pad it with white."""
-    if not on_white:
-        return resize_cover(read_image(path), size)[None]
+def _read_on_white(path: Path, size: Size) -> Clip:
+    """Read an image or a clip's first frame, 1 H W 3, and pad it with white to `size`."""
     from modules.media.canvas import composite_on_white  # only few models need white canvases
 
     return pixels_to_uint8(composite_on_white(first_frame(path), *size))

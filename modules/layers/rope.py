@@ -40,6 +40,9 @@ class TokenGrid(NamedTuple):
     slow: SlowedFrequency | None = None  # lowered frequency of the frame axis
     first_position: int = 0  # position of the first frame
     frame_positions: tuple[int, ...] = ()  # positions of all frames, if they are not consecutive
+    # number of the source that the tokens belong to: an additional rotation of all tokens, by its position on
+    # an axis as wide as the head. 0, the target, adds nothing
+    source: float = 0.0
 
 
 def rotation_angles(
@@ -91,6 +94,8 @@ def rotary_table(
     # only the axes are computed on the host and sent: the table of a long video takes 60 MB, and batches of
     # several sizes need a new one every step
     axis_tables = []
+    source_angles = rotation_angles(torch.tensor([grid.source], dtype=dtype), sum(widths), theta)
+    source_parts = source_angles.split([width // 2 for width in widths], dim=1)
     for axis, (size, width) in enumerate(zip(grid.sizes, widths, strict=True)):
         is_frame_axis = axis == 0
         first = grid.first_position if is_frame_axis else 0
@@ -98,7 +103,7 @@ def rotary_table(
         if is_frame_axis and grid.frame_positions:  # frames that are not consecutive
             positions = torch.tensor(grid.frame_positions, dtype=dtype)
         angles = rotation_angles(positions, width, theta, grid.slow if is_frame_axis else None)
-        axis_tables.append(send_ahead(cos_and_sin(angles).float(), device))
+        axis_tables.append(send_ahead(cos_and_sin(angles + source_parts[axis]).float(), device))
     return spread_over_grid(axis_tables).unsqueeze(1).to(stored)
 
 

@@ -141,6 +141,16 @@ def fit_without_enlarging(size: Size, area: int, step: int) -> Fit:
     return Fit(resized, crop, bucket, "none" if resized == size else "area")
 
 
+def size_within(size: Size, longest: int, step: int) -> Size:
+    """Return a size of this aspect ratio in multiples of `step`, shrunk to a long side of at most `longest`.
+
+    `longest` is a multiple of `step`. A side may grow by less than half a step, or to a whole one.
+    """
+    scale = min(1.0, longest / max(size))
+    width, height = (max(step, round(side * scale / step) * step) for side in size)
+    return width, height
+
+
 def fit_like(fit: Fit, size: Size, like: Size) -> Fit:
     """Return the fit of an image, such as a mask, to a main image of size `like` whose fit is `fit`.
 

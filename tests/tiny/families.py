@@ -76,12 +76,23 @@ class TinyFamily:
 
 
 def _wan(
-    task: str, kind: str, *, with_clip: Command, media: Command, line: str = "", more: str = ""
+    task: str,
+    kind: str,
+    *,
+    with_clip: Command,
+    media: Command,
+    line: str = "",
+    more: str = "",
+    sentence: Command | None = None,
 ) -> TinyFamily:
     def prepare(folder: Path, clips: WriteClips = write_clips) -> None:
         write_tiny_wan(folder / "model", kind)
         clips(folder / "clips")
         clips(folder / "control")
+        if "references" in more:
+            (folder / "references").mkdir()
+            for clip in (folder / "clips").glob("*.mp4"):
+                write_image(folder / "references" / f"{clip.stem}.png", 40, 24)
         write_dataset(folder, more=more.format(folder=folder.as_posix()))
         write_image(folder / "start.png", 32, 32)
         write_image(folder / "end.png", 32, 32)
@@ -100,8 +111,8 @@ def _wan(
         name=f"wan {task}",
         prepare=prepare,
         cache_latents=["wan_cache_latents.py", *DATASET, *VAE, *PRECISE, *with_clip],
-        cache_texts=["wan_cache_text_encoder_outputs.py", *DATASET, *texts],
-        train=["wan_train_network.py", *models, *DATASET, "--sdpa", *_network("lora_wan")],
+        cache_texts=["wan_cache_text_encoder_outputs.py", *DATASET, *texts, *(sentence or [])],
+        train=["wan_train_network.py", *models, *DATASET, *(sentence or []), "--sdpa", *_network("lora_wan")],
         generate=["wan_generate_video.py", *models, *media, *LENGTH],
         another_run=["--task", "t2v-14B"] if task == "t2v-1.3B" else [],
         changed_habit=["--rope_func", "comfy"],
@@ -548,6 +559,14 @@ FAMILIES = (
         media=["--src_video", "control/clip 0.mp4", "--src_ref_images", "start.png"],
         line=f"{ALONG} --ci start.png",
         more=CONTROL,
+    ),
+    _wan(
+        *("bernini-1.3B", "t2v"),
+        with_clip=["--bernini"],
+        media=["--src_video", "control/clip 0.mp4", "--src_ref_images", "start.png"],
+        line=f"{ALONG} --ci start.png",
+        more=f'{CONTROL}\nreference_directory = "{{folder}}/references"',
+        sentence=["--bernini_prompt", "rv2v"],
     ),
     _wan("ti2v-5B", "ti2v", with_clip=[], media=START, line=FROM),
     _hunyuan("hunyuan_video", "t2v", caching=[], media=[]),

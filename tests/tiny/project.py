@@ -195,6 +195,8 @@ def write_experts(folder: Path) -> None:
             write_lora(
                 folder / f"wan2.2_{name}_lightx2v_4steps_lora_{version}_{noise}_noise.safetensors", dit
             )
+        bernini = tiny_state("t2v", seed, torch.float16)
+        write_dit(folder, bernini, name=f"wan2.2_bernini_r_{noise}_noise_fp16")
         state = tiny_state("fun-control-2.2", seed, torch.bfloat16)
         write_dit(folder, state, name=f"Wan2.2-Fun-A14B-Control_{noise}_noise")
     write_dit(folder, tiny_state("ti2v", dtype=torch.float16), name="wan2.2_ti2v_5B_fp16")
