@@ -25,7 +25,7 @@ from protocols.data import LatentSpec, MediaEncoders
 from protocols.family import Family
 from protocols.inputs import IMAGE, LATENTS, VIDEO
 from protocols.requests import Prepared, Request, check_opens, count_frames_up_to
-from protocols.rules import Source, SourceRules
+from protocols.rules import RequestSource, SourceRules
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ MAX_UNSEEN_STRETCHING = 1.05
 # ------------------------------------------------------------------------------------------------------------
 
 
-def check_source(request: Request, source: Source, rules: SourceRules, latent: LatentSpec) -> Request:
+def check_source(request: Request, source: RequestSource, rules: SourceRules, latent: LatentSpec) -> Request:
     """Check a request's source (video, image or latents to start from), and fill in the number of frames.
 
     Reads only headers, and one frame of a video.
@@ -70,7 +70,7 @@ def check_source(request: Request, source: Source, rules: SourceRules, latent: L
     return replace(request, frames=1)
 
 
-def start_from_source(prepared: Prepared, source: Source, family: Family) -> Prepared:
+def start_from_source(prepared: Prepared, source: RequestSource, family: Family) -> Prepared:
     """Check the length of a request's source, and set the step at which its denoising starts.
 
     Raises:
@@ -105,7 +105,7 @@ def start_from_source(prepared: Prepared, source: Source, family: Family) -> Pre
     return replace(prepared, first_step=first_step(source, timesteps, prepared.steps))
 
 
-def _check_latent_frames(prepared: Prepared, source: Source, family: Family) -> None:
+def _check_latent_frames(prepared: Prepared, source: RequestSource, family: Family) -> None:
     """Raise OptionError if saved latents have a different number of latent frames than the request."""
     num_frames = _load_saved_latents(source, family.source, family.latent, only_shape=True).shape[2]
     needed = family.latent.shape(prepared.frames, prepared.height, prepared.width)[2]
@@ -117,7 +117,7 @@ def _check_latent_frames(prepared: Prepared, source: Source, family: Family) -> 
         )
 
 
-def _warn_of_stretching(prepared: Prepared, source: Source, latent: LatentSpec) -> None:
+def _warn_of_stretching(prepared: Prepared, source: RequestSource, latent: LatentSpec) -> None:
     """Warn if the source image or video is stretched visibly; suggest a size with its aspect ratio."""
     from modules.media import reading  # only with a source file
 
@@ -146,7 +146,7 @@ def _warn_of_stretching(prepared: Prepared, source: Source, latent: LatentSpec) 
     )
 
 
-def first_step(source: Source, timesteps: Sequence[float], steps: int) -> int:
+def first_step(source: RequestSource, timesteps: Sequence[float], steps: int) -> int:
     """Return the index of the first denoising step for a source that is only partly noised.
 
     The mode "traditional" runs the last fraction `denoise` of all steps, at least one. The mode "direct"
@@ -165,7 +165,7 @@ def first_step(source: Source, timesteps: Sequence[float], steps: int) -> int:
     return steps - min(max(int(steps * source.denoise), 1), steps)
 
 
-def _make_length_error(source: Source, num_frames: int, needed: int) -> MediaError:
+def _make_length_error(source: RequestSource, num_frames: int, needed: int) -> MediaError:
     """Return the exception for a source video that is too short."""
     return MediaError(
         f"{_name_source(source)}: it has {num_frames} frames, but {needed} are needed. Lower the length, "
@@ -173,7 +173,7 @@ def _make_length_error(source: Source, num_frames: int, needed: int) -> MediaErr
     )
 
 
-def _name_source(source: Source) -> str:
+def _name_source(source: RequestSource) -> str:
     """Return a source's option and path, for messages."""
     return f"--{source.option} {source.path}"
 
@@ -217,7 +217,7 @@ def _resize_latents(latents: Tensor, height: int, width: int) -> Tensor:
     return rearrange(scaled, "(b f) c h w -> b c f h w", b=len(latents))
 
 
-def _read_frames(source: Source, prepared: Prepared, stretches: bool, alpha: bool) -> Tensor:
+def _read_frames(source: RequestSource, prepared: Prepared, stretches: bool, alpha: bool) -> Tensor:
     """Read the frames of a source, F H W 3 uint8, at the request's size."""
     # At most as many as the request has.
     # alpha: Whether the alpha channel of an image is read too: 1 H W 4.
@@ -283,7 +283,7 @@ def check_latent_space(saved: SavedLatents, rules: SourceRules, path: Path, star
 
 
 def _load_saved_latents(
-    source: Source, rules: SourceRules, latent: LatentSpec, only_shape: bool = False
+    source: RequestSource, rules: SourceRules, latent: LatentSpec, only_shape: bool = False
 ) -> Tensor:
     """Return saved latents, 1 C F h w, after checks that they fit the model."""
     saved = load_latents(source.path, f"--{source.option}", only_shape)

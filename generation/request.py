@@ -31,7 +31,7 @@ from protocols.families import HIGH_NOISE
 from protocols.family import Family
 from protocols.inputs import SOURCES
 from protocols.requests import Prepared, Request, check_values
-from protocols.rules import Source
+from protocols.rules import RequestSource
 from protocols.steps import RunPasses, StepCallback
 
 if TYPE_CHECKING:  # they are loaded only if options ask for them
@@ -185,7 +185,7 @@ def _collect_extras(options: RequestOptions, line: Mapping[str, Any]) -> dict[st
     return extra
 
 
-def _select_source(options: SourceOptions, line: Mapping[str, Any]) -> Source | None:
+def _select_source(options: SourceOptions, line: Mapping[str, Any]) -> RequestSource | None:
     """Return the video or image to start from instead of noise; None if neither line nor options name one."""
     # A prompt line takes precedence over the command line.
     paths = {name: line[name] for name in SOURCES if name in line}
@@ -200,7 +200,7 @@ def _select_source(options: SourceOptions, line: Mapping[str, Any]) -> Source | 
         return None
     check_one_source(sources)
     ((name, path),) = sources.items()
-    source = Source(
+    source = RequestSource(
         name,
         to_path(f"--{name}", path),
         denoise=line.get("denoise", options.denoise),

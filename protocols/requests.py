@@ -15,7 +15,7 @@ from modules.paths import explain_missing
 from modules.text_files import bad_character
 from protocols.data import AudioVideoShapes, LatentSpec, SamplingDefaults
 from protocols.inputs import VIDEO
-from protocols.rules import NO_GUIDANCE_RULES, ONE_EXPERT, Expert, GuidanceRules, Source, StepCaching
+from protocols.rules import NO_GUIDANCE_RULES, ONE_EXPERT, Expert, GuidanceRules, RequestSource, StepCaching
 
 if TYPE_CHECKING:  # caching has no use for positions
     from torch import Tensor
@@ -90,7 +90,7 @@ class Request:
     end_image_path: Path | None = None
     control_path: Path | None = None
     control_images: tuple[Path, ...] = ()  # reference images, in their order (--control_image_path)
-    source: Source | None = None  # what denoising starts from; None: noise
+    source: RequestSource | None = None  # what denoising starts from; None: noise
     # the family's own options as text, which only `prepare` reads
     extra: Mapping[str, str] = field(default_factory=dict)
     # option -> text as the user typed it, for texts that were changed by wildcards

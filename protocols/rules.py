@@ -224,7 +224,7 @@ class ModelRelease:
 
 
 @dataclass(frozen=True)
-class Source:
+class RequestSource:
     """Starting point of a request (such as a video), and how much noise is added to it."""
 
     option: str  # VIDEO, IMAGE or LATENTS

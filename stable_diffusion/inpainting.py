@@ -20,7 +20,7 @@ from modules.seeds import derive_seed
 from protocols.data import LatentSpec
 from protocols.inputs import IMAGE
 from protocols.requests import Prepared, Request, check_opens
-from protocols.rules import Source
+from protocols.rules import RequestSource
 from stable_diffusion.starting import mask_pixels, read_picture, to_pixels
 
 # in conditions, B 5 1 h w: the mask (1 is repainted), and latents of the image without what it marks
@@ -94,7 +94,7 @@ def _check_image(label: str, path: Path) -> None:
     check_opens(label, path, is_image=True)
 
 
-def find_kept_source(request: Request) -> Source | None:
+def find_kept_source(request: Request) -> RequestSource | None:
     """Return the request's source; None for an image at full denoising strength, which is pure noise."""
     source = request.source
     return None if source is not None and source.option == IMAGE and source.denoise == 1 else source

@@ -72,7 +72,7 @@ class CaptionEdit:
     Attributes:
         path: Caption file.
         text: The new caption.
-        checksum: Checksum that `Captions.read` returned for the file. The edit is skipped if the file has
+        checksum: Checksum that `CaptionFiles.read` returned for the file. The edit is skipped if the file has
             changed since.
     """
 
@@ -86,7 +86,7 @@ class CaptionConflictError(Exception):
 
 
 @dataclass
-class Captions:
+class CaptionFiles:
     """Reads and saves caption files, and stores their earlier contents so that saves can be undone."""
 
     # contents of each edited file before its last saves, the newest last; None: there was no file
@@ -174,7 +174,7 @@ class Captions:
         """Write many captions with a .bak copy of each old file, skipping files that have changed.
 
         Args:
-            edits: Captions to write, each with the checksum that its file had when it was read.
+            edits: CaptionFiles to write, each with the checksum that its file had when it was read.
             on_saved: Called after each written file with its path and new checksum, because an error may
                 leave the remaining files unwritten.
 

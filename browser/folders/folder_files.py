@@ -29,7 +29,7 @@ from browser.core.responses import (
     answer_text,
 )
 from browser.core.short_names import short_digest
-from browser.folders.captions import Captions, caption_values
+from browser.folders.captions import CaptionFiles, caption_values
 from browser.folders.folders import MAX_ENTRIES, find_folder
 from browser.folders.thumbnails import Thumbnails, answer_cacheable_jpeg, answer_placeholder, read_page_slice
 from browser.runs.runs import Runs
@@ -185,7 +185,7 @@ class FolderFiles:
     def __init__(self, runs: Runs, read_only: bool) -> None:
         self.runs = runs
         self.read_only = read_only
-        self.captions = Captions()
+        self.captions = CaptionFiles()
         self.thumbnails = Thumbnails()
         self.left_out = LeftOut(runs)
         self._headers: OrderedDict[tuple[str, int], MediaHeader] = OrderedDict()
@@ -318,7 +318,7 @@ class FolderFiles:
         return self.captions.describe(path, NO_WRITING if self.read_only else "", remedy)
 
     def write(self, request: Request, body: bytes) -> Response:
-        """Save a file's caption, or undo a save, as the request's JSON body says (`Captions.change`)."""
+        """Save a file's caption, or undo a save, as the request's JSON body says (`CaptionFiles.change`)."""
         folder = self.find(request)
         try:
             query = parse_json(body.decode())

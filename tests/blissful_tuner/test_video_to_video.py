@@ -9,13 +9,13 @@ import torch
 from blissful_tuner.video_to_video import first_step, trim_or_pad_frames
 from modules.flow.schedule import make_schedule
 from modules.media.reading import read_image, video_frames
-from protocols.rules import Source
+from protocols.rules import RequestSource
 from tests.faults.messages import succeed_here
 from tests.postprocessing.stages_here import files_in, write_clip
 
 
-def source(denoise: float, mode: str = "traditional") -> Source:
-    return Source("video_path", Path("x.mp4"), denoise, noise_mode=mode)
+def source(denoise: float, mode: str = "traditional") -> RequestSource:
+    return RequestSource("video_path", Path("x.mp4"), denoise, noise_mode=mode)
 
 
 @pytest.mark.parametrize(

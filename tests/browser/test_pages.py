@@ -31,7 +31,8 @@ def list_imported(path: Path) -> set[str]:
 
 
 def test_each_folder_is_a_page() -> None:
-    assert len(list_pages()) == len(NAMES) == len([path for path in FOLDER.iterdir() if path.is_dir()])
+    folders = [path for path in FOLDER.iterdir() if path.is_dir() and path.name != "__pycache__"]
+    assert len(list_pages()) == len(NAMES) == len(folders)
     positions = [page.nav.position for page in list_pages() if page.nav is not None]
     assert sorted(positions) == [*range(1, len(positions) + 1)]
 

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 
 from browser.folders import captions
-from browser.folders.captions import CaptionConflictError, Captions, compute_checksum
+from browser.folders.captions import CaptionConflictError, CaptionFiles, compute_checksum
 from browser.folders.described_folder import ChangedMeanwhileError, change_keys
 from browser.jobs.background_jobs import name_background_job
 from browser.jobs.jobs import FOLDER as QUEUE_FOLDER
@@ -131,7 +131,7 @@ def test_of_two_servers_that_save_a_caption_at_once_the_second_sees_the_first(
 ) -> None:
     """Also where the first one has compared, and not yet written."""
     path = root / "described" / "0.txt"
-    of_servers = Captions(), Captions()
+    of_servers = CaptionFiles(), CaptionFiles()
     _, have, _ = of_servers[0].read(path)
     outcomes: list[str] = []
     write = captions._write
@@ -140,7 +140,7 @@ def test_of_two_servers_that_save_a_caption_at_once_the_second_sees_the_first(
         time.sleep(0.3)
         write(file, content)
 
-    def save(server: Captions, text: str) -> None:
+    def save(server: CaptionFiles, text: str) -> None:
         try:
             server.save(path, text, have)
             outcomes.append(text)
@@ -158,7 +158,7 @@ def test_of_two_servers_that_save_a_caption_at_once_the_second_sees_the_first(
 
 def test_an_undo_sees_what_another_server_saves_meanwhile(root: Path) -> None:
     path = root / "described" / "0.txt"
-    first, second = Captions(), Captions()
+    first, second = CaptionFiles(), CaptionFiles()
     first.save(path, "one", first.read(path)[1])
     have = first.read(path)[1]
     second.save(path, "two", have)

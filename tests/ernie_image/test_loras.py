@@ -14,7 +14,7 @@ import convert_lora
 import merge_lora
 from ernie_image.names import ERNIE_IMAGE
 from modules.errors import CheckpointError
-from networks.formats import LoraFormat
+from networks.lora_format import LoraFormat
 from networks.names.layouts import KNOWN
 from tests.ernie_image.making import CONFIG, in_diffusers, tiny_model
 from tests.tiny import fibo_2, z_image

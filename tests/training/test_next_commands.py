@@ -358,7 +358,7 @@ def test_a_caption_that_no_terminal_takes_is_left_out(
     monkeypatch: pytest.MonkeyPatch, length: int, is_told: bool
 ) -> None:
     caption = "x" * length
-    item = SimpleNamespace(table=SimpleNamespace(references=None))
+    item = SimpleNamespace(table=SimpleNamespace(references=SimpleNamespace(rules=None)))
     features = SimpleNamespace(mask_input_option="")
     plan: Any = SimpleNamespace(training=[item], sources=SimpleNamespace(stores=None), features=features)
     monkeypatch.setattr(following, "find_example", lambda *_: ExampleItem(caption))

@@ -24,7 +24,7 @@ from browser.core.responses import (
 )
 from browser.core.server_state import Site
 from browser.folders.caption_keys import describe_formats, find_folder_caption_format
-from browser.folders.captions import Captions, caption_values
+from browser.folders.captions import CaptionFiles, caption_values
 from browser.folders.datasets import IMAGE_MODELS, MODELS, Datasets, File, FoundDataset, Measurement
 from browser.folders.described_folder import is_described
 from browser.folders.offered_folders import find_open_folder, list_table_folders
@@ -100,7 +100,7 @@ class DatasetPages:
         self.runs = runs
         self.read_only = read_only
         self.datasets = Datasets(runs)
-        self.captions = Captions()
+        self.captions = CaptionFiles()
         self.thumbnails = Thumbnails()
 
     def list_files(self, dataset: FoundDataset, query: Mapping[str, str]) -> dict[str, Any]:
@@ -314,7 +314,7 @@ class DatasetPages:
             return answer_text(f"This is not a request: {error}", 400)
 
     def change_caption(self, dataset: FoundDataset, request: Request, body: bytes) -> Response:
-        """Save one file's caption, or undo a save, as the JSON body says (`Captions.change`)."""
+        """Save one file's caption, or undo a save, as the JSON body says (`CaptionFiles.change`)."""
         try:
             query = _parse_object(body)
             if self.datasets.list_hidden_folders(dataset):

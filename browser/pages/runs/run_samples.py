@@ -8,7 +8,7 @@ from urllib.parse import urlencode
 
 from browser.core.responses import Form
 from browser.core.server_state import Site
-from browser.folders.captions import Captions
+from browser.folders.captions import CaptionFiles
 from browser.folders.described_folder import PROMPTS_FILE, read_described
 from browser.folders.new_form import find_model, select_single_task
 from browser.folders.sample_rows import check_image, describe_rows, edit_prompts, read_rows, read_typed_rows
@@ -26,7 +26,7 @@ class RunSamples:
     """Shows and writes the sample prompt file of a run."""
 
     site: Site
-    prompts: Captions = field(default_factory=Captions)
+    prompts: CaptionFiles = field(default_factory=CaptionFiles)
 
     def describe(self, tracked_run: TrackedRun, path: Path, fields: Mapping[str, str]) -> dict[str, Any]:
         """Return the template values of the panel that edits the sample prompts of a training run.

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from browser.folders.captions import CaptionEdit, Captions
+from browser.folders.captions import CaptionEdit, CaptionFiles
 from browser.folders.folder_files import find_caption_file, list_names
 from browser.folders.offered_folders import list_dataset_media_folders
 from browser.runs.runs import Runs
@@ -82,7 +82,7 @@ class TagEditor:
     """Reads and changes tags in the captions of folders. Changes can be undone until the server ends."""
 
     runs: Runs
-    captions: Captions = field(default_factory=Captions)
+    captions: CaptionFiles = field(default_factory=CaptionFiles)
     _changes: dict[Path, list[TagChange]] = field(default_factory=dict)  # keyed by folder
     _lock: threading.Lock = field(default_factory=threading.Lock)  # two pages may undo at the same time
 
