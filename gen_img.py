@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import modules.interpreter  # noqa: F401
-from modules.command import command_line, print_loading
+from modules.command import begin_loading, command_line
 from modules.installation import hide_packages
 from protocols.families import identify
 from stable_diffusion.options import read_gen_img
@@ -13,7 +13,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Generate images with Stable Diffusion from the command line."""
     options = read_gen_img(__doc__, argv)
     options.console.apply()
-    print_loading()
+    begin_loading()
     # diffusers loads these if they are installed; nothing here uses them, and they double the time to start
     with hide_packages("accelerate", "bitsandbytes", "peft", "transformers"):
         from stable_diffusion.run import generate  # torch loads here, after every option has been read

@@ -6,7 +6,7 @@ What the mask leaves black stays exactly as the VAE decodes it. gen_img.py has m
 from collections.abc import Sequence
 
 import modules.interpreter  # noqa: F401
-from modules.command import command_line, name_as_typed, print_loading
+from modules.command import begin_loading, command_line, name_as_typed
 from modules.installation import hide_packages
 from protocols.families import identify
 from stable_diffusion.minimal_options import TYPED, read_minimal
@@ -15,7 +15,7 @@ from stable_diffusion.minimal_options import TYPED, read_minimal
 def main(argv: Sequence[str] | None = None) -> None:
     """Repaint the image that the options name."""
     options = read_minimal(__doc__, argv)
-    print_loading()
+    begin_loading()
     with name_as_typed(TYPED):
         # as in gen_img.py
         with hide_packages("accelerate", "bitsandbytes", "peft", "transformers"):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dataset.options import CachingOptions, DebugOptions, EmptyPromptOptions
-from modules.command import name_as_typed, print_loading
+from modules.command import begin_loading, name_as_typed
 from modules.option_values import option_argv, require
 from modules.options import option_values
 from modules.script_options import parse_with_flags
@@ -72,7 +72,7 @@ def cache_family_latents(
         config = _load_dataset(options, getattr(family_options, "audio_files", None))
         if entry.notice:
             entry.log_notice()
-        print_loading()
+        begin_loading()
         from dataset.cache.commands import remember_options
         from dataset.caching import loop  # torch loads here, after every option has been read
         from dataset.config import for_family
@@ -143,7 +143,7 @@ def cache_family_texts(
 
         if entry.notice:
             entry.log_notice()
-        print_loading()
+        begin_loading()
         from dataset.cache.commands import remember_options
         from dataset.caching import loop  # torch loads here, after every option has been read
         from dataset.config import for_family, with_empty_prompts

@@ -7,7 +7,7 @@ from typing import Any
 
 from generation.options import GenerationOptions, read_generation
 from generation.script_options import ScriptDefaults
-from modules.command import drop_repeated_warnings, name_as_typed, print_loading
+from modules.command import begin_loading, drop_repeated_warnings, name_as_typed
 from modules.options import option_values
 from protocols.families import FAMILIES, Script
 
@@ -53,7 +53,7 @@ def generation_script(
                 entry.log_notice()
             if options.interactive:  # a prompt may repeat the warnings of an earlier one
                 warnings.close()
-            print_loading()
+            begin_loading()
             from generation.run import generate  # torch loads here, after every option has been read
             from modules.devices import make_deterministic
 

@@ -88,7 +88,7 @@ from modules.media.pixels import image_pixels, to_pixels, video_pixels
 from modules.media.reading import is_single_image
 from modules.media.samples import read_reference
 from modules.option_values import to_path
-from modules.options import NO_OPTIONS, replace_synonyms
+from modules.options import NO_OPTIONS, get_option_info, replace_synonyms
 from protocols import rules
 from protocols.data import (
     FIRST_FRAME,
@@ -235,7 +235,9 @@ class Ltx2(Ltx2Media):
             "model_type": self.name,
         }
         if isinstance(self.options, Ltx2TrainingOptions):
-            names |= replace_synonyms(Ltx2TrainingOptions, {"ltx_mode": self.options.model.ltx_mode})
+            names |= replace_synonyms(
+                get_option_info(Ltx2TrainingOptions), {"ltx_mode": self.options.model.ltx_mode}
+            )
         if self.references is not None and self._records_factors(self.references):
             names |= factor_metadata(self.references)
         ends_before_audio = self.audio_references.ends_before_audio

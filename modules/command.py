@@ -21,7 +21,7 @@ from typing import Any
 
 from modules.control_codes import escape_control_codes, shorten, shorten_lines, terminal_width, wrap_text
 from modules.errors import INTERRUPTED, CheckpointError, OptionError, UserError
-from modules.installation import EXTENSIONS, check_requirements, command_words
+from modules.installation import EXTENSIONS, ONLY_OPTIONS, check_requirements, command_words
 
 # loggers with irrelevant warnings at import: bitsandbytes, on some processors
 # loggers limited to errors; the second logs counts at its exit, the third each request
@@ -270,8 +270,13 @@ def _check_launcher() -> None:
             )
 
 
-def print_loading() -> None:
-    """Print on a terminal that torch is being loaded; of several processes, only the first prints it."""
+def begin_loading() -> None:
+    """Print on a terminal that torch is being loaded; of several processes, only the first prints it.
+
+    A script calls this after it has read its options. If only they are checked (ONLY_OPTIONS), it ends here.
+    """
+    if os.environ.get(ONLY_OPTIONS):
+        raise SystemExit(0)
     if draws_boxes(sys.stderr) and "torch" not in sys.modules and os.environ.get("LOCAL_RANK", "0") == "0":
         print("Loading torch ...", file=sys.stderr, flush=True)
 

@@ -36,6 +36,26 @@ def find_table(script: Path | None) -> Mapping[str, Any] | None:
     return table
 
 
+@cache
+def list_rows(script: str) -> Mapping[str, Mapping[str, Any]]:
+    """Return the rows of a script's table by the name of their option's argument, in the order of --help.
+
+    Args:
+        script: Its path in the checkout or the package, such as tools/mask.py.
+    """
+    table = find_table(Path(script))
+    if table is None:
+        return {}
+    return {find_argument_name(row): row for section in table["sections"] for row in section["options"]}
+
+
+def find_argument_name(row: Mapping[str, Any]) -> str:
+    """Return the argument name of a row's option: its own, or that of its last flag; "" without either."""
+    flags = row["flags"]
+    last = flags[-1].removeprefix("--").replace("-", "_") if flags else ""
+    return row.get("dest") or last
+
+
 def find_compile_time() -> float:
     """Return when a table was last written, in seconds since 1970; an update writes those that differ."""
     with os.scandir(TABLES) as entries:

@@ -54,7 +54,7 @@ APPENDS = {"reach": "appends"}  # it appends to a file; an options file may do s
 # data leaves this machine; `run` allows it only on the command line. Fact `stays`: values that send nothing;
 # fact `permission`: the effect of all other values
 SENDS = {"reach": "sends"}
-SHARED_WITH_RUN = {"of_run": True}  # a training option that `run` has too, and passes on
+ON_HARDWARE = {"of_hardware": True}  # it depends on the machine, so no recipe sets it
 # a settings file of another library, which may send data; `run` allows it only on the command line
 CONFIGURES = {"reach": "configures"}
 # a program at an address that can make this one run its code; allowed only on the command line
@@ -63,7 +63,14 @@ STARTS = {"reach": "starts"}  # it starts a program; allowed only on the command
 IMPORTS_CLASS = {"reach": "imports class"}  # it names `package.module.Class`, whose module is imported
 IMPORTS_MODULE = {"reach": "imports module"}  # it names a module, which is imported
 IMPORTS = ("imports class", "imports module")
+# facts that tables contain, for programs that read no record: the page, `run` and recipes
+NOTED_FACTS = ("resume", "of_hardware", "of_run", "permission", "same_as", "record", "extra")
 MADE_PLACES = ("new file", "new folder", "safetensors")  # values of `place` for paths that are written
+
+
+def shared_with_run(help: str) -> dict[str, str]:
+    """Return the `facts` of a training option that `run` has too, and passes on; `help` is for `run`."""
+    return {"of_run": help}
 
 
 def make_request_facts(name: str) -> dict[str, str]:
@@ -463,7 +470,7 @@ def _check_reach(record: Any, field: "dataclasses.Field[Any]") -> None:
     elif reach in ("sends", "configures"):
         sends_nothing = value in field.metadata.get("stays", ())
         if not sends_nothing:
-            reject_sending(name, value, run_has_option=field.metadata.items() >= SHARED_WITH_RUN.items())
+            reject_sending(name, value, run_has_option="of_run" in field.metadata)
         if reach == "configures":
             reject_in_queue(name)
 
@@ -576,12 +583,13 @@ def _collect_info(cls: type) -> dict[str, dict[str, Any]]:
 get_option_info: Callable[[type], dict[str, dict[str, Any]]] = functools.cache(_collect_info)
 
 
-def replace_synonyms(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+def replace_synonyms(info: Mapping[str, Mapping[str, Any]], values: Mapping[str, Any]) -> dict[str, Any]:
     """Replace synonyms among values, such as "va" by "av", so that equivalent values compare equal.
 
-    `values` are keyed by public name. An option's setting `same_as` maps each synonym to its replacement.
+    Args:
+        info: Facts of options by public name; `same_as` maps each synonym to its replacement.
+        values: Values by public name.
     """
-    info = get_option_info(cls)
     plain = dict(values)
     for name, value in values.items():
         same_as = info.get(name, {}).get("same_as", {})

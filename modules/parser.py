@@ -26,6 +26,7 @@ from modules.installation import find_front_words, find_script
 from modules.option_checks import CHECKED_INFO
 from modules.option_values import HEIGHT_WIDTH, JOINED, UNIT, height_width
 from modules.options import (
+    NOTED_FACTS,
     TYPED,
     Declared,
     KeyFile,
@@ -407,6 +408,7 @@ def add_options(
     defaults: Mapping[str, Any] | None = None,
     settings: Mapping[str, Mapping[str, Any]] | None = None,
     refused: Mapping[str, str] | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> None:
     """Add the options of records and of their nested records to a parser.
 
@@ -422,8 +424,9 @@ def add_options(
         settings: Arguments of `add_argument` that replace the declared ones, such as `help`; also
             `flags` (additional spellings) and `refused` (rejected values with the reason).
         refused: Options that the script rejects, with the reason.
+        facts: Facts of all these options that do not declare them otherwise.
     """
-    overrides = _ScriptOverrides(without, defaults or {}, settings or {}, refused or {})
+    overrides = _ScriptOverrides(without, defaults or {}, settings or {}, refused or {}, facts or {})
     for cls in records:
         if isinstance(parser, Parser):
             parser.key_files += cls.key_files
@@ -440,10 +443,14 @@ class _ScriptOverrides(NamedTuple):
     defaults: Mapping[str, Any]
     settings: Mapping[str, Mapping[str, Any]]
     refused: Mapping[str, str]
+    facts: Mapping[str, Any]  # of the fields that contain the record
 
-    def merge(self, nested: Mapping[str, Any]) -> "_ScriptOverrides":
-        """Return these changes together with those that a record declares for a nested record."""
+    def merge(self, field: Field[Any]) -> "_ScriptOverrides":
+        """Return these changes together with those that a field declares for the record that it contains."""
+        declared = field.metadata.get("declared")
+        nested = {} if declared is None else declared.settings
         return _ScriptOverrides(
+            facts={**self.facts, **field.metadata},
             without={*self.without, *nested.get("without", ())},
             defaults={**nested.get("defaults", {}), **self.defaults},
             settings={**nested.get("settings", {}), **self.settings},
@@ -465,9 +472,8 @@ def _add_field(
         group = get_or_add_group(parser, declared.title)
     hint = resolve_type_hints(cls)[field.name]
     if find_record_type(hint) is hint:  # the field contains a record
-        nested = {} if declared is None else declared.settings
         if issubclass(hint, Options):  # other records are declared by a function
-            add_options(parser, hint, group=group, **overrides.merge(nested)._asdict())
+            add_options(parser, hint, group=group, **overrides.merge(field)._asdict())
     elif declared is not None and declared.help:
         _add_declared(parser, group, cls, field=field, declared=declared, overrides=overrides)
 
@@ -499,6 +505,8 @@ def _add_declared(
     action.reach = find_reach(field.metadata)
     action.stays = field.metadata.get("stays", ())
     action.facts = _collect_checked_facts(cls, field, action.default)
+    noted = {**overrides.facts, **field.metadata}
+    action.noted = {fact: noted[fact] for fact in NOTED_FACTS if fact in noted}
     if name in overrides.refused:
         reason = overrides.refused[name]
         action.rejection = Rejection(action.help or "", reason=reason, instead="", values=(), settings={})

@@ -36,7 +36,10 @@ def parse_options(
     description: str | None, argv: Sequence[str] | None, *records: type[Options], **changes: Any
 ) -> list[Any]:
     """Parse a script's command line into its option records; `changes` are passed to `add_options`."""
-    return parse_with_flags(description, argv, *records, **changes).records
+    options = parse_with_flags(description, argv, *records, **changes).records
+    if os.environ.get(ONLY_OPTIONS):  # the page only checks the options
+        raise SystemExit(0)
+    return options
 
 
 def parse_with_flags(
@@ -60,6 +63,4 @@ def parse_with_flags(
     with name_as_typed(typed_names(arguments)):
         reject_unsupported(parser, arguments)
         options = [read_options(record, arguments) for record in records]
-    if os.environ.get(ONLY_OPTIONS):  # the browser only checks the options
-        raise SystemExit(0)
     return ParsedOptions(options, parser.typed_flags)

@@ -6,13 +6,14 @@ the file of a record imports. Standard library only.
 """
 
 import argparse
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from modules.installation import import_own
 from modules.option_checks import check_paths, check_relations, check_value
+from modules.option_tables import find_argument_name
 from modules.option_values import check_characters, convert_value
 from modules.options import TYPED, KeyFile, Rejection
 from modules.parser import Parser, get_or_add_group
@@ -36,6 +37,7 @@ _DEFAULTS: Mapping[str, Any] = {
     "reach": "",
     "stays": (),
     "facts": {},
+    "noted": {},
 }
 # name of an action of a switch -> the same for attributes that argparse sets itself
 _SWITCH_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
@@ -107,7 +109,7 @@ def _build_action(row: Mapping[str, Any]) -> Any:
     # 2. Lists, which JSON has instead of tuples, become tuples, and names of types become the types.
     # 3. An option of another program gets its `Rejection`, from which its help may follow.
     flags = row["flags"]
-    dest = row.get("dest") or _default_dest(flags)
+    dest = find_argument_name(row)
     action_name = row.get("action", "store")
     action_class = _ACTIONS[action_name]
     defaults = {**_DEFAULTS, **_SWITCH_DEFAULTS.get(action_name, {})}
@@ -233,11 +235,6 @@ def _is_set(action: argparse.Action | None, name: str, arguments: argparse.Names
     return bool(value != default) and value not in info.get("off", ())
 
 
-def _default_dest(flags: Sequence[str]) -> str:
-    """Return the argument name that belongs to the last flag; "" without flags."""
-    return flags[-1].removeprefix("--").replace("-", "_") if flags else ""
-
-
 def _default_help(rejection: Rejection) -> str:
     """Return the default help of an option from another program."""
     return rejection.reason.replace("%", "%%") or f"not needed: {rejection.instead}"
@@ -283,7 +280,7 @@ def _describe_action(action: argparse.Action) -> dict[str, Any]:
     """Return the row of an option: its flags, its name, and the values that differ from `_DEFAULTS`."""
     flags = list(action.option_strings)
     row: dict[str, Any] = {"flags": flags}
-    if action.dest != _default_dest(flags):
+    if action.dest != find_argument_name(row):
         row["dest"] = action.dest
     action_name = _ACTION_NAMES[type(action)]
     if action_name != "store":

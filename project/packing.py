@@ -22,7 +22,6 @@ from modules.console import format_count, format_size, list_some
 from modules.errors import OptionError, OutputError
 from modules.installation import FRONT_SCRIPT, PREFIX, command_words
 from modules.limits import MAX_METADATA_BYTES
-from modules.options import get_option_info
 from modules.paths import expand_path
 from modules.text_files import parse_toml, read_text, real_path
 from project.media import CHECK_PAGE
@@ -36,8 +35,8 @@ from project.relocating import (
     relocate_prompts,
     relocate_toml,
 )
+from project.run_options import TRAINING_ROWS
 from training.config_options import PROJECT_TABLE
-from training.options import TrainingOptions
 
 PIECE_BYTES = 1 << 20
 FIRST_DAY = (1980, 1, 1, 0, 0, 0)  # date of all members, so that equal folders give equal archives
@@ -291,7 +290,7 @@ def _relocate_texts(
     pack_source: PackSource, members: Sequence[PackMember]
 ) -> tuple[list[PackMember], list[str]]:
     """Make the paths in the packed text files relative; also return the secret options that were removed."""
-    secret_options = {name for name, info in get_option_info(TrainingOptions).items() if info.get("secret")}
+    secret_options = {name for name, row in TRAINING_ROWS.items() if row.get("is_secret")}
     relocated: list[PackMember] = []
     removed_options: list[str] = []
     outside_paths: list[str] = []

@@ -2,9 +2,10 @@
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dataset.options import DATASET_FILE
+from modules.option_tables import list_rows
 from modules.option_values import option_argv
 from modules.options import (
     SECRET,
@@ -19,7 +20,7 @@ from modules.options import (
 )
 from modules.typed_command import AT_END, read_command
 from project.options import MODEL_FILES, MODELS, ON_END, TRAINING_TABLE, as_operand, own_command
-from training.features.composing import make_run_options_class
+from protocols.families import with_scripts
 
 
 def _list_new_options() -> Collection[str]:
@@ -33,10 +34,22 @@ NEW_COMMAND_KEYS = KeyFile(
 )
 
 
-if TYPE_CHECKING:  # record generated from the list of features
-    RunFeatureOptions = Options
-else:
-    RunFeatureOptions = make_run_options_class()
+def _make_training_record() -> Any:
+    """Return a record of the training options that `run` has too, as a training's table declares them."""
+    content: dict[str, Any] = {}
+    types: dict[str, Any] = {}
+    for name, row in TRAINING_ROWS.items():
+        if "of_run" in row.get("noted", {}):
+            facts = row.get("facts", {})
+            settings: dict[str, Any] = {"choices": tuple(row["choices"])} if "choices" in row else {}
+            content[name] = option(row["noted"]["of_run"], place=facts.get("place", ""), **settings)
+            types[name] = Path | None if "are_paths" in facts else str | None
+    return type("OptionsOfTraining", (Options,), {**content, "__annotations__": types})
+
+
+# options of a training by name: the features that declare some of them import torch
+TRAINING_ROWS = list_rows(f"{next(iter(with_scripts().values())).training_script}.py")
+OptionsOfTraining: Any = _make_training_record()
 
 
 class RunOptions(Options):
@@ -50,7 +63,7 @@ class RunOptions(Options):
     output_dir: Path | None = option(
         "folder for the trained files, anywhere; default: that of run.toml, in the folder", place="new folder"
     )
-    feature_options: RunFeatureOptions  # options that are passed to the training script
+    training: OptionsOfTraining
     may_write: tuple[Path, ...] = option(
         "further folders that the run may write into, as caches may lie elsewhere; default: its own alone",
         default=(),
@@ -73,7 +86,7 @@ class RunOptions(Options):
     @property
     def typed_for_training(self) -> dict[str, Any]:
         """Command-line options that are passed on to the training script, by name."""
-        values = {"output_dir": self.output_dir, **option_values(self.feature_options)}
+        values = {"output_dir": self.output_dir, **option_values(self.training)}
         return {name: value for name, value in values.items() if value is not None}
 
     @property

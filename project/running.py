@@ -26,8 +26,9 @@ from modules.console import list_some, quiet
 from modules.control_codes import shorten
 from modules.error_output import extract_error_message
 from modules.errors import INTERRUPTED, OptionError
+from modules.option_tables import list_rows
 from modules.option_values import option_argv
-from modules.options import replace_synonyms
+from modules.options import WRITES, replace_synonyms
 from modules.output_files import check_output_name
 from modules.paths import expand_path
 from modules.run_limits import describe_outside, limit_run, reject_outside
@@ -49,12 +50,11 @@ from project.options import (
     script_family,
     typed_in,
 )
-from project.run_options import RunOptions
+from project.run_options import TRAINING_ROWS, RunOptions
 from project.script_facts import read_script_options
 from project.tracing import RunTrace, trace_run
 from protocols.families import Script, identify, with_scripts
 from training.config_options import PROJECT_TABLE
-from training.features.composing import options_reaching
 from training.reports.history import history_path, read_history, read_session
 from training.saving.files import recover_states, state_pattern
 
@@ -116,8 +116,11 @@ def run_commands(options: RunOptions, trace: RunTrace, end: EndCommand) -> None:
     }
     folder = options.folder.parent if options.folder.name == RUN_FILE else options.folder
     folders = [folder]
-    writing_options = {"output_dir", *options_reaching("writes")}
-    folders += [value for name, value in options.typed_for_training.items() if name in writing_options]
+    folders += [
+        value
+        for name, value in options.typed_for_training.items()
+        if TRAINING_ROWS[name].get("reach") == WRITES["reach"]
+    ]
     folders += options.may_write
     if options.download:
         folders.append(options.models)
@@ -391,8 +394,8 @@ def _make_model_metadata(values: Mapping[str, Any], commands: Sequence[Sequence[
     chosen = {name: str(values[name]) for name in names if name in values}
     for argv in commands:
         with contextlib.suppress(KeyError, IndexError):
-            record = with_scripts()[script_family(argv)].options_record("Training")
-            chosen = replace_synonyms(record, chosen)
+            rows = list_rows(f"{with_scripts()[script_family(argv)].training_script}.py")
+            chosen = replace_synonyms({name: row.get("noted", {}) for name, row in rows.items()}, chosen)
     return {f"ss_{name}": value for name, value in chosen.items()}
 
 

@@ -4,7 +4,7 @@ import argparse
 import json
 import runpy
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -63,13 +63,24 @@ def compile_script(script: str) -> dict[str, Any]:
     return table
 
 
-def list_table_files() -> dict[str, str]:
-    """Return the text of each file of the tables by its place: one file per script, and the names of all."""
-    tables = {script: compile_script(script) for script in sorted([*SCRIPTS, *TOOLS])}
+def list_table_files(written: Callable[[str, str], None] | None = None) -> dict[str, str]:
+    """Return the text of each file of the tables by its place: one file per script, and the names of all.
+
+    Args:
+        written: Is called with the place and text of each file as soon as it is known.
+    """
+    texts: dict[str, str] = {}
+    tables = {}
+    # `run` is last, because its options follow from the table of a training
+    for script in sorted([*SCRIPTS, *TOOLS], key=lambda script: (script == "run_project.py", script)):
+        tables[script] = compile_script(script)
+        place = f"{script.removesuffix('.py')}.json"
+        texts[place] = _write_table(tables[script])
+        if written:
+            written(place, texts[place])
     sections = [section for table in tables.values() for section in table.get("sections", ())]
     flags = {flag for section in sections for option in section["options"] for flag in option["flags"]}
     names = sorted({flag[2:].replace("-", "_") for flag in flags if flag[:2] == "--"})
-    texts = {f"{script.removesuffix('.py')}.json": _write_table(table) for script, table in tables.items()}
     return texts | {option_tables.NAMES: "".join(f"{name}\n" for name in names)}
 
 
@@ -91,15 +102,18 @@ def _to_json(value: Any) -> str:
 
 def write_tables() -> None:
     """Write all files of the tables, and delete those of scripts that are gone."""
-    texts = list_table_files()
+    texts = list_table_files(_write_file)
     option_tables.TABLES.with_suffix(".txt").unlink(missing_ok=True)  # a merge may restore the former file
     for path in [*option_tables.TABLES.rglob("*.*")]:
         if path.relative_to(option_tables.TABLES).as_posix() not in texts:
             path.unlink()
-    for name, text in texts.items():
-        path = option_tables.TABLES / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8", newline="\n")
+    _write_file(option_tables.NAMES, texts[option_tables.NAMES])
+
+
+def _write_file(place: str, text: str) -> None:
+    path = option_tables.TABLES / place
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8", newline="\n")
 
 
 def _list_translations() -> Iterator[str]:

@@ -19,6 +19,7 @@ from modules.options import (
     FREE,
     HABIT,
     NOT_COMPARED,
+    ON_HARDWARE,
     SENDS,
     Options,
     list_idle,
@@ -102,7 +103,7 @@ class TrainingOptions(Options, must_give=True):
     # exactly one of these two is set: a network is added to the DiT and trained, or the DiT itself is trained
     network: TrainedNetworkOptions | None
     full_dit: learning_options.FullDitOptions | None
-    accelerator: run_options.AcceleratorOptions = option(facts=HABIT)
+    accelerator: run_options.AcceleratorOptions = option(facts={**HABIT, **ON_HARDWARE})
     saving: SavingOptions = option(facts=FREE)
     samples: run_options.SampleOptions = option(facts=FREE)
     at_weights: OptionsAtWeights  # of features
@@ -111,7 +112,7 @@ class TrainingOptions(Options, must_give=True):
     at_ending: OptionsAtEnding  # of features
     metadata: MetadataOptions = option(facts=FREE)
     at_metadata: OptionsAtMetadata  # of features
-    speed: TrainingSpeedOptions
+    speed: TrainingSpeedOptions = option(facts=ON_HARDWARE)
     # None: the script's models have one transformer
     experts: learning_options.ExpertTrainingOptions | None = option(facts=FREE)
     # only for image trainers that train LoRAs; None for other scripts

@@ -17,7 +17,7 @@ from dataset.batches.order import BatchOrder
 from modules.console import format_count
 from modules.errors import OptionError
 from modules.option_values import read_literals, to_path
-from modules.options import option_values, options_with, replace_synonyms
+from modules.options import get_option_info, option_values, options_with, replace_synonyms
 from networks.kinds.composing import get_module_kind
 from networks.options import NOTHING_FROZEN
 from protocols.family import Family
@@ -375,7 +375,7 @@ def _normalize_fixed_settings(fixed: Mapping[str, Any], record: type) -> dict[st
     by_name = {name.removeprefix("--"): value for name, value in fixed.items() if name.startswith("--")}
     resolved = {
         **fixed,
-        **{f"--{name}": value for name, value in replace_synonyms(record, by_name).items()},
+        **{f"--{name}": value for name, value in replace_synonyms(get_option_info(record), by_name).items()},
     }
     if "--optimizer_type" in resolved:
         name = str(resolved["--optimizer_type"])

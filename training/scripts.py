@@ -8,9 +8,9 @@ from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from modules.command import name_as_typed, print_loading
+from modules.command import begin_loading, name_as_typed
 from modules.errors import UserError
-from modules.installation import ONLY_OPTIONS, TELLS_UNUSED, import_own
+from modules.installation import TELLS_UNUSED, import_own
 from modules.options import Options, option_values
 from modules.speed_options import reject_for_full
 from protocols.families import FAMILIES, Script
@@ -85,9 +85,6 @@ def training_script(
             check(family_options)
             if os.environ.get(TELLS_UNUSED):
                 _warn_of_unused_options(options, family_options)
-            if os.environ.get(ONLY_OPTIONS):  # a caller only wants to know whether the options are valid
-                return
-
             default_script = f"{entry.script}_train.py" if full_dit else f"{entry.training_script}.py"
             exit_code = _start_training(
                 family, script or default_script, options, family_options, script_options
@@ -109,7 +106,7 @@ def _start_training(
     entry = FAMILIES[family]
     if entry.notice:
         entry.log_notice()
-    print_loading()
+    begin_loading()
     # torch loads here, after every option has been read
     from training.next_commands import TrainingCommand
     from training.other_models import OtherFamilies

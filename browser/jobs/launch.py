@@ -240,7 +240,7 @@ def _count_launcher_arguments(argv: Sequence[str]) -> int:
     return position
 
 
-# Runs a script until it has read its options: it ends before torch loads, or by ONLY_OPTIONS, or
+# Runs a script until it has read its options: it ends by ONLY_OPTIONS, else before torch loads, or
 # before it writes, starts or asks anything, because the options may come from somebody else's file.
 ENDING_BEFORE_TORCH = f"""
 import builtins, os, runpy, sys
@@ -270,11 +270,13 @@ else:
     sys.path.insert(0, os.path.dirname(sys.argv[0]))
     runpy.run_path(sys.argv[0], run_name="__main__")
 """
-# commands that load torch right after reading their options
+# commands that load torch, at the latest right after reading their options
 COMMANDS_WITH_TORCH = ("train", "finetune", "cache", "generate", "compare", "gen-img-diffusers")
 ENDINGS_WITH_TORCH = ("gen-img", "minimal-inference")  # endings after the name of a model
-# the other scripts read their options with one of these functions, which can end the script afterwards
-SUPPORTS_ONLY_OPTIONS = re.compile(r"\b(parse_options|plain_script|tool_script)\(")
+# functions that end a script by ONLY_OPTIONS after it has read its options
+SUPPORTS_ONLY_OPTIONS = re.compile(
+    r"\b(parse_options|plain_script|tool_script|caching_script|training_script|generation_script|begin_loading)\("
+)
 WARNING_LINE = re.compile(r"^WARNING: (.+)$", re.MULTILINE)  # as scripts print them
 CHECK_SECONDS = 20
 MIN_SIMILAR = 0.75  # similarity from which a script name is suggested
@@ -338,11 +340,10 @@ def _run_until_options_are_read(
     # seconds: Time limit.
     environment = {FROM_QUEUE: "1", TELLS_UNUSED: "1"}  # TELLS_UNUSED: report options without effect
     name = command.words[0]
-    if name not in COMMANDS_WITH_TORCH and not name.endswith(ENDINGS_WITH_TORCH):
-        # ENDING_BEFORE_TORCH ends a script that loads torch; this one does not, so it has to end itself
-        if not SUPPORTS_ONLY_OPTIONS.search(command.path.read_text(encoding="utf-8")):
-            return None
+    if SUPPORTS_ONLY_OPTIONS.search(command.path.read_text(encoding="utf-8")):
         environment[ONLY_OPTIONS] = "1"
+    elif name not in COMMANDS_WITH_TORCH and not name.endswith(ENDINGS_WITH_TORCH):
+        return None  # nothing would end it, as it loads no torch
     python, *script_argv = program
     if script_argv[:3] == ACCELERATE:
         script_argv = _remove_launcher(command, script_argv)

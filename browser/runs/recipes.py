@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 from browser.jobs.render_queue import RenderJob
 from browser.runs.comparable_runs import PLACEHOLDER, ComparableRun, group_options
 from downloads.catalogue import ModelSet, model_sets
-from generation.options import request_extras
 from generation.prompt_lines import LineOption, find_option
 from generation.script_options import ScriptDefaults
 from modules.errors import OptionError
 from modules.installation import import_own
 from modules.limits import MAX_MADE_FRAMES, MAX_SCALE, MAX_SIDE, MAX_STEPS
 from modules.media.reading import VIDEO_SUFFIXES
+from modules.option_tables import list_rows
 from modules.option_values import option_argv
 from modules.pages.language import say
 from modules.text_files import bad_character
@@ -262,7 +262,8 @@ class ModelRecipe:
 @cache
 def list_extras(family: str) -> dict[str, str]:
     """Return a family's own generation options, by option key, with their names in `RenderRequest.extras`."""
-    return request_extras(with_scripts()[family].options_record("Generation"))
+    rows = list_rows(f"{with_scripts()[family].generation_script}.py")
+    return {name: row["noted"]["extra"] for name, row in rows.items() if "extra" in row.get("noted", {})}
 
 
 def find_field_keys(defaults: ScriptDefaults, extra_options: Mapping[str, str]) -> dict[str, str]:

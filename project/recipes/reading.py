@@ -20,8 +20,8 @@ from modules.control_codes import escape_control_codes, shorten
 from modules.errors import OptionError
 from modules.installation import find_script
 from modules.option_checks import check_value
-from modules.option_tables import find_table
-from modules.options import find_rejection, get_option_info, options_with
+from modules.option_tables import find_table, list_rows
+from modules.options import find_rejection
 from modules.table_parser import build_parser
 from modules.text_files import parse_toml, read_text
 from networks.kinds.composing import RANKED_NETWORKS
@@ -29,11 +29,7 @@ from project.foreign.contract import read_optimizer, read_scheduler
 from project.kinds.composing import BY_NAME
 from project.new_options import NewOptions
 from project.options import KIND_NAMES, find_models
-from protocols.families import with_scripts
-from runtime.options import TrainingSpeedOptions
 from training.config_options import convert_value
-from training.options import TrainingOptions
-from training.run_options import AcceleratorOptions
 
 SHIPPED = Path(__file__).resolve().parent
 OWN = Path("recipes")  # folder of own recipes in the working folder, where `recipe save` writes them
@@ -283,15 +279,12 @@ def list_allowed(script: str) -> frozenset[str]:
     These are the options that a resumed run must or should repeat, except for those that depend on the GPU.
     """
     allowed: set[str] = set(ALSO_ALLOWED)
-    records: list[type] = [TrainingOptions]
-    for entry in with_scripts().values():
-        if script.startswith(f"{entry.script}_") or script == f"{entry.training_script}.py":
-            records.append(entry.options_record("Training"))
-    # options note what a resumed run does: identity must be equal to the first run's, habit should be
-    for record in records:
-        allowed |= {*options_with(record, "resume", "identity"), *options_with(record, "resume", "habit")}
-    hardware_options = {*get_option_info(AcceleratorOptions), *get_option_info(TrainingSpeedOptions)}
-    return frozenset(allowed - hardware_options - DECIDED_BY_NEW)
+    for name, row in list_rows(script).items():
+        noted = row.get("noted", {})
+        # what a resumed run does: identity must be equal to the first run's, habit should be
+        if noted.get("resume") in ("identity", "habit") and not noted.get("of_hardware"):
+            allowed.add(name)
+    return frozenset(allowed - DECIDED_BY_NEW)
 
 
 @cache

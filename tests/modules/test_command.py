@@ -372,10 +372,10 @@ def test_a_terminal_is_told_that_torch_loads(
 ) -> None:
     monkeypatch.setattr(command, "draws_boxes", lambda stream: True)
     monkeypatch.setitem(sys.modules, "torch", sys)
-    command.print_loading()  # it is there
+    command.begin_loading()  # it is there
     assert capsys.readouterr().err == ""
     monkeypatch.delitem(sys.modules, "torch")
-    command.print_loading()
+    command.begin_loading()
     assert capsys.readouterr().err == "Loading torch ...\n"
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from modules.errors import OptionError
-from modules.options import Options, find_reach, find_record_type, get_option_info, option, resolve_type_hints
+from modules.options import Options, find_record_type, get_option_info, option, resolve_type_hints
 from training.features import FEATURES
 from training.features.contract import AGAINST_BAD_STEPS, AT_NETWORK
 from training.features.hooks import RunEnd, RunFeatures
@@ -35,11 +35,6 @@ def list_info() -> dict[str, Mapping[str, Any]]:
     return by_name
 
 
-def options_reaching(*reaches: str) -> dict[str, Mapping[str, Any]]:
-    """Return the metadata of feature options with one of these `reach` values, by option name."""
-    return {name: info for name, info in list_info().items() if find_reach(info) in reaches}
-
-
 def list_block_feature_options() -> list[str]:
     """Return the names of feature options that work only on models with transformer blocks."""
     return [name for name, info in list_info().items() if info.get("of_blocks")]
@@ -55,14 +50,6 @@ def rejected_for_full() -> dict[str, str]:
     """Map each feature option that needs a LoRA to the reason why full fine-tuning rejects it."""
     records = [feature.options for feature in FEATURES if feature.options.place == AT_NETWORK]
     return {name: record.why_not_full for record in records for name in get_option_info(record)}
-
-
-def make_run_options_class() -> type[Options]:
-    """Return an options class with a field for each feature whose options `reelsmith run` also has."""
-    records = {feature.name: feature.options.of_run for feature in FEATURES if feature.options.of_run}
-    content: dict[str, Any] = {name: option() for name in records}
-    content["__annotations__"] = records
-    return type("RunOptions", (Options,), content)
 
 
 def bad_step_remedies() -> str:

@@ -81,14 +81,12 @@ class FeatureOptions(Options):
         facts: Facts about all options of the record, such as whether resuming may change them (HABIT, FREE).
         why_not_full: Reason why full fine-tuning rejects options at AT_NETWORK.
         attribute: Key of a table's `custom_attributes` that turns the feature on.
-        of_run: Record of the options that `reelsmith run` also has and passes to its training.
     """
 
     place: ClassVar[str]
     facts: ClassVar[Mapping[str, Any]]
     why_not_full: ClassVar[str]
     attribute: ClassVar[str]
-    of_run: ClassVar[type[Options] | None]
 
     def __init_subclass__(
         cls,
@@ -97,12 +95,10 @@ class FeatureOptions(Options):
         facts: Mapping[str, Any] | None = None,
         why_not_full: str = NO_FROZEN_MODEL,
         attribute: str = "",
-        of_run: type[Options] | None = None,
     ) -> None:
         super().__init_subclass__(title=title)
         cls.place, cls.facts = at, facts or {}
         cls.why_not_full, cls.attribute = why_not_full, attribute
-        cls.of_run = of_run
 
 
 @dataclass(frozen=True, eq=False, repr=False)  # compared as objects, never printed

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.errors import OptionError, UserError
-from modules.options import CONFIGURES, FREE, SECRET, SENDS, SHARED_WITH_RUN, Options, option
+from modules.options import CONFIGURES, FREE, SECRET, SENDS, option, shared_with_run
 from training.features.contract import AT_LOGS, FeatureOptions
 
 logger = logging.getLogger(__name__)
@@ -30,33 +30,28 @@ _IF_LOGGED = {"nothing is logged without --logging_dir or --log_with": lambda op
 _IF_WANDB = {"wandb is not used without --log_with wandb": lambda options: "wandb" in options.trackers}
 
 
-class RunTrackerOptions(Options):
-    """Tracker options that `reelsmith run` passes on to its training command."""
-
-    logging_dir: Path | None = option(
-        "folder for TensorBoard's files, anywhere; default: that of run.toml, in the folder",
-        place="new folder",
-    )
-    log_with: str | None = option(
-        "a tracker for the losses; in run.toml only tensorboard and aim are taken unasked",
-        choices=(*CHOICES, "all"),
-    )
-    log_tracker_config: Path | None = option(
-        "TOML file with arguments for the trackers; in run.toml it is rejected", place="there"
-    )
-
-
-class TrackerOptions(FeatureOptions, title="logs", at=AT_LOGS, facts=FREE, of_run=RunTrackerOptions):
+class TrackerOptions(FeatureOptions, title="logs", at=AT_LOGS, facts=FREE):
     """Options of trackers that receive metrics and samples, such as TensorBoard and wandb."""
 
     logging_dir: Path | None = option(
-        "folder for TensorBoard logs; each run gets a subfolder", place="new folder"
+        "folder for TensorBoard logs; each run gets a subfolder",
+        place="new folder",
+        facts=shared_with_run(
+            "folder for TensorBoard's files, anywhere; default: that of run.toml, in the folder"
+        ),
     )
     log_with: str | None = option(
         "default: tensorboard if --logging_dir is given; all: tensorboard and wandb",
         choices=(*CHOICES, "all"),
         # trackers that do not write to --logging_dir may send data anywhere
-        facts={**SENDS, **SHARED_WITH_RUN, "stays": NEEDS_FOLDER, "permission": "gives its losses to {}"},
+        facts={
+            **SENDS,
+            **shared_with_run(
+                "a tracker for the losses; in run.toml only tensorboard and aim are taken unasked"
+            ),
+            "stays": NEEDS_FOLDER,
+            "permission": "gives its losses to {}",
+        },
     )
     log_prefix: str | None = option(
         "prefix of the run folder's name, before the date",
@@ -78,7 +73,11 @@ class TrackerOptions(FeatureOptions, title="logs", at=AT_LOGS, facts=FREE, of_ru
         place="there",
         hint="a TOML file with a table [wandb] or of another tracker",
         acts_if=_IF_LOGGED,
-        facts={**CONFIGURES, **SHARED_WITH_RUN, "permission": "has its trackers read {}"},
+        facts={
+            **CONFIGURES,
+            **shared_with_run("TOML file with arguments for the trackers; in run.toml it is rejected"),
+            "permission": "has its trackers read {}",
+        },
     )
     wandb_api_key: str | None = option(
         "log in to wandb with this key; it is never written anywhere", acts_if=_IF_WANDB, facts=SECRET

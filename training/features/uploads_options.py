@@ -1,28 +1,24 @@
 """Options for uploads to the Hugging Face hub."""
 
-from modules.options import FREE, SECRET, SENDS, SHARED_WITH_RUN, Options, option
+from modules.options import FREE, SECRET, SENDS, option, shared_with_run
 from training.features.contract import AT_METADATA, FeatureOptions
 
 _NOT_UPLOADED = "nothing is uploaded without --huggingface_repo_id"
 _IF_UPLOADED = {_NOT_UPLOADED: lambda options: options.huggingface_repo_id is not None}
 
 
-class RunUploadOptions(Options):
-    """Upload options that `reelsmith run` passes on to its training command."""
-
-    huggingface_repo_id: str | None = option(
-        "upload the trained files to this repository (owner/name); in run.toml it is rejected"
-    )
-
-
-class UploadOptions(
-    FeatureOptions, title="Hugging Face hub", at=AT_METADATA, facts=FREE, of_run=RunUploadOptions
-):
+class UploadOptions(FeatureOptions, title="Hugging Face hub", at=AT_METADATA, facts=FREE):
     """Options of uploads to the Hugging Face hub, and of resuming from a state on the hub."""
 
     huggingface_repo_id: str | None = option(
         "upload each saved file to this repository (owner/name); it gets a model card if it has none",
-        facts={**SENDS, **SHARED_WITH_RUN, "permission": "uploads the trained files to {}"},
+        facts={
+            **SENDS,
+            **shared_with_run(
+                "upload the trained files to this repository (owner/name); in run.toml it is rejected"
+            ),
+            "permission": "uploads the trained files to {}",
+        },
     )
     huggingface_repo_type: str | None = option(
         "model (default), dataset or space", one_of=("model", "dataset", "space"), acts_if=_IF_UPLOADED

@@ -25,15 +25,15 @@ from browser.runs.recipes import (
     to_command_options,
 )
 from downloads.catalogue import model_title
-from generation.options import GenerationOptions, generation_parser
 from generation.prompt_lines import find_option, read_path
 from modules.control_codes import shorten
 from modules.errors import OptionError
-from modules.installation import import_own
+from modules.installation import find_script
 from modules.media.reading import TOOL_TAG, read_tags
-from modules.options import get_option_info
+from modules.option_tables import find_table
+from modules.options import find_rejection
 from modules.pages.language import join, say
-from modules.parser import add_options
+from modules.table_parser import build_parser
 from protocols.families import HIGH_NOISE, with_scripts
 
 PREFIX = "bt_"
@@ -244,30 +244,22 @@ class KnownOption(NamedTuple):
 @functools.cache
 def read_script_options(family: str) -> Mapping[str, KnownOption]:
     """Return the options of a family's generation script by name, except the ones that it rejects."""
-    entry = with_scripts()[family]
-    defaults = import_own(entry.generation_script).DEFAULTS
-    record = entry.options_record("Generation")
-    parser = generation_parser(None, defaults)
-    add_options(parser, record)
-    info = get_option_info(GenerationOptions) | get_option_info(record)
-    refused = set(defaults.declared()["refused"])
+    table = find_table(find_script(f"{with_scripts()[family].generation_script}.py"))
+    assert table is not None, family
     options = {}
-    for action in parser._actions:  # argparse has no public list of a parser's options
+    for action in build_parser(table, "")._actions:  # argparse has no public list of a parser's options
         flags = [flag for flag in action.option_strings if flag.startswith("--")]
-        if flags and action.dest not in refused:
+        if flags and find_rejection(action) is None:
+            # not recorded: what belongs to one request, changes no pixel, writes files or imports code
+            facts = vars(action)
+            record = facts["noted"].get("record") if "noted" in facts else "nothing"
             options[action.dest] = KnownOption(
                 flags=flags,
                 nargs=action.nargs,
                 default=action.default,
-                is_recorded=action.dest in info and _is_recorded(info[action.dest]),
+                is_recorded=record not in ("request", "nothing") and not facts.get("reach"),
             )
     return options
-
-
-def _is_recorded(option_info: Mapping[str, Any]) -> bool:
-    """Return whether generated files record an option in their metadata, judging by its declaration."""
-    reaches_out = "reach" in option_info  # it writes files or imports code
-    return option_info.get("record") not in ("request", "nothing") and not reaches_out
 
 
 FindFile = Callable[[str], str]  # returns the path of a file by its name; raises OptionError

@@ -11,14 +11,14 @@ from typing import Any
 
 from browser.folders.described_folder import DATASET_FILE, TRAINING_TABLE, reject_share
 from modules.command import quote_command
+from modules.options import CONFIGURES, SENDS
 from modules.pages.language import say
 from modules.paths import expand_path
 from modules.run_limits import ALLOWED_BY, OTHER_FOLDERS_OPTION
 from modules.text_files import parse_toml, read_content, real_path
 from project.options import RUN_FILE
-from project.run_options import STARTING
+from project.run_options import STARTING, TRAINING_ROWS
 from training.config_options import OUR_NETWORKS, PROJECT_TABLE
-from training.features.composing import options_reaching
 
 CODE_OPTIONS = ("network_module",)  # options that load code
 NOT_STARTED = "`run` refuses it: --%(option)s is only taken if it is typed"
@@ -102,8 +102,8 @@ def _describe_target(folder: Path, option: str, text: str) -> Permission:
 
 def _list_writing(folder: Path, tables: Mapping[str, Any]) -> Iterator[Permission]:
     values = _get_table(tables, TRAINING_TABLE)
-    for option in ("output_dir", *options_reaching("writes")):
-        if option in values:
+    for option, row in TRAINING_ROWS.items():
+        if option in values and row.get("facts", {}).get("place") == "new folder":
             yield _describe_target(folder, option, str(values[option]))
 
 
@@ -128,12 +128,13 @@ def _as_list(value: object) -> list[Any]:
 
 def _list_sending(tables: Mapping[str, Any]) -> Iterator[Permission]:
     values = _get_table(tables, TRAINING_TABLE)
-    for option, info in options_reaching("sends", "configures").items():
+    for option, row in TRAINING_ROWS.items():
         value = values.get(option)
-        if value:
-            is_local = value in info.get("stays", ())  # nothing leaves this machine
+        if value and row.get("reach") in (SENDS["reach"], CONFIGURES["reach"]):
+            is_local = value in row.get("stays", ())  # nothing leaves this machine
             note = "" if is_local else say("`run` refuses it unless --%(option)s is typed", option=option)
-            yield Permission(info["permission"].format(value), note=note, is_unusual=not is_local)
+            text = row["noted"]["permission"].format(value)
+            yield Permission(text, note=note, is_unusual=not is_local)
 
 
 def _list_code(tables: Mapping[str, Any]) -> Iterator[Permission]:
