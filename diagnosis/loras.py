@@ -1,6 +1,5 @@
 """Findings about LoRA files: modules without effect, one loud block, and two files that clash."""
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +10,11 @@ from torch import Tensor
 from data_tools.report.diagnosis.finding import Finding
 from modules.console import format_count
 from modules.errors import CheckpointError
+from networks.block_strengths import split_block_name
 from networks.delta import Delta, read_deltas
 from networks.loading import read_lora
 from networks.module_factors import compute_scaling, group_by_module
+from networks.typed_strengths import OTHER
 
 CPU = torch.device("cpu")
 LORA_FACTORS = frozenset({"lora_up.weight", "lora_down.weight", "alpha"})
@@ -191,9 +192,9 @@ def find_pair_findings(first: MeasuredLora, second: MeasuredLora) -> Iterator[Fi
 
 
 def _name_block(module: str) -> str:
-    """Return the block of a module: its name up to the first number."""
-    match = re.match(r"(?:lora_unet_)?(.*?_?\d+)(?:_|$)", module)
-    return match[1] if match else "other"
+    """Return the block of a module as a table shows it, such as blocks_3."""
+    block = split_block_name(module)
+    return OTHER if block is None else f"{block[0]}_{block[1]}"
 
 
 def _sort_key(block: str) -> tuple[str, int]:

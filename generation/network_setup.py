@@ -233,7 +233,7 @@ def expert_loras(
     """
     files_by_key = list_loras(options)
     patterns = options.lora_patterns
-    has_patterns = bool(patterns.include_patterns or patterns.exclude_patterns)
+    has_patterns = bool(patterns.include_patterns or patterns.exclude_patterns or patterns.lora_blocks)
     if not any(files_by_key.values()) and not has_patterns:
         return ((),) * len(family.experts)
     loras_by_key = _read_loras(files_by_key, patterns, with_texts)

@@ -62,8 +62,8 @@ class ExpertOptions(Options, title="two experts"):
     """LoRAs of the high-noise expert, and how the two experts share device memory."""
 
     lora_weight_high_noise: tuple[Path, ...] | None = option(
-        "LoRA files for --dit_high_noise; those of --lora_weight are for --dit. --include_patterns and "
-        "--exclude_patterns count over both: first the files of --lora_weight, then these",
+        "LoRA files for --dit_high_noise; those of --lora_weight are for --dit. --include_patterns, "
+        "--exclude_patterns and --lora_blocks count over both: first the files of --lora_weight, then these",
         place="there",
         facts=REQUEST_SETTING,
     )

@@ -206,9 +206,9 @@ def move_ic_loras_to_first_stage(shared: Any, own_options: Any) -> tuple[Any, An
     # Raise OptionError if an option for LoRAs is given that cannot apply to an IC-LoRA
     ic_lora = ic_loras[0][0]
     patterns = shared.lora_patterns
-    if patterns.include_patterns or patterns.exclude_patterns:
+    if patterns.include_patterns or patterns.exclude_patterns or patterns.lora_blocks:
         raise OptionError(
-            f"--include_patterns, --exclude_patterns: {ic_lora} is an IC-LoRA, which "
+            f"--include_patterns, --exclude_patterns, --lora_blocks: {ic_lora} is an IC-LoRA, which "
             "--sample_two_stage adds to the first stage as a whole. Omit the patterns"
         )
     if (not other_loras) and shared.lora_rounding != "auto":

@@ -16,6 +16,7 @@ from modules.console import format_count, list_some, pluralize
 from modules.errors import CheckpointError, OptionError
 from networks import key_formats
 from networks.alphas import read_alphas, restore_folded_alphas
+from networks.block_strengths import scale_blocks
 from networks.delta import Delta, read_deltas
 from networks.formats import diffusers, kohya
 from networks.formats.comfyui import FROZEN_NORMS, NORMS_FORM, has_unstated_norms
@@ -652,35 +653,41 @@ def read_weighted_loras(
     """
     include_patterns: Sequence[str] = ()
     exclude_patterns: Sequence[str] = ()
+    block_strengths: Sequence[str] = ()
     if patterns is not None:
         include_patterns = patterns.include_patterns or ()
         exclude_patterns = patterns.exclude_patterns or ()
-    if max(len(include_patterns), len(exclude_patterns)) > len(files):
-        raise _make_extra_patterns_error(include_patterns, exclude_patterns, len(files))
+        block_strengths = patterns.lora_blocks or ()
+    for option, values, what in (
+        ("include_patterns", include_patterns, "patterns"),
+        ("exclude_patterns", exclude_patterns, "patterns"),
+        ("lora_blocks", block_strengths, "texts"),
+    ):
+        if len(values) > len(files):
+            raise OptionError(
+                f"--{option} has {len(values)} {what} for {len(files)} LoRA files: pass one per file, in "
+                "the same order"
+            )
     weighted_loras = []
-    # the last files may have no pattern: theirs are None
-    for (path, multiplier), include, exclude in zip_longest(files, include_patterns, exclude_patterns):
+    # the last files may have no pattern or strengths: theirs are None
+    for (path, multiplier), include, exclude, blocks in zip_longest(
+        files, include_patterns, exclude_patterns, block_strengths
+    ):
         lora = read_lora(path, by_expert=True, with_texts=with_texts, with_embeddings=with_embeddings)
+        if blocks:
+            lora = replace(
+                lora,
+                tensors=scale_blocks(lora.tensors, blocks, path) if lora.tensors else lora.tensors,
+                loras_by_expert={
+                    expert: replace(part, tensors=scale_blocks(part.tensors, blocks, path))
+                    for expert, part in lora.loras_by_expert.items()
+                },
+            )
         weighted_lora = WeightedLora(lora, multiplier, include, exclude)
         if include or exclude:
             weighted_lora = _fit_separators(weighted_lora)
         weighted_loras.append(weighted_lora)
     return weighted_loras
-
-
-def _make_extra_patterns_error(
-    include_patterns: Sequence[str], exclude_patterns: Sequence[str], num_files: int
-) -> OptionError:
-    """Return the error for an option that has more patterns than there are LoRA files."""
-    option = "include_patterns"
-    num_patterns = len(include_patterns)
-    if num_patterns <= num_files:
-        option = "exclude_patterns"
-        num_patterns = len(exclude_patterns)
-    return OptionError(
-        f"--{option} has {num_patterns} patterns for {num_files} LoRA files: pass one per file, in "
-        "the same order"
-    )
 
 
 def _fit_separators(weighted_lora: WeightedLora) -> WeightedLora:

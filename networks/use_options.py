@@ -12,6 +12,7 @@ from modules.errors import OptionError
 from modules.options import Options, option
 from modules.paths import explain_missing
 from networks.kinds.composing import list_kinds
+from networks.typed_strengths import read_block_strengths
 
 logger = logging.getLogger(__name__)
 
@@ -88,10 +89,15 @@ ADDED_PATTERN = "(?#of another option)"
 
 
 class LoraPatternOptions(Options):
-    """One regular expression per LoRA file that selects the tensors to use by name."""
+    """What is used of each LoRA file: tensors selected by regular expressions, and the strength of blocks."""
 
     include_patterns: tuple[str, ...] | None = option(f"use only tensors that match: one {PATTERN}")
     exclude_patterns: tuple[str, ...] | None = option(f"omit tensors that match: one {PATTERN}")
+    lora_blocks: tuple[str, ...] | None = option(
+        "strength of each block, one text per --lora_weight: 0-9=0.5,30-=0 halves blocks 0 to 9 and omits "
+        "those from 30 on; double_blocks:3=1 names the list if there are several, other=0 what is in no "
+        "block, @FILE reads them from a file. tools/diagnose.py shows a file's blocks"
+    )
 
     def __post_init__(self) -> None:
         for name in ("include_patterns", "exclude_patterns"):
@@ -100,6 +106,8 @@ class LoraPatternOptions(Options):
                     re.compile(pattern)
                 except re.error as error:
                     raise OptionError(f"--{name} {pattern!r} is not a regular expression: {error}") from None
+        for text in self.lora_blocks or ():
+            read_block_strengths(text)
 
     def also_excluding(self, pattern: str, files: int) -> "LoraPatternOptions":
         """Return these options with `pattern`, which the user did not type, excluded from each file too."""

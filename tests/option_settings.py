@@ -240,6 +240,7 @@ SETTINGS: dict[str, Setting] = {
     "lora_multiplier": Setting(("0.5",), also=GIVEN_LORA),
     "include_patterns": Setting(("attn",), also=GIVEN_LORA),
     "exclude_patterns": Setting(("attn",), also=GIVEN_LORA),
+    "lora_blocks": Setting(("0=0.5",), also=GIVEN_LORA),
     "save_merged_model": Setting(("merged.safetensors",), also=GIVEN_LORA),
     "upcast_linear": Setting(also=("--fp8_scaled",)),
     "magcache_mag_ratios": Setting(("1.0", "1.0", "1.0", "--magcache_retention_ratio", "0")),

@@ -178,8 +178,8 @@ SCRIPTS = sorted(
 # scripts in a room, with the rights of those at the root
 _TOOLS = {
     "tools": (
-        *("cache_on_ray", "canny", "caption_dataset", "compare", "control_pictures", "convert_cache"),
-        *("dataset_report", "detect_face_rotate", "diagnose", "doctor"),
+        *("blocks", "cache_on_ray", "canny", "caption_dataset", "compare", "control_pictures"),
+        *("convert_cache", "dataset_report", "detect_face_rotate", "diagnose", "doctor"),
         *("download", "lora_post_hoc_ema", "prepare_dataset", "quantise", "run_browser", "share_page"),
         *("mask", "merge_models", "pack", "recipe", "resize_images_to_resolution", "score"),
         *("show_metadata", "split_video", "tag", "unpack"),

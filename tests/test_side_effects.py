@@ -12,10 +12,16 @@ import pytest
 
 from tests.commands import ROOT, run_program
 from tests.faults.messages import succeed_here
-from tests.test_imports import HEAVY, SCRIPTS, SLOW, TOOLS
+from tests.test_imports import SCRIPTS, TOOLS
 from tests.tiny.picture_project import lay_out_flux, lay_out_images
 from tests.tiny.project import lay_out_models, write_clips, write_dataset
 
+# --help answers from a table, before any of these would be loaded
+HEAVY = (
+    *("torch", "numpy", "av", "cv2", "accelerate", "transformers", "safetensors", "PIL", "einops"),
+    *("jinja2", "matplotlib", "rich", "tqdm"),
+)
+SLOW = ("hashlib", "subprocess", "tomllib")  # of the standard library
 FOLDERS = (
     *(".", "benchmarks", "blissful_tuner", "docs", "finetune", "networks"),
     *("package/reelsmith", "pocket", "tools"),

@@ -116,6 +116,7 @@ VALUES = {  # where any value of the right type does not do
     "compile_args": ["inductor", "default", "True", "False"],
     "compile_mode": ["max-autotune"],
     "lora_weight": [LORA],
+    "lora_blocks": ["0=0.5"],
     "lora_weight_high_noise": [LORA],
     "ltx_mode": ["av"],
     **dict.fromkeys(
@@ -141,7 +142,7 @@ WITH = {  # what has to be given too
     "sample_two_stage": ["--spatial_upsampler_path", LORA],
     "i2_extra_noise": ["--i2i_path", "start.png"],
     "rope_scaling_factor": ["--rope_scaling_timestep_threshold", "800"],
-    **dict.fromkeys(["lora_multiplier", "lora_rounding"], ["--lora_weight", LORA]),
+    **dict.fromkeys(["lora_blocks", "lora_multiplier", "lora_rounding"], ["--lora_weight", LORA]),
     "lora_multiplier_high_noise": ["--lora_weight_high_noise", LORA],
     "wan riflex_index": ["--rope_func", "comfy"],
     "teacache_coefficients": ["--teacache_threshold", "0.1"],
