@@ -599,13 +599,17 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             network.visual = load_vision_tower(self.path, self.settings.model, device, self.dtype)
 
     def _encode_prompts(self, prompts: Sequence[Prompt]) -> list[Conditions]:
-        """Encode prompts with their images in front of the text."""
+        """Encode prompts with the images that the model sees with them."""
         image_format = self.settings.image_format
-        if image_format is None or not any(prompt.images for prompt in prompts):
+        if image_format is None:
+            return super().encode(prompts)
+        frames = [self.read_frames(prompt) for prompt in prompts]
+        if not any(frames):
             return super().encode(prompts)
         network, tokenizer = self._loaded.get()
         self.load_tower(network.get_parameter(self.embedding).device)
-        images = _read_all_images(network.get_submodule("visual"), prompts, image_format)
+        tower = network.get_submodule("visual")
+        images = [read_images(tower, pictures, image_format) for pictures in frames]
         placeholder = self.find_token(tokenizer, image_format.token)
         templated_prompts: list[TemplatedPrompt] = []
         for prompt, prompt_images in zip(prompts, images, strict=True):
@@ -615,20 +619,42 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
                 raise MediaError(
                     f"{image_format.token} stands for an image. Remove it from the prompt: {templated.prompt}"
                 )
-            # Insert the placeholder tokens of a prompt's images in front of its text
-            total = len(prompt_images.counts)
-            inserted = ""
-            for number, num_tokens in enumerate(prompt_images.counts, start=1):
-                inserted += image_format.write(number, num_tokens, total)
-            templated_prompts.append(
-                templated._replace(
-                    text=templated.text[: templated.start] + inserted + templated.text[templated.start :],
-                    start=templated.start + len(inserted),
-                    suffix_start=templated.suffix_start + len(inserted),
-                    num_image_tokens=sum(prompt_images.counts),
-                )
-            )
+            placed = self.place_images(prompt, templated, prompt_images.counts)
+            templated_prompts.append(placed._replace(num_image_tokens=sum(prompt_images.counts)))
         return self.encode_templated(templated_prompts, functools.partial(self.compute, images=images))
+
+    def read_frames(self, prompt: Prompt) -> list[Tensor]:
+        """Return the images that the model sees with a prompt, H W 3 uint8 each, in their order.
+
+        Raises:
+            MediaError: If an image cannot be read.
+        """
+        image_format = self.settings.image_format
+        assert image_format is not None
+        if prompt.image_pixels:  # already decoded
+            return [image_format.show(frame) for frame in image_format.select(prompt.image_pixels)]
+        paths = image_format.select(prompt.images)
+        return [image_format.read(path, prompt.image_size) for path in paths]
+
+    def place_images(
+        self, prompt: Prompt, templated: TemplatedPrompt, counts: Sequence[int]
+    ) -> TemplatedPrompt:
+        """Return a templated prompt with the placeholder tokens of its images in front of its text.
+
+        Args:
+            prompt: The prompt.
+            templated: The same in the template.
+            counts: Number of tokens of each image.
+        """
+        assert self.settings.image_format is not None
+        inserted = ""
+        for number, num_tokens in enumerate(counts, start=1):
+            inserted += self.settings.image_format.write(number, num_tokens, len(counts))
+        return templated._replace(
+            text=templated.text[: templated.start] + inserted + templated.text[templated.start :],
+            start=templated.start + len(inserted),
+            suffix_start=templated.suffix_start + len(inserted),
+        )
 
 
 @dataclass(frozen=True)
@@ -708,22 +734,6 @@ class LanguageModelFiles(TransformerFiles):
     def check_tower(self) -> None:
         """Raise CheckpointError unless the language model's file has a vision tower of the right model."""
         read_once(self.language_model().path, _read_tower, self.encoder_settings)
-
-
-def _read_all_images(
-    tower: nn.Module, prompts: Sequence[Prompt], image_format: ImagePromptFormat
-) -> list[PatchedImages]:
-    """Read each prompt's images and cut them into patches for the vision tower."""
-    images = []
-    for prompt in prompts:
-        if prompt.image_pixels:  # prompts of a dataset have decoded images
-            frames = [image_format.show(frame) for frame in image_format.select(prompt.image_pixels)]
-        else:
-            frames = [
-                image_format.read(path, prompt.image_size) for path in image_format.select(prompt.images)
-            ]
-        images.append(read_images(tower, frames, image_format))
-    return images
 
 
 def _measure_states(checkpoint: Checkpoint, settings: LanguageEncoderSettings) -> int:

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 from modules.control_codes import shorten
 from modules.errors import CaptionError
 from modules.text_files import looks_like_object, read_object
-from protocols.caption_formats import CaptionFormat, CaptionKey, has_text
+from protocols.caption_formats import CaptionFormat, CaptionKey
 
 DESCRIPTION, TEXTS = "short_description", "text_render"
+DRAWING = "image_tokens"  # key of a text whose value stands for its drawing
 CAPTION, INSTRUCTION = "structured_caption", "edit_instruction"
 SCORES = ("aesthetic_score", "preference_score")  # never in trained captions
 FORMAT = CaptionFormat(
@@ -124,8 +125,11 @@ def read_caption(text: str) -> dict[str, Any] | None:
         ) from None
 
 
-def write_caption(text: str) -> WrittenCaption:
+def write_caption(text: str, mark: str | None = None) -> WrittenCaption:
     """Return a caption in the JSON form of the training data; an empty one becomes the null caption.
+
+    `mark` is added to each text that is drawn for the text encoder, where the drawing belongs; "": it is not
+    shown yet; None: texts are not drawn.
 
     Raises CaptionError for text that begins like an object but is not valid JSON.
     """
@@ -134,13 +138,14 @@ def write_caption(text: str) -> WrittenCaption:
     caption = read_caption(text)
     if caption is None:
         return _wrap_plain(DESCRIPTION, text)
-    return WrittenCaption(write_json(_split_caption(caption)[0] or {}))
+    cleaned = _split_caption(caption)[0]
+    return WrittenCaption(write_json(_mark_texts(cleaned, mark) or {}))
 
 
-def write_edit(text: str) -> WrittenCaption:
+def write_edit(text: str, mark: str | None = None) -> WrittenCaption:
     """Write the JSON of an edit without its opening brace, which the prompt has before the images.
 
-    Raises CaptionError for invalid JSON, and if an object has no instruction.
+    `mark` as in `write_caption`. Raises CaptionError for invalid JSON, and if an object has no instruction.
     """
     content = read_caption(text)
     if content is None:
@@ -151,19 +156,31 @@ def write_edit(text: str) -> WrittenCaption:
     if error:
         raise CaptionError(f"the edit {shorten(text, 60)}: {error}")
     caption, instruction = _split_caption(content)
-    edit = {CAPTION: caption} if caption else {}
+    edit = {CAPTION: _mark_texts(caption, mark)} if caption else {}
     return WrittenCaption(write_json({**edit, INSTRUCTION: instruction})[1:])
 
 
-def has_drawn_texts(text: str) -> bool:
-    """Return whether a JSON caption lists words in the image, which the release draws for the encoder."""
-    caption = read_caption(text) or {}
-    inner = caption.get(CAPTION, caption)
-    entries = inner.get(TEXTS) if isinstance(inner, dict) else None
-    return any(
-        isinstance(entry, dict) and has_text(entry.get("text"))
+def list_drawn_texts(text: str) -> list[str]:
+    """Return the texts in the image that a JSON caption lists, which the release draws for the encoder."""
+    return [entry["text"] for entry in _list_entries(_split_caption(read_caption(text) or {})[0])]
+
+
+def _list_entries(caption: Any) -> list[dict[str, Any]]:
+    """Return the entries of a cleaned caption's text_render that have a text."""
+    entries = caption.get(TEXTS) if isinstance(caption, dict) else None
+    return [
+        entry
         for entry in (entries if isinstance(entries, list) else ())
-    )
+        if isinstance(entry, dict) and isinstance(entry.get("text"), str) and entry["text"]
+    ]
+
+
+def _mark_texts(caption: Any, mark: str | None) -> Any:
+    """Return a cleaned caption with `mark` in each text that is drawn, after its other keys."""
+    if mark is not None:
+        for entry in _list_entries(caption):
+            entry[DRAWING] = mark
+    return caption
 
 
 def _wrap_plain(key: str, text: str) -> WrittenCaption:

@@ -17,7 +17,7 @@ from fibo_2.configs import DIT, LATENT, NOISE, RELEASE, STATES
 from fibo_2.files import SAMPLE_DIT_OPTION, Fibo2Files
 from fibo_2.names import LORA
 from fibo_2.options import MASK, NAME, SIDE
-from fibo_2.texts import ENCODER_SETTINGS, KEY
+from fibo_2.texts import DRAWN_KEY, ENCODER_SETTINGS, KEY
 from flux_2.configs import count_latents
 from flux_2.versions import VERSIONS
 from modules.errors import CacheError, OptionError
@@ -46,6 +46,7 @@ TEXTS_AGAIN, LATENTS_AGAIN = "fibo_2_cache_text_encoder_outputs.py", "fibo_2_cac
 MAX_REFERENCES = 4  # as released
 # tokens of images, and mu of their noise levels
 SHIFT_AT_FEW_TOKENS, SHIFT_AT_MANY_TOKENS = (256, 0.5), (4096, 1.15)
+DRAWN_TIMES = 900.0  # noise levels in thousandths; above it, drawings are not shown yet, as in the release
 PATCH = 2  # latent pixels along each side of a token, in the layout that noise is drawn in
 DEFAULTS = pictures.image_defaults(own.STEPS, own.GUIDANCE, SIDE, sized_by_references=True, extras=(MASK,))
 TURBO = replace(DEFAULTS, steps=own.TURBO_STEPS, guidance_scale=own.TURBO_GUIDANCE)
@@ -58,6 +59,7 @@ class Fibo2(pictures.ImageModelFamily):
     files: Fibo2Files
     options: Any = NO_OPTIONS  # set only in training
     samples_on_turbo: bool = False  # whether the transformer is the one of --distilled_dit
+    resizes_references: bool = True  # else each image to edit keeps its size
 
     noise_dtype: torch.dtype | None = torch.float32  # whatever the transformer's, as released
     draws_latents: ClassVar[bool] = False
@@ -140,7 +142,8 @@ class Fibo2(pictures.ImageModelFamily):
                     f"{cache.path}: the caption was encoded with another template. Run {TEXTS_AGAIN}."
                 )
         references = pictures.get_references(batch, LATENT.channels, 1, LATENTS_AGAIN)
-        return {KEY: batch.tensors[KEY], **references}
+        drawn = {DRAWN_KEY: batch.tensors[DRAWN_KEY]} if DRAWN_KEY in batch.tensors else {}
+        return {KEY: batch.tensors[KEY], **drawn, **references}
 
     def predict(
         self,
@@ -154,8 +157,17 @@ class Fibo2(pictures.ImageModelFamily):
 
         `cond` contains:
             fibo_states: States of n layers of the language model, T n W for each sample.
+            fibo_drawn_states: The same of captions whose texts the encoder saw as drawings, of length 0 where
+                there are none. They replace the others up to the noise level `DRAWN_TIMES`.
             latents_control_0, ...: Clean latents of images to edit, B C 1 h w each, if there are any.
         """
+        drawn = cond.get(DRAWN_KEY, ())
+        if any(len(states) for states in drawn):
+            chosen = [
+                states_with if len(states_with) and time <= DRAWN_TIMES else states
+                for states, states_with, time in zip(cond[KEY], drawn, timesteps.tolist(), strict=True)
+            ]
+            cond = {**cond, KEY: chosen}
         velocity: Tensor = dit(
             noisy,
             timesteps.float(),
@@ -189,8 +201,11 @@ class Fibo2(pictures.ImageModelFamily):
             self.files.check_tower()
         prompts = prepared.prompts[0]
         positive = self._show_images(prompts.positive, prepared)
-        negative = replace(prompts.negative or Prompt(NULL), is_negative=True)
-        return replace(prepared, prompts={0: replace(prompts, positive=positive, negative=negative)})
+        # an empty text is another one than the null caption, which a request without negative prompt has
+        text = "" if request.negative_prompt == "" else prepared.negative_prompt
+        negative = replace(prompts.negative or Prompt(NULL), text=text, is_negative=True)
+        prompts = replace(prompts, positive=positive, negative=negative)
+        return replace(prepared, prompts={0: prompts}, negative_prompt=text)
 
     def _select_size(self, request: Request) -> Request:
         """Return the request with a size; by default, the trained size that fits the first image."""
@@ -214,12 +229,17 @@ class Fibo2(pictures.ImageModelFamily):
         # several images keep their trained sizes
         size = (prepared.width, prepared.height) if len(paths) == 1 else None
         prompt = replace(prompt, images=paths, image_size=size)
-        if not mask:
+        if not mask and self.resizes_references:
             return prompt
-        from fibo_2.references import read_masked  # only with a mask
+        from fibo_2.references import read_masked, read_own_size  # only with one of these options
 
-        frames = read_masked(paths[0], Path(mask), (prepared.width, prepared.height))
-        return replace(prompt, image_pixels=(frames,), media_before_text=(mask,))
+        if mask:
+            frames = [read_masked(paths[0], Path(mask), size if self.resizes_references else None)]
+        else:
+            frames = [read_own_size(path) for path in paths]
+        # prompts with different pixels are equal only if these are equal
+        shown = (mask, self.resizes_references)
+        return replace(prompt, image_pixels=tuple(frames), media_before_text=shown)
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """Encode the images to edit as posterior means `latents_control_0`, ..., each 1 C 1 h w."""
@@ -252,7 +272,7 @@ def family_for_text_caching(options: own.Fibo2TextCachingOptions) -> Fibo2:
 
 def family_for_training(options: own.Fibo2TrainingOptions) -> Fibo2:
     """Build the model description for fibo_2_train_network.py."""
-    return Fibo2(_make_files(options), options)
+    return Fibo2(_make_files(options), options, resizes_references=not options.no_resize_control)
 
 
 def family_for_samples(options: own.Fibo2TrainingOptions) -> Fibo2 | None:
@@ -264,12 +284,13 @@ def family_for_samples(options: own.Fibo2TrainingOptions) -> Fibo2 | None:
         return None
     files = replace(_make_files(options), dit=options.distilled_dit, dit_option=SAMPLE_DIT_OPTION)
     files.dit_header()
-    return Fibo2(files, options, samples_on_turbo=True)
+    resizes_references = not options.no_resize_control
+    return Fibo2(files, options, samples_on_turbo=True, resizes_references=resizes_references)
 
 
 def family_for_generation(options: own.Fibo2GenerationOptions) -> Fibo2:
     """Build the model description for fibo_2_generate_image.py."""
-    return Fibo2(_make_files(options))
+    return Fibo2(_make_files(options), resizes_references=not options.no_resize_control)
 
 
 def _make_files(options: own.Fibo2ModelOptions) -> Fibo2Files:

@@ -7,9 +7,9 @@ them.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 
@@ -24,11 +24,11 @@ from checkpoints.dialects import (
 from checkpoints.dits import DitFormat, DitHeader
 from checkpoints.model_files import inside, read_once
 from checkpoints.opening import Checkpoint, list_tensor_sources
-from encoders.language_encoder import LanguageEncoderSettings, LanguageModelEncoder, LanguageModelFiles
+from encoders.language_encoder import LanguageEncoderSettings, LanguageModelFiles
 from fibo_2.configs import MAX_INJECTIONS, STATES_PER_BUNDLE, Fibo2Config
 from fibo_2.model import Fibo2Model
 from fibo_2.names import FIBO_2
-from fibo_2.options import NAME
+from fibo_2.options import NAME, Fibo2TextOptions
 from fibo_2.texts import ENCODER_SETTINGS, Fibo2TextEncoder
 from flux_2.vae import Flux2Vae, load_vae, read_vae
 from modules.errors import CheckpointError
@@ -134,10 +134,33 @@ read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMA
 class Fibo2Files(LanguageModelFiles):
     """Model files of a run: the transformer, FLUX.2's autoencoder and Qwen3-VL's language model."""
 
-    encoder_class: ClassVar[type[LanguageModelEncoder]] = Fibo2TextEncoder
     format: ClassVar = FORMAT
     vae_folder: ClassVar[str] = "vae"
     encoder_settings: ClassVar[LanguageEncoderSettings] = ENCODER_SETTINGS
+    draws_texts: bool = True  # whether the text encoder sees drawings of the texts of a caption
+    fonts: tuple[Path, ...] = ()
+
+    def add_text(self, options: Fibo2TextOptions) -> Self:  # type: ignore[override]
+        """Return a copy with the settings of the text encoder, and whether and how it sees drawn texts."""
+        files = super().add_text(options)
+        return replace(files, draws_texts=not options.no_text_images, fonts=options.fonts or ())
+
+    def language_model(self) -> Fibo2TextEncoder:
+        """Return Qwen3-VL's encoder without opening its file.
+
+        Raises:
+            OptionError: If a font cannot be read.
+        """
+        return Fibo2TextEncoder(
+            self.encoder_settings,
+            self.text_encoder_path,
+            dtype=self.encoder_dtype(self.text_dtype),
+            tokenizer=self.text_encoder_tokenizer,
+            form=self.text_form,
+            on_cpu=self.text_on_cpu,
+            draws_texts=self.draws_texts,
+            font_paths=self.fonts,
+        )
 
     @property
     def dit_path(self) -> Path:

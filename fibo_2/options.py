@@ -7,7 +7,16 @@ from typing import Any
 from flux_2.options import Flux2VaeOptions
 from modules.errors import OptionError
 from modules.option_values import Placeholder
-from modules.options import DECODING_SETTING, FREE, Options, make_request_facts, not_needed, option
+from modules.options import (
+    DECODING_SETTING,
+    FREE,
+    REFERENCES_ONLY,
+    REQUEST_SETTING,
+    Options,
+    make_request_facts,
+    not_needed,
+    option,
+)
 from modules.speed_options import TextEncoderOptions, dit_dtype_option, fp8_text_option
 
 NAME = "Fibo 2.0"
@@ -15,6 +24,10 @@ SIDE = 1024  # default width and height of images
 STEPS, GUIDANCE = 30, 5.0
 TURBO_STEPS, TURBO_GUIDANCE = 4, 1.0
 MASK = "mask_path"  # in `Request.extra`
+_OWN_SIZE = (
+    "use images to edit in their own size, cropped to multiples of 16 on the right and below; default: one "
+    "gets the size of the result, several get about a megapixel each"
+)
 _VERSION = "dev and edit-turbo have the same tensors; --dit says which."
 
 
@@ -25,6 +38,20 @@ class Fibo2TextOptions(TextEncoderOptions):
     in_fp8: bool = fp8_text_option(
         "fp8_vl", "the linear layers of Qwen3-VL in fp8: half the memory, slightly different states"
     )
+    no_text_images: bool = option(
+        "do not draw the texts of text_render for the text encoder, which then reads only their words"
+    )
+    fonts: tuple[Path, ...] | None = option(
+        "fonts for drawn texts with characters that Pillow's own font lacks: files, or the folder fonts of "
+        "Bria's release",
+        place="there",
+        excludes="no_text_images",
+    )
+
+    def command_options(self, stand_in: str) -> dict[str, Any]:
+        """Return options for a printed command that encodes prompts as this run does."""
+        drawing = {"--no_text_images": self.no_text_images, "--fonts": self.fonts or ()}
+        return {**super().command_options(stand_in), **drawing}
 
 
 class Fibo2LatentCachingOptions(Options, title=NAME):
@@ -60,6 +87,7 @@ class Fibo2TrainingOptions(Fibo2ModelOptions, title=NAME):
         "works",
         facts=FREE,
     )
+    no_resize_control: bool = option(f"of samples: {_OWN_SIZE}", facts=FREE)
 
     def __post_init__(self) -> None:
         if self.distilled_dit is not None and self.distilled_dit == self.dit:
@@ -77,6 +105,7 @@ class Fibo2GenerationOptions(Fibo2ModelOptions, title=NAME):
         "model sees gray there (--m in a prompt line)",
         facts=make_request_facts(MASK),
     )
+    no_resize_control: bool = option(_OWN_SIZE, facts={**REQUEST_SETTING, **REFERENCES_ONLY})
 
 
 def caching_options(options: Fibo2TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -89,6 +118,7 @@ def generation_options(options: Fibo2TrainingOptions, sample: Mapping[str, Any])
 
     `sample` has the settings of a sample by name. An option whose value is None is left out.
     """
+    controls = sample.get("control_images") or ()
     turbo: dict[str, Any] = {}
     # the generation script recognizes Turbo only by the file's name, but --distilled_dit accepts any name:
     # so steps and guidance are given here, unless the sample sets its number of steps
@@ -100,6 +130,7 @@ def generation_options(options: Fibo2TrainingOptions, sample: Mapping[str, Any])
         **options.vae.file.command_options(),
         **options.text.command_options("QWEN3_VL_FILE"),
         "--dit_dtype": options.dit_dtype,
-        "--control_image_path": sample.get("control_images") or (),
+        "--control_image_path": controls,
+        "--no_resize_control": bool(controls) and options.no_resize_control,
         "--mask_path": (sample.get("extra") or {}).get(MASK),
     }

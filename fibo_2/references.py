@@ -81,8 +81,24 @@ def read_encoder_image(path: Path, size: Size | None) -> Tensor:
     return shrink(read_edited(path, size))
 
 
-def read_masked(path: Path, mask: Path, size: Size) -> Tensor:
+def read_own_size(path: Path) -> Tensor:
+    """Read an image to edit in its own size, H W 3 uint8, cropped to multiples of `STEP`.
+
+    Raises:
+        MediaError: If the image cannot be read.
+    """
+    return torch.from_numpy(_crop_own(read_image(path)))
+
+
+def _crop_own(frame: Frame) -> Frame:
+    height, width = frame.shape[:2]
+    return frame[: height // STEP * STEP, : width // STEP * STEP].copy()
+
+
+def read_masked(path: Path, mask: Path, size: Size | None) -> Tensor:
     """Read an image to edit, H W 3 uint8 of `size`, painted gray where the mask is lighter than gray.
+
+    None for `size` keeps its own, cropped to multiples of `STEP`.
 
     Raises:
         OptionError: If the mask cannot be read or has another size.
@@ -97,7 +113,8 @@ def read_masked(path: Path, mask: Path, size: Size) -> Tensor:
             f"--{MASK} {mask}: {columns} x {rows} pixels, but {path} has {width} x {height}. Pass a mask "
             "of the image's size"
         )
-    return torch.from_numpy(crop_cover(np.where(is_masked[..., None], np.uint8(GRAY), frame), size).copy())
+    painted = np.where(is_masked[..., None], np.uint8(GRAY), frame)
+    return torch.from_numpy(_crop_own(painted) if size is None else crop_cover(painted, size).copy())
 
 
 def find_size(path: Path) -> Size:

@@ -121,7 +121,7 @@ def make_request(
         flow_shift=values["flow_shift"],
         solver=options.solvers[solver],
         fps=values["fps"],
-        negative_prompt=expanded["negative_prompt"] or None,
+        negative_prompt=expanded["negative_prompt"],
         nag_prompt=expanded["nag_prompt"] or None,
         second_prompt=expanded["prompt_2"],
         cfg_schedule=values["cfg_schedule"] or None,

@@ -248,7 +248,7 @@ def resolve_request(
     guidance_scales = tuple(scale_by_expert.get(expert.name, shared_scale) for expert in experts)
     if request.expert_guidance:
         _warn_of_unknown_experts(request.expert_guidance, experts)
-    negative = default_negative if request.negative_prompt is None else request.negative_prompt
+    negative = request.negative_prompt or default_negative  # an empty text asks for the default, too
     if negative is None and any(scale != 1 for scale in guidance_scales):
         logger.warning(
             "the guidance scale of %r is ignored because it has no negative prompt (--n)", request.prompt

@@ -15,6 +15,12 @@ from fibo_2.captions import NULL
 from fibo_2.configs import LATENT, NOISE
 from fibo_2.family import Fibo2
 from fibo_2.files import Fibo2Files
+from fibo_2.options import MASK, Fibo2GenerationOptions
+from fibo_2_generate_image import DEFAULTS
+from generation.options import read_generation
+from generation.prompt_lines import parse_generation_line
+from generation.request import make_request
+from modules.errors import OptionError
 from modules.flow.schedule import shift_sigmas
 from protocols.requests import Prepared, Request
 from tests.fibo_2.making import unpack
@@ -68,9 +74,42 @@ def test_a_request_is_settled_as_released(family: Fibo2) -> None:
     assert (prepared.steps, prepared.guidance_scale) == (30, (5.0,))
     assert texts.negative is not None
     assert (texts.negative.text, texts.negative.is_negative) == (NULL, True)
-    empty = prepare(family, negative_prompt="").prompts[0].negative
-    assert empty is not None
-    assert empty.text == ""
+    empty = prepare(family, negative_prompt="")
+    assert empty.prompts[0].negative is not None
+    assert (empty.prompts[0].negative.text, empty.negative_prompt) == ("", "")
+
+
+def test_an_empty_negative_prompt_is_typed_and_is_not_the_null_caption(family: Fibo2, tmp_path: Path) -> None:
+    """The whole way from the command line and from a prompt line to the request."""
+    values = ["--dit", str(family.files.dit), "--save_path", str(tmp_path), "--prompt", "a cat"]
+    for typed, line, expected in (
+        ([], {}, None),
+        (["--negative_prompt", ""], {}, ""),
+        ([], parse_generation_line("a cat --n"), ""),
+    ):
+        options, _ = read_generation(None, DEFAULTS, Fibo2GenerationOptions, [*values, *typed])
+        request = make_request(options.request, line)
+        assert request.negative_prompt == expected
+
+
+def test_images_to_edit_keep_their_size(family: Fibo2, tmp_path: Path) -> None:
+    frame = np.random.default_rng(1).integers(0, 255, (70, 101, 3), dtype=np.uint8)
+    Image.fromarray(frame).save(tmp_path / "a.png")
+    Image.new("L", (101, 70), 255).save(tmp_path / "mask.png")
+    own = replace(family, resizes_references=False)
+    edit = replace(REQUEST, prompt="add a hat", control_images=(tmp_path / "a.png",))
+    (pixels,) = own.prepare(edit).prompts[0].positive.image_pixels
+    assert np.array_equal(pixels, frame[:64, :96])
+    masked = replace(edit, extra={MASK: str(tmp_path / "mask.png")})
+    prompt = own.prepare(masked).prompts[0].positive
+    assert prompt.image_pixels[0].shape == (64, 96, 3)
+    assert prompt.image_pixels[0].unique().tolist() == [128]
+    assert prompt != own.prepare(edit).prompts[0].positive
+    resized = family.prepare(replace(edit, width=64, height=96)).prompts[0].positive
+    assert resized.image_pixels == ()
+    Image.new("RGB", (101, 15)).save(tmp_path / "narrow.png")
+    with pytest.raises(OptionError, match=r"each side needs at least\s+16"):
+        own.prepare(replace(edit, control_images=(tmp_path / "narrow.png",)))
 
 
 def test_an_edit_shows_its_pictures_to_the_positive_prompt_alone(family: Fibo2, tmp_path: Path) -> None:

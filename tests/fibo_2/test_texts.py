@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from encoders.language_encoder import LanguageModelEncoder
-from fibo_2.captions import NULL, has_drawn_texts
+from fibo_2.captions import NULL, list_drawn_texts
 from fibo_2.configs import PLACES
 from fibo_2.references import crop_cover, nearest_trained_size, read_edited, read_encoder_image, read_masked
 from fibo_2.texts import ENCODER_SETTINGS, KEY, Fibo2TextEncoder
@@ -165,18 +165,22 @@ def test_crops_cover(tmp_path: Path) -> None:
 def test_texts_that_are_not_drawn_are_told_once(
     encoder: LanguageModelEncoder, caplog: pytest.LogCaptureFixture
 ) -> None:
+    own = Fibo2TextEncoder(ENCODER_SETTINGS, encoder.path, torch.float32, draws_texts=False)
+    own.load(CPU)
     silent = (
         '{"short_description":"a sign","text_render":[]}',
         "text_render",
         '{"text_render":[{"text":""}]}',
     )
-    for text in silent:
-        encoder.apply_template(Prompt(text))
+    own.encode([Prompt(text) for text in silent])
     assert not [record for record in caplog.records if "drawings" in record.getMessage()]
 
     drawn = '{"short_description":"a sign","text_render":[{"text":"SALE"}]}'
     for _ in range(2):
-        encoder.apply_template(Prompt(drawn))
+        (conditions,) = own.encode([Prompt(drawn)])
+        assert conditions.keys() == own.keys == {KEY}
+        expected = bundles_there('{"short_description":"a sign","text_render":[{"text":"SALE"}]}')
+        torch.testing.assert_close(bundles_here(own, Prompt(drawn)), expected, rtol=1e-4, atol=1e-4)
 
     (warned,) = [record.getMessage() for record in caplog.records if "drawings" in record.getMessage()]
     assert warned.startswith("text_render of {")
@@ -185,5 +189,6 @@ def test_texts_that_are_not_drawn_are_told_once(
 
 def test_texts_of_an_edit_are_told_too(encoder: LanguageModelEncoder) -> None:
     text = '{"structured_caption":{"text_render":[{"text":"SALE"}]},"edit_instruction":"add a sign"}'
-    assert has_drawn_texts(text)
-    assert not has_drawn_texts('{"edit_instruction":"add a sign"}')
+    assert list_drawn_texts(text) == ["SALE"]
+    assert list_drawn_texts('{"text_render":[{"text":"A"},{"size":"big"},3,{"text":""},{"text":4}]}') == ["A"]
+    assert list_drawn_texts('{"edit_instruction":"add a sign"}') == []
