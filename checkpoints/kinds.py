@@ -66,6 +66,17 @@ UNSUPPORTED_MODELS: Marks = (
     ("transformer_blocks.0.encoder_proj.weight", f"the transformer of Nucleus-Image, {_NOT_YET}"),
     ("glyph_projector.net.0.proj.weight", f"the transformer of GLM-Image, {_NOT_YET}"),
     ("siglip_embedder.0.weight", f"the transformer of Z-Image-Omni, {_NOT_YET}"),
+    (
+        "patch_embedding_pose.weight",
+        f"the transformer of SCAIL or SCAIL-2, a network like Wan2.1's that follows poses, {_NOT_YET}",
+    ),
+    (
+        "double_stream_layers.0.img_instruct_attn.processor.img_to_q.weight",
+        f"the transformer of Boogu-Image, {_NOT_YET}",
+    ),
+    # in the layout of diffusers
+    ("time_embed.timestep_embedder.linear_1.weight", f"the transformer of LongCat-Image, {_NOT_YET}"),
+    ("blocks.0.pre_crs_attn_norm.weight", f"the transformer of LongCat-Video, {_NOT_YET}"),
 )
 # networks and layouts that several families share; compared after the tensors that only one family has
 SHARED_PART_MARKS: Marks = (

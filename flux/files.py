@@ -116,6 +116,13 @@ def _read_config(shapes: DitShapes) -> FluxConfig:
             )
         sizes["approximator"] = ApproximatorConfig(in_dim, width, layers)
     else:
+        if "vector_in.in_layer.weight" not in shapes.shapes:
+            raise CheckpointError(
+                f"{shapes.path} has neither the pooled text of FLUX.1 (vector_in) nor the approximator of "
+                "Chroma: it is the transformer of LongCat-Image or of another model, which is not supported "
+                "yet. Pass a file of FLUX.1 or Chroma.",
+                shapes.path,
+            )
         sizes["pooled_dim"] = shapes.get_shape("vector_in.in_layer.weight")[1]
         sizes["freq_dim"] = shapes.get_shape("time_in.in_layer.weight")[1]
         sizes["has_guidance"] = "guidance_in.in_layer.weight" in shapes.shapes

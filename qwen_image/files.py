@@ -80,6 +80,7 @@ FILES = (
 )
 IDENTIFYING_TENSOR = "transformer_blocks.0.img_mod.1.weight"
 LAYER_TENSOR = "time_text_embed.addition_t_embedding.weight"  # tensor that identifies Qwen-Image-Layered
+MAGE_FLOW = (128, 2560)  # widths of its tokens and texts, by which alone it differs
 QUERY_WEIGHT = "transformer_blocks.0.attn.to_q.weight"  # its dtype counts as the file's
 
 
@@ -104,13 +105,20 @@ def _read_config(shapes: DitShapes, has_layers: bool) -> QwenImageConfig:
             shapes.path,
         )
     shapes.get_shape(QUERY_WEIGHT)  # raises if it is missing
+    text_dim = shapes.get_shape("txt_in.weight")[1]
+    if (token_dim, text_dim) == MAGE_FLOW:
+        raise CheckpointError(
+            f"{shapes.path} is the transformer of Mage-Flow, which has the names of {NAME} but another text "
+            f"encoder and autoencoder, and is not supported yet.\n  Pass {FILES} to {DIT_OPTION}.",
+            shapes.path,
+        )
     return QwenImageConfig(
         dim=dim,
         ffn_dim=shapes.get_shape("transformer_blocks.0.img_mlp.net.0.proj.weight")[0],
         num_heads=dim // head_dim,
         num_layers=shapes.count_blocks("transformer_blocks"),
         channels=token_dim // PATCH**2,
-        text_dim=shapes.get_shape("txt_in.weight")[1],
+        text_dim=text_dim,
         freq_dim=shapes.get_shape("time_text_embed.timestep_embedder.linear_1.weight")[1],
         has_layers=has_layers,
     )

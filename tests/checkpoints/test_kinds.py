@@ -7,17 +7,21 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from checkpoints.kinds import UNSUPPORTED_MODELS, describe_file_kind
-from checkpoints.opening import open_file
+from checkpoints.opening import open_checkpoint, open_file
+from flux.files import read_dit_header as read_flux_header
 from minimax_h3.dit_checkpoints import load_dit as load_h3
 from modules.errors import CheckpointError
 from modules.installation import import_own
 from protocols import families
 from protocols.loading import Placement
+from qwen_image.files import read_dit_header as read_qwen_header
 from tests.faults.messages import assert_one_message, run_here
 from tests.manifests import write_hollow
+from tests.tiny.flux import tiny_state
 from tests.tiny.minimax_h3 import write_tiny_h3
 from tests.tiny.project import write_plain_images
 
@@ -43,6 +47,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("AutoencoderKLLTX2Video", {}, "a VAE of LTX-Video or LTX-2"),
     ("AutoencoderKLLTX2Audio", {}, "a VAE of LTX-Video or LTX-2"),
     ("AutoencoderKLHunyuanVideo15", {}, "the VAE of HunyuanVideo 1.5 or"),
+    ("LongCatImageTransformer2DModel", {**ONE, "num_single_layers": 1}, "LongCat-Image"),
     ("NucleusMoEImageTransformer2DModel", ONE, "Nucleus-Image"),
     ("ZImageTransformer2DModel", {"siglip_feat_dim": 16, "n_layers": 1}, "Z-Image-Omni"),
 ]
@@ -51,6 +56,9 @@ RELEASED = {
     "cond_type_embedding.weight": "HunyuanVideo 1.5",
     "t_embedder1.mlp.0.weight": "HiDream-O1-Image",
     "model.t_embedder1.mlp.0.weight": "HiDream-O1-Image",
+    "patch_embedding_pose.weight": "SCAIL-2",
+    "double_stream_layers.0.img_instruct_attn.processor.img_to_q.weight": "Boogu-Image",
+    "blocks.0.pre_crs_attn_norm.weight": "LongCat-Video",
 }
 FORMATS = [entry.room for entry in families.with_scripts().values() if entry.own_files]
 
@@ -197,3 +205,28 @@ def test_a_damaged_pickle_is_read_once_not_by_each_family(tmp_path: Path) -> Non
 
     assert families.identify(path) is None
     assert time.process_time() - began < 4 * alone
+
+
+def test_models_with_the_names_of_another_are_told_by_their_sizes(tmp_path: Path) -> None:
+    mage = {"in_channels": 128, "joint_attention_dim": 2560, **ONE}
+    write_network(tmp_path / "mage.safetensors", "QwenImageTransformer2DModel", mage)
+    with (
+        pytest.raises(CheckpointError, match="is the transformer of Mage-Flow"),
+        open_checkpoint(tmp_path / "mage.safetensors") as checkpoint,
+    ):
+        read_qwen_header(checkpoint)
+    qwen = {"in_channels": 128, "joint_attention_dim": 2561, **ONE}
+    write_network(tmp_path / "qwen.safetensors", "QwenImageTransformer2DModel", qwen)
+    with open_checkpoint(tmp_path / "qwen.safetensors") as checkpoint:
+        assert read_qwen_header(checkpoint).config.text_dim == 2561
+
+
+def test_flux_without_pooled_text_is_another_model(tmp_path: Path) -> None:
+    """ComfyUI's layout of LongCat-Image: the blocks of FLUX.1."""
+    state = {name: tensor for name, tensor in tiny_state("dev").items() if not name.startswith("vector_in")}
+    save_file(state, tmp_path / "longcat.safetensors")
+    with (
+        open_checkpoint(tmp_path / "longcat.safetensors") as checkpoint,
+        pytest.raises(CheckpointError, match="LongCat-Image or of another"),
+    ):
+        read_flux_header(checkpoint)
