@@ -68,7 +68,7 @@ UNSUPPORTED_MODELS: Marks = (
     ("siglip_embedder.0.weight", f"the transformer of Z-Image-Omni, {_NOT_YET}"),
     (
         "patch_embedding_pose.weight",
-        f"the transformer of SCAIL or SCAIL-2, a network like Wan2.1's that follows poses, {_NOT_YET}",
+        f"the transformer of SCAIL-2, a different network than Wan2.1's, {_NOT_YET}",
     ),
     (
         "double_stream_layers.0.img_instruct_attn.processor.img_to_q.weight",
