@@ -22,12 +22,15 @@ import torch  # noqa: E402  # found from here on
 
 import hv_generate_video  # noqa: E402
 import hv_train_network  # noqa: E402
+import kandinsky_generate_video  # noqa: E402
+import kandinsky_train_network  # noqa: E402
 import wan_generate_video  # noqa: E402
 import wan_train_network  # noqa: E402
 from checkpoints.writing import save_tensors  # noqa: E402
 from modules.parser import Parser  # noqa: E402
 from tests.manifests import tensor_list, write_hollow  # noqa: E402
 from tests.tiny.hunyuan_encoders import write_clip_tokenizer, write_llama_tokenizer  # noqa: E402
+from tests.tiny.language_models import write_qwen_tokenizer  # noqa: E402
 from tests.tiny.project import write_image  # noqa: E402
 
 CARDS = (8, 12, 16, 24)  # GiB
@@ -42,6 +45,11 @@ FILES = {
     "hunyuan_vae": "hunyuanvideo-vae",
     "llava": "llava-llama3-single",
     "clip_l": "clip-l-text",
+    "kandinsky_lite": "kandinsky5-lite-dit",
+    "kandinsky_pro": "kandinsky5-pro-dit",
+    "kandinsky_image": "kandinsky5-lite-t2i-dit",
+    "flux_vae": "flux1-ae",
+    "qwen": "qwen2.5-vl-7b",
 }
 IN_BF16 = ("wan_small", "wan_t2v", "wan_i2v")
 WAN = "--vae {wan_vae} --t5 {umt5} --t5_tokenizer {pocket} --prompt cat --save_path {out}"
@@ -49,6 +57,11 @@ HUNYUAN = (
     "--vae {hunyuan_vae} --text_encoder1 {llava} --text_encoder2 {clip_l} --text_encoder1_tokenizer {llama}"
     " --text_encoder2_tokenizer {clip} --prompt cat --save_path {out}"
 )
+KANDINSKY = (
+    "--text_encoder_qwen {qwen} --text_encoder_clip {clip_l} --text_encoder_qwen_tokenizer {qwen_tokens}"
+    " --text_encoder_clip_tokenizer {clip} --prompt cat --save_path {out}"
+)
+KANDINSKY_CLIP = f"--video_size 512 768 --vae {{hunyuan_vae}} --vae_tiling {KANDINSKY}"
 TRAIN = (
     "--sdpa --mixed_precision bf16 --gradient_checkpointing --network_dim 32 --optimizer_type adamw8bit"
     " --learning_rate 2e-4 --max_train_steps 100 --output_dir {out} --output_name x"
@@ -92,6 +105,25 @@ RUNS = {
             f"--dit {{hunyuan}} --video_size 544 960 --vae_spatial_tile_sample_min_size 128 {HUNYUAN}",
             "--fp8_llm",
         ),
+        PlannedRun(
+            "Kandinsky 5 Lite, 768x512, 121 frames",
+            kandinsky_generate_video.main,
+            f"--task k5-lite-t2v-5s-sd --dit {{kandinsky_lite}} {KANDINSKY_CLIP}",
+            "--fp8_vl",
+        ),
+        PlannedRun(
+            "Kandinsky 5 Pro, 768x512, 121 frames",
+            kandinsky_generate_video.main,
+            f"--task k5-pro-t2v-5s-sd --dit {{kandinsky_pro}} {KANDINSKY_CLIP}",
+            "--fp8_vl",
+        ),
+        PlannedRun(
+            "Kandinsky 5 Image Lite, 1024x1024",
+            kandinsky_generate_video.main,
+            "--task k5-lite-t2i-hd --dit {kandinsky_image} --video_size 1024 1024 --vae {flux_vae} "
+            + KANDINSKY,
+            "--fp8_vl",
+        ),
     ),
     "Training of a LoRA of rank 32": (
         PlannedRun(
@@ -118,6 +150,26 @@ RUNS = {
             "HunyuanVideo, clips of 960x544, 33 frames",
             hv_train_network.main,
             f"--dit {{hunyuan}} --dataset_config {{hunyuan_short}} {TRAIN}",
+        ),
+        PlannedRun(
+            "Kandinsky 5 Lite, clips of 768x512, 33 frames",
+            kandinsky_train_network.main,
+            f"--task k5-lite-t2v-5s-sd --dit {{kandinsky_lite}} --dataset_config {{kandinsky_short}} {TRAIN}",
+        ),
+        PlannedRun(
+            "Kandinsky 5 Lite, clips of 768x512, 121 frames",
+            kandinsky_train_network.main,
+            f"--task k5-lite-t2v-5s-sd --dit {{kandinsky_lite}} --dataset_config {{kandinsky_clips}} {TRAIN}",
+        ),
+        PlannedRun(
+            "Kandinsky 5 Pro, clips of 768x512, 33 frames",
+            kandinsky_train_network.main,
+            f"--task k5-pro-t2v-5s-sd --dit {{kandinsky_pro}} --dataset_config {{kandinsky_short}} {TRAIN}",
+        ),
+        PlannedRun(
+            "Kandinsky 5 Image Lite, images of 1024x1024",
+            kandinsky_train_network.main,
+            "--task k5-lite-t2i-hd --dit {kandinsky_image} --dataset_config {kandinsky_pictures} " + TRAIN,
         ),
     ),
 }
@@ -146,10 +198,12 @@ def lay_out(folder: Path) -> dict[str, str]:
         places[name] = str(write_hollow(folder / f"{name}.safetensors", tensors))
     write_llama_tokenizer(folder / "llama")
     write_clip_tokenizer(folder / "clip")
+    write_qwen_tokenizer(folder / "qwen_tokens")
     write_image(folder / "image.png", 1280, 720)
     places |= {
         "llama": str(folder / "llama"),
         "clip": str(folder / "clip"),
+        "qwen_tokens": str(folder / "qwen_tokens"),
         "image": str(folder / "image.png"),
     }
     for name, tag, frames, height, width in (
@@ -158,6 +212,9 @@ def lay_out(folder: Path) -> dict[str, str]:
         ("wan_pictures", "wan", 1, 480, 832),
         ("hunyuan_short", "hv", 33, 544, 960),
         ("hunyuan_pictures", "hv", 1, 544, 960),
+        ("kandinsky_short", "k5", 33, 512, 768),
+        ("kandinsky_clips", "k5", 121, 512, 768),
+        ("kandinsky_pictures", "k5", 1, 1024, 1024),
     ):
         places[name] = str(write_cache(folder / name, tag, frames, height, width))
     return places
@@ -175,6 +232,11 @@ def write_cache(folder: Path, tag: str, frames: int, height: int, width: int) ->
     save_tensors(folder / f"{name}.safetensors", {f"latents_{'x'.join(map(str, shape))}_float32": latents})
     if tag == "wan":
         texts = {"varlen_t5_bfloat16": torch.zeros(256, 4096, dtype=torch.bfloat16)}
+    elif tag == "k5":
+        texts = {
+            "varlen_text_embeds_bfloat16": torch.zeros(256, 3584, dtype=torch.bfloat16),
+            "pooled_embed_bfloat16": torch.zeros(768, dtype=torch.bfloat16),
+        }
     else:
         texts = {
             "llm_float16": torch.zeros(256, 4096, dtype=torch.float16),

@@ -101,7 +101,7 @@ def prepare_ours(name: str) -> Step:
     tiny = dit_called(name)
     dit, network = tiny.with_lora(blocks=2)
     for name, parameter in dit.named_parameters():  # as a file is loaded
-        if not name.startswith(tiny.spec.keep_float32):
+        if not tiny.spec.stays_float32(name):
             parameter.data = parameter.data.to(torch.bfloat16)
     dit.train()
     for layer in network.layers:

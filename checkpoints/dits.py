@@ -183,7 +183,7 @@ class DitFormat(Generic[Config, Dit]):
 
             def select_tensor_dtype(name: str, file_dtype: torch.dtype) -> torch.dtype:
                 """Return the dtype to load a tensor in, given its dtype in the file."""
-                if name.startswith(spec.keep_float32):
+                if spec.stays_float32(name):
                     return torch.float32
                 if placement.keep_file_dtypes:
                     file_dtype = _find_layer_dtype(name, checkpoint, sources, default=file_dtype)

@@ -17,7 +17,6 @@ _VOCODER = "the vocoder of LTX-2, a part of its --audio_vae"
 # Current models that no script supports yet, by one of their tensors. When a family is added, its rows are
 # removed here. Sources: the tensor lists of released files, under their own names and ComfyUI's
 NOT_YET: Marks = (
-    ("pooled_text_embeddings.in_layer.weight", f"a transformer of Kandinsky 5, {_NOT_YET}"),
     *(
         (f"{start}t_embedder1.mlp.0.weight", f"HiDream-O1-Image, a language model that draws, {_NOT_YET}")
         for start in ("", "model.")
@@ -43,7 +42,7 @@ UNSUPPORTED_MODELS: Marks = (
         "time_embeddings.timestep_embedder.linear_1.weight",
         f"the upscaling transformer of Kandinsky 6, {_NOT_YET}",
     ),
-    *NOT_YET,  # Kandinsky 6 has tensors of Kandinsky 5
+    *NOT_YET,
     ("cond_type_embed.weight", _HUNYUAN_15),
     ("cond_type_embedding.weight", _HUNYUAN_15),
     (

@@ -118,6 +118,7 @@ def _order(component: Component) -> tuple[int, str]:
         *("--ckpt", "--dit", "--dit_high_noise", "--lora_weight", "--lora_weight_high_noise"),
         *("--video_vae", "--audio_vae"),
         *("--vae", "--ae", "--t5", "--text_encoder1", "--t5xxl", "--text_encoder", "--qwen3"),
+        "--text_encoder_qwen",
         *("--tokenizer", "--byt5"),
         *(
             "--gemma2",
@@ -127,7 +128,7 @@ def _order(component: Component) -> tuple[int, str]:
             "--ltx2_audio_vae",
         ),
         *("--spatial_upsampler_path", "--distilled_lora_path", "--training_adapter"),
-        *("--clip_l", "--text_encoder2", "--clip"),
+        *("--clip_l", "--text_encoder2", "--text_encoder_clip", "--clip"),
         *("--image_encoder", "--model", "--model_dir", "--background", "--depth"),
         *("--clip_guidance_model", "--vgg16_guidance_model"),
     )

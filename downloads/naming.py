@@ -44,7 +44,7 @@ HiDream: hidream
 OmniGen: omnigen
 Sana: sana
 Playground: playground
-Kandinsky: kandinsky
+Kandinsky 2 to 4 and 6: kandinsky2 kandinsky3 kandinsky4 kandinsky6
 DeepFloyd IF: deepfloyd
 Open-Sora: opensora
 Step-Video: stepvideo

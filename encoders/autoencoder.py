@@ -290,10 +290,12 @@ class Autoencoder(ImageVae):
 
     stride = PIXELS
 
-    def __init__(self, config: AutoencoderConfig, tile: int | None = None) -> None:
+    def __init__(self, config: AutoencoderConfig, tile: int | None = None, shift: float = SHIFT) -> None:
+        """Build the network without weights; `shift` is subtracted from latents before they are scaled."""
         super().__init__(tile)
         self.encoder = AutoencoderEncoder(config)
         self.decoder = AutoencoderDecoder(config)
+        self.shift = shift
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
@@ -302,7 +304,7 @@ class Autoencoder(ImageVae):
         Latents are samples of the posterior, or its mean without generators. As in the released code,
         log-variances are not clamped.
         """
-        return super().encode(pixels, generators).sub_(SHIFT).mul_(SCALE)
+        return super().encode(pixels, generators).sub_(self.shift).mul_(SCALE)
 
     def in_tiles(
         self, compute: Compute, x: Tensor, pixels_in: int, pixels_out: int, device: torch.device
@@ -326,11 +328,11 @@ class Autoencoder(ImageVae):
 
     def _pixels(self, latents: Tensor) -> Tensor:
         # in float32: rounding the shift to 16 bits would tint every image
-        return super()._pixels(latents.to(self.device).float() / SCALE + SHIFT)
+        return super()._pixels(latents.to(self.device).float() / SCALE + self.shift)
 
 
 def load_autoencoder(
-    path: Path, device: torch.device, dtype: torch.dtype, tile: int | None = None
+    path: Path, device: torch.device, dtype: torch.dtype, tile: int | None = None, shift: float = SHIFT
 ) -> Autoencoder:
     """Load FLUX's autoencoder from any of its file layouts.
 
@@ -339,6 +341,7 @@ def load_autoencoder(
         device: Device to load to.
         dtype: Dtype of the weights.
         tile: Tile edge in pixels, for processing large images; None disables tiling.
+        shift: Number that is subtracted from latents before they are scaled, as the model was trained.
 
     Raises:
         CheckpointError: If the file is damaged or contains another model.
@@ -348,7 +351,7 @@ def load_autoencoder(
         plan = read_autoencoder(checkpoint)
         network = dialects.load_planned(
             plan,
-            lambda config: Autoencoder(config, tile),
+            lambda config: Autoencoder(config, tile, shift),
             device=device,
             dtype=dtype,
             label="the autoencoder of FLUX",

@@ -209,6 +209,7 @@ FOLDERS: Mapping[str, str] = {
     "moss_image": "moss_image",
     "fibo_2": "fibo_2",
     "ernie_image": "ernie_image",
+    "kandinsky": "kandinsky",
     "anima": "anima",
     "stable_diffusion": "stable_diffusion",
     "sd1": "stable_diffusion.sd1",

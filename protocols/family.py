@@ -170,7 +170,8 @@ class DitSpec:
     # larger than 1 x 1 get one: the residual blocks of U-Nets
     conv_lora_modules: tuple[str, ...] = ()
     block_numbering: NumberedBlocks | None = None  # None: this model does not support block_dims and the like
-    keep_float32: tuple[str, ...] = ()
+    keep_float32: tuple[str, ...] = ()  # beginnings of names of parameters that are float32 in memory
+    keep_float32_layers: tuple[str, ...] = ()  # parts of such names, for layers that every block has
     # attribute of a list of layers in blocks: with changing sizes, only these layers are compiled
     compiled_layers_attribute: str = ""
     # ending of the path of a layer in blocks -> number of equally high matrices fused in its weight
@@ -204,6 +205,14 @@ class DitSpec:
         """
         path = f".{weight.removesuffix('.weight')}"
         return next((count for ending, count in self.num_fused_matrices.items() if path.endswith(ending)), 1)
+
+    def stays_float32(self, name: str) -> bool:
+        """Return whether a parameter is float32 in memory, whatever the dtype of the network.
+
+        Args:
+            name: Name of the parameter.
+        """
+        return name.startswith(self.keep_float32) or any(part in name for part in self.keep_float32_layers)
 
     def blocks(self, dit: nn.Module) -> dict[str, list[nn.Module]]:
         """Return the blocks of a network, by the attribute name of their list."""

@@ -22,6 +22,7 @@ import flux_3.files
 import frame_pack.files
 import hunyuan_image.files
 import hunyuan_model.checkpoints
+import kandinsky.files
 import krea2.files
 import lumina.files
 import moss_image.files
@@ -33,6 +34,7 @@ import tests.tiny.flux as tiny_flux
 import tests.tiny.flux_2 as tiny_flux_2
 import tests.tiny.flux_3 as tiny_flux_3
 import tests.tiny.hunyuan_image as tiny_hunyuan_image
+import tests.tiny.kandinsky as tiny_kandinsky
 import tests.tiny.krea2 as tiny_krea2
 import tests.tiny.lumina as tiny_lumina
 import tests.tiny.moss_image as tiny_moss_image
@@ -140,6 +142,10 @@ KINDS = {
         ),
         Kind("fibo_2", fibo_2.files, tiny_fibo_2, dit("a Fibo 2.0"), (*SHARED, "comfyui", "early")),
         Kind("ernie_image", ernie_image.files, tiny_ernie_image, dit("an ERNIE-Image")),
+        *(
+            Kind(f"kandinsky {name}", kandinsky.files, tiny_kandinsky, dit("a Kandinsky 5"), SHARED, name)
+            for name in ("video", "image")
+        ),
         Kind("z_image", *Z_IMAGE),
         Kind("z_image comfy", *Z_IMAGE, joins=True),
         Kind(
@@ -199,7 +205,9 @@ FP8_FILES = {
     "hunyuan i2v": hunyuan_dit.FP8_DIALECTS,
     "framepack": framepack_dit.FP8_DIALECTS,
     **dict.fromkeys(("flux_2 dev", "qwen_image", "krea2", "z_image", "z_image comfy"), wan_dit.FP8_DIALECTS),
-    **dict.fromkeys(("qwen_image_21", "moss_image", "fibo_2", "ernie_image"), wan_dit.FP8_DIALECTS),
+    **dict.fromkeys(
+        ("qwen_image_21", "moss_image", "fibo_2", "ernie_image", "kandinsky video"), wan_dit.FP8_DIALECTS
+    ),
 }
 
 
@@ -445,6 +453,14 @@ def test_a_patch_sees_published_names_and_unrounded_whole_weights(tmp_path: Path
             *("ernie_image", ("layers.",)),
             {"self_attention.to_q.weight", "mlp.gate_proj.weight", "mlp.linear_fc2.weight"},
         ),
+        (
+            *("kandinsky video", ("text_transformer_blocks.", "visual_transformer_blocks.")),
+            {
+                "self_attention.to_query.weight",
+                "self_attention.out_layer.weight",
+                "feed_forward.in_layer.weight",
+            },
+        ),
         ("krea2", ("blocks.",), {"attn.wq.weight", "attn.gate.weight", "mlp.down.weight"}),
         (
             *("z_image", ("layers.",)),
@@ -491,6 +507,19 @@ ERNIE = {
     **{"dim": 4096, "ffn_dim": 12288, "num_heads": 32, "num_layers": 36, "channels": 128},
     **{"text_dim": 3072, "rotary_widths": (32, 48, 48)},
 }
+KANDINSKY = {
+    **{"text_layers": 2, "text_dim": 3584, "pooled_dim": 768, "time_dim": 512, "out_channels": 16},
+    "head_width": 64,
+}
+KANDINSKY_LITE = {**KANDINSKY, "dim": 1792, "ffn_dim": 7168, "num_layers": 32, "in_channels": 33}
+KANDINSKY_PRO = {
+    **{**KANDINSKY_LITE, "dim": 4096, "ffn_dim": 16384, "num_layers": 60, "head_width": 128},
+    **{"text_layers": 4, "time_dim": 1024},
+}
+KANDINSKY_IMAGE = {
+    **{**KANDINSKY, "dim": 2560, "ffn_dim": 10240, "num_layers": 50, "in_channels": 16, "head_width": 128},
+    "rotary_widths": (32, 48, 48),
+}
 Z = {"num_layers": 30, "dim": 3840, "num_heads": 30, "rotary_widths": (32, 48, 48)}
 KREA = {
     **{"dim": 6144, "ffn_dim": 16384, "num_heads": 48, "num_kv_heads": 12, "num_layers": 28, "states": 12},
@@ -533,6 +562,9 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     **dict.fromkeys(("moss-image-dit", "moss-image-dit-comfy"), ("moss_image", MOSS)),
     "fibo-2-dit": ("fibo_2", FIBO),
     "ernie-image-dit": ("ernie_image", ERNIE),
+    "kandinsky5-lite-dit": ("kandinsky video", KANDINSKY_LITE),
+    "kandinsky5-pro-dit": ("kandinsky video", KANDINSKY_PRO),
+    "kandinsky5-lite-t2i-dit": ("kandinsky image", KANDINSKY_IMAGE),
     "z-image-dit": ("z_image", Z),
     "z-image-dit-comfy": ("z_image", Z),
     "hunyuanimage2.1-dit": (
@@ -578,6 +610,10 @@ def test_published_files_of_full_size_load_without_leftovers(tmp_path: Path, man
         *(
             ("ernie_image", name)
             for name in ("x_embedder.proj", "text_proj", "layers.0.self_attention.to_k", "adaLN_modulation.1")
+        ),
+        *(
+            ("kandinsky video", name)
+            for name in ("visual_embeddings.in_layer", "pooled_text_embeddings.norm", "out_layer.out_layer")
         ),
         *(("z_image", name) for name in ("all_x_embedder.2-1", "layers.0.feed_forward.w1")),
         ("lumina", "t_embedder.mlp.0"),
@@ -639,6 +675,13 @@ SENSELESS: dict[str, list[tuple[str, tuple[int, ...]]]] = {
         ("layers.0.self_attention.to_k.weight", ()),
         ("adaLN_modulation.1.weight", (575, 96)),
         ("x_embedder.proj.weight", (96, 127, 1, 1)),
+    ],
+    "kandinsky video": [
+        ("visual_transformer_blocks.0.self_attention.query_norm.weight", (0,)),
+        ("visual_transformer_blocks.0.self_attention.query_norm.weight", (24,)),
+        ("visual_transformer_blocks.0.cross_attention.to_query.weight", ()),
+        ("visual_embeddings.in_layer.weight", (64, 128)),
+        ("out_layer.modulation.out_layer.weight", (127, 48)),
     ],
     "z_image": [
         ("layers.0.attention.to_k.weight", ()),

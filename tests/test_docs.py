@@ -72,7 +72,7 @@ OF_IMAGES = (
     "qwen_image_21",
     "zimage",
 )
-FULL_MODELS = (*OF_IMAGES, "hv", "ltx2", "wan")
+FULL_MODELS = (*OF_IMAGES, "hv", "kandinsky", "ltx2", "wan")
 EXEMPT = tomllib.loads((ROOT / "tests" / "data" / "page_blocks.toml").read_text(encoding="utf-8"))
 NOT_HERE = tuple(row["command"] for row in EXEMPT["not_run"])
 # appended to a script's words, so that the last value of an option wins
@@ -92,6 +92,8 @@ SMALLER = {
     "tools/prepare_dataset.py": "--height_buckets 32 --width_buckets 32 --frame_buckets 5",
     "wan_generate_video.py": GENERATION,
     "hv_generate_video.py": f"{GENERATION} {QUICK_VAE}",
+    "kandinsky_cache_latents.py": QUICK_VAE,
+    "kandinsky_generate_video.py": f"--video_size 32 32 --infer_steps 2 {QUICK_VAE}",
     "sample_video.py": "--video-size 32 --video-length 5 --infer-steps 2 --vae-precision fp32",
     "fpack_cache_latents.py": QUICK_VAE,
     "fpack_generate_video.py": f"--video_size 32 32 --infer_steps 2 --video_sections 2 {QUICK_VAE}",
@@ -216,6 +218,7 @@ IMAGE_MODELS = {
             "ernie_image",
             "fibo_2",
             "hunyuan_image",
+            "kandinsky",
             "krea2",
             "lumina",
             "moss_image",
@@ -238,6 +241,7 @@ IMAGE_MODELS = {
 SMALL = {  # what their dataset files say -> what fits tiny pictures
     r"^resolution = 1024": f"resolution = {SIDE}\nmin_bucket_reso = 32\nbucket_reso_steps = 32",
     r"^resolution = \[.*": f"resolution = [{SIDE}, {SIDE}]",
+    r"^target_frames = \[1, 33\]": "target_frames = [1, 5]",
     r"^target_frames = \[1, 49\]": "target_frames = [1, 9]",
     r"^target_frames = \[49\]": "target_frames = [9]",
     r"^target_frames = \[124\]": f"target_frames = [{H3_FRAMES}]",

@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "qwen_image_21": GROUND | {"networks.names", "encoders", "qwen_image", "wan"},
     "moss_image": GROUND | {"networks.names", "encoders", "lumina", "krea2", "flux_2"},
     "ernie_image": GROUND | {"networks.names", "encoders", "lumina", "flux_2"},
+    "kandinsky": GROUND | {"networks.names", "encoders", "hunyuan_model"},
     "fibo_2": GROUND | {"networks.names", "encoders", "lumina", "z_image", "krea2", "flux_2"},
     "minimax_h3": GROUND | {"networks.names", "encoders"},
     "z_image": GROUND | {"networks.names", "encoders", "lumina"},

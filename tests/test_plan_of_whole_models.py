@@ -51,6 +51,8 @@ MODELS = {
     "Qwen-Image-2.1": ("qwen_image_21", "qwen-image-2.1-dit", ()),
     "MOSS-Image": ("moss_image", "moss-image-dit", ()),
     "Fibo 2.0": ("fibo_2", "fibo-2-dit", ()),
+    "Kandinsky 5 Lite": ("kandinsky", "kandinsky5-lite-dit", ()),
+    "Kandinsky 5 Image": ("kandinsky", "kandinsky5-lite-t2i-dit", ()),
     "ERNIE-Image": ("ernie_image", "ernie-image-dit", ()),
     "FLUX.1": ("flux_kontext", "flux1-dev-dit", ()),
     "Krea 2": ("krea2", "krea2-dit", ()),

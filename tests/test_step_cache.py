@@ -46,7 +46,7 @@ NAMES = (
                 "z_image",
             ),
             *("krea2", "krea2 edit", "qwen_image_21", "qwen_image_21 edit", "anima"),
-            *("moss_image", "moss_image edit", "fibo_2", "fibo_2 edit", "ernie_image"),
+            *("moss_image", "moss_image edit", "fibo_2", "fibo_2 edit", "ernie_image", "kandinsky"),
             *("ltx_2", "ltx_2 with sound"),
         )
     ),

@@ -39,7 +39,6 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("HiDreamImageTransformer2DModel", HIDREAM, "HiDream-I1"),
     ("HunyuanVideo15Transformer3DModel", ONE, "HunyuanVideo 1.5"),
     ("Ideogram4Transformer2DModel", ONE, "Ideogram 4"),
-    ("Kandinsky5Transformer3DModel", {"num_text_blocks": 1, "num_visual_blocks": 1}, "Kandinsky 5"),
     ("Kandinsky6Transformer3DModel", {"num_text_blocks": 1, "num_visual_blocks": 1}, "Kandinsky 6"),
     ("Kandinsky6SRTransformer3DModel", {"num_visual_blocks": 1}, "upscaling transformer of Kandinsky 6"),
     ("LTXVideoTransformer3DModel", ONE, "LTX-Video 0.9, a different network"),

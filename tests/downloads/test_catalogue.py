@@ -258,7 +258,10 @@ def test_downloads_that_a_page_shows_are_valid(page: Path) -> None:
     ("path", "command"),
     [
         ("my models/wan2.1_t2v_1.3B_bf16.safetensors", "--family wan --task t2v-1.3B --to 'my models'"),
-        ("m/hunyuan-video-t2v-720p/vae/pytorch_model.pt", "--family hunyuan_video --task t2v --to m"),
+        (
+            "m/hunyuan-video-t2v-720p/vae/pytorch_model.pt",
+            "--family kandinsky --task k5-lite-t2v-5s-sd --to m",
+        ),
         ("llava_llama3_fp8_scaled.safetensors", "--family hunyuan_video --task t2v --fp8_encoders --to ."),
     ],
 )

@@ -26,6 +26,7 @@ import tests.flux.making as flux
 import tests.flux_2.making as flux_2
 import tests.flux_3.making as flux_3
 import tests.hunyuan_image.making as hunyuan_image
+import tests.kandinsky.making as kandinsky
 import tests.krea2.making as krea2
 import tests.lumina.making as lumina
 import tests.parity.framepack as framepack
@@ -279,6 +280,20 @@ def error_of_ernie_image(dit: nn.Module, batch: Sequence[Item], step: int) -> Te
     text, mask = padded(batch)
     given = {"noisy": noisy, "timesteps": 1000 * sigmas, "text": text, "text_mask": mask}
     return ernie_image.predict_with(dit, given) - wanted
+
+
+def error_of_kandinsky(
+    dit: nn.Module, batch: Sequence[Item], step: int, flow_shift: float, scale: float, given: int = 0
+) -> Tensor:
+    """Each text by itself. given: clean latent frames in front, which are not learned."""
+    sigmas = shifted(normal_share(batch, step), flow_shift)
+    noisy, wanted = mixed(batch, step, sigmas)
+    clean = torch.stack([item.latents for item in batch])[:, :, :given]
+    noisy = torch.cat([clean, noisy[:, :, given:]], dim=2)
+    text, mask = padded(batch)
+    inputs = {"noisy": noisy, "timesteps": 1000 * sigmas, "text": text, "text_mask": mask}
+    inputs["pooled"] = stacked(batch, "pooled_embed")
+    return (kandinsky.predict_with(dit, inputs, scale, given) - wanted)[:, :, given:]  # type: ignore[arg-type]
 
 
 def error_of_lumina(dit: nn.Module, batch: Sequence[Item], step: int) -> Tensor:
@@ -643,6 +658,23 @@ CASES: dict[str, Training] = {
         error=error_of_ernie_image,
         change=partial(write_caption, "picture 1", LONG),  # captions of unequal lengths
     ),
+    **{
+        name: Training(
+            *("k5", "text_embeds", 2.0),
+            options=("--timestep_sampling", "shift", "--discrete_flow_shift", flow_shift),
+            network=kandinsky.network_of,
+            parts=linears_in("text_transformer_blocks.", "visual_transformer_blocks."),
+            error=partial(error_of_kandinsky, flow_shift=flow_shift, scale=scale, given=given),
+            change=partial(write_caption, "picture 1" if "image" in name else "clip 1", LONG),
+            to_model=lambda latents, factor=factor: factor * latents,  # type: ignore[misc]
+            caching=("--vae_dtype", "float32"),
+        )
+        for name, flow_shift, scale, given, factor in (
+            ("kandinsky", 5.0, 2.0, 0, 0.476986),
+            ("kandinsky i2v", 5.0, 2.0, 1, 0.476986),
+            ("kandinsky image", 3.0, 1.0, 0, 1.0),
+        )
+    },
     "z_image": Training(
         *("zi", "llm_embed", 20.0),
         options=("--timestep_sampling", "shift", "--discrete_flow_shift", 2.2),
@@ -697,7 +729,7 @@ def train(folder: Path, name: str, *more: object) -> Path:
 
 # the networks of the others are compared with recorded numbers, and what they learn in tests/test_families.py
 DAILY = {"hunyuan_video", "chroma", "lumina", "hunyuan_image", "qwen_image", "krea2", "z_image"}
-DAILY |= {"anima", "ernie_image"}
+DAILY |= {"anima", "ernie_image", "kandinsky"}
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from flux_3.model import Flux3Model
 from frame_pack.model import FramePackModel
 from hunyuan_image.model import HunyuanImageModel
 from hunyuan_model.model import HunyuanVideoModel
+from kandinsky.model import KandinskyModel
 from krea2.model import Krea2Model
 from ltx_2.model import LtxModel
 from lumina.model import LuminaModel
@@ -39,6 +40,7 @@ from tests.tiny import (
     framepack_dit,
     hunyuan_dit,
     hunyuan_image,
+    kandinsky,
     krea2,
     lumina,
     moss_image,
@@ -405,6 +407,25 @@ def _ernie_image() -> TinyDit:
     return TinyDit("ernie_image", ErnieImageModel.spec, make, "lora_ernie_image", inputs)
 
 
+def _kandinsky() -> TinyDit:
+    """With texts of several lengths."""
+    config = kandinsky.CONFIG
+
+    def inputs(size: Size, batch: int) -> dict[str, Any]:
+        draw, (*grid, text) = _drawing(), size
+        return {
+            "noisy": draw(batch, config.out_channels, *grid),
+            "timesteps": torch.linspace(900.0, 100.0, batch),
+            "text": draw(batch, text, config.text_dim),
+            "text_mask": _mask(batch, text),
+            "pooled": draw(batch, config.pooled_dim),
+            "position_scale": 2.0,
+        }
+
+    make = _maker(KandinskyModel, config, kandinsky.tiny_state, "num_layers")
+    return TinyDit("kandinsky", KandinskyModel.spec, make, "lora_kandinsky", inputs)
+
+
 def _anima() -> TinyDit:
     """With texts of unequal numbers of states, and of T5's tokens."""
     config = anima.CONFIG
@@ -447,7 +468,7 @@ DITS = (
     *(LUMINA, _flux("dev"), _flux("chroma"), _flux_2(), _flux_3()),
     *(_hunyuan_image(), _qwen_image(), _qwen_image(edits=True), Z_IMAGE, _krea2(), _krea2(edits=True)),
     *(_qwen_image_21(), _qwen_image_21(edits=True), _moss_image(), _moss_image(edits=True)),
-    *(_fibo_2(), _fibo_2(edits=True), _ernie_image(), _anima()),
+    *(_fibo_2(), _fibo_2(edits=True), _ernie_image(), _kandinsky(), _anima()),
     *(_ltx("2.0"), _ltx("2.3"), _ltx("2.5"), _wan("vace")),
 )
 ONE_OF_EACH = (DITS[0], DITS[2], DITS[3])

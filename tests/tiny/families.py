@@ -23,6 +23,7 @@ from tests.tiny.flux_3 import write_tiny_flux_3
 from tests.tiny.framepack import write_tiny_framepack
 from tests.tiny.hunyuan import write_tiny_hunyuan
 from tests.tiny.hunyuan_image import write_tiny_hunyuan_image
+from tests.tiny.kandinsky import write_tiny_kandinsky
 from tests.tiny.krea2 import write_tiny_krea2
 from tests.tiny.lumina import write_tiny_lumina
 from tests.tiny.moss_image import write_tiny_moss_image
@@ -140,6 +141,39 @@ def _hunyuan(name: str, kind: str, *, caching: Command, media: Command, line: st
         changed_habit=["--dit_dtype", "bfloat16"],
         train_full="hv_train.py",
         sample_line=f"{TinyFamily.sample_line} --n dull {line}".strip(),
+    )
+
+
+def _kandinsky(name: str, task: str, *, media: Command, line: str = "") -> TinyFamily:
+    """Kandinsky 5 from text, from a first image, or for images."""
+    is_image = "t2i" in task
+
+    def prepare(folder: Path, clips: WriteClips = write_clips) -> None:
+        write_tiny_kandinsky(folder / "model", "image" if is_image else "video")
+        if is_image:
+            write_plain_images(folder, side=48)
+        else:
+            clips(folder / "clips")
+            write_dataset(folder)
+        write_image(folder / "start.png", 32, 32)
+
+    texts = ["--text_encoder_qwen", "model/text_encoder", "--text_encoder_clip", "model/text_encoder_2"]
+    texts += ["--text_encoder_dtype", "float32"]
+    release = ["--task", task]
+    models = ["--dit", "model/dit.safetensors", *release, *VAE, *PRECISE, *texts]
+    length = ["--flow_shift", "5"] if is_image else LENGTH
+    sample = "a cat --w 32 --h 32 --d 7 --s 2 --fs 5 --l 3" if is_image else TinyFamily.sample_line
+    return TinyFamily(
+        name=name,
+        prepare=prepare,
+        cache_latents=["kandinsky_cache_latents.py", *DATASET, *VAE, *PRECISE, *release],
+        cache_texts=["kandinsky_cache_text_encoder_outputs.py", *DATASET, *texts, *release],
+        train=["kandinsky_train_network.py", *models, *DATASET, "--sdpa", *_network("lora_kandinsky")],
+        generate=["kandinsky_generate_video.py", *models, *media, "--negative_prompt", "dull", *length],
+        another_run=["--task", "k5-lite-t2v-10s-sd"] if task == "k5-lite-t2v-5s-sd" else [],
+        changed_habit=["--dit_dtype", "bfloat16"],
+        train_full="kandinsky_train.py",
+        sample_line=f"{sample} --n dull {line}".strip(),
     )
 
 
@@ -571,6 +605,9 @@ FAMILIES = (
     _wan("ti2v-5B", "ti2v", with_clip=[], media=START, line=FROM),
     _hunyuan("hunyuan_video", "t2v", caching=[], media=[]),
     _hunyuan("skyreels i2v", "i2v", caching=["--i2v"], media=START, line=FROM),
+    _kandinsky("kandinsky", "k5-lite-t2v-5s-sd", media=[]),
+    _kandinsky("kandinsky i2v", "k5-lite-i2v-5s-sd", media=START, line=FROM),
+    _kandinsky("kandinsky image", "k5-lite-t2i-hd", media=[]),
     _framepack("framepack", switches=[], media=["--video_sections", "2"]),
     _framepack("framepack f1", switches=["--f1"], media=["--video_sections", "2"]),
     _framepack(
@@ -621,6 +658,8 @@ def write_deep(family: TinyFamily, folder: Path, clips: WriteClips = write_clips
     writers: dict[str, Callable[..., object]] = {
         "hunyuan_video": write_tiny_hunyuan,
         "framepack": write_tiny_framepack,
+        **dict.fromkeys(("kandinsky", "kandinsky i2v"), write_tiny_kandinsky),
+        "kandinsky image": partial(write_tiny_kandinsky, kind="image"),
         "hunyuan_image": write_tiny_hunyuan_image,
         "flux": write_tiny_flux,
         "kontext": write_tiny_flux,

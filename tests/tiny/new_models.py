@@ -14,6 +14,7 @@ from tests.tiny.flux_3 import write_tiny_flux_3
 from tests.tiny.framepack import write_tiny_framepack
 from tests.tiny.hunyuan import write_tiny_hunyuan
 from tests.tiny.hunyuan_image import write_tiny_hunyuan_image
+from tests.tiny.kandinsky import write_tiny_kandinsky
 from tests.tiny.krea2 import write_tiny_krea2
 from tests.tiny.lumina import write_tiny_lumina
 from tests.tiny.minimax_h3 import write_tiny_h3
@@ -30,6 +31,12 @@ IMAGES = {"dit": "dit.safetensors", "vae": "vae.safetensors", "text_encoder": "t
 ANIMA = {"dit": "dit.safetensors", "vae": "vae.safetensors", "qwen3": "text_encoder"}
 TWO_TEXTS = {"text_encoder1": "text_encoder", "text_encoder2": "text_encoder_2"}
 HUNYUAN = {"dit": "dit.safetensors", "vae": "vae.safetensors", **TWO_TEXTS}
+KANDINSKY = {
+    "dit": "dit.safetensors",
+    "vae": "vae.safetensors",
+    "text_encoder_qwen": "text_encoder",
+    "text_encoder_clip": "text_encoder_2",
+}
 FLUX = {"dit": "dit.safetensors", "ae": "ae.safetensors", "t5xxl": "t5xxl_fp16.safetensors"}
 SD = {"ckpt": "ckpt.safetensors", "vae": "vae.safetensors"}
 CLIP = {"clip": "clip.safetensors"}
@@ -56,6 +63,9 @@ MODELS: dict[str, tuple[Writer, dict[str, str]]] = {
     "hunyuan_video t2v": (write_tiny_hunyuan, HUNYUAN),
     "skyreels i2v": (partial(write_tiny_hunyuan, kind="i2v"), HUNYUAN),
     "framepack i2v": (write_tiny_framepack, HUNYUAN | {"image_encoder": "siglip.safetensors"}),
+    "kandinsky k5-lite-t2v-5s-sd": (write_tiny_kandinsky, KANDINSKY),
+    "kandinsky k5-lite-i2v-5s-sd": (write_tiny_kandinsky, KANDINSKY),
+    "kandinsky k5-lite-t2i-hd": (partial(write_tiny_kandinsky, kind="image"), KANDINSKY),
     "hunyuan_image 2.1": (write_tiny_hunyuan_image, IMAGES | {"byt5": "byt5.safetensors"}),
     "qwen_image original": (write_tiny_qwen_image, IMAGES),
     "qwen_image edit-2511": (partial(write_tiny_qwen_image, edits=True), IMAGES),

@@ -23,6 +23,8 @@ from tests.tiny import (
     flux_3,
     guides,
     hunyuan_image,
+    hunyuan_vae,
+    kandinsky,
     krea2,
     lumina,
     minimax_h3,
@@ -38,7 +40,7 @@ from tests.tiny.hunyuan_encoders import CLIP_DIM, save
 from tests.tiny.language_models import qwen3_vl, qwen25_vl, write_model, write_qwen_tokenizer
 from tests.tiny.picture_encoders import T5_DIM, write_autoencoder, write_clip_l, write_t5xxl
 from tests.tiny.post_upscaling import write_rrdb
-from tests.tiny.project import CAPTIONS, moving_square, write_image
+from tests.tiny.project import CAPTIONS, moving_square, write_clips, write_image
 from tests.tiny.qwen_image_21_vae import write_vae
 from tests.tiny.wan_encoders import vae_tensors
 
@@ -145,6 +147,25 @@ def lay_out_hunyuan_image(folder: Path) -> None:
     (qwen / "model.safetensors").rename(folder / "qwen_2.5_vl_7b.safetensors")
     (qwen / "config.json").rename(folder / "config.json")
     save(folder / "byt5_small_glyphxl_fp16.safetensors", hunyuan_image.byt5_state())
+
+
+def lay_out_kandinsky(folder: Path) -> None:
+    """Kandinsky 5, its three sizes but Pro, and what they need; beside the folder clips and a first image."""
+    for seed, release in enumerate(("t2v_sft", "t2v_pretrain", "i2v")):
+        state = kandinsky.tiny_state("video", seed, torch.bfloat16)
+        kandinsky.write_dit(folder, state, name=f"kandinsky5lite_{release}_5s")
+    image = kandinsky.tiny_state("image", dtype=torch.bfloat16)
+    kandinsky.write_dit(folder, image, name="kandinsky5lite_t2i")
+    hunyuan_vae.write_vae(folder / "hunyuan-video-t2v-720p" / "vae" / "pytorch_model.pt")
+    write_autoencoder(folder / "ae.safetensors")
+    for name, part in (("qwen_2.5_vl", kandinsky.write_qwen), ("clip_l", kandinsky.write_clip)):
+        files = part(folder / name)
+        target = {"qwen_2.5_vl": "qwen_2.5_vl_7b", "clip_l": "clip_l"}[name]
+        (files / "model.safetensors").rename(folder / f"{target}.safetensors")
+    (folder / "qwen_2.5_vl" / "config.json").rename(folder / "config.json")
+    (folder / "clip_l" / "config.json").unlink()  # CLIP's own file has none beside it
+    write_clips(folder.parent / "clips", count=2)
+    write_image(folder.parent / "start.png", SIDE, SIDE)
 
 
 def lay_out_anima(folder: Path) -> None:

@@ -55,6 +55,15 @@ CASES |= {
         *("hunyuan_video", [], {}),
         {"steps": 50, "flow_shift": 7.0, "guidance_scale": (1.0,), "frames": 129, "embedded_guidance": 6.0},
     ),
+    "kandinsky": (
+        *("kandinsky", [], {}),
+        {"steps": 50, "flow_shift": 10.0, "guidance_scale": (5.0,), "frames": 121, "fps": 24.0, "width": 768},
+    ),
+    "kandinsky 10 seconds": ("kandinsky", [], {"5s-sd": "10s-sd"}, {"frames": 241, "height": 512}),
+    "kandinsky image": (
+        *("kandinsky image", [], {}),
+        {"steps": 50, "flow_shift": 3.0, "guidance_scale": (3.5,), "frames": 1, "negative_prompt": ""},
+    ),
     "framepack, window of 3": ("framepack", [], {"1": "3"}, {"steps": 25, "frames": 12 * 12 + 1}),
     "flux": (
         "flux",

@@ -1,0 +1,1 @@
+"""Kandinsky 5, clips and images: read family.py first, then model.py."""
