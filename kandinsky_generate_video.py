@@ -1,10 +1,15 @@
 """Generate videos and images with Kandinsky 5."""
 
+from dataclasses import replace
+
 import modules.interpreter  # noqa: F401
 from blissful_tuner.video_to_video_options import SourceDefaults
+from generation.options import GenerationOptions
 from generation.prompt_lines import GENERATION_OPTIONS
 from generation.script_options import ScriptDefaults
 from generation.scripts import generation_script
+from kandinsky.options import KandinskyGenerationOptions
+from modules.errors import OptionError
 
 DEFAULTS = ScriptDefaults(
     splits_attention=True,
@@ -28,7 +33,21 @@ DEFAULTS = ScriptDefaults(
         "save_path": ("--output",),
     },
 )
-main = generation_script("kandinsky", DEFAULTS, __doc__)
+
+
+def settle(
+    shared: GenerationOptions, family_options: KandinskyGenerationOptions
+) -> tuple[GenerationOptions, KandinskyGenerationOptions]:
+    """Take --width and --height for --video_size."""
+    height, width = family_options.height, family_options.width
+    if height is None or width is None:
+        return shared, family_options
+    if shared.request.video_size not in (None, (height, width)):
+        raise OptionError(f"--height {height} --width {width} and --video_size: pass one of them")
+    return replace(shared, request=replace(shared.request, video_size=(height, width))), family_options
+
+
+main = generation_script("kandinsky", DEFAULTS, __doc__, adjust_options=settle)
 
 
 if __name__ == "__main__":

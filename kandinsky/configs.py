@@ -71,9 +71,10 @@ class KandinskyTask:
     position_scale: float
     steps: int = 50
 
-    # what no task takes, for forms, which ask every family with tasks
+    # what no task has, for forms, which ask every family with tasks
     takes_clean_first_frame = False  # an image that may be left out
     has_control = False
+    high_noise_guidance = None  # of a second transformer
 
     @property
     def makes_images(self) -> bool:

@@ -84,6 +84,8 @@ class Kandinsky(OneTransformer):
     text_keys: frozenset[str] = field(default=TEXT_KEYS, init=False)
     few_steps: ClassVar = FewSteps(
         base="the sft or pretrain release of the same size",
+        distillation_clause="was distilled to run without guidance, and perhaps in few steps",
+        unlearned_pronoun="this",
         distilled_words="nocfg|16_?steps",
     )
 

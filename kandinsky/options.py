@@ -14,7 +14,9 @@ from modules.options import (
     NO_PIXELS,
     REQUEST_SETTING,
     Options,
+    not_needed,
     option,
+    unsupported,
 )
 from modules.speed_options import VaeOptions, dit_dtype_option, fp8_text_option, text_form_option
 
@@ -85,6 +87,25 @@ class KandinskyTextCachingOptions(Options, title=NAME):
     )
 
 
+_FULL_ATTENTION = "attention is always full, which is as good as the sparse one of long clips, and slower"
+
+
+class KandinskySparseOptions(Options):
+    """musubi-tuner's options for a sparse attention, which does not exist here."""
+
+    force_nabla_attention = not_needed(_FULL_ATTENTION)
+    nabla_resize = not_needed(_FULL_ATTENTION)
+    nabla_P = not_needed(_FULL_ATTENTION, type=float)
+    nabla_wT = not_needed(_FULL_ATTENTION, type=int)
+    nabla_wH = not_needed(_FULL_ATTENTION, type=int)
+    nabla_wW = not_needed(_FULL_ATTENTION, type=int)
+    i2v_mode = unsupported(
+        "a clip begins with an image and ends freely. Omit it",
+        values=("first",),
+        choices=("first", "first_last"),
+    )
+
+
 class KandinskyModelOptions(Options, title=NAME):
     """The files of the model and how they run, in training and generation."""
 
@@ -93,6 +114,7 @@ class KandinskyModelOptions(Options, title=NAME):
     dit_dtype: str | None = dit_dtype_option()
     vae: KandinskyVaeOptions = option(facts={**FREE, **DECODING_SETTING})
     text: KandinskyTextOptions = option(facts=FREE)
+    sparse: KandinskySparseOptions
 
 
 class KandinskyTrainingOptions(KandinskyModelOptions, title=NAME):
@@ -118,6 +140,14 @@ class KandinskyTrainingOptions(KandinskyModelOptions, title=NAME):
 
 class KandinskyGenerationOptions(KandinskyModelOptions, title=NAME):
     """Options of kandinsky_generate_video.py in addition to the shared ones."""
+
+    height: int | None = option("with --width: the same as --video_size", minimum=1, facts=NO_PIXELS)
+    width: int | None = option("with --height: the same as --video_size", minimum=1, facts=NO_PIXELS)
+
+    def __post_init__(self) -> None:
+        if (self.height is None) != (self.width is None):
+            given = "--height" if self.width is None else "--width"
+            raise OptionError(f"{given} alone: pass both --height and --width, or --video_size")
 
 
 def caching_options(options: KandinskyTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -23,7 +23,7 @@ from networks.formats.comfyui import describe_kind
 from networks.formats.effects import NOTES
 from networks.kinds.contract import NetworkKind
 from networks.module_names import read_family
-from networks.names.layouts import KNOWN, TRAINED_ON
+from networks.names.layouts import DIFFUSERS, KNOWN, TRAINED_ON
 from networks.options import NetworkOptions
 from protocols.families import HIGH_NOISE, FamilyEntry
 from protocols.family import Family
@@ -200,7 +200,8 @@ class NextSteps:
     ) -> PageCommand:
         output = file.with_name(f"{file.stem}_{name_suffix}.safetensors")
         files = ["--input", str(file), "--output", str(output)]
-        target = "other" if self.converted_for else "default"
+        # some pipelines of diffusers load nothing under ComfyUI's prefix
+        target = {"": "default", DIFFUSERS: DIFFUSERS}.get(self.converted_for, "other")
         words = ["python", "convert_lora.py", *files, "--target", target, *arguments]
         return _command(title, words, note)
 

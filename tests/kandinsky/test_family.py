@@ -23,6 +23,7 @@ from protocols.data import Batch, CacheOrigin
 from protocols.families import list_same_latents
 from protocols.requests import Prepared, Request
 from tests.faults.messages import assert_one_message, run_here
+from tests.parity.running import latents_in
 from tests.tiny.families import family_called
 from tests.tiny.kandinsky import TinyKandinsky, tiny_state, write_dit, write_tiny_kandinsky
 from tests.tiny.project import write_image
@@ -313,6 +314,40 @@ def test_a_file_of_kandinsky_6_is_refused_by_name(tmp_path: Path, tensor: str, w
         family_for_generation(KandinskyGenerationOptions(task="k5-lite-t2v-5s-sd", dit=path)).check_files(
             False
         )
+
+
+def test_musubi_tuner_s_spellings_are_read(tmp_path: Path) -> None:
+    """Of its sparse attention nothing is needed, as attention is always full."""
+    family = family_called("kandinsky")
+    family.prepare(tmp_path)
+    models = family.generate[: family.generate.index("--negative_prompt")]
+    request = "--prompt cat --seed 3 --steps 2 --guidance 3 --frames 5 --width 48 --height 32"
+    request += " --scheduler_scale 5 --output made --force_nabla_attention --nabla_P 0.9 --i2v_mode first"
+    usual = "--prompt cat --seed 3 --infer_steps 2 --guidance_scale 3 --video_length 5 --video_size 32 48"
+    usual += " --flow_shift 5 --save_path usual"
+
+    for words in (request, usual):
+        code, said = run_here(*models, *words.split(), "--output_type", "latent", folder=tmp_path)
+        assert code == 0, said
+
+    assert torch.equal(latents_in(tmp_path / "made"), latents_in(tmp_path / "usual"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--i2v_mode first_last", "ends freely"),
+        ("--width 48", "pass both --height and --width"),
+        ("--width 48 --height 32 --video_size 64 64", "pass one of them"),
+    ],
+)
+def test_options_that_contradict_are_refused(tmp_path: Path, words: str, message: str) -> None:
+    family = family_called("kandinsky")
+    more = ["--prompt", "a cat", "--save_path", "out"]
+
+    code, said = run_here(*family.generate, *more, *words.split(), folder=tmp_path)
+
+    assert message in assert_one_message(code, said)
 
 
 @pytest.mark.parametrize("task", ["k5-lite-i2i-hd", "k6-lite-5s", "k7-lite"])

@@ -36,9 +36,9 @@ ATTENTIONS = {
     **{"moss_image": (2, 0), "moss_image edit": (3, 0)},
     **dict.fromkeys(("fibo_2", "fibo_2 edit", "ernie_image"), (2, 0)),
     "anima": (2, 0),
-    "kandinsky": (2, 1),  # to the clip, and to few tokens of a text
+    "kandinsky": (3, 2),  # to the clip, and for each of two samples to few tokens of its text
 }
-LEARNS_BEFORE = {"kandinsky", "lumina", "krea2", "krea2 edit"}  # a LoRA is in their refiners too
+LEARNS_BEFORE = {"lumina", "krea2", "krea2 edit"}  # a LoRA is in their refiners too
 
 
 class Counter(TorchDispatchMode):
