@@ -170,6 +170,14 @@ class KandinskyFiles(TransformerFiles):
                 f"--task {self.task.name}: {self.dit_path} makes {made} (it has {config.in_channels} input "
                 f"channels). Use --task {remedy}, or pass another file to {DIT_OPTION}"
             )
+        released = {dim: size for size, dim in DIM_BY_SIZE.items()}
+        size = released.get(config.dim, self.task.size)
+        if size != self.task.size:
+            remedy = self.task.name.replace(f"-{self.task.size}-", f"-{size}-").replace("-hd", "-sd")
+            raise OptionError(
+                f"--task {self.task.name}: {self.dit_path} is of the size {size} (width {config.dim}). Use "
+                f"--task {remedy}, or pass another file to {DIT_OPTION}"
+            )
 
     @property
     def qwen_path(self) -> Path:

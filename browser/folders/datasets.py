@@ -46,6 +46,7 @@ MODELS = {
     "Wan": ("16", "16", "4"),
     "Wan2.2 TI2V-5B": ("24", "32", "4"),
     "HunyuanVideo": ("24", "16", "4"),
+    "Kandinsky 5": ("24", "16", "4"),
     "FramePack": ("30", "16", "4"),
     "LTX-2": ("24", "32", "8"),
     "MiniMax-H3": ("24", "32", "17"),
@@ -54,6 +55,7 @@ MODELS = {
 # keyed by the model's name in the history of a run
 MODEL_BY_FAMILY = {
     "hunyuan_video": "HunyuanVideo",
+    "kandinsky": "Kandinsky 5",
     "framepack": "FramePack",
     "ltx2_v1": "LTX-2",
     "minimax_h3": "MiniMax-H3",

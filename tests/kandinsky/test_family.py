@@ -23,6 +23,7 @@ from protocols.data import Batch, CacheOrigin
 from protocols.families import list_same_latents
 from protocols.requests import Prepared, Request
 from tests.faults.messages import assert_one_message, run_here
+from tests.manifests import tensor_list, write_hollow
 from tests.parity.running import latents_in
 from tests.tiny.families import family_called
 from tests.tiny.kandinsky import TinyKandinsky, tiny_state, write_dit, write_tiny_kandinsky
@@ -161,6 +162,23 @@ def test_a_task_for_another_file_is_refused(files: TinyKandinsky, image_files: T
         prepare(describe(files, "k5-lite-t2i-hd"))
     with pytest.raises(OptionError, match=r"makes images .*Use --task k5-lite-t2i-hd"):
         prepare(describe(image_files, "k5-lite-i2v-5s-sd"))
+
+
+@pytest.mark.parametrize(
+    ("manifest", "task", "remedy"),
+    [
+        ("kandinsky5-lite-dit", "k5-pro-i2v-5s-hd", "k5-lite-i2v-5s-sd"),
+        ("kandinsky5-pro-dit", "k5-lite-t2v-10s-sd", "k5-pro-t2v-10s-sd"),
+    ],
+)
+def test_a_task_of_another_size_is_refused(
+    tmp_path: Path, files: TinyKandinsky, manifest: str, task: str, remedy: str
+) -> None:
+    path = write_hollow(tmp_path / "dit.safetensors", tensor_list(manifest))
+
+    with pytest.raises(OptionError, match=rf"is of the size .*Use --task {remedy}"):
+        prepare(describe(replace(files, dit=path), task))
+    KandinskyFiles(path, task=TASKS[remedy]).check_task()
 
 
 def test_requests_that_a_task_cannot_fulfil_are_refused(
