@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kandinsky.configs import PATCH, KandinskyConfig
 from kandinsky.spec import DIT
-from modules.attention.attend import CombineAttention, attend, make_lengths
+from modules.attention.attend import CombineAttention, SampleLengths, attend, make_lengths
 from modules.devices import send_ahead
 from modules.layers.modulation import add_gated, modulate
 from modules.layers.norms import (
@@ -61,13 +61,8 @@ class TextTokens(NamedTuple):
     """The tokens of a text in all samples."""
 
     states: Tensor  # B T C
-    counts: tuple[int, ...]  # real tokens of each sample, at the beginning
-    rotary: Tensor | None = None  # rotations of the T tokens, T 1 D/2 2; only among the text itself
-
-    @property
-    def has_padding(self) -> bool:
-        """Whether a sample has fewer real tokens than rows."""
-        return min(self.counts) < self.states.shape[1]
+    lengths: SampleLengths | None  # real tokens of each sample, which come first; None: all
+    rotary: Tensor  # rotations of the T tokens, T 1 D/2 2; only among the text itself
 
 
 @dataclass(frozen=True)
@@ -189,10 +184,8 @@ class KandinskyTextBlock(nn.Module):
         h = modulate(self.self_attention_norm(x), shift, scale, dtype)
         layer = self.self_attention
         key, value = layer.key_and_value(h)
-        assert text.rotary is not None
         query, key = rotate(layer.query(h), text.rotary), rotate(key, text.rotary)
-        lengths = make_lengths(text.counts, x.device) if text.has_padding else None
-        x = add_gated(x, gate, layer.project(attend(query, key, value, attention, lengths)))
+        x = add_gated(x, gate, layer.project(attend(query, key, value, attention, text.lengths)))
         h = modulate(self.feed_forward_norm(x), feed_shift, feed_scale, dtype)
         return text._replace(states=add_gated(x, feed_gate, self.feed_forward(h)))
 
@@ -244,19 +237,19 @@ class KandinskyVisualBlock(nn.Module):
         attended = []
         for text in tokens.texts:
             key, value = layer.key_and_value(text.states)
-            attended.append(_attend_to_real_tokens(query, key, value, text, tokens.attention))
+            attended.append(_attend_to_real_tokens(query, key, value, text.lengths, tokens.attention))
         if tokens.combine_attention is None:
             return layer.project(attended[0])
         return layer.project(tokens.combine_attention(*attended))
 
 
 def _attend_to_real_tokens(
-    query: Tensor, key: Tensor, value: Tensor, text: TextTokens, attention: AttentionChoice
+    query: Tensor, key: Tensor, value: Tensor, lengths: SampleLengths | None, attention: AttentionChoice
 ) -> Tensor:
     """Return the attention of a clip's tokens, B L N D, to the real tokens of each sample's text."""
-    if not text.has_padding:
+    if lengths is None:
         return attend(query, key, value, attention)
-    samples = zip(query.split(1), key.split(1), value.split(1), text.counts, strict=True)
+    samples = zip(query.split(1), key.split(1), value.split(1), lengths.counts, strict=True)
     return torch.cat([attend(q, k[:, :count], v[:, :count], attention) for q, k, v, count in samples])
 
 
@@ -374,7 +367,8 @@ class KandinskyModel(BlockNetwork):
             condition[:, -1, :num_clean_frames] = 1  # the mask
             noisy = torch.cat([noisy, condition], dim=1)
         patches = rearrange(noisy, "b c f (h p) (w q) -> b (f h w) (p q c)", p=PATCH, q=PATCH)
-        x = run_in_weight_dtype(self.visual_embeddings["in_layer"], patches).to(dtype)
+        # clone: of a view, the first block would be compiled apart from the others
+        x = run_in_weight_dtype(self.visual_embeddings["in_layer"], patches).to(dtype).clone()
         time = self.time_embeddings(sinusoid(timesteps, config.dim, torch.float32))
         time = time + self.pooled_text_embeddings(pooled)
         grid = (frames, height // PATCH, width // PATCH)
@@ -401,7 +395,8 @@ class KandinskyModel(BlockNetwork):
         counts = tuple(int(count) for count in mask.sum(dim=1))  # the mask is on the host
         longest = max(counts)
         embedded = self.text_embeddings(states[:, :longest]).to(dtype)
-        text = TextTokens(embedded, counts, self._text_rotary.get_table(longest, states.device))
+        lengths = make_lengths(counts, states.device) if min(counts) < longest else None
+        text = TextTokens(embedded, lengths, self._text_rotary.get_table(longest, states.device))
         for block in self.text_transformer_blocks:
             text = block(text, time, dtype, self.attention)
         return text
