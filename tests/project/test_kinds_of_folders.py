@@ -126,7 +126,13 @@ NEEDS_PAIRS = {
     "krea2 edit",
     "flux_kontext dev",
 }
-NEEDS_CLIPS = {"wan i2v-14B-480p", "wan flf2v-14B", "skyreels i2v", "framepack i2v"}
+NEEDS_CLIPS = {
+    "wan i2v-14B-480p",
+    "wan flf2v-14B",
+    "skyreels i2v",
+    "framepack i2v",
+    "kandinsky k5-lite-i2v-5s-sd",
+}
 HEARS = {"ltx_2 av"}
 NEEDS_SECONDS = {"minimax_h3 t2va", "minimax_h3 fl2va"}  # five: more than most clips here have
 
