@@ -58,7 +58,7 @@ from encoders.text_encoder import (
 from modules.devices import dtype_name, select_compute_dtype
 from modules.errors import MediaError
 from modules.speed_options import TextEncoderOptions, text_form
-from protocols.data import Conditions
+from protocols.data import Batch, Conditions
 from protocols.family import EncoderAbilities, TextEncoder
 from protocols.loading import BlockSharder
 from protocols.requests import Prompt
@@ -212,6 +212,17 @@ class LanguageEncoderSettings:
     def fingerprint(self) -> str:
         """Hash of the template, for cache records."""
         return hashlib.sha256(self.template.encode()).hexdigest()[:16]
+
+    def find_other_template(self, batch: Batch) -> Path | None:
+        """Return the first cache of a batch whose text was encoded with another template; None if all fit.
+
+        Caches that record no template are taken as fitting.
+        """
+        for cache in batch.cache_origins:
+            fingerprint = cache.encoder.get(self.template_key, self.fingerprint)
+            if cache.part == self.name and fingerprint != self.fingerprint:
+                return cache.path
+        return None
 
 
 class LanguageModelEncoder(FileTextEncoder[nn.Module]):

@@ -61,14 +61,14 @@ def _builtin_font() -> ImageFont.FreeTypeFont:
 
 @functools.lru_cache(maxsize=4096)
 def _has_character(font: ImageFont.FreeTypeFont, character: str) -> bool:
+    if ord(character) < 128:  # taken as present in every font
+        return True
     box, drawn = font.getmask(_NO_CHARACTER), font.getmask(character)
     return drawn.size != box.size or bytes(drawn) != bytes(box)
 
 
 def _select_font(character: str, fonts: Sequence[ImageFont.FreeTypeFont]) -> ImageFont.FreeTypeFont:
     """Return the first font that has a character; the first of all if none has it."""
-    if ord(character) < 128:
-        return fonts[0]
     return next((font for font in fonts if _has_character(font, character)), fonts[0])
 
 
@@ -78,9 +78,7 @@ def find_undrawable(text: str, fonts: Sequence[ImageFont.FreeTypeFont] = ()) -> 
     missing = {
         character
         for character in text
-        if ord(character) >= 128
-        and not character.isspace()
-        and not any(_has_character(font, character) for font in known)
+        if not character.isspace() and not any(_has_character(font, character) for font in known)
     }
     return "".join(sorted(missing))
 
@@ -96,7 +94,7 @@ def draw_text(text: str, fonts: Sequence[ImageFont.FreeTypeFont] = ()) -> Tensor
     starts = range(0, len(words), MAX_CHARACTERS)
     lines = [words[start : start + MAX_CHARACTERS] for start in starts] or [""]
     own = _builtin_font()
-    if all(ord(character) < 128 or _has_character(own, character) for character in words):
+    if all(_has_character(own, character) for character in words):
         image = _draw_in_one_font(lines, own)
     else:
         image = _draw_in_fonts(lines, [own, *fonts])

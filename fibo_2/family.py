@@ -135,12 +135,9 @@ class Fibo2(pictures.ImageModelFamily):
                     f"{batch.keys[0]}: {KEY} in its cache is {'x'.join(map(str, states.shape))}, not "
                     f"{len(STATES)} states of each token. Cache again with {remedy}."
                 )
-        for cache in batch.cache_origins:
-            fingerprint = cache.encoder.get(ENCODER_SETTINGS.template_key, ENCODER_SETTINGS.fingerprint)
-            if cache.part == ENCODER_SETTINGS.name and fingerprint != ENCODER_SETTINGS.fingerprint:
-                raise CacheError(
-                    f"{cache.path}: the caption was encoded with another template. Run {TEXTS_AGAIN}."
-                )
+        path = ENCODER_SETTINGS.find_other_template(batch)
+        if path is not None:
+            raise CacheError(f"{path}: the caption was encoded with another template. Run {TEXTS_AGAIN}.")
         references = pictures.get_references(batch, LATENT.channels, 1, LATENTS_AGAIN)
         drawn = {DRAWN_KEY: batch.tensors[DRAWN_KEY]} if DRAWN_KEY in batch.tensors else {}
         return {KEY: batch.tensors[KEY], **drawn, **references}

@@ -11,7 +11,6 @@ from checkpoints.dits import DitFormat
 from checkpoints.encoders import check_state_width
 from checkpoints.model_files import read_once, require_file
 from checkpoints.opening import Checkpoint
-from encoders.clip_checkpoints import read_clip_text
 from encoders.clip_l import PooledClip
 from encoders.files import TransformerFiles
 from encoders.language_models import LLAMA, read_language_model
@@ -130,7 +129,7 @@ class HunyuanFiles(TransformerFiles):
             )
         if self.text_encoder2 is not None or needed:
             path = HunyuanClip(self.text_encoder2_path).path
-            width = read_once(path, _read_clip_width)
+            width = read_once(path, CLIP.read_width)
             check_state_width(
                 "--text_encoder2",
                 path,
@@ -147,7 +146,3 @@ class HunyuanFiles(TransformerFiles):
 
 def _read_llama_width(checkpoint: Checkpoint) -> int:
     return read_language_model(checkpoint, LLAMA).config.dim  # the same for every state
-
-
-def _read_clip_width(checkpoint: Checkpoint) -> int:
-    return read_clip_text(checkpoint, CLIP).config.dim

@@ -187,19 +187,13 @@ class Kandinsky(OneTransformer):
         config = self.files.dit_header().config
         widths = {STATES_KEY: config.text_dim, POOLED_KEY: config.pooled_dim}
         batch.check_widths(widths, self.files.dit_path, f"{TEXTS_AGAIN} and the text encoders of {NAME}")
-        self._check_template(batch)
+        path = get_language_settings(self.task).find_other_template(batch)
+        if path is not None:  # that of clips differs from that of images
+            raise CacheError(
+                f"{path}: its caption was encoded with a template for another task than {self.task.name}. "
+                f"Cache again with {TEXTS_AGAIN} --task {self.task.name}."
+            )
         return {name: batch.tensors[name] for name in TEXT_KEYS}
-
-    def _check_template(self, batch: Batch) -> None:
-        """Raise CacheError if a caption was encoded with the template of the other kind of task."""
-        settings = get_language_settings(self.task)
-        for cache in batch.cache_origins:
-            template = cache.encoder.get(settings.template_key)
-            if template is not None and template != settings.fingerprint:
-                raise CacheError(
-                    f"{cache.path}: its caption was encoded with a template for another task than "
-                    f"{self.task.name}. Cache again with {TEXTS_AGAIN} --task {self.task.name}."
-                )
 
     def predict(
         self,

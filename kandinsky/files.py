@@ -17,7 +17,6 @@ from checkpoints.encoders import check_state_width
 from checkpoints.model_files import inside, read_once, require_file
 from checkpoints.opening import Checkpoint
 from encoders.autoencoder import load_autoencoder, read_autoencoder_header
-from encoders.clip_checkpoints import read_clip_text
 from encoders.clip_l import PooledClip
 from encoders.files import TransformerFiles
 from encoders.language_encoder import LanguageModelEncoder
@@ -234,7 +233,7 @@ class KandinskyFiles(TransformerFiles):
             check_state_width(QWEN_OPTION, path, width, self.dit, dit_width, CLIP_SETTINGS.model.files)
         if self.text_encoder_clip is not None or needed:
             path = self.pooled_clip().path
-            width = read_once(path, _read_pooled_width)
+            width = read_once(path, POOLED_CLIP.read_width)
             dit_width = None if config is None else config.pooled_dim
             check_state_width(CLIP_OPTION, path, width, self.dit, dit_width, POOLED_CLIP.release)
         if self.text_encoder_qwen_tokenizer is not None:
@@ -245,10 +244,6 @@ class KandinskyFiles(TransformerFiles):
 
 def _read_text_width(checkpoint: Checkpoint) -> int:
     return read_language_model(checkpoint, CLIP_SETTINGS.model, CLIP_SETTINGS.states).config.dim
-
-
-def _read_pooled_width(checkpoint: Checkpoint) -> int:
-    return read_clip_text(checkpoint, POOLED_CLIP).config.dim
 
 
 def select_task(name: str | None, dit: Path | None, vae: Path | None = None) -> KandinskyTask:

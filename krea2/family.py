@@ -175,12 +175,10 @@ class Krea2(pictures.ImageModelFamily):
                     f"{config.states} states of each token. Cache again with {remedy}."
                 )
         # Raise CacheError if captions were encoded for editing but the run does not edit, or the reverse
-        encoder_settings = self.files.encoder_settings
-        for cache in batch.cache_origins:
-            fingerprint = cache.encoder.get(encoder_settings.template_key, encoder_settings.fingerprint)
-            if cache.part == encoder_settings.name and fingerprint != encoder_settings.fingerprint:
-                how, words = ("without images", " with --edit") if self.edits else ("for edits", "")
-                raise CacheError(f"{cache.path}: the caption was encoded {how}. Run {TEXTS_AGAIN}{words}.")
+        path = self.files.encoder_settings.find_other_template(batch)
+        if path is not None:
+            how, words = ("without images", " with --edit") if self.edits else ("for edits", "")
+            raise CacheError(f"{path}: the caption was encoded {how}. Run {TEXTS_AGAIN}{words}.")
         references = pictures.get_references(batch, LATENT.channels, PATCH, LATENTS_AGAIN)
         return {KEY: batch.tensors[KEY], **references}
 

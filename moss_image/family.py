@@ -120,13 +120,9 @@ class MossImage(pictures.ImageModelFamily):
         batch.check({KEY: TEXTS_AGAIN}, "the transformer")
         config = self.files.dit_header().config
         batch.check_widths({KEY: config.text_dim}, self.files.dit_path, f"{TEXTS_AGAIN} and Qwen3.5 (9B)")
-        # a cache that records no template is accepted
-        for cache in batch.cache_origins:
-            fingerprint = cache.encoder.get(ENCODER_SETTINGS.template_key, ENCODER_SETTINGS.fingerprint)
-            if cache.part == ENCODER_SETTINGS.name and fingerprint != ENCODER_SETTINGS.fingerprint:
-                raise CacheError(
-                    f"{cache.path}: the caption was encoded with another template. Run {TEXTS_AGAIN}."
-                )
+        path = ENCODER_SETTINGS.find_other_template(batch)
+        if path is not None:
+            raise CacheError(f"{path}: the caption was encoded with another template. Run {TEXTS_AGAIN}.")
         references = pictures.get_references(batch, LATENT.channels, 1, LATENTS_AGAIN)
         return {KEY: batch.tensors[KEY], **references}
 

@@ -39,8 +39,8 @@ def note_sizes(rows: Mapping[int, Mapping[str, str]], recipe: ModelRecipe | None
     """
     notes: dict[int, str] = {}
     for number, texts in rows.items():
-        sides = {name: int(texts[name]) for name in (*SIDES, "frames") if is_number(texts.get(name, ""))}
-        sentences = [] if recipe is None else [*_describe_fields(sides, recipe)]
+        sizes = {name: int(texts[name]) for name in (*SIDES, "frames") if is_number(texts.get(name, ""))}
+        sentences = [] if recipe is None else [*_describe_fields(sizes, recipe)]
         if sentences:
             notes[number] = join(" ", sentences)
     return notes
@@ -51,62 +51,60 @@ def is_number(text: str) -> bool:
     return text.isdecimal() and text.isascii() and len(text) < 7 and int(text) > 0
 
 
-def _describe_fields(values: Mapping[str, int], recipe: ModelRecipe) -> Iterable[str]:
+def _fit_sizes(sizes: Mapping[str, int], recipe: ModelRecipe) -> dict[str, int]:
+    """Return what is generated instead of each size that the model cannot generate, by name."""
+    # `sizes` are the sides in pixels and the frames, as far as they are set
+    fitted = {name: fit_side(sizes[name], recipe.side_step) for name in SIDES if name in sizes}
+    if "frames" in sizes and "frames" in recipe.fields and not recipe.counts_seconds:
+        fitted["frames"] = recipe.defaults.lengths.fit(sizes["frames"])
+    return {name: size for name, size in fitted.items() if size != sizes[name]}
+
+
+def _describe_fields(sizes: Mapping[str, int], recipe: ModelRecipe) -> Iterable[str]:
     """Yield a sentence for each size in a row of the samples form that the model cannot generate."""
-    # `values` are the row's sizes by field name.
-    for name in SIDES:
-        pixels = values.get(name)
-        used_size = None if pixels is None else fit_side(pixels, recipe.side_step)
-        if used_size != pixels:
+    for name, used_size in _fit_sizes(sizes, recipe).items():
+        if name in SIDES:
             yield say(
                 "%(name)s %(pixels)s: use a multiple of %(side_step)s. The sample is generated "
                 "with %(made)s.",
                 name=SIDE_NAMES[name],
-                pixels=pixels,
+                pixels=sizes[name],
                 side_step=recipe.side_step,
                 made=used_size,
             )
-    frames = values.get("frames")
-    if frames is None or "frames" not in recipe.fields or recipe.counts_seconds:
-        return
-    used_size = recipe.defaults.lengths.fit(frames)
-    if used_size != frames:
-        yield say(
-            "%(frames)s frames: use a length of %(lengths)s. The sample is generated with %(made)s.",
-            frames=frames,
-            lengths=recipe.defaults.lengths,
-            made=used_size,
-        )
+        else:
+            yield say(
+                "%(frames)s frames: use a length of %(lengths)s. The sample is generated with %(made)s.",
+                frames=sizes[name],
+                lengths=recipe.defaults.lengths,
+                made=used_size,
+            )
 
 
 def _describe_line(number: int, values: Mapping[str, Any], recipe: ModelRecipe) -> Iterable[str]:
     """Yield a sentence for each size in a prompts.txt line that the model cannot generate."""
     # `values` are the line's options by name, `number` is the line number.
-    for name in SIDES:
-        pixels = values.get(name)
-        used_size = None if pixels is None else fit_side(pixels, recipe.side_step)
-        if used_size != pixels:
+    options = {"width": "width", "height": "height", "frames": "frame_count"}
+    sizes = {name: values[option] for name, option in options.items() if values.get(option) is not None}
+    for name, used_size in _fit_sizes(sizes, recipe).items():
+        if name in SIDES:
             yield say(
                 "%(file)s, line %(number)s, --%(letter)s %(pixels)s: use a multiple of "
                 "%(side_step)s. The sample is generated with %(made)s.",
                 file=PROMPTS_FILE,
                 number=number,
                 letter=name[0],  # the options are --w and --h
-                pixels=pixels,
+                pixels=sizes[name],
                 side_step=recipe.side_step,
                 made=used_size,
             )
-    frames = values.get("frame_count")
-    if frames is None or "frames" not in recipe.fields or recipe.counts_seconds:
-        return
-    used_size = recipe.defaults.lengths.fit(frames)
-    if used_size != frames:
-        yield say(
-            "%(file)s, line %(number)s, --f %(frames)s: use a length of %(lengths)s. The sample is "
-            "generated with %(made)s.",
-            file=PROMPTS_FILE,
-            number=number,
-            frames=frames,
-            lengths=recipe.defaults.lengths,
-            made=used_size,
-        )
+        else:
+            yield say(
+                "%(file)s, line %(number)s, --f %(frames)s: use a length of %(lengths)s. The sample is "
+                "generated with %(made)s.",
+                file=PROMPTS_FILE,
+                number=number,
+                frames=sizes[name],
+                lengths=recipe.defaults.lengths,
+                made=used_size,
+            )
