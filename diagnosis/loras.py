@@ -106,8 +106,7 @@ def find_lora_findings(lora: MeasuredLora) -> Iterator[Finding]:
             figure=0,
             limit=1,
             text=f"{lora.path.name} changes {format_count(len(lora.text_deltas), 'module')} of text "
-            "encoders, and none "
-            "of the network that draws.",
+            "encoders, and none of the network that draws.",
             meaning="It can only choose among what the model draws already.",
             remedy="Train without --network_train_text_encoder_only.",
         )
@@ -122,8 +121,7 @@ def find_lora_findings(lora: MeasuredLora) -> Iterator[Finding]:
             figure=len(empty) / len(known),
             limit=EMPTY_FRACTION,
             text=f"{len(empty)} of {len(known)} modules of {lora.path.name} change nothing: one of their "
-            "matrices "
-            "is zero.",
+            "matrices is zero.",
             meaning="These modules have not been trained: their learning rate was 0, or no step was taken.",
             remedy="Compare --learning_rate and --network_args of the run with the modules that the file "
             "names.",
@@ -137,8 +135,7 @@ def find_lora_findings(lora: MeasuredLora) -> Iterator[Finding]:
             figure=largest.squared_norm / total,
             limit=ONE_BLOCK,
             text=f"{largest.squared_norm / total:.0%} of the change of {lora.path.name} is in "
-            f"{largest.block}, one of "
-            f"{format_count(len(changes), 'block')}.",
+            f"{largest.block}, one of {format_count(len(changes), 'block')}.",
             meaning="A single block that changes so far distorts pictures before the others have learned.",
             remedy="Train with a lower learning rate, or leave out this block with --network_args "
             "exclude_patterns.",
@@ -149,9 +146,8 @@ def find_pair_findings(first: MeasuredLora, second: MeasuredLora) -> Iterator[Fi
     """Yield findings about two LoRAs that are used together."""
     if not first.deltas.keys() & second.deltas.keys():
         raise CheckpointError(
-            f"{second.path} changes no module that {first.path} changes: they are for different models, "
-            "or for "
-            "different parts of one.",
+            f"{second.path} changes no module that {first.path} changes: they are for different models, or "
+            "for different parts of one.",
             second.path,
         )
     sizes = [

@@ -125,8 +125,7 @@ def _diagnose_dataset(dataset: MeasuredDataset) -> Diagnosis:
     if not dataset.counters:
         remarks.append(
             "How the model's tokenizers cut the trigger word and the captions is unknown: diagnose the "
-            "folder that "
-            "`new` described, with the model's files downloaded."
+            "folder that `new` described, with the model's files downloaded."
         )
     if not dataset.trigger_words:
         remarks.append(
@@ -182,9 +181,8 @@ def _diagnose_loras(path: Path, second_path: Path | None) -> Diagnosis:
     num_unknown = sum(change.num_unknown for change in changes)
     if num_unknown:
         remarks.append(
-            f"The change of {format_count(num_unknown, 'module')} depends on the weights of the model "
-            "(DoRA, OFT), so "
-            "that their norms are unknown."
+            f"The change of {format_count(num_unknown, 'module')} depends on the weights of the model (DoRA, "
+            "OFT), so that their norms are unknown."
         )
     return Diagnosis(f"the LoRA {path}", findings, remarks, rows)
 

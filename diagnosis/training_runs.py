@@ -34,8 +34,8 @@ def _describe_broken_losses(run: ScoredRun) -> Finding:
         text=f"The loss of {len(broken)} of {len(run.run_history.loss)} steps is NaN or infinite, first at "
         f"step {min(broken)}.",
         meaning="Every file that was saved after that step is worthless.",
-        remedy="Take an earlier file, or train again with a learning rate of a tenth, --max_grad_norm 1 "
-        "and bf16.",
+        remedy="Take an earlier file, or train again with a learning rate of a tenth, --max_grad_norm 1 and "
+        "bf16.",
     )
 
 
@@ -78,8 +78,7 @@ def _find_overfitting(run: ScoredRun) -> Iterator[Finding]:
         figure=ratio,
         limit=VALIDATION_RISE,
         text=f"The validation loss is lowest at step {best_step} ({best_loss:.4g}) and {ratio - 1:.0%} "
-        "higher at step "
-        f"{last_step}.",
+        f"higher at step {last_step}.",
         meaning="After that step the images are learned by heart.",
         remedy=take,
     )

@@ -15,7 +15,7 @@ from networks.delta import Delta, read_delta
 from networks.kinds.factors import Factors
 from networks.module_factors import BIAS_FACTORS, SET_WEIGHT, get_lora_rank, group_by_module, ungroup
 from networks.names.layouts import OURS
-from networks.typed_strengths import OTHER, BlockStrength, read_block_strengths
+from networks.typed_strengths import OPTION, OTHER, BlockStrength, read_block_strengths
 
 _BLOCK = re.compile(rf"(?:{OURS})?(?P<list>[a-z_]*?)_?(?P<number>\d+)(?:_|$)")
 
@@ -38,19 +38,46 @@ def scale_blocks(tensors: Mapping[str, Tensor], text: str, path: Path) -> dict[s
         OptionError: If the text names blocks that the file lacks, or if a change cannot be scaled.
     """
     modules = group_by_module(tensors)
-    strength_by_module = resolve_strengths(modules, text, path)
+    return ungroup(scale_modules(modules, resolve_strengths(modules, text, path), path))
+
+
+def scale_modules(
+    modules: Mapping[str, Factors],
+    strength_by_module: Mapping[str, float],
+    path: Path,
+    option: str = OPTION,
+) -> dict[str, Factors]:
+    """Return modules whose changes have the given strengths; those with strength 0 are left out.
+
+    Args:
+        modules: The factors of each module, by its name.
+        strength_by_module: Strengths; modules that it does not name keep the strength 1.
+        path: The LoRA file, for messages.
+        option: Option that sets the strengths, for messages.
+
+    Raises:
+        OptionError: If a change cannot be scaled.
+    """
     scaled: dict[str, Factors] = {}
     for name, factors in modules.items():
         strength_of_module = strength_by_module.get(name, 1.0)
         if strength_of_module == 1:
             scaled[name] = factors
         elif strength_of_module != 0:
-            scaled[name] = _scale_factors(factors, strength_of_module, f"{path}: {name}")
-    return ungroup(scaled)
+            scaled[name] = _scale_factors(factors, strength_of_module, f"{path}: {name}", option)
+    return scaled
 
 
-def resolve_strengths(modules: Iterable[str], text: str, path: Path) -> dict[str, float]:
+def resolve_strengths(
+    modules: Iterable[str], text: str, path: Path, option: str = OPTION
+) -> dict[str, float]:
     """Return the strength of each module that the text names; the last item that names it counts.
+
+    Args:
+        modules: Names of the modules.
+        text: The strengths as typed.
+        path: The LoRA file, for messages.
+        option: Option that has the text as its value, for messages.
 
     Raises:
         OptionError: If the text names blocks that the modules do not have.
@@ -58,10 +85,10 @@ def resolve_strengths(modules: Iterable[str], text: str, path: Path) -> dict[str
     blocks = {name: split_block_name(name) for name in modules}
     lists = sorted({block[0] for block in blocks.values() if block is not None})
     strength_by_module: dict[str, float] = {}
-    for strength in read_block_strengths(text):
+    for strength in read_block_strengths(text, option):
         if strength.block_list is None and len(lists) > 1:
             raise OptionError(
-                f"--lora_blocks {strength.typed!r}: {path} has blocks of {' and '.join(lists)}. Write "
+                f"{option} {strength.typed!r}: {path} has blocks of {' and '.join(lists)}. Write "
                 f"{lists[0]}:{strength.typed}"
             )
         named = [name for name, block in blocks.items() if _is_named(strength, block)]
@@ -69,8 +96,8 @@ def resolve_strengths(modules: Iterable[str], text: str, path: Path) -> dict[str
             numbers = [block[1] for block in blocks.values() if block is not None]
             present = f"blocks {min(numbers)} to {max(numbers)}" if numbers else "no numbered blocks"
             raise OptionError(
-                f"--lora_blocks {strength.typed!r} names no block of {path}, which has {present}"
-                f"{f' of {lists[0]}' if len(lists) == 1 else ''}. Correct the numbers"
+                f"{option} {strength.typed!r} names no block of {path}, which has "
+                f"{present}{f' of {lists[0]}' if len(lists) == 1 else ''}. Correct the numbers"
             )
         strength_by_module |= dict.fromkeys(named, strength.strength)
     return strength_by_module
@@ -83,13 +110,13 @@ def _is_named(strength: BlockStrength, block: tuple[str, int] | None) -> bool:
     return strength.block_list in (None, block_list) and strength.first <= number <= strength.last
 
 
-def _scale_factors(factors: Factors, strength: float, where: str) -> dict[str, Tensor]:
+def _scale_factors(factors: Factors, strength: float, where: str, option: str) -> dict[str, Tensor]:
     """Return the factors of a module whose change is `strength` times as large."""
     delta: Delta = read_delta(factors)
     if delta.depends_on_weight or SET_WEIGHT in factors:
         raise OptionError(
             f"{where} is a change that has no strength of its own (DoRA, OFT or a replaced weight): with "
-            "--lora_blocks its block can only have the strength 0 or 1"
+            f"{option} its block can only have the strength 0 or 1"
         )
     scaled = dict(factors)
     rank = get_lora_rank(factors)

@@ -11,14 +11,15 @@ from modules.console import format_count
 from modules.errors import CheckpointError, OptionError
 from modules.options import Options, option
 from modules.text_files import parse_json
-from networks.block_strengths import resolve_strengths, scale_blocks
+from networks.block_strengths import resolve_strengths, scale_blocks, scale_modules
 from networks.loading import read_lora
 from networks.metadata import STALE, add_hashes
 from networks.module_factors import group_by_module, ungroup
 from networks.names.layouts import FOLDED
-from networks.typed_strengths import read_block_strengths
+from networks.typed_strengths import GRAMMAR, read_block_strengths
 
 logger = getLogger(__name__)
+DONOR_BLOCKS = "--donor_blocks"
 HISTORY = "reelsmith_blocks"  # metadata key: JSON list of the changes of a file's blocks, oldest first
 
 
@@ -26,10 +27,7 @@ class BlockOptions(Options, title="what to write"):
     """Options of tools/blocks.py."""
 
     model: Path = option("LoRA file of any dialect", positional=True, place="there")
-    lora_blocks: str | None = option(
-        "strength of each block: 0-9=0.5,30-=0; double_blocks:3=1 names the list if there are several, "
-        "other=0 what is in no block, @FILE reads them from a file"
-    )
+    lora_blocks: str | None = option(f"strength of each block: {GRAMMAR}")
     donor: Path | None = option(
         "LoRA file whose blocks replace those of the first", place="there", needs="donor_blocks"
     )
@@ -46,8 +44,10 @@ class BlockOptions(Options, title="what to write"):
     def __post_init__(self) -> None:
         if self.lora_blocks is None and self.donor is None:
             raise OptionError("nothing would change: pass --lora_blocks, or --donor and --donor_blocks")
-        for text in filter(None, (self.lora_blocks, self.donor_blocks)):
-            read_block_strengths(text)
+        if self.lora_blocks is not None:
+            read_block_strengths(self.lora_blocks)
+        if self.donor_blocks is not None:
+            read_block_strengths(self.donor_blocks, DONOR_BLOCKS)
 
 
 def rewrite_blocks(options: BlockOptions) -> None:
@@ -64,10 +64,11 @@ def rewrite_blocks(options: BlockOptions) -> None:
         tensors = scale_blocks(tensors, options.lora_blocks, options.model)
         change["lora_blocks"] = options.lora_blocks
     if options.donor is not None and options.donor_blocks is not None:
-        donor = read_lora(options.donor)
-        modules = group_by_module(tensors)
-        donor_modules = group_by_module(scale_blocks(donor.tensors, options.donor_blocks, options.donor))
-        taken = resolve_strengths(group_by_module(donor.tensors), options.donor_blocks, options.donor).keys()
+        donor_modules = group_by_module(read_lora(options.donor).tensors)
+        strength_by_module = resolve_strengths(
+            donor_modules, options.donor_blocks, options.donor, DONOR_BLOCKS
+        )
+        taken = strength_by_module.keys()
         if not taken & group_by_module(lora.tensors).keys():
             raise CheckpointError(
                 f"{options.donor}: its blocks of --donor_blocks have none of the modules of {options.model}. "
@@ -75,8 +76,10 @@ def rewrite_blocks(options: BlockOptions) -> None:
                 options.donor,
             )
         # what the donor leaves out (strength 0) is left out of the result too
-        kept = {name: factors for name, factors in modules.items() if name not in taken}
-        tensors = ungroup({**kept, **{name: donor_modules[name] for name in taken & donor_modules.keys()}})
+        kept = {name: factors for name, factors in group_by_module(tensors).items() if name not in taken}
+        replacing = {name: factors for name, factors in donor_modules.items() if name in taken}
+        scaled = scale_modules(replacing, strength_by_module, options.donor, DONOR_BLOCKS)
+        tensors = ungroup({**kept, **scaled})
         change |= {"donor": options.donor.name, "donor_blocks": options.donor_blocks}
     if not tensors:
         raise OptionError("nothing of the LoRA would be left: every block has the strength 0")

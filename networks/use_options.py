@@ -12,7 +12,7 @@ from modules.errors import OptionError
 from modules.options import Options, option
 from modules.paths import explain_missing
 from networks.kinds.composing import list_kinds
-from networks.typed_strengths import read_block_strengths
+from networks.typed_strengths import GRAMMAR, read_block_strengths
 
 logger = logging.getLogger(__name__)
 
@@ -94,9 +94,7 @@ class LoraPatternOptions(Options):
     include_patterns: tuple[str, ...] | None = option(f"use only tensors that match: one {PATTERN}")
     exclude_patterns: tuple[str, ...] | None = option(f"omit tensors that match: one {PATTERN}")
     lora_blocks: tuple[str, ...] | None = option(
-        "strength of each block, one text per --lora_weight: 0-9=0.5,30-=0 halves blocks 0 to 9 and omits "
-        "those from 30 on; double_blocks:3=1 names the list if there are several, other=0 what is in no "
-        "block, @FILE reads them from a file. tools/diagnose.py shows a file's blocks"
+        f"strength of each block, one text per --lora_weight: {GRAMMAR}"
     )
 
     def __post_init__(self) -> None:

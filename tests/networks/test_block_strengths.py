@@ -156,6 +156,17 @@ def test_blocks_of_a_donor_replace_those_of_the_file(tmp_path: Path) -> None:
         rewrite_blocks(BlockOptions(model=foreign, donor=donor, donor_blocks="5=1", output=output))
 
 
+@pytest.mark.parametrize("text", ["x", "9=1", "@none.txt"])
+def test_messages_name_the_option_that_was_typed(text: str, tmp_path: Path) -> None:
+    path = write_lora(tmp_path / "a.safetensors")
+    output = tmp_path / "b.safetensors"
+    with pytest.raises(OptionError, match=r"^--donor_blocks "):
+        rewrite_blocks(BlockOptions(model=path, donor=path, donor_blocks=text, output=output))
+    rotation = write_kind("oft", tmp_path)
+    with pytest.raises(OptionError, match="with --donor_blocks its block"):
+        rewrite_blocks(BlockOptions(model=path, donor=rotation, donor_blocks="0=0.5", output=output))
+
+
 def test_more_texts_than_files_and_nothing_to_do_are_refused(tmp_path: Path) -> None:
     path = write_lora(tmp_path / "a.safetensors")
     with pytest.raises(OptionError, match="--lora_blocks has 2 texts for 1 LoRA files"):

@@ -99,10 +99,9 @@ def _find_shared_phrases(captions: Sequence[DatasetCaption], trigger_word: str) 
             limit=PHRASE_FRACTION,
             text=f'"{text}" stands in {share:.0%} of {len(texts)} captions.',
             meaning=f"What the phrase describes is learned for the phrase, not for {learned}: without the "
-            "phrase "
-            "in the prompt it is weak.",
-            remedy="Remove the phrase from the captions if it should always appear; keep it, and write it in "
-            "prompts, if it should not.",
+            "phrase in the prompt it is weak.",
+            remedy="Remove the phrase from the captions if it should always appear; keep it, and write it "
+            "in prompts, if it should not.",
         )
 
 

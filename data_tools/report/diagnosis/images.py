@@ -38,8 +38,8 @@ def _find_copies(findings: TableFindings, copies: Sequence[Sequence[Path]]) -> I
         findings.table.name,
         figure=fraction,
         limit=COPY_FRACTION,
-        text=f"{len(largest)} of {len(paths)} files of {findings.table.name} are nearly the same, "
-        f"such as {largest[0].name} and {largest[1].name}.",
+        text=f"{len(largest)} of {len(paths)} files of {findings.table.name} are nearly the same, such as "
+        f"{largest[0].name} and {largest[1].name}.",
         meaning="That one view is learned by heart before the others are learned at all.",
         remedy="Keep one or two of them.",
     )
@@ -55,9 +55,8 @@ def _find_crops(findings: TableFindings) -> Iterator[Finding]:
         findings.table.name,
         figure=len(cut) / len(measured),
         limit=CROPPED_FRACTION,
-        text=f"{len(cut)} of {len(measured)} files of {findings.table.name} lose {min(cut):.0f} % or more "
-        "to their "
-        "bucket's crop.",
+        text=f"{len(cut)} of {len(measured)} files of {findings.table.name} lose {min(cut):.0f} % or more to "
+        "their bucket's crop.",
         meaning="What the captions say of the edges is not in the picture that is learned.",
         remedy="Set enable_bucket = true, or crop the files yourself.",
     )
@@ -94,8 +93,7 @@ def _find_lone_items(findings: TableFindings) -> Iterator[Finding]:
         figure=len(lone) / len(rows),
         limit=0.5,
         text=f"{len(lone)} of {format_count(len(rows), 'bucket')} of {findings.table.name} hold a single "
-        "item, "
-        f"with batches of {batch_size}.",
+        f"item, with batches of {batch_size}.",
         meaning="These items are learned alone, each with the weight of a whole batch.",
         remedy="Crop the files to fewer shapes, or set a larger bucket_reso_steps.",
     )
@@ -119,8 +117,8 @@ def _find_uneven_concepts(dataset: MeasuredDataset) -> Iterator[Finding]:
         least,
         figure=ratio,
         limit=UNEVEN,
-        text=f"{most} is shown {ratio:.1f} times as often as {least} ({most_count} and {least_count} "
-        "items an epoch).",
+        text=f"{most} is shown {ratio:.1f} times as often as {least} ({most_count} and {least_count} items "
+        "an epoch).",
         meaning=f"{least} takes on features of {most}.",
         remedy=f"Raise num_repeats of {least}'s table, or add files to it.",
     )

@@ -108,8 +108,8 @@ def _find_missing_words(word: str, dataset: MeasuredDataset) -> Iterator[Finding
             word,
             figure=1 - len(without) / len(own),
             limit=MIN_PRESENT,
-            text=f"{len(without)} of {len(own)} captions lack the trigger word {word}, "
-            f"such as {without[0].path.name}.",
+            text=f"{len(without)} of {len(own)} captions lack the trigger word {word}, such as "
+            f"{without[0].path.name}.",
             meaning="What these images show is learned for all prompts, not for the word.",
             remedy=f"Add the word to these captions, or set trigger_word in {dataset.path.name}.",
         )
@@ -126,8 +126,7 @@ def _find_missing_words(word: str, dataset: MeasuredDataset) -> Iterator[Finding
             figure=len(other_capitals),
             limit=1,
             text=f"Captions spell the trigger word {word} differently "
-            f"{format_count(len(other_capitals), 'time')}, "
-            f"as {other_capitals[0]}.",
+            f"{format_count(len(other_capitals), 'time')}, as {other_capitals[0]}.",
             meaning="To the text encoder these are different words; each learns a part.",
             remedy="Spell the word the same in every caption.",
         )
@@ -143,8 +142,7 @@ def _find_missing_words(word: str, dataset: MeasuredDataset) -> Iterator[Finding
             figure=len(shared),
             limit=1,
             text=f"The trigger word {word} also stands in {format_count(len(shared), 'caption')} of "
-            f"{shared[0].table}, "
-            f"such as {shared[0].path.name}.",
+            f"{shared[0].table}, such as {shared[0].path.name}.",
             meaning="The word learns what these images show as well, and the concepts blend.",
             remedy="Remove the word from those captions.",
         )
