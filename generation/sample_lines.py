@@ -15,6 +15,8 @@ from modules.text_files import parse_json, parse_toml
 
 logger = logging.getLogger(__name__)
 
+PROMPT_KEY, SECOND_PROMPT_KEY = "prompt", "prompt_2"
+STRENGTH_KEY = "lora_multiplier"  # strength of the trained LoRA, only in samples of a training
 Entry = TypeVar("Entry")
 Made = TypeVar("Made")
 
@@ -105,7 +107,8 @@ SAMPLE_OPTIONS: Mapping[str, prompt_lines.LineOption] = {
     "sr": prompt_lines.LineOption("control_image_path", prompt_lines.read_path, repeats=True),
     "ss": prompt_lines.LineOption("sample_sampler", prompt_lines.read_name),
     "cs": prompt_lines.LineOption("cfg_schedule", str, prompt_lines.NO_TEXT),
-    "p2": prompt_lines.LineOption("prompt_2", str, prompt_lines.NO_TEXT),
+    "p2": prompt_lines.LineOption(SECOND_PROMPT_KEY, str, prompt_lines.NO_TEXT),
+    "lm": prompt_lines.LineOption(STRENGTH_KEY, _read_leading_number),
     "fps": prompt_lines.NAMED_OPTIONS["fps"],
     **MODEL_SPECIFIC_OPTIONS,
 }

@@ -161,6 +161,8 @@ SETTINGS: dict[str, Setting] = {
         ("1",), also=("--sample_prompts", "prompts.txt", "--max_train_epochs", "1")
     ),
     "sample_at_first": Setting(also=PROMPTS),
+    "sample_strengths": Setting(("0.5", "1"), also=PROMPTS),
+    "sample_trigger_word": Setting(also=PROMPTS, shows="no table of the dataset has a trigger_word"),
     "sample_lora": Setting((LORA,), also=PROMPTS),
     "save_workflow": Setting(also=PROMPTS),
     "preview_latent_every": Setting(("1",), also=PROMPTS),

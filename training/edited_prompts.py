@@ -23,6 +23,7 @@ from training.samples import (
     Sampler,
     encode_samples,
     list_prompts,
+    list_strengths,
     parse_requests,
     warn_about_unused_keys,
 )
@@ -71,7 +72,7 @@ def _try_to_encode(sampler: Sampler, log_activity: Callable[[str], None]) -> tup
     try:
         # A sampler for the edited prompt file; unchanged entries keep their encoded prompts
         source, session = sampler.source, sampler.session
-        entries, requests = parse_requests(session.family, source.text, source.path)
+        entries, requests = parse_requests(session.family, source.text, source.path, source.expansions)
         unchanged_samples = _find_unchanged(sampler, entries)
         edited_requests = {
             index: requests[index]
@@ -86,13 +87,16 @@ def _try_to_encode(sampler: Sampler, log_activity: Callable[[str], None]) -> tup
                 f"({session.blocks.option_name}). End the training and continue it to take them"
             )
         if source.process_index == 0:
-            warn_about_unused_keys(entries, session.family, source.path)
+            warn_about_unused_keys(entries, session.family, source.path, source.trains_lora)
         if has_new_texts:
             log_activity("encoding edited prompts")
         encoded_samples = encode_samples(session, entries, edited_requests, decodes=sampler.writes_files)
         samples = unchanged_samples | {sample.index: sample for sample in encoded_samples}
         return replace(
-            sampler, samples=[samples[index] for index in sorted(samples)], prompts=list_prompts(entries)
+            sampler,
+            samples=[samples[index] for index in sorted(samples)],
+            prompts=list_prompts(entries),
+            strengths=list_strengths(entries) if source.trains_lora else {},
         ), ""
     except torch.OutOfMemoryError:
         return sampler, (

@@ -547,6 +547,7 @@ def sample(run: TrainingRun) -> None:
             progress.step,
             progress.sample_pending,
             prompts=run.sampler.prompts,
+            strengths=run.sampler.strengths,
             recorders=run.logs.recorders if run.is_main else (),
         )
     progress.sample_pending = ""  # nothing is pending any more
@@ -582,6 +583,7 @@ def _make_samples(run: TrainingRun, sampler: "Sampler") -> bool:
                     step_label=run.progress.sample_pending,
                     check=raise_if_stopped,
                     show_progress=run.reporter.log_activity,
+                    at_strength=model.trainable.at_strength,
                 )
     except SamplingStopped:
         return False

@@ -189,7 +189,7 @@ def _load_run(
     saver = make_saver(
         model,
         publisher,
-        () if sampler is None else sampler.prompts,
+        () if sampler is None else [*dict.fromkeys(sampler.prompts)],
         log_saved=reporter.log_saved,
         on_removed=reporter.log_files,
     )
@@ -259,6 +259,8 @@ def _make_sampler(plan: TrainingPlan, prompts: Path) -> "Sampler":
         preview=options.samples.preview,
         is_joint=plan.steps.works_together,
         block_sharder=make_block_sharder(options.speed, accelerator.device),
+        expansions=plan.features.sample_entries,
+        trains_lora=plan.network_spec.lora_options is not None,
     )
     # outputs of trained text encoders change, so prompts are encoded again for each sample
     if plan.live_encoders and plan.live_encoders.trained_encoders:

@@ -5,7 +5,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from generation.loaded_networks import (
 from generation.prompt_lines import SOLVERS
 from generation.sample_lines import (
     MODEL_SPECIFIC_OPTIONS,
+    STRENGTH_KEY,
     fit_side,
     parse_sample_prompts,
     read_all,
@@ -76,6 +77,15 @@ class Sample:
     encoded_media: Mapping[int, Conditions]
     prompts: Mapping[int, Prompts] = field(default_factory=dict)
 
+    @property
+    def strength(self) -> float:
+        """Strength of the trained LoRA in this sample; 1: as it was trained."""
+        return read_strength(self.settings)
+
+
+# given the entries of a prompt file, returns those to sample
+ExpandEntries = Callable[[Sequence[Mapping[str, Any]]], Sequence[Mapping[str, Any]]]
+
 
 @dataclass(frozen=True)
 class PromptSource:
@@ -85,6 +95,8 @@ class PromptSource:
     process_index: int
     num_processes: int
     is_joint: bool  # all processes make every sample together
+    expansions: Sequence[ExpandEntries] = ()  # of features: given the entries, return those to sample
+    trains_lora: bool = True  # whether what is trained has a strength (--lm)
     text: str = ""  # contents of the file when it was last read
     read_error: str = ""  # why the last attempt to read it failed; empty if it did not
 
@@ -115,6 +127,8 @@ class Sampler:
     has_metadata: bool = True  # files record their settings, as generated files do
     weights_suffix: str = ""  # addition to the name of the model in metadata, if samples use other weights
     prompts: Sequence[str] = ()  # prompts of all processes, in the order of the file
+    # strengths of the trained LoRA, if not 1, by the index of the prompt
+    strengths: Mapping[int, float] = field(default_factory=dict)
     previews: LatentPreviews | None = None
     # encodes texts again with the trained text encoders; None if no text encoder is trained
     encode_again: EncodeAgain | None = None
@@ -137,6 +151,7 @@ class Sampler:
         step_label: str,
         check: Callable[[], None],
         show_progress: Callable[[str], None] = lambda _: None,
+        at_strength: Callable[[float], AbstractContextManager[None]] | None = None,
     ) -> list[Path]:
         """Write one file for each prompt and return the paths.
 
@@ -148,27 +163,35 @@ class Sampler:
             step_label: Part of the file names: `e000001` at the end of an epoch, `000020` at a step.
             check: Called after each step; an exception that it raises ends sampling.
             show_progress: Called with the sample and its step in words.
+            at_strength: Opens a context in which the trained LoRA has a strength; None if all samples have
+                a strength of 1.
         """
         paths = []
         for number, sample in enumerate(self.samples, 1):
             if not sample.is_seeded:
                 sample = replace(sample, prepared=replace(sample.prepared, seed=self.draw_seed()))
-            latents = self._denoise(
-                sample,
-                f"sample {number} of {len(self.samples)}",
-                get_dit=get_dit,
-                autocast=autocast,
-                check=check,
-                show_progress=show_progress,
-            )
+            strength: AbstractContextManager[None] = nullcontext()
+            if sample.strength != 1 and self.source.trains_lora:
+                assert at_strength is not None
+                strength = at_strength(sample.strength)
+            with strength:
+                latents = self._denoise(
+                    sample,
+                    f"sample {number} of {len(self.samples)}",
+                    get_dit=get_dit,
+                    autocast=autocast,
+                    check=check,
+                    show_progress=show_progress,
+                )
             if not self.writes_files:  # this process has only taken part in the computation
                 continue
             seed_suffix = f"_{sample.prepared.seed}" if sample.is_seeded else ""
             date = time.strftime("%Y%m%d%H%M%S")
             stem = f"{self.name}_{step_label}_{sample.index:02d}_{date}{seed_suffix}"
-            path = self._write(
-                latents, sample.prepared, stem, f"{self.name}_{step_label}{self.weights_suffix}"
-            )
+            model = f"{self.name}_{step_label}{self.weights_suffix}"
+            if sample.index in self.strengths:
+                model += f" at strength {sample.strength:g}"
+            path = self._write(latents, sample.prepared, stem, model)
             logger.info("Sample %s", path)
             paths.append(path)
         return paths
@@ -316,6 +339,8 @@ def prepare_samples(
     preview: PreviewOptions = NO_PREVIEW,
     is_joint: bool = False,
     block_sharder: BlockSharder | None = None,
+    expansions: Sequence[ExpandEntries] = (),
+    trains_lora: bool = True,
 ) -> Sampler:
     """Read and check the prompts, and encode this process's share of prompts and images.
 
@@ -336,6 +361,8 @@ def prepare_samples(
         is_joint: Whether all processes generate every sample together, and the first one writes it.
             `block_sharder` then splits the text encoders over them.
         block_sharder: Splits blocks over processes; None keeps them complete.
+        expansions: Functions of features that return the entries to sample, given those of the file.
+        trains_lora: Whether what is trained has a strength, which prompts can change.
 
     Raises:
         OptionError: If a model file that samples need is missing, or if a prompt cannot be used.
@@ -346,11 +373,13 @@ def prepare_samples(
         process_index=process_index,
         num_processes=num_processes,
         is_joint=is_joint,
+        expansions=expansions,
+        trains_lora=trains_lora,
         text=read_sample_file(prompt_file),
     )
-    entries, all_prepared = parse_requests(family, source.text, prompt_file)
+    entries, all_prepared = parse_requests(family, source.text, prompt_file, expansions)
     if process_index == 0:
-        warn_about_unused_keys(entries, family, prompt_file)
+        warn_about_unused_keys(entries, family, prompt_file, trains_lora)
         _remove_unfinished(folder, name)
     session = Session(
         family, device, ExpertOffloader(family.experts, device, _refuse_dit), blocks=block_sharder
@@ -373,6 +402,7 @@ def prepare_samples(
         has_metadata=has_metadata,
         weights_suffix=weights_suffix,
         prompts=list_prompts(entries),
+        strengths=list_strengths(entries) if trains_lora else {},
         previews=previews,
         draw_seed=draw_together if is_joint else draw_local_seed,
         writes_files=writes,
@@ -382,6 +412,18 @@ def prepare_samples(
 def list_prompts(entries: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the prompt of each entry; an entry without one has an empty prompt."""
     return [str(entry.get("prompt", "")) for entry in entries]
+
+
+def read_strength(entry: Mapping[str, Any]) -> float:
+    """Return the strength of the trained LoRA in the sample of an entry, 1 by default."""
+    strength = entry.get(STRENGTH_KEY)
+    return 1.0 if strength is None else float(strength)
+
+
+def list_strengths(entries: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+    """Return the strengths of the trained LoRA other than 1, by the index of the entry."""
+    strengths = {index: read_strength(entry) for index, entry in enumerate(entries)}
+    return {index: strength for index, strength in strengths.items() if strength != 1}
 
 
 def encode_samples(
@@ -435,9 +477,15 @@ def _encode_media(
     return inputs
 
 
-def warn_about_unused_keys(entries: Sequence[Mapping[str, Any]], family: Family, prompt_file: Path) -> None:
-    """Warn about settings in the prompt file that the model does not use."""
+def warn_about_unused_keys(
+    entries: Sequence[Mapping[str, Any]], family: Family, prompt_file: Path, trains_lora: bool = True
+) -> None:
+    """Warn about settings in the prompt file that the model, or what is trained, does not use."""
     keys = {key for entry in entries for key, value in entry.items() if value is not None}
+    if STRENGTH_KEY in keys and not trains_lora:
+        logger.warning(
+            "%s: the strength of the LoRA (--lm) is ignored because this run trains no LoRA", prompt_file
+        )
     if "discrete_flow_shift" in keys and family.defaults.flow_shift is None:
         logger.warning(
             "%s: the flow shift (--fs) is ignored because this model computes it from the size", prompt_file
@@ -472,21 +520,29 @@ def draw_together() -> int:
     return int(seed)
 
 
-def read_requests(family: Family, prompt_file: Path) -> tuple[list[dict[str, Any]], list[Prepared]]:
+def read_requests(family: Family, prompt_file: Path) -> tuple[Sequence[Mapping[str, Any]], list[Prepared]]:
     """Return the entries of a prompt file and a request for each. Raises OptionError if one is invalid."""
     return parse_requests(family, read_sample_file(prompt_file), prompt_file)
 
 
 def parse_requests(
-    family: Family, text: str, prompt_file: Path
-) -> tuple[list[dict[str, Any]], list[Prepared]]:
+    family: Family, text: str, prompt_file: Path, expansions: Sequence[ExpandEntries] = ()
+) -> tuple[Sequence[Mapping[str, Any]], list[Prepared]]:
     """Return the entries of a prompt file, given as text, and the request for each.
+
+    Args:
+        family: The model family.
+        text: Text of the file.
+        prompt_file: Path of the file; its suffix determines the format.
+        expansions: Functions of features, each of which replaces the entries.
 
     Raises:
         OptionError: If a model file that samples need is missing, or if prompts cannot be read or generated,
             such as one without an image for an image-to-video model; the message lists all of them.
     """
-    entries = parse_sample_prompts(text, prompt_file)
+    entries: Sequence[Mapping[str, Any]] = parse_sample_prompts(text, prompt_file)
+    for expand in expansions:
+        entries = expand(entries)
     try:
         family.check_files(media=True)
     except OptionError as error:

@@ -165,7 +165,7 @@ def test_a_size_by_a_long_name_has_the_height_first(name: str) -> None:
         ("negativ x", "the unknown option --negativ x is ignored. Did you mean --negative?"),
         ("framez 3", "the unknown option --framez 3 is ignored. Did you mean --frames?"),
         # of the command line; no similar name that has no effect in lines either
-        ("lora_multiplier 3", "the unknown option --lora_multiplier 3 is ignored. It has no effect in "),
+        ("lora_weight 3", "the unknown option --lora_weight 3 is ignored. It has no effect in "),
         ("zz 3", "the unknown option --zz 3 is ignored. Use --w --h --f --d --s --g --l"),
     ],
 )

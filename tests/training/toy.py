@@ -268,12 +268,15 @@ def write_prompts(folder: Path, text: str = "a cat --f 1 --s 2 --d 1\n") -> Path
     return path
 
 
-def record_encoders(folder: Path, names: Mapping[str, str]) -> None:
-    """Have text caches say which encoder made them. names: `clip0` -> the encoder's identity."""
+def record_encoders(folder: Path, names: Mapping[str, str], **settings: object) -> None:
+    """Have text caches say which encoder made them. names: `clip0` -> the encoder's identity.
+
+    settings: keys of the table about captions.
+    """
     for stem, identity in names.items():
         entry = read_entry(folder / "cache" / f"{stem}_toy_te.safetensors")
         crc32 = {name: checksum(name, tensor) for name, tensor in entry.named.items()}
-        record = TextRecord({"letters": identity}, "a text", None, crc32)
+        record = TextRecord({"letters": identity}, "a text", None, crc32, settings)
         write_tensors(entry.path, entry.named, record_metadata({"letters": record}))
 
 

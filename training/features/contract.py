@@ -31,6 +31,7 @@ points of a run (`on`), and functions before, around and after its phases (`phas
     another target of the loss            `targets`, with `around(TARGETS, ...)` or `around(LOSS, ...)`
     around a pass with gradients          `around(PREDICT, ...)`
     before and after a step               `after(GRADIENTS, ...)`, `before(STEP, ...)`, `after(STEP, ...)`
+    other samples of each round           `sample_entries`
     samples, a save, the end of the run   `TrainingRun.request(SAMPLE, reason)`, `SAVE`, `END`
     a text in console, page and history   `TrainingRun.note(text)`
     more trained parameters               `on.auxiliary_learners`

@@ -428,6 +428,10 @@ class RunFeatures:
     show: "Callable[[RunOptionsProtocol, Family, Callable[[], Sequence[DatasetTable]]], None] | None" = None
     # given the model, return the network that is trained instead of a LoRA, as part of the text encoders
     lora_replacement: "Callable[[Described], CustomNetwork] | None" = None
+    # given the entries of the prompt file, return those to sample
+    sample_entries: "list[Callable[[Sequence[Mapping[str, Any]]], list[Mapping[str, Any]]]]" = field(
+        default_factory=list
+    )
     storage: Storage | None = None
     # creates the dataset instead of reading the user's
     make_data: "Callable[[], DatasetConfig] | None" = None

@@ -63,6 +63,12 @@ class SampleRow:
     step_label: str  # as in their names: 000020 at a step, e000001 at the end of an epoch
     files: Mapping[int, str]  # number of the prompt -> name of the file in the sample folder
     prompts: Mapping[int, str]
+    strengths: Mapping[int, float] = field(default_factory=dict)  # of the LoRA, if not 1
+
+    @property
+    def files_as_trained(self) -> dict[int, str]:
+        """Files of the samples at a strength of 1, which show what the saved file does."""
+        return {index: name for index, name in self.files.items() if index not in self.strengths}
 
 
 @dataclass(frozen=True)
@@ -196,7 +202,8 @@ class RunHistory:
         files, prompts = (
             {int(index): str(text) for index, text in (row[key]).items()} for key in SAMPLE_TEXTS
         )
-        self.samples[step, step_label] = SampleRow(step, step_label, files, prompts)
+        strengths = {int(index): float(strength) for index, strength in row.get("strengths", {}).items()}
+        self.samples[step, step_label] = SampleRow(step, step_label, files, prompts, strengths)
 
     def _add_step(self, step: int, row: Row) -> None:
         self.loss[step] = _finite_or_none(row["loss"])

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from modules.control_codes import shorten_lines
@@ -159,7 +160,12 @@ class RunReporter:
         self._record(step, validation=dict(losses))
 
     def log_samples(
-        self, step: int, step_label: str, prompts: Sequence[str] = (), recorders: Sequence[Recorder] = ()
+        self,
+        step: int,
+        step_label: str,
+        prompts: Sequence[str] = (),
+        recorders: Sequence[Recorder] = (),
+        strengths: Mapping[int, float] = MappingProxyType({}),
     ) -> None:
         """Record the samples of all processes, write a contact sheet of them, and request the page.
 
@@ -168,6 +174,7 @@ class RunReporter:
             step_label: Step or epoch as the file names contain it, such as e000001.
             prompts: Prompts of all samples.
             recorders: Recorders that also receive the samples.
+            strengths: Strengths of the LoRA other than 1, by the index of the prompt.
         """
         if not (self.history.is_written or recorders):
             return
@@ -179,6 +186,10 @@ class RunReporter:
             files = sample_files.find_samples(folder, self.name, step_label)
         all_prompts = dict(enumerate(prompts))
         file_prompts = {index: all_prompts.get(index, "") for index in files}
+        titles = {
+            index: sample_files.add_strength(prompt, strengths.get(index, 1.0))
+            for index, prompt in file_prompts.items()
+        }
         # A downscaled preview of each sample that can be read: frames of a clip side by side
         from training.reports import sample_files  # only with samples
 
@@ -188,19 +199,21 @@ class RunReporter:
                 strips[index] = sample_files.join_strip(sample_files.read_downscaled(path))
         for recorder in recorders:
             with self._errors_as_warning():
-                recorder.log_samples(step, files, strips, file_prompts)
+                recorder.log_samples(step, files, strips, titles)
         if not self.history.is_written:
             return
+        of_files = {str(index): strength for index, strength in strengths.items() if index in files}
         self._record(
             step,
             samples=step_label,
             files={str(index): path.name for index, path in files.items()},
             prompts={str(index): prompt for index, prompt in file_prompts.items()},
+            **({"strengths": of_files} if of_files else {}),
         )
         with self._errors_as_warning():
             # this name sorts after the names of the samples
             sheet = folder / f"{self.name}_{step_label}_sheet.png"
-            sample_files.write_sheet(sheet, f"{self.name}, step {step:,}", strips, file_prompts)
+            sample_files.write_sheet(sheet, f"{self.name}, step {step:,}", strips, titles)
         self._request_page()
 
     def log_saved(self, paths: Sequence[Path], step: int) -> None:

@@ -35,6 +35,15 @@ MIN_WIDTH = 480  # minimum width in pixels, so that prompts are readable
 LoadClip = Callable[[str, str, int], Markup | str]
 
 
+@dataclass(frozen=True, order=True)
+class GridPrompt:
+    """A row of the grid of samples: a prompt, its number, and the strength of the LoRA in its samples."""
+
+    index: int
+    prompt: str
+    strength: float
+
+
 @dataclass(frozen=True)
 class DownscaledClip:
     """Frames of a sample, reduced in size and number for the page."""
@@ -249,9 +258,10 @@ def make_grid(run_history: RunHistory, load: LoadClip, max_columns: int, max_pro
         )
     prompts = _list_prompts(sampled_steps)
     grid_rows: list[dict[str, Any]] = []
-    for index, prompt in prompts[:max_prompts]:
-        cells = [_load_cell(samples, index, prompt, load) for samples in columns]
-        grid_rows.append({"prompt": prompt, "index": index, "cells": cells})
+    for row in prompts[:max_prompts]:
+        cells = [_load_cell(samples, row, load) for samples in columns]
+        title = add_strength(row.prompt, row.strength)
+        grid_rows.append({"prompt": title, "index": row.index, "cells": cells})
     return {
         "columns": titles,
         "rows": grid_rows,
@@ -261,20 +271,31 @@ def make_grid(run_history: RunHistory, load: LoadClip, max_columns: int, max_pro
     }
 
 
-def _list_prompts(sampled_steps: Sequence[SampleRow]) -> list[tuple[int, str]]:
-    """Return number and text of all prompts; one that was changed during the run has each of its texts."""
-    prompts: set[tuple[int, str]] = set()
+def add_strength(prompt: str, strength: float) -> str:
+    """Return a prompt with the strength of the LoRA in its sample, unless that is 1."""
+    if strength == 1:
+        return prompt
+    return say("%(prompt)s (LoRA at %(strength)s)", prompt=prompt, strength=f"{strength:g}")
+
+
+def _list_prompts(sampled_steps: Sequence[SampleRow]) -> list[GridPrompt]:
+    """Return all prompts; one that was changed during the run has each of its texts."""
+    prompts: set[GridPrompt] = set()
     for samples in sampled_steps:
-        prompts |= {(index, samples.prompts.get(index, "")) for index in samples.files}
+        prompts |= {_find_prompt(samples, index) for index in samples.files}
     return sorted(prompts)
 
 
-def _load_cell(samples: SampleRow, index: int, prompt: str, load: LoadClip) -> dict[str, Any] | None:
+def _find_prompt(samples: SampleRow, index: int) -> GridPrompt:
+    return GridPrompt(index, samples.prompts.get(index, ""), samples.strengths.get(index, 1.0))
+
+
+def _load_cell(samples: SampleRow, row: GridPrompt, load: LoadClip) -> dict[str, Any] | None:
     """Return the table cell of a prompt in the column of a step; None if the step has no sample of it."""
-    name = samples.files.get(index)
-    if name is None or samples.prompts.get(index, "") != prompt:
+    name = samples.files.get(row.index)
+    if name is None or _find_prompt(samples, row.index) != row:
         return None
-    return {"clip": load(name, prompt, samples.step), "href": link("sample", name)}
+    return {"clip": load(name, row.prompt, samples.step), "href": link("sample", name)}
 
 
 def _format_column_title(samples: SampleRow) -> str:

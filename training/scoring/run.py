@@ -117,11 +117,16 @@ class ScoredRun:
         return history_name(self.history)
 
     def list_samples(self) -> list[tuple[SampleRow, dict[int, Path]]]:
-        """Return the existing samples of each step, except audio files: a row, and paths by prompt number."""
+        """Return the existing samples of each step: a row, and paths by prompt number.
+
+        Audio files, and samples at another strength of the LoRA than that of the saved file, are left out.
+        """
         rows = []
         for key in sorted(self.run_history.samples):
             row = self.run_history.samples[key]
-            paths = {index: self.folder / SAMPLES / name for index, name in sorted(row.files.items())}
+            paths = {
+                index: self.folder / SAMPLES / name for index, name in sorted(row.files_as_trained.items())
+            }
             present = {
                 index: path for index, path in paths.items() if path.suffix != SOUND and path.is_file()
             }
@@ -149,7 +154,8 @@ def score_run(options: ScoreOptions, load_tagger: LoadTagger) -> None:
     if not rows:
         raise NothingFoundError(
             f"{run.history}: the run has no samples to score. Train with --sample_prompts "
-            "prompts.txt --sample_every_n_steps 200, at the steps that are saved."
+            "prompts.txt --sample_every_n_steps 200, at the steps that are saved; samples at another "
+            "strength of the LoRA than 1 do not count."
         )
     dataset = _find_dataset(options, run)
     model = load_image_text_model(options.model, options.device)

@@ -219,7 +219,7 @@ def _first_tags(sources: Sequence[ComparableRun], prompt: str) -> Mapping[str, s
     """Return the metadata of a prompt's first sample that has any."""
     for source in sources:
         for row in source.run_history.samples.values():
-            for index, name in row.files.items():
+            for index, name in row.files_as_trained.items():
                 if row.prompts.get(index) == prompt:
                     tags = read_clip_tags(source.run.history.parent / SAMPLES / name)
                     if tags:
@@ -342,7 +342,7 @@ def _fill_cell(file: ComparedFile, row: ComparedPrompt, address: str, queued_cli
 
 def _find_sample(file: ComparedFile, row: ComparedPrompt) -> ShownClip | None:
     for samples in file.samples():
-        for index, name in samples.files.items():
+        for index, name in samples.files_as_trained.items():
             path = file.source.run.history.parent / SAMPLES / name
             if samples.prompts.get(index) == row.prompt and path.is_file():
                 seed = read_clip_tags(path).get("bt_seeds", row.seed)
