@@ -8,7 +8,6 @@ import hashlib
 import re
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import product
@@ -21,7 +20,6 @@ from blissful_tuner.metadata import CREATED, as_tags, lora_name
 from checkpoints.model_files import load_latents
 from generation import making, network_setup
 from generation.embedding_marks import with_embeddings
-from generation.experts import list_expert_order
 from generation.grid_options import CompareOptions
 from generation.loaded_networks import select_prompts
 from generation.memory import resolve_options
@@ -29,9 +27,10 @@ from generation.options import GenerationOptions
 from generation.outputs import LATENT_SUFFIX, PREVIEW_SUFFIX, make_prompt_slug, reserve_stem
 from generation.progress import NAMING, shorten_prompt
 from generation.prompt_lines import read_prompt_lines
-from generation.request import GenerationJob, GenerationRun, make_job, map_lines
+from generation.request import EncodedJob, GenerationJob, GenerationRun, make_job, map_lines
 from generation.run import check_models, explain_lack, make_session
 from generation.sheets import ClipGrid, Row, write_grids
+from generation.switched_loras import LoraGroup, load_for_groups
 from modules.atomic_write import make_folder
 from modules.command import quote_command
 from modules.console import format_count, format_duration, show_box
@@ -39,18 +38,15 @@ from modules.devices import Failures, allow_fp16_accumulation, format_peak_memor
 from modules.errors import OptionError, UserError
 from modules.media.layers import COMPOSITE
 from modules.media.reading import read_tags
-from networks.apply import OriginalWeights
-from networks.loading import WeightedLora, select_network_part
+from networks.loading import WeightedLora
 from networks.text_loras import TextLoras, add_lora_words
-from networks.unmerged_loras import split_masked
 from protocols.family import Family
 from protocols.rules import Expert
-from protocols.steps import DitAt, EncodedPrompts
+from protocols.steps import EncodedPrompts
 from runtime.compile import check_compilation
 from runtime.planning.device_memory import device_memory_to_plan
 
 SEED = "0"  # default seed, because all columns need the same one
-MAX_TIMESTEP = 1000.0
 WITHOUT = "without LoRA"
 
 
@@ -173,6 +169,8 @@ def _make_prompts(run: GenerationRun) -> list[GenerationJob]:
     failures = Failures(strict=options.from_file is None)
     jobs = list(map_lines(run, lines, failures, make_job).values())
     failures.raise_if_any(len(lines))
+    if any(job.lora_blocks is not None for job in jobs):
+        raise OptionError("--lb in a prompt line has no meaning for a comparison: pass --lora_blocks instead")
     making.warn_about_unused_sources(options.request.source, options.typed_options, jobs)
     return jobs
 
@@ -348,15 +346,13 @@ def denoise_cells(run: GenerationRun, columns: Sequence[Column]) -> None:
     jobs = {cell.prompt.label: cell.prompt for _, cells in columns for cell in cells}
     encoded_prompts = _encode_texts(run, jobs, [variant for variant, _ in columns])
     inputs = making.encode_all_inputs(run, list(jobs.values()), Failures(strict=True))
-    encoded_jobs: list[tuple[Variant, list[making.EncodedJob]]] = []
+    groups: list[LoraGroup] = []
     for variant, cells in columns:
         variant_texts = encoded_prompts[variant.label]
-        cells_ready = [
-            making.EncodedJob(clip, variant_texts[job.label], inputs[job.label]) for job, clip in cells
-        ]
-        encoded_jobs.append((variant, cells_ready))
-    all_ready = [cell for _, cells_ready in encoded_jobs for cell in cells_ready]
-    for _ in making.denoise_all(run, all_ready, Failures(strict=True), load_for_columns(run, encoded_jobs)):
+        cells_ready = [EncodedJob(clip, variant_texts[job.label], inputs[job.label]) for job, clip in cells]
+        groups.append(LoraGroup(variant.uses, cells_ready))
+    all_ready = [cell for group in groups for cell in group.jobs]
+    for _ in making.denoise_all(run, all_ready, Failures(strict=True), load_for_groups(run, groups)):
         pass  # `decode_cells` reads the latents from the files
 
 
@@ -375,55 +371,6 @@ def _encode_texts(
             encoded = run.session.encode_with_loras(loras, prompts)
             encoded_by_label[variant.label] = dict(zip(jobs, encoded, strict=True))
     return encoded_by_label
-
-
-def load_for_columns(
-    run: GenerationRun, columns: Sequence[tuple[Variant, Sequence[making.EncodedJob]]]
-) -> making.JobsWithNetworks:
-    """Yield the clips of each column with networks that have the column's LoRAs.
-
-    A plain network is loaded once, and its weights are changed for each column. A quantized, swapped or
-    compiled network, or one with T-LoRAs, is loaded again for each column. So are several experts, because
-    copies of their original weights would double the host memory.
-    """
-    speed = run.options.speed
-    is_plain = speed.fp8.quantization is None and not speed.swap.number and speed.compilation.choice is None
-    # they wrap layers instead of changing weights
-    has_t_loras = any(split_masked(uses)[1] for variant, _ in columns for uses in variant.uses)
-    if is_plain and not has_t_loras and len(run.family.experts) <= 1:
-        yield from _load_switched_networks(run, columns)
-        return
-    for variant, encoded_jobs in columns:
-        with _begin_phase(run, encoded_jobs, variant.uses) as dit_at:
-            yield encoded_jobs, dit_at
-
-
-def _load_switched_networks(
-    run: GenerationRun, columns: Sequence[tuple[Variant, Sequence[making.EncodedJob]]]
-) -> making.JobsWithNetworks:
-    """Load the network once, and change its LoRAs for each column; yield the column's clips and network."""
-    dit_uses = [select_network_part(variant.uses[0], selects_text_encoders=False) for variant, _ in columns]
-    all_uses = [use for uses in dit_uses for use in uses]
-    originals = OriginalWeights(all_uses, rounding=run.options.lora_rounding)
-    all_ready = [cell for _, encoded_jobs in columns for cell in encoded_jobs]
-    with _begin_phase(run, all_ready, (), [originals]) as dit_at:
-        for (_, encoded_jobs), uses in zip(columns, dit_uses, strict=True):
-            originals.switch(dit_at(MAX_TIMESTEP), uses)
-            yield encoded_jobs, dit_at
-
-
-def _begin_phase(
-    run: GenerationRun,
-    encoded_jobs: Sequence[making.EncodedJob],
-    uses: network_setup.LorasByExpert,
-    originals: Sequence[OriginalWeights] | None = None,
-) -> AbstractContextManager[DitAt]:
-    """Return a context that loads the networks with LoRAs, and yields a function from timestep to network."""
-    dits = run.session.dits
-    loader = network_setup.dit_loader(run.family, uses, dits.device, run.options, originals=originals)
-    dits.load = loader
-    dits.load_to_host = loader.load_to_host
-    return dits.phase(list_expert_order(run.family, [cell.job.prepared for cell in encoded_jobs]))
 
 
 def decode_cells(run: GenerationRun, cells: Sequence[GenerationJob]) -> dict[str, Path]:

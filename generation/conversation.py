@@ -17,7 +17,7 @@ from runtime.offload.joining import have_joined
 logger = logging.getLogger(__name__)
 
 STRENGTHS = "lora_strengths"  # key of a line's option for the strengths of the LoRAs
-ChangeStrengths = Callable[[GenerationRun, Mapping[str, Sequence[float]]], GenerationRun]
+ChangeLoras = Callable[[GenerationRun, Mapping[str, Sequence[float]], Sequence[str] | None], GenerationRun]
 
 
 @dataclass
@@ -25,7 +25,8 @@ class _Conversation:
     """State of --interactive that is kept from one typed line to the next."""
 
     run: GenerationRun  # with the latest strengths of the LoRAs
-    change_strengths: ChangeStrengths
+    change_loras: ChangeLoras
+    lora_blocks: Sequence[str] | None  # of the command line, for lines without --lb
     remembered: dict[str, Any] = field(default_factory=dict)  # options of earlier lines, by key
 
     def generate_line(self, line: str, failures: Failures) -> None:
@@ -38,28 +39,31 @@ class _Conversation:
         values = dict(self.run.read_line(line))
         if self.run.options.remembers_lines:
             values = {**self.remembered, **values}
+        strengths: dict[str, Sequence[float]] = {}
         if values.get(STRENGTHS) is not None:
             # Parse LoRA strengths typed by the user: numbers separated by commas, one for each LoRA
             text = values[STRENGTHS]
             try:
-                strengths = tuple(float(number) for number in text.split(","))
+                numbers = tuple(float(number) for number in text.split(","))
             except ValueError:
                 raise OptionError(f"--m {text}: use numbers separated by commas, such as 1,0.5") from None
             count = len(self.run.options.lora.lora_weight or ())
-            if len(strengths) != count:
+            if len(numbers) != count:
                 raise OptionError(f"--m {text}: there are {count} LoRAs. Use a number for each")
-            self.run = self.change_strengths(self.run, {"": strengths})  # "" is the only or low-noise expert
+            strengths[""] = numbers  # "" is the only or low-noise expert
+        blocks = values.get("lora_blocks")
+        self.run = self.change_loras(self.run, strengths, self.lora_blocks if blocks is None else blocks)
         job = make_job(self.run, "the prompt", values)
         self.remembered = values  # set after `make_job`, so that an invalid line changes nothing
         make_outputs(self.run, [job], failures)
 
 
-def converse(run: GenerationRun, change_strengths: ChangeStrengths) -> None:
+def converse(run: GenerationRun, change_loras: ChangeLoras) -> None:
     """Read prompts from the console until the end of input. Ctrl-C cancels the current prompt.
 
     Args:
         run: The run.
-        change_strengths: Returns a run with other LoRA strengths.
+        change_loras: Returns a run with other LoRA strengths, also of blocks.
     """
     remembers = run.options.remembers_lines  # options of a line apply to the lines after it
     ask = line_reader(
@@ -71,7 +75,7 @@ def converse(run: GenerationRun, change_strengths: ChangeStrengths) -> None:
         from generation.multi_process import read_together  # only with several processes
 
         ask = read_together(ask)
-    conversation = _Conversation(run, change_strengths)
+    conversation = _Conversation(run, change_loras, run.options.lora_patterns.lora_blocks)
     while True:
         try:
             line = ask()

@@ -39,7 +39,7 @@ from protocols.steps import CompletedStep
 
 LABEL = "the prompt"
 PREVIEW_EVERY = 2  # steps between previews; a late one is skipped
-ChangeStrengths = Callable[[GenerationRun, Mapping[str, Sequence[float]]], GenerationRun]
+ChangeLoras = Callable[[GenerationRun, Mapping[str, Sequence[float]], Sequence[str] | None], GenerationRun]
 
 
 class Interrupts:
@@ -135,15 +135,16 @@ def open_answers() -> TextIOWrapper:
     return stream
 
 
-def serve_requests(run: GenerationRun, change_strengths: ChangeStrengths, preview_folder: Path) -> None:
+def serve_requests(run: GenerationRun, change_loras: ChangeLoras, preview_folder: Path) -> None:
     """Serve requests one after the other until the end of standard input.
 
     Args:
         run: The run.
-        change_strengths: Returns a run with other LoRA strengths.
+        change_loras: Returns a run with other LoRA strengths, also of blocks.
         preview_folder: Folder for previews; it does not have to exist.
     """
     interrupts = Interrupts()
+    typed_blocks = run.options.lora_patterns.lora_blocks  # for requests without lora_blocks
     with contextlib.closing(open_answers()) as stream:
         answers = Answers(stream, interrupts)
         answers.send("ready")
@@ -157,7 +158,9 @@ def serve_requests(run: GenerationRun, change_strengths: ChangeStrengths, previe
                     send_warnings(answers),
                 ):
                     request = read_request(line, run)
-                    run = change_strengths(run, request.strengths)
+                    run = change_loras(
+                        run, request.strengths, request.values.get("lora_blocks", typed_blocks)
+                    )
                     _serve(with_previews(run, preview_folder), request.values, answers, failures)
             except KeyboardInterrupt:
                 answers.send("cancelled")

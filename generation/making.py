@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ from generation.progress import (
     show_end,
     show_start,
 )
-from generation.request import GenerationJob, GenerationRun
+from generation.request import EncodedJob, GenerationJob, GenerationRun, JobsWithNetworks
 from generation.script_options import LATENT_OUTPUTS, NOTHING, UNDECODED, OutputOptions
 from modules.atomic_write import make_folder
 from modules.bars import FRAMES, Bar, track
@@ -46,7 +46,7 @@ from protocols.data import Conditions, MediaEncoders
 from protocols.family import Family, trains_audio
 from protocols.inputs import SOURCES
 from protocols.requests import Box
-from protocols.steps import CompletedStep, DitAt, EncodedPrompts, Section, StepCallback
+from protocols.steps import CompletedStep, Section, StepCallback
 from runtime.planning.device_memory import comparison
 
 if TYPE_CHECKING:  # it is loaded only if prompts are rewritten
@@ -159,6 +159,12 @@ def _encode_and_denoise(
     if not encoded_jobs:
         return []
     run.on_phase("loading the transformer")
+    if any(encoded.job.lora_blocks is not None for encoded in encoded_jobs):
+        from generation.switched_loras import group_by_blocks, load_for_groups  # only with such lines
+
+        groups = group_by_blocks(run, encoded_jobs)
+        encoded_jobs = [encoded for group in groups for encoded in group.jobs]
+        return list(denoise_all(run, encoded_jobs, failures, load_for_groups(run, groups)))
     requests = [job.prepared for job, _, _ in encoded_jobs]
     with run.session.dits.phase(list_expert_order(run.family, requests)) as dit_at:
         return list(denoise_all(run, encoded_jobs, failures, [(encoded_jobs, dit_at)]))
@@ -226,18 +232,6 @@ def encode_all_inputs(
                     inputs[job.label] = encode_inputs(run.family, encoders, job.prepared)
         run.session.drop_image_encoder()
     return inputs
-
-
-class EncodedJob(NamedTuple):
-    """A generation job with its encoded prompts and inputs, each by section index."""
-
-    job: GenerationJob
-    encoded_prompts: Mapping[int, EncodedPrompts]
-    inputs: Mapping[int, Conditions]
-
-
-# groups of jobs, each with the networks to denoise it
-JobsWithNetworks = Iterable[tuple[Sequence[EncodedJob], DitAt]]
 
 
 def denoise_all(

@@ -208,6 +208,12 @@ def list_loras(options: GenerationOptions) -> dict[str, list[tuple[Path, float]]
     return {"": [*low], HIGH_NOISE: [*zip(files, high, strict=True)]}
 
 
+def with_blocks(options: GenerationOptions, blocks: Sequence[str] | None) -> GenerationOptions:
+    """Return the options with other strengths of blocks, a text for each LoRA file; None for none."""
+    texts = None if blocks is None else tuple(blocks)
+    return replace(options, lora_patterns=replace(options.lora_patterns, lora_blocks=texts))
+
+
 def get_lora_key(expert: Expert) -> str:
     """Return an expert's key in `LORA_OPTIONS`: its name, or "" for the low-noise or the only expert."""
     return expert.name if expert.name in LORA_OPTIONS else ""

@@ -22,6 +22,7 @@ from modules.option_tables import list_option_names
 from modules.option_values import JOINED, height_width, parse_bounded_int, parse_int, text_to_seed
 from modules.paths import explain_missing, path_exists
 from modules.text_files import read_text
+from networks.typed_strengths import read_block_strengths
 
 logger = logging.getLogger(__name__)
 
@@ -138,6 +139,16 @@ def read_name(text: str) -> str:
     return text
 
 
+def read_blocks(text: str) -> str:
+    """Return strengths of blocks as typed, for the LoRA file of the same position; "" for full strength.
+
+    Raises:
+        OptionError: If they cannot be parsed.
+    """
+    read_block_strengths(text, "--lb")
+    return text
+
+
 # --from_file and --interactive: letters of the established Wan script, and its newer `ei`
 GENERATION_OPTIONS: Mapping[str, LineOption] = {
     "w": LineOption("video_size_width", _read_side),
@@ -157,6 +168,7 @@ GENERATION_OPTIONS: Mapping[str, LineOption] = {
     "n": LineOption("negative_prompt", str, NO_TEXT),
     "nag": LineOption("nag_prompt", str, NO_TEXT),
     "cs": LineOption("cfg_schedule", str, NO_TEXT),
+    "lb": LineOption("lora_blocks", read_blocks, CANCELS, repeats=True),
     "mcrr": LineOption("magcache_retention_ratio", read_number),
     "mct": LineOption("magcache_threshold", read_number),
     "mck": LineOption("magcache_k", parse_int),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from torch import Tensor, distributed
 
@@ -17,7 +17,7 @@ from blissful_tuner.metadata import output_metadata
 from blissful_tuner.options import PLAIN_PROMPTS, PromptOptions, SteadierOptions
 from blissful_tuner.video_to_video_options import SourceOptions, check_denoise, check_one_source
 from generation.loaded_networks import Session
-from generation.network_setup import list_loras
+from generation.network_setup import expert_loras, list_loras, with_blocks
 from generation.options import GenerationOptions
 from generation.outputs import FrameTools
 from generation.prompt_lines import parse_generation_line, read_seed
@@ -27,12 +27,13 @@ from modules.devices import Failures
 from modules.errors import CheckpointError, OptionError
 from modules.option_values import SEED_BITS, to_path
 from modules.text_files import iterate_lora_metadata, parse_json
+from protocols.data import Conditions
 from protocols.families import HIGH_NOISE
 from protocols.family import Family
 from protocols.inputs import SOURCES
 from protocols.requests import Prepared, Request, check_values
 from protocols.rules import RequestSource
-from protocols.steps import RunPasses, StepCallback
+from protocols.steps import DitAt, EncodedPrompts, RunPasses, StepCallback
 
 if TYPE_CHECKING:  # they are loaded only if options ask for them
     from blissful_tuner.latent_preview import LatentPreviews
@@ -128,7 +129,7 @@ def make_request(
         **_read_media_paths(options, values),
         source=_select_source(options.source, line),
         extra=_collect_extras(options, line),
-        settings={"sample_solver": line["sample_solver"]} if "sample_solver" in line else {},
+        settings=_collect_settings(line),
         # the prompts as typed, if wildcards or a file changed them
         typed_texts={
             name: text for name, text in typed_texts.items() if text is not None and text != expanded[name]
@@ -136,6 +137,16 @@ def make_request(
     )
     check_values(request)
     return request
+
+
+def _collect_settings(line: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those values of a prompt line that its metadata records as options of the run."""
+    settings: dict[str, Any] = {}
+    if "sample_solver" in line:
+        settings["sample_solver"] = line["sample_solver"]
+    if line.get("lora_blocks") is not None:
+        settings["lora_blocks"] = tuple(line["lora_blocks"])
+    return settings
 
 
 def _check_line(options: RequestOptions, line: Mapping[str, Any]) -> None:
@@ -340,6 +351,20 @@ class GenerationJob:
     audio: Tensor | None = None  # audio latents, 1 C T M, after denoising
     latent_path: Path | None = None  # file of the latents
     preview: Path | None = None  # path of the preview; the file may not exist
+    # strengths of blocks by LoRA file (--lb in its prompt line); None: those of the run's options
+    lora_blocks: tuple[str, ...] | None = None
+
+
+class EncodedJob(NamedTuple):
+    """A generation job with its encoded prompts and inputs, each by section index."""
+
+    job: GenerationJob
+    encoded_prompts: Mapping[int, EncodedPrompts]
+    inputs: Mapping[int, Conditions]
+
+
+# groups of jobs, each with the networks to denoise it
+JobsWithNetworks = Iterable[tuple[Sequence[EncodedJob], DitAt]]
 
 
 @dataclass(frozen=True)
@@ -424,7 +449,19 @@ def make_job(run: GenerationRun, label: str, overrides: Mapping[str, Any]) -> Ge
         raise OptionError("--post works on clips and images, not on layers of an image; omit it")
     if run.post is not None:
         run.post.check_length(prepared.frames, label)
-    return GenerationJob(label, prepared)
+    return GenerationJob(label, prepared, lora_blocks=_select_blocks(run, overrides))
+
+
+def _select_blocks(run: GenerationRun, line: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Return a prompt line's strengths of blocks, after comparing them with the LoRA files; None for none."""
+    if line.get("lora_blocks") is None:
+        return None
+    blocks = tuple(line["lora_blocks"])
+    if blocks == run.options.lora_patterns.lora_blocks:
+        return None
+    # read now, before anything else is loaded, because the texts may not fit the files
+    expert_loras(run.family, with_blocks(run.options, blocks))
+    return blocks
 
 
 def map_lines(

@@ -21,6 +21,7 @@ from generation.network_setup import (
     expert_loras,
     leave_out_missing,
     list_loras,
+    with_blocks,
 )
 from generation.options import GenerationOptions
 from generation.outputs import FrameTools
@@ -141,11 +142,11 @@ def _generate_prompts(run: GenerationRun, loras_by_expert: LorasByExpert) -> Non
     if options.interactive and os.environ.get(DRIVEN):
         from generation.json_requests import serve_requests  # only from the browser
 
-        serve_requests(run, change_strengths, Path(os.environ[DRIVEN]))
+        serve_requests(run, change_loras, Path(os.environ[DRIVEN]))
     elif options.interactive:
         from generation.conversation import converse  # only with --interactive
 
-        converse(run, change_strengths)
+        converse(run, change_loras)
     elif options.from_file is not None or options.sheet.sheet is not None:
         make_lines(run)
     else:
@@ -232,28 +233,34 @@ def make_post(options: GenerationOptions, device: torch.device) -> FrameTools:
     return post
 
 
-def change_strengths(run: GenerationRun, strengths: Mapping[str, Sequence[float]]) -> GenerationRun:
+def change_loras(
+    run: GenerationRun, strengths: Mapping[str, Sequence[float]], blocks: Sequence[str] | None
+) -> GenerationRun:
     """Return the run with new LoRA strengths; if they differ, its networks are freed and loaded again.
 
     Args:
         run: The run.
         strengths: Expert -> strength of each of its files, in order; "" is the only or low-noise expert.
             Missing experts keep theirs.
+        blocks: Strengths of blocks, a text for each LoRA file; None for none.
 
     Raises:
-        OptionError: If a number is missing or not finite.
+        OptionError: If a number is missing or not finite, or if strengths of blocks do not fit the files.
     """
     options = run.options
     current = {expert: [strength for _, strength in loras] for expert, loras in list_loras(options).items()}
     new = {**current, **{expert: list(numbers) for expert, numbers in strengths.items()}}
-    if new == current:
+    if new == current and tuple(blocks or ()) == (options.lora_patterns.lora_blocks or ()):
         return run
     for expert, numbers in new.items():
         if len(numbers) != len(current.get(expert, ())):
             raise OptionError(f"{len(numbers)} strengths for {len(current.get(expert, ()))} LoRAs")
-    lora = replace(options.lora, lora_multiplier=tuple(new[""]))  # "": the only or the low-noise expert
-    experts = replace(options.experts, lora_multiplier_high_noise=tuple(new[HIGH_NOISE]))
-    options = replace(options, lora=lora, experts=experts)
+    options = with_blocks(options, blocks)
+    if new[""]:  # the only or the low-noise expert
+        options = replace(options, lora=replace(options.lora, lora_multiplier=tuple(new[""])))
+    if new[HIGH_NOISE]:
+        experts = replace(options.experts, lora_multiplier_high_noise=tuple(new[HIGH_NOISE]))
+        options = replace(options, experts=experts)
     loras_by_expert = expert_loras(run.family, options, with_texts=True)
     loader = dit_loader(run.family, loras_by_expert, run.session.device, options)
     run.session.free()  # callers may still have the old run

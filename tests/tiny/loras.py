@@ -1,8 +1,12 @@
 """Networks of ours by their module's name, built as a training does."""
 
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from networks.apply import LoraPatch
@@ -39,3 +43,20 @@ def unused(patch: LoraPatch) -> list[str]:
         for key in patch._list_selected_keys(use)
         if key not in patch._keys_in_model
     ]
+
+
+def write_lora_of_blocks(path: Path, dit: Path, modules: str, rank: int = 3, seed: int = 0) -> Path:
+    """Write a LoRA for the Linear layers of a transformer's file whose names match a pattern."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, Tensor] = {}
+    for name, weight in load_file(dit).items():
+        if weight.ndim != 2 or not re.fullmatch(modules, name.removesuffix(".weight")):
+            continue
+        module = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
+        rows, columns = weight.shape
+        tensors[f"{module}.lora_up.weight"] = torch.randn(rows, rank, generator=generator) * 0.2
+        tensors[f"{module}.lora_down.weight"] = torch.randn(rank, columns, generator=generator) * 0.2
+        tensors[f"{module}.alpha"] = torch.tensor(float(rank))
+    assert tensors, f"{dit} has no layers like {modules}"
+    save_file(tensors, path)
+    return path
