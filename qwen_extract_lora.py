@@ -1,7 +1,7 @@
 """Extract a LoRA from a fine-tuned Qwen-Image transformer."""
 
 import modules.interpreter  # noqa: F401
-from networks.tool_options import NON_DIT_OPTIONS, BlockExtractOptions, ExtractOptions
+from networks.extracting import NON_DIT_OPTIONS, BlockExtractOptions, ExtractOptions
 from protocols.families import plain_script
 
 main = plain_script(

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.folders import list_images
-from data_tools.masks.options import FACE_FILE
+from data_tools.masks.places import FACE_FILE
 from dataset.caching.prefetch import Failure, failure_error
 from modules.atomic_write import make_folder
 from modules.bars import track

@@ -2,15 +2,11 @@
 
 from pathlib import Path
 
-from data_tools.captions.options import (
-    ApiOptions,
-    AskOptions,
-    CaptioningOptions,
-    CaptionModelOptions,
-    WordingOptions,
-    WritingOptions,
-)
-from data_tools.captions.run import run_captioning
+from data_tools.captions.asking import AskOptions, WordingOptions
+from data_tools.captions.local_model import CaptionModelOptions
+from data_tools.captions.places import WritingOptions
+from data_tools.captions.run import CaptioningOptions, run_captioning
+from data_tools.captions.server import ApiOptions
 from data_tools.folder_dataset import make_folder_dataset
 from modules.options import Options, not_needed, option, unsupported
 from modules.run_limits import temporary_folder

@@ -8,7 +8,7 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
     sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
 
 import modules.interpreter  # noqa: F401
-from data_tools.tags.options import TaggingOptions
+from data_tools.tags.run import TaggingOptions
 from protocols.families import plain_script
 
 main = plain_script(__doc__, "data_tools.tags.run.tag_folder", TaggingOptions)

@@ -9,12 +9,12 @@ import functools
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from generation.line_options import find_option_key, known_names, suggest
+from modules.command import did_you_mean
 from modules.control_codes import shorten
 from modules.errors import OptionError
 from modules.limits import MAX_LINE_OPTIONS, MAX_LINE_SHOWN
@@ -23,6 +23,14 @@ from modules.option_values import JOINED, height_width, parse_bounded_int, parse
 from modules.paths import explain_missing, path_exists
 from modules.text_files import read_text
 from networks.typed_strengths import read_block_strengths
+
+# the sides of --video_size, which have keys of their own in a line
+SIDES = {"width": "video_size_width", "height": "video_size_height"}
+# names that are suggested in addition to the options' own
+DEFAULT_NAMES = (
+    "width", "height", "frames", "size", "seed", "steps", "cfg", "scale", "shift", "negative", "solver",
+    "image", "end_image", "control", "reference",
+)  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +55,47 @@ _QUOTED = re.compile(r"""("(?:[^"\\]|\\.)*"|'[^']*')(?=\s*$|\s+--)""")
 _WORD = re.compile(r"\S*\s+")  # name of an option
 _ESCAPED = re.compile(r'\\(["\\])')  # escapes in a double-quoted text, as in a shell
 MAX_FPS = 1000  # a higher value must be a typing error
+
+
+def find_option_key(word: str, keys: Collection[str]) -> str | None:
+    """Return the key of the option with a long name, in any spelling; None if there is no such option.
+
+    Args:
+        word: The long name.
+        keys: Keys of all options: their names on the command line, with keys for the height and the width of
+            --video_size.
+    """
+    name = word.lower().replace("-", "_")
+    name = SIDES.get(name, name)  # width and height are sides of --video_size
+    if name in keys:
+        return name
+    from modules.mistyped import find_our_option  # only names of other programs need it
+
+    return find_our_option(name, keys) or None
+
+
+def known_names(letters: Collection[str], keys: Collection[str], find: Callable[[str], object]) -> list[str]:
+    """Return all names that can start an option of a prompt line.
+
+    Args:
+        letters: One-letter names of the options.
+        keys: Long names of the options.
+        find: Returns an option by its name, or None.
+    """
+    names = dict.fromkeys((*letters, *keys, *DEFAULT_NAMES))
+    return [name for name in names if find(name) is not None]
+
+
+def suggest(word: str, letters: Collection[str], names: Collection[str]) -> str:
+    """Return advice about an unknown option of a prompt line: the most similar name, or all letters.
+
+    Args:
+        word: The unknown option.
+        letters: One-letter options that the line accepts.
+        names: All option names, from `known_names`.
+    """
+    near = did_you_mean(word.lower().replace("-", "_"), names).strip()
+    return near.replace("mean ", "mean --") or f"Use {' '.join(f'--{character}' for character in letters)}"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from generation import prompt_lines
-from generation.line_options import find_option_key
+from generation.prompt_lines import find_option_key
 from modules.command import did_you_mean
 from modules.errors import OptionError
 from modules.option_values import parse_bounded_int

@@ -8,7 +8,7 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
     sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
 
 import modules.interpreter  # noqa: F401
-from networks.tool_options import ExtractOptions, FullExtractOptions
+from networks.extracting import ExtractOptions, FullExtractOptions
 from protocols.families import plain_script
 
 main = plain_script(__doc__, "networks.extracting.extract_model", ExtractOptions, FullExtractOptions)

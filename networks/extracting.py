@@ -22,17 +22,20 @@ from checkpoints.writing import save_tensors
 from modules.console import format_duration, format_size, show_box
 from modules.devices import select_device
 from modules.errors import CheckpointError
+from modules.options import Options, not_needed, option
 from modules.seeds import derive_seed
 from networks.key_formats import split_tensor_name
 from networks.kinds.factors import DOWN, UP
-from networks.merging import DTYPES, in_known_names
+from networks.merging import BY_TENSOR, DTYPES, ONLY_NEEDED, PRECISIONS, in_known_names
 from networks.metadata import add_hashes
 from networks.module_names import family_named, from_alias, has_module, select_family
 from networks.names.layouts import OURS, FamilyNames
 from networks.names.texts import TEXT_PROJECTION
 from networks.rows_by_head import with_stacked_rows
 from networks.text_loras import TensorPiece, is_full, list_pieces
-from networks.tool_options import MIN_DIFF, ExtractOptions
+
+MIN_DIFF = 0.01
+NON_DIT_OPTIONS = ("conv_dim", "min_diff")  # of `ExtractOptions`: options that do not apply to a DiT
 
 logger = getLogger(__name__)
 OVERSAMPLING = 16  # extra columns of the randomized SVD
@@ -46,6 +49,53 @@ _ATTENTION = re.compile(
 _RESIDUAL = re.compile(r"_(resnets_\d+_(conv1|conv2|conv_shortcut|time_emb_proj)|(down|up)samplers_0_conv)$")
 _WEIGHTS = ("weight", "bias")
 _IN_TEXT = re.compile(rf"_(encoder_layers_\d+_(self_attn_\w+_proj|mlp_fc[12])|{TEXT_PROJECTION})$")
+
+
+class ExtractOptions(Options):
+    """Options for extracting a LoRA; scripts for one transformer omit those in `NON_DIT_OPTIONS`."""
+
+    model_org: Path = option(
+        "the model before fine-tuning: a file, or the folder of a transformer", place="there", required=True
+    )
+    model_tuned: Path = option("the fine-tuned model", place="there", required=True)
+    conv_dim: int | None = option(
+        "rank for residual blocks and convolutions; default: they get no LoRA", minimum=1
+    )
+    min_diff: float = option(
+        "a text encoder gets no LoRA unless one of its values has changed by more than this",
+        default=MIN_DIFF,
+        minimum=0,
+    )
+    save_precision: str | None = option("dtype of the LoRA; default: float", choices=PRECISIONS)
+    save_to: Path = option(
+        "LoRA file to write",
+        place="safetensors",
+        must_not_replace=("model_org", "model_tuned"),
+        required=True,
+    )
+    dim: int = option("rank of the LoRA", default=4, minimum=1)
+    device: str | None = option("device that computes; default: CUDA if available, else the CPU")
+    clamp_quantile: float = option(
+        "limit the factors to this quantile of their values; 1: no limit", default=0.99, above=0.5, maximum=1
+    )
+    no_metadata: bool = option(ONLY_NEEDED)
+
+
+class BlockExtractOptions(Options):
+    """Options that only `networks/flux_extract_lora.py` and `qwen_extract_lora.py` have."""
+
+    mem_eff_safe_open = not_needed(BY_TENSOR)
+
+
+class FullExtractOptions(Options):
+    """Options that only `networks/extract_lora_from_models.py` has."""
+
+    v2 = not_needed("the files say what they are.")
+    v_parameterization = not_needed("the files say what they are.")
+    sdxl = not_needed("the files say what they are.")
+    load_precision = not_needed("it is computed in float.", choices=PRECISIONS)
+    load_original_model_to = not_needed(BY_TENSOR, type=str)
+    load_tuned_model_to = not_needed(BY_TENSOR, type=str)
 
 
 class ExtractedModule(NamedTuple):

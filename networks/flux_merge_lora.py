@@ -8,7 +8,7 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
     sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
 
 import modules.interpreter  # noqa: F401
-from networks.tool_options import FluxMergeOptions
+from networks.merging import FluxMergeOptions
 from protocols.families import plain_script
 
 main = plain_script(__doc__, "networks.merging.merge_flux", FluxMergeOptions)

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from logging import getLogger
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,10 +18,10 @@ from checkpoints.writing import save_tensors, stream_tensors
 from modules.atomic_write import free_bytes
 from modules.console import format_duration, format_size, list_some, show_box
 from modules.devices import dtype_name, select_device
-from modules.errors import CheckpointError
+from modules.errors import CheckpointError, OptionError
+from modules.options import Options, not_needed, option, unsupported
 from modules.output_files import reject_replacing
 from modules.text_files import real_path
-from networks import tool_options
 from networks.apply import LoraPatch
 from networks.depth_variants import fit_depths
 from networks.key_formats import find_lora_families
@@ -37,11 +37,24 @@ from networks.rounding import LoraRounding
 from networks.rows_by_head import with_stacked_rows
 from networks.tensor_names import find_networks
 from networks.text_loras import FullPatch, is_full, select_for_network, warn_about_other_encoders
-from networks.tool_options import FluxMergeOptions, FullMergeOptions, MergeOptions
-from networks.use_options import NEAREST
+from networks.use_options import NEAREST, LoraOptions, lora_rounding_option, multipliers_for, require_loras
 from networks.writing import convert_to_our_layout, rename_to_aliases
 from protocols.loading import TensorInfo
 from protocols.rules import infer_expert_from_path
+
+MERGE_CHANNELS_UNCHECKED = 16  # --dit_in_channels of merge_lora: the default disables the check
+PRECISIONS = ("float", "fp16", "bf16")
+BY_TENSOR = "models are always read and written tensor by tensor."
+ONLY_NEEDED = "write only what loaders need to know"
+EXACT_SUM = (
+    "merging into a LoRA: add up the ranks, so that the sum is exact; by default, the best LoRA of the "
+    "first file's rank is written"
+)
+MERGED_FAMILIES = ("sd1", "sd2", "sdxl")
+LORA_MERGE_HINT = "it is for merging LoRAs into one"
+# option of a model to merge into -> option of the result
+FLUX_OUTPUTS = {"flux_model": "save_to", "clip_l": "clip_l_save_to", "t5xxl": "t5xxl_save_to"}
+NO_SHUFFLE = not_needed("the merged LoRA is exact, in whatever order its ranks are.")
 
 logger = getLogger(__name__)
 FLUX = family_named("flux")
@@ -50,6 +63,149 @@ DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MODEL_PREFIXES = {"clip_l": "lora_te1", "t5xxl": "lora_te3", "flux_model": ""}
 _FLOAT_DTYPES = {torch.bfloat16, torch.float16, torch.float32, torch.float64}
 _STALE = ("sshs_", "modelspec.hash_sha256")  # hashes of the model before the merge
+
+
+class MergeOptions(Options):
+    """Options of `merge_lora.py`."""
+
+    dit: Path = option(
+        "checkpoint of the model: a file, one of its shards, an index, or a folder",
+        place="there",
+        required=True,
+    )
+    dit_in_channels: int = option(
+        "reject a checkpoint whose first layer has a different number of input channels; the default, 16, "
+        "accepts any",
+        default=MERGE_CHANNELS_UNCHECKED,
+    )
+    lora: LoraOptions
+    lora_rounding: str = lora_rounding_option()
+    expert: str | None = option(
+        "the expert of Wan2.2 A14B that --dit is: selects its LoRA in a file for both, and warns of a LoRA "
+        "for the other one; default: from the name of the file or folder",
+        choices=("high_noise", "low_noise"),
+    )
+    save_merged_model: Path = option("safetensors file to write", place="safetensors", required=True)
+    device: str | None = option("device that computes the deltas; default: CUDA if available, else the CPU")
+
+    def __post_init__(self) -> None:
+        require_loras(self.lora_rounding, [self.lora.lora_weight], "--lora_weight")
+
+
+_MERGED: Mapping[str, Any] = {"place": "safetensors", "must_not_replace": ("models", *FLUX_OUTPUTS)}
+
+
+class FluxMergeOptions(Options, must_give=True):
+    """Options of `networks/flux_merge_lora.py`."""
+
+    save_precision: str | None = option(
+        f"type of the numbers to write: {', '.join(PRECISIONS)}; default: as read", one_of=PRECISIONS
+    )
+    precision: str = option(
+        f"{', '.join(PRECISIONS)}; type of a merged LoRA if --save_precision is not given",
+        default="float",
+        one_of=PRECISIONS,
+    )
+    concat: bool = option(EXACT_SUM, excludes=("flux_model", "clip_l", "t5xxl"), hint=LORA_MERGE_HINT)
+    flux_model: Path | None = option(
+        "FLUX.1 or Chroma model to merge into, for --save_to", place="there", needs="save_to"
+    )
+    clip_l: Path | None = option(
+        "CLIP-L to merge into, for --clip_l_save_to", place="there", needs="clip_l_save_to"
+    )
+    t5xxl: Path | None = option(
+        "T5-XXL to merge into, for --t5xxl_save_to", place="there", needs="t5xxl_save_to"
+    )
+    working_device: str = option("device that computes, such as cuda", default="cpu")
+    save_to: Path | None = option("file to write: the model, or the merged LoRA without a model", **_MERGED)
+    clip_l_save_to: Path | None = option("file to write the merged CLIP-L to", needs="clip_l", **_MERGED)
+    t5xxl_save_to: Path | None = option("file to write the merged T5-XXL to", needs="t5xxl", **_MERGED)
+    models: tuple[Path, ...] | None = option("LoRA files to merge, of any dialect", place="there")
+    ratios: tuple[float, ...] | None = option("strength of each file of --models")
+    lora_rounding: str = lora_rounding_option(needs=tuple(FLUX_OUTPUTS))
+    no_metadata: bool = option(ONLY_NEEDED)
+    mem_eff_load_save = not_needed(BY_TENSOR)
+    loading_device = not_needed("tensors are read one by one.", default="cpu")
+    shuffle = NO_SHUFFLE
+    diffusers = not_needed("names of diffusers are recognized automatically.")
+
+    def __post_init__(self) -> None:
+        if not self.models:
+            raise OptionError("--models names no LoRA: pass the files to merge")
+        check_ratios(self.models, self.ratios or ())
+        if self.save_to is None and not self.targets:
+            raise OptionError("--save_to is missing: pass the file to write the merged LoRA to")
+        if self.save_to is not None and self.targets and self.flux_model is None:
+            raise OptionError("--save_to is given without --flux_model: pass the model to merge into")
+        typed_outputs = [getattr(self, name) for name in FLUX_OUTPUTS.values()]
+        outputs = [real_path(path) for path in typed_outputs if path]
+        if len(set(outputs)) < len(outputs):
+            names = ", ".join(f"--{name}" for name in FLUX_OUTPUTS.values())
+            raise OptionError(f"{names} are the same file: pass different ones")
+
+    @property
+    def targets(self) -> dict[str, Path]:
+        """Model files to merge into, by the name of the option that sets the path."""
+        models = {name: getattr(self, name) for name in FLUX_OUTPUTS}
+        return {name: path for name, path in models.items() if path is not None}
+
+
+class FullMergeOptions(Options):
+    """Options of `networks/sdxl_merge_lora.py`."""
+
+    save_precision: str | None = option("dtype of the result; default: the checkpoint's", choices=PRECISIONS)
+    precision: str = option(
+        "dtype of a merged LoRA if --save_precision is not given; sums are always computed in float",
+        default="float",
+        choices=PRECISIONS,
+    )
+    sd_model: Path | None = option(
+        "single-file checkpoint to merge into; without it, the LoRAs are merged into one LoRA", place="there"
+    )
+    save_to: Path = option(
+        "file to write: the checkpoint, or the merged LoRA",
+        place="safetensors",
+        must_not_replace=("models", "sd_model"),
+        required=True,
+    )
+    models: tuple[Path, ...] = option(
+        "LoRA files to merge, of any dialect", nargs="+", place="there", required=True
+    )
+    ratios: tuple[float, ...] = option("strength of each file of --models", nargs="+", required=True)
+    lora_rounding: str = lora_rounding_option(needs="sd_model")
+    no_metadata: bool = option(ONLY_NEEDED)
+    concat: bool = option(EXACT_SUM, excludes="sd_model", hint=LORA_MERGE_HINT)
+    family: str | None = option(
+        "the model that the LoRAs are for, if one LoRA is written and neither their metadata nor their "
+        "names and sizes show it",
+        choices=MERGED_FAMILIES,
+        excludes="sd_model",
+        hint=LORA_MERGE_HINT,
+    )
+    shuffle = NO_SHUFFLE
+    lbws = unsupported(
+        "strengths of single blocks. Omit it, and pass one strength for each file to --ratios",
+        "strengths of single blocks",
+        nargs="*",
+    )
+
+    def __post_init__(self) -> None:
+        check_ratios(self.models, self.ratios)
+
+
+def check_ratios(models: Sequence[Path], ratios: Sequence[float]) -> None:
+    """Raise OptionError unless there is one strength for each LoRA.
+
+    Args:
+        models: LoRA files.
+        ratios: Strengths.
+    """
+    if len(models) != len(ratios):
+        raise OptionError(
+            f"--ratios has {len(ratios)} numbers for {len(models)} files of --models: pass one for each, in "
+            "the same order"
+        )
+    multipliers_for(models, ratios, "--ratios")
 
 
 def merge_dit(options: MergeOptions) -> None:
@@ -66,7 +222,7 @@ def merge_dit(options: MergeOptions) -> None:
     expert = options.expert or infer_expert_from_path(options.dit, folders)
     files_and_multipliers = list(zip(options.lora.lora_weight or (), options.lora.multipliers(), strict=True))
     in_channels: int | None = options.dit_in_channels
-    if in_channels == tool_options.MERGE_CHANNELS_UNCHECKED:
+    if in_channels == MERGE_CHANNELS_UNCHECKED:
         in_channels = None
     merge_into_file(
         model=options.dit,
@@ -136,7 +292,7 @@ def merge_flux(options: FluxMergeOptions) -> None:
     }
     _warn_of_missing_models(loras_by_model, options.targets)
     for name, model in options.targets.items():
-        option = tool_options.FLUX_OUTPUTS[name]
+        option = FLUX_OUTPUTS[name]
         merge_into_file(
             model=model,
             weighted_loras=loras_by_model[name],
@@ -299,7 +455,7 @@ def _make_ambiguous_error(loras: Iterable[LoraFile], families: Sequence[FamilyNa
 def _find_families_by_encoders(tensors: Iterable[str]) -> list[FamilyNames]:
     """Return the Stable Diffusion families that have all the text encoders that these tensors change."""
     prefixes = {get_prefix(name) for name in tensors}
-    families = map(family_named, tool_options.MERGED_FAMILIES)
+    families = map(family_named, MERGED_FAMILIES)
     return [family for family in families if prefixes <= {prefix for prefix, _ in family.encoders}]
 
 

@@ -31,12 +31,11 @@ from networks.formats import diffusers
 from networks.kinds import KINDS
 from networks.kinds.contract import named
 from networks.kinds.lora import LORA
-from networks.merging import DTYPES, decompose_product
+from networks.merging import DTYPES, PRECISIONS, decompose_product
 from networks.metadata import STALE, add_hashes, layout_hash
 from networks.names.layouts import FOLDED, LAYOUT_KEY, PEFT_FILE
 from networks.rank_masks import read_rank_rule
 from networks.tensor_names import in_default_spelling
-from networks.tool_options import PRECISIONS
 
 logger = getLogger(__name__)
 # `x.lora_down.weight`, `x.lora_A.default.weight`, `x.lora.down.weight`, `x.to_q_lora.down.weight`

@@ -6,10 +6,9 @@ from pathlib import Path
 from modules.options import Options, not_needed, option, unsupported
 from modules.run_limits import temporary_folder
 from networks.loading import WeightedLora, read_lora
-from networks.merging import save_sum
+from networks.merging import MERGED_FAMILIES, PRECISIONS, FullMergeOptions, check_ratios, save_sum
 from networks.module_factors import CPU
 from networks.resizing import ResizeOptions, resize_file
-from networks.tool_options import MERGED_FAMILIES, PRECISIONS, FullMergeOptions, check_ratios
 
 logger = logging.getLogger(__name__)
 

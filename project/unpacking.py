@@ -22,12 +22,13 @@ from modules.console import format_count, format_size, list_some
 from modules.control_codes import shorten
 from modules.errors import OptionError, OutputError, UserError
 from modules.limits import MAX_METADATA_BYTES
+from modules.options import Options, option
 from modules.output_files import fold_name
 from modules.paths import expand_path, path_exists
 from modules.text_files import parse_json, parse_toml, read_text, real_path, require_regular_file
 from modules.zip_files import BoundedFile
-from project.options import RUN_FILE, as_operand, download_options, own_command
-from project.pack_options import ARCHIVE_MODEL_FOLDER, MANIFEST, VERSION, UnpackOptions, find_name_error
+from project.options import MODELS, RUN_FILE, as_operand, download_options, own_command
+from project.packing import ARCHIVE_MODEL_FOLDER, MANIFEST, VERSION, find_name_error
 from project.relocating import change_texts
 from training.config_options import PROJECT_TABLE
 
@@ -35,6 +36,16 @@ PIECE_BYTES = 1 << 20
 MAX_RUN_FILE_BYTES = 1 << 18  # bytes; `new` writes 5 kB, and parsing a megabyte takes seconds
 ENCRYPTED = 0x1
 LATEST_NS = 1 << 62  # latest time of a file: the year 2116
+
+
+class UnpackOptions(Options):
+    """Options of `unpack`: the archive, and the folder to unpack it into."""
+
+    file: Path = option("file that `pack` wrote", positional=True, place="file")
+    folder: Path | None = option(
+        "folder to make (default: the name of the packed one, here)", positional=True, nargs="?"
+    )
+    models: Path = option("folder of models on this machine, which `run --download` fills", default=MODELS)
 
 
 def unpack_folder(options: UnpackOptions) -> None:

@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from generation import prompt_lines
-from generation.line_options import find_option_key
+from generation.prompt_lines import find_option_key
 from modules.control_codes import replace_control_codes, shorten
 from modules.errors import OptionError, UserError
 from modules.installation import import_user_module, rejects_code

@@ -34,6 +34,8 @@ from tests.tiny.families import TinyFamily, write_deep
 from tests.tiny.runs import make_project
 
 Words = tuple[str, ...]
+RECORD = re.compile(r"^class \w+\(\w*Options\b", re.MULTILINE)  # of a file that declares options
+NO_PRODUCT = {"tests", "pocket", "benchmarks", "docs", "extras"}
 Info = Mapping[str, Any]
 PROJECT, CLEAN = "project", "clean"  # folders of a swept family: where it runs, and what it begins with
 # what says when something was made, or how long it took
@@ -415,10 +417,10 @@ def _other_number(text: str | None, kind: type, facts: Info) -> str:
 
 
 def _load_records() -> list[type[Options]]:
-    for file in sorted(ROOT.rglob("*options.py")):
-        place = file.relative_to(ROOT)
-        if not {"tests", ".venv", "build"} & {place.parts[0]}:
-            importlib.import_module(".".join(place.with_suffix("").parts))
+    rooms = (file.parent for file in ROOT.glob("*/__init__.py"))
+    for file in sorted(file for room in rooms if room.name not in NO_PRODUCT for file in room.rglob("*.py")):
+        if RECORD.search(file.read_text(encoding="utf-8")):
+            importlib.import_module(".".join(file.relative_to(ROOT).with_suffix("").parts))
     waiting, records = list(Options.__subclasses__()), list[type[Options]]()
     while waiting:
         record = waiting.pop()

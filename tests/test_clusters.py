@@ -22,8 +22,8 @@ from torch.distributed.run import get_args_parser
 
 from dataset.options import CachingOptions, read_latent_caching
 from modules.script_options import parse_options
-from project.pack_options import UnpackOptions
 from project.run_options import RunOptions
+from project.unpacking import UnpackOptions
 from protocols.families import FAMILIES
 from tests.commands import QUIET, ROOT
 from tests.faults.messages import succeed_here

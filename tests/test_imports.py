@@ -55,9 +55,8 @@ MAY_IMPORT = {
     | {"downloads.catalogue", "downloads.listing"}
     | {
         "dataset.subset_options",
-        "data_tools.masks.options",
         "data_tools.masks.places",
-        "data_tools.tags.options",
+        "data_tools.tags.labels",
         "project.new_options",
         "project.options",
         "project.recipes",

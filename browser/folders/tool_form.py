@@ -1,6 +1,5 @@
 """A form for a tool that processes a folder: fields that are options of the tool, and its command."""
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,13 +7,7 @@ from typing import Any
 
 from modules.control_codes import shorten
 from modules.errors import OptionError
-from modules.options import (
-    find_record_type,
-    get_field_default,
-    get_option_info,
-    option_name,
-    resolve_type_hints,
-)
+from modules.option_tables import list_rows
 from modules.pages.language import say
 
 NUMBER, TEXT, SWITCH = "number", "text", "switch"
@@ -40,11 +33,10 @@ class ToolField:
 
 @dataclass(frozen=True)
 class ToolForm:
-    """The form of a tool. `name` starts the ids of its fields; `record` has the options of the tool."""
+    """The form of a tool. `name` starts the ids of its fields; the table of `script` has its options."""
 
     name: str
     script: str
-    record: type
     fields: Sequence[ToolField]
 
     def id(self, field: ToolField) -> str:
@@ -55,7 +47,7 @@ class ToolForm:
         """Return the default of a field, for its placeholder."""
         if field.kind in (SWITCH, SWITCH_CHOICE):
             return ""
-        value = find_default(self.record, field.name)
+        value = list_rows(self.script)[field.name].get("default")
         return "" if value is None else str(value)
 
     def make_argv(self, target: str, texts: Mapping[str, str]) -> list[str]:
@@ -85,26 +77,11 @@ class ToolForm:
     def _check(self, field: ToolField, text: str) -> None:
         """Raise OptionError if a text is not valid for its field."""
         if field.kind == NUMBER:
-            is_integer = isinstance(find_default(self.record, field.name), int)
-            _check_number(field, text, get_option_info(self.record)[field.name], is_integer)
+            _check_number(field, text, list_rows(self.script)[field.name])
         if field.choices is not None and text not in field.choices:
             raise OptionError(
                 say("%(label)s %(text)s: choose from the list.", label=field.label, text=shorten(text, 40))
             )
-
-
-def find_default(record: type, name: str) -> Any:
-    """Return the default of the option `name` in an options dataclass or a dataclass nested in it.
-
-    Raises KeyError if there is no such option.
-    """
-    for field in dataclasses.fields(record):
-        inner = find_record_type(resolve_type_hints(record)[field.name])
-        if inner is not None and name in get_option_info(inner):
-            return find_default(inner, name)
-        if inner is None and option_name(field) == name:
-            return get_field_default(record, field)
-    raise KeyError(name)
 
 
 def format_option(option: str, text: str) -> list[str]:
@@ -112,9 +89,11 @@ def format_option(option: str, text: str) -> list[str]:
     return [f"--{option}={text}"] if text.startswith("-") else [f"--{option}", text]
 
 
-def _check_number(field: ToolField, text: str, limits: Mapping[str, Any], is_integer: bool) -> None:
+def _check_number(field: ToolField, text: str, row: Mapping[str, Any]) -> None:
     """Raise OptionError if a text is not a number within an option's limits."""
-    # `limits` is the option's metadata: "minimum" or "above", and "maximum" or "below".
+    # `row` is the option's in the table of its script.
+    limits = row.get("facts", {})
+    is_integer = isinstance(row.get("default"), int)
     # `above` and `below` exclude their value: the command itself rejects that one
     minimum = limits.get("minimum", limits.get("above", -math.inf))
     maximum = limits.get("maximum", limits.get("below", math.inf))

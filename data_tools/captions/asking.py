@@ -8,13 +8,22 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from data_tools.captions.options import AskOptions, WordingOptions
 from data_tools.captions.places import CaptionLocation
 from dataset.caching.prefetch import run_ahead
+from dataset.config_keys import MAX_WORDS
 from dataset.sources.captions import add_trigger
 from modules.control_codes import extract_caption
+from modules.errors import OptionError
 from modules.limits import MAX_CAPTION_BYTES
 from modules.media.reading import Frame, pick_frames, read_image, resize_stretched
+from modules.options import Options, option
+from modules.text_files import bad_character
+
+MAX_FRAMES = 1024
+MAX_TOKENS = 32_768
+DEFAULT_MAX_TOKENS, DEFAULT_MAX_JSON_TOKENS = 256, 2048  # defaults of --max_new_tokens
+Pairs = tuple[tuple[str, str], ...]
+KEY = "the key of this name in the dataset's TOML does the same without touching files"
 
 Frames = tuple[Frame, ...]  # of one image or clip, each H W 3
 ReadFrames = Callable[[CaptionLocation], Frames]  # reads the frames that a model sees
@@ -38,6 +47,97 @@ _TOKENS = re.compile(
     r"<\|[^<>|\s]{1,40}\|>|</?s>|<(?:pad|unk|bos|eos|end_of_turn|end_of_utterance|end_of_text)>"
 )
 _MAX_CHARACTERS = MAX_CAPTION_BYTES // 4  # in UTF-8 a character has up to four bytes
+
+
+class AskOptions(Options, title="what is asked"):
+    """Prompt, frames and sampling settings for captioning."""
+
+    prompt: str | None = option(
+        "what the model is asked about each image or clip; default: to describe it in one paragraph"
+    )
+    system_prompt: str | None = option("system message before the prompt")
+    num_frames: int = option(
+        "frames of a clip to show, evenly spaced over all of it", default=8, minimum=1, maximum=MAX_FRAMES
+    )
+    max_pixels: int = option(
+        "most pixels of a frame; larger ones are scaled down; default: 262144, as 512 x 512",
+        default=262_144,
+        minimum=1024,
+    )
+    max_new_tokens: int | None = option(
+        f"most tokens of a caption; default: {DEFAULT_MAX_TOKENS}, with --caption_format "
+        f"{DEFAULT_MAX_JSON_TOKENS}",
+        minimum=1,
+        maximum=MAX_TOKENS,
+    )
+    temperature: float = option(
+        "0 always selects the most probable token; above 0, tokens are sampled",
+        default=0.0,
+        minimum=0,
+        maximum=10,
+        hint="1 samples from the probabilities of the model",
+    )
+    seed: int = option(
+        "seed of drawn words, with --temperature above 0",
+        default=0,
+        minimum=-(2**63),
+        below=2**64,
+        ignored_without="temperature",
+    )
+
+    def __post_init__(self) -> None:
+        if self.prompt is not None and not self.prompt.strip():
+            raise OptionError("--prompt is empty: say what to describe, or omit it for the usual one")
+
+
+class WordingOptions(Options, title="the text that is written"):
+    """Options for text that is added to captions or replaced in them."""
+
+    trigger_word: str = option(f"put before each caption that does not hold it; {KEY}", default="")
+    caption_prefix: str = option(f"put before each caption that does not begin with it; {KEY}", default="")
+    caption_suffix: str = option(f"put behind each caption that does not end with it; {KEY}", default="")
+    replace: Pairs = option(
+        "replace a text in each caption, before anything is put around it; may be given several times",
+        default=(),
+        nargs=2,
+        action="append",
+        metavar=("OLD", "NEW"),
+    )
+    replace_regex: Pairs = option(
+        "the same with a regular expression of Python, after all of --replace",
+        default=(),
+        nargs=2,
+        action="append",
+        metavar=("PATTERN", "NEW"),
+    )
+
+    def __post_init__(self) -> None:
+        """Check the texts to add and the replacements; raise OptionError for an invalid one."""
+        for name in ("trigger_word", "caption_prefix", "caption_suffix"):
+            text = getattr(self, name)
+            if len(text) > MAX_WORDS or len(text.splitlines()) > 1:
+                raise OptionError(f"--{name}: pass one line of at most {MAX_WORDS} characters")
+        for name in ("replace", "replace_regex"):
+            for old, new in getattr(self, name):
+                character = bad_character(old + new)
+                if character is not None:
+                    raise OptionError(f"--{name} contains {character}: set the terminal to UTF-8")
+                if not old:
+                    raise OptionError(f'--{name} "" {new!r}: say what to replace')
+        for pattern, new in self.replace_regex:
+            try:
+                re.compile(pattern).sub(new, "")  # called only to raise errors in the pattern or in `new`
+            except (re.error, IndexError, OverflowError, RecursionError) as error:
+                raise OptionError(
+                    f"--replace_regex {pattern!r} {new!r}: {error}. Use the syntax of re.sub in Python"
+                ) from None
+
+    @property
+    def changes_something(self) -> bool:
+        """Whether any of the wording options is set."""
+        return any(
+            (self.trigger_word, self.caption_prefix, self.caption_suffix, self.replace, self.replace_regex)
+        )
 
 
 class CaptionInput(NamedTuple):

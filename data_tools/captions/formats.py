@@ -10,8 +10,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from data_tools.captions.asking import Captioner, CaptionResults, NoCaptionError, ReadFrames, reword
-from data_tools.captions.options import WordingOptions
+from data_tools.captions.asking import (
+    Captioner,
+    CaptionResults,
+    NoCaptionError,
+    ReadFrames,
+    WordingOptions,
+    reword,
+)
 from data_tools.captions.places import CaptionLocation
 from dataset.sources.captions import add_trigger
 from modules.control_codes import shorten

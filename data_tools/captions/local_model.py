@@ -24,6 +24,7 @@ from checkpoints.model_folders import (
     require_matching_shapes,
 )
 from data_tools.captions.asking import (
+    AskOptions,
     CaptionInput,
     CaptionResults,
     NoCaptionError,
@@ -32,7 +33,6 @@ from data_tools.captions.asking import (
     parse_caption,
     select_prompt,
 )
-from data_tools.captions.options import AskOptions, CaptionModelOptions
 from data_tools.captions.places import CaptionLocation
 from modules.chat_templates import TemplateError, render_chat
 from modules.control_codes import shorten
@@ -45,11 +45,26 @@ from modules.errors import (
     UserError,
     catch_panics,
 )
+from modules.options import Options, option
 
 # files that are downloaded from a repository; these contain no code
 DOWNLOAD_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 SAFE_LOADING: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 GIT = "git"  # model_type of models that describe one image and take no text, arXiv 2205.14100
+
+
+class CaptionModelOptions(Options, title="a model that runs here"):
+    """Options of a captioning model that runs on this machine."""
+
+    model: str | None = option(
+        "folder of a vision-language model for transformers (config.json, safetensors), or the name of "
+        "its repository on Hugging Face; code that comes with a model is never run"
+    )
+    batch_size: int | None = option("images or clips described together; default: 1", minimum=1, maximum=1024)
+    dtype: str | None = option(
+        "bfloat16, float16 or float32; default: that of the model's files, on a CPU float32"
+    )
+    device: str | None = option("cuda, cuda:1, mps or cpu; default: the best one available")
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from dataset.sources.media_source import MediaSource
 from modules.atomic_write import append_text, atomic_path, write_text
 from modules.backups import BACKUP, keep_backup
 from modules.errors import DatasetError, OutputError
+from modules.options import Options, option
 from modules.paths import address_identity, expand_path, hide_secrets, is_address, short_hash
 from modules.text_files import bad_character, looks_like_object, parse_json, read_lines, real_path
 
@@ -34,6 +35,29 @@ RECORD_NAME = ".captions_made.jsonl"
 MAX_WRITE_ATTEMPTS, RETRY_SECONDS = 5, 0.2
 # reasons to make a caption; with HAND_WRITTEN, the old caption is backed up
 MISSING, EMPTY, GENERATED, HAND_WRITTEN = "missing", "empty", "made by this program", "hand-written"
+
+
+class WritingOptions(Options, title="what to do"):
+    """Which captions are written and how they are reworded; shared by all captioning programs."""
+
+    dry_run: bool = option(
+        "name the captions that are missing and where they would be written; load and write nothing"
+    )
+    try_on: int | None = option(
+        "make the captions of the first N files that lack one, print them, and write none; of any files if "
+        "none lacks one",
+        minimum=1,
+        maximum=1000,
+        metavar="N",
+        excludes="dry_run",
+    )
+    overwrite: bool = option(
+        "also write again the captions that this program wrote and nobody has edited since"
+    )
+    overwrite_all: bool = option(
+        "replace all captions, also hand-written ones; these are kept next to the new ones as .bak"
+    )
+    fill_empty: bool = option("also write captions where the existing one is empty")
 
 
 class LineChange(NamedTuple):

@@ -14,22 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.captions.asking import (
+    DEFAULT_MAX_JSON_TOKENS,
+    DEFAULT_MAX_TOKENS,
+    AskOptions,
     Captioner,
     Frames,
     NoCaptionError,
     ReadFrames,
+    WordingOptions,
     read_sampled_frames,
     reword,
 )
 from data_tools.captions.formats import JsonCaptioner, reword_object, write_object
-from data_tools.captions.local_model import load_model
-from data_tools.captions.options import (
-    DEFAULT_MAX_JSON_TOKENS,
-    DEFAULT_MAX_TOKENS,
-    AskOptions,
-    CaptioningOptions,
-    WordingOptions,
-)
+from data_tools.captions.local_model import CaptionModelOptions, load_model
 from data_tools.captions.places import (
     GENERATED,
     HAND_WRITTEN,
@@ -38,15 +35,17 @@ from data_tools.captions.places import (
     GeneratedCaptions,
     LineChange,
     OverwriteRules,
+    WritingOptions,
     describe_missing_extensions,
     find_caption_locations,
     plan_captions,
     read_generated_captions,
 )
-from data_tools.captions.server import ApiServer
+from data_tools.captions.server import ApiOptions, ApiServer
 from dataset.caching.prefetch import Failure, first_lines
 from dataset.config import DatasetConfig
 from dataset.listing import find_all_sources
+from dataset.options import DATASET_FILE
 from dataset.sources.captions import split_lines
 from dataset.sources.fetching import fetch
 from modules.atomic_write import write_text
@@ -55,6 +54,7 @@ from modules.bars import Bar
 from modules.console import Row, format_count, format_duration, show_box
 from modules.control_codes import escape_control_codes, shorten
 from modules.errors import DatasetError, MediaError, OptionError, UserError
+from modules.options import option
 from modules.text_files import read_if_object
 from protocols.caption_formats import CaptionFormat
 from protocols.families import caption_formats
@@ -66,6 +66,72 @@ LISTED_EDITS = 20  # maximum number of edits that are listed
 SHOWN = 160  # characters of a caption in messages
 MAX_INITIAL_FAILURES = 20  # the run stops after this number of failures if no file got a caption
 MAX_SERVER_FAILURES = 5  # the run stops after the server failed for this number of files in a row
+
+
+class CaptioningOptions(WritingOptions, title="what to do"):
+    """Which captions are written, by which model, and how they are reworded."""
+
+    key_files = (DATASET_FILE,)
+
+    dataset_config: Path = option("dataset configuration, .toml or .json", required=True, by_place=True)
+    caption_format: str | None = option(
+        "write JSON objects with the keys that the model of this family was trained with, such as fibo_2. "
+        "Each answer is checked, and requested again if it is invalid; --trigger_word and the like change "
+        "the texts in the objects"
+    )
+    convert_plain: bool = option(
+        "also turn captions that are sentences into such objects, from the image and the sentences; "
+        "these are kept next to the new ones as .bak",
+        needs="caption_format",
+    )
+    edit_only: bool = option(
+        "make no captions: apply --replace, --replace_regex, --trigger_word, --caption_prefix and "
+        "--caption_suffix to existing captions; the old ones are kept as .bak",
+        excludes=("overwrite", "overwrite_all", "fill_empty", "try_on", "convert_plain"),
+        hint="it makes no captions",
+    )
+    model: CaptionModelOptions
+    api: ApiOptions
+    ask: AskOptions
+    wording: WordingOptions
+
+    def __post_init__(self) -> None:
+        if self.caption_format is not None and self.caption_format not in caption_formats():
+            raise OptionError(
+                f"--caption_format {self.caption_format} is not a format of JSON captions. Choose from "
+                f"{', '.join(caption_formats())}, or omit it for sentences"
+            )
+        self._check_model_or_server()
+        if self.edit_only:
+            for name, value in (
+                ("model", self.model.model),
+                ("api_base", self.api.api_base),
+                ("prompt", self.ask.prompt),
+            ):
+                if value is not None:
+                    raise OptionError(f"--edit_only makes no captions: omit --{name}")
+            if not self.wording.changes_something:
+                raise OptionError(
+                    "--edit_only changes nothing by itself: add --replace, --replace_regex, --trigger_word, "
+                    "--caption_prefix or --caption_suffix"
+                )
+
+    def _check_model_or_server(self) -> None:
+        """Raise OptionError if --model and --api_base are both given, or neither although one is needed."""
+        has_model = self.model.model is not None
+        has_server = self.api.api_base is not None
+        if has_model and has_server:
+            raise OptionError("--model and --api_base exclude each other: pass one of the two")
+        if has_server:
+            for name in ("batch_size", "dtype", "device"):
+                if getattr(self.model, name) is not None:
+                    raise OptionError(f"--{name} is for --model: omit it with --api_base")
+        makes_captions = not (self.edit_only or self.dry_run)
+        if makes_captions and not has_model and not has_server:
+            raise OptionError(
+                "--model or --api_base is missing: pass the folder of a model, or a server and --api_model. "
+                "--dry_run and --edit_only need neither"
+            )
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ import urllib3
 from PIL import Image
 
 from data_tools.captions.asking import (
+    AskOptions,
     CaptionResults,
     Frames,
     NoCaptionError,
@@ -30,11 +31,11 @@ from data_tools.captions.asking import (
     parse_caption,
     select_prompt,
 )
-from data_tools.captions.options import ApiOptions, AskOptions
 from data_tools.captions.places import CaptionLocation
 from modules.control_codes import shorten
 from modules.errors import MediaError, OptionError, UserError
 from modules.limits import MAX_ANSWER_BYTES, MAX_WAIT_SECONDS
+from modules.options import SENDS, Options, option
 from modules.text_files import parse_json
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,45 @@ PARAMETER_REPLACEMENTS: Mapping[str, str | None] = {
     "temperature": None,
     "seed": None,
 }
+
+
+class ApiOptions(Options, title="a server of your own, OpenAI-compatible"):
+    """Address, model and limits of an OpenAI-compatible caption server."""
+
+    api_base: str | None = option(
+        "address of the server, such as http://localhost:8000/v1; frames are sent there as JPEG. A key, "
+        "if the server wants one, is read from the environment variable OPENAI_API_KEY",
+        needs="api_model",
+        facts=SENDS,
+    )
+    api_model: str | None = option("name of the model on the server", needs="api_base")
+    api_workers: int | None = option(
+        "requests at a time; default: 4", minimum=1, maximum=256, needs="api_base"
+    )
+    api_timeout: float | None = option(
+        "seconds to wait for an answer before the request is made again; default: 120",
+        minimum=1,
+        needs="api_base",
+    )
+
+    def __post_init__(self) -> None:
+        """Raise OptionError if --api_base is not a plain http or https address."""
+        if self.api_base is None:
+            return
+        try:
+            url = urlsplit(self.api_base)
+            is_address = url.scheme in {"http", "https"} and bool(url.hostname) and url.port != 0
+        except ValueError:  # such as a port that is not a number
+            is_address = False
+            url = urlsplit("")
+        if "@" in url.netloc or url.query or url.fragment:
+            raise OptionError(
+                "--api_base contains a user's name, a password, or what follows ? or #. Pass the address "
+                "alone, such as http://localhost:8000/v1, and a key in the environment variable "
+                "OPENAI_API_KEY"
+            )
+        if not is_address:
+            raise OptionError(f"--api_base {self.api_base}: pass an address such as http://localhost:8000/v1")
 
 
 class _RetryableError(Exception):

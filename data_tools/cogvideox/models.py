@@ -11,10 +11,10 @@ from torch import Tensor
 from checkpoints.model_files import find_model_folder
 from checkpoints.opening import fingerprint
 from checkpoints.tokenizers import first_line
-from data_tools.cogvideox.options import MAX_TOKENS, EncodingOptions
 from modules.devices import dtype_name
 from modules.errors import CheckpointError, OptionError, catch_panics
 from modules.installation import hide_packages
+from modules.options import Options, option
 from modules.script_options import parse_options
 from modules.text_files import parse_json, read_text
 from protocols.data import Conditions, LatentSpec
@@ -23,10 +23,46 @@ from protocols.family import EncoderAbilities, TextEncoder
 from protocols.requests import Prompt
 from protocols.rules import CountTokens, TokenCount, count_covered_characters
 
+MAX_TOKENS = 226  # of CogVideoX's text encoder
+
 COMPONENTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by the names in options
 LATENT = LatentSpec(channels=16, stride=(4, 8, 8), pixel_step=16, frame_step=4)  # of CogVideoX
 KEY = "prompt_embeds"  # of the text encoder's tensor in caches
+
+
+class EncodingOptions(Options, title="encoding"):
+    """Options for encoding: which model, with which dtype, tiling and batch size."""
+
+    model_id: str | None = option(
+        "folder of a diffusers pipeline, or its name on the hub: of Wan, HunyuanVideo or CogVideoX, "
+        "with vae, text_encoder and tokenizer"
+    )
+    save_latents_and_embeddings: bool = option(
+        "also save the VAE's moments of each clip, and the text encoder's output for its caption",
+        needs="model_id",
+        hint="its VAE and text encoder compute them",
+    )
+    save_image_latents: bool = option(
+        "also save the moments of first frames alone", needs="save_latents_and_embeddings"
+    )
+    max_sequence_length: int = option(
+        "tokens of a caption for CogVideoX; the text encoders of Wan and HunyuanVideo have their own numbers",
+        default=MAX_TOKENS,
+        minimum=1,
+        maximum=4096,
+    )
+    dtype: str = option(
+        "dtype in which the VAE computes and its moments are saved; also for CogVideoX's text encoder, "
+        "while other encoders keep the dtype that they are cached with",
+        default="fp32",
+        choices=tuple(DTYPES),
+    )
+    use_slicing: bool = option("encode the clips of a batch one by one")
+    use_tiling: bool = option("encode large frames in tiles: less memory")
+    batch_size: int = option("clips or captions per batch", default=1, minimum=1, maximum=1024)
+    device: str | None = option("cuda, cuda:1, mps or cpu; default: the best one available")
+    pin_memory: bool = option("copy frames to a GPU through pinned memory: faster")
 
 
 class PipelineFamily(NamedTuple):
@@ -127,10 +163,10 @@ def _describe_family_networks(
         "latent_caching", *parse_options(None, latent_argv, entry.options_record("LatentCaching"))
     )
     text_argv = []
-    for component, option in family.text_options.items():
+    for component, flag in family.text_options.items():
         # a tokenizer is optional; the family reports a missing text encoder
         if component.startswith("text") or (folder / component).exists():
-            text_argv += [option, str(folder / component)]
+            text_argv += [flag, str(folder / component)]
     text_family = entry.make_family(
         "text_caching", *parse_options(None, text_argv, entry.options_record("TextCaching"))
     )

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from checkpoints.containers import load_pickled
 from data_tools.cogvideox import clips
-from data_tools.cogvideox.models import PipelineNetworks, describe_networks
-from data_tools.cogvideox.options import EncodingOptions, PrepareOptions, ShapeOptions
+from data_tools.cogvideox.clips import PrepareOptions, ShapeOptions
+from data_tools.cogvideox.models import EncodingOptions, PipelineNetworks, describe_networks
 from dataset.cache.records import difference
 from dataset.caching.loop import Share, join_processes
 from dataset.caching.prefetch import Failure, failure_error, write_behind

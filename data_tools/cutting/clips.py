@@ -11,16 +11,72 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.cutting.options import ChoiceOptions, LengthOptions
 from data_tools.cutting.scenes import SceneChange, SceneDetector
+from modules.errors import OptionError
 from modules.media.encoding import OutputFrame, Pixels, in_eight_bits
 from modules.media.measures import CELLS, brightness, is_black, is_flat, is_static, motion, sharpness
 from modules.media.streams import SourceInfo
+from modules.options import Options, option
+
+NO_LIMIT = "0 for no limit"
 
 SAMPLE_SECONDS = 0.25  # time between two frames that are measured
 SHORT, BLACK, STATIC, BLURRED = "too short", "black", "static", "blurred"  # reasons to omit a clip
 ROUNDING_SECONDS = 1e-6  # amount by which a length may exceed its limit: times are sums of rounded numbers
 MIN_BLACK_FRACTION = 0.5  # of the measured frames; from this fraction on a clip is left out as black
+
+
+class LengthOptions(Options, title="lengths"):
+    """Minimum and maximum length of clips in seconds and in frames; all limits apply."""
+
+    min_seconds: float = option("shorter clips are left out; 0: none are", default=1.0, minimum=0)
+    max_seconds: float = option(
+        "longer scenes are cut into equal clips; 0: at any length they stay whole",
+        default=10.0,
+        minimum=0,
+        hint=NO_LIMIT,
+    )
+    min_frames: int = option("the same, in frames; both limits hold", default=0, minimum=0, hint=NO_LIMIT)
+    max_frames: int = option("the same, in frames; both limits hold", default=0, minimum=0, hint=NO_LIMIT)
+    trim_frames: int = option(
+        "frames to omit at both ends of each scene, of transitions", default=0, minimum=0
+    )
+
+    def __post_init__(self) -> None:
+        for unit in ("seconds", "frames"):
+            minimum, maximum = getattr(self, f"min_{unit}"), getattr(self, f"max_{unit}")
+            if 0 < maximum < minimum:
+                raise OptionError(
+                    f"--max_{unit} {maximum:g} is less than --min_{unit} {minimum:g}: "
+                    "no clip could be that long"
+                )
+
+
+class ChoiceOptions(Options, title="what is left out"):
+    """Options that exclude clips by their content."""
+
+    static_threshold: float = option(
+        "a clip is static if no part of the image changes its brightness (0 to 1) by that much",
+        default=0.012,
+        above=0,
+        maximum=1,
+    )
+    black_threshold: float = option(
+        "a clip is black if in half of its images nearly all pixels are darker than that (0 to 1)",
+        default=0.1,
+        above=0,
+        maximum=1,
+    )
+    blur_threshold: float = option(
+        "with --drop_blurred: a clip is blurred if most of its images are less sharp than that",
+        default=0.002,
+        above=0,
+        maximum=1,
+        ignored_without="drop_blurred",
+    )
+    keep_static: bool = option("keep static clips, which are otherwise left out")
+    keep_black: bool = option("keep black clips, which are otherwise left out")
+    drop_blurred: bool = option("omit blurred clips, which are otherwise kept")
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,16 +11,74 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from data_tools.cutting.clips import PlannedClip, VideoAnalysis
-from data_tools.cutting.options import CuttingOptions
+from data_tools.cutting.clips import ChoiceOptions, LengthOptions, PlannedClip, VideoAnalysis
+from data_tools.cutting.scenes import SceneOptions
 from modules.atomic_write import replace_surrogates, write_bytes, write_text
-from modules.errors import DatasetError, OutputError
+from modules.errors import DatasetError, OptionError, OutputError
 from modules.limits import MAX_METADATA_BYTES
-from modules.options import option_values
-from modules.text_files import parse_json, read_lines, read_text
+from modules.media.options import CodecOptions
+from modules.options import Options, option, option_values
+from modules.text_files import parse_json, read_lines, read_text, real_path
+
+PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
+LIST_NAME = "clips.jsonl"
 
 RECORD_FOLDER = ".split_video"  # folder of the records, next to the clips
 VERSION = 1
+
+
+class ClipFormat(CodecOptions, title="video format"):
+    """File format and codec of the clips."""
+
+    crf: int = option(
+        "quality of h264 and h265, 0 to 51: a lower one is better and larger",
+        default=12,
+        minimum=0,
+        maximum=51,
+        hint="0 is lossless except for the conversion of colors",
+    )
+    preset: str = option("speed of h264 and h265; slower is smaller", default="medium", choices=PRESETS)
+    no_audio: bool = option("write no audio; without this option the main audio of a source is cut with it")
+
+
+class CuttingOptions(Options, title="input and output"):
+    """Options for cutting: the videos, the output folder and the list of clips."""
+
+    input: Path = option(
+        "a video, or a folder: then all videos in it, and in the folders inside it",
+        place="there",
+        hint="a video, or a folder of videos",
+        required=True,
+        by_place=True,
+    )
+    output: Path = option(
+        "folder for the clips; all go into it, without subfolders",
+        place="new folder",
+        required=True,
+        by_place=True,
+    )
+    jsonl: Path | None = option(f"list of the clips (default: {LIST_NAME} in --output)")
+    dry_run: bool = option("print the scenes and what becomes of them, and write nothing")
+    num_workers: int = option("number of files processed in parallel", default=1, minimum=1, maximum=64)
+    scenes: SceneOptions
+    lengths: LengthOptions
+    choice: ChoiceOptions
+    clip_format: ClipFormat
+
+    def __post_init__(self) -> None:
+        if self.input.is_dir() and real_path(self.input) == real_path(self.output):
+            raise OptionError(
+                f"--output {self.output} is --input too. Pass another folder, such as one in it"
+            )
+        if self.list_path.is_dir():
+            raise OptionError(f"--jsonl {self.list_path} is a folder. Pass the name of a file")
+        if self.list_path.suffix.lower() not in {".jsonl", ".json"}:
+            raise OptionError(f"--jsonl {self.list_path}: name a file that ends in .jsonl")
+
+    @property
+    def list_path(self) -> Path:
+        """Path of the list of clips: given by an option, or in the output folder."""
+        return self.output / LIST_NAME if self.jsonl is None else self.jsonl
 
 
 @dataclass(frozen=True)

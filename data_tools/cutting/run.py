@@ -14,11 +14,11 @@ from pathlib import Path
 from threading import Event
 
 from data_tools.cutting.clips import PlannedClip, analyze_video, plan_clips
-from data_tools.cutting.options import CuttingOptions
 from data_tools.cutting.records import (
     RECORD_FOLDER,
     ClipList,
     CutRecord,
+    CuttingOptions,
     read_records,
     start_record,
     write_record,

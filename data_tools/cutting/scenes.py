@@ -7,6 +7,7 @@ import numpy as np
 
 from modules.media.encoding import Pixels
 from modules.media.measures import FLAT_SCENE, Thumbnail, scene_distance, thumbnail
+from modules.options import Options, not_needed, option
 
 # (first, end): frames first to end - 1 belong to no scene; at a hard cut, both are the first frame of the
 # new scene
@@ -21,6 +22,21 @@ DISSOLVE_SECONDS = (0.2, 0.4, 0.8)
 VARIANCE_LIMITS = ((0.5, 0.75), (0.25, 0.9), (0.75, 0.9))
 MAX_WEIGHT_ERROR = 0.2  # how far the weight of the second scene may deviate from an even rise
 MIN_MIXED_WEIGHT = 0.08  # minimum weight of the other scene in a frame of a dissolve
+
+
+class SceneOptions(Options, title="scenes"):
+    """Options for detecting scene changes."""
+
+    scene_threshold: float = option(
+        "how much has to change at a cut; a lower one finds more", default=0.25, above=0, maximum=1
+    )
+    detector = not_needed(
+        "scenes are always found by this tool's own measure, which also finds dissolves.",
+        "what finds scenes",
+        values=("own",),
+        default="own",
+        choices=("own", "pyscenedetect", "pyscenedetect-adaptive"),
+    )
 
 
 class _Jump(NamedTuple):

@@ -10,6 +10,7 @@ it, from which the last change of each mask can be undone. Imports no torch.
 import contextlib
 import itertools
 import json
+import re
 import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,7 +22,6 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.masks.options import FOLDER_NAME
 from dataset.sources.mask_files import has_same_aspect, masks_by_stem
 from modules.atomic_write import atomic_folder, explain_errors, replace_file, temporary_name
 from modules.errors import DatasetError, MediaError
@@ -41,6 +41,12 @@ from modules.media.reading import (
 from modules.media.writing import write_png
 from modules.paths import compose_name
 from modules.text_files import real_path
+
+FOLDER_NAME = "masks"  # folder of the masks, inside the folder of the images
+MODEL_FOLDER = Path("models/clipseg")  # tools/download.py writes these files
+BACKGROUND_FILE = Path("models/background/u2net.onnx")
+FACE_FILE = Path("models/facefix/face_detection_yunet_2023mar.onnx")
+IS_COLOR = re.compile(r"#?([0-9a-fA-F]{6})")
 
 Gray = NDArray[np.uint8]  # H W, white is learned
 Kind = Literal["image", "video"]

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_tools.masks.options import IS_COLOR
+from data_tools.masks.places import IS_COLOR
 from data_tools.masks.shaping import ScoreMap
 from modules.devices import select_device
 from modules.errors import CheckpointError

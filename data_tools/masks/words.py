@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from checkpoints.model_folders import build_on_meta, check_settings, require_matching_shapes
-from data_tools.masks.options import MODEL_FOLDER
+from data_tools.masks.places import MODEL_FOLDER
 from data_tools.masks.shaping import ScoreMap
 from modules.command import quote_command
 from modules.control_codes import shorten

@@ -8,6 +8,8 @@ from modules.control_codes import shorten
 from modules.errors import CheckpointError
 from modules.text_files import bad_character, parse_json, read_text
 
+MODEL_FOLDER = Path("models/wd_tagger")  # that tools/download.py fills
+
 TABLE_NAME, MAPPING_NAME = "selected_tags.csv", "tag_mapping.json"
 RATING, GENERAL, CHARACTER, QUALITY = "rating", "general", "character", "quality"
 # category numbers in the CSV table: Danbooru's, and 9, which the taggers' authors added

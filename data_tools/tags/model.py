@@ -19,19 +19,49 @@ from data_tools.captions.asking import (
     caption_in_batches,
 )
 from data_tools.captions.places import CaptionLocation
-from data_tools.tags.labels import MAPPING_NAME, Label, has_mapping, read_labels
-from data_tools.tags.options import MODEL_FOLDER
+from data_tools.tags.labels import MAPPING_NAME, MODEL_FOLDER, Label, has_mapping, read_labels
 from data_tools.tags.words import TagSelection
 from modules.command import quote_command
 from modules.errors import CheckpointError
 from modules.limits import MAX_ONNX_MEMORY, MAX_PIXELS
 from modules.media.reading import Frame
 from modules.onnx_models import OnnxModel, load_onnx
+from modules.options import Options, not_needed, option, unsupported
 
 MODEL_NAME = "model.onnx"
 FloatArray = NDArray[np.float32]
 IMAGE_BYTES = 1 << 26  # memory for each image of a batch
 _DOWNLOAD_COMMAND = ["python", "tools/download.py", "--family", "tools", "--task", "wd_tagger", "--to"]
+
+
+class TaggerOptions(Options, title="the tagger"):
+    """Folder, batch size and frames of the tagger."""
+
+    model_dir: Path = option(
+        "folder with model.onnx and selected_tags.csv, or tag_mapping.json: a WD14-like tagger",
+        default=MODEL_FOLDER,
+    )
+    batch_size: int = option("images that the tagger sees at a time", default=1, minimum=1, maximum=1024)
+    num_frames: int = option(
+        "frames of a clip that are tagged, evenly spaced; their tags are joined",
+        default=8,
+        minimum=1,
+        maximum=1024,
+    )
+    join_frames: str = option(
+        "probability of a tag in a clip: the maximum over its frames, or their mean, which ignores what is "
+        "visible only briefly",
+        default="max",
+        choices=("max", "mean"),
+    )
+    onnx = not_needed("the tagger is always run by onnxruntime")
+    repo_id = unsupported(
+        "tools/download.py --family tools --task wd_tagger downloads a tagger, with its size and license "
+        "first; any other one is a folder for --model_dir",
+        nargs="?",
+    )
+    force_download = unsupported("tools/download.py downloads taggers; --verify compares what is there")
+    max_data_loader_n_workers = not_needed("files are always read ahead", nargs="?")
 
 
 @dataclass(frozen=True)

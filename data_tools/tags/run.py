@@ -11,20 +11,68 @@ from functools import partial
 from pathlib import Path
 
 from data_tools.captions.asking import Captioner, CaptionResults, ReadFrames
-from data_tools.captions.places import DEFAULT_EXTENSION, CaptionLocation, OverwriteRules
+from data_tools.captions.places import DEFAULT_EXTENSION, CaptionLocation, OverwriteRules, WritingOptions
 from data_tools.captions.run import CaptionBackend, fetch_frames, try_captions, write_captions
 from data_tools.folder_dataset import make_folder_dataset
 from data_tools.tags.labels import has_mapping
-from data_tools.tags.model import load_tagger
-from data_tools.tags.options import TaggingOptions
-from data_tools.tags.words import extend_caption, make_tag_selection
+from data_tools.tags.model import TaggerOptions, load_tagger
+from data_tools.tags.words import TagWordOptions, ThresholdOptions, extend_caption, make_tag_selection
 from dataset.config import DatasetConfig, load_dataset_config
 from dataset.sources.captions import Caption, split_lines
 from modules.control_codes import escape_control_codes
 from modules.errors import OptionError
+from modules.options import option, unsupported
 from modules.run_limits import temporary_folder
+from modules.text_files import bad_character
+
+MAX_WORDS = 10_000  # characters of a list of tags
 
 MAX_PIXELS = 4096**2  # maximum pixels of a frame
+
+
+class TaggingOptions(WritingOptions, title="what to do"):
+    """Which files are tagged, and where their tags are written."""
+
+    folder: Path = option(
+        "folder of images and clips, or a dataset's file (.toml, .json)", positional=True, place="there"
+    )
+    recursive: bool = option("also tag the folders below")
+    caption_extension: str | None = option(
+        "suffix of the caption files; default: .txt, or that of the dataset's file",
+    )
+    append_tags: bool = option(
+        "put tags behind existing captions where they lack them; the captions as they were are kept as .bak",
+        excludes=("overwrite", "overwrite_all", "fill_empty"),
+    )
+    frequency_tags: bool = option("print how often each tag was found")
+    tagger: TaggerOptions
+    thresholds: ThresholdOptions
+    words: TagWordOptions
+    caption_extention = unsupported("it is spelled --caption_extension", nargs="?")
+    output_path = unsupported(
+        "tags are written as captions. Run finetune/merge_dd_tags_to_metadata.py to collect them in one file",
+        nargs="?",
+    )
+    debug = unsupported("--try_on 3 prints the tags of three files")
+
+    def __post_init__(self) -> None:
+        for name in ("always_first_tags", "tag_replacement", "caption_separator"):
+            _check_words(name, getattr(self.words, name))
+        _check_words("undesired_tags", self.thresholds.undesired_tags)
+        if not self.words.caption_separator.strip():
+            raise OptionError("--caption_separator is blank: tags could not be separated. Use a comma")
+        extension = self.caption_extension
+        if extension is not None and (not extension.startswith(".") or len(Path(f"a{extension}").parts) > 1):
+            raise OptionError(f"--caption_extension {extension!r}: pass a suffix, such as .txt")
+
+
+def _check_words(name: str, text: str) -> None:
+    """Raise OptionError if the value of an option does not fit in one line of a caption."""
+    character = bad_character(text)
+    if character is not None:
+        raise OptionError(f"--{name} contains {character}: set the terminal to UTF-8")
+    if len(text) > MAX_WORDS or len(text.splitlines()) > 1:
+        raise OptionError(f"--{name}: pass one line of at most {MAX_WORDS} characters")
 
 
 def tag_folder(options: TaggingOptions) -> None:
@@ -39,7 +87,9 @@ def tag_folder(options: TaggingOptions) -> None:
         config = _read_config(options, temporary)
     tag_counts: Counter[str] = Counter()
     separator = options.words.caption_separator
-    selection = make_tag_selection(options, sorts_by_probability=has_mapping(options.tagger.model_dir))
+    selection = make_tag_selection(
+        options.thresholds, options.words, sorts_by_probability=has_mapping(options.tagger.model_dir)
+    )
 
     def load_captioner() -> Captioner:
         """Load the tagger; return the function that tags files, which also updates `tag_counts`."""

@@ -5,13 +5,50 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from data_tools.tags.labels import CATEGORIES, CHARACTER, QUALITY, RATING, Label
-from data_tools.tags.options import TaggingOptions
 from dataset.subset_options import KEEP_TOKENS_SEPARATOR
 from modules.errors import OptionError
+from modules.options import Options, option
 
 _LONGEST_FACE = 3  # characters of tags such as ^_^, whose underscore stays
 # longer ones. Source: the taggers' own list (github.com/SmilingWolf/wd-tagger)
 _LONG_FACES = frozenset({"(o)_(o)", "<o>_<o>", "<|>_<|>", "||_||"})
+
+
+class ThresholdOptions(Options, title="which tags are taken"):
+    """Minimum probability of a tag, for each category."""
+
+    thresh: float = option("least probability of a tag", default=0.35, minimum=0, maximum=1)
+    general_threshold: float | None = option("the same, of what is seen; --thresh", minimum=0, maximum=1)
+    character_threshold: float | None = option("the same, of characters; --thresh", minimum=0, maximum=1)
+    copyright_threshold: float | None = option(
+        "the same, of series and brands; --thresh", minimum=0, maximum=1
+    )
+    artist_threshold: float | None = option("the same, of artists; --thresh", minimum=0, maximum=1)
+    meta_threshold: float | None = option("the same, about the file itself; --thresh", minimum=0, maximum=1)
+    model_threshold: float | None = option("the same, of image models; --thresh", minimum=0, maximum=1)
+    use_rating_tags: bool = option("put the most probable rating first")
+    use_rating_tags_as_last_tag: bool = option("put it last", excludes="use_rating_tags")
+    use_quality_tags: bool = option("put the most probable quality first, if the tagger has qualities")
+    use_quality_tags_as_last_tag: bool = option("put it last", excludes="use_quality_tags")
+    undesired_tags: str = option("tags never written, with --caption_separator between them", default="")
+
+
+class TagWordOptions(Options, title="the text that is written"):
+    """How tags are spelled and in which order they are written."""
+
+    remove_underscore: bool = option(
+        "replace underscores with spaces, except in emoticons such as ^_^ and (o)_(o)"
+    )
+    character_tags_first: bool = option("put characters before all that is seen")
+    character_tag_expand: bool = option("write name_(series) as two tags: name, series")
+    always_first_tags: str = option(
+        "tags put at the beginning, in this order, where they are found", default=""
+    )
+    tag_replacement: str = option(
+        r"tags to write as others: a,b;c,d is b for a and d for c; \, and \; are signs of a tag",
+        default="",
+    )
+    caption_separator: str = option('between two tags; default: ", "', default=", ")
 
 
 @dataclass(frozen=True)
@@ -82,14 +119,14 @@ def remove_underscores(tag: str) -> str:
     return tag if is_face else tag.replace("_", " ")
 
 
-def make_tag_selection(options: TaggingOptions, sorts_by_probability: bool) -> TagSelection:
+def make_tag_selection(
+    filters: ThresholdOptions, spelling: TagWordOptions, sorts_by_probability: bool
+) -> TagSelection:
     """Return which tags are written, and how, from the command line's options.
 
     Raises:
         OptionError: If --tag_replacement is malformed.
     """
-    filters = options.thresholds
-    spelling = options.words
     separator = spelling.caption_separator.strip()
     thresholds = {}
     # rating and quality need no threshold: only their most probable tag is used

@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,11 +12,10 @@ from downloads.listing import print_lines
 from modules.atomic_write import write_text
 from modules.control_codes import shorten
 from modules.errors import OptionError, OutputError
-from modules.options import find_rejection
+from modules.options import Options, find_rejection, option
 from modules.text_files import parse_toml, read_text
 from project.kinds.composing import BY_NAME, find_run_kind
 from project.options import RUN_FILE, find_models, own_command
-from project.recipes.options import LIST, RecipeOptions
 from project.recipes.reading import (
     MAX_TEXT_LENGTH,
     OWN,
@@ -31,7 +31,41 @@ from project.recipes.reading import (
 from training.config_options import PROJECT_TABLE, toml_value
 from training.reports.history import END, RunHistory, Start, history_name, read_history, read_session
 
+SAVE, LIST = "save", "list"
+NAME = re.compile(r"\w[\w-]{0,80}")
+
 DIGITS = 4  # significant digits of figures
+
+
+class RecipeOptions(Options):
+    """Options of `recipe`: list the recipes, or save a run's recipe."""
+
+    action: str = option(
+        "save: make a recipe of a finished run; list: show all recipes", positional=True, choices=(SAVE, LIST)
+    )
+    run: Path | None = option(
+        "for save: folder of a run, or its ...-history.jsonl; a folder that `new` described has its run in "
+        "it",
+        positional=True,
+        nargs="?",
+        place="there",
+        hint="a folder with a run, or its history",
+    )
+    name: str | None = option("for save: name of the recipe (default: that of the run)")
+    title: str | None = option(
+        "for save: what the recipe is for, in a few words (default: its model and name)"
+    )
+    tried_on: str | None = option(
+        "for save: what was trained and on which data, in a few words (default: the name of the model's file)"
+    )
+    to: Path = option("for save: folder to write NAME.toml into", default=Path("recipes"))
+    overwrite: bool = option("for save: replace the file if it exists")
+
+    def __post_init__(self) -> None:
+        if self.action == SAVE and self.run is None:
+            raise OptionError("recipe save: pass the folder of a run, such as clips/output")
+        if self.name is not None and NAME.fullmatch(self.name) is None:
+            raise OptionError(f"--name {self.name!r}: pass a name of letters, digits, _ and -")
 
 
 def run_recipe_command(options: RecipeOptions) -> None:

@@ -28,8 +28,8 @@ from browser.pages.masks.mask_making import MaskMakingPages
 from browser.pages.masks.mask_pages import DRAWN_ADDRESS, MAX_DRAWN_MASK_BYTES
 from browser.pages.masks.mask_review import MaskConflictError, MaskReview
 from browser.runs.runs import Runs
-from data_tools.masks.options import MaskOptions
 from data_tools.masks.places import METHOD_TEXT, find_mask_entry
+from data_tools.masks.run import MaskOptions
 from dataset.config import load_dataset_config
 from dataset.sources.left_out import TableFolders
 from modules.media.reading import read_mask

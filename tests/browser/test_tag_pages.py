@@ -18,7 +18,7 @@ from browser.folders.datasets import MODELS
 from browser.pages.tags.tag_editor import TagEditor, rename_tag
 from browser.pages.tags.tag_pages import FORM
 from browser.runs.runs import Runs
-from data_tools.tags.options import TaggingOptions
+from data_tools.tags.run import TaggingOptions
 from modules.errors import OptionError
 from modules.script_options import parse_options
 from tests.browser.described_folders import describe

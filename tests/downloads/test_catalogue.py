@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from data_tools.controls.run import ControlImageOptions
-from data_tools.masks.options import MaskOptions
-from data_tools.tags.options import TaggingOptions
+from data_tools.masks.run import MaskOptions
+from data_tools.tags.run import TaggingOptions
 from dataset.options import CachingOptions, read_latent_caching
 from docs.model_tables import FIRST, family_table, models_tables, renew_family_tables
 from downloads.catalogue import (
@@ -27,8 +27,8 @@ from downloads.catalogue import (
     known_components,
     model_sets,
 )
+from downloads.fetching import DownloadOptions
 from downloads.listing import describe_set
-from downloads.options import DownloadOptions
 from flux.configs import RELEASES
 from flux.kontext.family import KONTEXT_DEV
 from flux_2.versions import VERSIONS

@@ -19,10 +19,9 @@ from modules import zip_files
 from modules.atomic_write import SPARE_BYTES
 from modules.errors import OptionError, OutputError
 from modules.text_files import parse_toml
-from project.pack_options import MANIFEST, PackOptions, UnpackOptions
-from project.packing import pack_folder
+from project.packing import MANIFEST, PackOptions, pack_folder
 from project.relocating import MachinePaths, relocate_history
-from project.unpacking import unpack_folder
+from project.unpacking import UnpackOptions, unpack_folder
 from tests.commands import ROOT
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.project.test_run import MODEL

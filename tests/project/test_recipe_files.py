@@ -17,9 +17,8 @@ from modules.text_files import parse_toml
 from project.files import write_project
 from project.new_options import NewOptions
 from project.recipes import reading
-from project.recipes.options import RecipeOptions
 from project.recipes.reading import find_recipe, list_allowed, list_paths, list_shipped, read_recipe
-from project.recipes.saving import run_recipe_command
+from project.recipes.saving import RecipeOptions, run_recipe_command
 from tests.commands import ROOT
 from tests.faults.messages import succeed_here
 from tests.tiny.families import FAMILIES

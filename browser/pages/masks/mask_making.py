@@ -21,7 +21,7 @@ from browser.jobs.model_files import TaskFiles, find_task
 from browser.pages.masks.mask_review import find_masks_folder
 from browser.pages.masks.mask_use import MaskUse, read_mask_use
 from browser.runs.runs import FINISHED
-from data_tools.masks.options import BACKGROUND_FILE, FACE_FILE, IS_COLOR, MODEL_FOLDER, MaskOptions
+from data_tools.masks.places import BACKGROUND_FILE, FACE_FILE, IS_COLOR, MODEL_FOLDER
 from downloads.catalogue import model_sets
 from modules.errors import OptionError, UserError
 from modules.pages.language import say
@@ -47,7 +47,6 @@ DEFAULT_NETWORKS = {
 FORM = ToolForm(
     name="mask",
     script="tools/mask.py",
-    record=MaskOptions,
     fields=(
         ToolField(
             "mode",

@@ -12,8 +12,7 @@ from browser.folders.described_folder import DATASET_FILE, DraftFile, is_describ
 from browser.folders.offered_folders import MEDIA_KEYS
 from browser.pages.masks.mask_review import find_masks_folder
 from browser.runs.runs import Runs
-from data_tools.masks.options import FOLDER_NAME
-from data_tools.masks.places import find_mask_entries
+from data_tools.masks.places import FOLDER_NAME, find_mask_entries
 from modules.errors import OptionError
 from modules.pages.language import say
 from modules.text_files import real_path

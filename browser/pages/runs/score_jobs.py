@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from browser.runs.runs import RunSummary
-from data_tools.tags.options import MODEL_FOLDER
+from data_tools.tags.labels import MODEL_FOLDER
 from project.options import MODELS
 
 SCORE_MODEL = "score_clip"  # folder below that of the models, which tools/download.py fills

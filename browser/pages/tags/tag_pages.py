@@ -26,7 +26,6 @@ from browser.folders.tool_form import (
 from browser.jobs.command_lines import format_command
 from browser.jobs.model_files import TaskFiles, find_task
 from browser.pages.tags.tag_editor import TagEditor
-from data_tools.tags.options import TaggingOptions
 from modules.errors import OptionError, UserError
 from modules.pages.language import say
 
@@ -37,7 +36,6 @@ FAMILY, TASK = "tools", "wd_tagger"  # model in the catalogue
 FORM = ToolForm(
     name="tag",
     script="tools/tag.py",
-    record=TaggingOptions,
     fields=(
         ToolField("thresh", say("Least probability"), NUMBER),
         ToolField("character_threshold", say("of characters"), NUMBER),

@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
-from data_tools.captions.options import CaptioningOptions
+from data_tools.captions.run import CaptioningOptions
 from modules.script_options import parse_options
 from tests.dataset.making import make_image
 from tests.servers import run_handler

@@ -12,14 +12,15 @@ import torch
 
 from data_tools.captions import places
 from data_tools.captions.asking import (
+    AskOptions,
     CaptionInput,
+    WordingOptions,
     parse_caption,
     read_sampled_frames,
     reword,
     select_frames,
 )
-from data_tools.captions.local_model import LocalModel, load_model
-from data_tools.captions.options import AskOptions, CaptionModelOptions, WordingOptions
+from data_tools.captions.local_model import CaptionModelOptions, LocalModel, load_model
 from data_tools.captions.places import CaptionList, LineChange, find_caption_locations
 from data_tools.captions.run import run_captioning
 from dataset.config import load_dataset_config

@@ -12,8 +12,15 @@ import torch
 from PIL import Image
 
 import wan_cache_latents
-from data_tools.cogvideox.clips import CropAndFlip, read_clip, select_frames, select_size, shape_frame
-from data_tools.cogvideox.options import SIDES, ShapeOptions
+from data_tools.cogvideox.clips import (
+    SIDES,
+    CropAndFlip,
+    ShapeOptions,
+    read_clip,
+    select_frames,
+    select_size,
+    shape_frame,
+)
 from dataset.cache.records import latent_record
 from dataset.cache_files import read_entry
 from dataset.caching.prefetch import fill_batches

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data_tools.cogvideox.options import PrepareOptions
+from data_tools.cogvideox.clips import PrepareOptions
 from modules.script_options import parse_options
 from tests.commands import ROOT
 

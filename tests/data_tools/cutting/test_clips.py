@@ -15,13 +15,14 @@ import pytest
 from data_tools.cutting.clips import (
     BLURRED,
     SHORT,
+    ChoiceOptions,
     ImageMeasures,
+    LengthOptions,
     PlannedClip,
     VideoAnalysis,
     list_scenes,
     plan_clips,
 )
-from data_tools.cutting.options import ChoiceOptions, LengthOptions, SceneOptions
 from data_tools.cutting.records import (
     RECORD_FOLDER,
     ClipList,
@@ -30,7 +31,7 @@ from data_tools.cutting.records import (
     read_records,
     write_record,
 )
-from data_tools.cutting.scenes import SceneChange, SceneDetector
+from data_tools.cutting.scenes import SceneChange, SceneDetector, SceneOptions
 from modules.errors import DatasetError
 from modules.media.measures import BLACK_PIXEL, STATIC_CHANGE
 from modules.media.measures import BLURRED as BLURRED_BELOW

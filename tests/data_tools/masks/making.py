@@ -16,8 +16,7 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from data_tools.masks.options import MaskOptions
-from data_tools.masks.run import make_masks
+from data_tools.masks.run import MaskOptions, make_masks
 from modules.media.writing import write_video
 from modules.script_options import parse_options
 from tests.tiny.onnx_files import _node, write_onnx

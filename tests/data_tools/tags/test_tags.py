@@ -9,8 +9,7 @@ import pytest
 
 from data_tools.tags.labels import GENERAL, Label, read_labels
 from data_tools.tags.model import Tagger, load_tagger
-from data_tools.tags.options import TaggingOptions
-from data_tools.tags.run import tag_folder
+from data_tools.tags.run import TaggingOptions, tag_folder
 from data_tools.tags.words import extend_caption, make_tag_selection
 from modules import limits
 from modules.errors import CheckpointError, DatasetError, OptionError
@@ -143,7 +142,8 @@ def test_a_mapping_means_logits_and_colours_around_zero(tmp_path: Path) -> None:
     by_name = dict(zip([name for name, _ in ROWS], found.tolist(), strict=True))
     assert by_name["red"] == pytest.approx(1 / (1 + np.exp(-3)))
     assert by_name["1girl"] == pytest.approx(1 / (1 + np.exp(1)))
-    choice = make_tag_selection(options_of(tmp_path, "--thresh", 0.2), sorts_by_probability=True)
+    options = options_of(tmp_path, "--thresh", 0.2)
+    choice = make_tag_selection(options.thresholds, options.words, sorts_by_probability=True)
     assert choice.select_tags(loaded.labels, found.tolist())[0] == "red"
 
 
@@ -168,7 +168,8 @@ PROBABILITIES = [0.2, 0.7, 0.9, 0.5, 0.4, 0.1, 0.8, 0.6]  # of ROWS
 )
 def test_words_of_the_command_line_choose_and_order_the_tags(tmp_path: Path, words: str, tags: str) -> None:
     labels = read_labels(write_tagger(tmp_path / "tagger", BY_COLOR))
-    choice = make_tag_selection(options_of(tmp_path, *words.split()), sorts_by_probability=False)
+    options = options_of(tmp_path, *words.split())
+    choice = make_tag_selection(options.thresholds, options.words, sorts_by_probability=False)
     assert ", ".join(choice.select_tags(labels, PROBABILITIES)) == tags
 
 
@@ -185,7 +186,8 @@ FACES = "0_0 (o)_(o) +_+ +_- ._. <o>_<o> <|>_<|> =_= >_< 3_3 6_9 >_o @_@ ^_^ o_o
 @pytest.mark.parametrize("face", FACES.split())
 def test_faces_of_the_taggers_keep_their_underscores(tmp_path: Path, face: str) -> None:
     """The list is that of the taggers' own demonstration (SmilingWolf/wd-tagger)."""
-    choice = make_tag_selection(options_of(tmp_path, "--remove_underscore"), sorts_by_probability=False)
+    options = options_of(tmp_path, "--remove_underscore")
+    choice = make_tag_selection(options.thresholds, options.words, sorts_by_probability=False)
     labels = [Label(face, GENERAL), Label("red_hair", GENERAL)]
     assert choice.select_tags(labels, [0.9, 0.9]) == [face, "red hair"]
 
