@@ -290,6 +290,7 @@ CURVES = (
     "warmup_stable_decay",
     "piecewise_constant",
 )
+PLATEAU = "plateau"  # lowers the rate by the validation loss
 ADAFACTOR = "adafactor"  # or "adafactor:<learning rate>": Adafactor's own steps, shown as a schedule
 
 
@@ -309,7 +310,7 @@ class LrScheduleOptions(Options, title="learning-rate schedule"):
     """Options of the learning rate schedule. Steps below 1 are fractions of the run."""
 
     lr_scheduler: str = option(
-        ", ".join((*CURVES, ADAFACTOR)), default="constant", often=True, acts_if=_WITHOUT_CLASS
+        ", ".join((*CURVES, PLATEAU, ADAFACTOR)), default="constant", often=True, acts_if=_WITHOUT_CLASS
     )
     lr_warmup_steps: int | float = option(
         "rise from 0 during these steps; 0.05 or 5%% are fractions of the run",
@@ -367,8 +368,8 @@ class LrScheduleOptions(Options, title="learning-rate schedule"):
         name = self.lr_scheduler
         if name.partition(":")[0] == ADAFACTOR:  # adafactor or adafactor:RATE
             self._reject_warmup("Adafactor has warmup_init=True")
-        elif name not in CURVES:
-            names = (*CURVES, ADAFACTOR)
+        elif name not in (*CURVES, PLATEAU):
+            names = (*CURVES, PLATEAU, ADAFACTOR)
             raise OptionError(
                 f"--lr_scheduler {name}: unknown.{did_you_mean(name, names)} Use one of {', '.join(names)}, "
                 "or pass the import path of a torch scheduler to --lr_scheduler_type."
@@ -393,6 +394,11 @@ class LrScheduleOptions(Options, title="learning-rate schedule"):
                 f"--lr_warmup_steps {self.lr_warmup_steps}: --lr_scheduler {self.lr_scheduler} has no "
                 f"warm-up. {remedy}."
             )
+
+    @property
+    def follows_validation(self) -> bool:
+        """Whether the learning rate depends on the validation loss."""
+        return self.lr_scheduler == PLATEAU and not self.lr_scheduler_type
 
     def arguments(self) -> dict[str, Any]:
         """Parse --lr_scheduler_args into keyword arguments of the scheduler."""

@@ -26,6 +26,7 @@ from training.features import phases
 from training.features.composing import bad_step_remedies
 from training.features.hooks import RunFeatures
 from training.loss import NoisyBatch
+from training.optimizers.lr_schedule import PlateauSchedule
 from training.optimizers.optimizer import evaluation
 from training.optimizers.stepping import FusedBackward, StepAfterBackward
 from training.processes import (
@@ -479,7 +480,7 @@ def _is_due(every: int | None, count: int) -> bool:
 
 
 def _after_epoch(run: TrainingRun) -> None:
-    """Do the work due at the end of an epoch: save, then sample."""
+    """Do the work due at the end of an epoch: validate, save, then sample."""
     # An epoch cut short by --max_train_steps counts as unfinished.
     progress = run.progress
     epoch = progress.epoch + 1
@@ -496,6 +497,14 @@ def _after_epoch(run: TrainingRun) -> None:
         progress.position = 0
     is_due = _is_due(run.plan.saving.save_every_n_epochs, epoch)
     saves = is_complete and is_due and epoch < run.steps.num_epochs  # the last epoch is the final file
+    step = run.progress.step
+    is_saved = saves or step >= run.steps.total_steps  # the last step is saved as the final file
+    # before saving: what follows from the loss belongs to the state
+    if run.validation is not None and run.options.validation.is_due_after_epoch(
+        epoch, step, run.steps.steps_per_epoch, is_saved
+    ):
+        run.phases.validate(run, run.validation, EPOCH)
+        _end_if_requested(run)
     if saves and run.saver is not None:
         run.reporter.log_pause(SAVING)
         with run.logs.clock.pause(SAVING):
@@ -504,13 +513,6 @@ def _after_epoch(run: TrainingRun) -> None:
         run.phases.sample(run)
     if is_ending(run):
         _save_for_resuming(run)
-    elif run.validation is not None:
-        # Measure the validation loss if it is due after an epoch; `saves` is whether the epoch was saved
-        step = run.progress.step
-        is_saved = saves or step >= run.steps.total_steps  # the last step is saved as the final file
-        if run.options.validation.is_due_after_epoch(epoch, step, run.steps.steps_per_epoch, is_saved):
-            run.phases.validate(run, run.validation, EPOCH)
-            _end_if_requested(run)
     _restart_step_timing(run)
 
 
@@ -614,6 +616,10 @@ def validate(run: TrainingRun, validation: Validation, occasion: str) -> Mapping
         if recorded < min(earlier_losses.values()):
             remark = ", the lowest so far"
     logger.info("Step %d: validation loss %s%.5f%s", step, previous, recorded, remark)
+    schedule = run.model.schedule
+    if isinstance(schedule, PlateauSchedule) and schedule.observe(step, losses[LOSS]):
+        rates = ", ".join(f"{rate:.3g}" for rate in schedule.progress.rates)
+        run.note(f"The validation loss is not below {schedule.progress.best:.5f}: learning rate {rates}")
     return losses
 
 

@@ -187,6 +187,11 @@ class RunPlanner:
             () if live_encoders is None else live_encoders.learning_encoders,
         )
         data = self._find_data(features, live_encoders, progress.seed)
+        if options.lr_schedule.follows_validation and not data.validation:
+            raise OptionError(
+                "--lr_scheduler plateau needs a validation loss: pass --validation_split 0.1, or a table "
+                "with validation = true"
+            )
         order = BatchOrder(data.training, progress.seed)
         steps = _plan_steps(options, order, self.accelerator.num_processes, progress)
         if options.loop.known_steps is None:

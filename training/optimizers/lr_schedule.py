@@ -1,10 +1,13 @@
-"""The learning rate over the run: curves that depend on the step alone, stepped once per optimizer step."""
+"""The learning rate over the run: curves by step, or a rate that falls by the validation loss.
+
+Schedules are stepped once per optimizer step.
+"""
 
 import logging
 import math
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from typing import Any
 
@@ -12,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from modules.errors import CheckpointError, OptionError
-from training.learning_options import ADAFACTOR, LrScheduleOptions
+from training.learning_options import ADAFACTOR, PLATEAU, LrScheduleOptions
 from training.optimizers.optimizer import check_arguments, import_object, needs_no_schedule
 from training.saving.states import to_builtin_types
 
@@ -22,6 +25,7 @@ POLYNOMIAL_END = 1e-7  # the learning rate at which the polynomial curve ends, a
 INVERSE_SQRT_TIMESCALE = 10_000  # default without a time scale and without a warm-up
 # attributes that torch's schedulers change while they step
 COUNTER_ATTRIBUTES = frozenset({"last_epoch", "_step_count", "_last_lr", "T_cur", "T_i"})
+TEXT_ARGUMENTS = {"step_rules", "threshold_mode"}  # of --lr_scheduler_args; others are numbers
 LARGEST_ARGUMENT = 1e12  # limit for --lr_scheduler_args; the comparison also rejects NaN
 
 
@@ -30,6 +34,7 @@ def make_lr_schedule(options: LrScheduleOptions, optimizer: Optimizer, total_ste
 
     * An optimizer that adapts its own rates (schedule-free, Adafactor's relative_step) keeps them.
     * --lr_scheduler_type names a scheduler class of torch or of another package.
+    * --lr_scheduler plateau lowers the rate if the validation loss no longer falls.
     * Otherwise --lr_scheduler names one of the curves of this file.
 
     Raises:
@@ -60,6 +65,9 @@ def make_lr_schedule(options: LrScheduleOptions, optimizer: Optimizer, total_ste
             "Adafactor without relative_step usually runs with --lr_scheduler constant_with_warmup, not "
             f"{name}."
         )
+    if name == PLATEAU:
+        warmup = count_steps(options.lr_warmup_steps, total_steps)
+        return PlateauSchedule(optimizer, _read_plateau_settings(options), warmup)
     rate = optimizer.defaults.get("lr", optimizer.param_groups[0]["lr"])  # a wrapper may have no defaults
     return CurveSchedule(name, optimizer, make_curve(name, options, total_steps, float(rate)))
 
@@ -74,20 +82,7 @@ def make_curve(
     """
     arguments = options.arguments()
     if arguments:
-        # Raise OptionError for a wrong argument of --lr_scheduler_args
-        allowed = ARGUMENTS_BY_SCHEDULER.get(options.lr_scheduler, ())
-        unknown = sorted(set(arguments) - set(allowed))
-        if unknown:
-            choices = f"it has {', '.join(allowed)}" if allowed else "it has none"
-            raise OptionError(
-                f"--lr_scheduler_args {unknown[0]}: --lr_scheduler {options.lr_scheduler} has no such "
-                f"argument; {choices}."
-            )
-        for key in arguments.keys() - {"step_rules"}:
-            if not isinstance(arguments[key], (int, float)) or not abs(arguments[key]) < LARGEST_ARGUMENT:
-                raise OptionError(
-                    f"--lr_scheduler_args {key}={arguments[key]}: use a number, such as {key}=1"
-                )
+        _check_arguments(options, ARGUMENTS_BY_SCHEDULER.get(options.lr_scheduler, ()))
     warmup = count_steps(options.lr_warmup_steps, total_steps)
     decay = count_steps(options.lr_decay_steps, total_steps)
     curve_arguments: dict[str, Any] = {
@@ -113,6 +108,21 @@ def make_curve(
     if options.lr_scheduler == "piecewise_constant":
         _read_rules(curve_arguments["step_rules"])  # only for its errors: each step parses them again
     return partial(factor_at, name, total_steps, warmup, decay, learning_rate, **curve_arguments)
+
+
+def _check_arguments(options: LrScheduleOptions, allowed: Collection[str]) -> None:
+    """Raise OptionError for a wrong argument of --lr_scheduler_args."""
+    arguments = options.arguments()
+    unknown = sorted(set(arguments) - set(allowed))
+    if unknown:
+        choices = f"it has {', '.join(allowed)}" if allowed else "it has none"
+        raise OptionError(
+            f"--lr_scheduler_args {unknown[0]}: --lr_scheduler {options.lr_scheduler} has no such "
+            f"argument; {choices}."
+        )
+    for key in arguments.keys() - TEXT_ARGUMENTS:
+        if not isinstance(arguments[key], (int, float)) or not abs(arguments[key]) < LARGEST_ARGUMENT:
+            raise OptionError(f"--lr_scheduler_args {key}={arguments[key]}: use a number, such as {key}=1")
 
 
 def count_steps(steps: int | float, total_steps: int) -> int:
@@ -261,6 +271,119 @@ class CurveSchedule(LambdaLR):
 
 
 @dataclass(frozen=True)
+class PlateauSettings:
+    """Settings of `PlateauSchedule`: names, meanings and defaults of torch's ReduceLROnPlateau."""
+
+    factor: float = 0.1
+    patience: int = 10
+    threshold: float = 1e-4
+    threshold_mode: str = "rel"
+    cooldown: int = 0
+    min_lr: float = 0.0
+    eps: float = 1e-8
+
+
+@dataclass
+class PlateauProgress:
+    """What a plateau schedule has seen, in saved states; field names are part of the state format."""
+
+    rates: list[float]  # learning rate of each group without the warm-up
+    best: float = math.inf
+    num_bad: int = 0  # measurements in a row that were not below the best one
+    cooldown: int = 0  # measurements during which none counts as bad
+    measured_step: int = 0  # step of the last measurement
+
+
+@dataclass
+class PlateauSchedule:
+    """Learning rate that is lowered if the validation loss has not fallen for some measurements.
+
+    The rule is that of torch's ReduceLROnPlateau in the mode `min`, with measurements in place of epochs.
+    """
+
+    optimizer: Optimizer
+    settings: PlateauSettings
+    warmup: int  # steps during which the rate rises linearly
+    last_step: int = 0
+    progress: PlateauProgress = field(init=False)
+    name: str = field(init=False, default=PLATEAU)
+
+    def __post_init__(self) -> None:
+        self.progress = PlateauProgress([float(group["lr"]) for group in self.optimizer.param_groups])
+        self.go_to(0)
+
+    def observe(self, step: int, loss: float) -> bool:
+        """Take a validation loss into account; return whether the rate was lowered.
+
+        Args:
+            step: Number of optimizer steps taken. A second measurement at a step, and the one before the
+                first step, do not count.
+            loss: The validation loss.
+        """
+        progress, settings = self.progress, self.settings
+        if step <= progress.measured_step:
+            return False
+        progress.measured_step = step
+        limit = progress.best - settings.threshold
+        if settings.threshold_mode == "rel":
+            limit = progress.best * (1.0 - settings.threshold)
+        is_better = loss < limit
+        if is_better:
+            progress.best = loss
+        progress.num_bad = 0 if is_better else progress.num_bad + 1
+        if progress.cooldown > 0:
+            progress.cooldown -= 1
+            progress.num_bad = 0
+        if progress.num_bad <= settings.patience:
+            return False
+        progress.cooldown, progress.num_bad = settings.cooldown, 0
+        before = progress.rates
+        progress.rates = [self._lower(rate) for rate in before]
+        self.go_to(self.last_step)
+        return progress.rates != before
+
+    def _lower(self, rate: float) -> float:
+        """Return a learning rate times the factor, unless that changes next to nothing."""
+        lower = max(rate * self.settings.factor, self.settings.min_lr)
+        return lower if rate - lower > self.settings.eps else rate
+
+    def step(self) -> None:
+        """Advance by one optimizer step."""
+        self.go_to(self.last_step + 1)
+
+    def go_to(self, step: int) -> None:
+        """Set the learning rates of `step`, with the reductions so far."""
+        self.last_step = step
+        warmup_factor = step / self.warmup if step < self.warmup else 1.0
+        for group, rate in zip(self.optimizer.param_groups, self.progress.rates, strict=True):
+            group["lr"] = rate * warmup_factor
+
+    def get_last_lr(self) -> list[float]:
+        """Return the current learning rate of each group."""
+        return [float(group["lr"]) for group in self.optimizer.param_groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the step and what was measured, as plain values."""
+        return {"step": self.last_step, PLATEAU: asdict(self.progress)}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore the step and, from a state of this schedule, the reductions and what was measured.
+
+        Raises:
+            CheckpointError: If the state was saved by another kind of schedule than a curve or this one.
+        """
+        if "step" not in state_dict:
+            raise CheckpointError(_explain_other_schedule(self.name))
+        if PLATEAU in state_dict:
+            saved = dict(state_dict[PLATEAU])
+            known = {one.name for one in fields(PlateauProgress)}
+            if saved.keys() != known or len(saved["rates"]) != len(self.progress.rates):
+                raise CheckpointError(_explain_other_schedule(self.name))
+            self.progress = PlateauProgress(**saved)
+        self.go_to(int(state_dict["step"]))
+
+
+@dataclass(frozen=True)
 class ImportedSchedule:
     """Learning rate schedule that wraps a scheduler class of PyTorch or of another package."""
 
@@ -341,7 +464,7 @@ class OptimizerRates:
         """Do nothing: the optimizer computes its own rates."""
 
 
-LrSchedule = CurveSchedule | ImportedSchedule | OptimizerRates
+LrSchedule = CurveSchedule | PlateauSchedule | ImportedSchedule | OptimizerRates
 
 
 def _explain_other_schedule(name: str) -> str:
@@ -360,6 +483,29 @@ def _read_adafactor_rates(optimizer: Any, before: float) -> list[float]:
     return rates
 
 
+def _read_plateau_settings(options: LrScheduleOptions) -> PlateauSettings:
+    """Return the settings in --lr_scheduler_args. Raises OptionError if there is a wrong one."""
+    arguments = options.arguments()
+    _check_arguments(options, [one.name for one in fields(PlateauSettings)])
+    settings = PlateauSettings(**arguments)
+    for name in ("patience", "cooldown"):
+        if not isinstance(getattr(settings, name), int):
+            raise OptionError(f"--lr_scheduler_args {name}={arguments[name]}: use a whole number")
+    for name in arguments.keys() - TEXT_ARGUMENTS:
+        if arguments[name] < 0:
+            raise OptionError(f"--lr_scheduler_args {name}={arguments[name]}: use a number from 0 on")
+    if not 0 < settings.factor < 1:
+        raise OptionError(
+            f"--lr_scheduler_args factor={settings.factor}: use a number between 0 and 1, such as factor=0.5"
+        )
+    if settings.threshold_mode not in ("rel", "abs"):
+        raise OptionError(
+            f"--lr_scheduler_args threshold_mode={settings.threshold_mode}: use rel (a share of the best "
+            "loss) or abs"
+        )
+    return settings
+
+
 def _import_scheduler(options: LrScheduleOptions, optimizer: Optimizer) -> LRScheduler:
     """Create the scheduler that --lr_scheduler_type names: a class from torch or another package."""
     type_name = options.lr_scheduler_type
@@ -369,8 +515,8 @@ def _import_scheduler(options: LrScheduleOptions, optimizer: Optimizer) -> LRSch
     )
     if scheduler_class is ReduceLROnPlateau:
         raise OptionError(
-            "--lr_scheduler_type ReduceLROnPlateau needs a value after each epoch; use a curve that "
-            "depends on the step alone"
+            "--lr_scheduler_type ReduceLROnPlateau needs a value for each step; use --lr_scheduler plateau, "
+            "which does the same by the validation loss"
         )
     # a function is rejected, because it could do anything with the arguments
     if not isinstance(scheduler_class, type) or not issubclass(scheduler_class, LRScheduler):

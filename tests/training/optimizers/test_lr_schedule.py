@@ -123,7 +123,7 @@ def test_a_state_of_another_kind_of_schedule_is_refused() -> None:
         (" polynomial --lr_scheduler_args lr_end=1", "ends at 1"),
         (" polynomial --lr_scheduler_args power=x", "--lr_scheduler_args power=x: use a number"),
         ("_type nowhere.CosineLR", "the package nowhere is not installed"),
-        ("_type ReduceLROnPlateau", "use a curve"),
+        ("_type ReduceLROnPlateau", "use --lr_scheduler plateau"),
         ("_type builtins.dict", "builtins is a module of Python's standard library"),
         ("_type torch.optim.AdamW", "is not a learning-rate scheduler"),
         ("_type torch.save", "is not a learning-rate scheduler"),
