@@ -48,7 +48,7 @@ MAX_REFERENCES = 4  # as released
 SHIFT_AT_FEW_TOKENS, SHIFT_AT_MANY_TOKENS = (256, 0.5), (4096, 1.15)
 DRAWN_TIMES = 900.0  # noise levels in thousandths; above it, drawings are not shown yet, as in the release
 PATCH = 2  # latent pixels along each side of a token, in the layout that noise is drawn in
-DEFAULTS = pictures.image_defaults(own.STEPS, own.GUIDANCE, SIDE, sized_by_references=True, extras=(MASK,))
+DEFAULTS = pictures.image_defaults(own.STEPS, own.GUIDANCE, SIDE, sized_by_images=True, extras=(MASK,))
 TURBO = replace(DEFAULTS, steps=own.TURBO_STEPS, guidance_scale=own.TURBO_GUIDANCE)
 
 

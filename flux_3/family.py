@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 TEXT_CACHING_SCRIPT, LATENT_CACHING_SCRIPT = "flux_3_cache_text_encoder_outputs.py", "flux_3_cache_latents.py"
 MAX_REFERENCES = 10  # as released
 BASE = pictures.image_defaults(
-    flux_3_options.STEPS, flux_3_options.GUIDANCE, SIDE, flow_shift=SHIFT, sized_by_references=True
+    flux_3_options.STEPS, flux_3_options.GUIDANCE, SIDE, flow_shift=SHIFT, sized_by_images=True
 )
 DISTILLED = replace(
     BASE, steps=flux_3_options.DISTILLED_STEPS, guidance_scale=flux_3_options.DISTILLED_GUIDANCE

@@ -129,6 +129,7 @@ class Kandinsky(OneTransformer):
             width=task.width,
             height=task.height,
             frames=task.frames,
+            sized_by_images=task.requires_image,
         )
 
     @property

@@ -236,7 +236,9 @@ class KandinskyVisualBlock(nn.Module):
         query = layer.query(h)
         attended = []
         for text in tokens.texts:
-            key, value = layer.key_and_value(text.states)
+            # a view: gradients of key and value are added here, then those of all blocks, in the same order
+            # whether or not a block is split over processes
+            key, value = layer.key_and_value(text.states.view_as(text.states))
             attended.append(_attend_to_real_tokens(query, key, value, text.lengths, tokens.attention))
         if tokens.combine_attention is None:
             return layer.project(attended[0])

@@ -535,7 +535,8 @@ class SamplingDefaults:
     # name of an expert -> its own guidance scale
     expert_guidance: Mapping[str, float] = field(default_factory=dict)
     experts: tuple[Expert, ...] = ONE_EXPERT  # all experts of the model, even if a run has only some of them
-    sized_by_references: bool = False  # a request without a size gets the size of its first reference
+    # whether a request without a size gets that of its first reference or its start image, or a size like it
+    sized_by_images: bool = False
     extras: tuple[str, ...] = ()  # keys of `Request.extra` that lines of training samples may set
     # names of the family's own solvers (`Section.solver`); (): the solvers that all models share
     solvers: tuple[str, ...] = ()

@@ -54,7 +54,7 @@ SIDE = 640  # an image is made as large as the square of this side. Source: the 
 LAYERS = 4  # default number of layers of an image. Source: likewise
 NEGATIVE = " "  # default, as released
 FEW_TOKENS = 256  # number of tokens up to which noise levels are not shifted. Source: the released pipeline
-DEFAULTS = image_defaults(50, 4.0, SIDE, frames=LAYERS, sized_by_references=True)
+DEFAULTS = image_defaults(50, 4.0, SIDE, frames=LAYERS, sized_by_images=True)
 
 
 class ReferenceResize(NamedTuple):

@@ -5,7 +5,7 @@ By the option's name, or the script's and the option's. `also`: what stands in t
 
 import sys
 
-from tests.sweeping import Setting
+from tests.sweeping import SIGN, Setting
 
 PROMPTS = ("--sample_prompts", "prompts.txt", "--sample_every_n_steps", "3")
 VALIDATION = ("--validation_split", "0.5", "--validate_every_n_steps", "1")
@@ -532,6 +532,13 @@ SETTINGS: dict[str, Setting] = {
     },
     "fibo_2_generate_image.py.mask_path": Setting(
         ("mask.png",), also=("--control_image_path", "mask.png"), family="fibo_2 edit"
+    ),
+    "fibo_2_generate_image.py.no_text_images": Setting(also=("--prompt", SIGN)),
+    "fibo_2_train_network.py.no_text_images": Setting(
+        also=("--sample_prompts", "sign.txt", "--sample_at_first")
+    ),
+    "fibo_2_train_network.py.no_resize_control": Setting(
+        also=("--sample_prompts", "larger.txt", "--sample_at_first"), family="fibo_2 edit"
     ),
     "distilled_dit": Setting(("model/other.safetensors",), also=PROMPTS),
     # the whole transformer

@@ -173,12 +173,15 @@ def write_project(family: TinyFamily, folder: Path, kind: str) -> None:
     project.rename(folder / CLEAN)
 
 
+SIGN = '{"short_description":"a sign","text_render":[{"text":"SALE"}]}'  # a text that Fibo 2.0 is shown
 # files of one prompt line
 LINES = {
     "cat.txt": "a (cat:1.3) --n dull",
     "lines.txt": "a dog --d 3",
     "long.txt": "a cat " * 60,
     "unsized.txt": "a cat --d 7 --s 2",
+    "sign.txt": f"{SIGN} --w 32 --h 32 --d 7 --s 2",
+    "larger.txt": "a cat --w 64 --h 64 --d 7 --s 2 --ci start.png",
 }
 # kinds of scripts
 LATENTS, TEXTS, TRAINING, GENERATION = "latents", "texts", "training", "generation"

@@ -95,7 +95,7 @@ SAYS = {
     "ltx_2 with sound": ("--ltx2_mode", "av", "--gemma_root", "model/gemma"),
 }
 MISSING = {
-    **dict.fromkeys(("wan i2v-14B", "wan i2v-14B-FC", "skyreels i2v"), ("IMAGE_FILE",)),
+    **dict.fromkeys(("wan i2v-14B", "wan i2v-14B-FC", "skyreels i2v", "kandinsky i2v"), ("IMAGE_FILE",)),
     **dict.fromkeys(("framepack", "framepack f1"), ("IMAGE_FILE",)),
     "wan flf2v-14B": ("IMAGE_FILE", "END_IMAGE_FILE"),
 }
@@ -200,7 +200,8 @@ def small(case: PrintedCase) -> Command:
         return [*words, "--video_length", "9"]
     if name.startswith("framepack"):
         return words if "one frame" in name else [*words, "--video_sections", "1"]
-    is_clip = name.startswith(("wan", "hunyuan_video", "skyreels")) and case.family is not ONE_FRAME
+    clips = ("wan", "hunyuan_video", "skyreels", "kandinsky")
+    is_clip = name.startswith(clips) and name != "kandinsky image" and case.family is not ONE_FRAME
     return [*words, "--video_length", "5"] if is_clip else words
 
 

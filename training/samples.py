@@ -584,7 +584,7 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
     expert_guidance = {}
     if guidance_scale is not None:
         expert_guidance = {expert.name: guidance_scale for expert in family.experts if expert.name}
-    size = _read_size(values, default, has_references=bool(values.get("control_image_path")))
+    size = _read_size(values, default)
     width, height, frames = size
     # An entry's settings that only some models have, as `Request.extra` takes them.
     keys = [setting.key for setting in MODEL_SPECIFIC_OPTIONS.values()]
@@ -622,13 +622,12 @@ def _read_control_images(values: Mapping[str, Any]) -> tuple[Path, ...]:
     return tuple(to_path("control_image_path", str(path)) for path in paths)
 
 
-def _read_size(
-    values: Mapping[str, Any], default: SamplingDefaults, *, has_references: bool
-) -> tuple[int | None, int | None, int]:
-    """Return width, height and number of frames; None for a size that a reference image decides."""
+def _read_size(values: Mapping[str, Any], default: SamplingDefaults) -> tuple[int | None, int | None, int]:
+    """Return width, height and number of frames; None for a side that an image of the entry decides."""
     width: int | None = default.width
     height: int | None = default.height
-    if default.sized_by_references and has_references:
+    has_images = bool(values.get("control_image_path") or values.get("image_path"))
+    if default.sized_by_images and has_images:
         width = height = None
     if "width" in values:
         width = int(values["width"])

@@ -36,6 +36,21 @@ def test_sizes_are_rounded_down_to_what_can_be_made() -> None:
     assert (request.width, request.height, request.frames, request.steps) == (32, 16, 5, 2000)
 
 
+@pytest.mark.parametrize("key", ["image_path", "control_image_path"])
+def test_a_family_that_sizes_by_images_is_left_the_sides_that_no_line_names(key: str) -> None:
+    """As in generation: the start image or the first reference then decides."""
+    family = ToyFamily()
+    family = replace(family, defaults=replace(family.defaults, sized_by_images=True))
+
+    def size_of(**entry: Any) -> tuple[int | None, int | None]:
+        request = sample_request({"prompt": "", **entry}, family)
+        return request.width, request.height
+
+    assert size_of(**{key: "a.png"}) == (None, None)
+    assert size_of(width=48, **{key: "a.png"}) == (48, None)
+    assert size_of() == (32, 32)
+
+
 def test_every_option_of_a_prompt_arrives() -> None:
     entry = {"prompt": "p", "seed": 4, "cfg_scale": 2, "guidance_scale": 3.5, "discrete_flow_shift": 5}
     entry |= {"negative_prompt": "n", "image_path": "a.png", "control_video_path": "c.mp4"}
