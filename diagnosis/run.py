@@ -16,13 +16,7 @@ from data_tools.report.diagnosis.trigger_words import find_trigger_findings
 from data_tools.report.findings import indent
 from data_tools.report.options import STDOUT
 from diagnosis.datasets import read_dataset, read_project_dataset
-from diagnosis.loras import (
-    compute_overlaps,
-    find_lora_findings,
-    find_pair_findings,
-    list_block_changes,
-    measure_lora,
-)
+from diagnosis.loras import find_lora_findings, find_pair_findings, measure_lora
 from diagnosis.training_runs import find_run_findings
 from modules.atomic_write import write_text
 from modules.console import format_count
@@ -30,6 +24,7 @@ from modules.control_codes import escape_control_codes, terminal_width, wrap_tex
 from modules.errors import OptionError
 from modules.options import Options, option
 from modules.text_files import parse_toml, read_text
+from networks.block_changes import compute_overlaps, list_block_changes
 from project.options import RUN_FILE
 from training.config_options import PROJECT_TABLE
 from training.reports.history import END, history_path
@@ -174,7 +169,7 @@ def _diagnose_loras(path: Path, second_path: Path | None) -> Diagnosis:
     if second_path is not None:
         second = measure_lora(second_path)
         findings += find_pair_findings(lora, second)
-        overlaps = compute_overlaps(lora, second)
+        overlaps = compute_overlaps(lora.deltas, second.deltas)
         for row in rows:
             row["cosine"] = overlaps.get(row["block"])
     remarks = []

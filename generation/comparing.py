@@ -96,16 +96,16 @@ def compare(family: Family, options: GenerationOptions, comparison: CompareOptio
     Raises:
         UserError: If a clip or grid cannot be made.
     """
-    _check(options)
+    check_options(options, "a comparison")
     start = time.monotonic()
     device = select_device(options.device)
-    options = _resolve_options(family, options, device)
+    options = prepare_options(family, options, device)
     loras = network_setup.expert_loras(family, options, with_texts=True)
     # add prompt words from LoRA files and from --textual_inversion_embeddings
     family = add_lora_words(family, loras)
     family = with_embeddings(family, options.textual_inversion_embeddings or ())
     variants = make_variants(family.experts, loras, comparison.lora_multiplier)
-    run = _make_run(family, options, device)
+    run = make_run(family, options, device)
     jobs = _make_prompts(run)
     check_models(run)
     run = run.with_previews()
@@ -129,8 +129,8 @@ def compare(family: Family, options: GenerationOptions, comparison: CompareOptio
     )
 
 
-def _make_run(family: Family, options: GenerationOptions, device: torch.device) -> GenerationRun:
-    """Return the run that generates all clips of the comparison; its networks are loaded later."""
+def make_run(family: Family, options: GenerationOptions, device: torch.device) -> GenerationRun:
+    """Return the run for these options, without LoRAs; its networks are loaded later."""
     options, predicted = resolve_options(family, options, device, device_memory_to_plan(device))
     loader = network_setup.dit_loader(family, (), device, options)
     session = make_session(family, options, loader, keep=False)
@@ -148,7 +148,7 @@ def _make_columns(
     return [(variant, cells_by_label[variant.label]) for variant in variants]
 
 
-def _resolve_options(family: Family, options: GenerationOptions, device: torch.device) -> GenerationOptions:
+def prepare_options(family: Family, options: GenerationOptions, device: torch.device) -> GenerationOptions:
     """Return the options with what a comparison needs, such as a fixed seed, and prepare the device."""
     if options.optimized:
         options = network_setup.leave_out_missing(family, options, device)
@@ -206,8 +206,16 @@ def _show_start(
     )
 
 
-def _check(options: GenerationOptions) -> None:
-    """Raise OptionError if an option cannot be used in a comparison."""
+def check_options(
+    options: GenerationOptions, purpose: str, also_refused: Mapping[str, bool] | None = None
+) -> None:
+    """Raise OptionError if an option is given that has no meaning for a command that denoises in its own way.
+
+    Args:
+        options: Options of the run.
+        purpose: What the command makes, for the message, such as "a comparison".
+        also_refused: Further options, and whether they are given.
+    """
     output = options.output
     output_types = ("images", "latent_images") if output.pictures else ("video", "both")
     refused = {
@@ -225,10 +233,11 @@ def _check(options: GenerationOptions) -> None:
         "--post": bool(options.post.tools),
         "--save_last_frame": output.save_last_frame,
         f"The file {output.file_name} of --save_path": bool(output.file_name),
+        **(also_refused or {}),
     }
     for option, is_given in refused.items():
         if is_given:
-            raise OptionError(f"{option} has no meaning for a comparison: omit it")
+            raise OptionError(f"{option} has no meaning for {purpose}: omit it")
 
 
 def make_variants(

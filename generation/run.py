@@ -136,7 +136,7 @@ def _generate_prompts(run: GenerationRun, loras_by_expert: LorasByExpert) -> Non
     """Generate the prompts of the browser, a conversation, a prompt file or the command line."""
     options = run.options
     check_models(run)
-    _check_loras(run.family, loras_by_expert)
+    check_loras(run.family, loras_by_expert)
     if options.preview.preview_latent_every is not None:
         run = run.with_previews()
     if options.interactive and os.environ.get(DRIVEN):
@@ -202,7 +202,7 @@ def _make_run(
     return run
 
 
-def _check_loras(family: Family, loras_by_expert: LorasByExpert) -> None:
+def check_loras(family: Family, loras_by_expert: LorasByExpert) -> None:
     """Raise CheckpointError if LoRAs do not fit the transformer's files, before the transformer is loaded."""
     if family.noise.keeps_variance and any(loras_by_expert):
         from networks.predictions import compare_predictions  # only with LoRAs

@@ -325,6 +325,11 @@ class LoraWrapper(nn.Module):
         self._original_module = (target.module,)  # in a tuple, so that it is not registered as a submodule
         self._inner_forward: Callable[..., Tensor] = target.module.forward
 
+    @property
+    def module_path(self) -> str:
+        """Path of the wrapped module in its network."""
+        return self._target.module_path
+
     def attach(self) -> None:
         """Replace the module's forward method with this wrapper's. Call it before compilation."""
         self._inner_forward = self._original_module[0].forward

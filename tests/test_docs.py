@@ -89,6 +89,7 @@ SHORT_H3 = "--allow_experimental_duration"  # clips of a second
 SMALLER = {
     "benchmarks/evening.py": "--max_train_steps 1 --items 2 --size 32 --frames 5 --infer_steps 1 --memory 0",
     "tools/compare.py": GENERATION,
+    "tools/profile_blocks.py": GENERATION,
     "tools/prepare_dataset.py": "--height_buckets 32 --width_buckets 32 --frame_buckets 5",
     "wan_generate_video.py": GENERATION,
     "hv_generate_video.py": f"{GENERATION} {QUICK_VAE}",
@@ -135,6 +136,7 @@ NOT_ON_CPU = {name: {"--fp16"} for name in ("gen_img.py", "sd_generate_image.py"
 LIGHTER = {  # what a page gives an option -> what runs on tiny models; appended too
     # they have few blocks
     **{f"--blocks_to_swap {count}": "--blocks_to_swap 1" for count in (20, 30, 40)},
+    "--lora_blocks 0-9=0.5": "--lora_blocks 0-9=0.5",
     "--blocks_to_swap=18": "--blocks_to_swap 0",
     "--optimizer_type=AdamW8bit": "--optimizer_type adamw",  # needs a GPU
     "--resolution 1024,1024": "--resolution 64 --min_bucket_reso 32 --bucket_reso_steps 32",
@@ -309,7 +311,8 @@ WITH_COMMANDS = [page for page in PAGES if commands_of(page)]
 ABOUT_DATA = [page for page in WITH_COMMANDS if page.stem.startswith("dataset")]
 ABOUT_IMAGES = [page for page in WITH_COMMANDS if page.stem in IMAGE_MODELS]
 OTHERS = [page for page in WITH_COMMANDS if page not in [*ABOUT_DATA, *ABOUT_IMAGES]]
-PASSES_ON = {"tools/compare.py"}  # to the script that generates, what it does not know itself
+# to the script that generates, what they do not know themselves
+PASSES_ON = {"tools/compare.py", "tools/profile_blocks.py"}
 # each kind of command is on one of these
 DAILY = {"first_lora", "new_and_run", "training", "recipes", "fp8", "install", "z_image"}
 
@@ -361,6 +364,9 @@ def test_commands_of_the_page_run(page: Path, tmp_path: Path) -> None:
         for name in ("photos", "fluffy"):
             write_captioned_image(tmp_path / name)
         (tmp_path / "config.yaml").write_text(AI_TOOLKIT, encoding="utf-8")
+    if page.stem == "diagnose":  # the folder of the page about the first LoRA
+        new = "python reelsmith.py new clips --family wan --task t2v-1.3B --trigger_word mrsfluff"
+        run_in(tmp_path, f"{new} --output_name mrsfluff", makes_caches=True, apart=False)
     if page.stem == "recipes":
         for name in ("people/img/10_ohwx man", "people/reg/1_man", "drawings"):
             write_captioned_image(tmp_path / name)

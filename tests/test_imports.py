@@ -180,9 +180,9 @@ _TOOLS = {
     "tools": (
         *("blocks", "cache_on_ray", "canny", "caption_dataset", "compare", "control_pictures"),
         *("convert_cache", "dataset_report", "detect_face_rotate", "diagnose", "doctor"),
-        *("download", "lora_post_hoc_ema", "prepare_dataset", "quantise", "run_browser", "share_page"),
+        *("download", "lora_post_hoc_ema", "prepare_dataset", "profile_blocks", "quantise", "run_browser"),
         *("mask", "merge_models", "pack", "recipe", "resize_images_to_resolution", "score"),
-        *("show_metadata", "split_video", "tag", "unpack"),
+        *("share_page", "show_metadata", "split_video", "tag", "unpack"),
     ),
     "blissful_tuner": (
         *("GIMMVFI", "facefix", "metaview", "model_utility", "upscaler", "video_to_png", "yolo_blur"),
