@@ -1,6 +1,7 @@
 """Run tools/diagnose.py after its options are read: find out what a path is, and print what was found."""
 
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ from data_tools.report.findings import indent
 from data_tools.report.options import STDOUT
 from diagnosis.datasets import read_dataset, read_project_dataset
 from diagnosis.loras import find_lora_findings, find_pair_findings, measure_lora
+from diagnosis.rounded_loras import find_rounding_findings, measure_rounded_loras
 from diagnosis.training_runs import find_run_findings
 from modules.atomic_write import write_text
 from modules.console import format_count
@@ -24,7 +26,7 @@ from modules.control_codes import escape_control_codes, terminal_width, wrap_tex
 from modules.errors import OptionError
 from modules.options import Options, option
 from modules.text_files import parse_toml, read_text
-from networks.block_changes import compute_overlaps, list_block_changes
+from networks.block_changes import compute_overlaps, compute_shared_parts, list_block_changes
 from project.options import RUN_FILE
 from training.config_options import PROJECT_TABLE
 from training.reports.history import END, history_path
@@ -42,6 +44,11 @@ class DiagnoseOptions(Options, title="what to diagnose"):
         place="there",
     )
     with_lora: Path | None = option("a second LoRA file that is used together with the first", place="file")
+    dit: Path | None = option(
+        "transformer file with 16-bit weights: says how much of the LoRA is left if it is merged into them "
+        "and rounded, alone and together with --with_lora",
+        place="there",
+    )
     json: Path | None = option(
         "write the findings as JSON; without PATH, or with -, to standard output",
         nargs="?",
@@ -68,7 +75,7 @@ def run_diagnosis(options: DiagnoseOptions) -> None:
         DatasetError: If the dataset cannot be read.
         CheckpointError: If the LoRA file cannot be read.
     """
-    diagnoses = list_diagnoses(options.path, options.with_lora)
+    diagnoses = list_diagnoses(options.path, options.with_lora, options.dit)
     if options.json is not None:
         content = {
             "findings": [asdict(finding) for diagnosis in diagnoses for finding in diagnosis.findings],
@@ -86,20 +93,23 @@ def run_diagnosis(options: DiagnoseOptions) -> None:
     sys.stdout.write(wrap_text(text, terminal_width(sys.stdout)) + "\n")
 
 
-def list_diagnoses(path: Path, second_lora: Path | None = None) -> list[Diagnosis]:
+def list_diagnoses(path: Path, second_lora: Path | None = None, dit: Path | None = None) -> list[Diagnosis]:
     """Diagnose a path: a described folder, a dataset file, a run or a LoRA file.
 
     Args:
         path: The file or folder.
         second_lora: A LoRA file that is used together with the LoRA file `path`; None for none.
+        dit: Transformer file into which LoRA files may be merged; None if nothing is said about it.
 
     Raises:
-        OptionError: If the path is anything else, or `second_lora` is given for another kind of path.
+        OptionError: If the path is anything else, or a file is given that belongs to a LoRA file.
     """
     if path.suffix in SUFFIXES or (path / "adapter_config.json").exists():
-        return [_diagnose_loras(path, second_lora)]
+        return [_diagnose_loras(path, second_lora, dit)]
     if second_lora is not None:
         raise OptionError(f"--with_lora {second_lora}: it is compared with a LoRA file, and {path} is none")
+    if dit is not None:
+        raise OptionError(f"--dit {dit}: LoRA files are merged into it, and {path} is none. Omit it")
     if path.name.endswith(END):
         return [_diagnose_run(path)]
     folder = path.parent if path.name == RUN_FILE else path
@@ -157,8 +167,8 @@ def _diagnose_run(path: Path) -> Diagnosis:
     return Diagnosis(f"the run {run.history}", list(find_run_findings(run)))
 
 
-def _diagnose_loras(path: Path, second_path: Path | None) -> Diagnosis:
-    """Diagnose a LoRA file, alone or together with a second one."""
+def _diagnose_loras(path: Path, second_path: Path | None, dit: Path | None) -> Diagnosis:
+    """Diagnose a LoRA file, alone or together with a second one, and merged into a transformer."""
     lora = measure_lora(path)
     changes = list_block_changes(lora.deltas)
     rows: list[dict[str, Any]] = [
@@ -170,9 +180,17 @@ def _diagnose_loras(path: Path, second_path: Path | None) -> Diagnosis:
         second = measure_lora(second_path)
         findings += find_pair_findings(lora, second)
         overlaps = compute_overlaps(lora.deltas, second.deltas)
+        shared_parts = compute_shared_parts(lora.deltas, second.deltas)
         for row in rows:
-            row["cosine"] = overlaps.get(row["block"])
+            cosine = overlaps.get(row["block"])
+            row["cosine"] = cosine
+            row["angle"] = None if cosine is None else math.degrees(math.acos(min(max(cosine, -1), 1)))
+            row["shared"] = shared_parts.get(row["block"])
     remarks = []
+    if dit is not None:
+        kept = measure_rounded_loras(dit, [path, *([] if second_path is None else [second_path])])
+        findings += find_rounding_findings(kept)
+        remarks += [share.describe() for share in kept]
     num_unknown = sum(change.num_unknown for change in changes)
     if num_unknown:
         remarks.append(
@@ -191,8 +209,11 @@ def _describe(diagnosis: Diagnosis) -> list[str]:
         lines.append("  Nothing was found that explains a LoRA that does not work.")
     lines += [f"  {remark}" for remark in diagnosis.remarks]
     for row in diagnosis.rows:
-        cosine = row.get("cosine")
-        overlap = "" if cosine is None else f", cosine {cosine:+.3f}"
+        overlap = ""
+        if row.get("cosine") is not None:
+            overlap = f", cosine {row['cosine']:+.3f} ({row['angle']:.1f} degrees)"
+        if row.get("shared") is not None:
+            overlap += f", {row['shared']:.1%} in directions of the other"
         modules = format_count(row["modules"], "module")
         lines.append(f"  {row['block']}: {modules}, norm {row['norm']:.4g}{overlap}")
     return lines

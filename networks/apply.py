@@ -561,6 +561,25 @@ class LoraPatch:
         _change_blocks(weight, blocks, changes, random_rounding)
         return weight
 
+    def sample_changes(self, name: str, weight: Tensor) -> SampledRows | None:
+        """Return some rows of a weight with what each LoRA adds to them; None if a LoRA replaces the weight.
+
+        Args:
+            name: Name of the weight.
+            weight: The weight; it is not modified.
+
+        Raises:
+            CheckpointError: If the shape of a LoRA does not fit the weight.
+        """
+        changes = self._fit_changes(name, weight)
+        if not changes or any(change.replaces_weight for change in changes):
+            return None
+        sample = SampledRows(weight)
+        is_single_block = _split_rows(weight, changes) == [None]
+        rows = None if is_single_block else sample.rows
+        _sum_changes(changes, rows, weight if rows is None else weight[rows], sample)
+        return sample
+
     def _select_rounding(
         self, name: str, device: torch.device, dtype: torch.dtype | None, sample: SampledRows | None
     ) -> RandomRounding | None:

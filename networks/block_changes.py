@@ -64,6 +64,45 @@ def compute_overlaps(first: Mapping[str, Delta], second: Mapping[str, Delta]) ->
     return overlaps
 
 
+def compute_shared_parts(first: Mapping[str, Delta], second: Mapping[str, Delta]) -> dict[str, float]:
+    """Return by block the part of the first LoRA's change that lies in directions that the second changes.
+
+    The directions are the column and the row space of the second change of each weight. A part is a fraction
+    of the squared norm: 1 if the second LoRA changes all that the first one changes, in any way, and about
+    the product of rank / width of both sides for independent LoRAs. Only plain LoRAs have few directions, so
+    blocks with modules of other kinds are left out.
+    """
+    shared: dict[str, float] = {}
+    whole: dict[str, float] = {}
+    other_kinds = set()
+    for name in first.keys() & second.keys():
+        block = name_block(name)
+        one, other = _split_product(first[name]), _split_product(second[name])
+        if one is None or other is None:
+            other_kinds.add(block)
+            continue
+        up, down = one
+        columns, rows = _find_directions(*other)
+        # sum((C^T U D R)^2) without the matrix of the weight's size
+        projected = (columns.mT @ up) @ (down @ rows)
+        shared[block] = shared.get(block, 0.0) + float(projected.square().sum())
+        whole[block] = whole.get(block, 0.0) + float(((up.mT @ up) * (down @ down.mT)).sum())
+    return {
+        block: shared[block] / whole[block]
+        for block in sorted(shared, key=get_block_order)
+        if whole[block] and block not in other_kinds
+    }
+
+
+def _find_directions(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """Return orthonormal columns that span the column space of up @ down, and those of its row space."""
+    left, left_core = torch.linalg.qr(up)
+    right, right_core = torch.linalg.qr(down.mT)
+    inner_left, sizes, inner_right = torch.linalg.svd(left_core @ right_core.mT)
+    rank = int((sizes > 1e-9 * sizes.max()).sum()) if sizes.numel() and float(sizes.max()) else 0
+    return left @ inner_left[:, :rank], right @ inner_right.mT[:, :rank]
+
+
 def name_block(module: str) -> str:
     """Return the block of a module as a table shows it, such as blocks_3."""
     block = split_block_name(module)

@@ -60,13 +60,18 @@ class RoundingLoss:
     squared_change: float = 0.0  # sum of c^2
     squared_products: float = 0.0  # sum of (e c)^2, for the standard error of the first sum
 
-    def describe_kept_share(self) -> str:
-        """Return the share of the LoRA's change that is left after rounding, such as "98.2 %"."""
-        share = 1.0  # if nothing changes
+    @property
+    def kept_share(self) -> float:
+        """The share of the LoRA's change that is left after rounding, 0 to 1; 1 if nothing changes."""
+        share = 1.0
         if self.squared_change > 0:
             share = 1 + self.error_dot_change / self.squared_change
         # sums are estimated from samples, so the share may be outside 0..1
-        percent = 100 * min(max(share, 0), 1)
+        return min(max(share, 0), 1)
+
+    def describe_kept_share(self) -> str:
+        """Return the share of the LoRA's change that is left after rounding, such as "98.2 %"."""
+        percent = 100 * self.kept_share
         decimals = 1 if percent > 95 else 0
         return f"{percent:.{decimals}f} %"
 
@@ -104,10 +109,16 @@ class SampledRows:
         self.additions[path] = self.additions[path] + added if path in self.additions else added
         self._total = total.clone()
 
-    def losses(self, dtype: torch.dtype) -> dict[Path, RoundingLoss]:
-        """Return how much of each LoRA's change is lost if the weight is rounded to the nearest value."""
+    def losses(self, dtype: torch.dtype, scale: float = 1.0) -> dict[Path, RoundingLoss]:
+        """Return how much of each LoRA's change is lost if the weight is rounded to the nearest value.
+
+        Args:
+            dtype: Dtype to which the weight is rounded.
+            scale: Factor by which the weight is divided before it is rounded.
+        """
         exact = self.weight + self._total
-        error = exact.to(dtype).float() - exact
+        largest = torch.finfo(dtype).max
+        error = (exact / scale).clamp(-largest, largest).to(dtype).float() * scale - exact
         sums_by_file = []
         for change in self.additions.values():
             product = error * change

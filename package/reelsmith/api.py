@@ -213,17 +213,21 @@ def merge(*, callback: Callback | None = None, **options: Any) -> Path:
     return Path(options["save_merged_model"])
 
 
-def diagnose(path: str | Path, *, with_lora: str | Path | None = None) -> list[Finding]:
+def diagnose(
+    path: str | Path, *, with_lora: str | Path | None = None, dit: str | Path | None = None
+) -> list[Finding]:
     """Return what keeps a LoRA from working, as `reelsmith diagnose PATH` prints it.
 
     Args:
         path: A folder that `new` described, a dataset file, the folder or history of a run, or a LoRA file.
         with_lora: A second LoRA file that is used together with the first.
+        dit: A transformer file with 16-bit weights, into which the LoRA files may be merged.
 
     Raises:
         UserError: If the path is anything else or cannot be read, with the message of the command.
     """
-    options = {} if with_lora is None else {"with_lora": with_lora}
+    given = {"with_lora": with_lora, "dit": dit}
+    options = {name: file for name, file in given.items() if file is not None}
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "findings.json"
         command("diagnose", path, json=target, **options).wait()

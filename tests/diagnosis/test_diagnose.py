@@ -309,6 +309,42 @@ def test_two_loras(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "cancel" in finding["meaning"]
 
 
+def write_constant_lora(path: Path, value: float) -> Path:
+    """Write a LoRA that adds the same value to each weight of the first block."""
+    name = "lora_unet_blocks_0_self_attn_q"
+    tensors = {f"{name}.lora_up.weight": torch.full((32, 1), value)}
+    tensors[f"{name}.lora_down.weight"] = torch.ones(1, 32)
+    save_file(tensors, path)
+    return path
+
+
+def test_what_rounding_leaves_of_a_lora(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dit = tmp_path / "dit.safetensors"
+    save_file({"blocks.0.self_attn.q.weight": torch.ones(32, 32, dtype=torch.bfloat16)}, dit)
+    # from 1 to 2, numbers of bfloat16 are 2**-7 apart, from 4 to 8 four times as far
+    step = write_constant_lora(tmp_path / "step.safetensors", 2**-7)
+    content = diagnose(step, capsys, ("dit", dit))
+    assert [finding["id"] for finding in content["findings"]] == []
+    assert content["remarks"][0].endswith("nearest bf16 value, step.safetensors keeps 100.0% of its change.")
+    # 448 is the largest number of float8 and stands for the weight 1: the next one would be 0.07 smaller
+    assert content["remarks"][1].endswith("nearest fp8 value, step.safetensors keeps 0.0% of its change.")
+    faint = write_constant_lora(tmp_path / "faint.safetensors", 2**-9)
+    (finding,) = diagnose(faint, capsys, ("dit", dit))["findings"]
+    assert (finding["id"], finding["figure"]) == ("lora-rounded", 0)
+    large = write_constant_lora(tmp_path / "large.safetensors", 3.0)
+    content = diagnose(step, capsys, ("with_lora", large), ("dit", dit))
+    findings = {finding["id"]: finding for finding in content["findings"]}
+    assert set(findings) == {"loras-loud", "loras-overlap", "loras-rounded"}
+    assert (findings["loras-rounded"]["subject"], findings["loras-rounded"]["figure"]) == (step.name, 1)
+    assert f"large.safetensors keeps 100.0% of its change, and {1 - 2**-7 / 3:.1%}" in content["remarks"][1]
+    stored = tmp_path / "fp8.safetensors"
+    save_file({"blocks.0.self_attn.q.weight": torch.ones(32, 32, dtype=torch.float8_e4m3fn)}, stored)
+    with pytest.raises(CheckpointError, match="has weights in 8 or 4 bits"):
+        list_diagnoses(step, dit=stored)
+    with pytest.raises(OptionError, match="LoRA files are merged into it"):
+        list_diagnoses(tmp_path, dit=dit)
+
+
 def test_wrong_paths_are_one_sentence_each(tmp_path: Path) -> None:
     lora = write_lora(tmp_path / "a.safetensors")
     other = tmp_path / "other.safetensors"
