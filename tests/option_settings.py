@@ -44,6 +44,7 @@ APG = ("--guidance_scale", "5")
 BY_LINE = ("--from_file", "long.txt")
 STRETCHED = ("--shifted_logit_mode", "stretched")
 # given parts of clips: a table with times of audio
+STATES = ("--save_state", "--save_every_n_steps", "1")
 OFTEN = ("--max_train_steps", "8")  # so that clips with audio are among them
 IN_TABLE = ("--dataset_config", "given.toml")
 TIMES = (*OFTEN, *IN_TABLE, "--ltx2_audio_inpaint_mask", "--ltx2_audio_inpaint_mask_p", "1")
@@ -394,6 +395,9 @@ SETTINGS: dict[str, Setting] = {
     "ltx_mode": Setting(("av",)),
     "generation.stg_mode": Setting(("audio",)),
     "ltx2_first_frame_conditioning_p": Setting(("1",)),
+    "rollback_on_spike": Setting(("2",), also=STATES),
+    "rollback_rate": Setting(("0.3",), also=(*STATES, "--rollback_on_spike", "2")),
+    "rollback_times": Setting(("2",), also=(*STATES, "--rollback_on_spike", "2")),
     "early_stopping_patience": Setting(("1",), shows="needs a validation loss"),
     "ltx2_extend_prefix_frames": Setting(("1",)),
     "ltx2_extend_suffix_frames": Setting(("1",)),

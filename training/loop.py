@@ -45,6 +45,7 @@ from training.reports.logs import (
     name_rates,
 )
 from training.reports.pauses import SAMPLES, SAVING, VALIDATION
+from training.rewinding import rewind
 from training.targets.passes import StreamErrors, loss_passes
 from training.trainable import seed_networks
 from training.training_run import (
@@ -53,6 +54,7 @@ from training.training_run import (
     STOP,
     GradientStep,
     LoopPhases,
+    Rewind,
     StepRequests,
     TrainingRun,
 )
@@ -90,19 +92,31 @@ def train(run: TrainingRun) -> bool:
             return False
         if progress.step == 0 and run.validation is not None:
             run.phases.validate(run, run.validation, STEP)
-        _restart_step_timing(run)
-        with contextlib.closing(run.feed.start(progress.epoch, progress.position)) as micro_batches:
-            for epoch in range(progress.epoch, run.steps.num_epochs):
-                _train_epoch(run, epoch, micro_batches)
-                if run.reporter.is_done or is_ending(run):
-                    break
+        while True:
+            try:
+                _train_epochs(run)
+                break
+            except Rewind as request:  # of a feature
+                rewind(run, request)
         if is_ending(run):
             return False
-        _log_delayed(run)
         if run.saver is not None:
             run.reporter.log_pause(SAVING)
             run.saver.save_final()
     return True
+
+
+def _train_epochs(run: TrainingRun) -> None:
+    """Run all epochs from `run.progress` to the last one, unless the run must end before."""
+    progress = run.progress
+    _restart_step_timing(run)
+    with contextlib.closing(run.feed.start(progress.epoch, progress.position)) as micro_batches:
+        for epoch in range(progress.epoch, run.steps.num_epochs):
+            _train_epoch(run, epoch, micro_batches)
+            if run.reporter.is_done or is_ending(run):
+                break
+    if not is_ending(run):
+        _log_delayed(run)
 
 
 def _sample_before_training(run: TrainingRun) -> None:

@@ -241,24 +241,7 @@ def restore(model: TrainedModel) -> None:
         return
     with states.errors_name_the_state(saved.folder):
         if isinstance(saved, states.SavedState):
-            # Restore a state that this program saved: weights, optimizer, schedule, loss scaler and average
-            if saved.files or model.plan.shards_model:
-                # Load a state's sharded tensors in place into those of this run; the state refers to them
-                # afterwards
-                from training.saving.split_model import load_sharded_tensors  # only with split tensors
-
-                parts = {name: module.state_dict() for name, module in model.trainable.modules.items()}
-                parts[states.AVERAGE] = {} if model.average is None else model.average.tensors()
-                device = model.plan.accelerator.device
-                load_sharded_tensors(saved, parts, _sharded_weights_with_local_moments(model), device)
-            for name, module in model.trainable.modules.items():
-                states.load_module(module, saved.parts[name])
-            _restore_optimizer_and_schedule(model, saved)
-            if saved.scaler:
-                model.scaler.load_state_dict(saved.scaler)
-            if model.average is not None:
-                model.average.restore(saved)
-            logger.info("Continuing at step %d, epoch %d.", step, model.plan.progress.epoch + 1)
+            restore_state(model, saved, with_changes=bool(model.plan.changes))
         elif model.plan.shards_model:
             raise OptionError(
                 f"--resume {saved.folder}: the state of another program is not split over processes. Resume "
@@ -268,6 +251,38 @@ def restore(model: TrainedModel) -> None:
         else:
             _restore_foreign(model, saved)
     saved.release()
+
+
+def restore_state(model: TrainedModel, saved: states.SavedState, with_changes: bool = False) -> None:
+    """Restore a state that this program saved: weights, optimizer, schedule, loss scaler and average.
+
+    Args:
+        model: The loaded networks.
+        saved: The state.
+        with_changes: Whether the learning rates and the schedule of this run replace those of the state.
+
+    Raises:
+        CheckpointError: If the state does not fit this run.
+    """
+    with states.errors_name_the_state(saved.folder):
+        if saved.files or model.plan.shards_model:
+            # Load a state's sharded tensors in place into those of this run; the state refers to them
+            # afterwards
+            from training.saving.split_model import load_sharded_tensors  # only with split tensors
+
+            parts = {name: module.state_dict() for name, module in model.trainable.modules.items()}
+            parts[states.AVERAGE] = {} if model.average is None else model.average.tensors()
+            device = model.plan.accelerator.device
+            load_sharded_tensors(saved, parts, _sharded_weights_with_local_moments(model), device)
+        for name, module in model.trainable.modules.items():
+            states.load_module(module, saved.parts[name])
+        _restore_optimizer_and_schedule(model, saved, with_changes)
+        if saved.scaler:
+            model.scaler.load_state_dict(saved.scaler)
+        if model.average is not None:
+            model.average.restore(saved)
+    progress = model.plan.progress
+    logger.info("Continuing at step %d, epoch %d.", progress.step, progress.epoch + 1)
 
 
 def _restore_foreign(model: TrainedModel, saved: states.ForeignState) -> None:
@@ -301,14 +316,16 @@ def _restore_foreign(model: TrainedModel, saved: states.ForeignState) -> None:
     )
 
 
-def _restore_optimizer_and_schedule(model: TrainedModel, saved: states.SavedState) -> None:
+def _restore_optimizer_and_schedule(
+    model: TrainedModel, saved: states.SavedState, with_changes: bool
+) -> None:
     """Restore the optimizer's states and the schedule."""
     # With --resume_changed, the learning rates and the schedule of this run replace those of the state.
     plan, full_dit = model.plan, model.plan.options.full_dit
     device = plan.accelerator.device
     if full_dit is not None and full_dit.offloads_states:  # --offload_optimizer_device
         device = torch.device("cpu")
-    if not plan.changes:
+    if not with_changes:
         restore_optimizer(model.optimizer, model.trainable.names, saved.optimizer, device)
         model.schedule.load_state_dict(saved.schedule)
         return

@@ -8,7 +8,7 @@ share a model, run equal passes: a process without a micro-batch in the last ste
 step's last micro-batch with weight 0. `Progress` records how far a run has come in its plan.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -67,6 +67,20 @@ class Progress:
             check_types(record)
             self.feature_states[kind] = record
         return self.feature_states[kind]
+
+    def go_back_to(self, earlier: "Progress", kept: Collection[type] = ()) -> None:
+        """Take the values of an earlier state of the same run, except those of some features.
+
+        Args:
+            earlier: Progress of the state.
+            kept: Dataclasses whose values stay as they are.
+        """
+        for own in fields(self):
+            if own.name not in {"feature_states", "unclaimed"}:
+                setattr(self, own.name, getattr(earlier, own.name))
+        for kind, record in self.feature_states.items():
+            if kind not in kept:  # features may hold the record, so it is changed in place
+                vars(record).update(vars(earlier.feature_state(kind)))
 
 
 def check_types(record: Any) -> None:

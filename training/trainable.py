@@ -131,6 +131,12 @@ class Trainable:
             if isinstance(network, ForeignNetwork):
                 network.on_step_start()
 
+    def thaw(self, step: int) -> None:
+        """Train the parts again that `start_step` has frozen after more steps than these."""
+        for part, steps in self.freeze_at_step.items():
+            if step < steps:
+                self.modules[part].requires_grad_(True)
+
     def limit_norms(self, max_norm: float, device: torch.device) -> Tensor:
         """Scale down weights with norms above `max_norm`; return the values of a `NormReport` as a tensor."""
         numbers = [network.scale_norms(max_norm, device) for network in self.networks]

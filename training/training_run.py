@@ -8,13 +8,14 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -35,6 +36,7 @@ from training.plan import TrainingPlan
 from training.reports.logs import LOSS_COLUMN, DelayedReports, Logs, MetricColumns, StepReport
 from training.reports.reporter import RunReporter
 from training.saving.files import MinuteClock, Names, Saver
+from training.saving.states import list_states
 from training.steps import Progress, StepPlan
 from training.trainable import Trainable
 
@@ -203,6 +205,22 @@ class LoopPhases:
     sample: Callable[["TrainingRun"], None]
 
 
+class Rewind(Exception):
+    """Raised between steps, in all processes, to continue from a saved state; `rewinding.py` does that."""
+
+    def __init__(self, state: Path, reason: str, rate_factor: float, kept: Collection[type]) -> None:
+        """Describe where to go.
+
+        Args:
+            state: Folder of a state that this run has saved.
+            reason: Why, for a note on the page.
+            rate_factor: Multiplier of the learning rates from then on.
+            kept: Dataclasses of features whose values are not those of the state.
+        """
+        super().__init__(state)
+        self.state, self.reason, self.rate_factor, self.kept = state, reason, rate_factor, kept
+
+
 @dataclass
 class TrainedModel:
     """The loaded networks of a run, with the optimizer, its schedule, and additions of features."""
@@ -326,6 +344,33 @@ class TrainingRun:
         elif kind not in self.requests.reasons:
             logger.info("Step %d asks to %s: %s.", self.progress.step, kind, reason)
             self.requests.reasons[kind] = reason
+
+    def find_earlier_state(self, last_step: int) -> Path | None:
+        """Return the newest state of this run up to a step; None if there is none. All processes call this.
+
+        States from before this process has started are left out, except the one that it has resumed from.
+        """
+        found: Path | None = None
+        if self.is_main:
+            names = self.plan.names
+            steps = range(max(self.steps.first_step, 1), last_step + 1)
+            own = [
+                (state.step, state.folder)
+                for state in list_states(names.folder, names.name)
+                if state.session_id == self.progress.session_id and state.step in steps
+            ]
+            found = max(own)[1] if own else None
+        if self.steps.num_processes > 1:
+            (found,) = broadcast_object_list([found])
+        return found
+
+    def go_back(self, state: Path, reason: str, rate_factor: float, kept: Collection[type]) -> NoReturn:
+        """Let the run continue from a saved state. All processes call this, before or after LOG.
+
+        Raises:
+            Rewind: Always.
+        """
+        raise Rewind(state, reason, rate_factor, kept)
 
     def note(self, text: str, step: int | None = None) -> None:
         """Say something about a step, by default the last one, in the console, on the page and at the end.

@@ -19,6 +19,7 @@ from training.features.mask_prior import MASK_PRIOR
 from training.features.on_end import ON_END
 from training.features.output_preservation import OUTPUT_PRESERVATION
 from training.features.preference import PREFERENCE
+from training.features.rollback import ROLLBACK
 from training.features.sample_variants import SAMPLE_VARIANTS
 from training.features.score_samples import SCORE_SAMPLES
 from training.features.show_timesteps import SHOW_TIMESTEPS
@@ -50,6 +51,7 @@ FEATURES: tuple[Feature, ...] = (
     TREAD,
     EMA,
     SKIP,
+    ROLLBACK,
     EARLY_STOPPING,
     ITEM_LOSSES,
     SAMPLE_VARIANTS,

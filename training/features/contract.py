@@ -39,6 +39,8 @@ points of a run (`on`), and functions before, around and after its phases (`phas
     values in saved states                `progress_records`
     metadata of files, lines, boxes       `info`
     after files were saved                `after(SAVE, ...)`
+    back to a saved state                 `TrainingRun.find_earlier_state`, `go_back`, around LOG
+    after the run went back               `on.rewind`
     when the run is over                  `on.end`
 """
 

@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # features are loaded one by one, and without torch
     from training.learning_options import ExpertTrainingOptions, FullDitOptions, PartsOptions
     from training.loss import NoisyBatch
     from training.noise_options import LossOptions, TimestepOptions
+    from training.optimizers.lr_schedule import LrSchedule
     from training.other_models import OtherFamilies
     from training.reports.logs import Recorder
     from training.run_options import LogOptions, LoopOptions, SampleOptions
@@ -283,6 +284,10 @@ class HookedModel(Protocol):
         """The optimizer of all trained parameters."""
 
     @property
+    def schedule(self) -> "LrSchedule":
+        """The schedule of the learning rates."""
+
+    @property
     def takes_part_in_saving(self) -> bool:
         """Whether this process takes part in saving: the main one, and any that has part of the weights."""
 
@@ -397,6 +402,8 @@ class Hooks:
     # given a `NoiseSampler` and a drawn micro-batch, return the micro-batch to use instead. These functions
     # are also sent to data loader workers
     batch: list[OnBatch] = field(default_factory=list)
+    # called after the run went back to a saved state, with its step; in all processes
+    rewind: list[Callable[[int], None]] = field(default_factory=list)
     # called when the run is over, even if it failed; in the main process only
     end: list[Callable[[RunEnd], None]] = field(default_factory=list)
 

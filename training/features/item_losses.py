@@ -25,6 +25,7 @@ def _start(run: RunFeatures) -> None:
     recorder = ItemLossRecorder(folder, name)
     run.around(TARGETS, recorder.observe)
     run.on.recorders.append(recorder.join_run)
+    run.on.rewind.append(recorder.rewind)
 
 
 def _join(run: RunFeatures, options: ItemLossOptions) -> None:

@@ -212,6 +212,11 @@ class ItemLossRecorder:
             step=self.progress.step,
         )
 
+    def rewind(self, step: int) -> None:
+        """Drop the losses of later steps, to which the run comes again; a hook for `on.rewind`."""
+        self._unread_losses.clear()
+        self._run_or_stop_recording(self._write, self._begin)
+
     def _read_losses_until(self, step: int) -> None:
         """Collect the losses up to `step`, now copied to the host; write them to disk from time to time."""
         while self._unread_losses and self._unread_losses[0].step <= step:

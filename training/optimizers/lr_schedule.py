@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
@@ -21,6 +21,7 @@ from training.saving.states import to_builtin_types
 
 logger = logging.getLogger(__name__)
 
+SCALE = "scale"  # key of a state: what multiplies all rates, if not 1
 POLYNOMIAL_END = 1e-7  # the learning rate at which the polynomial curve ends, as in the known tuners
 INVERSE_SQRT_TIMESCALE = 10_000  # default without a time scale and without a warm-up
 # attributes that torch's schedulers change while they step
@@ -237,22 +238,31 @@ def _read_rules(text: str) -> tuple[list[tuple[float, int]], float]:
 
 
 class CurveSchedule(LambdaLR):
-    """Learning rate schedule with one of the curves of `factor_at`; its state is only the step."""
+    """Learning rate schedule with one of the curves of `factor_at`; its state is the step and a scale."""
+
+    can_scale: ClassVar[bool] = True  # has `set_scale`
 
     def __init__(self, name: str, optimizer: Optimizer, factor: Callable[[int], float]) -> None:
         """Start at step 0. `factor(step)` returns the multiplier of the learning rate."""
         self.name = name
+        self.scale = 1.0  # multiplies all rates; below 1 after the run went back
         super().__init__(optimizer, factor)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return only the current step, since the learning rate is a function of step and options."""
-        return {"step": self.last_epoch}
+        """Return the current step, since the learning rate is a function of step and options, and a scale."""
+        return {"step": self.last_epoch} | ({} if self.scale == 1 else {SCALE: self.scale})
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go to the saved step; learning rates follow from it and from this run's --learning_rate."""
         if "step" not in state_dict:
             raise CheckpointError(_explain_other_schedule(self.name))
+        self.scale = float(state_dict.get(SCALE, 1.0))
         self.go_to(state_dict["step"])
+
+    def set_scale(self, scale: float) -> None:
+        """Multiply all learning rates by a number from now on."""
+        self.scale = scale
+        self.go_to(self.last_epoch)
 
     def step(self, epoch: int | None = None) -> None:
         """Advance by one optimizer step; `epoch`, part of torch's interface, is ignored."""
@@ -264,7 +274,8 @@ class CurveSchedule(LambdaLR):
         self.last_epoch = step
         self._step_count = step + 1
         self._last_lr = [
-            base * factor(step) for base, factor in zip(self.base_lrs, self.lr_lambdas, strict=True)
+            base * factor(step) * self.scale
+            for base, factor in zip(self.base_lrs, self.lr_lambdas, strict=True)
         ]
         for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
             group["lr"] = rate
@@ -301,10 +312,12 @@ class PlateauSchedule:
     The rule is that of torch's ReduceLROnPlateau in the mode `min`, with measurements in place of epochs.
     """
 
+    can_scale: ClassVar[bool] = True
     optimizer: Optimizer
     settings: PlateauSettings
     warmup: int  # steps during which the rate rises linearly
     last_step: int = 0
+    scale: float = 1.0  # multiplies all rates; below 1 after the run went back
     progress: PlateauProgress = field(init=False)
     name: str = field(init=False, default=PLATEAU)
 
@@ -354,9 +367,14 @@ class PlateauSchedule:
     def go_to(self, step: int) -> None:
         """Set the learning rates of `step`, with the reductions so far."""
         self.last_step = step
-        warmup_factor = step / self.warmup if step < self.warmup else 1.0
+        factor = self.scale * (step / self.warmup if step < self.warmup else 1.0)
         for group, rate in zip(self.optimizer.param_groups, self.progress.rates, strict=True):
-            group["lr"] = rate * warmup_factor
+            group["lr"] = rate * factor
+
+    def set_scale(self, scale: float) -> None:
+        """Multiply all learning rates by a number from now on."""
+        self.scale = scale
+        self.go_to(self.last_step)
 
     def get_last_lr(self) -> list[float]:
         """Return the current learning rate of each group."""
@@ -364,7 +382,8 @@ class PlateauSchedule:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the step and what was measured, as plain values."""
-        return {"step": self.last_step, PLATEAU: asdict(self.progress)}
+        state = {"step": self.last_step, PLATEAU: asdict(self.progress)}
+        return state | ({} if self.scale == 1 else {SCALE: self.scale})
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore the step and, from a state of this schedule, the reductions and what was measured.
@@ -380,6 +399,7 @@ class PlateauSchedule:
             if saved.keys() != known or len(saved["rates"]) != len(self.progress.rates):
                 raise CheckpointError(_explain_other_schedule(self.name))
             self.progress = PlateauProgress(**saved)
+        self.scale = float(state_dict.get(SCALE, 1.0))
         self.go_to(int(state_dict["step"]))
 
 
@@ -387,6 +407,7 @@ class PlateauSchedule:
 class ImportedSchedule:
     """Learning rate schedule that wraps a scheduler class of PyTorch or of another package."""
 
+    can_scale: ClassVar[bool] = False
     name: str
     scheduler: LRScheduler
 
@@ -442,6 +463,7 @@ class ImportedSchedule:
 class OptimizerRates:
     """No-op schedule, for an optimizer that adapts its learning rates itself."""
 
+    can_scale: ClassVar[bool] = False
     name: str
     optimizer: Optimizer
     rates: Callable[[], list[float]]

@@ -372,6 +372,21 @@ class History:
             finally:
                 self._buffered_lines.clear()
 
+    def rewind(self, step: int) -> None:
+        """Drop the lines of later steps, in memory now and on disk with the next write.
+
+        Raises:
+            OSError, OutputError: If the file cannot be read or written.
+        """
+        if not self.is_written:
+            return
+        self.flush()
+        self._last_step_to_keep = step
+        self.run_history = RunHistory()
+        for row in _read_lines(self.path, self.session, step):
+            if not row.keys() & {*TRANSIENT_KEYS, "started"}:
+                self.run_history.add(row)
+
     def flush(self) -> None:
         """Write the buffered lines.
 

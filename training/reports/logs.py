@@ -130,6 +130,10 @@ class DelayedReports:
             return replace(report, seconds=self.last_time_stamp - started)
         return replace(report, seconds=started.elapsed_time(self.last_time_stamp) / 1000)
 
+    def drop(self) -> None:
+        """Forget the report of the last step."""
+        self._pending = None
+
     def time_stamp(self, device: str) -> Any:
         """Return a time stamp for measuring step durations.
 

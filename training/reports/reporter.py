@@ -91,6 +91,13 @@ class RunReporter:
             with self._errors_as_warning():
                 self.page.close()
 
+    def rewind(self, step: int) -> None:
+        """Forget what was recorded of steps after `step`, to which the run went back."""
+        self.step = step
+        self._last_recorded.clear()
+        with self._errors_as_warning():
+            self.history.rewind(step)
+
     @property
     def is_finished(self) -> bool:
         """Whether the run has taken its last step, or a feature has ended it before; False after a stop."""

@@ -349,6 +349,20 @@ def move_earlier_results(
     return folder
 
 
+def move_aside(names: Names, entries: Sequence[Path], now: datetime) -> Path | None:
+    """Move results of this run to a folder next to them; return it, or None if there are none.
+
+    Raises:
+        OutputError: If one cannot be moved.
+    """
+    if not entries:
+        return None
+    folder = _make_new(names.folder / f"{names.name}.before-{now:%Y%m%d-%H%M%S}")
+    for entry in entries:
+        _move_or_copy(entry, folder / entry.name, folder, keeps_original=False)
+    return folder
+
+
 def _move_or_copy(entry: Path, target: Path, folder: Path, keeps_original: bool) -> None:
     """Move an earlier result to a path in `folder`, or copy it if the new run still reads it."""
     try:

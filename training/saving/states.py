@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import gather_object
@@ -237,20 +237,32 @@ def find_latest(output_dir: Path, name: str) -> Path | None:
     Folders that a killed run left half replaced are repaired first.
     """
     recover_states(output_dir, name)
+    # of two states with equal steps, the one whose name sorts last
+    latest = max(list_states(output_dir, name), key=lambda state: (state.step, state.folder), default=None)
+    return None if latest is None else latest.folder
+
+
+class ListedState(NamedTuple):
+    """A state on disk: its step, the run that saved it, and its folder."""
+
+    step: int
+    session_id: int
+    folder: Path
+
+
+def list_states(output_dir: Path, name: str) -> list[ListedState]:
+    """Return the complete states of runs with this name. A damaged one is left out, with a warning."""
     pattern = state_pattern(name)
-    states = []
+    states: list[ListedState] = []
     for folder in output_dir.iterdir() if output_dir.is_dir() else ():
         if folder.is_dir() and pattern.fullmatch(folder.name) and _is_readable_state(folder):
             try:
                 with errors_name_the_state(folder):
-                    step = int(_read_content(folder)["progress"]["step"])
-                    states.append((step, folder.name, folder))
+                    progress = _read_content(folder)["progress"]
+                    states.append(ListedState(int(progress["step"]), int(progress["session_id"]), folder))
             except CheckpointError as error:
                 logger.warning("%s is ignored in the search for the latest state: %s", folder, error)
-    if not states:
-        return None
-    _, _, latest = max(states)  # of two states with equal steps, the one whose name sorts last
-    return latest
+    return states
 
 
 def load_module(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
