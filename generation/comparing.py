@@ -7,7 +7,7 @@ an interrupted comparison.
 import hashlib
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import product
@@ -40,6 +40,7 @@ from modules.media.layers import COMPOSITE
 from modules.media.reading import read_tags
 from networks.loading import WeightedLora
 from networks.text_loras import TextLoras, add_lora_words
+from networks.use_options import multipliers_for
 from protocols.family import Family
 from protocols.rules import Expert
 from protocols.steps import EncodedPrompts
@@ -87,7 +88,20 @@ class ClipFiles(NamedTuple):
 Column = tuple[Variant, Sequence[Cell]]
 
 
-@explain_lack("Finished clips are kept: the same command continues.")
+@dataclass(frozen=True)
+class ComparedClips:
+    """The finished clips of a comparison."""
+
+    run: GenerationRun
+    variants: Sequence[Variant]  # the first one is without LoRA
+    jobs: Sequence[GenerationJob]  # of the prompts
+    paths: Mapping[str, Path]  # by the label of `get_path`
+
+    def get_path(self, job: GenerationJob, variant: Variant) -> Path:
+        """Return the clip of a prompt in a column."""
+        return self.paths[f"{job.label}, {variant.label}"]
+
+
 def compare(family: Family, options: GenerationOptions, comparison: CompareOptions) -> None:
     """Generate clips of each prompt without LoRA and with each LoRA at each strength; write them as grids.
 
@@ -96,17 +110,47 @@ def compare(family: Family, options: GenerationOptions, comparison: CompareOptio
     Raises:
         UserError: If a clip or grid cannot be made.
     """
-    check_options(options, "a comparison")
     start = time.monotonic()
+    clips = make_clips(family, options, comparison, make_prompts)
+    grids = write_grid(clips.run, clips.variants, clips.jobs, clips.paths)
+    show_box(
+        "Comparison is finished",
+        [
+            ("look at", "\n".join(map(str, grids))),
+            ("time", format_duration(time.monotonic() - start)),
+            ("peak memory", format_peak_memory(clips.run.session.device)),
+        ],
+    )
+
+
+@explain_lack("Finished clips are kept: the same command continues.")
+def make_clips(
+    family: Family,
+    options: GenerationOptions,
+    comparison: CompareOptions,
+    list_jobs: Callable[[GenerationRun], list[GenerationJob]],
+) -> ComparedClips:
+    """Generate clips of each prompt without LoRA and with each LoRA at each strength, unless they exist.
+
+    Args:
+        family: The model family.
+        options: Options of the run.
+        comparison: LoRA files and strengths.
+        list_jobs: Makes the jobs of the prompts.
+
+    Raises:
+        UserError: If a clip cannot be made.
+    """
+    check_options(options, "a comparison")
     device = select_device(options.device)
     options = prepare_options(family, options, device)
     loras = network_setup.expert_loras(family, options, with_texts=True)
     # add prompt words from LoRA files and from --textual_inversion_embeddings
     family = add_lora_words(family, loras)
     family = with_embeddings(family, options.textual_inversion_embeddings or ())
-    variants = make_variants(family.experts, loras, comparison.lora_multiplier)
+    variants = make_variants(family.experts, loras, comparison)
     run = make_run(family, options, device)
-    jobs = _make_prompts(run)
+    jobs = list_jobs(run)
     check_models(run)
     run = run.with_previews()
     make_folder(options.output.save_path, "--save_path")
@@ -117,16 +161,7 @@ def compare(family: Family, options: GenerationOptions, comparison: CompareOptio
         denoise_cells(run, missing)
     # by label, because columns may share a clip
     clips = {cell.clip.label: cell.clip for _, cells in columns for cell in cells}
-    paths = decode_cells(run, list(clips.values()))
-    grids = write_grid(run, variants, jobs, paths)
-    show_box(
-        "Comparison is finished",
-        [
-            ("look at", "\n".join(map(str, grids))),
-            ("time", format_duration(time.monotonic() - start)),
-            ("peak memory", format_peak_memory(device)),
-        ],
-    )
+    return ComparedClips(run, variants, jobs, decode_cells(run, list(clips.values())))
 
 
 def make_run(family: Family, options: GenerationOptions, device: torch.device) -> GenerationRun:
@@ -162,7 +197,7 @@ def prepare_options(family: Family, options: GenerationOptions, device: torch.de
     return options
 
 
-def _make_prompts(run: GenerationRun) -> list[GenerationJob]:
+def make_prompts(run: GenerationRun) -> list[GenerationJob]:
     """Make the generation job of each prompt line; raise UserError if a line is invalid."""
     options = run.options
     lines = read_prompt_lines(options.from_file)
@@ -241,18 +276,35 @@ def check_options(
 
 
 def make_variants(
-    experts: Sequence[Expert], uses: network_setup.LorasByExpert, strengths: Sequence[float]
+    experts: Sequence[Expert], uses: network_setup.LorasByExpert, comparison: CompareOptions
 ) -> list[Variant]:
     """Return the columns of a comparison: one without LoRA, then every file at every strength.
 
-    Files at the same position in each expert's list share a column, named after the first file.
+    Files at the same position in each expert's list share a column, named after the first file. With
+    `beside`, the second column has these files alone, and all later columns have them too.
 
     Args:
         experts: Networks of the model, with their noise levels.
-        uses: LoRA files by expert.
-        strengths: Strengths to compare.
+        uses: LoRA files by expert; files of `beside` are the last ones.
+        comparison: Strengths to compare, and files that are used in all columns.
     """
     variants = [Variant(WITHOUT, "", ((),) * len(experts), {})]
+    num_beside = len(comparison.beside or ())
+    beside: list[tuple[WeightedLora, ...]] = [() for _ in uses]
+    if num_beside:
+        if len({len(expert_uses) for expert_uses in uses}) > 1:
+            raise OptionError(
+                "--beside: the model has two experts, and a file is for one of them only. Merge each pair "
+                "into a file for both, or omit --beside"
+            )
+        files = comparison.beside or ()
+        multipliers = multipliers_for(files, comparison.beside_multiplier, "--beside_multiplier", warns=True)
+        for index, expert_uses in enumerate(uses):
+            weighted_uses = zip(expert_uses[-num_beside:], multipliers, strict=True)
+            beside[index] = tuple(replace(use, multiplier=strength) for use, strength in weighted_uses)
+        uses = [expert_uses[:-num_beside] for expert_uses in uses]
+        name = " and ".join(path.stem for path in comparison.beside or ())
+        variants.append(Variant(f"{name} alone", "", tuple(beside), _hash_files(experts, beside)))
     num_columns = max(map(len, uses), default=0)
     columns = []
     for index in range(num_columns):
@@ -264,10 +316,12 @@ def make_variants(
         heading = path.stem
         if names.count(heading) > 1:  # equal file names in several folders
             heading = f"{path.parent.name}/{heading}"
-        sha256 = _hash_files(experts, column)
-        for strength in dict.fromkeys(strengths):
+        together = [(*own, *others) for own, others in zip(column, beside, strict=True)]
+        sha256 = _hash_files(experts, together)
+        for strength in dict.fromkeys(comparison.lora_multiplier):
             weighted = [
-                tuple(replace(use, multiplier=strength) for use in expert_uses) for expert_uses in column
+                (*(replace(use, multiplier=strength) for use in own), *others)
+                for own, others in zip(column, beside, strict=True)
             ]
             variants.append(Variant(heading, f"x {strength:g}", tuple(weighted), sha256))
     return variants
@@ -277,9 +331,9 @@ def _hash_files(experts: Sequence[Expert], column: network_setup.LorasByExpert) 
     """Return the SHA-256 hashes of a column's LoRA files, by the metadata keys that store them."""
     hashes: dict[str, str] = {}
     for expert, expert_uses in zip(experts, column, strict=True):
-        if expert_uses:
-            name = lora_name(network_setup.get_lora_key(expert))
-            hashes[f"{name}_sha256_0"] = _hash(expert_uses[0].lora.path)
+        name = lora_name(network_setup.get_lora_key(expert))
+        for index, use in enumerate(expert_uses):
+            hashes[f"{name}_sha256_{index}"] = _hash(use.lora.path)
     return hashes
 
 
@@ -417,13 +471,16 @@ def write_grid(
     without_lora = variants[0]
     with_lora = variants[1:]
     # each strength once, in order; one row for each prompt if there is no LoRA
-    strengths = list(dict.fromkeys(variant.strength for variant in with_lora)) or [""]
+    strengths = list(dict.fromkeys(variant.strength for variant in with_lora if variant.strength)) or [""]
     columns = tuple(dict.fromkeys(variant.column for variant in variants))
     variant_at = {(variant.column, variant.strength): variant for variant in with_lora}
     rows: list[Row] = []
     for job, strength in product(jobs, strengths):
-        # the first column has no strength: the clip without LoRA is repeated in each row
-        row_variants = [variant_at.get((column, strength), without_lora) for column in columns]
+        # columns without a strength are repeated in each row: those without LoRA, and with --beside alone
+        row_variants = [
+            variant_at.get((column, strength)) or variant_at.get((column, ""), without_lora)
+            for column in columns
+        ]
         row = _make_row(
             run.family.experts,
             job,
@@ -472,6 +529,7 @@ def _command(experts: Sequence[Expert], variant: Variant) -> str:
     for expert, uses in zip(experts, variant.uses, strict=True):
         weight = network_setup.LORA_OPTIONS[network_setup.get_lora_key(expert)]
         multiplier = weight.replace("weight", "multiplier")
-        for use in uses:
-            words += [weight, str(use.lora.path), multiplier, f"{use.multiplier:g}"]
+        if uses:
+            words += [weight, *(str(use.lora.path) for use in uses)]
+            words += [multiplier, *(f"{use.multiplier:g}" for use in uses)]
     return quote_command(words)

@@ -172,13 +172,27 @@ class CompareOptions(Options, title="comparison"):
         "strengths to compare each file at", nargs="+", default=(1.0,)
     )
 
+    beside: tuple[Path, ...] | None = option(
+        "LoRA files that are used in every column but the first, such as yours if --lora is an adapter or a "
+        "Turbo LoRA; a column has them alone",
+        nargs="+",
+        place="there",
+        excludes="lora_high_noise",
+    )
+    beside_multiplier: tuple[float, ...] = option(
+        "strength of each file of --beside; missing ones are 1",
+        nargs="+",
+        default=(1.0,),
+        ignored_without="beside",
+    )
+
     def __post_init__(self) -> None:
         if self.lora_high_noise and len(self.lora_high_noise) != len(self.lora):
             raise OptionError(
                 f"--lora has {len(self.lora)} files, --lora_high_noise {len(self.lora_high_noise)}: use as "
                 "many, the first of each for the first column"
             )
-        columns = len(self.lora) * len(self.lora_multiplier) + 1
+        columns = len(self.lora) * len(self.lora_multiplier) + 1 + bool(self.beside)
         if columns > MAX_COLUMNS:
             raise OptionError(
                 f"--lora and --lora_multiplier give {columns} columns, {MAX_COLUMNS} are the most. Use "
@@ -208,6 +222,26 @@ def expand_patterns(patterns: tuple[Path, ...], flag: str = "--lora") -> tuple[P
             raise OptionError(f"{flag} {pattern}: no such file.{hint}")
         paths |= dict.fromkeys(matching_files)
     return tuple(paths)
+
+
+def list_lora_arguments(options: CompareOptions) -> list[str]:
+    """Return the command-line options that pass the compared LoRA files to the generation script."""
+    argv = ["--lora_weight", *map(str, (*options.lora, *(options.beside or ())))]
+    if options.lora_high_noise:
+        argv += ["--lora_weight_high_noise", *map(str, options.lora_high_noise)]
+    return argv
+
+
+def explain_rejected_option(argv: Sequence[str]) -> str | None:
+    """Return the message about a generation option that a comparison sets itself; None if there is none."""
+    names = {word.partition("=")[0] for word in argv}
+    for own_option in ("--lora", "--lora_high_noise"):
+        generation_option = own_option.replace("lora", "lora_weight")
+        if generation_option in names:
+            return f"{generation_option}: pass the files to {own_option}, which makes a column of each"
+    if "--lora_multiplier_high_noise" in names:
+        return "--lora_multiplier_high_noise: both LoRAs of a column have its strength, --lora_multiplier"
+    return None
 
 
 def read_lora_family(path: Path, families: Mapping[str, Sequence[str]]) -> str:

@@ -45,6 +45,8 @@ from tests.tiny.published import (
     write_chat_model,
 )
 from tests.tiny.wan_encoders import write_encoders
+from tests.training.scoring.making import CIRCLE, draw, write_clip
+from tests.training.scoring.making import write_dataset as write_scored_dataset
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -89,6 +91,7 @@ SHORT_H3 = "--allow_experimental_duration"  # clips of a second
 SMALLER = {
     "benchmarks/evening.py": "--max_train_steps 1 --items 2 --size 32 --frames 5 --infer_steps 1 --memory 0",
     "tools/compare.py": GENERATION,
+    "tools/judge_loras.py": "--video_size 32 32 --video_length 1 --infer_steps 2",
     "tools/profile_blocks.py": GENERATION,
     "tools/prepare_dataset.py": "--height_buckets 32 --width_buckets 32 --frame_buckets 5",
     "wan_generate_video.py": GENERATION,
@@ -137,6 +140,7 @@ LIGHTER = {  # what a page gives an option -> what runs on tiny models; appended
     # they have few blocks
     **{f"--blocks_to_swap {count}": "--blocks_to_swap 1" for count in (20, 30, 40)},
     "--lora_blocks 0-9=0.5": "--lora_blocks 0-9=0.5",
+    "--dataset_config clips/dataset.toml": "--dataset_config dataset.toml",  # of pictures that are alike
     "--blocks_to_swap=18": "--blocks_to_swap 0",
     "--optimizer_type=AdamW8bit": "--optimizer_type adamw",  # needs a GPU
     "--resolution 1024,1024": "--resolution 64 --min_bucket_reso 32 --bucket_reso_steps 32",
@@ -312,7 +316,7 @@ ABOUT_DATA = [page for page in WITH_COMMANDS if page.stem.startswith("dataset")]
 ABOUT_IMAGES = [page for page in WITH_COMMANDS if page.stem in IMAGE_MODELS]
 OTHERS = [page for page in WITH_COMMANDS if page not in [*ABOUT_DATA, *ABOUT_IMAGES]]
 # to the script that generates, what they do not know themselves
-PASSES_ON = {"tools/compare.py", "tools/profile_blocks.py"}
+PASSES_ON = {"tools/compare.py", "tools/judge_loras.py", "tools/profile_blocks.py"}
 # each kind of command is on one of these
 DAILY = {"first_lora", "new_and_run", "training", "recipes", "fp8", "install", "z_image"}
 
@@ -367,6 +371,8 @@ def test_commands_of_the_page_run(page: Path, tmp_path: Path) -> None:
     if page.stem == "diagnose":  # the folder of the page about the first LoRA
         new = "python reelsmith.py new clips --family wan --task t2v-1.3B --trigger_word mrsfluff"
         run_in(tmp_path, f"{new} --output_name mrsfluff", makes_caches=True, apart=False)
+        write_scored_dataset(tmp_path, {f"{number}.png": draw(CIRCLE, 96, number) for number in range(6)})
+        write_clip(tmp_path / "models" / "score_clip")
     if page.stem == "recipes":
         for name in ("people/img/10_ohwx man", "people/reg/1_man", "drawings"):
             write_captioned_image(tmp_path / name)

@@ -15,7 +15,13 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
     sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
 
 import modules.interpreter  # noqa: F401
-from generation.grid_options import CompareOptions, expand_patterns, read_lora_family
+from generation.grid_options import (
+    CompareOptions,
+    expand_patterns,
+    explain_rejected_option,
+    list_lora_arguments,
+    read_lora_family,
+)
 from modules.command import command_line
 from modules.installation import import_own
 from modules.options import read_options
@@ -39,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.lora = _expand(args.lora, "--lora")
     args.lora_high_noise = _expand(args.lora_high_noise, "--lora_high_noise") or None
     options = read_options(CompareOptions, args)
-    _reject_generation_options(parser, generation_argv)
+    rejection = explain_rejected_option(generation_argv)
+    if rejection is not None:
+        parser.error(rejection)
     family_name = options.family or read_lora_family(options.lora[0], families)
 
     # the generation script calls this instead of generating one clip
@@ -50,33 +58,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         compare(family, generation_options, options)  # type: ignore[arg-type]
 
     script = import_own(entries[family_name].generation_script)
-    script.main([*generation_argv, *_lora_argv(options)], make)
+    script.main([*generation_argv, *list_lora_arguments(options)], make)
 
 
 def _expand(patterns: Sequence[str] | None, option: str) -> tuple[Path, ...]:
     """Return the files that match an option's glob patterns."""
     return expand_patterns(tuple(map(Path, patterns or ())), option)
-
-
-def _lora_argv(options: CompareOptions) -> list[str]:
-    """Return the command-line options that pass the compared LoRA files to the generation script."""
-    argv = ["--lora_weight", *map(str, options.lora)]
-    if options.lora_high_noise:
-        argv += ["--lora_weight_high_noise", *map(str, options.lora_high_noise)]
-    return argv
-
-
-def _reject_generation_options(parser: Parser, argv: Sequence[str]) -> None:
-    """Exit with a message if a generation option is given that the comparison sets itself."""
-    names = {word.partition("=")[0] for word in argv}
-    for option in ("--lora", "--lora_high_noise"):
-        generation_option = option.replace("lora", "lora_weight")
-        if generation_option in names:
-            parser.error(f"{generation_option}: pass the files to {option}, which makes a column of each")
-    if "--lora_multiplier_high_noise" in names:
-        parser.error(
-            "--lora_multiplier_high_noise: both LoRAs of a column have its strength, --lora_multiplier"
-        )
 
 
 if __name__ == "__main__":

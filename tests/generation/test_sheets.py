@@ -251,6 +251,28 @@ def test_a_clip_equals_what_the_generation_script_makes(
         assert torch.equal(made[name], script.one(tmp_path / column, *more, *weights)), column
 
 
+def test_columns_have_the_files_beside_them(tmp_path: Path, t2v: TinyWan) -> None:
+    small, large = (t2v.dit.parent / f"style-0000{rank}.safetensors" for rank in ("02", "10"))
+    more = ("--prompt", "a cat")
+    beside = ("--beside", small, "--beside_multiplier", 0.6, "--lora_multiplier", 0.5)
+    compared(tmp_path / "grid", t2v, *more, *beside, "--output_type", "both", loras=large.name)
+
+    made = {path.name: load_file(path)["latent"] for path in (tmp_path / "grid").glob("*_latent.safetensors")}
+    script = Script(wan_generate_video.main, ["--task", "t2v-1.3B", *SMALL, *t2v.models, "--seed", "0"])
+    for column, loras, strengths in (
+        ("without-LoRA", (), ()),
+        ("style-000002-alone", (small,), (0.6,)),
+        ("style-000010-x-0-5", (large, small), (0.5, 0.6)),
+    ):
+        (name,) = (name for name in made if name.startswith(f"001_0_{column}_"))
+        used = ("--lora_weight", *loras, "--lora_multiplier", *strengths) if loras else ()
+        assert torch.equal(made[name], script.one(tmp_path / column, *more, *used)), column
+    assert len(made) == 3
+    words = next((tmp_path / "grid").glob("*.html")).read_text(encoding="utf-8")
+    assert "style-000010.safetensors" in words
+    assert "--lora_multiplier 0.5 0.6" in words
+
+
 def test_loras_of_two_experts_are_compared_in_pairs(tmp_path: Path) -> None:
     files = write_tiny_wan(tmp_path / "models", experts=2)
     low, high = tmp_path / "low.safetensors", tmp_path / "high.safetensors"

@@ -29,6 +29,7 @@ NUM_NEAREST = (
 # cosines to their own nearest image. A fixed cosine says little: in a dataset of one person, all are similar.
 NEAR_QUANTILE = 0.99
 MIN_TO_COMPARE = 8  # with fewer training images, the quantile says nothing
+MAX_TO_AVERAGE = 512  # media whose likeness to all others is averaged
 BLOCK_ROWS = 1024  # rows per block when multiplying all pairs of vectors
 
 
@@ -77,6 +78,22 @@ class TrainingVectors:
         """Return the training media most similar to a sample, in order of decreasing similarity."""
         values, places = self.compare(frames).topk(min(NUM_NEAREST, len(self.media)))
         return [Neighbor(*pair) for pair in zip(places.tolist(), values.tolist(), strict=True)]
+
+    def measure_mutual_likeness(self) -> float | None:
+        """Return the mean likeness of the media to the nearest others, as `find_nearest` measures samples.
+
+        Of more than MAX_TO_AVERAGE media, evenly spaced ones are averaged. None for a single medium.
+        """
+        count = len(self.media)
+        if count < 2:
+            return None
+        step = -(-count // MAX_TO_AVERAGE)
+        likenesses = []
+        for index in range(0, count, step):
+            cosines = self.compare(self.vectors[self.media_indices == index])
+            cosines[index] = -2.0
+            likenesses.append(float(cosines.topk(min(NUM_NEAREST, count - 1)).values.mean()))
+        return sum(likenesses) / len(likenesses)
 
     def near_threshold(self) -> float | None:
         """Return the 99th percentile of each training image's highest cosine similarity to any other.
