@@ -165,8 +165,8 @@ class OptimizerOptions(Options, title="optimizer"):
     """The optimizer and its arguments."""
 
     optimizer_type: str = option(
-        "AdamW (when empty), AdamW8bit, Adafactor, Lion, Prodigy, AdamWScheduleFree, a torch.optim "
-        "class or pkg.module.Class",
+        "AdamW (when empty), AdamW8bit, Adafactor, Lion, Prodigy, Automagic, AdamWScheduleFree, a "
+        "torch.optim class or pkg.module.Class",
         default="",
         often=True,
         facts={**IDENTITY, **IMPORTS_CLASS},

@@ -274,7 +274,7 @@ _OPTIMIZERS = {
     **dict.fromkeys(("adamwschedulefree", "schedulefreeadamw"), "adamwschedulefree"),
     **dict.fromkeys(("sgdschedulefree", "schedulefreesgd"), "sgdschedulefree"),
     **{name: name for name in ("adafactor", "prodigy", "radamschedulefree", "sgd", "adam", "rmsprop")},
-    **{name: name for name in ("adagrad", "nadam", "radam")},
+    **{name: name for name in ("adagrad", "automagic", "nadam", "radam")},
 }
 # our name of an optimizer -> arguments that it accepts here
 _ADAM_ARGUMENTS = frozenset({"betas", "eps", "weight_decay", "amsgrad"})
@@ -293,6 +293,7 @@ OPTIMIZER_ARGUMENTS: Mapping[str, frozenset[str]] = {
         {"betas", "beta3", "eps", "weight_decay", "decouple", "use_bias_correction", "safeguard_warmup"}
         | {"d0", "d_coef", "growth_rate", "fsdp_in_use", "slice_p"}
     ),
+    "automagic": frozenset({"min_lr", "max_lr", "lr_bump", "eps", "clip_threshold", "beta2", "weight_decay"}),
     "sgd": frozenset({"momentum", "dampening", "weight_decay", "nesterov"}),
     "rmsprop": frozenset({"alpha", "eps", "weight_decay", "momentum", "centered"}),
     "adagrad": frozenset({"lr_decay", "weight_decay", "initial_accumulator_value", "eps"}),

@@ -53,7 +53,7 @@ if os.environ.get(EXTENSIONS):
     from modules.extensions import OPTIMIZERS, find_values
 
     PATHS |= {name.lower(): value.replace(":", ".") for name, value in find_values(OPTIMIZERS).items()}
-MUON = "muon"
+MUON, AUTOMAGIC = "muon", "automagic"  # optimizers of our own
 # class -> why the training loop cannot step it
 UNUSABLE = {
     "LBFGS": "it computes the loss several times a step, and the loop computes it once",
@@ -221,6 +221,10 @@ def find_optimizer(name: str) -> Callable[..., Optimizer]:
         from training.optimizers.muon import MuonWithAdam  # few runs use it
 
         return MuonWithAdam  # torch.optim.Muon takes only matrices, and networks have other weights too
+    if name.lower() == AUTOMAGIC:
+        from training.optimizers.automagic import Automagic  # few runs use it
+
+        return Automagic
     module, _, class_name = PATHS.get(name.lower(), name).rpartition(".")
     if not module:  # neither a known name nor an import path
         from modules.extensions import OPTIMIZERS
@@ -229,7 +233,7 @@ def find_optimizer(name: str) -> Callable[..., Optimizer]:
         advice = explain_switched_off(OPTIMIZERS, name)
         if advice:
             raise OptionError(f"--optimizer_type {name}: unknown.{advice}")
-        names = sorted(filter(None, PATHS))
+        names = sorted(filter(None, (*PATHS, AUTOMAGIC)))
         present_name = NAMES_IN_EARLY_GUIDES.get(name.lower())
         remedy = (
             "" if present_name is None else f"\n  {GUIDE_NAME_HINT} Pass --optimizer_type {present_name}."

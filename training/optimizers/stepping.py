@@ -61,8 +61,8 @@ PER_PARAMETER: Mapping[str, frozenset[str]] = {
     "bitsandbytes": frozenset({"AdamW8bit", "PagedAdamW8bit", "Lion8bit"}),
     "lion_pytorch": frozenset({"Lion"}),
 }
-# our own optimizer that steps each parameter alone; it is imported only if it is selected
-MUON_MODULE, MUON_CLASS = "training.optimizers.muon", "MuonWithAdam"
+# our own optimizers that step each parameter alone, by module; they are imported only if they are selected
+OWN_OPTIMIZERS = {"training.optimizers.muon": "MuonWithAdam", "training.optimizers.automagic": "Automagic"}
 # end of the class name in lower case -> why it cannot step single weights
 WHY_NOT_SINGLE: Mapping[str, str] = {
     "prodigy": "it finds one learning rate from the gradients of all weights together",
@@ -200,7 +200,9 @@ def stochastic_bfloat16(values: Tensor, generator: torch.Generator, weight: Tens
 
 def can_step_one_parameter(kind: Callable[..., Optimizer]) -> bool:
     """Return whether the optimizer class is known to update each parameter independently of the others."""
-    is_own = kind.__name__ == MUON_CLASS and kind.__module__.endswith(MUON_MODULE)
+    is_own = any(
+        kind.__name__ == name and kind.__module__.endswith(module) for module, name in OWN_OPTIMIZERS.items()
+    )
     return is_own or kind.__name__ in PER_PARAMETER.get(kind.__module__.partition(".")[0], frozenset())
 
 
