@@ -140,11 +140,6 @@ class RunSetup:
         return self.tags is not None or self.kind.trains_embedding or learns or bool(varied)
 
     @property
-    def uses_8bit_text_encoders(self) -> bool:
-        """Whether the text encoders are loaded in 8 bit."""
-        return 0 < self.memory < SMALL_CARD_GIB
-
-    @property
     def needs_float32(self) -> bool:
         """Whether the run uses a CPU on which bfloat16 is many times slower than float32."""
         return not self.memory and emulates_bfloat16()
@@ -343,7 +338,13 @@ def _describe_subsets(setup: RunSetup) -> list[str]:
         dataset_keys: dict[str, Any] = {} if size == setup.target_size else {"resolution": size}
         if uses_limits:
             # the [general] table already has the keys of another trainer's project
-            sides = _choose_bucket_sides(size)
+            # min_bucket_reso and max_bucket_reso, in steps of SIDE_STEP
+            shortest = min(size)
+            if shortest >= SIDE_STEP:
+                shortest = shortest // SIDE_STEP * SIDE_STEP
+            # leaves room for the long side of an image with an extreme aspect ratio
+            largest = round_up(2 * max(size), SIDE_STEP)
+            sides = {"min_bucket_reso": min(DEFAULT_SIDE, shortest), "max_bucket_reso": largest}
             dataset_keys |= {name: side for name, side in sides.items() if name not in general_keys}
         lines += ["", *_format_toml_table("[[datasets]]", dataset_keys)]
         for subset_keys in _list_subsets(setup):
@@ -351,16 +352,6 @@ def _describe_subsets(setup: RunSetup) -> list[str]:
                 subset_keys["cache_directory"] = _name_cache(subset_keys, size)
             lines += ["", *_format_toml_table("[[datasets.subsets]]", subset_keys)]
     return lines
-
-
-def _choose_bucket_sides(size: tuple[int, int]) -> dict[str, int]:
-    """Return the keys min_bucket_reso and max_bucket_reso for a target size, in steps of SIDE_STEP."""
-    shortest = min(size)
-    if shortest >= SIDE_STEP:
-        shortest = shortest // SIDE_STEP * SIDE_STEP
-    # leaves room for the long side of an image with an extreme aspect ratio
-    largest = round_up(2 * max(size), SIDE_STEP)
-    return {"min_bucket_reso": min(DEFAULT_SIDE, shortest), "max_bucket_reso": largest}
 
 
 def _list_subsets(setup: RunSetup) -> list[dict[str, Any]]:
@@ -516,7 +507,11 @@ def _make_sample_prompts(setup: RunSetup) -> list[str]:
     """Return sample prompts: two with the subject in different situations, and one without it."""
     captions = [find_text(item.caption) for item in setup.media if item.caption]
     subject = _find_sample_subject(setup, captions)
-    prompts = [f"{subject}, {situation}" for situation in _select_situations(captions)]
+    # two situations, if possible ones that no caption mentions
+    lower = [caption.lower() for caption in captions]
+    new = [text for word, text in SITUATIONS.items() if not any(word in caption for caption in lower)]
+    situations = (new if len(new) > 1 else list(SITUATIONS.values()))[:2]
+    prompts = [f"{subject}, {situation}" for situation in situations]
     if not setup.kind.trains_embedding:
         prompts.append(EDIT_INSTRUCTION if setup.model_info.needs_reference else PROMPT_WITHOUT_SUBJECT)
     quality_tags = setup.model.properties.get("tags")
@@ -535,7 +530,19 @@ def _find_sample_subject(setup: RunSetup, captions: Sequence[str]) -> str:
     subject = plain(setup.trigger_word or _find_subject(captions or class_names))
     if setup.tags is None:
         return subject
-    return plain(_join_shared_tags(setup.tags, setup.trigger_word) or as_words(subject))
+    # the trigger word and the tags that all captions share
+    words = (
+        []
+        if setup.trigger_word is None or setup.trigger_word in setup.tags.shared_tags
+        else [setup.trigger_word]
+    )
+    length = 0
+    for tag in map(as_words, setup.tags.shared_tags):
+        length += len(tag)
+        if length <= MAX_SUBJECT_LENGTH:
+            words.append(tag)
+    shared = ", ".join(words)
+    return plain(shared or as_words(subject))
 
 
 def _describe_edit_samples(setup: RunSetup, edits: Sequence[Edit], released_values: str) -> str:
@@ -590,13 +597,6 @@ def _describe_layer_samples(setup: RunSetup, released_values: str) -> str:
     return lines
 
 
-def _select_situations(captions: Sequence[str]) -> list[str]:
-    """Return two situations for sample prompts, if possible ones that no caption mentions."""
-    lower = [caption.lower() for caption in captions]
-    new = [text for word, text in SITUATIONS.items() if not any(word in caption for caption in lower)]
-    return (new if len(new) > 1 else list(SITUATIONS.values()))[:2]
-
-
 def _sample_size(setup: RunSetup) -> dict[str, Any]:
     """Return the size of a sample by the letters of its options: w, h and f (frames)."""
     # Audio models have only f, image models have no f.
@@ -618,17 +618,6 @@ def _find_subject(captions: Sequence[str]) -> str:
     if all(word.lower() in {"a", "an", "the"} for word in common):
         subject = min((text for text in captions if text), key=len, default="")
     return re.split(r"[,.;:]", subject)[0][:MAX_SUBJECT_LENGTH].strip() or "a person"
-
-
-def _join_shared_tags(tags: TagLists, trigger: str | None) -> str:
-    """Return the trigger word and the tags that all captions share, as a prompt."""
-    words = [] if trigger is None or trigger in tags.shared_tags else [trigger]
-    length = 0
-    for tag in map(as_words, tags.shared_tags):
-        length += len(tag)
-        if length <= MAX_SUBJECT_LENGTH:
-            words.append(tag)
-    return ", ".join(words)
 
 
 def _released_values(model: ModelSet) -> dict[str, Any]:
@@ -687,7 +676,8 @@ def list_commands(setup: RunSetup) -> list[list[str]]:
     """
     model = setup.model
     download = ["python", "tools/download.py", "--family", model.family, "--task", model.task]
-    if setup.uses_8bit_text_encoders:
+    # a small card loads its text encoders in 8 bits
+    if 0 < setup.memory < SMALL_CARD_GIB:
         download.append("--fp8_encoders")
     if setup.options_without_download:
         download += ["--without", *setup.options_without_download]

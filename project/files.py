@@ -198,7 +198,13 @@ def _write_files(setup: describing.RunSetup) -> dict[Path, str]:
         text_by_name[OWN_PROMPTS] = write_prompts(list_distinct_captions(setup))
     text_by_path = {options.folder / name: text for name, text in text_by_name.items()}
     if not options.dry_run:
-        _write_captions_and_first_frames(setup.content)
+        # first frames of clips, and captions from lists; caption files that exist are not changed
+        for image, clip in setup.content.first_frames.items():
+            image.parent.mkdir(parents=True, exist_ok=True)
+            write_png(image, first_frame(clip))
+        for caption_file, caption in setup.content.new_captions.items():
+            if not caption_file.exists() or caption_file.with_suffix(".png") in setup.content.first_frames:
+                write_text(caption_file, f"{caption}\n")
         for path, text in text_by_path.items():
             write_text(path, text)
         remember_folder(options.folder, options.models)
@@ -318,7 +324,12 @@ def _make_setup(
     # which --from names.
     model = model_choice.model
     if 0 < memory < describing.SMALL_CARD_GIB:
-        model = _find_with_8bit_text_encoders(model)
+        # the same model with text encoders in 8 bits
+        model = next(
+            candidate
+            for candidate in find_models(fp8_encoders=True)
+            if (candidate.family, candidate.task) == (model.family, model.task)
+        )
     typed_paths = typed_files(options)
     # networks inside a typed checkpoint need no separate file
     embedded_files = find_embedded_files(model, typed_paths)
@@ -352,15 +363,6 @@ def _make_setup(
         may_hold_out_validation=True,
     )
     return setup if foreign is None else _apply_foreign_project(setup, foreign)
-
-
-def _find_with_8bit_text_encoders(model: ModelSet) -> ModelSet:
-    """Return the same model with 8-bit text encoders, for small GPUs."""
-    return next(
-        candidate
-        for candidate in find_models(fp8_encoders=True)
-        if (candidate.family, candidate.task) == (model.family, model.task)
-    )
 
 
 def _apply_foreign_project(setup: describing.RunSetup, foreign: ForeignProject) -> describing.RunSetup:
@@ -485,17 +487,6 @@ def _collect_content(
         ),
     )
     return collect_content(options.folder, training)
-
-
-def _write_captions_and_first_frames(content: FolderContent) -> None:
-    """Write first frames of clips, and caption files for captions from lists."""
-    # Existing caption files are not changed.
-    for image, clip in content.first_frames.items():
-        image.parent.mkdir(parents=True, exist_ok=True)
-        write_png(image, first_frame(clip))
-    for path, text in content.new_captions.items():
-        if not path.exists() or path.with_suffix(".png") in content.first_frames:
-            write_text(path, f"{text}\n")
 
 
 class DatasetProblems(NamedTuple):

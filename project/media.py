@@ -156,7 +156,12 @@ def collect_content(folder: Path, training: PlannedTraining) -> FolderContent:
     content.report_lines += _describe_names(folders_by_use.training_folders, content.parsed_folder_names)
     audio_files = _collect_media(folder, folders_by_use, content, model_info)
     if training.kind.uses_control_images:
-        _leave_out_clips(content, training.kind)
+        # runs of this kind use only images
+        clips = [item.path for item in content.media if item.is_clip]
+        if clips:
+            text = f"{name_some(clips)}: left out, as {training.kind.title} uses only images"
+            content.report_lines.append(warning(text))
+        content.media = [item for item in content.media if not item.is_clip]
     elif not model_info.trains_on_clips:
         _replace_clips_by_first_frames(folder, content, training.model_name)
     _select_source_images(folder, folders_by_use, content, training)
@@ -197,7 +202,13 @@ def _require_source_images(folder: Path, content: FolderContent, training: Plann
         layout = _describe_reference_layout(folder, training.model_name, content.media)
         raise DatasetError(layout + _indent_lines(content.report_lines))
     if training.kind.uses_control_images and not content.control_folders:
-        raise _make_control_error(folder, content, training.kind)
+        control_folder = folder / CONTROL_FOLDER
+        raise DatasetError(
+            f"{folder}: {training.kind.title} learns from pairs of an image and its control image, and no "
+            f"image has one. Put them into {control_folder}, under the names of the images. This draws "
+            f"their edges: {quote_command([*DRAW_EDGES, str(control_folder), str(folder)])}"
+            f"{_indent_lines(content.report_lines)}"
+        )
 
 
 def _require_audio(
@@ -225,17 +236,6 @@ def _require_media(
         remedy = f" {suggested_models.audio_options} learns sounds alone."
     raise DatasetError(
         f"{folder} has no clip and no image that can be read. Pass a folder that has one.{remedy}"
-        f"{_indent_lines(content.report_lines)}"
-    )
-
-
-def _make_control_error(folder: Path, content: FolderContent, kind: RunKind) -> DatasetError:
-    """Return the error for a folder without control images, with a command that draws edge images."""
-    control_folder = folder / CONTROL_FOLDER
-    return DatasetError(
-        f"{folder}: {kind.title} learns from pairs of an image and its control image, and no image "
-        f"has one. Put them into {control_folder}, under the names of the images. This draws "
-        f"their edges: {quote_command([*DRAW_EDGES, str(control_folder), str(folder)])}"
         f"{_indent_lines(content.report_lines)}"
     )
 
@@ -274,19 +274,15 @@ def _collect_media(
     for subfolder in training_folders:
         audio_files += _add_folder_media(folder, subfolder, content, model_info)
         if subfolder != folder:
-            unsorted_folders = _list_unsorted_folders(subfolder, folders_by_use)
+            # folders of no use, neither for training or regularization nor as references
+            sorted_folders = {*folders_by_use.training_folders, *folders_by_use.regularization_reasons}
+            inner_folders = [inner for inner in _list_subfolders(subfolder) if inner not in sorted_folders]
+            unsorted_folders = [inner for inner in inner_folders if not REFERENCES.fullmatch(inner.name)]
             content.report_lines += _describe_too_deep_media(unsorted_folders)
     _add_audio_files(content, audio_files, model_info)
     # these lines come first, although the lists in use are known only now
     content.report_lines[num_earlier_lines:num_earlier_lines] = _describe_lists(content)
     return audio_files
-
-
-def _list_unsorted_folders(subfolder: Path, folders_by_use: SortedFolders) -> list[Path]:
-    """Return subfolders that are used neither for training or regularization nor as references."""
-    sorted_folders = {*folders_by_use.training_folders, *folders_by_use.regularization_reasons}
-    inner_folders = [inner for inner in _list_subfolders(subfolder) if inner not in sorted_folders]
-    return [inner for inner in inner_folders if not REFERENCES.fullmatch(inner.name)]
 
 
 def _describe_control_pairs(
@@ -616,7 +612,13 @@ def _add_folder_media(
         return []
     files = _sort_files(paths)
     media = _select_layered_images(files.media, content) if model_info.trains_on_layers else files.media
-    _add_media(media, content, model_info)
+    encodings: list[str] = []
+    for file in media:
+        try:
+            content.media.append(_read_media(file, content, model_info, encodings))
+        except MediaError as failure:
+            _record_unreadable(file, failure, content)
+    _report_non_utf8_files(encodings, content)
     content.report_lines += _describe_labels(folder, subfolder, files.labeled_media, content)
     audio_files = [path for suffix in AUDIO_SUFFIXES for path in files.others_by_suffix.get(suffix, [])]
     # also folders and hidden files with a media suffix, so that their captions are not reported as unused
@@ -722,17 +724,6 @@ def _is_user_file(path: Path) -> bool:
     return not is_written and not is_system_file and not path.is_dir()
 
 
-def _add_media(paths: Sequence[Path], content: FolderContent, model_info: "ModelInfo") -> None:
-    """Add clips and images to `content`, and messages about unreadable files and non-UTF-8 captions."""
-    encodings: list[str] = []
-    for path in paths:
-        try:
-            content.media.append(_read_media(path, content, model_info, encodings))
-        except MediaError as error:
-            _record_unreadable(path, error, content)
-    _report_non_utf8_files(encodings, content)
-
-
 def _report_non_utf8_files(encodings: Sequence[str], content: FolderContent) -> None:
     """Add a message about caption files that are not UTF-8, if there are any."""
     if encodings:
@@ -778,7 +769,16 @@ def _describe_other_files(
             text = _describe_captions_without_media(unused, content.caption_suffix, owners)
             lines.append(warning(text))
         elif unused:
-            reason = _explain_unread_files(unused, stems, content.caption_suffix)
+            if unused[0].suffix in (CAPTIONS, *OTHER_CAPTIONS) and stems & {path.stem for path in unused}:
+                reason = (
+                    f"captions are read from {content.caption_suffix} files. Rename them, or in a folder of "
+                    f'their own give its table in dataset.toml caption_extension = "{unused[0].suffix}"'
+                )
+            else:
+                remedy = find_remedy(unused[0].suffix.lower())
+                reason = (
+                    "neither media nor captions" if remedy is None else f"this kind is not read; {remedy}"
+                )
             lines.append(warning(f"{name_some(unused)}: left out, {reason}"))
     return lines
 
@@ -795,17 +795,6 @@ def _describe_captions_without_media(paths: Sequence[Path], suffix: str, owners:
     return (
         f"{name_some(paths)}: captions without a file. A caption has the name of its file, such as {example}"
     )
-
-
-def _explain_unread_files(paths: Sequence[Path], stems: set[str], captions: str) -> str:
-    """Return why files with this suffix, which no image, clip or audio file has, are not used."""
-    if paths[0].suffix in (CAPTIONS, *OTHER_CAPTIONS) and stems & {path.stem for path in paths}:
-        return (
-            f"captions are read from {captions} files. Rename them, or in a folder of their own "
-            f'give its table in dataset.toml caption_extension = "{paths[0].suffix}"'
-        )
-    remedy = find_remedy(paths[0].suffix.lower())
-    return "neither media nor captions" if remedy is None else f"this kind is not read; {remedy}"
 
 
 def _add_audio_files(content: FolderContent, audio_files: Sequence[Path], model_info: "ModelInfo") -> None:
@@ -901,22 +890,18 @@ def _take_first_frame(folder: Path, content: FolderContent, clip: Media) -> Medi
         text = f"left out: {clip.path}: its caption cannot be read. Save it as UTF-8"
         content.report_lines.append(fault(text))
         return None
-    target = _first_frame_path(folder, content, clip.path)
+    # In the folder of first frames, below the folder that the clip is in. Clips of one stem in several formats
+    # get different names.
+    inside = clip.path.parent.relative_to(folder)
+    target = folder / FIRST_FRAMES / inside / f"{clip.path.stem}.png"
+    while target in content.first_frames:
+        target = target.with_stem(f"{target.stem}_{clip.path.suffix[1:]}")
     content.first_frames[target] = clip.path
     if clip.caption is not None:
         _move_caption(content, clip.path, target, clip.caption)
     if clip.path.parent in content.parsed_folder_names:
         content.parsed_folder_names[target.parent] = content.parsed_folder_names[clip.path.parent]
     return Media(target, "image", (width, height), seconds=None, caption=clip.caption)
-
-
-def _first_frame_path(folder: Path, content: FolderContent, clip: Path) -> Path:
-    """Return a path for a clip's first frame that no other clip uses."""
-    inside = clip.parent.relative_to(folder)
-    path = folder / FIRST_FRAMES / inside / f"{clip.stem}.png"
-    while path in content.first_frames:
-        path = path.with_stem(f"{path.stem}_{clip.suffix[1:]}")
-    return path
 
 
 def _move_caption(content: FolderContent, clip: Path, picture: Path, caption: str) -> None:
@@ -1010,15 +995,6 @@ def _select_control_folders(
     for unused in folders_by_use.reference_folders:
         if unused not in content.control_folders.values() and _list_media_files(unused):
             content.report_lines.append(warning(f"{unused}: left out. {unused_reason}"))
-
-
-def _leave_out_clips(content: FolderContent, kind: RunKind) -> None:
-    """Remove clips from `content`, with a warning: runs of this kind use only images."""
-    clips = [item.path for item in content.media if item.is_clip]
-    if clips:
-        text = f"{name_some(clips)}: left out, as {kind.title} uses only images"
-        content.report_lines.append(warning(text))
-    content.media = [item for item in content.media if not item.is_clip]
 
 
 def _select_folder_references(image_folder: Path, candidates: Sequence[Path], content: FolderContent) -> None:
@@ -1195,7 +1171,12 @@ def _describe_identical_files(media: Sequence[Media]) -> list[str]:
     groups = group_identical_files(media)
     lines = []
     for paths in groups[:MAX_LISTED]:
-        names = " = ".join(_label_paths(paths))
+        # with their folders, unless all files share one
+        if len({path.parent for path in paths}) == 1:
+            labels = [path.name for path in paths[:MAX_LISTED]]
+        else:
+            labels = [f"{path.parent.name}/{path.name}" for path in paths[:MAX_LISTED]]
+        names = " = ".join(labels)
         lines.append(
             f"{names}: equal copies, which are trained more often than others. Delete all but one of "
             f"{len(paths)}"
@@ -1203,13 +1184,6 @@ def _describe_identical_files(media: Sequence[Media]) -> list[str]:
     if len(groups) > MAX_LISTED:
         lines.append(f"... and {len(groups) - MAX_LISTED} more groups of equal copies")
     return lines
-
-
-def _label_paths(paths: Sequence[Path]) -> list[str]:
-    """Return file names for a message, with their folders unless all files share one."""
-    if len({path.parent for path in paths}) == 1:
-        return [path.name for path in paths[:MAX_LISTED]]
-    return [f"{path.parent.name}/{path.name}" for path in paths[:MAX_LISTED]]
 
 
 def _is_transparent(path: Path) -> bool:

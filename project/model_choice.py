@@ -343,26 +343,31 @@ def select_model(
         model = _ask_for_task(options, candidates, memory)
         remarks = []
     else:
-        model = _select_without_asking(options.task, candidates)
-        remarks = _describe_selection(options.task, model, candidates)
+        # the first model of the typed task; without a task, the family's only base model
+        if options.task is not None or len(candidates) == 1:
+            model = candidates[0]
+        else:
+            base_models = [model for model in candidates if _is_base_model(model)]
+            if len(base_models) != 1:
+                names = ", ".join(f"{model.task} ({model.about})" for model in candidates)
+                raise OptionError(f"--task is missing: pass one of {names}")
+            model = base_models[0]
+        # a line about the choice, unless the user typed the exact task
+        if len(candidates) > 1:
+            not_taken = ", ".join(candidate.task for candidate in candidates if candidate is not model)
+            remarks = [f"--task {model.task} is taken: {model.about}. Others: {not_taken}"]
+        elif options.task is not None and plain_name(options.task) not in (
+            {plain_name(model.task), plain_name(_training_task(model))}
+        ):
+            remarks = [f"--task {options.task}: {model.task} is taken, {model.about}"]
+        else:
+            remarks = []
     remarks += _describe_smaller_models(model, models, memory)
     trigger = options.trigger_word
     if trigger is None and (asks_for_task or options.family is None):
         question = "--trigger_word (a made-up word for the subject; empty: none)"
         trigger = _ask(question, _read_trigger, "")
     return ModelChoice(model, trigger or None, remarks)
-
-
-def _describe_selection(typed_task: str | None, model: ModelSet, candidates: Sequence[ModelSet]) -> list[str]:
-    """Return a line about a model that was selected automatically; [] if the user typed its exact task."""
-    if len(candidates) > 1:
-        not_taken = ", ".join(candidate.task for candidate in candidates if candidate is not model)
-        return [f"--task {model.task} is taken: {model.about}. Others: {not_taken}"]
-    if typed_task is not None and plain_name(typed_task) not in (
-        {plain_name(model.task), plain_name(_training_task(model))}
-    ):
-        return [f"--task {typed_task}: {model.task} is taken, {model.about}"]
-    return []
 
 
 def _describe_smaller_models(model: ModelSet, models: Sequence[ModelSet], memory: float) -> list[str]:
@@ -411,17 +416,6 @@ def _list_candidates(named: NamedModel, typed_task: str | None, models: Sequence
     if named.task is not None:
         return [model for model in family_models if model.task == named.task]
     return family_models
-
-
-def _select_without_asking(typed_task: str | None, candidates: Sequence[ModelSet]) -> ModelSet:
-    """Return the first model of the typed task; without a task, the family's only base model."""
-    if typed_task is not None or len(candidates) == 1:
-        return candidates[0]
-    base_models = [model for model in candidates if _is_base_model(model)]
-    if len(base_models) != 1:
-        names = ", ".join(f"{model.task} ({model.about})" for model in candidates)
-        raise OptionError(f"--task is missing: pass one of {names}")
-    return base_models[0]
 
 
 def _is_base_model(model: ModelSet) -> bool:
@@ -487,7 +481,11 @@ def _make_task_error(
     """Return the error for an unknown or ambiguous task, with the families, pages or tasks it may mean."""
     family = tasks[0].family
     names = [model.task for model in tasks]
-    other_families = _find_families_with_task(text, _training_script(tasks[0]))
+    # families of this training script, which are easily confused
+    models = [model for model in find_models() if _training_script(model) == _training_script(tasks[0])]
+    other_families = list(
+        dict.fromkeys(model.family for model in models if is_task_spelling(text, model.task))
+    )
     if other_families:
         return OptionError(
             f"--task {text} is one of --family {' or '.join(other_families)}; {family} has {', '.join(names)}"
@@ -512,12 +510,6 @@ def _is_of_release(text: str, model: ModelSet) -> bool:
     return re.fullmatch(r"\d+(\.\d+)?", text) is not None and any(
         re.search(rf"(?<![\d.]){re.escape(text)}(?![\d.])", name) for name in names
     )
-
-
-def _find_families_with_task(text: str, script: str) -> list[str]:
-    """Return the families of a training script (they are easily confused) that have a task of this name."""
-    models = [model for model in find_models() if _training_script(model) == script]
-    return list(dict.fromkeys(model.family for model in models if is_task_spelling(text, model.task)))
 
 
 def _training_script(model: ModelSet) -> str:

@@ -303,7 +303,15 @@ def _run_or_exit(
 
 def _read_project(path_or_folder: Path, typed_options: Mapping[str, Any]) -> Project:
     """Return the project in a folder's run.toml, after checking its paths."""
-    folder = _find_described_folder(path_or_folder)
+    # a path to its run.toml stands for the folder
+    if path_or_folder.name == RUN_FILE and not path_or_folder.is_dir():
+        folder = path_or_folder.parent
+    elif path_or_folder.is_file():
+        raise OptionError(
+            f"{path_or_folder} is a file. Pass the folder that `new` described, or its {RUN_FILE}"
+        )
+    else:
+        folder = path_or_folder
     path = folder / RUN_FILE
     try:
         project = _parse_project(folder, parse_toml(read_text(path)), typed_options)
@@ -339,17 +347,6 @@ def _extend_training(project: Project, argv: Sequence[str]) -> Project:
     """Append arguments to the training command, which is the last command of the project."""
     *first_commands, training = project.commands
     return replace(project, commands=[*first_commands, [*training, *argv]])
-
-
-def _find_described_folder(path_or_folder: Path) -> Path:
-    """Return the folder of a path, which may also be the folder's run.toml."""
-    if path_or_folder.name == RUN_FILE and not path_or_folder.is_dir():
-        return path_or_folder.parent
-    if path_or_folder.is_file():
-        raise OptionError(
-            f"{path_or_folder} is a file. Pass the folder that `new` described, or its {RUN_FILE}"
-        )
-    return path_or_folder
 
 
 def _parse_project(folder: Path, tables: Mapping[str, Any], typed_options: Mapping[str, Any]) -> Project:

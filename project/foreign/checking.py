@@ -38,7 +38,9 @@ def check_run(
         # accepted, or it lacks a file that `run --download` or `new` will still create
         if message is None or MISSING_FILE_MESSAGE.search(message):
             return
-        rejected_option = _find_option_in_message(project, message)
+        # the first option in the message that comes from the other trainer's file
+        names = re.findall(r"(?:--|\b)([a-z][a-z0-9_]+)", message)
+        rejected_option = next((name for name in names if name in project.training_options), None)
         if rejected_option is None:
             # the message is not about any of the project's options
             project.omission_lines.append(f"this run would not begin: {message}")
@@ -64,9 +66,3 @@ def _find_rejection_message(script: str, folder: Path, texts: Mapping[str, str])
         # paths of the temporary copies mean nothing to the user
         message = message.replace(f"{copies / RUN_FILE}: ", "").replace(f"{copies}{os.sep}", "")
         return " ".join(message.split())
-
-
-def _find_option_in_message(project: ForeignProject, message: str) -> str | None:
-    """Return the first option in an error message that comes from the other trainer's project file."""
-    names = re.findall(r"(?:--|\b)([a-z][a-z0-9_]+)", message)
-    return next((name for name in names if name in project.training_options), None)

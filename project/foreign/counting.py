@@ -50,7 +50,10 @@ def _list_items(
     bucket = _find_bucket(setup, table, path, None if media is None else media.size)
     lengths = [1]
     if media is not None and media.is_clip:
-        lengths = _list_lengths(setup, table, media)
+        # [1] if the clip is too short for any target
+        frames = describing.count_frames(media, setup.model)
+        reached = [target for target in table.buckets.target_frames if target <= frames]
+        lengths = reached or [1]
     return [CountedFile(table, (*bucket, length)) for length in lengths]
 
 
@@ -75,13 +78,6 @@ def count_epoch_steps(setup: describing.RunSetup) -> int:
             return max(len(setup.media), 1)
     accumulated = setup.training_options.get("gradient_accumulation_steps", 1)
     return ceil_div(count_batches(files), accumulated)
-
-
-def _list_lengths(setup: describing.RunSetup, table: DatasetTable, item: Media) -> list[int]:
-    """Return the frame count of each training item of a clip; [1] if the clip is too short for any target."""
-    frames = describing.count_frames(item, setup.model)
-    reached = [target for target in table.buckets.target_frames if target <= frames]
-    return reached or [1]
 
 
 def _find_bucket(

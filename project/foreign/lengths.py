@@ -29,12 +29,22 @@ def select_length(
     Epochs are converted to steps. `steps_per_epoch` is for the new dataset.toml, with all of its files.
     """
     epoch = Epoch(_count_steps_per_epoch(project, steps_per_epoch), num_files)
-    file_steps = _read_file_steps(project)
+    # the steps that the file sets; 0 has no effect there, as if the key were missing
+    file_steps: int | None = project.new_options.get("max_train_steps") or None
+    if file_steps is None and "max_train_steps" in project.new_options:
+        key = project.get_file_key("max_train_steps")
+        project.remove_from_report(key)
+        project.ineffective_keys.append(key)
     # settings of 0 epochs have no effect
     epochs = [setting for setting in project.epoch_settings if setting.number]
     project.ineffective_keys += [setting.key for setting in project.epoch_settings if not setting.number]
-    if _has_typed_steps(options):
-        _report_unused_length(project, epochs, file_steps, options.max_train_steps)
+    default_steps = NewOptions(folder=options.folder).max_train_steps
+    if options.max_train_steps != default_steps:
+        # the command line sets the length, so that the project's has no effect
+        for file_epochs in epochs:
+            project.report_omitted_value(file_epochs.key, file_epochs.number, _OVERRIDDEN)
+        if file_steps is not None and file_steps != options.max_train_steps:
+            _report_unused_steps(project, file_steps, _OVERRIDDEN)
         steps = options.max_train_steps
     else:
         steps = _select_steps(project, epochs, file_steps, epoch) or options.max_train_steps
@@ -55,30 +65,6 @@ def _count_steps_per_epoch(project: ForeignProject, steps_per_epoch: int) -> int
         )
         steps_per_epoch = math.ceil(sum(count or 0 for count in files_per_epoch) / batch)
     return max(steps_per_epoch, 1)
-
-
-def _has_typed_steps(options: NewOptions) -> bool:
-    return options.max_train_steps != NewOptions(folder=options.folder).max_train_steps
-
-
-def _read_file_steps(project: ForeignProject) -> int | None:
-    """Return the number of steps that a project file sets; None if it sets none or 0 (no effect)."""
-    steps: int | None = project.new_options.get("max_train_steps") or None
-    if steps is None and "max_train_steps" in project.new_options:
-        key = project.get_file_key("max_train_steps")
-        project.remove_from_report(key)
-        project.ineffective_keys.append(key)
-    return steps
-
-
-def _report_unused_length(
-    project: ForeignProject, epochs: Sequence[FileEpochs], file_steps: int | None, typed: int
-) -> None:
-    """Report that the project's epochs or steps are not used, because the command line sets the length."""
-    for file_epochs in epochs:
-        project.report_omitted_value(file_epochs.key, file_epochs.number, _OVERRIDDEN)
-    if file_steps is not None and file_steps != typed:
-        _report_unused_steps(project, file_steps, _OVERRIDDEN)
 
 
 def _select_steps(

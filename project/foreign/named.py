@@ -37,9 +37,20 @@ def adopt_by_name(
         elif key in script.accepted or _is_dataset_key(key):
             _adopt_or_report(project, script, key, value, is_set_by_new=key in options_set_by_new)
         elif key in script.rejected:
-            _report_rejected(project, key, value, script.rejected[key])
+            # a switch that is off, or a number that turns nothing on, changes nothing here either
+            if is_off(value) or str(value) in {"0", "0.0"}:
+                project.ineffective_keys.append(show(key))
+            else:
+                project.report_omitted_value(key, value, script.rejected[key])
         else:
-            _report_unknown(project, key, value, our_names)
+            # no rule covers the key; this program may have it under another name
+            our_name = _find_our_name(key, our_names)
+            if is_off(value):
+                project.ineffective_keys.append(show(key))
+            elif our_name is not None:
+                _report_key_with_other_name(project, key, our_name)
+            else:
+                project.unknown_keys.append(show(key))
     project.keys_without_rule = {}
     _report_similar_names(project, our_names)
 
@@ -55,7 +66,11 @@ def _adopt_or_report(
     """Adopt a key of dataset.toml or a training option; report it as omitted if its value is not allowed."""
     try:
         if _is_dataset_key(key):
-            _adopt_dataset_key(project, key, value)
+            # dataset.toml has the same key
+            fact = SUBSET_KEYS[key]
+            project.general_keys[key] = fact.value_type.read(_as_plain(value, fact.default))
+            project.source_keys[key] = show(key)
+            project.adopted_keys.append(show(key))
         else:
             _adopt_option(project, script.accepted[key], key, value, is_set_by_new)
     except InvalidValue as error:  # often without a text: then the key's type says what is allowed
@@ -72,14 +87,6 @@ def _report_similar_names(project: ForeignProject, our_names: Collection[str]) -
         if our_name is not None:
             project.unknown_keys.remove(key)
             _report_key_with_other_name(project, key, our_name)
-
-
-def _adopt_dataset_key(project: ForeignProject, key: str, value: Any) -> None:
-    """Use a dataset.toml key unchanged. Raises InvalidValue or ValueError if its value is not allowed."""
-    fact = SUBSET_KEYS[key]
-    project.general_keys[key] = fact.value_type.read(_as_plain(value, fact.default))
-    project.source_keys[key] = show(key)
-    project.adopted_keys.append(show(key))
 
 
 def _as_plain(value: Any, default: Any) -> Any:
@@ -111,24 +118,6 @@ def _adopt_option(
     if converted != option.default or is_set_by_new:
         project.training_options[key] = converted
         project.source_keys[key] = show(key)
-
-
-def _report_rejected(project: ForeignProject, key: str, value: Any, reason: str) -> None:
-    if is_off(value) or str(value) in {"0", "0.0"}:
-        project.ineffective_keys.append(show(key))
-    else:
-        project.report_omitted_value(key, value, reason)
-
-
-def _report_unknown(project: ForeignProject, key: str, value: Any, our_names: Collection[str]) -> None:
-    """Report a key that no rule covers, with this program's name for it if there is one."""
-    our_name = _find_our_name(key, our_names)
-    if is_off(value):
-        project.ineffective_keys.append(show(key))
-    elif our_name is not None:
-        _report_key_with_other_name(project, key, our_name)
-    else:
-        project.unknown_keys.append(show(key))
 
 
 def _report_key_with_other_name(project: ForeignProject, key: str, our_name: str) -> None:

@@ -1,7 +1,7 @@
 """Find the model that another trainer's file names."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from downloads.catalogue import TRAINING_ADAPTER
@@ -49,7 +49,12 @@ def select_project_model(
             model._replace(task=None) if model.specificity == _MODEL_KIND else model for model in models
         ]
     if models:
-        _use_most_specific(project, models)
+        # The one that is named most specifically: one with a task first, then by the order _MODEL_VARIANT,
+        # _MODEL_FILE, _MODEL_KIND.
+        chosen = min(models, key=lambda model: (model.task is None, model.specificity))
+        project.new_options["family"] = chosen.family
+        if chosen.task is not None:
+            project.new_options["task"] = chosen.task
     for key, value in project.adapters:
         _use_adapter(project, key, value)
 
@@ -62,15 +67,6 @@ def _guess_model(project: ForeignProject, values: Mapping[str, Any]) -> list[Fil
     family, task = guessed
     project.change_lines.append(f"no key names another model: --family {family} --task {task}")
     return [FileModel(_MODEL_KIND, family, task)]
-
-
-def _use_most_specific(project: ForeignProject, models: Sequence[FileModel]) -> None:
-    """Set the family and task of the model that is named most specifically as options of `new`."""
-    # one with a task first, then by the order _MODEL_VARIANT, _MODEL_FILE, _MODEL_KIND
-    chosen = min(models, key=lambda model: (model.task is None, model.specificity))
-    project.new_options["family"] = chosen.family
-    if chosen.task is not None:
-        project.new_options["task"] = chosen.task
 
 
 def _use_adapter(project: ForeignProject, key: str, value: str) -> None:
@@ -104,7 +100,13 @@ def _read_model_key(
         # a switch such as `is_flux` names the model by its key
         name = f"{key.split('.')[-1]}=True" if value is True else str(value)
         specificity = _MODEL_FILE if rule.target == contract.FILE else _MODEL_KIND
-    named_model = _find_model_by_name(project.program, name)
+    # What the name of a model, a repository or a released file stands for: family and task. The task is None
+    # if the trainer's name stands for all tasks of a family.
+    by_name = _index_models_by_name(project.program)
+    file_name = re.split(r"[/\\]", name.strip().rstrip("/\\"))[-1]
+    stem = re.sub(r"\.(safetensors|ckpt|sft|gguf|pt)$", "", file_name)
+    without_format = re.sub(r"[-_]diffusers$", "", stem, flags=re.IGNORECASE)
+    named_model = by_name.get(plain_name(name)) or by_name.get(plain_name(without_format))
     is_file = rule.target == contract.FILE and isinstance(value, str) and key not in project.assumed_defaults
     if is_file:
         project.own_files.append(ForeignFile(show(key), value, (), is_released=named_model is not None))
@@ -118,16 +120,6 @@ def _read_model_key(
     if key not in project.assumed_defaults:
         project.report_change(key, value, f"--family {family} --task {task or '(asked for)'}")
     return FileModel(specificity, family, task)
-
-
-def _find_model_by_name(program: Program, name: str) -> tuple[str, str | None] | None:
-    """Return the (family, task) that a model name, a repository or a released file stands for."""
-    # The task is None if the trainer's name stands for all tasks of a family.
-    by_name = _index_models_by_name(program)
-    file_name = re.split(r"[/\\]", name.strip().rstrip("/\\"))[-1]
-    stem = re.sub(r"\.(safetensors|ckpt|sft|gguf|pt)$", "", file_name)
-    without_format = re.sub(r"[-_]diffusers$", "", stem, flags=re.IGNORECASE)
-    return by_name.get(plain_name(name)) or by_name.get(plain_name(without_format))
 
 
 def _index_models_by_name(program: Program) -> dict[str, tuple[str, str | None]]:

@@ -33,9 +33,17 @@ def resolve_optimizer(project: ForeignProject, memory: float) -> None:
         project.optimizer_arguments = {}
         return
     if not memory:
-        _replace_gpu_optimizer(project)
+        # an optimizer that needs a GPU becomes the most similar one for the CPU
+        typed = project.training_options["optimizer_type"]
+        if typed in _CPU_OPTIMIZERS:
+            cpu_optimizer = _CPU_OPTIMIZERS[typed]
+            project.training_options["optimizer_type"] = cpu_optimizer
+            project.report_change("optimizer_type", typed, f"it needs a card, so it is {cpu_optimizer} here")
     optimizer: str = training["optimizer_type"]
-    _report_missing_package(project, optimizer)
+    # some optimizers come in packages of their own
+    package = _PACKAGE_BY_OPTIMIZER.get(str(optimizer))
+    if package is not None and find_spec(package) is None:
+        project.missing_packages.append(DISTRIBUTIONS[package])
     arguments = {
         **project.program.default_optimizer_arguments.get(optimizer, {}),
         **_join_arguments(project, optimizer),
@@ -46,22 +54,6 @@ def resolve_optimizer(project: ForeignProject, memory: float) -> None:
         _omit_adafactor_rates(project)
     elif training.get("lr_scheduler") == "adafactor":
         project.remove_option("lr_scheduler", "it belongs to Adafactor with relative_step=True")
-
-
-def _replace_gpu_optimizer(project: ForeignProject) -> None:
-    """Replace an optimizer that needs a GPU by the most similar one for the CPU."""
-    optimizer = project.training_options["optimizer_type"]
-    if optimizer not in _CPU_OPTIMIZERS:
-        return
-    cpu_optimizer = _CPU_OPTIMIZERS[optimizer]
-    project.training_options["optimizer_type"] = cpu_optimizer
-    project.report_change("optimizer_type", optimizer, f"it needs a card, so it is {cpu_optimizer} here")
-
-
-def _report_missing_package(project: ForeignProject, optimizer: str) -> None:
-    package = _PACKAGE_BY_OPTIMIZER.get(str(optimizer))
-    if package is not None and find_spec(package) is None:
-        project.missing_packages.append(DISTRIBUTIONS[package])
 
 
 def _join_arguments(project: ForeignProject, optimizer: str) -> dict[str, Any]:

@@ -23,20 +23,16 @@ def join_datasets(project: ForeignProject) -> None:
         if dataset.draws_fixed_number:
             dataset.files_per_epoch = dataset.table_keys.pop("num_repeats", None)
         if dataset.is_unused:
-            _report_unused_dataset(project, dataset)
+            _report_omitted_keys(project, dataset, dataset.table_keys, _NOT_LEARNED)
+            if dataset.folder_key:
+                project.folder_by_key.pop(dataset.folder_key, None)
+                project.report_omitted_key(dataset.folder_key, _NOT_LEARNED)
         elif dataset.path is not None or dataset.table_keys:
             used_datasets[name] = dataset
     project.datasets = _join_same_folders(project, used_datasets)
     _resolve_resolutions(project)
     if len(project.datasets) == 1:
         _move_to_general(project, *project.datasets.values())
-
-
-def _report_unused_dataset(project: ForeignProject, dataset: ForeignDataset) -> None:
-    _report_omitted_keys(project, dataset, dataset.table_keys, _NOT_LEARNED)
-    if dataset.folder_key:
-        project.folder_by_key.pop(dataset.folder_key, None)
-        project.report_omitted_key(dataset.folder_key, _NOT_LEARNED)
 
 
 def _join_same_folders(

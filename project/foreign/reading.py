@@ -95,13 +95,24 @@ def _convert_values(project: ForeignProject, values: Mapping[str, Any]) -> dict[
     ineffective_keys = project.program.find_ineffective_keys(values)
     model_rules: dict[str, KeyRule] = {}
     for key, value in values.items():
-        if _is_read_elsewhere(project, key, value):
+        # it names a further file, or selects the networks to train
+        names_companion_file = key in project.program.companion_keys and isinstance(value, str)
+        is_read_elsewhere = names_companion_file or key in project.trained_networks.file_keys
+        if is_read_elsewhere:
             continue
         rule = find_rule(project.program, key)
         if key in ineffective_keys:
             project.ineffective_keys.append(show(key))
         elif rule is None:
-            _record_key_without_rule(project, key, value)
+            if project.program.shares_option_names:
+                project.keys_without_rule[key] = value
+            elif is_empty(value):
+                project.empty_keys.append(show(key))
+            elif key.startswith("optimizer.") and (value is False or value == 0):
+                # an argument of another optimizer: files list the arguments of all optimizers
+                project.ineffective_keys.append(show(key))
+            else:
+                project.unknown_keys.append(show(key))
         elif is_empty(value):
             project.empty_keys.append(show(key))
         elif rule.target in {contract.MODEL, contract.FILE}:
@@ -112,28 +123,9 @@ def _convert_values(project: ForeignProject, values: Mapping[str, Any]) -> dict[
     return model_rules
 
 
-def _is_read_elsewhere(project: ForeignProject, key: str, value: Any) -> bool:
-    """Return whether a key names an additional file, or selects the networks to train."""
-    names_companion_file = key in project.program.companion_keys and isinstance(value, str)
-    return names_companion_file or key in project.trained_networks.file_keys
-
-
 def is_empty(value: Any) -> bool:
     """Return whether a value means the same as a missing key."""
     return value is None or value in ("", [])
-
-
-def _record_key_without_rule(project: ForeignProject, key: str, value: Any) -> None:
-    """Record a key of another trainer's file that no rule covers, as empty, ineffective or unknown."""
-    if project.program.shares_option_names:
-        project.keys_without_rule[key] = value
-    elif is_empty(value):
-        project.empty_keys.append(show(key))
-    elif key.startswith("optimizer.") and (value is False or value == 0):
-        # an argument of another optimizer: files list the arguments of all optimizers
-        project.ineffective_keys.append(show(key))
-    else:
-        project.unknown_keys.append(show(key))
 
 
 def _join_numbers_with_units(project: ForeignProject, program: Program, values: dict[str, Any]) -> None:

@@ -87,7 +87,10 @@ def resolve_project(
     """
     remove_unsuitable_rates(project, kind)
     resolve_trained_networks(project, model, kind, script)
-    adopt_by_name(project, script, _list_options_set_by_new(model))
+    # options that `new` itself sets for the model
+    words = f"{model.commands['train']} {model.properties.get('train', '')}".split()
+    set_by_new = {word.removeprefix("--") for word in words if word.startswith("--")}
+    adopt_by_name(project, script, set_by_new)
     resolve_optimizer(project, memory)
     _resolve_network(project, model, kind)
     if kind.saves_large_files:  # large networks, for which `new` sets Adafactor
@@ -126,28 +129,25 @@ def _omit_unused_noise_levels(project: ForeignProject, model: ModelSet, script: 
         project.remove_option("discrete_flow_shift", reason)
 
 
-def _list_options_set_by_new(model: ModelSet) -> set[str]:
-    """Return the names of the options that `new` itself sets for a model."""
-    words = f"{model.commands['train']} {model.properties.get('train', '')}".split()
-    return {word.removeprefix("--") for word in words if word.startswith("--")}
-
-
-def _omit_convolution_arguments(project: ForeignProject) -> None:
-    """Drop the rank of convolutions, which has no effect in networks without them."""
-    for name in ("conv_dim", "conv_alpha"):
-        if name in project.network_arguments:
-            project.network_arguments.pop(name)
-            project.ineffective_keys.append(project.source_keys[name])
-
-
 def _resolve_network(project: ForeignProject, model: ModelSet, kind: RunKind) -> None:
     """Set rank, alpha and network arguments of a LoRA; for other kinds, omit them and report the reason."""
     if not model.properties.get("convolutions"):
-        _omit_convolution_arguments(project)
+        # networks without convolutions have no rank of them
+        for argument in ("conv_dim", "conv_alpha"):
+            if argument in project.network_arguments:
+                project.network_arguments.pop(argument)
+                project.ineffective_keys.append(project.source_keys[argument])
     if kind is LORA:
         _omit_lora_only_settings(project)
         _write_network_arguments(project)
-        _set_default_alpha(project)
+        # without an alpha, that of the other trainer
+        rank = project.training_options.get("network_dim")
+        if not (rank is None or "network_alpha" in project.training_options):
+            alpha = project.program.default_alpha
+            if alpha is None or rank >= FULL_RANK:  # full matrices are not scaled
+                alpha = rank
+            project.training_options["network_alpha"] = alpha
+            project.change_lines.append(f"no alpha is set: network_alpha = {alpha}, as in {project.title}")
     reason = f"{kind.title} is trained"
     if kind is not LORA:
         for name in project.network_arguments:
@@ -200,18 +200,6 @@ def _as_text(value: Any) -> str:
     return str(value) if isinstance(value, bool | str) else f"{value:g}"
 
 
-def _set_default_alpha(project: ForeignProject) -> None:
-    """Use the other trainer's default alpha if its project file sets none."""
-    rank = project.training_options.get("network_dim")
-    if rank is None or "network_alpha" in project.training_options:
-        return
-    alpha = project.program.default_alpha
-    if alpha is None or rank >= FULL_RANK:  # full matrices are not scaled
-        alpha = rank
-    project.training_options["network_alpha"] = alpha
-    project.change_lines.append(f"no alpha is set: network_alpha = {alpha}, as in {project.title}")
-
-
 def _adapt_adafactor_defaults(project: ForeignProject, script: ScriptOptions) -> None:
     """Replace defaults of `new` for full training that conflict with the project's optimizer and schedule."""
     # `new` sets Adafactor with fused_backward_pass, its arguments, no gradient clipping, and a warm-up.
@@ -238,7 +226,14 @@ def _adapt_adafactor_defaults(project: ForeignProject, script: ScriptOptions) ->
 
 def _resolve_dataset_keys(project: ForeignProject, dataset_layout: DatasetLayout) -> None:
     """Drop [general] keys that the new dataset.toml cannot have or that have no effect, and report them."""
-    _omit_unsuitable_bucket_step(project, dataset_layout.side_multiple)
+    # the step of buckets is a multiple of what the model needs
+    general_keys = project.general_keys
+    steps = general_keys.get("bucket_reso_steps", dataset_layout.side_multiple)
+    if steps % dataset_layout.side_multiple:
+        general_keys.pop("bucket_reso_steps")
+        project.remove_from_report("bucket_reso_steps")
+        reason = f"this model needs a multiple of {dataset_layout.side_multiple}"
+        project.report_omitted_value("bucket_reso_steps", steps, reason)
     _omit_subset_keys(project, dataset_layout)
     _fit_bucket_limits(project, dataset_layout.target_size)
     _fit_clip_lengths(project, project.general_keys, project.source_keys, dataset_layout)
@@ -258,17 +253,6 @@ def _resolve_dataset_keys(project: ForeignProject, dataset_layout: DatasetLayout
             project.general_keys.pop(name)
             project.remove_from_report(project.get_file_key(name))
             project.ineffective_keys.append(project.get_file_key(name))
-
-
-def _omit_unsuitable_bucket_step(project: ForeignProject, side_multiple: int) -> None:
-    """Drop bucket_reso_steps unless it is a multiple of `side_multiple`, which the model needs."""
-    general_keys = project.general_keys
-    steps = general_keys.get("bucket_reso_steps", side_multiple)
-    if steps % side_multiple:
-        general_keys.pop("bucket_reso_steps")
-        project.remove_from_report("bucket_reso_steps")
-        reason = f"this model needs a multiple of {side_multiple}"
-        project.report_omitted_value("bucket_reso_steps", steps, reason)
 
 
 def _fit_bucket_limits(project: ForeignProject, target_size: tuple[int, int]) -> None:

@@ -35,7 +35,10 @@ def convert_value(project: ForeignProject, rule: KeyRule, key: str, value: Any) 
     dataset = _find_dataset(project, key, value)
     setting = FileValue(rule, show(key), value, dataset)
     if rule.target == contract.OMITTED:
-        _report_omission(project, setting)
+        if is_off(setting.value):
+            project.ineffective_keys.append(setting.key)
+        else:
+            project.report_omitted_key(setting.key, setting.rule.name)
         return
     try:
         _ADOPTERS[rule.target](project, setting, rule.read(value))
@@ -78,13 +81,6 @@ def _find_table(program: Program, key: str) -> str | None:
             if match is not None:
                 return match[0]
     return None
-
-
-def _report_omission(project: ForeignProject, setting: FileValue) -> None:
-    if is_off(setting.value):
-        project.ineffective_keys.append(setting.key)
-    else:
-        project.report_omitted_key(setting.key, setting.rule.name)
 
 
 def _take_network(project: ForeignProject, setting: FileValue, module: str | None) -> None:
