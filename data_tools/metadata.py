@@ -78,7 +78,11 @@ def _merge_texts(options: TextsToMetadataOptions, extension: str, name: str) -> 
         if not file.is_file():
             without_text.append(str(image))
             continue
-        key = _name_image(image, options)
+        # an image's key in the metadata: its absolute path, or its relative path without suffix
+        if options.full_path:
+            key = str(real_path(image))
+        else:
+            key = image.relative_to(options.train_data_dir).with_suffix("").as_posix()
         text = _read_caption(file)
         entries[key] = {**entries.get(key, {}), name: text}
         num_texts += 1
@@ -152,10 +156,3 @@ def _read_caption(path: Path) -> str:
     if bad_character(text):
         raise DatasetError(f"{path} contains {bad_character(text)}. Fix it")
     return text
-
-
-def _name_image(path: Path, options: TextsToMetadataOptions) -> str:
-    """Return an image's key in the metadata: its absolute path, or its relative path without suffix."""
-    if options.full_path:
-        return str(real_path(path))
-    return path.relative_to(options.train_data_dir).with_suffix("").as_posix()

@@ -492,16 +492,14 @@ def write_grid(
     folder = run.options.output.save_path
     grid = ClipGrid(columns, tuple(rows))
     with reserve_stem(folder, f"compare_{datetime.now():%Y%m%d-%H%M%S}") as stem:
-        return write_grids(folder, stem, grid, title=_make_title(jobs, names=columns[1:]))
-
-
-def _make_title(jobs: Sequence[GenerationJob], names: Sequence[str]) -> str:
-    """Return the prompt of a single job, or the names of the compared training runs."""
-    # Numbers of epochs or steps are removed: file x-000010 belongs to run x.
-    if len(jobs) == 1:
-        return shorten_prompt(jobs[0].prepared.request.prompt)
-    trainings = [re.sub(r"-(step)?\d+$", "", name) for name in names]
-    return ", ".join(dict.fromkeys(trainings))
+        # The prompt of a single job, or the names of the compared training runs. Numbers of epochs or steps
+        # are removed: file x-000010 belongs to run x.
+        if len(jobs) == 1:
+            title = shorten_prompt(jobs[0].prepared.request.prompt)
+        else:
+            trainings = [re.sub(r"-(step)?\d+$", "", name) for name in columns[1:]]
+            title = ", ".join(dict.fromkeys(trainings))
+        return write_grids(folder, stem, grid, title=title)
 
 
 def _make_row(

@@ -252,7 +252,11 @@ def read_all(entries: Iterable[Entry], read: Callable[[Entry], Made]) -> list[Ma
 
 def _check_entry(entry: dict[str, Any], where: str) -> dict[str, Any]:
     """Convert the values of one prompt's table; return them by key, or raise OptionError for a wrong type."""
-    types = _list_types()
+    # the type that each key of a prompt's table accepts
+    types: dict[str, type] = {}
+    for known_option in SAMPLE_OPTIONS.values():
+        types[known_option.key] = list if known_option.repeats else type(known_option.read("1"))
+    types["prompt"] = str
     values: dict[str, Any] = {}
     for name, value in entry.items():
         key = name
@@ -262,7 +266,11 @@ def _check_entry(entry: dict[str, Any], where: str) -> dict[str, Any]:
             if key in entry:  # the key itself takes precedence
                 continue
         if option is _SIZE_OPTION:  # keys of a single side take precedence over the size
-            sides = _read_sides(value, where)
+            # such as [480, 832] or "480 832"
+            try:
+                sides = _read_size(" ".join(map(str, value)) if isinstance(value, list) else str(value))
+            except ValueError as error:
+                raise OptionError(f"{where}: size: {error}") from None
             values |= {side: number for side, number in sides.items() if side not in entry}
         elif key in types:
             values[key] = _convert(key, value, types[key], where)
@@ -270,15 +278,6 @@ def _check_entry(entry: dict[str, Any], where: str) -> dict[str, Any]:
             hint = did_you_mean(key, types) or f" Known: {', '.join(sorted(types))}"
             logger.warning("%s: the unknown key %s is ignored.%s", where, key, hint)
     return values
-
-
-def _list_types() -> dict[str, type]:
-    """Return the type that each key of a prompt's TOML table accepts."""
-    types: dict[str, type] = {}
-    for option in SAMPLE_OPTIONS.values():
-        types[option.key] = list if option.repeats else type(option.read("1"))
-    types["prompt"] = str
-    return types
 
 
 def _convert(key: str, value: Any, kind: type, where: str) -> Any:
@@ -295,11 +294,3 @@ def _convert(key: str, value: Any, kind: type, where: str) -> Any:
     if not isinstance(value, kind) or isinstance(value, bool):  # bool is a subclass of int
         raise OptionError(f"{where}: {key} = {value!r} must be of type {kind.__name__}")
     return value
-
-
-def _read_sides(size: Any, where: str) -> Mapping[str, int]:
-    """Parse a size such as [480, 832] or "480 832" into `height` and `width`; raise OptionError otherwise."""
-    try:
-        return _read_size(" ".join(map(str, size)) if isinstance(size, list) else str(size))
-    except ValueError as error:
-        raise OptionError(f"{where}: size: {error}") from None

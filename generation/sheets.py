@@ -180,12 +180,19 @@ def compose(grid: ClipGrid, frames: Sequence[Sequence[Frame | None]]) -> Frame:
 
     Frames may differ in size. A missing frame is an empty cell of the size of the first existing frame.
     """
-    sizes = _measure_cells(grid, frames)
+    # width and height of each frame as drawn; a missing frame gets an empty cell
+    side = max(NARROWEST_CELL, min(grid.max_cell_side, WIDEST // len(grid.columns)))
+    first_frame = next((frame for row in frames for frame in row if frame is not None), None)
+    empty_size = (side, side) if first_frame is None else _fit_side(first_frame, side)
+    sizes = [[empty_size if frame is None else _fit_side(frame, side) for frame in row] for row in frames]
     widths = [width for row in sizes for width, _ in row]
     column_width = max(NARROWEST_COLUMN, *widths)
     row_heights = [TEXT_HEIGHT + max(height for _, height in row) for row in sizes]
     top = HEADING_HEIGHT + TEXT_HEIGHT if grid.title else HEADING_HEIGHT
-    sheet = _make_blank_sheet(column_width * len(grid.columns), top + sum(row_heights))
+    # even sides, as videos require
+    sheet_width = column_width * len(grid.columns)
+    sheet_height = top + sum(row_heights)
+    sheet = Image.new("RGB", (sheet_width + sheet_width % 2, sheet_height + sheet_height % 2), BACKGROUND)
     pen = _Pen(ImageDraw.Draw(sheet), ImageFont.load_default(size=FONT_SIZE))
     pen.write((0, 0), grid.title, sheet.width)
     for column, heading in enumerate(grid.columns):
@@ -197,19 +204,6 @@ def compose(grid: ClipGrid, frames: Sequence[Sequence[Frame | None]]) -> Frame:
             _draw_cell(sheet, pen, corner=(column * column_width, top + TEXT_HEIGHT), frame=frame, size=size)
         top += height
     return np.asarray(sheet)
-
-
-def _make_blank_sheet(width: int, height: int) -> Image.Image:
-    """Return a blank sheet of at least this size, with even sides as videos require."""
-    return Image.new("RGB", (width + width % 2, height + height % 2), BACKGROUND)
-
-
-def _measure_cells(grid: ClipGrid, frames: Sequence[Sequence[Frame | None]]) -> list[list[tuple[int, int]]]:
-    """Return (width, height) of each frame as drawn on the sheet; a missing frame gets an empty cell."""
-    side = max(NARROWEST_CELL, min(grid.max_cell_side, WIDEST // len(grid.columns)))
-    first_frame = next((frame for row in frames for frame in row if frame is not None), None)
-    empty_size = (side, side) if first_frame is None else _fit_side(first_frame, side)
-    return [[empty_size if frame is None else _fit_side(frame, side) for frame in row] for row in frames]
 
 
 def _draw_cell(

@@ -890,8 +890,8 @@ def _take_first_frame(folder: Path, content: FolderContent, clip: Media) -> Medi
         text = f"left out: {clip.path}: its caption cannot be read. Save it as UTF-8"
         content.report_lines.append(fault(text))
         return None
-    # In the folder of first frames, below the folder that the clip is in. Clips of one stem in several formats
-    # get different names.
+    # In the folder of first frames, below the folder that the clip is in. Clips of one stem in several
+    # formats get different names.
     inside = clip.path.parent.relative_to(folder)
     target = folder / FIRST_FRAMES / inside / f"{clip.path.stem}.png"
     while target in content.first_frames:

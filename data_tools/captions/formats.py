@@ -109,7 +109,12 @@ class JsonCaptioner:
                     if isinstance(answer, Exception):
                         yield location, answer
                         continue
-                    caption = self._try_parse_answer(answer)
+                    # the caption in the answer, or the error if it is not valid
+                    caption: str | NoCaptionError
+                    try:
+                        caption = self.parse_answer(answer)
+                    except NoCaptionError as error:
+                        caption = error
                     if isinstance(caption, str):
                         yield location, caption
                     elif attempt < MAX_ATTEMPTS:
@@ -121,13 +126,6 @@ class JsonCaptioner:
                         text = f"{attempt} answers are wrong, the last: {caption}"
                         yield location, NoCaptionError(text)
             pending = retries
-
-    def _try_parse_answer(self, answer: str) -> str | NoCaptionError:
-        """Return the caption in an answer, or the error if the answer is not valid."""
-        try:
-            return self.parse_answer(answer)
-        except NoCaptionError as error:
-            return error
 
     def describe_missing_keys(self) -> str | None:
         """Return the JSON keys that answers lacked, with counts, as text; None if no key was missing."""

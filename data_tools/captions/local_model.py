@@ -130,7 +130,12 @@ class LocalModel:
         inputs = self._make_inputs(prompts, batch) if self.takes_text else self._make_image_inputs(batch)
         answer_tokens = self._generate_tokens(inputs, names=[location.name for location, _ in batch])
         answer_texts = self.processor.tokenizer.batch_decode(answer_tokens, skip_special_tokens=True)
-        end_tokens = self._end_tokens()
+        # one token, several or none ends a text
+        ends = self.model.generation_config.eos_token_id
+        if ends is None:
+            end_tokens = frozenset[int]()
+        else:
+            end_tokens = frozenset(ends if isinstance(ends, (list, tuple)) else [ends])
         answers = []
         for prompt, answer_text, tokens in zip(prompts, answer_texts, answer_tokens, strict=True):
             if prompt.rstrip().endswith("<think>"):  # the prompt ends with the opening tag of the thought
@@ -177,13 +182,6 @@ class LocalModel:
         start = self.model.generation_config.bos_token_id
         inputs["input_ids"] = torch.full((len(images), 1), start)
         return inputs.to(self.model.device, self.model.dtype)
-
-    def _end_tokens(self) -> frozenset[int]:
-        """Return the IDs of the tokens that end a generated text."""
-        ends = self.model.generation_config.eos_token_id
-        if ends is None:
-            return frozenset()
-        return frozenset(ends if isinstance(ends, (list, tuple)) else [ends])
 
     def format_prompt(self, prompt: str, num_images: int) -> str:
         """Return the model's input text: the system prompt and the prompt in the model's chat template.

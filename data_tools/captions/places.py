@@ -263,7 +263,12 @@ class CaptionLocation:
             record.add(self.name, text)
             change = LineChange({"caption": self.caption}, {"caption": text})
             return self.caption_list.write({self.listed_path: change}, is_hand_written) > 0
-        if self._has_changed_on_disk():
+        # another program or a person may have written the file since it was read
+        try:
+            has_changed = read_caption(self.file) != self.caption
+        except DatasetError:  # it has become unreadable
+            has_changed = True
+        if has_changed:
             return False
         if is_hand_written:
             keep_backup(self.file)
@@ -271,13 +276,6 @@ class CaptionLocation:
         record.add(self.name, text)
         write_text(self.file, text)
         return True
-
-    def _has_changed_on_disk(self) -> bool:
-        """Return whether another program or a person has changed the caption file since it was read."""
-        try:
-            return read_caption(self.file) != self.caption
-        except DatasetError:  # it has become unreadable
-            return True
 
 
 def find_caption_locations(config: DatasetConfig, reads_captions: bool) -> list[CaptionLocation]:

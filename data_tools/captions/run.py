@@ -554,24 +554,18 @@ def _list_edits(
         reword_text = partial(_reword_text, location=location, wording=wording, format=format)
         has_several = location.source.table.captions.multi_caption
         if location.caption_list is None:
-            edit = _edit_text_file(location, has_several, reword_text)
+            # Without a caption or a change there is nothing to edit. `has_several`: each line is a caption.
+            if location.caption is None:
+                edit = None
+            else:
+                captions = split_lines(location.caption) if has_several else [location.caption]
+                # a caption that becomes empty loses its line
+                text = "\n".join(filter(None, map(reword_text, captions)))
+                edit = None if text == location.caption else _CaptionEdit(location, location.caption, text)
         else:
             edit = _edit_list_line(location, has_several, reword_text)
         if edit is not None:
             yield edit
-
-
-def _edit_text_file(
-    location: CaptionLocation, has_several: bool, reword_text: Callable[[str], str]
-) -> _CaptionEdit | None:
-    """Return the edit of a caption file; None if there is no caption, or if nothing changes."""
-    # `has_several` says that each line of the file is a caption.
-    if location.caption is None:
-        return None
-    captions = split_lines(location.caption) if has_several else [location.caption]
-    # a caption that becomes empty loses its line
-    text = "\n".join(filter(None, map(reword_text, captions)))
-    return None if text == location.caption else _CaptionEdit(location, location.caption, text)
 
 
 def _reword_text(

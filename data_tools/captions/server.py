@@ -285,7 +285,13 @@ class ApiServer:
     def _explain_status(self, response: "_Response") -> Exception:
         """Return the exception for a response without a caption, as documented at `_request`."""
         status = response.status
-        message = self._redact(_read_error_text(response.text))
+        # OpenAI's JSON has a message, other servers answer with a text
+        try:
+            error = parse_json(response.text)["error"]
+            error_text = str(error["message"] if isinstance(error, dict) else error)
+        except (ValueError, LookupError, TypeError):
+            error_text = response.text or "nothing more"
+        message = self._redact(error_text)
         if status in RETRIED_STATUSES:
             return _RetryableError(f"the server answers {status}: {message}", response.wait_seconds)
         if status in FATAL_STATUSES:
@@ -408,12 +414,3 @@ def _find_refused_parameter(error_text: str, parameters: Mapping[str, Any]) -> s
         if name in parameters and any(f"{quote}{name}{quote}" in error_text for quote in "'\"`"):
             return name
     return None
-
-
-def _read_error_text(text: str) -> str:
-    """Return the error message in a server's response; the whole response if it is not OpenAI's JSON."""
-    try:
-        error = parse_json(text)["error"]
-        return str(error["message"] if isinstance(error, dict) else error)
-    except (ValueError, LookupError, TypeError):
-        return text or "nothing more"

@@ -124,7 +124,13 @@ def describe_networks(options: EncodingOptions) -> PipelineNetworks:
     hint = "Pass the folder of a diffusers pipeline, with vae, text_encoder and tokenizer."
     if not (folder / "text_encoder").is_dir():
         raise CheckpointError(f"--model_id {folder} has no folder text_encoder. {hint}", folder)
-    vae_class = _read_vae_class(folder, hint)
+    # the class of the VAE identifies the model
+    path = folder / "vae" / "config.json"
+    try:
+        vae_class = str(parse_json(read_text(path))["_class_name"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        why = f"{path} does not say what the VAE is ({type(error).__name__}: {error})"
+        raise CheckpointError(f"--model_id {folder}: {why}. {hint}", path) from error
     if vae_class == COGVIDEOX:
         return describe_cogvideox_networks(folder, options)
     if vae_class not in PIPELINE_FAMILIES:
@@ -138,16 +144,6 @@ def describe_networks(options: EncodingOptions) -> PipelineNetworks:
             f"--max_sequence_length {options.max_sequence_length}: {family.token_rule}. Omit the option."
         )
     return _describe_family_networks(family, folder, options)
-
-
-def _read_vae_class(folder: Path, hint: str) -> str:
-    """Return the class name of a pipeline's VAE, which identifies the model."""
-    path = folder / "vae" / "config.json"
-    try:
-        return str(parse_json(read_text(path))["_class_name"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        why = f"{path} does not say what the VAE is ({type(error).__name__}: {error})"
-        raise CheckpointError(f"--model_id {folder}: {why}. {hint}", path) from error
 
 
 def _describe_family_networks(

@@ -17,7 +17,7 @@ from torch import Tensor
 from checkpoints.containers import load_pickled
 from data_tools.cogvideox import clips
 from data_tools.cogvideox.clips import PrepareOptions, ShapeOptions
-from data_tools.cogvideox.models import EncodingOptions, PipelineNetworks, describe_networks
+from data_tools.cogvideox.models import PipelineNetworks, describe_networks
 from dataset.cache.records import difference
 from dataset.caching.loop import Share, join_processes
 from dataset.caching.prefetch import Failure, failure_error, write_behind
@@ -49,7 +49,16 @@ def prepare(options: PrepareOptions) -> None:
         OutputError: If a file cannot be written.
         SystemExit: If a clip failed, in processes other than the main one.
     """
-    networks = _select_networks(options.encoding)
+    # the networks that encode; None if only captions and clips are written
+    if options.encoding.save_latents_and_embeddings:
+        networks = describe_networks(options.encoding)
+    else:
+        if options.encoding.model_id is not None:
+            logger.info(
+                "--model_id %s is not loaded: without --save_latents_and_embeddings nothing is encoded",
+                options.encoding.model_id,
+            )
+        networks = None
     options = dataclasses.replace(options, shape=round_frame_buckets(options.shape, networks))
     folder = options.output_dir
     items = clips.find_items(options.source, folder, options.shape.seed)
@@ -120,18 +129,6 @@ def _begin_folder(options: PrepareOptions, networks: PipelineNetworks | None) ->
             remove_leftovers(folder, lambda _: True, older_seconds=0)
     for name in clips.FOLDERS:
         (options.output_dir / name).mkdir(exist_ok=True)
-
-
-def _select_networks(encoding: EncodingOptions) -> PipelineNetworks | None:
-    """Return the networks that encode; None if only captions and clips are written."""
-    if encoding.save_latents_and_embeddings:
-        return describe_networks(encoding)
-    if encoding.model_id is not None:
-        logger.info(
-            "--model_id %s is not loaded: without --save_latents_and_embeddings nothing is encoded",
-            encoding.model_id,
-        )
-    return None
 
 
 def _show_start(options: PrepareOptions, process: Share, num_items: int, num_to_do: int) -> None:

@@ -234,7 +234,15 @@ def make_masks(options: MaskOptions) -> None:
     options.finder.require_one()  # called only to raise if no option says what to find
     entries = _find_all_entries(options)
     _reject_ambiguous_masks(entries)
-    kind = _select_finder_kind(options.finder)
+    # what finds the masked areas: the type of the model for prompts, or the name of another option
+    if options.finder.prompts:
+        from data_tools.masks.words import read_kind  # imports torch, which a color does not need
+
+        kind = read_kind(options.finder.model)
+    else:
+        kind = next(
+            name for name in ("background", "faces", "colour") if getattr(options.finder, name) is not None
+        )
     shaping = _make_shaping(options, kind)
     method = _describe_method(options, kind, shaping)
     plan = _make_plan(entries, options, method)
@@ -322,19 +330,6 @@ def _reject_ambiguous_masks(entries: Sequence[MaskEntry]) -> None:
         if len(entry.masks) > 1:
             one, other, *_ = entry.masks
             raise DatasetError(f"{one} and {other.name} are masks of {entry.media_path.name}. Keep one")
-
-
-def _select_finder_kind(finder: FinderOptions) -> str:
-    """Return what finds the masked areas: the type of the model for prompts, or the name of another option.
-
-    Raises:
-        CheckpointError: If the model cannot search for prompts.
-    """
-    if finder.prompts:
-        from data_tools.masks.words import read_kind  # imports torch, which a color does not need
-
-        return read_kind(finder.model)
-    return next(name for name in ("background", "faces", "colour") if getattr(finder, name) is not None)
 
 
 def _make_shaping(options: MaskOptions, kind: str) -> MaskShaping:

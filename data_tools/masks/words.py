@@ -57,7 +57,13 @@ class PromptFinder:
         """
         try:
             if self.network.config.model_type == CLIPSEG:
-                by_prompt = self._score_with_clipseg(frame)
+                # CLIPSeg's map for each prompt, P h w
+                images = [frame] * len(self.prompts)
+                inputs = self.processor(
+                    text=list(self.prompts), images=images, padding=True, truncation=True, return_tensors="pt"
+                )
+                logits = self.network(**inputs.to(self.network.device)).logits.float()
+                by_prompt = logits.reshape(len(self.prompts), *logits.shape[-2:]).sigmoid()
             else:
                 by_prompt = torch.stack([self._score_with_sam(frame, prompt) for prompt in self.prompts])
             scores = by_prompt.amax(dim=0)  # P h w -> h w
@@ -66,15 +72,6 @@ class PromptFinder:
                 "An image does not fit into the memory of the device with this model. Pass --device cpu"
             ) from None
         return np.asarray(scores.cpu().numpy(), np.float32)
-
-    def _score_with_clipseg(self, frame: Frame) -> Tensor:
-        """Return CLIPSeg's map for each prompt, P h w."""
-        images = [frame] * len(self.prompts)
-        inputs = self.processor(
-            text=list(self.prompts), images=images, padding=True, truncation=True, return_tensors="pt"
-        )
-        logits = self.network(**inputs.to(self.network.device)).logits.float()
-        return logits.reshape(len(self.prompts), *logits.shape[-2:]).sigmoid()
 
     def _score_with_sam(self, frame: Frame, prompt: str) -> Tensor:
         """Return one map, h w, that merges all detected objects whose score suffices; zeros without any."""

@@ -317,8 +317,22 @@ def count_bins(values: Sequence[float]) -> list[JsonObject]:
     has_outliers = high > 2 * percentile_98 - low
     end = percentile_98 if has_outliers else high
     are_integers = bool((array == np.floor(array)).all())
-    width = _select_bin_width((end - low) / MAX_BINS, are_integers)
-    edges = _make_bin_edges(width, low, end, high)
+    # the smallest of 1, 2 or 5 times a power of ten that is wide enough
+    minimum = (end - low) / MAX_BINS
+    if minimum <= 0:
+        width = 1.0
+    else:
+        power = 10.0 ** math.floor(math.log10(minimum))
+        factor = next(factor for factor in (1, 2, 5, 10) if factor * power >= minimum * (1 - 1e-9))
+        width = factor * power
+        width = max(1.0, width) if are_integers else width
+    # equally wide bins from `low` to `end`, of which the last extends to `high`
+    first_edge = math.floor(low / width) * width
+    num_bins = math.floor((end - first_edge) / width + 1e-9) + 1
+    if high >= first_edge + num_bins * width:
+        num_bins += 1  # one more bin, for the outliers between `end` and `high`
+    edges = [first_edge + index * width for index in range(num_bins)]
+    edges.append(max(high, first_edge + num_bins * width))
     # a little is added, so that rounding moves no value into an earlier bin
     raised = np.minimum(array + 1e-9 * width, edges[-1])
     counts, _ = np.histogram(raised, edges)
@@ -326,27 +340,6 @@ def count_bins(values: Sequence[float]) -> list[JsonObject]:
     for start, stop, count in zip(edges, edges[1:], counts, strict=False):
         bins.append({"from": _plain(start), "to": _plain(stop), "count": int(count)})
     return bins
-
-
-def _make_bin_edges(width: float, low: float, end: float, high: float) -> list[float]:
-    """Return edges of equally wide bins from `low` to `end`; the last bin extends to `high`."""
-    start = math.floor(low / width) * width
-    count = math.floor((end - start) / width + 1e-9) + 1
-    if high >= start + count * width:
-        count += 1  # one more bin, for the outliers between `end` and `high`
-    edges = [start + index * width for index in range(count)]
-    edges.append(max(high, start + count * width))
-    return edges
-
-
-def _select_bin_width(minimum: float, are_integers: bool) -> float:
-    """Return the smallest of 1, 2 or 5 times a power of ten that is at least `minimum`; for integers >= 1."""
-    if minimum <= 0:
-        return 1.0
-    power = 10.0 ** math.floor(math.log10(minimum))
-    factor = next(factor for factor in (1, 2, 5, 10) if factor * power >= minimum * (1 - 1e-9))
-    width = factor * power
-    return max(1.0, width) if are_integers else width
 
 
 def _plain(value: float) -> float | int:
@@ -376,7 +369,10 @@ def count_captions(sources: Iterable[MediaSource]) -> JsonObject:
         "words_histogram": count_bins(captions.num_words),
         "distinct_words": len(captions.words),
         "frequent_words": captions.list_frequent_words(),
-        "trigger_words": captions.list_trigger_words(),
+        "trigger_words": [
+            {"word": word, "captions": count, "present": captions.num_captions_with_trigger[word]}
+            for word, count in sorted(captions.num_captions_of_trigger.items())
+        ],
         "duplicate_texts": [
             {"text": shorten(text, SHOWN_TEXT), "count": len(paths), "paths": paths[:MAX_PATHS]}
             for text, paths in by_frequency[:MAX_DUPLICATES]
@@ -424,13 +420,6 @@ class _CaptionCounts:
             self.num_characters.append(len(caption))
             # a file that is reached by two paths counts once
             self.paths_of_text[caption].setdefault(Path(path).absolute(), path)
-
-    def list_trigger_words(self) -> list[JsonObject]:
-        """List the trigger words, each with the number of captions in its tables that contain it."""
-        return [
-            {"word": word, "captions": count, "present": self.num_captions_with_trigger[word]}
-            for word, count in sorted(self.num_captions_of_trigger.items())
-        ]
 
     def list_frequent_words(self) -> list[JsonObject]:
         """List the words that the largest numbers of captions contain, without stop words."""

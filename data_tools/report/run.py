@@ -334,7 +334,14 @@ def _label_matches(measures: Sequence[Measures]) -> Indices:
         candidates = similar[labels[similar] != labels[index]]
         if not len(candidates):
             continue
-        is_match = _have_same_colors(colors, index, candidates)
+        # which candidates have the same colors as this file, up to brightness and contrast
+        first = colors.thumbnails[[index]].astype(np.float32) / np.float32(255)  # 1 K C
+        second = colors.thumbnails[candidates].astype(np.float32) / np.float32(255)  # N K C
+        is_same_color = np.abs(first - second).mean(axis=1).max(axis=1) <= SAME_FLAT
+        is_flat = colors.is_flat
+        one_is_flat = is_flat[index] | is_flat[candidates]
+        both_are_flat = is_flat[index] & is_flat[candidates]
+        is_match = np.where(one_is_flat, both_are_flat & is_same_color, _match_contrast(first, second))
         for match in candidates[is_match]:
             labels[labels == labels[match]] = labels[index]
     return labels
@@ -362,17 +369,6 @@ def _read_colors(measures: Sequence[Measures]) -> _Colors:
     images = np.frombuffer(b"".join(measured.colors for measured in measures), np.uint8)
     is_flat = np.array([measured.is_flat for measured in measures])
     return _Colors(images.reshape(len(measures), num_frames, -1), is_flat)
-
-
-def _have_same_colors(colors: _Colors, index: int, candidates: Indices) -> NDArray[np.bool_]:
-    """Return which of `candidates` have the same colors as file `index`, up to brightness and contrast."""
-    first = colors.thumbnails[[index]].astype(np.float32) / np.float32(255)  # 1 K C
-    second = colors.thumbnails[candidates].astype(np.float32) / np.float32(255)  # N K C
-    is_same_color = np.abs(first - second).mean(axis=1).max(axis=1) <= SAME_FLAT
-    is_flat = colors.is_flat
-    one_is_flat = is_flat[index] | is_flat[candidates]
-    both_are_flat = is_flat[index] & is_flat[candidates]
-    return np.where(one_is_flat, both_are_flat & is_same_color, _match_contrast(first, second))
 
 
 class _Centered(NamedTuple):

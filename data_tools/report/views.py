@@ -125,7 +125,15 @@ def _log_item(media: DecodedMedia, span: Span) -> None:
     width, height = media.bucket
     size = f"{media.size[0]}x{media.size[1]}"
     frames = f"{span[1]} frames of " if media.source.table.kind == "video" else ""
-    caption = _caption(media.source) or "(no caption)"
+    # as one training step might use it, after its random changes
+    caption_text = changed_caption(
+        media.source.caption or "",
+        media.source.table,
+        step=1,
+        total_steps=1,
+        generator=_make_rng(media.source),
+    )
+    caption = caption_text or "(no caption)"
     logger.info("%s, %s%dx%d from %s: %s", media.key(span), frames, width, height, size, caption)
 
 
@@ -171,13 +179,6 @@ def _show(display: str, file: Path, frames: NDArray[np.uint8], fps: float, debug
     else:  # "image", or an item of one frame with "video"
         write_png(file.with_name(f"{file.name}.png"), sheet(frames))
     return NEXT
-
-
-def _caption(source: MediaSource) -> str:
-    """Return a media file's caption as one training step might use it, after its random changes."""
-    return changed_caption(
-        source.caption or "", source.table, step=1, total_steps=1, generator=_make_rng(source)
-    )
 
 
 def _make_rng(source: MediaSource) -> random.Random:
