@@ -217,6 +217,10 @@ def profile_blocks(family: Family, options: GenerationOptions, profile_options: 
     device = select_device(options.device)
     options = prepare_options(family, options, device)
     loras = expert_loras(family, options, with_texts=True)
+    if not any(select_network_part(uses, selects_text_encoders=False) for uses in loras):
+        raise OptionError(
+            f"--lora {profile_options.lora} changes only text encoders: there are no blocks to leave out"
+        )
     family = add_lora_words(family, loras)
     run = make_run(family, options, device)
     text_loras = TextLoras(loras[0], options.lora_rounding)

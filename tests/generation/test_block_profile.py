@@ -23,7 +23,8 @@ from modules.installation import import_own
 from networks.rewriting_blocks import BlockOptions, rewrite_blocks
 from protocols.data import Conditions
 from protocols.steps import Overrides
-from tests.tiny.families import family_called
+from tests.emulated_cuda.pairs import run_on_device
+from tests.tiny.families import family_called, write_deep
 from tests.tiny.loras import write_lora_of_blocks
 from tests.tiny.project import write_lora
 from tests.tiny.wan import write_tiny_wan
@@ -201,6 +202,7 @@ def test_first_frames_that_are_given_have_no_share(tmp_path: Path) -> None:
         (["--compile"], "--compile has no meaning for a profile of blocks"),
         (["--teacache_threshold", "0.1"], "a step cache has no meaning"),
         (["--lora", "other.safetensors"], "no known model has modules of these names"),
+        (["--lora", "texts.safetensors"], "changes only text encoders"),
         (["--lora", "dora.safetensors"], "which depends on the weights it was made for"),
     ],
 )
@@ -210,6 +212,11 @@ def test_what_cannot_be_measured_is_refused(wan: Path, more: list[str], words: s
         name.replace("blocks", "double_blocks"): t for name, t in load_file(wan / "a.safetensors").items()
     }
     save_file(other, wan / "other.safetensors")
+    texts = {
+        name.replace("unet_blocks_0", "te1_text_model_encoder_layers_0"): t
+        for name, t in load_file(wan / "a.safetensors").items()
+    }
+    save_file({name: t for name, t in texts.items() if "te1" in name}, wan / "texts.safetensors")
     with pytest.raises((OptionError, CheckpointError), match=re.escape(words)):
         profile(WAN, wan, "--family", "wan", *more)
 
@@ -219,6 +226,30 @@ def test_the_folder_to_write_into_and_other_loras_are_refused(capsys: pytest.Cap
         with pytest.raises(SystemExit):
             profile_blocks.main(["--lora", __file__, "--family", "wan", name, "x"])
         assert f"{name} has no meaning for a profile" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_swapped_blocks_on_a_device_have_the_same_shares(tmp_path: Path) -> None:
+    family = family_called(WAN)
+    write_deep(family, tmp_path)
+    write_lora_of_blocks(tmp_path / "a.safetensors", tmp_path / "model/dit.safetensors", LAYERS)
+    here = profile(WAN, tmp_path, "--family", "wan", "--cpu_noise")
+    words = [
+        *family.generate[1:],
+        *list_options(WAN),
+        "--family",
+        "wan",
+        "--lora",
+        "a.safetensors",
+        "--cpu_noise",
+    ]
+    words = [word for word in words if word not in ("--device", "cpu")]
+    swapped = ["--blocks_to_swap", "2", "--json", "there.json"]
+    run_on_device(["tools/profile_blocks.py", *words, *swapped], folder=tmp_path)
+    there = json.loads((tmp_path / "there.json").read_text("utf-8"))
+    assert len(here["blocks"]) == 4
+    for ours, theirs in zip(here["blocks"], there["blocks"], strict=True):
+        assert theirs["shares"] == pytest.approx(ours["shares"], rel=0.02)
 
 
 @pytest.mark.slow
