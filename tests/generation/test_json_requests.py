@@ -16,6 +16,7 @@ import pytest
 from modules.installation import DRIVEN
 from modules.media.reading import read_tags
 from tests.commands import QUIET, ROOT
+from tests.tiny.loras import write_lora_of_blocks
 from tests.tiny.wan import TinyWan, write_tiny_wan
 
 SIZE = {"w": "32", "h": "32", "f": "5", "s": "3", "d": "7"}
@@ -100,6 +101,21 @@ def test_a_request_is_answered_with_its_phases_its_steps_and_its_file(tmp_path: 
         assert driven.process.stdin is not None
         driven.process.stdin.close()
         assert driven.process.wait(60) == 0
+
+
+def test_a_request_sets_strengths_of_blocks_for_itself_alone(tmp_path: Path, files: TinyWan) -> None:
+    lora = write_lora_of_blocks(tmp_path / "a.safetensors", files.dit, r"blocks\.\d+\.ffn\.0")
+    with drive(tmp_path, files, ["--lora_weight", str(lora), "--lora_blocks", "0=0.5"]) as driven:
+        driven.until("ready")
+        recorded = []
+        for options in ({}, {"lb": "1=0"}, {"lora_blocks": ["0=0.25,1=0"]}, {}):
+            driven.ask("a cat", **options)
+            (made,) = (answer for answer in driven.until("ready") if answer["event"] == "made")
+            recorded.append(read_tags(Path(made["file"]))["bt_lora_blocks"])
+        assert recorded == ["0=0.5", "1=0", "0=0.25,1=0", "0=0.5"]
+        driven.ask("a cat", lb="7=0")
+        (failed,) = (answer for answer in driven.until("ready") if answer["event"] == "failed")
+        assert "--lora_blocks '7=0' names no block" in failed["reason"]
 
 
 def test_requests_that_fail_say_why_and_the_next_is_made(tmp_path: Path, files: TinyWan) -> None:
