@@ -20,6 +20,8 @@ sys.path[0] = str(ROOT)
 
 import torch  # noqa: E402  # found from here on
 
+import hidream_o1_generate_image  # noqa: E402
+import hidream_o1_train_network  # noqa: E402
 import hv_generate_video  # noqa: E402
 import hv_train_network  # noqa: E402
 import kandinsky_generate_video  # noqa: E402
@@ -29,6 +31,7 @@ import wan_train_network  # noqa: E402
 from checkpoints.writing import save_tensors  # noqa: E402
 from modules.parser import Parser  # noqa: E402
 from tests.manifests import tensor_list, write_hollow  # noqa: E402
+from tests.tiny.hidream_o1 import write_tokenizer  # noqa: E402
 from tests.tiny.hunyuan_encoders import write_clip_tokenizer, write_llama_tokenizer  # noqa: E402
 from tests.tiny.language_models import write_qwen_tokenizer  # noqa: E402
 from tests.tiny.project import write_image  # noqa: E402
@@ -50,6 +53,7 @@ FILES = {
     "kandinsky_image": "kandinsky5-lite-t2i-dit",
     "flux_vae": "flux1-ae",
     "qwen": "qwen2.5-vl-7b",
+    "hidream_o1": "hidream-o1-comfy",
 }
 IN_BF16 = ("wan_small", "wan_t2v", "wan_i2v")
 WAN = "--vae {wan_vae} --t5 {umt5} --t5_tokenizer {pocket} --prompt cat --save_path {out}"
@@ -62,6 +66,7 @@ KANDINSKY = (
     " --text_encoder_clip_tokenizer {clip} --prompt cat --save_path {out}"
 )
 KANDINSKY_CLIP = f"--video_size 512 768 --vae {{hunyuan_vae}} --vae_tiling {KANDINSKY}"
+HIDREAM_O1 = "--dit {hidream_o1} --tokenizer {o1_tokens}"
 TRAIN = (
     "--sdpa --mixed_precision bf16 --gradient_checkpointing --network_dim 32 --optimizer_type adamw8bit"
     " --learning_rate 2e-4 --max_train_steps 100 --output_dir {out} --output_name x"
@@ -124,6 +129,11 @@ RUNS = {
             + KANDINSKY,
             "--fp8_vl",
         ),
+        PlannedRun(
+            "HiDream-O1-Image, 2048x2048",
+            hidream_o1_generate_image.main,
+            f"{HIDREAM_O1} --image_size 2048 2048 --prompt cat --save_path {{out}}",
+        ),
     ),
     "Training of a LoRA of rank 32": (
         PlannedRun(
@@ -171,6 +181,14 @@ RUNS = {
             kandinsky_train_network.main,
             "--task k5-lite-t2i-hd --dit {kandinsky_image} --dataset_config {kandinsky_pictures} " + TRAIN,
         ),
+        *(
+            PlannedRun(
+                f"HiDream-O1-Image, images of {side}x{side}",
+                hidream_o1_train_network.main,
+                f"{HIDREAM_O1} --dataset_config {{o1_{side}}} {TRAIN}",
+            )
+            for side in (1024, 2048)
+        ),
     ),
 }
 
@@ -199,11 +217,13 @@ def lay_out(folder: Path) -> dict[str, str]:
     write_llama_tokenizer(folder / "llama")
     write_clip_tokenizer(folder / "clip")
     write_qwen_tokenizer(folder / "qwen_tokens")
+    write_tokenizer(folder / "o1_tokens")
     write_image(folder / "image.png", 1280, 720)
     places |= {
         "llama": str(folder / "llama"),
         "clip": str(folder / "clip"),
         "qwen_tokens": str(folder / "qwen_tokens"),
+        "o1_tokens": str(folder / "o1_tokens"),
         "image": str(folder / "image.png"),
     }
     for name, tag, frames, height, width in (
@@ -215,6 +235,8 @@ def lay_out(folder: Path) -> dict[str, str]:
         ("kandinsky_short", "k5", 33, 512, 768),
         ("kandinsky_clips", "k5", 121, 512, 768),
         ("kandinsky_pictures", "k5", 1, 1024, 1024),
+        ("o1_1024", "ho1", 1, 1024, 1024),
+        ("o1_2048", "ho1", 1, 2048, 2048),
     ):
         places[name] = str(write_cache(folder / name, tag, frames, height, width))
     return places
@@ -229,6 +251,9 @@ def write_cache(folder: Path, tag: str, frames: int, height: int, width: int) ->
         else f"x_{width:04d}x{height:04d}_{tag}"
     )
     latents = torch.zeros(16, *shape)
+    if tag == "ho1":  # pixels
+        shape = (height, width)
+        latents = torch.zeros(3, *shape)
     save_tensors(folder / f"{name}.safetensors", {f"latents_{'x'.join(map(str, shape))}_float32": latents})
     if tag == "wan":
         texts = {"varlen_t5_bfloat16": torch.zeros(256, 4096, dtype=torch.bfloat16)}
@@ -237,6 +262,8 @@ def write_cache(folder: Path, tag: str, frames: int, height: int, width: int) ->
             "varlen_text_embeds_bfloat16": torch.zeros(256, 3584, dtype=torch.bfloat16),
             "pooled_embed_bfloat16": torch.zeros(768, dtype=torch.bfloat16),
         }
+    elif tag == "ho1":
+        texts = {"varlen_hidream_o1_ids_int64": torch.zeros(256, dtype=torch.int64)}
     else:
         texts = {
             "llm_float16": torch.zeros(256, 4096, dtype=torch.float16),

@@ -16,12 +16,7 @@ _VOCODER = "the vocoder of LTX-2, a part of its --audio_vae"
 
 # Current models that no script supports yet, by one of their tensors. When a family is added, its rows are
 # removed here. Sources: the tensor lists of released files, under their own names and ComfyUI's
-NOT_YET: Marks = (
-    *(
-        (f"{start}t_embedder1.mlp.0.weight", f"HiDream-O1-Image, a language model that draws, {_NOT_YET}")
-        for start in ("", "model.")
-    ),
-)
+NOT_YET: Marks = ()
 # Unsupported models with the same tensors as a supported one, by a part of their file names (in lower case,
 # letters and digits only)
 NOT_YET_BY_NAME: Marks = (

@@ -40,7 +40,7 @@ Kolors: kolors
 AuraFlow: auraflow
 Mochi: mochi
 Cosmos: cosmos
-HiDream: hidream
+HiDream-I1 and E1: hidreami1 hidreame1
 OmniGen: omnigen
 Sana: sana
 Playground: playground

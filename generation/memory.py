@@ -436,7 +436,9 @@ def predict_decoding(
 
 def make_phase(name: str, ledger: dry.Ledger, cublas_workspace: memory_plan.MemoryPart) -> memory_plan.Phase:
     """Return a phase of the memory plan: the peak that `ledger` recorded, plus cuBLAS's workspace."""
-    _, bytes_by_kind = dry.find_peak_phase(ledger.peaks)
+    bytes_by_kind: dry.BytesByKind = {}  # a tokenizer without a network allocates nothing on the device
+    if ledger.peaks:
+        _, bytes_by_kind = dry.find_peak_phase(ledger.peaks)
     weights = bytes_by_kind.get(dry.WEIGHTS, 0)
     work = sum(bytes_by_kind.values()) - weights
     parts = (

@@ -499,6 +499,8 @@ def _select_underscored_names(family: FamilyNames | None, target: str) -> str:
         return ""
     if target == "other" and family.underscored_in_comfyui:
         return "aliases"
+    if target == "other" and family.dotted_in_comfyui:
+        return ""
     return family.underscored_names
 
 

@@ -210,6 +210,7 @@ FOLDERS: Mapping[str, str] = {
     "fibo_2": "fibo_2",
     "ernie_image": "ernie_image",
     "kandinsky": "kandinsky",
+    "hidream_o1": "hidream_o1",
     "anima": "anima",
     "stable_diffusion": "stable_diffusion",
     "sd1": "stable_diffusion.sd1",

@@ -82,6 +82,9 @@ class NoiseSpec:
     predicts_v: bool = False  # only with `keeps_variance`: `predict` returns v instead of the noise
     # factor on the loss of each of the 1000 timesteps; (): all are 1
     loss_factors: tuple[float, ...] = ()
+    # for a model that predicts clean latents: the loss compares these instead of velocities, multiplied by
+    # this factor, which undoes `LatentSpec.scale`; 0: velocities
+    clean_loss_scale: float = 0.0
     # changes the noise of training before it is added: (noise, latents in model space, generator) -> noise,
     # all B C F H W; None: the noise is used as drawn. It must be picklable, because workers receive it
     vary_noise: Callable[[Tensor, Tensor, torch.Generator], Tensor] | None = None

@@ -20,6 +20,7 @@ import flux.files
 import flux_2.files
 import flux_3.files
 import frame_pack.files
+import hidream_o1.files
 import hunyuan_image.files
 import hunyuan_model.checkpoints
 import kandinsky.files
@@ -33,6 +34,7 @@ import tests.tiny.fibo_2 as tiny_fibo_2
 import tests.tiny.flux as tiny_flux
 import tests.tiny.flux_2 as tiny_flux_2
 import tests.tiny.flux_3 as tiny_flux_3
+import tests.tiny.hidream_o1 as tiny_hidream_o1
 import tests.tiny.hunyuan_image as tiny_hunyuan_image
 import tests.tiny.kandinsky as tiny_kandinsky
 import tests.tiny.krea2 as tiny_krea2
@@ -142,6 +144,10 @@ KINDS = {
         ),
         Kind("fibo_2", fibo_2.files, tiny_fibo_2, dit("a Fibo 2.0"), (*SHARED, "comfyui", "early")),
         Kind("ernie_image", ernie_image.files, tiny_ernie_image, dit("an ERNIE-Image")),
+        Kind(
+            *("hidream_o1", hidream_o1.files, tiny_hidream_o1, "it is a HiDream-O1-Image network (--dit)"),
+            (*SHARED, "released", "released_sharded"),
+        ),
         *(
             Kind(f"kandinsky {name}", kandinsky.files, tiny_kandinsky, dit("a Kandinsky 5"), SHARED, name)
             for name in ("video", "image")
@@ -206,7 +212,8 @@ FP8_FILES = {
     "framepack": framepack_dit.FP8_DIALECTS,
     **dict.fromkeys(("flux_2 dev", "qwen_image", "krea2", "z_image", "z_image comfy"), wan_dit.FP8_DIALECTS),
     **dict.fromkeys(
-        ("qwen_image_21", "moss_image", "fibo_2", "ernie_image", "kandinsky video"), wan_dit.FP8_DIALECTS
+        ("qwen_image_21", "moss_image", "fibo_2", "ernie_image", "hidream_o1", "kandinsky video"),
+        wan_dit.FP8_DIALECTS,
     ),
 }
 
@@ -454,6 +461,10 @@ def test_a_patch_sees_published_names_and_unrounded_whole_weights(tmp_path: Path
             {"self_attention.to_q.weight", "mlp.gate_proj.weight", "mlp.linear_fc2.weight"},
         ),
         (
+            *("hidream_o1", ("language_model.layers.",)),
+            {"0.self_attn.q_proj.weight", "0.self_attn.o_proj.weight", "1.mlp.down_proj.weight"},
+        ),
+        (
             *("kandinsky video", ("text_transformer_blocks.", "visual_transformer_blocks.")),
             {
                 "self_attention.to_query.weight",
@@ -506,6 +517,10 @@ FIBO = {
 ERNIE = {
     **{"dim": 4096, "ffn_dim": 12288, "num_heads": 32, "num_layers": 36, "channels": 128},
     **{"text_dim": 3072, "rotary_widths": (32, 48, 48)},
+}
+HIDREAM = {
+    **{"dim": 4096, "ffn_dim": 12288, "num_heads": 32, "num_kv_heads": 8, "num_layers": 36},
+    **{"head_width": 128, "vocabulary": 151936, "bottleneck": 1024, "patch_size": 32, "row_frequencies": 20},
 }
 KANDINSKY = {
     **{"text_layers": 2, "text_dim": 3584, "pooled_dim": 768, "time_dim": 512, "out_channels": 16},
@@ -562,6 +577,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     **dict.fromkeys(("moss-image-dit", "moss-image-dit-comfy"), ("moss_image", MOSS)),
     "fibo-2-dit": ("fibo_2", FIBO),
     "ernie-image-dit": ("ernie_image", ERNIE),
+    **dict.fromkeys(("hidream-o1", "hidream-o1-comfy"), ("hidream_o1", HIDREAM)),
     "kandinsky5-lite-dit": ("kandinsky video", KANDINSKY_LITE),
     "kandinsky5-pro-dit": ("kandinsky video", KANDINSKY_PRO),
     "kandinsky5-lite-t2i-dit": ("kandinsky image", KANDINSKY_IMAGE),
@@ -587,7 +603,14 @@ def test_published_files_of_full_size_load_without_leftovers(tmp_path: Path, man
 
     loaded = KINDS[name].checkpoints.load_dit(write_hollow(tmp_path / "dit.safetensors", tensors), META)
 
-    numbers = sum(math.prod(shape) for name, (_, shape) in tensors.items() if name not in COMPUTED)
+    beside = (
+        ("visual.", "model.visual.", "lm_head.") if name == "hidream_o1" else ()
+    )  # a vision tower and a head
+    numbers = sum(
+        math.prod(shape)
+        for tensor, (_, shape) in tensors.items()
+        if tensor not in COMPUTED and not tensor.startswith(beside)
+    )
     assert sum(weight.numel() for weight in loaded.parameters()) == numbers
     assert {field: getattr(loaded.config, field) for field in dimensions} == dimensions
     assert loaded.compute_dtype == torch.bfloat16
@@ -611,6 +634,11 @@ def test_published_files_of_full_size_load_without_leftovers(tmp_path: Path, man
             ("ernie_image", name)
             for name in ("x_embedder.proj", "text_proj", "layers.0.self_attention.to_k", "adaLN_modulation.1")
         ),
+        *(
+            ("hidream_o1", f"{name}_proj")
+            for name in ("language_model.layers.0.self_attn.k", "language_model.layers.1.mlp.up")
+        ),
+        *(("hidream_o1", name) for name in ("x_embedder.proj2", "t_embedder1.mlp.0", "final_layer2.linear")),
         *(
             ("kandinsky video", name)
             for name in ("visual_embeddings.in_layer", "pooled_text_embeddings.norm", "out_layer.out_layer")
@@ -675,6 +703,13 @@ SENSELESS: dict[str, list[tuple[str, tuple[int, ...]]]] = {
         ("layers.0.self_attention.to_k.weight", ()),
         ("adaLN_modulation.1.weight", (575, 96)),
         ("x_embedder.proj.weight", (96, 127, 1, 1)),
+    ],
+    "hidream_o1": [
+        ("language_model.layers.0.self_attn.q_norm.weight", (0,)),
+        ("language_model.layers.0.self_attn.q_norm.weight", (24,)),
+        ("language_model.layers.0.self_attn.k_proj.weight", ()),
+        ("x_embedder.proj1.weight", (16, 3071)),
+        ("final_layer2.linear.weight", (3072, 63)),
     ],
     "kandinsky video": [
         ("visual_transformer_blocks.0.self_attention.query_norm.weight", (0,)),

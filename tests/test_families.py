@@ -53,7 +53,7 @@ SLOW |= {
 }
 # what their scripts train and make is compared with diffusers each day: parity/test_training_steps.py and
 # parity/test_pictures.py; z_image, of which the same is true, stays for samples, states and pages of pictures
-SLOW |= {"anima", "ernie_image", "hunyuan_image", "krea2", "lumina", "qwen_image"}
+SLOW |= {"anima", "ernie_image", "hidream_o1", "hunyuan_image", "krea2", "lumina", "qwen_image"}
 FAST = "wan t2v-1.3B"
 MARKS = {FAST: pytest.mark.whole_way, **dict.fromkeys(SLOW, pytest.mark.slow)}
 CASES = [pytest.param(each, id=each.name, marks=MARKS.get(each.name, ())) for each in (*FAMILIES, LAYERED)]
@@ -266,6 +266,7 @@ OF_IMAGES = (
     *("flux_2", "flux_3", "qwen_image_21 edit", "moss_image edit", "fibo_2 edit", "kontext", "krea2 edit"),
     "anima",
     "ernie_image",
+    "hidream_o1",
 )
 # qwen_image stays for pictures
 FULL_SLOW = ("wan i2v-14B-FC", "framepack one frame", "qwen_image edit-2511", "krea2", *OF_IMAGES)

@@ -55,7 +55,7 @@ TEXTS_IN_FP8 = {  # option, and the tensor in caches that it changes
 # of FramePack tests/frame_pack has what is its own
 SLOW = {"hunyuan_video", "framepack", "lumina", "hunyuan_image", "flux", "flux_2", "kontext", "qwen_image"}
 SLOW |= {"qwen_image_21", "qwen_image_21 edit", "moss_image", "moss_image edit", "fibo_2", "fibo_2 edit"}
-SLOW |= {"anima", "ernie_image", "kandinsky"}
+SLOW |= {"anima", "ernie_image", "hidream_o1", "kandinsky"}
 SLOW |= {"qwen_image edit-2511", "flux_3", "krea2", "krea2 edit", "z_image", "ltx_2", "ltx_2 with sound"}
 CHOSEN = [
     pytest.param(family, id=family.name, marks=pytest.mark.slow if family.name in SLOW else ())

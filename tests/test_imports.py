@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "krea2": GROUND | {"networks.names", "encoders", "lumina", "qwen_image"},
     "qwen_image_21": GROUND | {"networks.names", "encoders", "qwen_image", "wan"},
     "moss_image": GROUND | {"networks.names", "encoders", "lumina", "krea2", "flux_2"},
+    "hidream_o1": GROUND | {"networks.names", "encoders", "lumina"},
     "ernie_image": GROUND | {"networks.names", "encoders", "lumina", "flux_2"},
     "kandinsky": GROUND | {"networks.names", "encoders", "hunyuan_model"},
     "fibo_2": GROUND | {"networks.names", "encoders", "lumina", "z_image", "krea2", "flux_2"},

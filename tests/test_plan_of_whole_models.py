@@ -53,6 +53,7 @@ MODELS = {
     "Fibo 2.0": ("fibo_2", "fibo-2-dit", ()),
     "Kandinsky 5 Lite": ("kandinsky", "kandinsky5-lite-dit", ()),
     "Kandinsky 5 Image": ("kandinsky", "kandinsky5-lite-t2i-dit", ()),
+    "HiDream-O1-Image": ("hidream_o1", "hidream-o1-comfy", ()),
     "ERNIE-Image": ("ernie_image", "ernie-image-dit", ()),
     "FLUX.1": ("flux_kontext", "flux1-dev-dit", ()),
     "Krea 2": ("krea2", "krea2-dit", ()),

@@ -38,7 +38,7 @@ OF_IMAGES = (
     "krea2 edit",
 )
 OF_IMAGES += ("qwen_image", "qwen_image edit-2511", "qwen_image_21", "qwen_image_21 edit", "anima")
-OF_IMAGES += ("moss_image", "moss_image edit", "fibo_2", "fibo_2 edit", "ernie_image")
+OF_IMAGES += ("moss_image", "moss_image edit", "fibo_2", "fibo_2 edit", "ernie_image", "hidream_o1")
 IMAGES = [pytest.param(name, marks=pytest.mark.slow) for name in OF_IMAGES]
 
 

@@ -359,6 +359,8 @@ def element_errors(
     Raises:
         ValueError: If the loss type is unknown.
     """
+    if spec.clean_loss_scale:  # the differences of clean latents instead of velocities
+        differences = differences * per_sample(spec.clean_loss_scale * sigmas.float(), differences)
     if options.loss_type == "l2":
         return differences.square()
     if options.loss_type == "l1":

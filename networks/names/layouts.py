@@ -205,6 +205,8 @@ class FamilyNames:
     # which names with underscores all tools except diffusers use for its LoRAs: "ours" or "aliases"; "":
     # tools differ
     underscored_names: str = ""
+    # with `underscored_names`: whether ComfyUI reads dotted paths all the same
+    dotted_in_comfyui: bool = False
     # (path in another layout, our path) of parameters that are not the weight or bias of a module; in LoRA
     # files `{path}.diff`
     parameters: tuple[tuple[str, str], ...] = ()

@@ -53,8 +53,6 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
 # of layouts that no class here writes: diffusers' own marks, and released files
 RELEASED = {
     "cond_type_embedding.weight": "HunyuanVideo 1.5",
-    "t_embedder1.mlp.0.weight": "HiDream-O1-Image",
-    "model.t_embedder1.mlp.0.weight": "HiDream-O1-Image",
     "patch_embedding_pose.weight": "SCAIL-2",
     "double_stream_layers.0.img_instruct_attn.processor.img_to_q.weight": "Boogu-Image",
     "blocks.0.pre_crs_attn_norm.weight": "LongCat-Video",

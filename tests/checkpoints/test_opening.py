@@ -175,6 +175,7 @@ KINDS = {
     "ltx2.5-text": "Gemma language model",
     "ltx2.5": "LTX-2",
     "ernie-image-dit": "an ERNIE-Image transformer",
+    "hidream-o1": "a HiDream-O1-Image network",
     "kandinsky5": "a Kandinsky 5 transformer",
     "ministral": "language model",
     "moss-image-dit": "a MOSS-Image transformer",

@@ -54,6 +54,8 @@ LEARNING = {
     "{noise_refiner.0,layers.0,layers.1,layers.2}.feed_forward.{w1,w2,w3}",
     "ernie_image": "layers.{0,1}.self_attention.{to_q,to_k,to_v,to_out.0} "
     "layers.{0,1}.mlp.{gate_proj,up_proj,linear_fc2}",
+    "hidream_o1": "language_model.layers.{0,1}.self_attn.{q,k,v,o}_proj "
+    "language_model.layers.{0,1}.mlp.{gate,up,down}_proj x_embedder.{proj1,proj2} final_layer2.linear",
     "kandinsky": "{text,visual}_transformer_blocks.{0,1}.self_attention.{to_query,to_key,to_value,out_layer} "
     "{text,visual}_transformer_blocks.{0,1}.feed_forward.{in_layer,out_layer} "
     "visual_transformer_blocks.{0,1}.cross_attention.{to_query,to_key,to_value,out_layer}",

@@ -274,6 +274,7 @@ RELEASED = {
     "moss_image": "moss-image-dit moss-image-dit-comfy",
     "fibo_2": "fibo-2-dit",
     "ernie_image": "ernie-image-dit",
+    "hidream_o1": "hidream-o1-comfy",
     "kandinsky": "kandinsky5-lite-dit kandinsky5-pro-dit kandinsky5-lite-t2i-dit",
     "z_image": "z-image-dit z-image-dit-comfy",
     "wan": "wan2.1-t2v-14b-diffusers wan2.2-ti2v-5b",

@@ -25,6 +25,7 @@ import tests.fibo_2.making as fibo_2
 import tests.flux.making as flux
 import tests.flux_2.making as flux_2
 import tests.flux_3.making as flux_3
+import tests.hidream_o1.making as hidream_o1
 import tests.hunyuan_image.making as hunyuan_image
 import tests.kandinsky.making as kandinsky
 import tests.krea2.making as krea2
@@ -37,6 +38,7 @@ import tests.tiny.anima as tiny_anima
 import tests.tiny.flux as tiny_flux
 import tests.tiny.flux_2 as tiny_flux_2
 import tests.tiny.flux_3 as tiny_flux_3
+import tests.tiny.hidream_o1 as tiny_hidream_o1
 import tests.tiny.hunyuan_dit as tiny_hunyuan
 import tests.tiny.hunyuan_image as tiny_hunyuan_image
 import tests.tiny.krea2 as tiny_krea2
@@ -44,6 +46,7 @@ import tests.tiny.lumina as tiny_lumina
 import tests.z_image.making as z_image
 from encoders.autoencoder import SCALE, SHIFT
 from tests.faults.messages import succeed_here
+from tests.hidream_o1.plain import PlainHiDreamO1
 from tests.moss_image.plain import PlainMossImage
 from tests.parity.running import assert_equal, training_key
 from tests.parity.training import (
@@ -296,6 +299,16 @@ def error_of_kandinsky(
     return (kandinsky.predict_with(dit, inputs, scale, given) - wanted)[:, :, given:]  # type: ignore[arg-type]
 
 
+def error_of_hidream_o1(dit: PlainHiDreamO1, batch: Sequence[Item], step: int) -> Tensor:
+    """The error of the clean picture, at noise levels that are even; the noise is 8 times as loud."""
+    sigmas = uniform_of(batch, step).float()
+    noisy, _ = mixed(batch, step, sigmas)
+    text, mask = padded(batch)
+    given = {"noisy": 8 * noisy, "timesteps": 1000 * sigmas, "text": text, "text_mask": mask}
+    clean = torch.stack([8 * item.latents for item in batch])
+    return hidream_o1.predict_plainly(dit, given, config=tiny_hidream_o1.CONFIG) - clean
+
+
 def error_of_lumina(dit: nn.Module, batch: Sequence[Item], step: int) -> Tensor:
     tokens = batch[0].latents.shape[-1] * batch[0].latents.shape[-2] // 4
     sigmas = shifted(uniform_of(batch, step), ratio_of(tokens))
@@ -384,6 +397,14 @@ def linears_in(*starts: str) -> Callable[[Path], Parts]:
         return {path.replace(".", "_"): [path] for path in chosen}
 
     return parts
+
+
+def hidream_o1_parts(dit_file: Path) -> Parts:
+    """The Linear layers of the blocks, and those that embed and end the patches."""
+    starts = ("language_model.layers.", "x_embedder.", "final_layer2.")
+    paths = [name.removesuffix(".weight") for name in load_file(dit_file) if name.endswith(".weight")]
+    chosen = [path for path in paths if path.startswith(starts) and "norm" not in path]
+    return {path.replace(".", "_"): [path] for path in chosen}
 
 
 def krea2_parts(dit_file: Path) -> Parts:
@@ -650,6 +671,16 @@ CASES: dict[str, Training] = {
             (" edit, joint", ("--joint_references",), edits_of_two),
         )
     },
+    "hidream_o1": Training(
+        *("ho1", "hidream_o1_ids", 1.0),
+        options=("--timestep_sampling", "uniform"),
+        network=PlainHiDreamO1,
+        parts=hidream_o1_parts,
+        error=error_of_hidream_o1,  # type: ignore[arg-type]
+        change=partial(write_caption, "picture 1", LONG),  # captions of unequal lengths
+        to_model=lambda latents: latents / 8,
+        share=1e-8,  # the last layers move the image far more
+    ),
     "ernie_image": Training(
         *("ernie", "ministral3_embed", 20.0),
         options=("--timestep_sampling", "shift", "--discrete_flow_shift", 4.0),
@@ -729,7 +760,7 @@ def train(folder: Path, name: str, *more: object) -> Path:
 
 # the networks of the others are compared with recorded numbers, and what they learn in tests/test_families.py
 DAILY = {"hunyuan_video", "chroma", "lumina", "hunyuan_image", "qwen_image", "krea2", "z_image"}
-DAILY |= {"anima", "ernie_image", "kandinsky"}
+DAILY |= {"anima", "ernie_image", "hidream_o1", "kandinsky"}
 
 
 @pytest.mark.parametrize(

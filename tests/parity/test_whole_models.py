@@ -19,7 +19,7 @@ from tests.tiny.families import family_called
 RATE = 0.1
 FULL = (
     *("krea2", "anima", "flux", "chroma", "lumina", "hunyuan_image"),
-    *("flux_2", "flux_3", "qwen_image_21", "moss_image", "kontext", "ernie_image"),
+    *("flux_2", "flux_3", "qwen_image_21", "moss_image", "kontext", "ernie_image", "hidream_o1"),
 )
 DAILY = {"krea2"}
 

@@ -17,6 +17,7 @@ from flux.spec import dit_spec
 from flux_2.model import Flux2Model
 from flux_3.model import Flux3Model
 from frame_pack.model import FramePackModel
+from hidream_o1.model import HiDreamO1Model
 from hunyuan_image.model import HunyuanImageModel
 from hunyuan_model.model import HunyuanVideoModel
 from kandinsky.model import KandinskyModel
@@ -38,6 +39,7 @@ from tests.tiny import (
     flux_2,
     flux_3,
     framepack_dit,
+    hidream_o1,
     hunyuan_dit,
     hunyuan_image,
     kandinsky,
@@ -407,6 +409,24 @@ def _ernie_image() -> TinyDit:
     return TinyDit("ernie_image", ErnieImageModel.spec, make, "lora_ernie_image", inputs)
 
 
+def _hidream_o1() -> TinyDit:
+    """With texts of several lengths; rows and columns of patches instead of pixels."""
+    config = hidream_o1.CONFIG
+
+    def inputs(size: Size, batch: int) -> dict[str, Any]:
+        draw, (_, rows, columns, text) = _drawing(), size
+        generator = torch.Generator().manual_seed(5)
+        return {
+            "noisy": draw(batch, 3, 1, rows * config.patch_size, columns * config.patch_size),
+            "timesteps": torch.linspace(900.0, 100.0, batch),
+            "text": torch.randint(config.vocabulary, (batch, text + 1), generator=generator),
+            "text_mask": _mask(batch, text + 1),
+        }
+
+    make = _maker(HiDreamO1Model, config, hidream_o1.tiny_state, "num_layers")
+    return TinyDit("hidream_o1", HiDreamO1Model.spec, make, "lora_hidream_o1", inputs)
+
+
 def _kandinsky() -> TinyDit:
     """With texts of several lengths."""
     config = kandinsky.CONFIG
@@ -468,7 +488,7 @@ DITS = (
     *(LUMINA, _flux("dev"), _flux("chroma"), _flux_2(), _flux_3()),
     *(_hunyuan_image(), _qwen_image(), _qwen_image(edits=True), Z_IMAGE, _krea2(), _krea2(edits=True)),
     *(_qwen_image_21(), _qwen_image_21(edits=True), _moss_image(), _moss_image(edits=True)),
-    *(_fibo_2(), _fibo_2(edits=True), _ernie_image(), _kandinsky(), _anima()),
+    *(_fibo_2(), _fibo_2(edits=True), _ernie_image(), _kandinsky(), _hidream_o1(), _anima()),
     *(_ltx("2.0"), _ltx("2.3"), _ltx("2.5"), _wan("vace")),
 )
 ONE_OF_EACH = (DITS[0], DITS[2], DITS[3])

@@ -21,6 +21,7 @@ from tests.tiny.flux import write_tiny_flux
 from tests.tiny.flux_2 import write_tiny_flux_2
 from tests.tiny.flux_3 import write_tiny_flux_3
 from tests.tiny.framepack import write_tiny_framepack
+from tests.tiny.hidream_o1 import write_tiny_hidream_o1
 from tests.tiny.hunyuan import write_tiny_hunyuan
 from tests.tiny.hunyuan_image import write_tiny_hunyuan_image
 from tests.tiny.kandinsky import write_tiny_kandinsky
@@ -274,7 +275,9 @@ def _images(
     """
 
     def prepare(folder: Path, clips: WriteClips = write_clips) -> None:
-        write_plain_images(folder, side=32 if name.startswith(("hunyuan_image", "qwen_image_21")) else 48)
+        write_plain_images(
+            folder, side=32 if name.startswith(("hidream_o1", "hunyuan_image", "qwen_image_21")) else 48
+        )
         write(folder)
 
     vae, texts = [*vae, *PRECISE], [*texts, "--text_encoder_dtype", "float32"]
@@ -548,6 +551,25 @@ def _ernie_image() -> TinyFamily:
     )
 
 
+def _hidream_o1() -> TinyFamily:
+    """HiDream-O1-Image, which has neither a VAE nor a text encoder."""
+    made = _images(
+        *("hidream_o1", "hidream_o1", "lora_hidream_o1"),
+        lambda folder: write_tiny_hidream_o1(folder / "model"),
+        vae=[],
+        texts=[],
+    )
+    model = ["--dit", "model/dit.safetensors", "--tokenizer", "model/hidream_o1"]
+    return replace(
+        made,
+        cache_latents=["hidream_o1_cache_latents.py", *DATASET],
+        cache_texts=["hidream_o1_cache_text_encoder_outputs.py", *DATASET, *model],
+        train=["hidream_o1_train_network.py", *model, *DATASET, "--sdpa", *_network("lora_hidream_o1")],
+        generate=["hidream_o1_generate_image.py", *model, "--negative_prompt", "dull"],
+        train_full="hidream_o1_train.py",
+    )
+
+
 def _hunyuan_image() -> TinyFamily:
     return _images(
         *("hunyuan_image", "hunyuan_image", "lora_hunyuan_image"),
@@ -636,6 +658,7 @@ FAMILIES = (
     _fibo_2(),
     _fibo_2(edits=True),
     _ernie_image(),
+    _hidream_o1(),
     _anima(),
     _ltx_2("ltx_2", "v", "2.5"),
     _ltx_2("ltx_2 with sound", "av", "2.3"),
@@ -673,6 +696,7 @@ def write_deep(family: TinyFamily, folder: Path, clips: WriteClips = write_clips
         **dict.fromkeys(("moss_image", "moss_image edit"), write_tiny_moss_image),
         **dict.fromkeys(("fibo_2", "fibo_2 edit"), write_tiny_fibo_2),
         "ernie_image": write_tiny_ernie_image,
+        "hidream_o1": write_tiny_hidream_o1,
         "qwen_image": write_tiny_qwen_image,
         "qwen_image edit-2511": partial(write_tiny_qwen_image, edits=True),
         "ltx_2": partial(write_release, version="2.5"),

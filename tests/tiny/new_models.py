@@ -12,6 +12,7 @@ from tests.tiny.flux import write_tiny_flux
 from tests.tiny.flux_2 import write_tiny_flux_2
 from tests.tiny.flux_3 import write_tiny_flux_3
 from tests.tiny.framepack import write_tiny_framepack
+from tests.tiny.hidream_o1 import write_tiny_hidream_o1
 from tests.tiny.hunyuan import write_tiny_hunyuan
 from tests.tiny.hunyuan_image import write_tiny_hunyuan_image
 from tests.tiny.kandinsky import write_tiny_kandinsky
@@ -78,6 +79,8 @@ MODELS: dict[str, tuple[Writer, dict[str, str]]] = {
     "fibo_2 edit": (write_tiny_fibo_2, IMAGES),
     "ernie_image base": (write_tiny_ernie_image, IMAGES),
     "ernie_image turbo": (write_tiny_ernie_image, IMAGES),
+    "hidream_o1 full": (write_tiny_hidream_o1, {"dit": "dit.safetensors"}),
+    "hidream_o1 dev": (partial(write_tiny_hidream_o1, name="dit_dev"), {"dit": "dit_dev.safetensors"}),
     "z_image turbo": (write_tiny_z_image, IMAGES),
     "krea2 raw": (write_tiny_krea2, IMAGES),
     "krea2 turbo": (write_tiny_krea2, IMAGES),

@@ -22,6 +22,7 @@ from tests.tiny import (
     flux_2,
     flux_3,
     guides,
+    hidream_o1,
     hunyuan_image,
     hunyuan_vae,
     kandinsky,
@@ -137,6 +138,14 @@ def lay_out_ernie_image(folder: Path) -> None:
     texts = ernie_image.write_text_encoder(folder / "ministral_3")
     (texts / "model.safetensors").rename(folder / "ministral-3-3b.safetensors")
     (texts / "config.json").rename(folder / "config.json")
+
+
+def lay_out_hidream_o1(folder: Path) -> None:
+    """HiDream-O1-Image and Dev, and their tokenizer."""
+    for seed, release in enumerate(("", "_dev")):
+        state = hidream_o1.tiny_state(seed, torch.bfloat16)
+        hidream_o1.write_dit(folder, state, name=f"hidream_o1_image{release}_bf16")
+    hidream_o1.write_tokenizer(folder / "hidream_o1")
 
 
 def lay_out_hunyuan_image(folder: Path) -> None:

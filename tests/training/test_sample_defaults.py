@@ -100,6 +100,14 @@ CASES |= {
         *("fibo_2", [], {}),
         {"steps": 30, "guidance_scale": (5.0,), "flow_shift": math.exp(1.15), "negative_prompt": NULL},
     ),
+    "hidream_o1": (
+        *("hidream_o1", [], {}),
+        {"steps": 50, "flow_shift": 3.0, "guidance_scale": (5.0,), "width": 2048, "solver": "unipc"},
+    ),
+    "hidream_o1 dev": (
+        *("hidream_o1", ["--model_type", "dev"], {}),
+        {"steps": 28, "guidance_scale": (1.0,), "solver": "lcm"},
+    ),
     "ernie_image": (
         *("ernie_image", [], {}),
         {"steps": 50, "guidance_scale": (4.0,), "flow_shift": 4.0, "negative_prompt": ""},

@@ -36,9 +36,15 @@ ATTENTIONS = {
     **{"moss_image": (2, 0), "moss_image edit": (3, 0)},
     **dict.fromkeys(("fibo_2", "fibo_2 edit", "ernie_image"), (2, 0)),
     "anima": (2, 0),
+    "hidream_o1": (3, 0),  # of each of two samples to everything, and of their texts to themselves
     "kandinsky": (3, 2),  # to the clip, and for each of two samples to few tokens of its text
 }
-LEARNS_BEFORE = {"lumina", "krea2", "krea2 edit"}  # a LoRA is in their refiners too
+LEARNS_BEFORE = {
+    "hidream_o1",
+    "lumina",
+    "krea2",
+    "krea2 edit",
+}  # a LoRA is in their refiners or embeddings too
 
 
 class Counter(TorchDispatchMode):
@@ -65,6 +71,7 @@ BOTH_DTYPES += [pytest.param(tiny, True, id=f"{tiny.name} autocast") for tiny in
 @pytest.mark.slow_cases(
     "anima",
     "ernie_image",
+    "hidream_o1",
     "fibo_2 edit",
     "fibo_2",
     "flux chroma",

@@ -1,0 +1,1 @@
+"""HiDream-O1-Image, a language model that draws pixels: read family.py first, then model.py."""

@@ -1,0 +1,142 @@
+"""Files of HiDream-O1-Image: one network that is the transformer and reads its texts itself.
+
+Released folders have names that begin with `model.`, single files for ComfyUI have them with or without it.
+Full and Dev have equal tensors: only names distinguish them.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+
+from checkpoints.dialects import DitShapes, make_wrong_kind_error, rename_sources
+from checkpoints.dits import DitFormat, DitHeader
+from checkpoints.opening import Checkpoint, list_tensor_sources
+from encoders.files import TransformerFiles
+from hidream_o1.configs import HiDreamO1Config
+from hidream_o1.model import HiDreamO1Model
+from hidream_o1.options import NAME
+from hidream_o1.pixels import Pixels
+from hidream_o1.texts import SOURCE, HiDreamO1Tokenizer
+from modules.errors import CheckpointError
+from protocols.family import TextEncoder
+from protocols.loading import TensorSource
+
+MODEL_LABEL = f"a {NAME} network"
+DIT_OPTION = "--dit"
+RELEASED_FILES = (
+    "hidream_o1_image_bf16.safetensors or hidream_o1_image_dev_bf16.safetensors of Comfy-Org, or the folder "
+    "of HiDream-ai/HiDream-O1-Image or HiDream-ai/HiDream-O1-Image-Dev"
+)
+PREFIX = "model."  # of names in released folders
+IDENTIFYING_TENSOR = "x_embedder.proj1.weight"
+BLOCK = "language_model.layers.0."
+
+
+def _read_header(checkpoint: Checkpoint) -> DitHeader[HiDreamO1Config]:
+    """Return the dimensions, tensor naming and dtype of a HiDream-O1-Image file."""
+    file_shapes = {name.removeprefix(PREFIX): info.shape for name, info in checkpoint.tensors.items()}
+    if IDENTIFYING_TENSOR not in file_shapes:
+        raise make_wrong_kind_error(checkpoint, MODEL_LABEL, DIT_OPTION, RELEASED_FILES)
+    config = _read_config(DitShapes(checkpoint.path, file_shapes, NAME))
+    query = f"{BLOCK}self_attn.q_proj.weight"
+    dialect = "bare" if query in checkpoint.tensors else "released"
+    name = query if dialect == "bare" else PREFIX + query
+    return DitHeader(config, dialect, checkpoint.tensors[name].dtype)
+
+
+def _read_config(shapes: DitShapes) -> HiDreamO1Config:
+    """Return the dimensions of a network. Raises CheckpointError if they do not match each other."""
+    vocabulary, dim = shapes.get_shape("language_model.embed_tokens.weight")
+    (head_width,) = shapes.get_shape(f"{BLOCK}self_attn.q_norm.weight", axes=1)
+    width = shapes.get_shape(f"{BLOCK}self_attn.q_proj.weight")[0]
+    kv_width = shapes.get_shape(f"{BLOCK}self_attn.k_proj.weight")[0]
+    ffn_dim = shapes.get_shape(f"{BLOCK}mlp.gate_proj.weight")[0]
+    bottleneck, patch_values = shapes.get_shape(IDENTIFYING_TENSOR)
+    patch_size = math.isqrt(patch_values // 3)
+    fits = (
+        head_width % 32 == 0  # rows and columns have five of 16 frequencies each
+        and width % kv_width == 0
+        and kv_width % head_width == 0
+        and patch_values == 3 * patch_size**2
+        and shapes.get_shape(f"{BLOCK}self_attn.o_proj.weight") == (dim, width)
+        and shapes.get_shape(f"{BLOCK}mlp.down_proj.weight") == (dim, ffn_dim)
+        and shapes.get_shape("x_embedder.proj2.weight") == (dim, bottleneck)
+        and shapes.get_shape("final_layer2.linear.weight") == (patch_values, dim)
+        and shapes.get_shape("t_embedder1.mlp.2.weight") == (dim, dim)
+    )
+    if not fits:
+        raise CheckpointError(
+            f"{shapes.path}: width {dim}, heads of {head_width} and patches of {patch_values} values do not "
+            f"fit {MODEL_LABEL}. Copy the file again.",
+            shapes.path,
+        )
+    return HiDreamO1Config(
+        dim=dim,
+        ffn_dim=ffn_dim,
+        num_heads=width // head_width,
+        num_kv_heads=kv_width // head_width,
+        head_width=head_width,
+        num_layers=shapes.count_blocks("language_model.layers"),
+        vocabulary=vocabulary,
+        bottleneck=bottleneck,
+        patch_size=patch_size,
+        freq_dim=shapes.get_shape("t_embedder1.mlp.0.weight")[1],
+    )
+
+
+def _make_sources(checkpoint: Checkpoint, _: DitHeader[HiDreamO1Config]) -> Mapping[str, TensorSource]:
+    return rename_sources(list_tensor_sources(checkpoint), lambda name: name.removeprefix(PREFIX))
+
+
+FORMAT = DitFormat(
+    _read_header,
+    lambda _: MODEL_LABEL,
+    network=HiDreamO1Model,
+    sources=_make_sources,
+    option=DIT_OPTION,
+    ignore=("lm_head.*", "visual.*", "model.visual.*"),  # the head for words, and the vision tower
+)
+read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMAT.load
+
+
+@dataclass(frozen=True)
+class HiDreamO1Files(TransformerFiles):
+    """Model files of a run: the network and its tokenizer. There is no VAE."""
+
+    tokenizer: Path | None = None  # None: next to the network's file
+
+    format: ClassVar = FORMAT
+
+    def add_tokenizer(self, tokenizer: Path | None) -> Self:
+        """Return a copy with the tokenizer's file or folder."""
+        return replace(self, tokenizer=tokenizer)
+
+    def find_tokenizer(self) -> Path | None:
+        """Return the tokenizer's file; None if it is not on this machine or no network is given."""
+        if self.tokenizer is not None or self.dit is None or not self.dit.exists():
+            return self.tokenizer
+        return SOURCE.files.find(None, self.dit)
+
+    def load_vae(self, device: torch.device) -> Pixels:
+        """Return what stands in place of a VAE."""
+        return Pixels(device)
+
+    def vae_identity(self) -> Mapping[str, str]:
+        """Return fields of cache records: cached pixels depend on nothing else."""
+        return {"vae": "pixels"}
+
+    def check_vae(self) -> None:
+        """Do nothing, because there is no file."""
+
+    def text_encoders(self) -> list[TextEncoder]:
+        """Return the tokenizer; the network embeds its tokens."""
+        return [HiDreamO1Tokenizer(self.dit_path, self.tokenizer)]
+
+    def check_texts(self, config: Any, needed: bool) -> None:
+        """Check the tokenizer's file if it is given; otherwise it is found when it is loaded."""
+        if self.tokenizer is not None:
+            SOURCE.files.check_option_value(self.tokenizer)

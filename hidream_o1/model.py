@@ -1,0 +1,327 @@
+"""The network of HiDream-O1-Image: the decoder of Qwen3-VL over a text, its time and patches of pixels.
+
+Names of modules are the released ones. The only place for the time is a token after the text: nothing is
+modulated. The text attends to itself, causally; the time and all patches attend to everything. Here patches
+come first, then the time, then the text. Attention does not depend on the order, only on positions. Source:
+the released code and configuration (HiDream-ai/HiDream-O1-Image); the decoder is that of transformers.
+"""
+# Letters: B batch, L patches of the image, T text tokens, N heads, K heads of keys and values, D head width,
+# C width, P values of a patch
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Self
+
+import torch
+import torch.nn.functional as functional
+from einops import rearrange
+from torch import Tensor, nn
+
+from hidream_o1.configs import DIT, HiDreamO1Config
+from lumina.blocks import GroupedAttention, Heads, LuminaTokens, repeat_kv_heads
+from lumina.model import count_real_tokens
+from modules.attention.attend import SampleLengths, SecondText, attend, attend_causally, make_lengths
+from modules.devices import send_ahead
+from modules.flow.schedule import TRAIN_TIMESTEPS
+from modules.layers.half_rope import rotate_halves
+from modules.layers.norms import RMSNorm, TwoLayerMlp, activation_dtype, run_in_weight_dtype
+from modules.layers.rope import GridTable, cos_and_sin, sinusoid
+from modules.speed_options import SDPA, AttentionChoice
+from protocols.steps import NO_OVERRIDES, Overrides
+from runtime.run_blocks import BlockNetwork, Hidden
+
+FIRST_POSITION = 4096  # of the image on all axes, wherever its text ends
+
+Grid = tuple[int, int]  # rows and columns of an image's patches
+
+
+@dataclass(frozen=True)
+class HiDreamO1Tokens(LuminaTokens):
+    """Inputs of the blocks besides x, B L+1+T C; no block uses `time`."""
+
+    num_full: int = 0  # number of tokens that attend to all tokens: patches and time, L + 1
+
+    def select(self, kept: Tensor, num_left_out: int) -> Self:
+        """Return the block inputs for some tokens of x; only patches of the image are dropped."""
+        selected = super().select(kept, num_left_out)
+        return replace(selected, num_full=self.num_full - num_left_out)
+
+
+class HiDreamO1Attention(GroupedAttention):
+    """Attention in which a text attends causally to itself, and all other tokens to everything."""
+
+    def __init__(self, config: HiDreamO1Config) -> None:
+        nn.Module.__init__(self)
+        self.head_width = config.head_width
+        width = config.num_heads * config.head_width
+        kv_width = config.num_kv_heads * config.head_width
+        self.q_proj = nn.Linear(config.dim, width, bias=False)
+        self.k_proj = nn.Linear(config.dim, kv_width, bias=False)
+        self.v_proj = nn.Linear(config.dim, kv_width, bias=False)
+        self.o_proj = nn.Linear(width, config.dim, bias=False)
+        self.q_norm = RMSNorm(config.head_width, config.eps)
+        self.k_norm = RMSNorm(config.head_width, config.eps)
+
+    def heads(self, x: Tensor) -> Heads:
+        """Return queries (B L N D), keys and values (B L K D) of tokens B L C; the first two normalized."""
+        query = run_in_weight_dtype(self.q_proj, x).unflatten(-1, (-1, self.head_width))
+        key = run_in_weight_dtype(self.k_proj, x).unflatten(-1, (-1, self.head_width))
+        value = run_in_weight_dtype(self.v_proj, x).unflatten(-1, (-1, self.head_width))
+        return self.q_norm(query), self.k_norm(key), value
+
+    def attend_heads(
+        self, heads: Iterable[Tensor], rotary: Tensor, tokens: LuminaTokens, lengths: SampleLengths | None
+    ) -> Tensor:
+        """Return the attention of tokens, B L+1+T N D, from heads without rotary embedding."""
+        assert isinstance(tokens, HiDreamO1Tokens)
+        query, key, value = heads
+        query, key = rotate_halves(query, rotary), rotate_halves(key, rotary)
+        key, value = repeat_kv_heads(query, key, value)
+        full = tokens.num_full
+        choice = tokens.attention
+        # padding follows a text, so that no real token attends to it
+        text = attend_causally(query[:, full:], key[:, full:], value[:, full:], choice)
+        if lengths is None:
+            attended = attend(query[:, :full], key, value, choice)
+        else:  # with lengths, all tokens have queries
+            attended = attend(query, key, value, choice, lengths=lengths)[:, :full]
+        return torch.cat([attended, text], dim=1)
+
+    def project(self, attended: Tensor) -> Tensor:
+        """Project the concatenated heads of attention, B L N*D, to the layer's output, B L C."""
+        return run_in_weight_dtype(self.o_proj, attended)
+
+
+class HiDreamO1FeedForward(nn.Module):
+    """Gated feed-forward: down(silu(gate x) * up x). Source: Shazeer 2020, arXiv 2002.05202."""
+
+    def __init__(self, config: HiDreamO1Config) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.up_proj = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.down_proj = nn.Linear(config.ffn_dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the feed-forward to x, B L C."""
+        gates = functional.silu(run_in_weight_dtype(self.gate_proj, x))
+        return run_in_weight_dtype(self.down_proj, gates * run_in_weight_dtype(self.up_proj, x))
+
+
+class HiDreamO1Block(nn.Module):
+    """Attention and feed-forward, each after a norm."""
+
+    def __init__(self, config: HiDreamO1Config) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.dim, config.eps)
+        self.self_attn = HiDreamO1Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.dim, config.eps)
+        self.mlp = HiDreamO1FeedForward(config)
+
+    def forward(self, x: Tensor, tokens: HiDreamO1Tokens) -> Tensor:
+        """Apply the block to tokens x, B L+1+T C."""
+        x = x + self.self_attn(self.input_layernorm(x), tokens)
+        # the expensive one last: if it runs in pieces, recomputing the block stops here
+        return self.feed(x)
+
+    def modulated_input(self, x: Tensor, tokens: HiDreamO1Tokens) -> Tensor:
+        """Return the normalized input of attention for the patches of x, B L+1+T C to B L C."""
+        normalized: Tensor = self.input_layernorm(x[:, : tokens.image])
+        return normalized
+
+    def feed(self, x: Tensor) -> Tensor:
+        """Add the feed-forward branch to x, B L C; each token is processed independently."""
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class HiDreamO1Decoder(nn.Module):
+    """The language model: embeddings of text tokens, the blocks, and the final norm."""
+
+    def __init__(self, config: HiDreamO1Config) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocabulary, config.dim)
+        self.layers = nn.ModuleList(HiDreamO1Block(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.dim, config.eps)
+
+
+class HiDreamO1Patches(nn.Module):
+    """Embed patches of pixels through a narrow layer without an activation: B L P to B L C."""
+
+    def __init__(self, config: HiDreamO1Config) -> None:
+        super().__init__()
+        self.proj1 = nn.Linear(3 * config.patch_size**2, config.bottleneck, bias=False)
+        self.proj2 = nn.Linear(config.bottleneck, config.dim)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Return the tokens of patches, B L P to B L C."""
+        return run_in_weight_dtype(self.proj2, run_in_weight_dtype(self.proj1, patches))
+
+
+class HiDreamO1Layout(NamedTuple):
+    """Sizes of an image and its texts, which determine a rotary table."""
+
+    grid: Grid  # rows and columns of the image's patches
+    num_text_tokens: int  # tokens of each text, with padding
+    # real tokens of each text, which are the position of its time token; one number if all are alike
+    text_lengths: tuple[int, ...]
+
+
+class HiDreamO1Text(NamedTuple):
+    """A batch's texts without their time tokens."""
+
+    embeddings: Tensor  # B T C
+    counts: tuple[int, ...]  # real tokens of each sample
+
+    @property
+    def text_lengths(self) -> tuple[int, ...]:
+        """Return the numbers of real tokens; only one if all are equal."""
+        return self.counts[:1] if len(set(self.counts)) == 1 else self.counts
+
+    def lengths(self, before: int) -> SampleLengths | None:
+        """Return each sample's real tokens plus `before`; None if all tokens are real."""
+        if len(self.text_lengths) == 1:  # attention gets no mask
+            return None
+        return make_lengths([before + count for count in self.counts], self.embeddings.device)
+
+
+class HiDreamO1Model(BlockNetwork):
+    """Predict the clean pixels of a noisy image from the tokens of a text.
+
+    Simplified, without a second text and the code around the blocks:
+
+        time = t_embedder1(1000 - timesteps)                   # from 0 for noise to 1000 for a clean image
+        x = cat([x_embedder(patches), time, embed_tokens(text)])                       # B L+1+T C
+        for block in language_model.layers:
+            x = x + block.self_attn(block.input_layernorm(x))  # the text causally, the others to everything
+            x = x + block.mlp(block.post_attention_layernorm(x))
+        clean = final_layer2.linear(language_model.norm(x[:, :L]))                     # as B 3 1 H W
+    """
+
+    spec = DIT
+    compute_dtype_parameter = "language_model.layers.0.input_layernorm.weight"
+
+    def __init__(self, config: HiDreamO1Config, attention: AttentionChoice = SDPA) -> None:
+        """Build the network without weights."""
+        super().__init__()
+        self.config = config
+        self.attention = attention
+        dim, patch_values = config.dim, 3 * config.patch_size**2
+        self.language_model = HiDreamO1Decoder(config)
+        self.t_embedder1 = nn.ModuleDict(
+            {"mlp": TwoLayerMlp("0 2", (config.freq_dim, dim, dim), in_float32=True)}
+        )
+        self.x_embedder = HiDreamO1Patches(config)
+        self.final_layer2 = nn.ModuleDict({"linear": nn.Linear(dim, patch_values)})
+        self._rotary = GridTable[HiDreamO1Layout](self._make_table)
+
+    def embed(
+        self,
+        noisy: Tensor,
+        timesteps: Tensor,
+        text: Tensor,
+        text_mask: Tensor,
+        overrides: Overrides = NO_OVERRIDES,
+    ) -> Hidden:
+        """Embed image, time and text as tokens, B L+1+T C; return them with the blocks' other inputs.
+
+        Args:
+            noisy: Noisy pixels B 3 1 H W, (1 - sigma) clean + sigma scale noise, with clean pixels in -1..1.
+            timesteps: B, 0..1000.
+            text: Ids of text tokens, B T+1, on the host. The last real token of a text stands for the time.
+            text_mask: B T+1, true or 1 for real tokens, which come first; on the host.
+            overrides: Changes to this call. For normalized attention guidance (NAG), they contain a second
+                `text` and `text_mask`, whose tokens follow the prompt's.
+
+        Raises:
+            ValueError: If sizes do not match.
+        """
+        grid = self._get_grid(noisy)
+        dtype = activation_dtype(noisy.device, self.compute_dtype)
+        stream_dtype = torch.float32 if dtype == torch.float16 else dtype  # trained values exceed its range
+        size = self.config.patch_size
+        patches = rearrange(noisy, "b c 1 (h p) (w q) -> b (h w) (c p q)", p=size, q=size)
+        times = self.t_embedder1["mlp"](sinusoid(TRAIN_TIMESTEPS - timesteps, self.config.freq_dim))
+        # of the prompt and, if `overrides` have one, of the second text
+        prompts = overrides.text_inputs(len(noisy), text=text, text_mask=text_mask)
+        texts = [self._embed_text(prompt, noisy.device) for prompt in prompts]
+        parts = [self.x_embedder(patches), times[:, None], *(embedded.embeddings for embedded in texts)]
+        x = torch.cat([part.to(stream_dtype) for part in parts], dim=1)
+        num_full = math.prod(grid) + 1
+        tokens = HiDreamO1Tokens(
+            grid,
+            rotary=self._rotary.get_table(self._make_layout(grid, texts[0]), noisy.device),
+            lengths=texts[0].lengths(num_full),
+            time=timesteps,
+            dtype=dtype,
+            attention=self.attention,
+            num_full=num_full,
+        )
+        if overrides.combine_attention is not None:  # there is a second text
+            second = texts[1]
+            num_tokens = second.embeddings.shape[1]
+            tokens = replace(
+                tokens,
+                second_text=SecondText(
+                    num_full, num_tokens, second.lengths(num_full), overrides.combine_attention
+                ),
+                second_rotary=self._make_table(self._make_layout(grid, second), device=noisy.device),
+            )
+        return Hidden(x, tokens)
+
+    def unembed(self, x: Tensor, tokens: HiDreamO1Tokens) -> Tensor:
+        """Turn tokens B L+1+T C into clean pixels, B 3 1 H W in float32."""
+        rows, columns = tokens.grid
+        normalized = self.language_model.norm(x[:, : tokens.image])
+        patches = run_in_weight_dtype(self.final_layer2["linear"], normalized).float()
+        size = self.config.patch_size
+        return rearrange(
+            patches, "b (h w) (c p q) -> b c 1 (h p) (w q)", h=rows, w=columns, c=3, p=size, q=size
+        )
+
+    def _get_grid(self, noisy: Tensor) -> Grid:
+        """Return rows and columns of an image's patches."""
+        channels, frames, height, width = noisy.shape[1:]
+        size = self.config.patch_size
+        if channels != 3 or frames != 1 or height % size or width % size:
+            raise ValueError(
+                f"pixels of {tuple(noisy.shape[1:])}: 3 1 H W with multiples of {size} are needed"
+            )
+        return height // size, width // size
+
+    def _embed_text(self, arguments: Mapping[str, Any], device: torch.device) -> HiDreamO1Text:
+        """Embed the tokens of a text, `text` in `arguments` with `text_mask`, without the time token."""
+        ids, mask = arguments["text"], arguments["text_mask"]
+        if mask.shape != ids.shape:
+            raise ValueError(f"a text mask of {tuple(mask.shape)} for text of {tuple(ids.shape)}")
+        longest, counts = count_real_tokens(mask)
+        embeddings = self.language_model.embed_tokens(send_ahead(ids[:, : longest - 1], device))
+        return HiDreamO1Text(embeddings, tuple(count - 1 for count in counts))
+
+    def _make_layout(self, grid: Grid, text: HiDreamO1Text) -> HiDreamO1Layout:
+        return HiDreamO1Layout(grid, text.embeddings.shape[1], text.text_lengths)
+
+    def _make_table(self, layout: HiDreamO1Layout, /, *, device: torch.device) -> Tensor:
+        """Return the rotary table, (cosine, sine) pairs L+1+T 1 D/2 2 float32, or B L+1+T 1 D/2 2."""
+        tables = [self._make_sample_table(layout, length, device) for length in layout.text_lengths]
+        return tables[0] if len(tables) == 1 else torch.stack(tables)
+
+    def _make_sample_table(self, layout: HiDreamO1Layout, text_length: int, device: torch.device) -> Tensor:
+        """Return the rotary pairs of a sample's tokens; its text has `text_length` tokens."""
+        # positions on three axes: (0, row, column) for a patch, counted from FIRST_POSITION, and the index in
+        # the text for the text and for the time, which follows it
+        rows, columns = (torch.arange(size) for size in layout.grid)
+        row, column = torch.meshgrid(rows, columns, indexing="ij")
+        patches = torch.stack([torch.zeros_like(row), row, column]).flatten(1) + FIRST_POSITION
+        time = torch.full((3, 1), text_length)
+        text = torch.arange(layout.num_text_tokens).expand(3, -1)
+        positions = torch.cat([patches, time, text], dim=1)  # 3 L+1+T
+        width = self.config.head_width
+        # float32, as released: at position 4096 it is seen
+        frequencies = 1 / self.config.rope_theta ** (torch.arange(0, width, 2).float() / width)
+        # the axes take turns until rows and columns have all their frequencies; the rest is the first axis's
+        axes = torch.zeros(width // 2, dtype=torch.int64)
+        last = 3 * self.config.row_frequencies
+        axes[1:last:3] = 1
+        axes[2:last:3] = 2
+        pairs = cos_and_sin(positions[axes].T.float() * frequencies)
+        return send_ahead(pairs, device).unsqueeze(1)

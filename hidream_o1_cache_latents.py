@@ -1,0 +1,10 @@
+"""Store the pixels of a dataset for HiDream-O1-Image, which has no VAE, for training."""
+
+import modules.interpreter  # noqa: F401
+from dataset.scripts import caching_script
+
+main = caching_script("hidream_o1", "latents", __doc__)
+
+
+if __name__ == "__main__":
+    main.run()

@@ -1,0 +1,10 @@
+"""Fine-tune the whole network of HiDream-O1-Image."""
+
+import modules.interpreter  # noqa: F401
+from training.scripts import training_script
+
+main = training_script("hidream_o1", __doc__, full_dit=True)
+
+
+if __name__ == "__main__":
+    main.run()
