@@ -1,7 +1,9 @@
 """Every option of every script, typed into each other one: the right counterpart, or none and no guess."""
 
+import functools
 import re
 from collections.abc import Collection
+from importlib.metadata import entry_points
 
 import pytest
 
@@ -46,6 +48,8 @@ def means_the_same(typed: str, ours: str, known_as: Collection[str]) -> bool:
 def test_an_option_of_another_script_gets_its_counterpart_or_no_guess(
     script: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # which packages are installed is read for each unknown name, a thousand here
+    monkeypatch.setattr(mistyped, "entry_points", functools.cache(entry_points))
     parser = parser_of(script, monkeypatch)
     assert isinstance(parser, Parser)
     keys = {key for file in parser.key_files for key in file.read_keys()}

@@ -2,8 +2,10 @@
 
 import ast
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -242,16 +244,52 @@ def _walk(tree: ast.Module, path: Path) -> Iterator[ast.AST]:
             waiting += ast.iter_child_nodes(node)
 
 
+@dataclass(frozen=True)
+class FileImports:
+    """What a file imports, anywhere in it and at its start."""
+
+    statements: tuple["ImportStatement", ...]
+    at_start: tuple["ImportStatement", ...]
+    hidden: tuple[str, ...]  # names in calls of `import_own`
+
+
+class ImportStatement(NamedTuple):
+    """`import MODULE`, or `from MODULE import NAMES`."""
+
+    module: str
+    names: tuple[str, ...] = ()
+
+
+@functools.cache
+def _read_imports(path: Path) -> FileImports:
+    """Read a file once for all tests here, and keep little of it: all trees take 1.5 GB."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    hidden = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            hidden += [str(node.args[0].value)] if called.endswith("import_own") else []
+    return FileImports(
+        tuple(_list_imports(_walk(tree, path))),
+        tuple(_list_imports(_statements_at_start(tree))),
+        tuple(hidden),
+    )
+
+
+def _list_imports(nodes: Iterable[ast.AST]) -> Iterator[ImportStatement]:
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (ImportStatement(alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield ImportStatement(node.module, tuple(alias.name for alias in node.names))
+
+
 @functools.cache
 def _imported(path: Path, at_start: bool = False) -> set[str]:
+    read = _read_imports(path)
     names = set()
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in _statements_at_start(tree) if at_start else _walk(tree, path):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names.add(node.module)
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    for module, imported in read.at_start if at_start else read.statements:
+        names |= {module, *(f"{module}.{name}" for name in imported)}
     return names
 
 
@@ -374,14 +412,11 @@ def test_imports_whose_name_does_not_vary_are_imports() -> None:
     """`import_own("name")` hides an import from readers, type checkers and the tests of this file."""
     hidden = set()
     for path in [*_sources(), *ROOT.glob("*.py"), *(ROOT / "tools").glob("*.py")]:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if not isinstance(node, ast.Call) or not ast.unparse(node.func).endswith("import_own"):
-                continue
-            if node.args and isinstance(node.args[0], ast.Constant):
-                hidden.add(f"{path.relative_to(ROOT).as_posix()}: {node.args[0].value}")
+        hidden |= {f"{path.relative_to(ROOT).as_posix()}: {name}" for name in _read_imports(path).hidden}
     assert hidden == set()
 
 
+@functools.cache
 def _resolve_imports() -> dict[str, set[str]]:
     """Return the modules of ours that each one imports, in functions too.
 
@@ -392,15 +427,12 @@ def _resolve_imports() -> dict[str, set[str]]:
     graph: dict[str, set[str]] = {}
     for name, path in files.items():
         imported: set[str] = set()
-        for node in _walk(ast.parse(path.read_text(encoding="utf-8")), path):
-            if isinstance(node, ast.Import):
-                imported |= {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-                paths = {f"{node.module}.{alias.name}" for alias in node.names}
-                submodules = paths & files.keys()
-                imported |= submodules
-                if submodules != paths:  # an object of the module itself
-                    imported.add(node.module)
+        for module, names in _read_imports(path).statements:
+            paths = {f"{module}.{name}" for name in names}
+            submodules = paths & files.keys()
+            imported |= submodules
+            if not names or submodules != paths:  # the module, or an object of it
+                imported.add(module)
         graph[name] = imported & files.keys() - {name}
     return graph
 

@@ -4,10 +4,12 @@ A function above the limits is on the list of exceptions, which only shrinks.
 """
 
 import ast
+import functools
 import re
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -35,20 +37,46 @@ def product_files() -> list[tuple[str, Path]]:
     return [*found, *((folder.name, path) for folder in folders for path in folder.rglob("*.py"))]
 
 
-def crowded_functions() -> set[str]:
-    """Functions of the product above a limit, as the list of exceptions names them."""
-    return {
-        f"{path.relative_to(ROOT).as_posix()}: {node.name}"
-        for room, path in product_files()
-        if room not in NOT_PRODUCT
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, Function) and measure_function(node, path.name).is_crowded
-    }
+@dataclass(frozen=True)
+class FileNames:
+    """Names of what a file defines."""
+
+    path: Path
+    classes: tuple[str, ...]
+    functions: tuple[str, ...]  # at its top
+    crowded: tuple[str, ...]  # functions above a limit
+
+
+@functools.cache
+def read_product() -> list[FileNames]:
+    """Read each file of the product once; one at a time, as all trees take 1.5 GB."""
+    found = []
+    for room, path in product_files():
+        if room in NOT_PRODUCT:
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef | Function)]
+        functions = [node for node in nodes if isinstance(node, Function)]
+        found.append(
+            FileNames(
+                path,
+                classes=tuple(node.name for node in nodes if isinstance(node, ast.ClassDef)),
+                functions=tuple(node.name for node in tree.body if isinstance(node, ast.FunctionDef)),
+                crowded=tuple(
+                    node.name for node in functions if measure_function(node, path.name).is_crowded
+                ),
+            )
+        )
+    return found
 
 
 def test_no_further_function_asks_too_much_of_a_reader() -> None:
     exceptions = set(CROWDED.read_text(encoding="utf-8").splitlines())
-    crowded = crowded_functions()
+    crowded = {
+        f"{file.path.relative_to(ROOT).as_posix()}: {name}"
+        for file in read_product()
+        for name in file.crowded
+    }
 
     assert crowded - exceptions == set(), "unfold these: one statement, one thought"
     assert exceptions - crowded == set(), "these are below the limits now: take them off the list"
@@ -73,13 +101,11 @@ def test_the_ways_through_the_house_do_not_grow() -> None:
 def test_a_class_name_occurs_once_and_a_function_says_what_it_does() -> None:
     classes: Counter[str] = Counter()
     bare_functions = []
-    for room, path in product_files():
-        if room in NOT_PRODUCT or path.name == "run_tests.py":
+    for file in read_product():
+        if file.path.name == "run_tests.py":
             continue
-        tree = ast.parse(path.read_text(encoding="utf-8"))  # one at a time: all of them take 1.5 GB
-        classes.update(node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
-        functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
-        bare_functions += [(path, name) for name in functions if name.lstrip("_") in BARE]
+        classes.update(file.classes)
+        bare_functions += [(file.path, name) for name in file.functions if name.lstrip("_") in BARE]
 
     assert [name for name, count in classes.items() if count > 1] == []
     assert bare_functions == []

@@ -13,7 +13,6 @@ import logging
 import math
 import sys
 import time
-import typing
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,7 +29,7 @@ from modules.bars import LINE_INTERVAL
 from modules.console import format_duration
 from modules.devices import empty_pinned
 from modules.media.reading import Frame
-from modules.options import find_record_type, option_name
+from modules.options import find_record_type, option_name, resolve_type_hints
 from networks.adapter import NormReport
 from training.reports.pauses import StepClock
 
@@ -278,7 +277,7 @@ def public_config(*records: Any) -> dict[str, int | float | str | bool]:
     """Return all options of these records by name, without secrets and paths."""
     config: dict[str, int | float | str | bool] = {}
     for record in records:
-        hints = typing.get_type_hints(type(record))
+        hints = resolve_type_hints(type(record))
         for item in dataclasses.fields(record):
             value = getattr(record, item.name)
             name = option_name(item)
