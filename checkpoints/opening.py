@@ -373,6 +373,7 @@ QUANTIZATION_EXTRAS = (
     "*.weight.quant_map",
     "*.weight.quant_state.*",
 )
+_is_extra = re.compile("|".join(map(fnmatch.translate, QUANTIZATION_EXTRAS))).match
 # suffix of a tensor name -> quantization that is not supported, at least without a mark or state in the file.
 # Sources: files of these packages, layouts of comfy-kitchen
 _UNSUPPORTED = {
@@ -434,8 +435,9 @@ def _find_unsupported_form(tensors: Mapping[str, TensorInfo]) -> str | None:
     """Describe an unsupported quantization by a tensor that reveals it; return None if there is none."""
     is_packed = any(info.packing is not None for info in tensors.values())
     unrecognized = _without_packed(tensors) if is_packed else tensors
+    suspects = [name for name in unrecognized if name.endswith(tuple(_UNSUPPORTED))]
     for suffix, format_name in _UNSUPPORTED.items():
-        for name in unrecognized:
+        for name in suspects:
             if name.endswith(suffix):
                 return f"{format_name}: it has {name}"
     for name, info in unrecognized.items():
@@ -509,7 +511,7 @@ def list_tensor_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:
         if name in packed:
             sources[name] = _make_packed_source(checkpoint.path, name, info)
             continue
-        if name in companions or any(fnmatch.fnmatchcase(name, pattern) for pattern in QUANTIZATION_EXTRAS):
+        if name in companions or _is_extra(name):
             continue
         in_fp8 = info.dtype.itemsize == 1 and info.dtype.is_floating_point
         if name in scales or in_fp8:

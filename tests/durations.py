@@ -9,7 +9,7 @@ from typing import Any
 
 TESTS = Path(__file__).resolve().parent
 DURATIONS = TESTS / "durations.toml"
-HEADER = """# Processor seconds of a case of each test that takes more than LONG (tests/marks.py).
+HEADER = """# Processor seconds of a case of each test that takes more than NOTED (tests/marks.py).
 # Of several cases it is the middle one.
 # `python -m pytest --measure-tests` measures the tests that it runs, and writes this table.
 """

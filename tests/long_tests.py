@@ -15,7 +15,7 @@ import pytest
 
 from tests import chromium
 from tests.durations import read_durations, read_heavy, read_seam_tests, write_durations
-from tests.marks import HEAVY, LONG, test_name
+from tests.marks import HEAVY, NOTED, test_name
 from tests.warm_processes import SERVERS, WarmServer
 
 # of a report; pytest-xdist sends them on with all else
@@ -79,7 +79,7 @@ class Measuring:
         """Replace what the table says of the tests that have run."""
         measured = self._measure_tests()
         durations = {name: seconds for name, seconds in read_durations().items() if name not in measured}
-        durations |= {name: seconds for name, seconds in measured.items() if seconds > LONG}
+        durations |= {name: seconds for name, seconds in measured.items() if seconds > NOTED}
         write_durations(durations)
 
     def _measure_tests(self) -> dict[str, float]:

@@ -4,10 +4,14 @@ Three tiers, by the processor seconds of a case of each test, which `tests/durat
 
 - `fast`: at most CASES cases of each test that takes less than LONG seconds, starts no script and no browser
   and compiles nothing; and the cases marked `whole_way`.
-- The default: all but what is marked `slow`. Of a test that takes more than COSTLY seconds the first case
-  alone, and none of one that takes more than HEAVY, unless `tests/heavy.toml` says why. Tests that a row of
-  `tests/seams.toml` needs are there with all cases.
+- The default: all but what is marked `slow`. Of a test whose cases take more than TOGETHER seconds together
+  a third of them; of one that takes more than COSTLY seconds the first case alone, and none of one that takes
+  more than HEAVY, unless `tests/heavy.toml` says why. Tests that a row of `tests/seams.toml` needs are there
+  with all cases.
 - Everything: the rest too.
+
+Which third is chosen by the test's name: of a file whose tests all have one case for each family, each test
+leaves out other families.
 
 `slow_cases("CASE", ...)` marks single cases of a quicker test as slow, because others show the same daily.
 A test that has not been measured is in the default tier with all its cases.
@@ -17,9 +21,10 @@ import functools
 import inspect
 import subprocess
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import CodeType, ModuleType
 from typing import Any
+from zlib import crc32
 
 import pytest
 
@@ -39,7 +44,10 @@ STARTERS: frozenset[Name] = frozenset(
 COMPILES = "nothing_compiled"  # the fixture of tests that compile
 CASES = 2  # of a test in the fast tier: the first and the last
 # processor seconds of a case
+NOTED = 0.04  # the table holds what takes more
 LONG = 0.15
+TOGETHER = 1.5  # of all cases
+PART = 3  # of more than TOGETHER: one of so many
 COSTLY = 0.25
 HEAVY = 1.25
 
@@ -49,30 +57,54 @@ def set_marks(items: Sequence[pytest.Item]) -> None:
     are slow, and those of the fast tier.
     """
     durations = read_durations()
-    seams, heavy = read_seam_tests(), read_heavy()
     quick: dict[str, list[pytest.Item]] = defaultdict(list)  # test -> its cases that may be in the fast tier
-    seen: set[str] = set()  # tests with a case in the default tier
+    daily = choose_daily(items, durations)
     for item in items:
         name = test_name(item.nodeid)
         fixtures = getattr(item, "_fixtureinfo").name2fixturedefs  # noqa: B009
         given = [getattr(item, "function", None), *(each.func for some in fixtures.values() for each in some)]
         for mark in _marks_of(tuple(given)):
             item.add_marker(mark)
-        seconds = 0.0 if name in seams else durations.get(name, 0.0)
-        is_left_out = seconds > HEAVY and name not in heavy
-        if is_slow_case(item) or is_left_out or (seconds > COSTLY and name in seen):
+        if item.nodeid not in daily:
             item.add_marker("slow")
         marks = {mark.name for mark in item.iter_markers()}
         if {"slow", "gpu"} & marks:
             continue
-        seen.add(name)
         if "whole_way" in marks:
             item.add_marker("fast")
-        elif "script" not in marks and COMPILES not in fixtures and name not in durations:
+        elif "script" not in marks and COMPILES not in fixtures and durations.get(name, 0.0) <= LONG:
             quick[name].append(item)
     for cases in quick.values():
         for item in spread(cases):
             item.add_marker("fast")
+
+
+def choose_daily(items: Sequence[pytest.Item], durations: Mapping[str, float]) -> set[str]:
+    """Return the node ids of the cases that the default tier has, by what a case of each test takes."""
+    seams, heavy = read_seam_tests(), read_heavy()
+    cases: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if not is_slow_case(item) and all(mark.name != "slow" for mark in item.iter_markers()):
+            cases[test_name(item.nodeid)].append(item)
+    daily: set[str] = set()
+    for name, found in cases.items():
+        seconds = 0.0 if name in seams else durations.get(name, 0.0)
+        if seconds > HEAVY and name not in heavy:
+            continue
+        if seconds > COSTLY:
+            chosen = found[:1]
+        elif seconds * len(found) > TOGETHER:
+            first = crc32(name.encode()) % PART
+            chosen = [*found[first::PART], *filter(is_whole_way, found)]
+        else:
+            chosen = found
+        daily.update(item.nodeid for item in chosen)
+    return daily
+
+
+def is_whole_way(item: pytest.Item) -> bool:
+    """Return whether a case is in the fast tier whatever it takes."""
+    return any(mark.name == "whole_way" for mark in item.iter_markers())
 
 
 def spread(cases: Sequence[pytest.Item]) -> list[pytest.Item]:

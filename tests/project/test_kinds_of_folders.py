@@ -144,9 +144,11 @@ def default_kind(name: str) -> str:
     return "pairs" if name in NEEDS_PAIRS else "mixed"
 
 
-# pairs that are tried each day: all kinds with two families, all families with one kind
+# pairs that are tried each day: all kinds with two families, and the first model of each with one
 DAILY = {(name, kind) for name in ("wan t2v-1.3B", "z_image turbo") for kind in KINDS}
-DAILY |= {(name, default_kind(name)) for name in MODELS}
+FIRST_MODELS = {name.split()[0]: name for name in reversed(MODELS)}
+DAILY |= {(name, default_kind(name)) for name in FIRST_MODELS.values()}
+DAILY |= {(name, "pairs") for name in NEEDS_PAIRS}
 DAILY.add(("minimax_h3 t2va", "mixed"))  # pictures alone, as its clips are too short
 
 
