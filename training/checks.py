@@ -80,7 +80,10 @@ def check_before_loading(
 
     check_experts(family, options)
     if options.speed.modes.hooks.check_uses:
-        _check_run_modes(family, options, others)
+        # the active modes, which divide a run over processes, check what the run uses
+        run_uses = list_run_uses(family, options, others)
+        for check_mode in options.speed.modes.hooks.check_uses:
+            check_mode(run_uses)
     counts = family.block_counts()
     swap = options.speed.swap
     if counts and swap.blocks_to_swap and not swap.is_auto:
@@ -95,7 +98,10 @@ def check_before_loading(
     if network_spec.lora_options is not None:
         check_networks(family, options)
     if options.lora_parts is not None or (options.network is not None and options.network.network_args):
-        _check_part_learning_rates(options)
+        # not every optimizer supports different learning rates
+        rates = _list_rates(options)
+        if len(rates) > 1:
+            check_rates(options.optimizer, rates)
 
     samples = options.samples
     has_prompts = samples.sample_prompts is not None
@@ -104,20 +110,6 @@ def check_before_loading(
     folder, name = options.saving.output_dir, options.saving.output_name
     if folder is not None and name is not None:
         check_space(folder / f"{name}.safetensors", _find_smallest_file(family, options))
-
-
-def _check_run_modes(family: Family, options: TrainingOptions, others: OtherFamilies) -> None:
-    """Let the active modes, which divide a run over processes, check what the run uses."""
-    run_uses = list_run_uses(family, options, others)
-    for check_mode in options.speed.modes.hooks.check_uses:
-        check_mode(run_uses)
-
-
-def _check_part_learning_rates(options: TrainingOptions) -> None:
-    """Raise OptionError if the optimizer does not support different learning rates, or one of them."""
-    rates = _list_rates(options)
-    if len(rates) > 1:
-        check_rates(options.optimizer, rates)
 
 
 def reject_quantized_bases(family: Family) -> None:

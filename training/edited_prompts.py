@@ -62,8 +62,16 @@ def take_edited_prompts(sampler: Sampler, num_processes: int, log_activity: Call
     # if one process fails, all processes keep the earlier prompts, and the first one logs the reason
     errors = [error] if num_processes == 1 else gather_object([error])
     error = next(filter(None, errors), "")
+    # the first process says which prompts are used from now on
     if source.process_index == 0:
-        _log_outcome(edited_sampler, error)
+        if error:
+            reason = shorten(" ".join(error.split()), MAX_ERROR_CHARACTERS)
+            logger.warning("The edited sample prompts are not used; the earlier ones are kept: %s", reason)
+        else:
+            num_prompts = format_count(len(edited_sampler.prompts), "prompt")
+            logger.info(
+                "Samples are generated from the edited %s: %s.", edited_sampler.source.path, num_prompts
+            )
     return sampler if error else edited_sampler
 
 
@@ -105,16 +113,6 @@ def _try_to_encode(sampler: Sampler, log_activity: Callable[[str], None]) -> tup
         )
     except (UserError, OSError, MemoryError) as failure:
         return sampler, str(failure)
-
-
-def _log_outcome(edited: Sampler, error: str) -> None:
-    """Log that samples use the edited prompts from now on; if `error` is not empty, warn why they do not."""
-    if error:
-        reason = shorten(" ".join(error.split()), MAX_ERROR_CHARACTERS)
-        logger.warning("The edited sample prompts are not used; the earlier ones are kept: %s", reason)
-        return
-    num_prompts = format_count(len(edited.prompts), "prompt")
-    logger.info("Samples are generated from the edited %s: %s.", edited.source.path, num_prompts)
 
 
 def _read_prompts(path: Path, previous_text: str) -> tuple[str, str]:

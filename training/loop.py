@@ -405,10 +405,12 @@ def log_report(run: TrainingRun, step: StepReport) -> StepReport:
     """Complete the report of a step, whose values have arrived on the host; log it, and return it."""
     loss = step.values[LOSS_COLUMN]
     norm = step.values[GRADIENT_NORM_COLUMN]
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        _check_bad_step(run, step)
+    is_finite = math.isfinite(loss) and math.isfinite(norm)
+    # Infinite losses are normal while a gradient scaler searches its scale; a skipped step changed nothing.
+    if not is_finite and not run.model.scaler.is_enabled() and not step.skipped:
+        raise explain_bad_step(step.step, loss, norm, step.keys, remedy=bad_step_remedies())
     losses = run.progress.losses
-    if math.isfinite(loss):  # otherwise it was expected, as `_check_bad_step` explains
+    if math.isfinite(loss):  # otherwise it was expected, as said above
         losses.append(loss)
     del losses[: -run.steps.steps_per_epoch]  # the average is over the steps of one epoch
     if run.steps.num_processes > 1:
@@ -419,29 +421,16 @@ def log_report(run: TrainingRun, step: StepReport) -> StepReport:
     if run.model.trainable.max_norm is not None:
         report = replace(report, norms=NormReport.of(step.values[WEIGHT_NORM_COLUMNS]))
     if run.metric_columns.names:
-        report = _with_metrics(run, report)
+        # means of the losses of its parts, and of the metrics of features
+        component_losses: dict[str, float] = {}
+        metrics: dict[str, float] = {}
+        for name, mean in run.metric_columns.means(report.values).items():
+            kind = component_losses if name in run.loss_components else metrics
+            kind[name] = mean
+        report = replace(report, component_losses=component_losses, metrics=metrics)
     run.logs.log_step(report)
     run.reporter.log_step(report, run.logs.clock.estimate_remaining(report.step, run.steps.total_steps))
     return report
-
-
-def _check_bad_step(run: TrainingRun, step: StepReport) -> None:
-    """Raise UserError for a step whose loss or gradient norm is NaN or infinite, unless that is expected."""
-    # While a gradient scaler searches its scale, infinite losses are normal; a skipped step changed no
-    # weights.
-    if not run.model.scaler.is_enabled() and not step.skipped:
-        loss, norm = step.values[LOSS_COLUMN], step.values[GRADIENT_NORM_COLUMN]
-        raise explain_bad_step(step.step, loss, norm, step.keys, remedy=bad_step_remedies())
-
-
-def _with_metrics(run: TrainingRun, report: StepReport) -> StepReport:
-    """Return a report with the means of the losses of its parts, and of the metrics of features."""
-    component_losses: dict[str, float] = {}
-    metrics: dict[str, float] = {}
-    for name, mean in run.metric_columns.means(report.values).items():
-        kind = component_losses if name in run.loss_components else metrics
-        kind[name] = mean
-    return replace(report, component_losses=component_losses, metrics=metrics)
 
 
 def _restart_step_timing(run: TrainingRun) -> None:

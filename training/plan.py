@@ -378,7 +378,15 @@ class RunPlanner:
             check_captions(read, data.training)
         has_rejected_items = any(table.source.worse_directory is not None for table in tables)
         if has_rejected_items and REJECTED_ONES not in features.needs:
-            _warn_of_rejected_items(data.training)
+            # the rejected items of these tables are left out
+            learned = {item.table.index: item.table for item in data.training}.values()
+            names = [table.name for table in learned if table.source.worse_directory is not None]
+            if names:
+                logger.warning(
+                    "%s: worse_directory has no effect in this run: it is for --preference. The better ones "
+                    "are learned as usual",
+                    ", ".join(names),
+                )
         if not self.accelerator.is_main_process:
             return
         takes_references = any(table.references.rules or table.references.clip_rules for table in tables)
@@ -390,18 +398,6 @@ class RunPlanner:
                 "--masked_loss has no effect: no subset has masks (conditioning_data_dir, or alpha_mask = "
                 "true)"
             )
-
-
-def _warn_of_rejected_items(training: Sequence[TrainingItem]) -> None:
-    """Warn about tables whose rejected items this run ignores."""
-    tables = {item.table.index: item.table for item in training}.values()
-    names = [table.name for table in tables if table.source.worse_directory is not None]
-    if names:
-        logger.warning(
-            "%s: worse_directory has no effect in this run: it is for --preference. The better ones are "
-            "learned as usual",
-            ", ".join(names),
-        )
 
 
 def _compare_with_state(plan: TrainingPlan, saved: SavedState | ForeignState) -> TrainingPlan:

@@ -197,7 +197,13 @@ def _check_dataset(
         validation=validation,
         counters=counters,
     )
-    lines = [*_describe_plans(plans), *counters.missing_lines]
+    # where each table has its latents and text encoder outputs
+    described = []
+    for table_plan in plans:
+        latents = f"latents are {table_plan.latents.value}"
+        texts = f"embeddings of captions {table_plan.texts.value}"
+        described.append(f"{table_plan.table.name}: {latents}, {texts}")
+    lines = [*described, *counters.missing_lines]
     return replace(result, head=("Where the training has them:", *findings.indent(lines)))
 
 
@@ -217,16 +223,6 @@ def _note_captions_without_word(read: ReadCaptions, tables: "Sequence[TableFindi
         return
     if remark:
         tables[0].warnings.append(Fault(WITHOUT_WORD, remark))
-
-
-def _describe_plans(plans: Sequence[TablePlan]) -> list[str]:
-    """Return a line for each dataset table about the sources of its latents and text encoder outputs."""
-    lines = []
-    for plan in plans:
-        latents = f"latents are {plan.latents.value}"
-        texts = f"embeddings of captions {plan.texts.value}"
-        lines.append(f"{plan.table.name}: {latents}, {texts}")
-    return lines
 
 
 def describe_run(options: TrainingOptions, network_spec: NetworkSpec, num_validation: int) -> list[str]:

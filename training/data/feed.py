@@ -197,7 +197,12 @@ class NoiseSampler:
         shape = batch.tensor("latents").shape
         noise = torch.randn(shape, generator=seed_generator(self.seed, "noise", number))
         if self.noise_spec.vary_noise is not None:
-            noise = self._change_noise(noise, batch, number)
+            # such as by a noise offset
+            assert self.latent is not None  # set for every family that varies its noise
+            latents = self.latent.to_model(batch.tensor("latents"))
+            noise = self.noise_spec.vary_noise(
+                noise, latents, seed_generator(self.seed, "varied noise", number)
+            )
         times = self.draw(len(batch), number, first_sample, shape)
         num_clean_frames = 0
         if self.noise_spec.first_frame_probability:
@@ -240,13 +245,6 @@ class NoiseSampler:
         for change_batch in self.batch_hooks:
             noisy_batch = change_batch(self, noisy_batch)
         return noisy_batch
-
-    def _change_noise(self, noise: Tensor, batch: Batch, number: int) -> Tensor:
-        """Return the noise as the model's training modifies it, for example by adding a noise offset."""
-        assert self.noise_spec.vary_noise is not None  # checked by the caller
-        assert self.latent is not None  # set for every family that varies its noise
-        latents = self.latent.to_model(batch.tensor("latents"))
-        return self.noise_spec.vary_noise(noise, latents, seed_generator(self.seed, "varied noise", number))
 
     def _change_conditions(self, batch: Batch, number: int) -> Batch:
         """Return the batch with captions or conditions that are drawn at random for each micro-batch."""

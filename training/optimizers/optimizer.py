@@ -477,7 +477,12 @@ def restore_foreign_optimizer(optimizer: Optimizer, state: Mapping[str, Any], de
         optimizer.load_state_dict(dict(state))
         for group, group_rates in zip(optimizer.param_groups, rates, strict=True):
             group.update(group_rates)
-        _require_moment_shapes(optimizer)
+        # moments of another shape belong to another weight
+        for own_parameter, parameter_moments in optimizer.state.items():
+            for moment_name in MOMENT_NAMES & parameter_moments.keys():
+                if parameter_moments[moment_name].shape != own_parameter.shape:
+                    shapes = list(parameter_moments[moment_name].shape), list(own_parameter.shape)
+                    raise ValueError(f"{moment_name} has the shape {shapes[0]}, its parameter {shapes[1]}")
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise CheckpointError(
             f"the optimizer state does not fit this run: {error}\n"
@@ -488,15 +493,6 @@ def restore_foreign_optimizer(optimizer: Optimizer, state: Mapping[str, Any], de
         for name, value in moments.items():
             if isinstance(value, Tensor) and value.dim():  # scalars, such as `step`, stay where they are
                 moments[name] = value.to(device)
-
-
-def _require_moment_shapes(optimizer: Optimizer) -> None:
-    """Raise ValueError if moments differ in shape from their parameter, so belong to another weight."""
-    for parameter, moments in optimizer.state.items():
-        for name in MOMENT_NAMES & moments.keys():
-            if moments[name].shape != parameter.shape:
-                shapes = list(moments[name].shape), list(parameter.shape)
-                raise ValueError(f"{name} has the shape {shapes[0]}, its parameter {shapes[1]}")
 
 
 def _without_params(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -95,7 +95,19 @@ class MemoryPrediction:
         dit_bytes = peak_bytes.get(dry.WEIGHTS, 0)
         parts = []
         if self.num_further_dits + self.num_sample_only_dits > 0:
-            parts.append(self._make_other_transformers_part(dit_bytes, offloaded))
+            # transformers other than the simulated one
+            count = self.num_further_dits + self.num_sample_only_dits
+            if self.takes_turns:  # host memory contains all weights of each, even of the one on the device
+                host = (1 + count) * dit_bytes - offloaded.host_bytes
+                part = memory_plan.MemoryPart(
+                    "further transformers", 0, host, "they take turns on the device"
+                )
+            else:
+                device_bytes = count * (dit_bytes - offloaded.saved_device_bytes)
+                part = memory_plan.MemoryPart(
+                    "further transformers", device_bytes, count * offloaded.host_bytes, ""
+                )
+            parts.append(part)
             if self.options.by_expert.lora_per_expert:
                 # The memory of training the LoRAs of the other experts, each like the simulated one
                 kinds = [dry.NETWORK, dry.OPTIMIZER]
@@ -125,17 +137,6 @@ class MemoryPrediction:
             name = f"average of the weights ({average.name})"
             parts.append(memory_plan.MemoryPart(name, 0, self.host_average_bytes))
         return parts
-
-    def _make_other_transformers_part(
-        self, weights: int, offloaded: memory_plan.OffloadedWeights
-    ) -> memory_plan.MemoryPart:
-        """Return the memory of the transformers other than the simulated one."""
-        count = self.num_further_dits + self.num_sample_only_dits
-        if self.takes_turns:  # host memory contains all weights of each, even of the one on the device
-            host = (1 + count) * weights - offloaded.host_bytes
-            return memory_plan.MemoryPart("further transformers", 0, host, "they take turns on the device")
-        device = count * (weights - offloaded.saved_device_bytes)
-        return memory_plan.MemoryPart("further transformers", device, count * offloaded.host_bytes, "")
 
     @property
     def takes_turns(self) -> bool:

@@ -194,7 +194,11 @@ def load_sharded_tensors(
     for part, tensors in parts.items():
         _copy_local_rows(saved, part, tensors)
     for name, weight in sharded_weights.items():
-        _slice_local_moments(saved.optimizer["states"].get(name, {}), weight)
+        # whole moments are cut to this process's rows; scalars such as `step` stay
+        optimizer_state = saved.optimizer["states"].get(name, {})
+        for key, value in optimizer_state.items():
+            if isinstance(value, Tensor) and value.ndim and value.shape != local_rows(weight).shape:
+                optimizer_state[key] = slice_local_rows(weight, value)
 
 
 def _copy_local_rows(saved: SavedState, part: str, tensors: Mapping[str, Tensor]) -> None:
@@ -207,13 +211,6 @@ def _copy_local_rows(saved: SavedState, part: str, tensors: Mapping[str, Tensor]
         if not is_sharded_weight(saved_tensor):
             local_rows(tensor).copy_(slice_local_rows(tensor, saved_tensor))
             _writable_parts(saved)[part][name] = tensor
-
-
-def _slice_local_moments(optimizer_state: dict[str, Any], weight: Tensor) -> None:
-    """Cut whole moments of a sharded weight to this process's rows in place; keep scalars such as `step`."""
-    for key, value in optimizer_state.items():
-        if isinstance(value, Tensor) and value.ndim and value.shape != local_rows(weight).shape:
-            optimizer_state[key] = slice_local_rows(weight, value)
 
 
 def _allocate_tensors_to_load(
@@ -241,7 +238,9 @@ def _allocate_tensors_to_load(
             weight_name, _, moment_name = name.rpartition("/")
             _require_weight(parts, weight_name, record.size)
             weight = sharded_weights.get(weight_name)  # None: each process has all rows of this weight
-            moment = _allocate_moment(weight, record, device)
+            # this process's rows, or all rows if no weight is split
+            shape = record.size if weight is None else local_rows(weight).shape
+            moment = torch.empty(shape, dtype=record.properties.dtype, device=device)
             targets[key] = moment if weight is None else as_sharded(weight, moment)
             saved.optimizer["states"][weight_name][moment_name] = moment
         elif part in parts:
@@ -252,12 +251,6 @@ def _allocate_tensors_to_load(
                 tensor = torch.empty(record.size, device="meta")
             _writable_parts(saved)[part][name] = tensor
     return targets
-
-
-def _allocate_moment(weight: Tensor | None, record: Any, device: torch.device) -> Tensor:
-    """Allocate this process's rows of a moment as described by `record`, or all rows if `weight` is None."""
-    shape = record.size if weight is None else local_rows(weight).shape
-    return torch.empty(shape, dtype=record.properties.dtype, device=device)
 
 
 def _require_weight(parts: Mapping[str, Mapping[str, Tensor]], name: str, shape: torch.Size) -> None:
