@@ -18,8 +18,8 @@ from dataset.config import DatasetConfig
 from dataset.options import CachingOptions
 from dataset.scripts import cache_family_latents
 from dataset.sources.media_source import Fault
-from downloads.fetching import leave_out
 from downloads.listing import gigabytes, print_lines, total_bytes
+from downloads.naming import leave_out
 from modules import installation
 from modules.command import command_line, did_you_mean, quote_command
 from modules.console import list_some, quiet

@@ -9,8 +9,8 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
     sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
 
 import modules.interpreter  # noqa: F401
-from downloads.fetching import DownloadOptions
 from downloads.listing import print_list
+from downloads.naming import DownloadOptions
 from modules.command import command_line
 from modules.script_options import parse_options
 

@@ -27,8 +27,8 @@ from downloads.catalogue import (
     known_components,
     model_sets,
 )
-from downloads.fetching import DownloadOptions
 from downloads.listing import describe_set
+from downloads.naming import DownloadOptions
 from flux.configs import RELEASES
 from flux.kontext.family import KONTEXT_DEV
 from flux_2.versions import VERSIONS

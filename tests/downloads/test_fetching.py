@@ -16,8 +16,9 @@ import safetensors.torch
 import torch
 
 from downloads.catalogue import Licence, ModelSet, ReleasedFile, model_sets
-from downloads.fetching import DownloadOptions, download_file, partial_path, run_download
+from downloads.fetching import download_file, partial_path, run_download
 from downloads.hubs import ON_MODELSCOPE, RemoteFile, find_on_github, find_on_hub, find_on_modelscope
+from downloads.naming import DownloadOptions
 from modules.errors import DownloadError, OutputError
 from tests.commands import run_script
 from tests.downloads.fake_hub import COMMIT, FakeHub, serve

@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 
 from downloads.catalogue import model_sets
-from downloads.fetching import DownloadOptions
-from downloads.naming import read_family
+from downloads.naming import DownloadOptions, read_family
 from modules.errors import OptionError
 from modules.script_options import parse_options
 from project.model_sizes import find_smaller, weight_options
