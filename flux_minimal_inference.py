@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING
 import modules.interpreter  # noqa: F401
 from flux.official_options import LINE_CHARACTERS, TYPED, generation_argv, is_fp8, read_minimal
 from flux_generate_image import main as generate_image
+from generation.options import GenerationOptions
 from generation.prompt_lines import NO_TEXT, LineOption
 from modules.command import command_line, name_as_typed
 from protocols.families import identify
 
 if TYPE_CHECKING:
     from flux.family import Flux
-    from generation.options import GenerationOptions
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the options of the guides, and run flux_generate_image.py with them."""
     minimal = read_minimal(__doc__, argv)
 
-    def make(family: "Flux", options: "GenerationOptions") -> None:
+    def make(family: "Flux", options: GenerationOptions) -> None:
         """Generate with the prompt lines, file names and guidance of the image guides' command."""
         import torch
 

@@ -8,13 +8,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import modules.interpreter  # noqa: F401
+from generation.options import GenerationOptions
 from hunyuan_model.official_options import TYPED, generation_argv, read_official
 from hv_generate_video import main as generate_video
 from modules.command import command_line, name_as_typed
 from protocols.families import identify
 
 if TYPE_CHECKING:
-    from generation.options import GenerationOptions
     from hunyuan_model.family import HunyuanVideo
 
 
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Read the options of the release, then do what hv_generate_video.py does with the same in its words."""
     official = read_official(__doc__, argv)
 
-    def make(family: "HunyuanVideo", options: "GenerationOptions") -> None:
+    def make(family: "HunyuanVideo", options: GenerationOptions) -> None:
         from generation.run import generate
         from modules.devices import select_compute_dtype
 

@@ -1,8 +1,7 @@
 """Train a ControlNet for Stable Diffusion 1.x or 2.x."""
 
 import modules.interpreter  # noqa: F401
-from stable_diffusion.control_net_options import REJECTED
-from stable_diffusion.training_options import SHOWN_AS_CONTROL_NET
+from stable_diffusion.training_options import REJECTED, SHOWN_AS_CONTROL_NET
 from training.image_options import control_trainer
 from training.scripts import training_script
 

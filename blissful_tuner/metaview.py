@@ -16,6 +16,7 @@ from modules.control_codes import escape_control_codes, shorten
 from modules.errors import MediaError, UserError
 from modules.options import Options, option
 from modules.script_options import parse_options
+from modules.text_files import read_safetensors_texts
 
 TENSORS = ".safetensors"
 VIDEOS = frozenset({".mkv", ".mp4", ".mov", ".webm", ".m4v"})
@@ -100,7 +101,6 @@ def list_files(paths: Sequence[Path]) -> list[Path]:
 def read_file_info(path: Path) -> FileInfo:
     """Read the metadata of a file; on failure, the result's `error` is set."""
     from modules.media.reading import read_tags  # with the libraries for images and videos
-    from modules.text_files import read_safetensors_texts
 
     try:
         if path.suffix.lower() == TENSORS:

@@ -17,6 +17,7 @@ from fibo_2.configs import DIT, LATENT, NOISE, RELEASE, STATES
 from fibo_2.files import SAMPLE_DIT_OPTION, Fibo2Files
 from fibo_2.names import LORA
 from fibo_2.options import MASK, NAME, SIDE
+from fibo_2.references import find_size, read_edited, read_masked, read_own_size
 from fibo_2.texts import DRAWN_KEY, ENCODER_SETTINGS, KEY
 from flux_2.configs import count_latents
 from flux_2.versions import VERSIONS
@@ -208,7 +209,6 @@ class Fibo2(pictures.ImageModelFamily):
         """Return the request with a size; by default, the trained size that fits the first image."""
         if not request.control_images or request.width is not None or request.height is not None:
             return request
-        from fibo_2.references import find_size  # only with images to edit
 
         width, height = find_size(request.control_images[0])
         return replace(request, width=width, height=height)
@@ -228,7 +228,6 @@ class Fibo2(pictures.ImageModelFamily):
         prompt = replace(prompt, images=paths, image_size=size)
         if not mask and self.resizes_references:
             return prompt
-        from fibo_2.references import read_masked, read_own_size  # only with one of these options
 
         if mask:
             frames = [read_masked(paths[0], Path(mask), size if self.resizes_references else None)]
@@ -240,8 +239,6 @@ class Fibo2(pictures.ImageModelFamily):
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """Encode the images to edit as posterior means `latents_control_0`, ..., each 1 C 1 h w."""
-        from fibo_2.references import read_edited  # only with images to edit
-
         prompt = prepared.prompts[0].positive
         frames = prompt.image_pixels or [read_edited(path, prompt.image_size) for path in prompt.images]
         conditions: dict[str, Tensor | list[Tensor]] = {}

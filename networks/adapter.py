@@ -25,6 +25,7 @@ from networks.builtin_networks import build_from_tensors, build_network, check_b
 from networks.cast_factors import cast_before_pass
 from networks.formats.kohya import OTHER_MODULES
 from networks.lora_network import OwnNetwork, rename_texts
+from networks.names.layouts import PEFT_FILE
 from networks.options import NetworkOptions
 from protocols.family import NumberedBlocks
 from runtime.run_blocks import get_spec
@@ -201,7 +202,6 @@ def _reject_other_alphas(path: Path, state: Mapping[str, Tensor]) -> None:
     # Loading a state dict sets only tensors, but each layer computed its scale from alpha when it was built.
     from networks.key_formats import to_native
     from networks.loading import read_lora
-    from networks.names.layouts import PEFT_FILE  # only for --network_weights
 
     native = to_native(state).tensors
     alphas = {name: alpha for name, alpha in native.items() if name.endswith(".alpha")}

@@ -21,11 +21,10 @@ from protocols.family_networks import CustomNetwork, DefaultRate
 from stable_diffusion.beside_unet import UnetControl
 from stable_diffusion.contract import SDXL, ModelKind
 from stable_diffusion.control_net_files import CONTROL_ONLY_LAYERS, load_control_net
-from stable_diffusion.control_net_options import WEIGHTS, list_generation_command
 from stable_diffusion.files import UNET
 from stable_diffusion.released_names import ldm_unet_names
 from stable_diffusion.training_files import TrainingFiles, count_layers
-from stable_diffusion.training_options import StableDiffusionTrainingOptions
+from stable_diffusion.training_options import WEIGHTS, StableDiffusionTrainingOptions, list_generation_command
 
 CALLED = "ControlNet"
 MODULE = "diffusers.ControlNetModel"

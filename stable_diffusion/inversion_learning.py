@@ -19,7 +19,6 @@ from modules.option_values import option_argv
 from protocols.family_networks import CustomNetwork
 from protocols.new_tokens import WordToLearn
 from stable_diffusion.contract import SDXL
-from stable_diffusion.inversion_options import InversionOptions
 from stable_diffusion.textual_inversion import (
     SD_TENSOR_NAME,
     SDXL_TENSOR_NAMES,
@@ -28,7 +27,11 @@ from stable_diffusion.textual_inversion import (
     read_words,
 )
 from stable_diffusion.training_files import TrainingFiles
-from stable_diffusion.training_options import StableDiffusionTrainingOptions, gen_img_options
+from stable_diffusion.training_options import (
+    InversionOptions,
+    StableDiffusionTrainingOptions,
+    gen_img_options,
+)
 
 MODULE = "textual inversion"  # recorded in files instead of a network module
 

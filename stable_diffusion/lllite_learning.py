@@ -15,7 +15,6 @@ from checkpoints.opening import open_checkpoint
 from modules.errors import OptionError, UserError
 from protocols.family_networks import CustomNetwork, DefaultRate, describe_start
 from stable_diffusion.beside_unet import UnetControl
-from stable_diffusion.control_net_options import list_generation_command
 from stable_diffusion.lllite_modules import (
     A_LLLITE,
     Lllite,
@@ -27,6 +26,7 @@ from stable_diffusion.lllite_modules import (
     read_lllite,
 )
 from stable_diffusion.sdxl.options import SdxlLlliteTrainingOptions
+from stable_diffusion.training_options import list_generation_command
 
 CALLED = "ControlNet-LLLite"
 MODULE = "networks.control_net_lllite"  # module name in other programs

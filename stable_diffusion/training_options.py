@@ -1,11 +1,14 @@
 """Options of the scripts that train Stable Diffusion and cache for it. Standard library only."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from modules.option_values import Placeholder
-from modules.options import FREE, HABIT, IDENTITY, SAMPLES_ONLY, Options, not_needed, option
+from modules.errors import OptionError
+from modules.option_values import Placeholder, option_argv
+from modules.options import CHANGEABLE, FREE, HABIT, IDENTITY, SAMPLES_ONLY, Options, not_needed, option
+from modules.speed_options import BASE_FORMS
+from protocols.new_tokens import MAX_VECTORS, WordOptionNames, WordToLearn, find_error
 from stable_diffusion.sampling_options import SAMPLERS
 
 CKPT = "--pretrained_model_name_or_path"
@@ -22,6 +25,21 @@ TOKENIZERS_HELP = (
 DEFAULT_SAMPLER = "ddim"  # default of known trainers
 STEPS, GUIDANCE_SCALE = 30, 7.5  # defaults for images, as in the samples of known trainers
 CHUNK = 75  # tokens that a text encoder reads at once
+WEIGHTS = "--controlnet_model_name_or_path"
+_NO_SUCH_SETTING = "a ControlNet is a copy of the U-Net's first half, and has no such setting. Omit it"
+FLAGS = WordOptionNames(
+    word="--token_string",
+    count="--num_vectors_per_token",
+    init_word="--init_word",
+    weights="--weights",
+    rate="--learning_rate",
+    without_captions="--use_object_template",
+)
+LARGEST_RATE = 1000.0  # the same limit as for --learning_rate
+# for rates of text encoders that are trained on request
+IF_TRAINED: Mapping[str, Callable[[Any], bool]] = {
+    "text encoders learn with --train_text_encoder": lambda options: options.train_text_encoder
+}
 
 
 class VariedNoiseOptions(Options, title="noise"):
@@ -248,3 +266,175 @@ def gen_img_options(options: StableDiffusionTrainingOptions, sample: Mapping[str
         "--sampler": sample.get("solver") or options.sample_sampler,
         "--seed": sample.get("seed"),
     }
+
+
+# settings of `training.image_options.control_trainer`
+REJECTED: Mapping[str, str] = {
+    "network_dim": _NO_SUCH_SETTING,
+    "network_dropout": _NO_SUCH_SETTING,
+    "network_weights": f"Pass the ControlNet to start from to {WEIGHTS}",
+    **{
+        switch: f"a ControlNet begins as a copy of the U-Net's weights, and {form.name} rounds them. Omit it"
+        for form in BASE_FORMS
+        for switch in form.switches
+    },
+}
+
+
+def weights_option() -> Any:
+    """Declare the option for the ControlNet file to start from."""
+    return option(
+        "ControlNet to start from: a file, or a folder in diffusers' layout; default: a copy of the U-Net",
+        place="there",
+        facts=FREE,
+        often=True,
+    )
+
+
+def rate_option() -> Any:
+    """Declare the option for the learning rate of ControlNet layers that a U-Net does not have."""
+    return option(
+        "learning rate of the parts that the U-Net does not have: the control image's embedding and "
+        "the outputs, which are initialized to zero",
+        default=1e-4,
+        minimum=0,
+        below=1000.0,
+        hint="1e-4 is usual",
+        facts=CHANGEABLE,
+    )
+
+
+def list_generation_command(
+    options: StableDiffusionTrainingOptions,
+    flag: str,
+    file: Path,
+    sample: Mapping[str, Any],
+    _: Sequence[str],
+) -> list[str]:
+    """Return the arguments of gen_img.py, including its name, to use a trained ControlNet or LLLite.
+
+    Args:
+        options: Options of the run.
+        flag: Option for the file.
+        file: The trained file.
+        sample: Settings of the image, such as prompt and seed; missing ones are omitted or placeholders.
+        _: Ignored; other kinds of networks need it.
+    """
+    arguments = {
+        **gen_img_options(options, sample),
+        flag: file,
+        "--guide_image_path": sample.get("control_path") or Placeholder("CONTROL_PICTURE"),
+        "--control_net_multipliers": (sample.get("extra") or {}).get("control_multiplier"),
+        "--prompt": sample.get("prompt") or Placeholder("what it should show"),
+        "--outdir": file.parent / "generated",
+    }
+    return ["gen_img.py", *option_argv(arguments)]
+
+
+class InversionOptions(Options, title="textual inversion"):
+    """Options of textual inversion: the new word, its initial vectors and the captions to train it with."""
+
+    token_string: str | None = option(
+        "the new word, as written in captions and sample prompts; it must not be a token of the text "
+        "encoders",
+        often=True,
+        facts=IDENTITY,
+    )
+    num_vectors_per_token: int = option(
+        "number of vectors of the word; each takes up one of the 75 tokens of a caption",
+        default=1,
+        minimum=1,
+        maximum=MAX_VECTORS,
+        hint="1 to 8 are usual",
+        often=True,
+        facts=IDENTITY,
+    )
+    init_word: str | None = option(
+        "existing words whose vectors initialize the new ones, in this order; default: random vectors",
+        often=True,
+        facts=FREE,
+        acts_if={"--weights has the first vectors": lambda options: options.weights is None},
+    )
+    weights: Path | None = option("file of a textual inversion to continue with", facts=FREE)
+    use_object_template: bool = option(
+        'learn "a photo of a WORD" and 26 other sentences instead of captions, one drawn for each image',
+        facts=IDENTITY,
+    )
+    use_style_template: bool = option(
+        'learn "a painting in the style of WORD" and 18 other sentences instead of captions; ignored '
+        "with --use_object_template",
+        facts=IDENTITY,
+        acts_if={"--use_object_template comes first": lambda options: not options.use_object_template},
+    )
+
+    def __post_init__(self) -> None:
+        why = "" if self.token_string is None else find_error(self.token_string)
+        if why:
+            raise OptionError(f"--token_string {self.token_string!r} {why}")
+
+    @property
+    def word(self) -> WordToLearn:
+        """Return the new word.
+
+        Raises:
+            OptionError: If no word is given.
+        """
+        if self.token_string is None:
+            raise OptionError("--token_string is missing. Pass the new word, such as --token_string mycat")
+        return WordToLearn(
+            self.token_string,
+            self.num_vectors_per_token,
+            FLAGS,
+            init_word=self.init_word,
+            weights=self.weights,
+        )
+
+
+def text_rate(help: str, acts_if: Mapping[str, Callable[[Any], bool]] | None = None) -> Any:
+    """Declare the option for a text encoder's learning rate."""
+    return option(
+        f"learning rate of {help}; 0 freezes it; default: --learning_rate",
+        minimum=0,
+        below=LARGEST_RATE,
+        hint="1e-6 is usual; 0 freezes it",
+        acts_if=acts_if,
+        facts=CHANGEABLE,
+    )
+
+
+class FullFineTuningMixin:
+    """Options shared by all scripts for full fine-tuning."""
+
+    full_bf16: bool
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the script trains all weights; always True for full fine-tuning."""
+        return True
+
+    @property
+    def learns_in_bf16(self) -> bool:
+        """Whether weights are trained in bf16 (--full_bf16)."""
+        return self.full_bf16
+
+
+def text_switch(help: str) -> Any:
+    """Declare the option that also trains the text encoders."""
+    return option(help, facts=IDENTITY, often=True)
+
+
+def read_block_rates(text: str | None) -> tuple[float, ...]:
+    """Return the learning rates in --block_lr.
+
+    Raises:
+        OptionError: If they are not learning rates.
+    """
+    if text is None:
+        return ()
+    try:
+        rates = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise OptionError(f"--block_lr {text}: use numbers, separated by commas") from None
+    if not all(0 <= rate < LARGEST_RATE for rate in rates):
+        raise OptionError(f"--block_lr {text}: learning rates are at least 0 and below {LARGEST_RATE:g}")
+    return rates

@@ -26,6 +26,7 @@ from dataset.batches.items import NO_COMMANDS, CachingCommands, OnTheFlyTables, 
 from dataset.cache.store import MemoryStore, StorePair, Stores, npz_names, open_shared, open_store
 from dataset.cache_files import CacheStore, NpzNames, parse_latent_name, text_file_name
 from dataset.caching.latents import batch_media, load_encoders
+from dataset.caching.prefetch import conclude
 from dataset.listing import find_all_sources, require_captions, warn_unused
 from dataset.options import CachingInRunOptions, CachingOptions
 from dataset.sources.decoding import DecodedMedia, decode_source
@@ -186,7 +187,6 @@ def _encode_planned_tables(
 ) -> None:
     """Encode the latents and captions that the table plans ask for, into npz files or into memory."""
     from dataset.caching import loop  # only if something is cached
-    from dataset.caching.prefetch import conclude
 
     stores = replace(stores, trusts_shared_caches=options.skip_cache_check)
     caching_options = partial(

@@ -22,6 +22,7 @@ from protocols.family import Family, get_part_rates, trains_audio
 from protocols.loading import BlockSharder, Placement
 from protocols.rules import Expert
 from runtime.network_setup import make_host_weights
+from runtime.offload.swap_plan import HostWeights
 from runtime.offload.turns import HostCopy
 from runtime.options import SwapOptions
 from runtime.planning.device_memory import MemoryWatch, bytes_on, spare_bytes
@@ -67,7 +68,6 @@ if TYPE_CHECKING:  # loaded only with LoRA files, with prompts
     from networks.apply import LoraPatch
     from networks.gated_loras import AddedLoras
     from networks.loading import WeightedLora
-    from runtime.offload.swap_plan import HostWeights
     from training.samples import Sampler
 
 logger = logging.getLogger(__name__)

@@ -48,6 +48,7 @@ from browser.jobs.render_worker import RenderWorker
 from browser.runs.run_views import FileNotes
 from browser.runs.runs import Runs
 from modules.errors import UserError
+from modules.extensions import PAGES, load_extensions
 from modules.installation import EXTENSIONS
 from modules.pages.language import say, show, speaking
 from project.options import MODELS
@@ -375,7 +376,6 @@ def _list_extension_routes(site: Site) -> list[Route]:
     """Return the routes that extensions add; [] if extensions are not enabled."""
     if not os.environ.get(EXTENSIONS):
         return []
-    from modules.extensions import PAGES, load_extensions  # imported only if extensions are enabled
 
     routes: list[Route] = []
     for make_routes in load_extensions(PAGES).values():

@@ -19,6 +19,7 @@ from browser.core.qr_code import draw_code
 from browser.core.server_state import ServerSettings
 from browser.core.tokens import PageToken, PrintedWord, Ticket, choose_account_port, select_token
 from browser.jobs.jobs import JobQueue, UnknownJobsError, open_queue
+from browser.runs.run_views import export_run
 from browser.runs.runs import RUNNING, Runs
 from modules.console import format_count
 from modules.errors import OutputError
@@ -81,7 +82,6 @@ def run_browser(options: BrowserOptions) -> None:
     if options.export is None:
         serve_pages(options, runs, served.models)
         return
-    from browser.runs.run_views import export_run
 
     export_run(runs, options.export)
     logger.info("wrote %s", options.export)

@@ -7,19 +7,17 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dataset.sources.wildcards import fill_wildcards
 from dataset.table import CaptionChanges, DatasetTable
 from modules.errors import DatasetError
 from modules.limits import MAX_CAPTION_BYTES, MAX_CAPTIONS
 from modules.paths import find_spelling
+from modules.text_encodings import EncodingGuess, guess_encoding, guess_encodings
 from modules.text_files import bad_character, read_content, read_if_object, read_text
 from protocols.families import caption_formats
 from protocols.rules import TokenCount
-
-if TYPE_CHECKING:  # loaded only for files that are not UTF-8
-    from modules.text_encodings import EncodingGuess
 
 
 def caption_path(media: Path, extension: str) -> Path:
@@ -95,10 +93,8 @@ def _decode_windows_caption(path: Path, error: UnicodeDecodeError) -> tuple[str,
     return text, guess.name
 
 
-def guess_windows_encoding(content: bytes) -> "EncodingGuess | None":
+def guess_windows_encoding(content: bytes) -> EncodingGuess | None:
     """Guess the encoding of a file that Windows Notepad may have saved, and decode it; None for others."""
-    from modules.text_encodings import EncodingGuess, guess_encoding
-
     guess = guess_encoding(content)
     if guess is None or guess.encoding == ANSI or content.startswith(UTF_16):
         return guess
@@ -268,13 +264,11 @@ def add_trigger(caption: str, trigger: str) -> str:
     return f"{trigger}, {caption}" if caption else trigger
 
 
-def guess_captions(paths: Sequence[Path]) -> "list[EncodingGuess | None]":
+def guess_captions(paths: Sequence[Path]) -> list[EncodingGuess | None]:
     """Guess the encoding of caption files that are not UTF-8, from all of their bytes together.
 
     The guess is None for a file that is unreadable or probably not text.
     """
-    from modules.text_encodings import guess_encodings
-
     contents = []
     for path in paths:
         try:

@@ -29,6 +29,7 @@ from modules.devices import select_compute_dtype
 from modules.errors import OptionError
 from modules.media.buckets import Size, select_image_bucket
 from modules.media.pixels import byte_clips
+from modules.media.reading import read_image, resize_frame
 from modules.speed_options import text_form
 from protocols import data
 from protocols.family import DitSpec, Family, NoiseSpec, count_image_tokens
@@ -179,7 +180,6 @@ class Kontext(Flux):
         """Return a reference image as 1 1 H W 3 uint8, stretched to a trained size or cropped."""
         # Cropping removes pixels on the right and at the bottom only, so that no pixel is shifted. Source:
         # the released code of Kontext (stretching), musubi-tuner (cropping).
-        from modules.media.reading import read_image, resize_frame
 
         frame = read_image(path)
         height, width = frame.shape[:2]

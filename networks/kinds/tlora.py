@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from modules.errors import CheckpointError, OptionError
+from modules.text_files import parse_json
 from networks.kinds.contract import NetworkKind
 
 if TYPE_CHECKING:  # --help must not import torch
@@ -107,7 +108,6 @@ class TLoraKind(NetworkKind):
             CheckpointError: If a value of the rule cannot be read or is out of range.
         """
         text = metadata["ss_network_args"]  # the caller has found SWITCH in it
-        from modules.text_files import parse_json  # only for files with such arguments
 
         try:
             arguments = dict(parse_json(text))

@@ -1,7 +1,6 @@
 """Stable Diffusion 1.x and 2.x for train_network.py and its caches."""
 
 from stable_diffusion import family
-from stable_diffusion.inversion_options import InversionOptions
 from stable_diffusion.sd1.options import (
     Sd1ControlNetTrainingOptions,
     Sd1ExtendedInversionTrainingOptions,
@@ -10,6 +9,7 @@ from stable_diffusion.sd1.options import (
     Sd1TextCachingOptions,
     Sd1TrainingOptions,
 )
+from stable_diffusion.training_options import InversionOptions
 
 
 def family_for_latent_caching(options: Sd1LatentCachingOptions) -> family.StableDiffusion:

@@ -3,17 +3,20 @@
 from pathlib import Path
 
 from modules.options import CHANGEABLE, FREE, HABIT, IDENTITY, option
-from stable_diffusion.control_net_options import weights_option
 from stable_diffusion.generation_options import StableDiffusionGenerationOptions, script_defaults
-from stable_diffusion.inversion_options import InversionOptions
 from stable_diffusion.training_options import (
+    IF_TRAINED,
+    FullFineTuningMixin,
+    InversionOptions,
     LatentCachingOptions,
     StableDiffusionTrainingOptions,
     TextCachingOptions,
     caching_options,
     generation_options,
+    text_rate,
+    text_switch,
+    weights_option,
 )
-from stable_diffusion.whole_options import IF_TRAINED, FullFineTuningMixin, text_rate, text_switch
 
 __all__ = ("caching_options", "generation_options")
 NAME = "Stable Diffusion 1.x and 2.x"

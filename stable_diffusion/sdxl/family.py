@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 from stable_diffusion import family
-from stable_diffusion.inversion_options import InversionOptions
 from stable_diffusion.sdxl.options import (
     SdxlControlNetTrainingOptions,
     SdxlGenerationOptions,
@@ -12,6 +11,7 @@ from stable_diffusion.sdxl.options import (
     SdxlLlliteTrainingOptions,
     SdxlTextCachingOptions,
 )
+from stable_diffusion.training_options import InversionOptions
 
 
 def family_for_latent_caching(options: SdxlLatentCachingOptions) -> family.StableDiffusion:

@@ -4,22 +4,21 @@ from pathlib import Path
 
 from modules.errors import OptionError
 from modules.options import CHANGEABLE, FREE, IDENTITY, not_needed, option, unsupported
-from stable_diffusion.control_net_options import rate_option, weights_option
 from stable_diffusion.generation_options import StableDiffusionGenerationOptions, script_defaults
-from stable_diffusion.inversion_options import InversionOptions
 from stable_diffusion.training_options import (
+    IF_TRAINED,
+    FullFineTuningMixin,
+    InversionOptions,
     LatentCachingOptions,
     StableDiffusionTrainingOptions,
     TextCachingOptions,
     caching_options,
     generation_options,
-)
-from stable_diffusion.whole_options import (
-    IF_TRAINED,
-    FullFineTuningMixin,
+    rate_option,
     read_block_rates,
     text_rate,
     text_switch,
+    weights_option,
 )
 
 __all__ = ("caching_options", "generation_options")

@@ -27,8 +27,7 @@ from project.kinds.contract import RunKind
 from project.new_options import NewOptions
 from project.options import find_models
 from project.script_facts import read_script_options
-from stable_diffusion.inversion_options import InversionOptions
-from stable_diffusion.training_options import StableDiffusionTrainingOptions
+from stable_diffusion.training_options import InversionOptions, StableDiffusionTrainingOptions
 from tests.project.test_new import write_photos
 from tests.tiny.new_models import write_new_model
 from training.options import TrainingOptions

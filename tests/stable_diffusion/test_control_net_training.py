@@ -17,10 +17,10 @@ from protocols.data import CONTROL_PIXELS
 from protocols.loading import Placement
 from stable_diffusion.control_net_files import load_control_net
 from stable_diffusion.control_net_learning import TrainedControlNet, make_control_net
-from stable_diffusion.control_net_options import list_generation_command
 from stable_diffusion.family import StableDiffusion, with_control_net
 from stable_diffusion.options import read_gen_img
 from stable_diffusion.sd1.options import Sd1ControlNetTrainingOptions
+from stable_diffusion.training_options import list_generation_command
 from tests.faults.messages import run_here, succeed_here
 from tests.stable_diffusion import test_lllite_training
 from tests.stable_diffusion.test_lllite_training import LINE, picture, with_controls, words_of

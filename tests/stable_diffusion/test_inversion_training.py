@@ -24,11 +24,11 @@ from protocols.loading import Placement
 from protocols.requests import Prompt
 from stable_diffusion.family import StableDiffusion, with_inversion
 from stable_diffusion.inversion_learning import OBJECT_SENTENCES, STYLE_SENTENCES, with_templates_and_command
-from stable_diffusion.inversion_options import InversionOptions
 from stable_diffusion.sd1.options import Sd1InversionTrainingOptions
 from stable_diffusion.sdxl.options import SdxlInversionTrainingOptions
 from stable_diffusion.textual_inversion import SDXL_TENSOR_NAMES
 from stable_diffusion.towers import LazyTextEncoder, TextEncoderTraining
+from stable_diffusion.training_options import InversionOptions
 from tests.faults.messages import run_here, succeed_here
 from tests.stable_diffusion.test_training_step import (
     CPU,

@@ -8,8 +8,8 @@ import pytest
 
 from encoders.new_words import NewWord, name_ids
 from modules.errors import OptionError
-from stable_diffusion.inversion_options import InversionOptions
 from stable_diffusion.textual_inversion import tokenize_with_words
+from stable_diffusion.training_options import InversionOptions
 from tests.stable_diffusion.test_inversion_training import WORD, inversion_family, make_rows
 from tests.training.toy import toy_options
 

@@ -18,6 +18,7 @@ from modules.errors import UserError
 from modules.integers import ceil_div
 from modules.media.layers import COMPOSITE
 from modules.media.reading import Frame, read_image, video_frames, video_info
+from modules.media.writing import write_png
 from modules.pages.language import say
 from modules.pages.page import embed_clip, link, reduce_frame
 from training.reports.history import RunHistory, SampleRow
@@ -126,7 +127,6 @@ def write_sheet(path: Path, title: str, strips: Mapping[int, Frame], prompts: Ma
     if not rows:
         return
     sheet = _draw_sheet(title, rows)
-    from modules.media.writing import write_png  # only while training
 
     write_png(path, np.asarray(sheet))
 
