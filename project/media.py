@@ -814,17 +814,16 @@ def _add_audio_files(content: FolderContent, audio_files: Sequence[Path], model_
     encodings: list[str] = []
     for path in remaining:
         try:
-            content.media.append(_read_audio(path, content, encodings))
+            # audio has no width and height
+            if track_info(path) is None:
+                raise MediaError(f"{path} has no sound")
+            audio_item = Media(
+                path, "audio", (0, 0), seconds=None, caption=_find_caption(path, content, encodings)
+            )
+            content.media.append(audio_item)
         except MediaError as error:
             _record_unreadable(path, error, content)
     _report_non_utf8_files(encodings, content)
-
-
-def _read_audio(path: Path, content: FolderContent, encodings: list[str]) -> Media:
-    """Return the caption of an audio file, which has no width and height."""
-    if track_info(path) is None:
-        raise MediaError(f"{path} has no sound")
-    return Media(path, "audio", (0, 0), seconds=None, caption=_find_caption(path, content, encodings))
 
 
 def _read_media(path: Path, content: FolderContent, model_info: "ModelInfo", encodings: list[str]) -> Media:

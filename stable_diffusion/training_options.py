@@ -14,8 +14,8 @@ from stable_diffusion.sampling_options import SAMPLERS
 CKPT = "--pretrained_model_name_or_path"
 # messages about checkpoints name gen_img.py's option; the trainers' option is shown instead
 SHOWN_AS = {"--ckpt": CKPT}
-# likewise for files of ControlNets
-SHOWN_AS_CONTROL_NET = {**SHOWN_AS, "--control_net_models": "--controlnet_model_name_or_path"}
+WEIGHTS = "--controlnet_model_name_or_path"  # the ControlNet to start from
+SHOWN_AS_CONTROL_NET = {**SHOWN_AS, "--control_net_models": WEIGHTS}
 CKPT_HELP = "checkpoint: a single file, a folder in the layout of diffusers, or owner/name of the hub"
 VAE_HELP = "another VAE than that of the checkpoint: a single file, or a folder in the layout of diffusers"
 TOKENIZERS_HELP = (
@@ -25,9 +25,9 @@ TOKENIZERS_HELP = (
 DEFAULT_SAMPLER = "ddim"  # default of known trainers
 STEPS, GUIDANCE_SCALE = 30, 7.5  # defaults for images, as in the samples of known trainers
 CHUNK = 75  # tokens that a text encoder reads at once
-WEIGHTS = "--controlnet_model_name_or_path"
 _NO_SUCH_SETTING = "a ControlNet is a copy of the U-Net's first half, and has no such setting. Omit it"
-FLAGS = WordOptionNames(
+# options of textual inversion, by what they say of the new word
+_WORD_FLAGS = WordOptionNames(
     word="--token_string",
     count="--num_vectors_per_token",
     init_word="--init_word",
@@ -384,7 +384,7 @@ class InversionOptions(Options, title="textual inversion"):
         return WordToLearn(
             self.token_string,
             self.num_vectors_per_token,
-            FLAGS,
+            _WORD_FLAGS,
             init_word=self.init_word,
             weights=self.weights,
         )

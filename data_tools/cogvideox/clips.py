@@ -16,7 +16,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -166,13 +166,6 @@ class PrepareOptions(Options, title="output and threads"):
                 f"--output_dir {self.output_dir} is --data_root: its lists would be written over. Pass "
                 "another folder."
             )
-
-
-class CropAndFlip(NamedTuple):
-    """Random crop position and mirroring, drawn once per clip."""
-
-    crop_position: tuple[float, float]  # left and top of the crop, as fractions of the margin
-    is_flipped: bool
 
 
 @dataclass(frozen=True)
@@ -481,7 +474,7 @@ def read_clip(path: Path, options: ShapeOptions, name: str, threads: int) -> Cli
     generator = random.Random(derive_seed(options.seed, "prepare", name))
     crop_position = (generator.random(), generator.random())  # fractions of the margin
     # drawn once, so that all frames are cropped and mirrored equally
-    crop_and_flip = CropAndFlip(crop_position, is_flipped=generator.random() < (options.random_flip or 0.0))
+    is_flipped = generator.random() < (options.random_flip or 0.0)
     bucket: Size | None = None  # of the first frame, for all frames: images of a folder may differ in size
 
     def fit_frame(frame: Frame) -> Frame:
@@ -490,7 +483,7 @@ def read_clip(path: Path, options: ShapeOptions, name: str, threads: int) -> Cli
         if bucket is None:
             frame_size = (frame.shape[1], frame.shape[0])
             bucket = select_size(frame_size, options.height_buckets, options.width_buckets)
-        return shape_frame(frame, bucket, options, crop_and_flip)
+        return shape_frame(frame, bucket, options, crop_position=crop_position, is_flipped=is_flipped)
 
     select_indices = partial(_select_indices, path=path, options=options)
     return np.stack(pick_frames(path, select_indices, fit_frame, threads, exact=False))
@@ -524,11 +517,13 @@ def select_size(size: Size, heights: Sequence[int], widths: Sequence[int]) -> Si
     return nearest_width, nearest_height
 
 
-def shape_frame(frame: Frame, size: Size, options: ShapeOptions, crop_and_flip: CropAndFlip) -> Frame:
+def shape_frame(
+    frame: Frame, size: Size, options: ShapeOptions, *, crop_position: tuple[float, float], is_flipped: bool
+) -> Frame:
     """Resize a frame, H W 3, to `size`, then crop and mirror it according to the options."""
     if options.video_reshape_mode is None:
         frame = resize_stretched(frame, size)
     else:
         is_centered = options.video_reshape_mode == "center"
-        frame = resize_cover(frame, size, place=None if is_centered else crop_and_flip.crop_position)
-    return np.ascontiguousarray(frame[:, ::-1]) if crop_and_flip.is_flipped else frame
+        frame = resize_cover(frame, size, place=None if is_centered else crop_position)
+    return np.ascontiguousarray(frame[:, ::-1]) if is_flipped else frame

@@ -110,7 +110,13 @@ def _cut_and_list(
                 continue
             results.append(result)
             # in a dry run, the clips are printed
-            summary = f"{source}: {_count_in_words(result.clips)}"
+            # numbers of scenes, clips, and clips left out for each reason
+            scenes = format_count(len({clip.scene for clip in result.clips}), "scene")
+            written = format_count(sum(not clip.dropped for clip in result.clips), "clip")
+            reasons = _describe_reasons(result.clips)
+            left_out = f"; left out: {reasons}" if reasons else ""
+            counts = f"{scenes}, {written}{left_out}"
+            summary = f"{source}: {counts}"
             is_dry_run = result.record is None
             if is_dry_run:
                 lines = [summary, *map(_format_scene_line, result.clips)]
@@ -413,15 +419,6 @@ def _format_scene_line(clip: PlannedClip) -> str:
         f"  scene {clip.scene}, {start} to {end}, {clip.seconds:.3f} s, "
         f"frames {clip.first} to {clip.end - 1} ({clip.frames}): {status}"
     )
-
-
-def _count_in_words(clips: Sequence[PlannedClip]) -> str:
-    """Return a line with the numbers of scenes, clips, and clips left out for each reason."""
-    scenes = format_count(len({clip.scene for clip in clips}), "scene")
-    written = format_count(sum(not clip.dropped for clip in clips), "clip")
-    reasons = _describe_reasons(clips)
-    left_out = f"; left out: {reasons}" if reasons else ""
-    return f"{scenes}, {written}{left_out}"
 
 
 def _describe_reasons(clips: Sequence[PlannedClip]) -> str:

@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -295,14 +295,6 @@ PRODUCTS = 1 << 23  # products of hashes that are computed at once: 32 MiB
 Indices = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class _Colors:
-    """Color thumbnails of N files, for comparing files with similar hashes."""
-
-    thumbnails: NDArray[np.uint8]  # N K C: the C color values of K tiny frames
-    is_flat: NDArray[np.bool_]  # N
-
-
 def group_copies(measures: Sequence[Measures]) -> list[list[int]]:
     """Return groups of two or more indices of `measures` that are near duplicates, in order.
 
@@ -328,20 +320,18 @@ def group_copies(measures: Sequence[Measures]) -> list[list[int]]:
 
 def _label_matches(measures: Sequence[Measures]) -> Indices:
     """Label N measures; two measures get the same label if a chain of matches connects them."""
-    colors = _read_colors(measures)
+    # tiny frames, for comparing files with similar hashes: N K C, the C color values of K frames
+    color_values = np.frombuffer(b"".join(measured.colors for measured in measures), np.uint8)
+    colors = color_values.reshape(len(measures), len(measures[0].hashes), -1)
+    is_flat = np.array([measured.is_flat for measured in measures])
     labels = np.arange(len(measures))
     for index, similar in _find_similar_hashes(measures):
         candidates = similar[labels[similar] != labels[index]]
         if not len(candidates):
             continue
-        # which candidates have the same colors as this file, up to brightness and contrast
-        first = colors.thumbnails[[index]].astype(np.float32) / np.float32(255)  # 1 K C
-        second = colors.thumbnails[candidates].astype(np.float32) / np.float32(255)  # N K C
-        is_same_color = np.abs(first - second).mean(axis=1).max(axis=1) <= SAME_FLAT
-        is_flat = colors.is_flat
         one_is_flat = is_flat[index] | is_flat[candidates]
         both_are_flat = is_flat[index] & is_flat[candidates]
-        is_match = np.where(one_is_flat, both_are_flat & is_same_color, _match_contrast(first, second))
+        is_match = _have_same_colors(colors[[index]], colors[candidates], one_is_flat, both_are_flat)
         for match in candidates[is_match]:
             labels[labels == labels[match]] = labels[index]
     return labels
@@ -363,12 +353,17 @@ def _find_similar_hashes(measures: Sequence[Measures]) -> Iterator[tuple[int, In
             yield index, similar[similar > index]
 
 
-def _read_colors(measures: Sequence[Measures]) -> _Colors:
-    """Stack the colors of all measured files in one array."""
-    num_frames = len(measures[0].hashes)
-    images = np.frombuffer(b"".join(measured.colors for measured in measures), np.uint8)
-    is_flat = np.array([measured.is_flat for measured in measures])
-    return _Colors(images.reshape(len(measures), num_frames, -1), is_flat)
+def _have_same_colors(
+    image: NDArray[np.uint8],
+    candidates: NDArray[np.uint8],
+    one_is_flat: NDArray[np.bool_],
+    both_are_flat: NDArray[np.bool_],
+) -> NDArray[np.bool_]:
+    """Return which candidates, N K C, have the colors of an image, 1 K C, up to brightness and contrast."""
+    first = image.astype(np.float32) / np.float32(255)
+    second = candidates.astype(np.float32) / np.float32(255)
+    is_same_color = np.abs(first - second).mean(axis=1).max(axis=1) <= SAME_FLAT
+    return np.where(one_is_flat, both_are_flat & is_same_color, _match_contrast(first, second))
 
 
 class _Centered(NamedTuple):

@@ -18,7 +18,6 @@ from dataset.config import DatasetConfig, DatasetTable
 from dataset.listing import find_sources
 from dataset.options import COLORS, DebugOptions
 from dataset.sources.decoding import DecodedMedia, decode_source
-from dataset.sources.frames import Span
 from dataset.sources.media_source import MediaSource
 from modules.bars import Bar
 from modules.media.reading import Frame, resize_frame
@@ -111,30 +110,25 @@ class _Viewer:
         """Show at most `maximum` training items of a media file; return the user's last answer."""
         # Any answer other than NEXT ends the loop.
         for span in media.spans[:maximum]:
-            _log_item(media, span)
+            width, height = media.bucket
+            size = f"{media.size[0]}x{media.size[1]}"
+            frames_text = f"{span[1]} frames of " if media.source.table.kind == "video" else ""
+            # as one training step might use it, after its random changes
+            caption_text = changed_caption(
+                media.source.caption or "",
+                media.source.table,
+                step=1,
+                total_steps=1,
+                generator=_make_rng(media.source),
+            )
+            caption = caption_text or "(no caption)"
+            logger.info("%s, %s%dx%d from %s: %s", media.key(span), frames_text, width, height, size, caption)
             file = self.folder / f"{media.source.table.index}_{media.key(span)}"
             frames = side_by_side(media.cut(span))
             answer = _show(self.display, file, frames, fps=self.fps, debug=self.debug)
             if answer != NEXT:
                 return answer
         return NEXT
-
-
-def _log_item(media: DecodedMedia, span: Span) -> None:
-    """Print name, size and caption of a training item."""
-    width, height = media.bucket
-    size = f"{media.size[0]}x{media.size[1]}"
-    frames = f"{span[1]} frames of " if media.source.table.kind == "video" else ""
-    # as one training step might use it, after its random changes
-    caption_text = changed_caption(
-        media.source.caption or "",
-        media.source.table,
-        step=1,
-        total_steps=1,
-        generator=_make_rng(media.source),
-    )
-    caption = caption_text or "(no caption)"
-    logger.info("%s, %s%dx%d from %s: %s", media.key(span), frames, width, height, size, caption)
 
 
 def _select_display(debug: DebugOptions, folder: Path) -> str:

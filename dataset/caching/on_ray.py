@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from dataset.caching.prefetch import CacheReport
 from dataset.caching.texts import TextWork
@@ -148,28 +148,34 @@ def run_on_ray(main: Main, options: RayOptions) -> None:
         # each shard of texts loads all text encoders, so an actor gets only one
         shards_per_actor = SHARDS_PER_ACTOR if options.is_latents else 1
         num_shards = options.num_shards or num_actors * shards_per_actor
-        actors = ActorPlan(num_actors, num_shards, gpus, cpus)
-        rows = _cache_shards(ray, main, arguments, options, actors)
+        rows = _cache_shards(
+            ray,
+            main,
+            arguments,
+            options,
+            num_actors=num_actors,
+            num_shards=num_shards,
+            gpus_per_actor=gpus,
+            cpus_per_actor=cpus,
+        )
     finally:
         ray.shutdown()
     conclude_shards(sorted(rows, key=lambda row: int(row["shard_index"])), options)
 
 
-class ActorPlan(NamedTuple):
-    """How many actors cache how many shards, and which devices each actor needs."""
-
-    num_actors: int
-    num_shards: int
-    gpus_per_actor: float
-    cpus_per_actor: int
-
-
 def _cache_shards(
-    ray: Any, main: Main, arguments: Sequence[str], options: RayOptions, actors: ActorPlan
+    ray: Any,
+    main: Main,
+    arguments: Sequence[str],
+    options: RayOptions,
+    *,
+    num_actors: int,
+    num_shards: int,
+    gpus_per_actor: float,
+    cpus_per_actor: int,
 ) -> list[Mapping[str, Any]]:
     """Let the Ray actors cache all shards; return their results, one row per shard (see `CachingActor`)."""
-    num_shards = actors.num_shards
-    logger.info("%d actors cache %d shards", actors.num_actors, num_shards)
+    logger.info("%d actors cache %d shards", num_actors, num_shards)
     ray.data.DataContext.get_current().enable_progress_bars = False
     # one block for each shard: tasks that split blocks would wait for the cores that the actors occupy
     shards = ray.data.from_items(
@@ -180,15 +186,15 @@ def _cache_shards(
         arguments,
         options.is_latents,
         num_shards,
-        actors.cpus_per_actor,
+        cpus_per_actor,
         str(Path.cwd()),
     )
     results = shards.map_batches(
         CachingActor,
         batch_size=1,
-        concurrency=actors.num_actors,
-        num_cpus=actors.cpus_per_actor,
-        num_gpus=actors.gpus_per_actor or None,
+        concurrency=num_actors,
+        num_cpus=cpus_per_actor,
+        num_gpus=gpus_per_actor or None,
         fn_constructor_args=actor_arguments,
     )
     rows = []

@@ -14,7 +14,6 @@ from PIL import Image
 import wan_cache_latents
 from data_tools.cogvideox.clips import (
     SIDES,
-    CropAndFlip,
     ShapeOptions,
     read_clip,
     select_frames,
@@ -68,8 +67,12 @@ def test_with_a_mode_it_is_resized_to_cover_and_cut(mode: str, place: tuple[floa
     frame = np.random.default_rng(3).integers(0, 256, (64, 106, 3), np.uint8)
     plain = cv2.resize(frame, (53, 32), interpolation=cv2.INTER_AREA)[:, left : left + 32]
 
-    shaped = shape_frame(frame, (32, 32), shape(video_reshape_mode=mode), CropAndFlip(place, False))
-    flipped = shape_frame(frame, (32, 32), shape(video_reshape_mode=mode), CropAndFlip(place, True))
+    shaped = shape_frame(
+        frame, (32, 32), shape(video_reshape_mode=mode), crop_position=place, is_flipped=False
+    )
+    flipped = shape_frame(
+        frame, (32, 32), shape(video_reshape_mode=mode), crop_position=place, is_flipped=True
+    )
 
     assert np.array_equal(shaped, plain)
     assert np.array_equal(flipped, plain[:, ::-1])
@@ -79,7 +82,9 @@ def test_without_a_mode_a_frame_is_resized_whatever_its_proportions() -> None:
     frame = np.random.default_rng(3).integers(0, 256, (30, 50, 3), np.uint8)
     plain = np.array(Image.fromarray(frame).resize((32, 64), Image.Resampling.BICUBIC))
 
-    assert np.array_equal(shape_frame(frame, (32, 64), shape(), CropAndFlip((0.5, 0.5), False)), plain)
+    assert np.array_equal(
+        shape_frame(frame, (32, 64), shape(), crop_position=(0.5, 0.5), is_flipped=False), plain
+    )
 
 
 def test_a_clip_is_read_as_its_chosen_frames_at_its_chosen_size(tmp_path: Path) -> None:
