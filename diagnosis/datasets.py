@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data_tools.report.diagnosis.contract import MeasuredDataset, list_captions
 from data_tools.report.findings import load_token_counters
-from data_tools.report.options import ReportOptions
+from data_tools.report.page import ReportOptions
 from data_tools.report.run import find_copies, measure_tables, select_latents
 from dataset.config import DatasetConfig, load_dataset_config, with_lengths
 from dataset.options import CachingOptions

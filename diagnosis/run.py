@@ -15,7 +15,7 @@ from data_tools.report.diagnosis.finding import Finding
 from data_tools.report.diagnosis.images import find_image_findings
 from data_tools.report.diagnosis.trigger_words import find_trigger_findings
 from data_tools.report.findings import indent
-from data_tools.report.options import STDOUT
+from data_tools.report.page import STDOUT
 from diagnosis.datasets import read_dataset, read_project_dataset
 from diagnosis.loras import find_lora_findings, find_pair_findings, measure_lora
 from diagnosis.rounded_loras import find_rounding_findings, measure_rounded_loras

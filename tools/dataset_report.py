@@ -8,7 +8,7 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
     sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
 
 import modules.interpreter  # noqa: F401
-from data_tools.report.options import ReportOptions
+from data_tools.report.page import ReportOptions
 from dataset.config import load_dataset_config
 from protocols.families import plain_script
 

@@ -17,8 +17,7 @@ from data_tools.report.files import list_files
 from data_tools.report.findings import TableFindings, balance_regularization, check_captions, find_table
 from data_tools.report.looks import Inspection, Measures, inspect_and_measure, inspect_header
 from data_tools.report.numbers import CANNOT_BE_READ, JsonObject, collect_statistics
-from data_tools.report.options import ReportOptions
-from data_tools.report.page import write_report_page
+from data_tools.report.page import ReportOptions, write_report_page
 from dataset.caching.prefetch import SIZE_CHANGES, Failure, read_ahead
 from dataset.config import DatasetConfig, DatasetTable, with_lengths, with_references
 from dataset.forms.composing import get_source_format

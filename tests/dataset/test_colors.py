@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data_tools.report.check import check_caching
-from data_tools.report.options import ReportOptions
+from data_tools.report.page import ReportOptions
 from data_tools.report.run import run_report
 from dataset.cache.records import latent_record, record_metadata, text_records
 from dataset.cache_files import read_entry, write_tensors

@@ -16,7 +16,7 @@ from torch import Tensor
 from data_tools.report.diagnosis.captions import find_caption_findings
 from data_tools.report.diagnosis.contract import DatasetCaption, MeasuredDataset
 from data_tools.report.diagnosis.trigger_words import cut_into_pieces, find_trigger_findings, propose_word
-from data_tools.report.options import STDOUT
+from data_tools.report.page import STDOUT
 from diagnosis.run import DiagnoseOptions, list_diagnoses, run_diagnosis
 from modules.errors import CheckpointError, OptionError
 from protocols.rules import TextPiece, TokenCount
