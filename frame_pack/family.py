@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from checkpoints.opening import fingerprint
 from encoders.files import OneTransformer
+from encoders.siglip import load_siglip
 from frame_pack import caching
 from frame_pack.batches import HISTORY, TEXT_KEYS, read_conditions, warn_about_section_order
 from frame_pack.configs import DIT, FRAMEPACK, FRAMEPACK_F1
 from frame_pack.files import FramePackFiles
 from frame_pack.generating import decode_video, one_frame_section, video_sections
-from frame_pack.image_encoder import load_siglip
 from frame_pack.inputs import encode_clip, one_frame_inputs, video_inputs
 from frame_pack.model import position_scale
 from frame_pack.names import LORA

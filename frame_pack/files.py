@@ -19,8 +19,8 @@ from checkpoints.encoders import check_state_width
 from checkpoints.model_files import inside, read_once, require_file
 from checkpoints.opening import Checkpoint, open_checkpoint
 from encoders.clip_l import PooledClip
+from encoders.siglip import ENCODER_OPTION, FILES, read_siglip
 from frame_pack.configs import DIT, FramePackConfig
-from frame_pack.image_encoder import ENCODER_OPTION, FILES, read_siglip
 from frame_pack.model import FramePackModel
 from hunyuan_model.files import HunyuanFiles
 from hunyuan_model.text_encoders import CLIP, LLAVA_SETTINGS, LlavaTextEncoder

@@ -11,9 +11,9 @@ import torch
 from safetensors import safe_open
 
 import fpack_cache_latents
+from encoders.siglip import load_siglip
 from frame_pack.caching import clip_entries, clip_sections, count_sections
 from frame_pack.family import FramePack, family_for_latent_caching
-from frame_pack.image_encoder import load_siglip
 from frame_pack.options import FramePackLatentCachingOptions
 from frame_pack.sections import ANTI_DRIFTING, F1, GenerationOrder
 from hunyuan_model.vae import load_vae

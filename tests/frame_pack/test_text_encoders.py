@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from checkpoints.model_files import read_once
+from encoders.siglip import SiglipConfig, SiglipVision, load_siglip, read_siglip
 from encoders.text_encoder import FileTextEncoder
 from frame_pack.files import FramePackClip, FramePackLlama
-from frame_pack.image_encoder import SiglipConfig, SiglipVision, load_siglip, read_siglip
 from hunyuan_model.text_encoders import VIDEO_TEMPLATE, select_template
 from modules.media.pixels import to_pixels
 from protocols.requests import Prompt

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from frame_pack.image_encoder import SiglipConfig, SiglipVision
+from encoders.siglip import SiglipConfig, SiglipVision
 from tests.tiny.framepack_dit import tiny_state, write_dit
 from tests.tiny.hunyuan import TinyHunyuan
 from tests.tiny.hunyuan_encoders import CLIP_DIM, LLM_DIM, prefixed, save, write_text_encoders

@@ -1,4 +1,4 @@
-"""FramePack's image encoder, a SigLIP so400m: an image to 729 vectors, its normed last hidden state.
+"""SigLIP so400m, an image encoder: an image to 729 vectors, its normed last hidden state.
 
 Module names follow Hugging Face's files. Source: Zhai et al. 2023, arXiv 2303.15343.
 """
@@ -99,7 +99,7 @@ def read_siglip(checkpoint: Checkpoint) -> LoadPlan[SiglipConfig]:
 
 
 def _select_image_size(positions: int, patch: int, declared: object) -> int:
-    """Return an image size with `positions` patches: config.json's, FramePack's or else the smallest."""
+    """Return an image size with `positions` patches: config.json's, as released or else the smallest."""
     side = math.isqrt(positions)
     for size in (declared, IMAGE_SIZE):
         if isinstance(size, int) and size // patch == side:
