@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from encoders.frame_groups import RmsNorm
 from wan.configs import WAN_2_1
 from wan.vae import WanVae
-from wan.vae_blocks import Downsample, RmsNorm, Upsample, WanCausalConv, WanFrameAttention, WanResidualBlock
+from wan.vae_blocks import Downsample, Upsample, WanCausalConv, WanFrameAttention, WanResidualBlock
 
 
 def encode(vae: WanVae, pixels: Tensor) -> Tensor:

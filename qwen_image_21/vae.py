@@ -23,12 +23,13 @@ from checkpoints.encoders import declared_settings
 from checkpoints.model_files import inside, read_once
 from checkpoints.opening import Checkpoint, list_tensor_sources, open_checkpoint
 from encoders.autoencoder import ImageVae
+from encoders.frame_groups import RmsNorm
 from modules.devices import dtype_name, tensor_on
 from modules.errors import CheckpointError
 from modules.layers.convolution import cast_for_convolution, repeat_pixels, set_memory_format
 from modules.media.pixels import from_bytes
 from protocols.loading import TensorSource
-from wan.vae_blocks import RmsNorm, WanFrameAttention
+from wan.vae_blocks import WanFrameAttention
 from wan.vae_shortcuts import Factors, add_repeated, average_groups, fits_shortcut
 
 logger = logging.getLogger(__name__)

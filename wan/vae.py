@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from checkpoints.dialects import load_planned
 from checkpoints.opening import open_checkpoint
+from encoders.frame_groups import FrameCache
 from encoders.tiles import add_in_tiles, decode_in_tiles, split_into_tiles
 from modules.devices import dtype_name, tensor_on
 from modules.layers.convolution import cast_for_convolution, set_memory_format
 from modules.media.pixels import check_clip
 from wan.configs import RELEASES
-from wan.vae_blocks import FrameCache, WanVaeConfig, WanVaeHalf
+from wan.vae_blocks import WanVaeConfig, WanVaeHalf
 from wan.vae_checkpoints import read_vae
 from wan.vae_shortcuts import fold_patches, unfold_patches
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from blissful_tuner.latent_preview import copy_to_host
 from checkpoints.filling import load_module
 from checkpoints.opening import list_tensor_sources, open_checkpoint
+from encoders.frame_groups import FrameCache
 from modules.devices import send_ahead
 from modules.layers.convolution import memory_formats, repeat_pixels, set_memory_format
 from protocols.family import DitSpec
@@ -36,7 +37,7 @@ from tests.modules.swap_cases import CASES, same, step_in_backward, swapped
 from tests.tiny.wan_dit import tiny_state, write_dit
 from wan.checkpoints import load_dit
 from wan.spec import DIT
-from wan.vae_blocks import FrameCache, WanCausalConv, WanFrameAttention, WanResidualBlock
+from wan.vae_blocks import WanCausalConv, WanFrameAttention, WanResidualBlock
 
 pytestmark = pytest.mark.gpu
 
