@@ -10,7 +10,6 @@ from protocols.families import Marks, family_marks
 _PREFIXES = ("model.diffusion_model.", "control_model.", "model.model.", "module.", "netG.", "net_g.", "net.")
 
 _NOT_YET = "which is not supported yet"
-_HUNYUAN_15 = f"the transformer of HunyuanVideo 1.5, a different network than HunyuanVideo's, {_NOT_YET}"
 _LTX_VAE = "a VAE of LTX-Video or LTX-2; LTX-Video is not supported yet"
 _VOCODER = "the vocoder of LTX-2, a part of its --audio_vae"
 
@@ -38,8 +37,6 @@ UNSUPPORTED_MODELS: Marks = (
         f"the upscaling transformer of Kandinsky 6, {_NOT_YET}",
     ),
     *NOT_YET,
-    ("cond_type_embed.weight", _HUNYUAN_15),
-    ("cond_type_embedding.weight", _HUNYUAN_15),
     (
         "post_upsample_res_blocks.0.conv1.weight",
         "a latent upscaler of LTX-Video or LTX-2 (of LTX-2: --spatial_upsampler_path)",
@@ -51,10 +48,6 @@ UNSUPPORTED_MODELS: Marks = (
     ("vocoder.conv_pre.weight", _VOCODER),
     ("vocoder.vocoder.conv_pre.weight", _VOCODER),
     ("mel_stft.mel_basis", _VOCODER),
-    (
-        "encoder.mid_block.attentions.0.proj_out.weight",
-        f"the VAE of HunyuanVideo 1.5 or of HunyuanImage's refiner, {_NOT_YET}",
-    ),
     ("norm_moe_gen.weight", f"the transformer of Cosmos 3, {_NOT_YET}"),
     ("double_stream_blocks.0.block.adaLN_modulation.1.bias", f"a transformer of HiDream-I1, {_NOT_YET}"),
     ("transformer_blocks.0.encoder_proj.weight", f"the transformer of Nucleus-Image, {_NOT_YET}"),
@@ -68,12 +61,12 @@ UNSUPPORTED_MODELS: Marks = (
         "double_stream_layers.0.img_instruct_attn.processor.img_to_q.weight",
         f"the transformer of Boogu-Image, {_NOT_YET}",
     ),
-    # in the layout of diffusers
-    ("time_embed.timestep_embedder.linear_1.weight", f"the transformer of LongCat-Image, {_NOT_YET}"),
     ("blocks.0.pre_crs_attn_norm.weight", f"the transformer of LongCat-Video, {_NOT_YET}"),
 )
 # networks and layouts that several families share; compared after the tensors that only one family has
 SHARED_PART_MARKS: Marks = (
+    # in the layout of diffusers; HunyuanVideo 1.5 has it too
+    ("time_embed.timestep_embedder.linear_1.weight", f"the transformer of LongCat-Image, {_NOT_YET}"),
     ("quant_conv.weight", "a VAE of another model"),
     ("encoder.down.0.block.0.conv1.weight", "a VAE for images"),
     ("transformer_blocks.0.attn.to_q.weight", "a transformer in diffusers layout"),

@@ -35,7 +35,6 @@ Stable Cascade: stablecascade wuerstchen cascade
 CogVideoX: cogvideo cogview
 AnimateDiff: animatediff
 Chroma1-Radiance: chromaradiance chroma1radiance radiance
-HunyuanVideo-1.5: hunyuanvideo15 hv15 hunyuan15
 HunyuanImage-3.0: hunyuanimage3
 Hunyuan-DiT: hunyuandit
 LTX-Video 0.9: ltxv ltxvideo ltx09

@@ -98,6 +98,11 @@ def read_siglip(checkpoint: Checkpoint) -> LoadPlan[SiglipConfig]:
     return LoadPlan(config, tower, sources, _UNUSED + other_networks)
 
 
+def read_siglip_width(checkpoint: Checkpoint) -> int:
+    """Return the number of channels of an image's states, from the header of a file."""
+    return read_siglip(checkpoint).config.dim
+
+
 def _select_image_size(positions: int, patch: int, declared: object) -> int:
     """Return an image size with `positions` patches: config.json's, as released or else the smallest."""
     side = math.isqrt(positions)

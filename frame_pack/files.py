@@ -19,7 +19,7 @@ from checkpoints.encoders import check_state_width
 from checkpoints.model_files import inside, read_once, require_file
 from checkpoints.opening import Checkpoint, open_checkpoint
 from encoders.clip_l import PooledClip
-from encoders.siglip import ENCODER_OPTION, FILES, read_siglip
+from encoders.siglip import ENCODER_OPTION, FILES, read_siglip_width
 from frame_pack.configs import DIT, FramePackConfig
 from frame_pack.model import FramePackModel
 from hunyuan_model.files import HunyuanFiles
@@ -144,7 +144,7 @@ class FramePackFiles(HunyuanFiles):
             if self.dit is not None:
                 takes = self.dit_header().config.image_dim
             check_state_width(
-                ENCODER_OPTION, path, read_once(path, _read_siglip_width), self.dit, takes, FILES
+                ENCODER_OPTION, path, read_once(path, read_siglip_width), self.dit, takes, FILES
             )
 
 
@@ -170,7 +170,3 @@ def read_window_size(paths: Sequence[Path], default: int) -> int:
             "separate runs."
         )
     return next(iter(windows.values()), default)
-
-
-def _read_siglip_width(checkpoint: Checkpoint) -> int:
-    return read_siglip(checkpoint).config.dim

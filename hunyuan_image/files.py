@@ -49,6 +49,7 @@ DIALECTS: Mapping[str, tuple[str, Names]] = {  # dialect -> a tensor that only i
 }
 # tensors of this model that HunyuanVideo does not have, in the three dialects
 GLYPH_TENSORS = ("byt5_in.fc1.weight", "context_embedder_2.linear_1.weight")
+VIDEO_TENSORS = ("cond_type_embedding.weight", "cond_type_embed.weight")  # HunyuanVideo 1.5's, which has both
 # tensors of the distilled model, which goes from one noise level to another in a single pass
 DISTILLED_TENSORS = (
     "time_r_in.mlp.0.weight",
@@ -76,7 +77,8 @@ def identify(path: Path) -> str | None:
 
 def _has_glyph_layers(checkpoint: Checkpoint) -> bool:
     """Return whether a file has the layers that distinguish HunyuanImage from HunyuanVideo."""
-    return any(name in checkpoint.tensors for name in GLYPH_TENSORS)
+    names = checkpoint.tensors
+    return any(name in names for name in GLYPH_TENSORS) and not any(name in names for name in VIDEO_TENSORS)
 
 
 def _is_distilled(checkpoint: Checkpoint) -> bool:

@@ -37,13 +37,14 @@ GLYPH_EPS = 1e-5  # epsilon of the norm before the glyph layers
 class GlyphEmbedding(nn.Module):
     """Project the glyph encoder's states, B G glyph_dim, to text tokens, B G C."""
 
-    def __init__(self, config: HunyuanImageConfig) -> None:
+    def __init__(self, glyph_dim: int, hidden: tuple[int, int], dim: int) -> None:
+        """Create the layers; `hidden` are the widths between them, and `dim` is that of the tokens."""
         super().__init__()
-        self.layernorm = Float32LayerNorm(config.glyph_dim, GLYPH_EPS, affine=True)
-        first, second = config.glyph_hidden
-        self.fc1 = nn.Linear(config.glyph_dim, first)
+        self.layernorm = Float32LayerNorm(glyph_dim, GLYPH_EPS, affine=True)
+        first, second = hidden
+        self.fc1 = nn.Linear(glyph_dim, first)
         self.fc2 = nn.Linear(first, second)
-        self.fc3 = nn.Linear(second, config.dim)
+        self.fc3 = nn.Linear(second, dim)
 
     def forward(self, states: Tensor) -> Tensor:
         """Return text tokens, B G C, from the glyph encoder's states, B G glyph_dim."""
@@ -78,7 +79,7 @@ class HunyuanImageModel(BlockNetwork):
         self.config = config
         self.attention = attention
         dim = config.dim
-        self.byt5_in = GlyphEmbedding(config)
+        self.byt5_in = GlyphEmbedding(config.glyph_dim, config.glyph_hidden, dim)
         self.img_in = nn.ModuleDict({"proj": nn.Conv2d(config.in_dim, dim, 1)})
         self.txt_in = TokenRefiner(config)
         self.time_in = ScalarEmbedding(config.freq_dim, dim)

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from checkpoints.model_files import inside
 from checkpoints.opening import fingerprint
@@ -114,6 +115,7 @@ class GlyphTextEncoder:
     keys = frozenset({"byt5_embed", "byt5_mask", "ocr_mask"})
     abilities = EncoderAbilities()
     variable_length: frozenset[str] = frozenset()
+    max_tokens = GLYPH_TOKENS
 
     def __init__(self, path: Path, dtype: torch.dtype = torch.float16, on_cpu: bool = False) -> None:
         """Set up the encoder; `load` reads the file.
@@ -137,11 +139,11 @@ class GlyphTextEncoder:
         """Return a function that counts ByT5's tokens: one per byte to render, plus the end token."""
 
         def count(text: str) -> TokenCount:
-            glyphs = make_glyph_prompt(text) or ""
+            glyphs = self.make_text(text) or ""
             tokens = len(glyphs.encode()) + 1 if glyphs else 0
-            encoded = glyphs.encode()[: GLYPH_TOKENS - 1]
+            encoded = glyphs.encode()[: self.max_tokens - 1]
             num_characters = len(encoded.decode(errors="ignore"))  # that fit
-            return TokenCount(glyphs, tokens, GLYPH_TOKENS, num_characters)
+            return TokenCount(glyphs, tokens, self.max_tokens, num_characters)
 
         return count
 
@@ -158,24 +160,34 @@ class GlyphTextEncoder:
         All are on the CPU. `ocr_mask` is a scalar: whether the prompt quotes a text to draw. If not, states
         and mask are zeros; rows of padding are zeros, too.
         """
-        network, _ = self._loaded.get()
-        return [self._encode_glyphs(network, make_glyph_prompt(prompt.text)) for prompt in prompts]
+        results: list[Conditions] = []
+        for rows in self.encode_glyphs(prompts):
+            states = torch.zeros(self.max_tokens, rows.shape[1], dtype=self.dtype)
+            states[: len(rows)] = rows
+            mask = (torch.arange(self.max_tokens) < len(rows)).to(torch.int64)
+            results.append(
+                {"byt5_embed": states, "byt5_mask": mask, "ocr_mask": torch.tensor(bool(len(rows)))}
+            )
+        return results
 
-    def _encode_glyphs(self, network: T5Network, glyph_prompt: str | None) -> Conditions:
-        """Return byT5's states and mask for a prompt's quoted texts; zeros if there are none (None)."""
-        states = torch.zeros(GLYPH_TOKENS, network.config.dim, dtype=self.dtype)
-        mask = torch.zeros(GLYPH_TOKENS, dtype=torch.int64)
-        if glyph_prompt is not None:
-            (ids,), (mask,) = byte_rows([glyph_prompt], GLYPH_TOKENS)
-            length = int(mask.sum())
+    def encode_glyphs(self, prompts: Sequence[Prompt]) -> list[Tensor]:
+        """Return ByT5's states for each prompt's quoted texts, G C on the CPU; G is 0 if there are none."""
+        network, _ = self._loaded.get()
+        states: list[Tensor] = []
+        for prompt in prompts:
+            text = self.make_text(prompt.text)
+            if text is None:
+                states.append(torch.zeros(0, network.config.dim, dtype=self.dtype))
+                continue
+            (ids,), (mask,) = byte_rows([text], self.max_tokens)
             # alone and without padding: a state does not depend on other prompts
-            (real_states,) = network([ids[:length]])
-            states[:length] = real_states.cpu()
-        return {
-            "byt5_embed": states,
-            "byt5_mask": mask,
-            "ocr_mask": torch.tensor(glyph_prompt is not None),
-        }
+            (rows,) = network([ids[: int(mask.sum())]])
+            states.append(rows.to("cpu", self.dtype))
+        return states
+
+    def make_text(self, prompt: str) -> str | None:
+        """Return the text that ByT5 encodes for a prompt; None if the prompt quotes nothing."""
+        return make_glyph_prompt(prompt)
 
     def free(self) -> None:
         """Unload the network."""

@@ -66,7 +66,8 @@ RELATED_MODELS = {
     "clean_x_embedder.proj.weight": "a FramePack transformer",
     "image_projection.up.weight": "a FramePack transformer",
     "distilled_guidance_layer.in_proj.weight": "a Chroma transformer",
-    "vision_in.proj.0.weight": "a HunyuanVideo 1.5 transformer",
+    "cond_type_embedding.weight": "a HunyuanVideo 1.5 transformer",
+    "cond_type_embed.weight": "a HunyuanVideo 1.5 transformer",
     "byt5_in.fc1.weight": "a HunyuanImage 2.1 transformer",
     "time_r_in.mlp.0.weight": "a HunyuanImage 2.1 transformer",
 }
@@ -195,12 +196,12 @@ def read_block_dimensions(
             f"head width must divide the width and be a multiple of {TABLE_MULTIPLE}.",
             shapes.path,
         )
-    double_blocks, single_blocks = spec.block_lists
+    double_blocks, *single_blocks = spec.block_lists  # HunyuanVideo 1.5 has no single ones
     return {
         "num_heads": dim // head_width,
         "ffn_dim": shapes.get_shape(config_tensors["ffn_dim"])[0],
         "double_blocks": shapes.count_blocks(double_blocks),
-        "single_blocks": shapes.count_blocks(single_blocks),
+        "single_blocks": sum(shapes.count_blocks(name) for name in single_blocks),
         "refiner_blocks": shapes.count_blocks(config_tensors["refiner_blocks"]),
         "refiner_ffn_dim": shapes.get_shape(config_tensors["refiner_ffn_dim"])[0],
         "text_dim": shapes.get_shape(config_tensors["text_dim"])[1],

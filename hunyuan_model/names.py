@@ -23,7 +23,7 @@ ENTRY = FamilyEntry(
 )
 
 # HunyuanVideo and SkyReels V1. `BLOCK_...`: of its blocks and its text refiner, which HunyuanImage has too
-_DIFFUSERS_DOUBLE = (
+DIFFUSERS_DOUBLE = (
     ("norm1.linear", "img_mod.linear"),
     ("norm1_context.linear", "txt_mod.linear"),
     ("attn.to_out.0", "img_attn_proj"),
@@ -43,13 +43,13 @@ _DIFFUSERS_SINGLE = (
     ("attn.norm_q", "q_norm"),
     ("attn.norm_k", "k_norm"),
 )
-_DIFFUSERS_REFINER = (
+DIFFUSERS_REFINER = (
     ("attn.to_out.0", "self_attn_proj"),
     ("norm_out.linear", "adaLN_modulation.1"),
     ("ff.net.0.proj", "mlp.fc1"),
     ("ff.net.2", "mlp.fc2"),
 )
-_DIFFUSERS_TEXT = (
+DIFFUSERS_TEXT = (
     ("proj_in", "input_embedder"),
     ("time_text_embed.timestep_embedder.linear_1", "t_embedder.mlp.0"),
     ("time_text_embed.timestep_embedder.linear_2", "t_embedder.mlp.2"),
@@ -96,7 +96,7 @@ LINEAR1_PARTS = (
 BLOCK_PARTS = (
     *stacked_parts("transformer_blocks.{n}.attn.to_{x}", "double_blocks.{n}.img_attn_qkv"),
     *stacked_parts("transformer_blocks.{n}.attn.add_{x}_proj", "double_blocks.{n}.txt_attn_qkv"),
-    *renamed_parts("transformer_blocks.{n}.", "double_blocks.{n}.", _DIFFUSERS_DOUBLE),
+    *renamed_parts("transformer_blocks.{n}.", "double_blocks.{n}.", DIFFUSERS_DOUBLE),
     *LINEAR1_PARTS,
     *renamed_parts("single_transformer_blocks.{n}.", "single_blocks.{n}.", _DIFFUSERS_SINGLE),
     *stacked_parts(
@@ -106,9 +106,9 @@ BLOCK_PARTS = (
     *renamed_parts(
         "context_embedder.token_refiner.refiner_blocks.{n}.",
         "txt_in.individual_token_refiner.blocks.{n}.",
-        _DIFFUSERS_REFINER,
+        DIFFUSERS_REFINER,
     ),
-    *renamed_parts("context_embedder.", "txt_in.", _DIFFUSERS_TEXT),
+    *renamed_parts("context_embedder.", "txt_in.", DIFFUSERS_TEXT),
     WeightPart("norm_out.linear", "final_layer.adaLN_modulation.1", layouts.SWAPPED),
 )
 BLOCK_SIDES: Sides = (
@@ -159,8 +159,9 @@ HUNYUAN_VIDEO = FamilyNames(
 )
 
 LORA = (HUNYUAN_VIDEO,)
-MARKS: Marks = (("encoder.conv_in.conv.weight", "the HunyuanVideo VAE"),)
+MARKS: Marks = ()
 SHARED_MARKS: Marks = (
+    ("encoder.conv_in.conv.weight", "the HunyuanVideo VAE"),
     ("double_blocks.0.img_attn_qkv.weight", "a HunyuanVideo transformer"),
     ("txt_in.individual_token_refiner.blocks.0.norm1.weight", "a HunyuanVideo transformer"),
 )

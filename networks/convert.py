@@ -62,8 +62,8 @@ from networks.writing import (
 from protocols.families import HIGH_NOISE, LOW_NOISE
 
 logger = getLogger(__name__)
-ANIMA, FLUX, HUNYUAN_IMAGE, Z_IMAGE = map(
-    module_names.family_named, ("anima", "flux", "hunyuan_image", "z_image")
+ANIMA, FLUX, HUNYUAN_IMAGE, HUNYUAN_VIDEO_15, Z_IMAGE = map(
+    module_names.family_named, ("anima", "flux", "hunyuan_image", "hunyuan_video_1_5", "z_image")
 )
 DIALECTS = ("sd-scripts", "ai-toolkit")
 # names of the kinds that --bake converts to plain LoRAs: products without the model, DoRA with it
@@ -169,8 +169,8 @@ class ComfyConvertOptions(Options):
     reverse: bool = option("from ComfyUI's names to ours")
 
 
-class ZImageConvertOptions(ComfyConvertOptions):
-    """Options of `networks/convert_z_image_lora_to_comfy.py`."""
+class JoiningConvertOptions(ComfyConvertOptions):
+    """Options of the scripts that join layers for ComfyUI, such as `convert_z_image_lora_to_comfy.py`."""
 
     lokr_rank: int | None = option(
         f"rank of the plain LoRAs that take the place of {_UNJOINABLE} for queries, keys and values, which "
@@ -313,13 +313,15 @@ class _JoinableTensors(NamedTuple):
     loss_note: str  # "" if nothing was converted
 
 
-def _replace_unjoinable(lora: LoraFile, tensors: Mapping[str, Tensor], rank: int | None) -> _JoinableTensors:
+def _replace_unjoinable(
+    lora: LoraFile, tensors: Mapping[str, Tensor], rank: int | None, family: FamilyNames
+) -> _JoinableTensors:
     """Replace modules that cannot be joined, such as LoKrs, with plain LoRAs of a rank."""
     # Modules (with factors) that ComfyUI fuses but whose kind, such as LoKr, cannot be joined
     unjoinable: dict[str, Factors] = {}
     for name, factors in group_by_module(tensors).items():
         is_other_kind = bool(factors.keys() & (NON_LORA_FACTORS - {MAGNITUDES}))
-        if is_other_kind and module_names.is_fused_elsewhere(name.removeprefix(OURS), Z_IMAGE):
+        if is_other_kind and module_names.is_fused_elsewhere(name.removeprefix(OURS), family):
             unjoinable[name] = factors
     if not unjoinable:
         return _JoinableTensors(tensors, "")
@@ -331,13 +333,23 @@ def _replace_unjoinable(lora: LoraFile, tensors: Mapping[str, Tensor], rank: int
             "that rank"
         )
     replaced = ungroup(unjoinable)
-    plain = bake(replace(lora, tensors=replaced), Z_IMAGE, Baking(rank, select_device(None)))
+    plain = bake(replace(lora, tensors=replaced), family, Baking(rank, select_device(None)))
     unchanged = {name: tensor for name, tensor in tensors.items() if name not in replaced}
     return _JoinableTensors({**unchanged, **plain.lora.tensors}, plain.loss_note)
 
 
-def convert_z_image(options: ZImageConvertOptions) -> None:
-    """Convert a Z-Image LoRA to ComfyUI's layout, which fuses queries, keys and values, or back.
+def convert_z_image(options: JoiningConvertOptions) -> None:
+    """Convert a Z-Image LoRA to ComfyUI's layout, or back; see `_convert_joined`."""
+    _convert_joined(options, Z_IMAGE)
+
+
+def convert_hunyuan_video_15(options: JoiningConvertOptions) -> None:
+    """Convert a HunyuanVideo 1.5 LoRA to ComfyUI's layout, or back; see `_convert_joined`."""
+    _convert_joined(options, HUNYUAN_VIDEO_15)
+
+
+def _convert_joined(options: JoiningConvertOptions, family: FamilyNames) -> None:
+    """Convert a LoRA to ComfyUI's layout, which fuses queries, keys and values, or back.
 
     A joined LoRA has the sum of the three ranks, and its alpha grows by the same factor, so the change stays
     the same. Metadata is kept; hashes are recomputed.
@@ -347,23 +359,23 @@ def convert_z_image(options: ZImageConvertOptions) -> None:
         OptionError: If modules of another kind, such as LoKr, must be joined and --lokr_rank is missing.
     """
     source = options.src_path
-    lora = read_lora(source, family=Z_IMAGE.name)
-    _find_family(lora, Z_IMAGE.name)
+    lora = read_lora(source, family=family.name)
+    _find_family(lora, family.name)
     if not options.reverse:
         _reject_for_comfyui(source, lora.tensors)
     metadata = {key: value for key, value in lora.metadata.items() if key != LORA_FORMAT}
     # separate modules for queries, keys and values, as in our layout
-    tensors: Mapping[str, Tensor] = add_missing_alphas(split_fused_layers(lora.tensors, Z_IMAGE))
+    tensors: Mapping[str, Tensor] = add_missing_alphas(split_fused_layers(lora.tensors, family))
     if options.reverse:
-        _save(options.dst_path, ConvertedLora(tensors, metadata), sources=[lora], family=Z_IMAGE)
+        _save(options.dst_path, ConvertedLora(tensors, metadata), sources=[lora], family=family)
         return
-    joinable = _replace_unjoinable(lora, tensors, options.lokr_rank)
-    joined = rename_to_aliases(join_parts(joinable.tensors, family=Z_IMAGE), Z_IMAGE)
+    joinable = _replace_unjoinable(lora, tensors, options.lokr_rank, family)
+    joined = rename_to_aliases(join_parts(joinable.tensors, family=family), family)
     _save(
         options.dst_path,
         ConvertedLora(joined, metadata),
         sources=[lora],
-        family=Z_IMAGE,
+        family=family,
         loss_note=joinable.loss_note,
     )
 

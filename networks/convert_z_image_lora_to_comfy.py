@@ -8,10 +8,10 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
     sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
 
 import modules.interpreter  # noqa: F401
-from networks.convert import ZImageConvertOptions, convert_z_image
+from networks.convert import JoiningConvertOptions, convert_z_image
 from protocols.families import plain_script
 
-main = plain_script(__doc__, convert_z_image, ZImageConvertOptions)
+main = plain_script(__doc__, convert_z_image, JoiningConvertOptions)
 
 
 if __name__ == "__main__":

@@ -362,12 +362,9 @@ def _list_fused_parts(fused_path: str, paths: Collection[str]) -> list[WeightPar
     # Other families may fuse different parts under the same name.
     siblings: dict[str, WeightPart] = {}
     for family in FAMILIES:
-        parts = (*family.parts, *family.joined)
-        if not any(part.part_path in paths for part in parts):
-            continue
-        for part in parts:
-            if part.fused_path == fused_path:
-                siblings[part.part_path] = part
+        parts = [part for part in (*family.parts, *family.joined) if part.fused_path == fused_path]
+        if any(part.part_path in paths for part in parts):
+            siblings |= {part.part_path: part for part in parts}
     return list(siblings.values())
 
 

@@ -250,7 +250,7 @@ def module_path(name: str, family: FamilyNames) -> str | None:
     of a stacked module in another layout, its path in that layout is returned.
     """
     tables = _tables(family)
-    return _find(tables.ours, name) or (_find(tables.renamed, name) if family.joined else None)
+    return _find(tables.ours, name) or _find(tables.fused, name)
 
 
 def is_optional(name: str, family: FamilyNames) -> bool:
@@ -490,7 +490,8 @@ class _Tables(NamedTuple):
     ours: _Table[str]  # our name -> our path
     by_alias: _Table[str]  # alias in the other layout -> our path
     alias_by_name: _Table[str]  # our name -> alias
-    renamed: _Table[str]  # renamed module of the other layout -> our path; fused module -> its own path
+    renamed: _Table[str]  # renamed module of the other layout -> our path
+    fused: _Table[str]  # module of the other layout that fuses several of ours -> its own path
     by_part: _Table[str]  # part of our module -> our path
     part_paths_elsewhere: _Table[str]  # part of the other layout, not merely renamed -> its own path
     fused_elsewhere: _Table[str]  # our module that the other layout fuses -> path of the fused module
@@ -511,12 +512,15 @@ def _tables(family: FamilyNames) -> _Tables:
         has_all_rows = part.index in (None, SWAPPED)
         pairs = renamed if has_all_rows else by_part
         pairs.append((part.part_path, part.fused_path))
-    fused_modules = [(part.fused_path, part.fused_path) for part in family.joined]
+    aliases_to_read = list(aliases)
+    if family.joined:  # then the layout of `parts` is a third one, of which only renamed modules are read
+        aliases_to_read += renamed
     return _Tables(
         ours=_Table((path, path) for path in paths),
-        by_alias=_Table(aliases),
+        by_alias=_Table(aliases_to_read),
         alias_by_name=_Table((ours, theirs) for theirs, ours in aliases),
-        renamed=_Table([*renamed, *fused_modules]),
+        renamed=_Table(renamed),
+        fused=_Table((part.fused_path, part.fused_path) for part in family.joined),
         by_part=_Table(by_part),
         part_paths_elsewhere=_Table(
             (part.part_path, part.part_path) for part in family.parts if part.index is not None
@@ -538,7 +542,7 @@ class _ModuleMatch(NamedTuple):
 def _find_module(name: str, family: FamilyNames) -> _ModuleMatch | None:
     """Find a module by its underscored name in any layout of a family; return None if none matches."""
     tables = _tables(family)
-    for table in (tables.ours, tables.by_alias, tables.renamed, tables.by_part):
+    for table in (tables.ours, tables.by_alias, tables.renamed, tables.fused, tables.by_part):
         found = table.first(name)
         if found is not None:
             return _ModuleMatch(found.entry, found.number, is_cut=table is tables.by_part)

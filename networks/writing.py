@@ -514,13 +514,16 @@ def _write_fused(native: Mapping[str, Tensor], family: FamilyNames) -> Translate
             unfused.append(name)
         else:
             fused[name] = factors
+    reason = "ComfyUI stacks this layer with others, and only plain LoRAs can be stacked"
+    if family.underscored_in_comfyui:
+        renamed = rename_to_aliases(add_missing_alphas(ungroup(fused)), family)
+        return TranslatedModules(renamed, dict.fromkeys(unfused, reason))
     translated = write_modules(
         fused,
         IN_COMFYUI,
         lambda name, factors: single_piece(find_fused_path(name, family), factors),
         in_comfyui,
     )
-    reason = "ComfyUI stacks this layer with others, and only plain LoRAs can be stacked"
     return TranslatedModules(translated.tensors, translated.left_out | dict.fromkeys(unfused, reason))
 
 
@@ -544,7 +547,7 @@ def split_fused_layers(tensors: Mapping[str, Tensor], family: FamilyNames) -> di
     split: dict[str, Factors] = {}
     for name, factors in group_by_module(rename_to_aliases(tensors, family, from_alias)).items():
         parts = find_parts(name.removeprefix(OURS), family)
-        paths = [OURS + path_and_part.path.replace(".", "_") for path_and_part in parts]
+        paths = [OURS + path.replace(".", "_") for path, part in parts if part in family.joined]
         pieces = _cut(factors, paths) if paths else {name: factors}
         if isinstance(pieces, str):
             logger.warning(f"{name}: {pieces}; it is not split")

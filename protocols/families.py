@@ -199,6 +199,7 @@ FOLDERS: Mapping[str, str] = {
     "flux_kontext": "flux.kontext",
     "flux_2": "flux_2",
     "flux_3": "flux_3",
+    "hunyuan_video_1_5": "hunyuan_video_15",  # before HunyuanImage, some of whose tensors it has too
     "hunyuan_image": "hunyuan_image",
     "lumina": "lumina",
     "qwen_image": "qwen_image",

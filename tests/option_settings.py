@@ -487,6 +487,7 @@ SETTINGS: dict[str, Setting] = {
         ("end", "--video_length", "17"), also=("--video_path", "clips/clip 0.mp4")
     ),
     "hv_generate_video.py.riflex_index": Setting(("1",)),
+    "hv_1_5_generate_video.py.riflex_index": Setting(("1",)),
     "kandinsky_generate_video.py.riflex_index": Setting(("1",)),
     "hv_generate_video.py.scheduler": Setting(("dpm++",)),
     "exclude_single_blocks": Setting(also=GIVEN_LORA),

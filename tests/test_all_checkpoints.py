@@ -23,6 +23,7 @@ import frame_pack.files
 import hidream_o1.files
 import hunyuan_image.files
 import hunyuan_model.checkpoints
+import hunyuan_video_15.files
 import kandinsky.files
 import krea2.files
 import lumina.files
@@ -36,6 +37,7 @@ import tests.tiny.flux_2 as tiny_flux_2
 import tests.tiny.flux_3 as tiny_flux_3
 import tests.tiny.hidream_o1 as tiny_hidream_o1
 import tests.tiny.hunyuan_image as tiny_hunyuan_image
+import tests.tiny.hunyuan_video_15 as tiny_hunyuan_video_15
 import tests.tiny.kandinsky as tiny_kandinsky
 import tests.tiny.krea2 as tiny_krea2
 import tests.tiny.lumina as tiny_lumina
@@ -152,6 +154,11 @@ KINDS = {
             Kind(f"kandinsky {name}", kandinsky.files, tiny_kandinsky, dit("a Kandinsky 5"), SHARED, name)
             for name in ("video", "image")
         ),
+        Kind(
+            *("hunyuan_video_15", hunyuan_video_15.files, tiny_hunyuan_video_15),
+            dit("a HunyuanVideo 1.5"),
+            tiny_hunyuan_video_15.DIALECTS,
+        ),
         Kind("z_image", *Z_IMAGE),
         Kind("z_image comfy", *Z_IMAGE, joins=True),
         Kind(
@@ -212,7 +219,15 @@ FP8_FILES = {
     "framepack": framepack_dit.FP8_DIALECTS,
     **dict.fromkeys(("flux_2 dev", "qwen_image", "krea2", "z_image", "z_image comfy"), wan_dit.FP8_DIALECTS),
     **dict.fromkeys(
-        ("qwen_image_21", "moss_image", "fibo_2", "ernie_image", "hidream_o1", "kandinsky video"),
+        (
+            "qwen_image_21",
+            "moss_image",
+            "fibo_2",
+            "ernie_image",
+            "hidream_o1",
+            "kandinsky video",
+            "hunyuan_video_15",
+        ),
         wan_dit.FP8_DIALECTS,
     ),
 }
@@ -535,6 +550,10 @@ KANDINSKY_IMAGE = {
     **{**KANDINSKY, "dim": 2560, "ffn_dim": 10240, "num_layers": 50, "in_channels": 16, "head_width": 128},
     "rotary_widths": (32, 48, 48),
 }
+HUNYUAN_15 = {
+    **{"dim": 2048, "ffn_dim": 8192, "num_heads": 16, "num_layers": 54, "refiner_blocks": 2, "in_dim": 65},
+    **{"out_dim": 32, "text_dim": 3584, "glyph_dim": 1472, "glyph_hidden": (2048, 2048), "image_dim": 1152},
+}
 Z = {"num_layers": 30, "dim": 3840, "num_heads": 30, "rotary_widths": (32, 48, 48)}
 KREA = {
     **{"dim": 6144, "ffn_dim": 16384, "num_heads": 48, "num_kv_heads": 12, "num_layers": 28, "states": 12},
@@ -581,6 +600,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "kandinsky5-lite-dit": ("kandinsky video", KANDINSKY_LITE),
     "kandinsky5-pro-dit": ("kandinsky video", KANDINSKY_PRO),
     "kandinsky5-lite-t2i-dit": ("kandinsky image", KANDINSKY_IMAGE),
+    **dict.fromkeys(manifest_names("hunyuanvideo1.5-dit"), ("hunyuan_video_15", HUNYUAN_15)),
     "z-image-dit": ("z_image", Z),
     "z-image-dit-comfy": ("z_image", Z),
     "hunyuanimage2.1-dit": (
@@ -594,6 +614,8 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 COMPUTED = {"rope.bands"}  # in files, and never read from them
+# dtype of a file, if it is another than usual
+PUBLISHED_DTYPES = {"hunyuanvideo1.5-dit": torch.float32, "hunyuanvideo1.5-dit-comfy": torch.float16}
 
 
 @pytest.mark.parametrize("manifest", PUBLISHED)
@@ -613,7 +635,7 @@ def test_published_files_of_full_size_load_without_leftovers(tmp_path: Path, man
     )
     assert sum(weight.numel() for weight in loaded.parameters()) == numbers
     assert {field: getattr(loaded.config, field) for field in dimensions} == dimensions
-    assert loaded.compute_dtype == torch.bfloat16
+    assert loaded.compute_dtype == PUBLISHED_DTYPES.get(manifest, torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -642,6 +664,10 @@ def test_published_files_of_full_size_load_without_leftovers(tmp_path: Path, man
         *(
             ("kandinsky video", name)
             for name in ("visual_embeddings.in_layer", "pooled_text_embeddings.norm", "out_layer.out_layer")
+        ),
+        *(
+            ("hunyuan_video_15", name)
+            for name in ("img_in.proj", "byt5_in.fc2", "double_blocks.0.txt_attn_v", "vision_in.proj.3")
         ),
         *(("z_image", name) for name in ("all_x_embedder.2-1", "layers.0.feed_forward.w1")),
         ("lumina", "t_embedder.mlp.0"),
@@ -717,6 +743,14 @@ SENSELESS: dict[str, list[tuple[str, tuple[int, ...]]]] = {
         ("visual_transformer_blocks.0.cross_attention.to_query.weight", ()),
         ("visual_embeddings.in_layer.weight", (64, 128)),
         ("out_layer.modulation.out_layer.weight", (127, 48)),
+    ],
+    "hunyuan_video_15": [
+        ("double_blocks.0.img_attn_q_norm.weight", (0,)),
+        ("double_blocks.0.img_attn_q_norm.weight", (24,)),
+        ("double_blocks.0.img_attn_k.weight", ()),
+        ("img_in.proj.weight", (128, 64, 1, 1, 1)),
+        ("byt5_in.fc1.weight", (48,)),
+        ("final_layer.linear.weight", (16, 128)),
     ],
     "z_image": [
         ("layers.0.attention.to_k.weight", ()),

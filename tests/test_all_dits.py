@@ -164,7 +164,7 @@ def test_a_model_that_made_a_sample_in_inference_mode_trains_on(tiny: TinyDit) -
 LONGER = (3, 4, 6, 9)  # latent frames, rows, columns, tokens of the text
 # arguments that a text gives
 TEXTS = (
-    *("text", "audio_text", "text_mask", "glyphs", "glyph_mask", "caption", "caption_mask"),
+    *("text", "audio_text", "text_mask", "glyphs", "glyph_mask", "glyphs_mask", "caption", "caption_mask"),
     *("llama", "llama_mask", "clip_l", "t5", "t5_mask", "pooled"),
     *("states", "states_mask", "ids", "weights"),
 )

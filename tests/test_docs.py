@@ -75,7 +75,7 @@ OF_IMAGES = (
     "qwen_image_21",
     "zimage",
 )
-FULL_MODELS = (*OF_IMAGES, "hv", "kandinsky", "ltx2", "wan")
+FULL_MODELS = (*OF_IMAGES, "hv", "hv_1_5", "kandinsky", "ltx2", "wan")
 EXEMPT = tomllib.loads((ROOT / "tests" / "data" / "page_blocks.toml").read_text(encoding="utf-8"))
 NOT_HERE = tuple(row["command"] for row in EXEMPT["not_run"])
 # appended to a script's words, so that the last value of an option wins
@@ -97,6 +97,8 @@ SMALLER = {
     "tools/prepare_dataset.py": "--height_buckets 32 --width_buckets 32 --frame_buckets 5",
     "wan_generate_video.py": GENERATION,
     "hv_generate_video.py": f"{GENERATION} {QUICK_VAE}",
+    "hv_1_5_cache_latents.py": QUICK_VAE,
+    "hv_1_5_generate_video.py": f"--video_size 32 32 --infer_steps 2 {QUICK_VAE}",
     "kandinsky_cache_latents.py": QUICK_VAE,
     "kandinsky_generate_video.py": f"--video_size 32 32 --infer_steps 2 {QUICK_VAE}",
     "sample_video.py": "--video-size 32 --video-length 5 --infer-steps 2 --vae-precision fp32",
@@ -226,6 +228,7 @@ IMAGE_MODELS = {
             "fibo_2",
             "hidream_o1",
             "hunyuan_image",
+            "hunyuan_video_15",
             "kandinsky",
             "krea2",
             "lumina",

@@ -41,6 +41,7 @@ MAY_IMPORT = {
     "hidream_o1": GROUND | {"networks.names", "encoders", "lumina"},
     "ernie_image": GROUND | {"networks.names", "encoders", "lumina", "flux_2"},
     "kandinsky": GROUND | {"networks.names", "encoders", "hunyuan_model"},
+    "hunyuan_video_15": GROUND | {"networks.names", "encoders", "hunyuan_model", "hunyuan_image"},
     "fibo_2": GROUND | {"networks.names", "encoders", "lumina", "z_image", "krea2", "flux_2"},
     "minimax_h3": GROUND | {"networks.names", "encoders"},
     "z_image": GROUND | {"networks.names", "encoders", "lumina"},
@@ -196,6 +197,7 @@ _TOOLS = {
         *("convert_flux_lora", "convert_hunyuan_image_lora_to_comfy", "convert_z_image_lora_to_comfy"),
         *(
             "convert_anima_lora_to_comfy",
+            "convert_hunyuan_video_1_5_lora_to_comfy",
             "extract_lora_from_models",
             "flux_extract_lora",
             "flux_merge_lora",

@@ -24,7 +24,7 @@ FUSED = ("--fused_backward_pass", *ADAFACTOR, "--learning_rate", "1e-2", "--max_
 # tests/ltx_2/test_training.py have one of these for every day
 LATER = [
     pytest.param(name, marks=pytest.mark.slow)
-    for name in ("hunyuan_video", "framepack", "kandinsky", "ltx_2", "ltx_2 with sound")
+    for name in ("hunyuan_video", "framepack", "kandinsky", "hunyuan_video_15", "ltx_2", "ltx_2 with sound")
 ]
 OF_IMAGES = (
     "lumina",

@@ -46,6 +46,7 @@ MODELS = {
     "Wan": ("16", "16", "4"),
     "Wan2.2 TI2V-5B": ("24", "32", "4"),
     "HunyuanVideo": ("24", "16", "4"),
+    "HunyuanVideo 1.5": ("24", "16", "4"),
     "Kandinsky 5": ("24", "16", "4"),
     "FramePack": ("30", "16", "4"),
     "LTX-2": ("24", "32", "8"),
@@ -55,6 +56,7 @@ MODELS = {
 # keyed by the model's name in the history of a run
 MODEL_BY_FAMILY = {
     "hunyuan_video": "HunyuanVideo",
+    "hunyuan_video_1_5": "HunyuanVideo 1.5",
     "kandinsky": "Kandinsky 5",
     "framepack": "FramePack",
     "ltx2_v1": "LTX-2",

@@ -289,12 +289,13 @@ def swapped_tensors(names: FamilyNames) -> tuple[str, ...]:
 
 
 def joined_tensors(names: FamilyNames) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """Return (pattern, our names in row order) for each weight that a checkpoint fuses."""
+    """Return (pattern, our names in row order) for each weight and bias that a checkpoint fuses."""
     our_names: dict[str, list[str]] = {}
     for part in names.joined:  # here the parts are our modules
-        pattern = _pattern(part.fused_path) + r"\.weight"
         our_path = part.part_path.replace("{n}", _MATCHED_NUMBER)
-        our_names.setdefault(pattern, []).append(f"{our_path}.weight")
+        for leaf in ("weight", "bias"):
+            pattern = rf"{_pattern(part.fused_path)}\.{leaf}"
+            our_names.setdefault(pattern, []).append(f"{our_path}.{leaf}")
     return tuple((pattern, tuple(ours)) for pattern, ours in our_names.items())
 
 

@@ -177,6 +177,7 @@ PROGRAM = Program(
         "flux2": ("flux_2", None),
         "ltx2": ("ltx_2", None),
         "hunyuan-video": ("hunyuan_video", "t2v"),
+        "hunyuan_video_15": ("hunyuan_video_1_5", None),
         "hunyuan_image": ("hunyuan_image", "2.1"),
         "sdxl": ("stable_diffusion", "xl"),
         "chroma": ("chroma", "hd"),

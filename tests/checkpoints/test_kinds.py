@@ -37,7 +37,6 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("Cosmos3OmniTransformer", {"num_hidden_layers": 1}, "Cosmos 3"),
     ("GlmImageTransformer2DModel", ONE, "GLM-Image"),
     ("HiDreamImageTransformer2DModel", HIDREAM, "HiDream-I1"),
-    ("HunyuanVideo15Transformer3DModel", ONE, "HunyuanVideo 1.5"),
     ("Ideogram4Transformer2DModel", ONE, "Ideogram 4"),
     ("Kandinsky6Transformer3DModel", {"num_text_blocks": 1, "num_visual_blocks": 1}, "Kandinsky 6"),
     ("Kandinsky6SRTransformer3DModel", {"num_visual_blocks": 1}, "upscaling transformer of Kandinsky 6"),
@@ -45,14 +44,12 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("AutoencoderKLLTXVideo", {}, "a VAE of LTX-Video"),
     ("AutoencoderKLLTX2Video", {}, "a VAE of LTX-Video or LTX-2"),
     ("AutoencoderKLLTX2Audio", {}, "a VAE of LTX-Video or LTX-2"),
-    ("AutoencoderKLHunyuanVideo15", {}, "the VAE of HunyuanVideo 1.5 or"),
     ("LongCatImageTransformer2DModel", {**ONE, "num_single_layers": 1}, "LongCat-Image"),
     ("NucleusMoEImageTransformer2DModel", ONE, "Nucleus-Image"),
     ("ZImageTransformer2DModel", {"siglip_feat_dim": 16, "n_layers": 1}, "Z-Image-Omni"),
 ]
 # of layouts that no class here writes: diffusers' own marks, and released files
 RELEASED = {
-    "cond_type_embedding.weight": "HunyuanVideo 1.5",
     "patch_embedding_pose.weight": "SCAIL-2",
     "double_stream_layers.0.img_instruct_attn.processor.img_to_q.weight": "Boogu-Image",
     "blocks.0.pre_crs_attn_norm.weight": "LongCat-Video",

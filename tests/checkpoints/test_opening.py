@@ -136,6 +136,7 @@ KINDS = {
     "clip": "CLIP image",
     "sigclip": "SigLIP",
     "hunyuanvideo1.5-vae": "the VAE of HunyuanVideo 1.5",
+    "hunyuanvideo1.5-dit": "a HunyuanVideo 1.5 transformer",
     "hunyuanvideo-vae": "VAE",
     "hunyuanvideo-t2v-dit-diffusers": "a transformer in diffusers",
     "hunyuanvideo": "HunyuanVideo transformer",

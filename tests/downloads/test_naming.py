@@ -49,7 +49,7 @@ def test_a_further_trained_model_names_its_release(name: str, base: str) -> None
     [
         *(("sd3", "Stable Diffusion 3"), ("sd3.5-large", "Stable Diffusion 3")),
         *(("svd", "Stable Video Diffusion"), ("cogvideox", "CogVideoX"), ("animatediff", "AnimateDiff")),
-        *(("chroma-radiance", "Chroma1-Radiance"), ("HunyuanVideo-1.5", "HunyuanVideo-1.5")),
+        *(("chroma-radiance", "Chroma1-Radiance"), ("HunyuanImage-3.0", "HunyuanImage-3.0")),
     ],
 )
 def test_a_model_that_is_not_supported_is_named_and_no_other_is_taken(name: str, title: str) -> None:

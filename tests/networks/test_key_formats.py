@@ -116,7 +116,7 @@ def test_names_of_the_diffusers_layout_are_brought_into_ours_and_back(manifest: 
 
 def test_names_that_several_families_have_are_those_of_like_blocks() -> None:
     like = (
-        {"hunyuan_video", "hunyuan_image", "flux", "flux_2", "flux_3"},
+        {"hunyuan_video", "hunyuan_video_1_5", "hunyuan_image", "flux", "flux_2", "flux_3"},
         {"sd1", "sd2", "sdxl"},
         {"framepack", "qwen_image", "qwen_image_21", "ltx_2"},  # all in diffusers' layout
         {"lumina", "z_image", "fibo_2"},

@@ -35,7 +35,7 @@ def load_pipeline(tiny: TinyHunyuanImage, shift: float) -> HunyuanImagePipeline:
             pad_token="<|endoftext|>",
             padding_side="right",
         ),
-        text_encoder_2=_glyph_encoder(tiny.byt5),
+        text_encoder_2=glyph_encoder(tiny.byt5),
         tokenizer_2=ByT5Tokenizer(),
         transformer=in_diffusers(),
     )
@@ -77,5 +77,6 @@ def language_model(folder: Path) -> Qwen2_5_VLForConditionalGeneration:
     return model.eval().requires_grad_(False)
 
 
-def _glyph_encoder(path: Path) -> T5EncoderModel:
+def glyph_encoder(path: Path) -> T5EncoderModel:
+    """ByT5 in transformers, with the weights of a file."""
     return their_t5(BYT5, load_file(path))

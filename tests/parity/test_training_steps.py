@@ -27,6 +27,7 @@ import tests.flux_2.making as flux_2
 import tests.flux_3.making as flux_3
 import tests.hidream_o1.making as hidream_o1
 import tests.hunyuan_image.making as hunyuan_image
+import tests.hunyuan_video_15.making as hunyuan_video_15
 import tests.kandinsky.making as kandinsky
 import tests.krea2.making as krea2
 import tests.lumina.making as lumina
@@ -41,6 +42,7 @@ import tests.tiny.flux_3 as tiny_flux_3
 import tests.tiny.hidream_o1 as tiny_hidream_o1
 import tests.tiny.hunyuan_dit as tiny_hunyuan
 import tests.tiny.hunyuan_image as tiny_hunyuan_image
+import tests.tiny.hunyuan_video_15 as tiny_hunyuan_video_15
 import tests.tiny.krea2 as tiny_krea2
 import tests.tiny.lumina as tiny_lumina
 import tests.z_image.making as z_image
@@ -366,6 +368,38 @@ def error_of_hunyuan_video(dit: nn.Module, batch: Sequence[Item], step: int) -> 
     texts = [stacked(batch, name) for name in ("llm", "llm_mask", "clipL")]
     guidance = torch.full((len(batch),), GUIDANCE)
     return dit(noisy, 1000 * sigmas + 1, *texts, guidance, return_dict=False)[0] - wanted
+
+
+def error_of_hunyuan_video_15(dit: nn.Module, batch: Sequence[Item], step: int) -> Tensor:
+    """Each by itself, as there is no padding then."""
+    sigmas = shifted(normal_share(batch, step), 2.0)
+    noisy, wanted = mixed(batch, step, sigmas)
+    found = []
+    for index, item in enumerate(batch):
+        one, glyphs = slice(index, index + 1), item.tensors["byt5_embed"]
+        inputs = {
+            "noisy": noisy[one],
+            "timesteps": 1000 * sigmas[one] + 1,  # as the known tuner's
+            "text": item.text[None],
+            "text_mask": torch.ones(1, len(item.text), dtype=torch.int64),
+            "glyphs": glyphs[None] if len(glyphs) else torch.zeros(1, 1, glyphs.shape[1]),
+            "glyphs_mask": torch.full((1, max(1, len(glyphs))), int(len(glyphs) > 0)),
+        }
+        if "siglip" in item.tensors:
+            inputs["first_latents"] = 1.03682 * item.tensors["latents_image"][None]
+            inputs["image"] = item.tensors["siglip"][None]
+        found.append(hunyuan_video_15.predict_with(dit, inputs))  # type: ignore[arg-type]
+    return torch.cat(found) - wanted
+
+
+def hunyuan_video_15_parts(dit_file: Path) -> Parts:
+    """The linear layers of the blocks: 14 of each."""
+    parts = {}
+    for name, weight in load_file(dit_file).items():
+        if name.startswith("double_blocks.") and weight.ndim == 2:
+            (there,) = tiny_hunyuan_video_15.diffusers_state({name: weight})
+            parts[name.removesuffix(".weight").replace(".", "_")] = [there.removesuffix(".weight")]
+    return parts
 
 
 def error_of_framepack(dit: nn.Module, batch: Sequence[Item], step: int) -> Tensor:
@@ -706,6 +740,21 @@ CASES: dict[str, Training] = {
             ("kandinsky image", 3.0, 1.0, 0, 1.0),
         )
     },
+    **{
+        name: Training(
+            *("hv15", "vl_embed", 2.0),
+            options=("--timestep_sampling", "shift", "--discrete_flow_shift", 2),
+            network=hunyuan_video_15.in_diffusers,
+            parts=hunyuan_video_15_parts,
+            error=error_of_hunyuan_video_15,
+            change=partial(write_caption, "clip 2", 'a door that says "push"'),
+            to_model=lambda latents: 1.03682 * latents,
+            unused=4,  # what the last block makes of the text
+            share=share,
+        )
+        # among the many tokens of an image, a key moves the clip little
+        for name, share in (("hunyuan_video_15", None), ("hunyuan_video_15 i2v", 1e-9))
+    },
     "z_image": Training(
         *("zi", "llm_embed", 20.0),
         options=("--timestep_sampling", "shift", "--discrete_flow_shift", 2.2),
@@ -760,7 +809,7 @@ def train(folder: Path, name: str, *more: object) -> Path:
 
 # the networks of the others are compared with recorded numbers, and what they learn in tests/test_families.py
 DAILY = {"hunyuan_video", "chroma", "lumina", "hunyuan_image", "qwen_image", "krea2", "z_image"}
-DAILY |= {"anima", "ernie_image", "hidream_o1", "kandinsky"}
+DAILY |= {"anima", "ernie_image", "hidream_o1", "hunyuan_video_15", "kandinsky"}
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,8 @@ NEEDS_CLIPS = {
     "skyreels i2v",
     "framepack i2v",
     "kandinsky k5-lite-i2v-5s-sd",
+    "hunyuan_video_1_5 i2v-480p",
+    "hunyuan_video_1_5 i2v-720p",
 }
 HEARS = {"ltx_2 av"}
 NEEDS_SECONDS = {"minimax_h3 t2va", "minimax_h3 fl2va"}  # five: more than most clips here have

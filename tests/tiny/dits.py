@@ -20,6 +20,7 @@ from frame_pack.model import FramePackModel
 from hidream_o1.model import HiDreamO1Model
 from hunyuan_image.model import HunyuanImageModel
 from hunyuan_model.model import HunyuanVideoModel
+from hunyuan_video_15.model import HunyuanVideo15Model
 from kandinsky.model import KandinskyModel
 from krea2.model import Krea2Model
 from ltx_2.model import LtxModel
@@ -42,6 +43,7 @@ from tests.tiny import (
     hidream_o1,
     hunyuan_dit,
     hunyuan_image,
+    hunyuan_video_15,
     kandinsky,
     krea2,
     lumina,
@@ -446,6 +448,27 @@ def _kandinsky() -> TinyDit:
     return TinyDit("kandinsky", KandinskyModel.spec, make, "lora_kandinsky", inputs)
 
 
+def _hunyuan_video_15() -> TinyDit:
+    """With a first frame, and with texts and glyphs of several lengths."""
+    config = hunyuan_video_15.CONFIG
+
+    def inputs(size: Size, batch: int) -> dict[str, Any]:
+        draw, (frames, *area, text) = _drawing(), size
+        return {
+            "noisy": draw(batch, config.out_dim, frames, *area),
+            "timesteps": torch.linspace(900.0, 100.0, batch),
+            "text": draw(batch, text, config.text_dim),
+            "text_mask": _mask(batch, text),
+            "glyphs": draw(batch, 4, config.glyph_dim),
+            "glyphs_mask": _mask(batch, 4),
+            "first_latents": draw(batch, config.out_dim, 1, *area),
+            "image": draw(batch, 5, config.image_dim),
+        }
+
+    make = _maker(HunyuanVideo15Model, config, hunyuan_video_15.tiny_state, "double_blocks")
+    return TinyDit("hunyuan_video_15", HunyuanVideo15Model.spec, make, "lora_hv_1_5", inputs)
+
+
 def _anima() -> TinyDit:
     """With texts of unequal numbers of states, and of T5's tokens."""
     config = anima.CONFIG
@@ -488,7 +511,15 @@ DITS = (
     *(LUMINA, _flux("dev"), _flux("chroma"), _flux_2(), _flux_3()),
     *(_hunyuan_image(), _qwen_image(), _qwen_image(edits=True), Z_IMAGE, _krea2(), _krea2(edits=True)),
     *(_qwen_image_21(), _qwen_image_21(edits=True), _moss_image(), _moss_image(edits=True)),
-    *(_fibo_2(), _fibo_2(edits=True), _ernie_image(), _kandinsky(), _hidream_o1(), _anima()),
+    *(
+        _fibo_2(),
+        _fibo_2(edits=True),
+        _ernie_image(),
+        _kandinsky(),
+        _hidream_o1(),
+        _hunyuan_video_15(),
+        _anima(),
+    ),
     *(_ltx("2.0"), _ltx("2.3"), _ltx("2.5"), _wan("vace")),
 )
 ONE_OF_EACH = (DITS[0], DITS[2], DITS[3])

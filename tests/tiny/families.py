@@ -24,6 +24,7 @@ from tests.tiny.framepack import write_tiny_framepack
 from tests.tiny.hidream_o1 import write_tiny_hidream_o1
 from tests.tiny.hunyuan import write_tiny_hunyuan
 from tests.tiny.hunyuan_image import write_tiny_hunyuan_image
+from tests.tiny.hunyuan_video_15 import write_tiny_hunyuan_video_15
 from tests.tiny.kandinsky import write_tiny_kandinsky
 from tests.tiny.krea2 import write_tiny_krea2
 from tests.tiny.lumina import write_tiny_lumina
@@ -175,6 +176,35 @@ def _kandinsky(name: str, task: str, *, media: Command, line: str = "") -> TinyF
         changed_habit=["--dit_dtype", "bfloat16"],
         train_full="kandinsky_train.py",
         sample_line=f"{sample} --n dull {line}".strip(),
+    )
+
+
+def _hunyuan_video_15(
+    name: str, task: str, *, with_siglip: Command, media: Command, line: str = ""
+) -> TinyFamily:
+    """HunyuanVideo 1.5 from text, or from a first image, which SigLIP sees."""
+
+    def prepare(folder: Path, clips: WriteClips = write_clips) -> None:
+        write_tiny_hunyuan_video_15(folder / "model")
+        clips(folder / "clips")
+        write_dataset(folder)
+        write_image(folder / "start.png", 32, 32)
+
+    texts = ["--text_encoder", "model/text_encoder", "--byt5", "model/byt5.safetensors"]
+    texts += ["--text_encoder_dtype", "float32"]
+    models = ["--dit", "model/dit.safetensors", "--task", task, *VAE, *PRECISE, *texts, *with_siglip]
+    caching = ["--i2v", *with_siglip] if with_siglip else []
+    return TinyFamily(
+        name=name,
+        prepare=prepare,
+        cache_latents=["hv_1_5_cache_latents.py", *DATASET, *VAE, *PRECISE, *caching],
+        cache_texts=["hv_1_5_cache_text_encoder_outputs.py", *DATASET, *texts],
+        train=["hv_1_5_train_network.py", *models, *DATASET, "--sdpa", *_network("lora_hv_1_5")],
+        generate=["hv_1_5_generate_video.py", *models, *media, "--negative_prompt", "dull", *LENGTH],
+        another_run=["--task", "t2v"] if with_siglip else [],
+        changed_habit=["--dit_dtype", "bfloat16"],
+        train_full="hv_1_5_train.py",
+        sample_line=f"{TinyFamily.sample_line} --n dull {line}".strip(),
     )
 
 
@@ -595,6 +625,7 @@ START, END, FOLLOW = (
     ["--control_path", "control/clip 0.mp4"],
 )
 FROM, TO, ALONG = "--i start.png", "--ei end.png", "--cn control/clip 0.mp4"  # in a line of prompts
+SIGLIP = ["--image_encoder", "model/siglip.safetensors"]
 ONE_FRAME = ["--one_frame_inference", "target_index=1,control_index=0;3", "--control_image_path", *CONTROLS]
 
 FAMILIES = (
@@ -630,6 +661,8 @@ FAMILIES = (
     _kandinsky("kandinsky", "k5-lite-t2v-5s-sd", media=[]),
     _kandinsky("kandinsky i2v", "k5-lite-i2v-5s-sd", media=START, line=FROM),
     _kandinsky("kandinsky image", "k5-lite-t2i-hd", media=[]),
+    _hunyuan_video_15("hunyuan_video_15", "t2v", with_siglip=[], media=[]),
+    _hunyuan_video_15("hunyuan_video_15 i2v", "i2v", with_siglip=SIGLIP, media=START, line=FROM),
     _framepack("framepack", switches=[], media=["--video_sections", "2"]),
     _framepack("framepack f1", switches=["--f1"], media=["--video_sections", "2"]),
     _framepack(
@@ -706,6 +739,8 @@ def write_deep(family: TinyFamily, folder: Path, clips: WriteClips = write_clips
         writers[family.name](folder / "model", double_blocks=3, single_blocks=6)
     elif family.name == "flux_3":
         write_tiny_flux_3(folder / "model", mode_blocks=2, joint_blocks=6)
+    elif family.name in {"hunyuan_video_15", "hunyuan_video_15 i2v"}:
+        write_tiny_hunyuan_video_15(folder / "model", double_blocks=4)
     elif family.name in writers:
         writers[family.name](folder / "model", num_layers=4)
     elif family.name.startswith("wan"):

@@ -15,6 +15,7 @@ from tests.tiny.framepack import write_tiny_framepack
 from tests.tiny.hidream_o1 import write_tiny_hidream_o1
 from tests.tiny.hunyuan import write_tiny_hunyuan
 from tests.tiny.hunyuan_image import write_tiny_hunyuan_image
+from tests.tiny.hunyuan_video_15 import write_tiny_hunyuan_video_15
 from tests.tiny.kandinsky import write_tiny_kandinsky
 from tests.tiny.krea2 import write_tiny_krea2
 from tests.tiny.lumina import write_tiny_lumina
@@ -32,6 +33,7 @@ IMAGES = {"dit": "dit.safetensors", "vae": "vae.safetensors", "text_encoder": "t
 ANIMA = {"dit": "dit.safetensors", "vae": "vae.safetensors", "qwen3": "text_encoder"}
 TWO_TEXTS = {"text_encoder1": "text_encoder", "text_encoder2": "text_encoder_2"}
 HUNYUAN = {"dit": "dit.safetensors", "vae": "vae.safetensors", **TWO_TEXTS}
+HUNYUAN_15 = IMAGES | {"byt5": "byt5.safetensors"}
 KANDINSKY = {
     "dit": "dit.safetensors",
     "vae": "vae.safetensors",
@@ -64,6 +66,14 @@ MODELS: dict[str, tuple[Writer, dict[str, str]]] = {
     "hunyuan_video t2v": (write_tiny_hunyuan, HUNYUAN),
     "skyreels i2v": (partial(write_tiny_hunyuan, kind="i2v"), HUNYUAN),
     "framepack i2v": (write_tiny_framepack, HUNYUAN | {"image_encoder": "siglip.safetensors"}),
+    **{
+        f"hunyuan_video_1_5 {task}-{size}": (
+            write_tiny_hunyuan_video_15,
+            HUNYUAN_15 | ({"image_encoder": "siglip.safetensors"} if task == "i2v" else {}),
+        )
+        for task in ("t2v", "i2v")
+        for size in ("480p", "720p")
+    },
     "kandinsky k5-lite-t2v-5s-sd": (write_tiny_kandinsky, KANDINSKY),
     "kandinsky k5-lite-i2v-5s-sd": (write_tiny_kandinsky, KANDINSKY),
     "kandinsky k5-lite-t2i-hd": (partial(write_tiny_kandinsky, kind="image"), KANDINSKY),

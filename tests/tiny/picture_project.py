@@ -25,6 +25,7 @@ from tests.tiny import (
     hidream_o1,
     hunyuan_image,
     hunyuan_vae,
+    hunyuan_video_15,
     kandinsky,
     krea2,
     lumina,
@@ -37,6 +38,7 @@ from tests.tiny import (
 )
 from tests.tiny.control_nets import write_control_net, write_lllite
 from tests.tiny.dit_files import draw, write_shards
+from tests.tiny.framepack import write_siglip
 from tests.tiny.hunyuan_encoders import CLIP_DIM, save
 from tests.tiny.language_models import qwen3_vl, qwen25_vl, write_model, write_qwen_tokenizer
 from tests.tiny.picture_encoders import T5_DIM, write_autoencoder, write_clip_l, write_t5xxl
@@ -156,6 +158,21 @@ def lay_out_hunyuan_image(folder: Path) -> None:
     (qwen / "model.safetensors").rename(folder / "qwen_2.5_vl_7b.safetensors")
     (qwen / "config.json").rename(folder / "config.json")
     save(folder / "byt5_small_glyphxl_fp16.safetensors", hunyuan_image.byt5_state())
+
+
+def lay_out_hunyuan_video_15(folder: Path) -> None:
+    """HunyuanVideo 1.5 for 480p and what it needs; beside the folder clips and a first image."""
+    for seed, task in enumerate(("t2v", "i2v")):
+        state = hunyuan_video_15.tiny_state(seed, torch.bfloat16)
+        hunyuan_video_15.write_dit(folder, state, name=f"hunyuanvideo1.5_480p_{task}")
+    hunyuan_video_15.write_vae(folder / "hunyuanvideo15_vae_fp16.safetensors")
+    qwen = hunyuan_video_15.write_qwen(folder / "qwen_2.5_vl")
+    (qwen / "model.safetensors").rename(folder / "qwen_2.5_vl_7b.safetensors")
+    (qwen / "config.json").rename(folder / "config.json")
+    save(folder / "byt5_small_glyphxl_fp16.safetensors", hunyuan_image.byt5_state())
+    write_siglip(folder / "sigclip_vision_patch14_384.safetensors")
+    write_clips(folder.parent / "clips", count=2)
+    write_image(folder.parent / "start.png", SIDE, SIDE)
 
 
 def lay_out_kandinsky(folder: Path) -> None:

@@ -67,6 +67,10 @@ CASES |= {
         *("kandinsky image", [], {}),
         {"steps": 50, "flow_shift": 3.0, "guidance_scale": (3.5,), "frames": 1, "negative_prompt": ""},
     ),
+    "hunyuan_video_15": (
+        *("hunyuan_video_15", [], {}),
+        {"steps": 50, "flow_shift": 7.0, "guidance_scale": (6.0,), "frames": 121, "fps": 24.0, "width": 848},
+    ),
     "framepack, window of 3": ("framepack", [], {"1": "3"}, {"steps": 25, "frames": 12 * 12 + 1}),
     "flux": (
         "flux",

@@ -36,6 +36,7 @@ NAMES = (
     *("flux_2", "flux_3", "qwen_image_21", "moss_image", "fibo_2", "kontext", "z_image", "qwen_image"),
     *("ernie_image", "hidream_o1"),
     *("kandinsky", "kandinsky image"),
+    "hunyuan_video_15 i2v",  # from text, what sees an image does not learn
     *("ltx_2 with sound", "minimax_h3", "qwen_image layered"),
 )
 BY_NAME = {family.name: family for family in (*FAMILIES, *FURTHER)}

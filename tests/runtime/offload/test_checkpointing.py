@@ -37,6 +37,7 @@ ATTENTIONS = {
     **dict.fromkeys(("fibo_2", "fibo_2 edit", "ernie_image"), (2, 0)),
     "anima": (2, 0),
     "hidream_o1": (3, 0),  # of each of two samples to everything, and of their texts to themselves
+    "hunyuan_video_15": (2, 0),
     "kandinsky": (3, 2),  # to the clip, and for each of two samples to few tokens of its text
 }
 LEARNS_BEFORE = {
