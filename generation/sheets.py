@@ -180,11 +180,7 @@ def compose(grid: ClipGrid, frames: Sequence[Sequence[Frame | None]]) -> Frame:
 
     Frames may differ in size. A missing frame is an empty cell of the size of the first existing frame.
     """
-    # width and height of each frame as drawn; a missing frame gets an empty cell
-    side = max(NARROWEST_CELL, min(grid.max_cell_side, WIDEST // len(grid.columns)))
-    first_frame = next((frame for row in frames for frame in row if frame is not None), None)
-    empty_size = (side, side) if first_frame is None else _fit_side(first_frame, side)
-    sizes = [[empty_size if frame is None else _fit_side(frame, side) for frame in row] for row in frames]
+    sizes = _measure_cells(grid, frames)
     widths = [width for row in sizes for width, _ in row]
     column_width = max(NARROWEST_COLUMN, *widths)
     row_heights = [TEXT_HEIGHT + max(height for _, height in row) for row in sizes]
@@ -204,6 +200,14 @@ def compose(grid: ClipGrid, frames: Sequence[Sequence[Frame | None]]) -> Frame:
             _draw_cell(sheet, pen, corner=(column * column_width, top + TEXT_HEIGHT), frame=frame, size=size)
         top += height
     return np.asarray(sheet)
+
+
+def _measure_cells(grid: ClipGrid, frames: Sequence[Sequence[Frame | None]]) -> list[list[tuple[int, int]]]:
+    """Return (width, height) of each frame as drawn on the sheet; a missing frame gets an empty cell."""
+    side = max(NARROWEST_CELL, min(grid.max_cell_side, WIDEST // len(grid.columns)))
+    first_frame = next((frame for row in frames for frame in row if frame is not None), None)
+    empty_size = (side, side) if first_frame is None else _fit_side(first_frame, side)
+    return [[empty_size if frame is None else _fit_side(frame, side) for frame in row] for row in frames]
 
 
 def _draw_cell(

@@ -317,15 +317,7 @@ def count_bins(values: Sequence[float]) -> list[JsonObject]:
     has_outliers = high > 2 * percentile_98 - low
     end = percentile_98 if has_outliers else high
     are_integers = bool((array == np.floor(array)).all())
-    # the smallest of 1, 2 or 5 times a power of ten that is wide enough
-    minimum = (end - low) / MAX_BINS
-    if minimum <= 0:
-        width = 1.0
-    else:
-        power = 10.0 ** math.floor(math.log10(minimum))
-        factor = next(factor for factor in (1, 2, 5, 10) if factor * power >= minimum * (1 - 1e-9))
-        width = factor * power
-        width = max(1.0, width) if are_integers else width
+    width = _select_bin_width((end - low) / MAX_BINS, are_integers)
     # equally wide bins from `low` to `end`, of which the last extends to `high`
     first_edge = math.floor(low / width) * width
     num_bins = math.floor((end - first_edge) / width + 1e-9) + 1
@@ -340,6 +332,16 @@ def count_bins(values: Sequence[float]) -> list[JsonObject]:
     for start, stop, count in zip(edges, edges[1:], counts, strict=False):
         bins.append({"from": _plain(start), "to": _plain(stop), "count": int(count)})
     return bins
+
+
+def _select_bin_width(minimum: float, are_integers: bool) -> float:
+    """Return the smallest of 1, 2 or 5 times a power of ten that is at least `minimum`; for integers >= 1."""
+    if minimum <= 0:
+        return 1.0
+    power = 10.0 ** math.floor(math.log10(minimum))
+    factor = next(factor for factor in (1, 2, 5, 10) if factor * power >= minimum * (1 - 1e-9))
+    width = factor * power
+    return max(1.0, width) if are_integers else width
 
 
 def _plain(value: float) -> float | int:
