@@ -6,6 +6,7 @@ from typing import Any
 
 from hunyuan_image.options import HunyuanImageTextOptions
 from hunyuan_video_15.configs import I2V, NAME, TASKS, HunyuanVideo15Task, guess_task
+from modules.errors import OptionError
 from modules.option_values import Placeholder
 from modules.options import DECODING_SETTING, FREE, IDENTITY, REQUEST_SETTING, Options, not_needed, option
 from modules.speed_options import VaeOptions, dit_dtype_option
@@ -29,10 +30,16 @@ class HunyuanVideo15VaeOptions(Options):
     vae_sample_size: int | None = option(
         "edge of a tile in pixels, as --vae_spatial_tile_sample_min_size; 0: no tiles",
         choices=(0, 128, 256),
-        excludes=("vae_spatial_tile_sample_min_size", "vae_tiling"),
         facts=DECODING_SETTING,
     )
     vae_enable_patch_conv = not_needed("the VAE computes one group of frames at a time anyway")
+
+    def __post_init__(self) -> None:
+        if self.vae_sample_size is not None and self.file.tile is not None:
+            raise OptionError(
+                f"--vae_sample_size {self.vae_sample_size} and --vae_tiling or "
+                "--vae_spatial_tile_sample_min_size: pass one of them"
+            )
 
     @property
     def tile(self) -> int | None:

@@ -54,7 +54,7 @@ MODELS = {
     "Kandinsky 5 Lite": ("kandinsky", "kandinsky5-lite-dit", ()),
     "Kandinsky 5 Image": ("kandinsky", "kandinsky5-lite-t2i-dit", ()),
     "HiDream-O1-Image": ("hidream_o1", "hidream-o1-comfy", ()),
-    "HunyuanVideo 1.5": ("hunyuan_video_15", "hunyuanvideo1.5-dit-diffusers", ()),
+    "HunyuanVideo 1.5": ("hunyuan_video_1_5", "hunyuanvideo1.5-dit-comfy", ()),
     "ERNIE-Image": ("ernie_image", "ernie-image-dit", ()),
     "FLUX.1": ("flux_kontext", "flux1-dev-dit", ()),
     "Krea 2": ("krea2", "krea2-dit", ()),
