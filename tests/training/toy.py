@@ -1,6 +1,7 @@
 """A toy family that trains in milliseconds, its caches on disk, and runs of the whole training on them."""
 
 import argparse
+import functools
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -303,6 +304,7 @@ def toy_options(
     return read_options(TrainingOptions, read_arguments(toy_parser(full_dit), argv, {}))
 
 
+@functools.cache  # parsing changes nothing in it
 def toy_parser(full_dit: bool) -> argparse.ArgumentParser:
     parser = training_parser("", FullDitOptions if full_dit else TrainedNetworkOptions)
     add_options(parser, ExpertTrainingOptions, *options_by_expert())
