@@ -26,7 +26,7 @@ DEFAULTS = ScriptDefaults(
     source=SourceDefaults(denoise_option="strength", denoise=0.75, takes_video=False),
     line_options=IMAGE_GENERATION_OPTIONS,
     output_types=PICTURE_OUTPUTS,
-    refused={"prompt_weighting": "tokens have no weights in this model."},
+    refused={"prompt_weighting": "tokens have no weights in this model. Omit it"},
 )
 main = generation_script("hidream_o1", DEFAULTS, __doc__)
 

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from hidream_o1.texts import KEY
 from modules.errors import OptionError
 from modules.flow.schedule import TRAIN_TIMESTEPS, make_schedule
 from modules.options import NO_OPTIONS
+from protocols.bundled_embeddings import WordsByFile
 from protocols.data import (
     Batch,
     Conditions,
@@ -34,7 +35,9 @@ from protocols.data import (
     name_text_and_mask,
 )
 from protocols.family import Abilities, DitSpec, Family, NoiseSource, NoiseSpec
+from protocols.family_networks import CustomNetwork
 from protocols.few_steps import FewSteps, make_transfer_target
+from protocols.new_tokens import WordToLearn
 from protocols.requests import Prepared, Request
 from protocols.rules import ModelRelease
 from protocols.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
@@ -42,6 +45,7 @@ from protocols.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
 logger = logging.getLogger(__name__)
 
 TEXTS_AGAIN = "hidream_o1_cache_text_encoder_outputs.py"
+_NO_WORDS = f"{NAME} embeds words itself and has no text encoder to add words to. Train a LoRA instead"
 SMALLEST_SIGMA = 0.001  # the error of a prediction is divided by no smaller noise level, as released
 FEW_STEPS = FewSteps(
     base="the full model (hidream_o1_image_bf16.safetensors)",
@@ -100,6 +104,22 @@ class HiDreamO1(pictures.ImageModelFamily):
             solver=self.variant.solver,
             noise_on_cpu=True,
         )
+
+    # words of textual inversion
+
+    def with_words(self, files: WordsByFile, option: str) -> Self:
+        """Return the family; raise OptionError if a file has words, because no text encoder reads them."""
+        if files:
+            raise OptionError(f"{option} {' '.join(map(str, files))}: {_NO_WORDS}")
+        return self
+
+    def with_word_in_texts(self, word: WordToLearn) -> Self:
+        """Raise OptionError, because there is no text encoder that could learn a word."""
+        raise OptionError(f"--train_embedding {word.text}: {_NO_WORDS}")
+
+    def word_network(self, word: WordToLearn) -> CustomNetwork:
+        """Raise OptionError, because there is no text encoder that could learn a word."""
+        raise OptionError(f"--train_embedding {word.text}: {_NO_WORDS}")
 
     # the network
 

@@ -88,8 +88,11 @@ def _read_config(shapes: DitShapes) -> HiDreamO1Config:
     )
 
 
-def _make_sources(checkpoint: Checkpoint, _: DitHeader[HiDreamO1Config]) -> Mapping[str, TensorSource]:
-    return rename_sources(list_tensor_sources(checkpoint), lambda name: name.removeprefix(PREFIX))
+def _make_sources(checkpoint: Checkpoint, header: DitHeader[HiDreamO1Config]) -> Mapping[str, TensorSource]:
+    sources = list_tensor_sources(checkpoint)
+    if header.dialect == "bare":
+        return sources
+    return rename_sources(sources, lambda name: name.removeprefix(PREFIX))
 
 
 FORMAT = DitFormat(

@@ -76,9 +76,9 @@ def test_every_format_is_the_same_lora_in_all_that_follows(project: TinyProject)
 def test_without_the_option_files_are_as_before_but_for_ltx_2(project: TinyProject) -> None:
     tensors = project.train("usual", *TWO_STEPS[:2])
 
-    is_ltx = project.family.name.startswith("ltx_2")
-    assert all(name.startswith("diffusion_model." if is_ltx else "lora_unet_") for name in tensors)
-    expected = "comfyui" if is_ltx else "known"
+    is_comfyui = project.family.name.startswith(("hidream_o1", "ltx_2"))
+    assert all(name.startswith("diffusion_model." if is_comfyui else "lora_unet_") for name in tensors)
+    expected = "comfyui" if is_comfyui else "known"
     assert metadata_of(project.folder / "usual" / "x.safetensors")["ss_lora_format"] == expected
 
 

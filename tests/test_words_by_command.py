@@ -22,10 +22,9 @@ LEARN = ("--train_embedding", WORD, "--embedding_vectors", "2", "--embedding_lr"
 SEEING = ("qwen_image edit-2511", "krea2 edit", "qwen_image_21 edit", "moss_image edit", "fibo_2 edit")
 # one of each kind of text encoder
 BY_DEFAULT = ("wan t2v-1.3B", "flux", "qwen_image")
-# images of layers come as several files
-TESTED = {
-    family.name: family for family in (*FAMILIES, *FURTHER) if family.name not in (*SEEING, LAYERED.name)
-}
+# images of layers come as several files; HiDream-O1-Image has no text encoder
+OTHERS = (*SEEING, LAYERED.name, "hidream_o1")
+TESTED = {family.name: family for family in (*FAMILIES, *FURTHER) if family.name not in OTHERS}
 KINDS = [name if name in BY_DEFAULT else pytest.param(name, marks=pytest.mark.slow) for name in TESTED]
 
 

@@ -323,9 +323,9 @@ def test_what_a_format_holds_is_not_refused(
         *(
             (one.name, "networks.lora", (), KNOWN)
             for one in FAMILIES
-            if one.name not in {"ltx_2", "moss_image"}
+            if one.name not in {"hidream_o1", "ltx_2", "moss_image"}
         ),
-        ("moss_image", "networks.lora", (), COMFYUI),  # as all published ones
+        *((name, "networks.lora", (), COMFYUI) for name in ("hidream_o1", "moss_image")),  # as published ones
         *((name, "networks.lora", (), COMFYUI) for name in ("ltx_2", "ltx2_v1")),
         *(("ltx_2", f"networks.{kind}", (), COMFYUI) for kind in ("loha", "lokr")),
         ("ltx_2", "networks.lora", DORA, KNOWN),

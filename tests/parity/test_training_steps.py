@@ -438,7 +438,7 @@ def hidream_o1_parts(dit_file: Path) -> Parts:
     starts = ("language_model.layers.", "x_embedder.", "final_layer2.")
     paths = [name.removesuffix(".weight") for name in load_file(dit_file) if name.endswith(".weight")]
     chosen = [path for path in paths if path.startswith(starts) and "norm" not in path]
-    return {path.replace(".", "_"): [path] for path in chosen}
+    return {f"model_{path.replace('.', '_')}": [path] for path in chosen}  # as musubi-tuner calls them
 
 
 def krea2_parts(dit_file: Path) -> Parts:
@@ -714,6 +714,7 @@ CASES: dict[str, Training] = {
         change=partial(write_caption, "picture 1", LONG),  # captions of unequal lengths
         to_model=lambda latents: latents / 8,
         share=1e-8,  # the last layers move the image far more
+        names=("--lora_format", "known"),
     ),
     "ernie_image": Training(
         *("ernie", "ministral3_embed", 20.0),
