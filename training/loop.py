@@ -54,6 +54,7 @@ from training.training_run import (
     STOP,
     GradientStep,
     LoopPhases,
+    Reread,
     Rewind,
     StepRequests,
     TrainingRun,
@@ -98,6 +99,8 @@ def train(run: TrainingRun) -> bool:
                 break
             except Rewind as request:  # of a feature
                 rewind(run, request)
+            except Reread:
+                run.rereads = False
         if is_ending(run):
             return False
         if run.saver is not None:
@@ -153,6 +156,8 @@ def advance(run: TrainingRun, step_batches: range, micro_batches: Iterator[Noisy
     _after_step(run, requested)
     if requested.ends:
         _end_if_requested(run)
+    if run.rereads and not (is_ending(run) or run.reporter.is_done):
+        raise Reread
     return is_ending(run)
 
 

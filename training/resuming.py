@@ -218,7 +218,7 @@ def describe_adapter(path: Path, strength: float, with_content: bool = False) ->
 def epoch_digest(order: BatchOrder) -> str:
     """Return a 12-digit hexadecimal hash of the first epoch's item order, which depends on the dataset."""
     digest = hashlib.sha256()
-    for number, batch in enumerate(order.epoch(0)):
+    for number, batch in enumerate(order.planned_epoch(0)):
         digest.update(("\n" * bool(number) + ",".join(item.key for item in batch)).encode())
     return digest.hexdigest()[:12]
 

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -30,10 +30,12 @@ from training.features.hooks import Average, NetworkLoading, RunFeatures
 from training.features.phases import RunPhase
 from training.loss import Autocast, LossRule, NoisyBatch
 from training.optimizers.lr_schedule import LrSchedule
+from training.optimizers.optimizer import evaluation
 from training.optimizers.stepping import FusedBackward, StepAfterBackward
 from training.options import TrainingOptions
 from training.plan import TrainingPlan
 from training.reports.logs import LOSS_COLUMN, DelayedReports, Logs, MetricColumns, StepReport
+from training.reports.pauses import MEASURING
 from training.reports.reporter import RunReporter
 from training.saving.files import MinuteClock, Names, Saver
 from training.saving.states import list_states
@@ -221,6 +223,10 @@ class Rewind(Exception):
         self.state, self.reason, self.rate_factor, self.kept = state, reason, rate_factor, kept
 
 
+class Reread(Exception):
+    """Raised between steps to read the next batches again, because their items have changed."""
+
+
 @dataclass
 class TrainedModel:
     """The loaded networks of a run, with the optimizer, its schedule, and additions of features."""
@@ -280,6 +286,7 @@ class TrainingRun:
     feed: Feed
     rule: LossRule
     validation: "Validation | None"  # None: there are no validation items
+    measuring: "Validation"  # measures training items at fixed noise, for features
     sampler: "Sampler | None"  # None: no samples are generated
     memory: MemoryWatch | None  # None: the device has no counters, or this is not the main process
     logs: Logs
@@ -288,6 +295,7 @@ class TrainingRun:
     saver: Saver | None  # None: another process saves
     phases: LoopPhases
     delayed_reports: DelayedReports = field(default_factory=DelayedReports)
+    rereads: bool = False  # batches that were read in advance are read again before the next step
     # values of the model's plan
     plan: TrainingPlan = field(init=False)
     options: TrainingOptions = field(init=False)
@@ -379,6 +387,24 @@ class TrainingRun:
         """
         if self.is_main:
             self.reporter.log_note(text, self.progress.step if step is None else step)
+
+    def measure_items(self) -> dict[str, float]:
+        """Return the loss of each training item by key, at noise that is always the same, for a feature.
+
+        All processes must call this. The random state of the training is neither used nor changed.
+        """
+        model = self.model
+        unique = {item.key: item for item in self.plan.training}
+        self.reporter.log_pause("measuring items")
+        with (
+            self.logs.clock.pause(MEASURING),
+            evaluation(model.modules, model.optimizer, self.parameters),
+        ):
+            losses = self.measuring.measure_items([*unique.values()], model.dits.on_device, self.autocast)
+        self.logs.clock.skips_next_step = True
+        if self.steps.num_processes > 1:
+            losses = dict(gather_object([*losses.items()]))
+        return {key: losses[key] for key in unique}
 
     def list_experts(self, step_batches: range) -> list[int]:
         """Return the indices of the experts that a step's micro-batches train."""

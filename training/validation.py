@@ -116,6 +116,28 @@ class Validation:
                 self._losses(all_items[-1], sigmas, dit, autocast)
         return sums
 
+    @torch.no_grad()
+    def measure_items(
+        self, items: Sequence[TrainingItem], dit_at: GetDit, autocast: Autocast
+    ) -> dict[str, float]:
+        """Return the loss of each item by key: the mean over the noise levels, at noise that is the same.
+
+        The networks must be in evaluation mode. Each process measures a part of the items.
+
+        Args:
+            items: The items of all processes.
+            dit_at: Returns the network of an expert.
+            autocast: Opens the autocast context of a pass.
+        """
+        own_items = items[self.process :: self.plan.steps.data_parallel_size]
+        sums = dict.fromkeys((item.key for item in own_items), 0.0)
+        for expert, levels in sorted(self._levels_by_expert().items()):
+            dit = dit_at(expert)
+            sigmas = [self.sigmas[level] for level in levels]
+            for item in track(own_items, "measuring items", len(own_items), unit="item"):
+                sums[item.key] += sum(self._losses(item, sigmas, dit, autocast))
+        return {key: total / len(self.sigmas) for key, total in sums.items()}
+
     def _levels_by_expert(self) -> dict[int, list[int]]:
         """Return the indices of the noise levels at which each expert is used."""
         levels: dict[int, list[int]] = {}

@@ -13,7 +13,7 @@ import math
 import random
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -60,6 +60,9 @@ class BatchOrder:
             (len(group), group[0].table.learning.batch_size) for group in self._repeated_items.values()
         ]
         self.num_batches = sum(ceil_div(size, batch_size) for size, batch_size in group_sizes)
+        self._turns: dict[str, float] = {}  # see `set_turns`
+        # by table and group: the items that are drawn in all their turns, as often as they are repeated
+        self._stand_ins: dict[tuple[int, ...], list[TrainingItem]] = {}
         self._cached_epoch = -1  # the epoch whose batches are cached; -1: none
         self._batches: list[tuple[TrainingItem, ...]] = []
         self._starts = array("q")  # for each batch: number of items of the epoch before it
@@ -75,25 +78,68 @@ class BatchOrder:
             for name, value in table.learning_keys.items()
         ]
 
+    def set_turns(self, shares: Mapping[str, float]) -> None:
+        """Draw some items less often: another item of the same table and sizes takes the rest of their turns.
+
+        The number of batches and their sizes stay the same. An item is drawn in its turn if nothing can
+        stand in for it.
+
+        Args:
+            shares: Share of its turns in which an item is drawn, by key; 1 for items that are not named.
+        """
+        self._turns = dict(shares)
+        self._stand_ins = {}
+        for items in self._repeated_items.values():
+            for item in items if shares else ():
+                if item.key not in shares:
+                    self._stand_ins.setdefault((item.table.index, *item.group), []).append(item)
+        self._cached_epoch = -1
+
+    def _give_turns(self, number: int, index: int, batch: Sequence[TrainingItem]) -> tuple[TrainingItem, ...]:
+        """Return a batch of an epoch, in which other items stand in for those that are drawn more seldom."""
+        items = []
+        for position, item in enumerate(batch):
+            share = self._turns.get(item.key, 1.0)
+            if share < 1:
+                generator = random.Random(derive_seed(self._seed, "turns", number, index, position))
+                is_drawn = generator.random() < share
+                others = self._stand_ins.get((item.table.index, *item.group))
+                items.append(generator.choice(others) if others and not is_drawn else item)
+            else:
+                items.append(item)
+        return tuple(items)
+
+    def planned_epoch(self, number: int) -> Sequence[tuple[TrainingItem, ...]]:
+        """Return the batches of an epoch as they are if all items are drawn in all their turns."""
+        return self._draw_epoch(number) if self._turns else self.epoch(number)
+
     def epoch(self, number: int) -> Sequence[tuple[TrainingItem, ...]]:
         """Return the batches of an epoch (counted from 0) in order; the most recent epoch is cached."""
         if self._cached_epoch != number:
             self._cached_epoch = -1  # in case building is interrupted
             self._batches = []  # freed before the next epoch is built
-            draw_bits = random.Random(derive_seed(self._seed, "items", number)).getrandbits
-            batches: list[tuple[TrainingItem, ...]] = []
-            with pause_garbage_collection():
-                for _, group_items in sorted(self._repeated_items.items()):
-                    batch_size = group_items[0].table.learning.batch_size
-                    shuffled = _shuffle(group_items, draw_bits)
-                    for start in range(0, len(shuffled), batch_size):
-                        batches.append(tuple(shuffled[start : start + batch_size]))
-                self._batches = _shuffle(batches, draw_bits)
-                self._cached_epoch = number
+            self._batches = self._draw_epoch(number)
+            if self._turns:
+                self._batches = [
+                    self._give_turns(number, index, batch) for index, batch in enumerate(self._batches)
+                ]
+            self._cached_epoch = number
             # the number of items before each batch, and at the end the number of all items
             self._starts = array("q", itertools.accumulate(map(len, self._batches), initial=0))
             self._group_starts = array("q")  # `group_items_before` computes it again
         return self._batches
+
+    def _draw_epoch(self, number: int) -> list[tuple[TrainingItem, ...]]:
+        """Return the shuffled batches of an epoch, each of shuffled items of one group."""
+        draw_bits = random.Random(derive_seed(self._seed, "items", number)).getrandbits
+        batches: list[tuple[TrainingItem, ...]] = []
+        with pause_garbage_collection():
+            for _, group_items in sorted(self._repeated_items.items()):
+                batch_size = group_items[0].table.learning.batch_size
+                shuffled = _shuffle(group_items, draw_bits)
+                for start in range(0, len(shuffled), batch_size):
+                    batches.append(tuple(shuffled[start : start + batch_size]))
+            return _shuffle(batches, draw_bits)
 
     def items_before(self, epoch: int, index: int) -> int:
         """Return the number of items trained before batch `index` of an epoch, including earlier epochs."""

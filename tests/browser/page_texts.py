@@ -29,6 +29,7 @@ PROGRAMS = [
     ROOT / "modules/pages/language.py",
     ROOT / "training/reports/page.py",
     ROOT / "training/reports/item_losses.py",
+    ROOT / "training/reports/item_turns.py",
     ROOT / "training/reports/scores.py",
     ROOT / "training/reports/sample_files.py",
     ROOT / "project/model_sizes.py",

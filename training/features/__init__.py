@@ -14,6 +14,7 @@ from training.features.guided import GUIDED
 from training.features.inpainting import INPAINTING
 from training.features.ip_noise import IP_NOISE
 from training.features.item_losses import ITEM_LOSSES
+from training.features.item_turns import ITEM_TURNS
 from training.features.leco import LECO
 from training.features.mask_prior import MASK_PRIOR
 from training.features.on_end import ON_END
@@ -54,6 +55,7 @@ FEATURES: tuple[Feature, ...] = (
     ROLLBACK,
     EARLY_STOPPING,
     ITEM_LOSSES,
+    ITEM_TURNS,
     SAMPLE_VARIANTS,
     SCORE_SAMPLES,
     TRACKERS,

@@ -33,6 +33,8 @@ points of a run (`on`), and functions before, around and after its phases (`phas
     before and after a step               `after(GRADIENTS, ...)`, `before(STEP, ...)`, `after(STEP, ...)`
     other samples of each round           `sample_entries`
     samples, a save, the end of the run   `TrainingRun.request(SAMPLE, reason)`, `SAVE`, `END`
+    losses of all items at equal noise    `TrainingRun.measure_items`
+    other items from the next step on     `BatchOrder.set_turns`, then `TrainingRun.rereads = True`
     a text in console, page and history   `TrainingRun.note(text)`
     more trained parameters               `on.auxiliary_learners`
     logged values of each step            `tallies`, which say how the page shows them

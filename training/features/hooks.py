@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # features are loaded one by one, and without torch
     from torch.optim import Optimizer
 
     from dataset.batches.items import TrainingItem
+    from dataset.batches.order import BatchOrder
     from dataset.options import CachingInRunOptions
     from dataset.sources.decoding import DecodedMedia
     from dataset.subset_options import SubsetOptions
@@ -135,6 +136,10 @@ class PlannedRun(Protocol):
     @property
     def validation(self) -> "Sequence[TrainingItem]":
         """Held-out items for the validation loss."""
+
+    @property
+    def order(self) -> "BatchOrder":
+        """Order of the batches in each epoch."""
 
     @property
     def sources(self) -> "BatchSources":

@@ -116,9 +116,11 @@ def page_values(
 def _make_sections(folder: Path, name: str, run_history: RunHistory) -> list[Any]:
     """Return the sections of a page with the scores and item losses of a run, if it has any."""
     from training.reports.item_losses import make_section as make_items
+    from training.reports.item_turns import make_section as make_turns
     from training.reports.scores import make_section as make_scores
 
     sections = [make(folder, name, run_history) for make in (make_scores, make_items)]
+    sections.append(make_turns(folder, name))
     return [section for section in sections if section is not None]
 
 

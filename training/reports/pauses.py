@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from training.reports.history import SHOWN
 
 SAMPLES, VALIDATION, SAVING = "samples", "validation", "saving"
+MEASURING = "measuring items"
 # when slow steps are reported
 MIN_STEPS = 10  # number of steps before the median is used
 MAX_STEPS = 200  # the median is taken over the last steps only, because a run may change its speed

@@ -51,8 +51,17 @@ def images_path(folder: Path, name: str) -> Path:
     return folder / f"{name}-items.json"
 
 
+def turns_path(folder: Path, name: str) -> Path:
+    """Return the path of the list of items of a run that rest, were set aside or taken back."""
+    return folder / f"{name}-turns.json"
+
+
+def requests_path(folder: Path, name: str) -> Path:
+    """Return the path of the file with the requests about items that a run has obeyed, by step."""
+    return folder / f"{name}-turns.txt"
+
+
 def is_section_file(file: str, name: str) -> bool:
-    """Return whether `file` is the name of a run's file of scores, item losses or thumbnails."""
-    return (
-        re.fullmatch(rf"{re.escape(name)}-(scores\.json|items\.json|items(-\d+)?\.jsonl)", file) is not None
-    )
+    """Return whether `file` is the name of a run's file of scores, item losses, thumbnails or turns."""
+    endings = r"(scores\.json|items\.json|items(-\d+)?\.jsonl|turns\.(json|txt))"
+    return re.fullmatch(rf"{re.escape(name)}-{endings}", file) is not None

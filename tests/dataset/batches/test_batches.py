@@ -435,3 +435,23 @@ def test_a_window_without_latents_is_told(
         assert "fewer latents" not in check((1, 2))  # the first process tells
         monkeypatch.setattr(reading, "_count_windows", lambda item, *rest: count(given(item), *rest))
         assert "fewer latents" not in check()
+
+
+def test_another_item_of_the_same_sizes_takes_the_turns_of_one_that_rests(tmp_path: Path) -> None:
+    table = make_table(tmp_path, batch_size=2)
+    items = [*make_items(table, 4), *make_items(table, 1, (48, 32, 5), start=4)]
+    resting, aside, _, _, alone = [item.key for item in items]
+    order = BatchOrder(items, seed=1)
+    planned = [order.epoch(number) for number in range(200)]
+
+    order.set_turns({resting: 0.25, aside: 0.0, alone: 0.0})
+
+    drawn = [order.epoch(number) for number in range(200)]
+    counts = Counter(item.key for epoch in drawn for batch in epoch for item in batch)
+    assert 30 < counts[resting] < 70
+    assert counts[aside] == 0
+    assert counts[alone] == 200  # nothing has its size
+    sizes = [[[len(batch) for batch in epoch] for epoch in epochs] for epochs in (planned, drawn)]
+    assert sizes[0] == sizes[1]
+    assert all(len({item.bucket for item in batch}) == 1 for epoch in drawn for batch in epoch)
+    assert order.planned_epoch(7) == planned[7]
