@@ -23,8 +23,8 @@ from dataset.cache.records import (
     text_records,
     verify_tensors,
 )
-from dataset.cache.store import Stores
-from dataset.cache_files import EMPTY, FLIPPED, CacheStore, Entry, NpzNames, parse_latent_name
+from dataset.cache.store import NewCaption, Stores
+from dataset.cache_files import EMPTY, FLIPPED, CacheStore, Entry, NpzNames, parse_latent_name, read_entry
 from dataset.sources.frames import spans
 from modules.errors import CacheError
 from modules.media.buckets import inner_box
@@ -126,6 +126,28 @@ def _make_batch(
         rejected=tensors.get(data.REJECTED_LATENTS),
         has_empty_text=are_empty if any(are_empty) else (),
         text_metadata=tuple(text.metadata for text in texts),
+    )
+
+
+def _read_new_caption(item: TrainingItem, new_caption: NewCaption) -> "_ItemTensors":
+    """Read a caption that replaces those of an item, from its own file if it is not encoded in each step."""
+    text = new_caption.text
+    if new_caption.path is None:
+        return _ItemTensors(item.caption_path(0), {}, caption=text, is_empty=not text)
+    entry = read_entry(str(new_caption.path))
+    records = text_records(entry)
+    for record in records.values():
+        verify_tensors(entry, record.crc32)
+    return _ItemTensors(
+        new_caption.path,
+        entry.tensors,
+        variable_length=entry.variable,
+        caption=text,
+        is_empty=not text,
+        origins=tuple(
+            data.CacheOrigin(new_caption.path, name, record.encoder) for name, record in records.items()
+        ),
+        metadata=entry.metadata,
     )
 
 
@@ -288,6 +310,10 @@ class _Reader:
         """
         texts = []
         for item, caption_index in zip(items, caption_indices, strict=True):
+            new_caption = self.stores.new_captions.get((item.table.index, item.source_stem))
+            if new_caption is not None and caption_index != EMPTY:
+                texts.append(_read_new_caption(item, new_caption))
+                continue
             caption = ""
             if item.cache_info.on_the_fly_sources:
                 caption = item.cache_info.on_the_fly_caption(item.source_stem, caption_index)

@@ -194,6 +194,13 @@ def npz_names(family: Caches) -> NpzNames:
     return NpzNames(family.cache_tag, family.latent, family.text_keys if has_npz else frozenset())
 
 
+class NewCaption(NamedTuple):
+    """A caption that replaces those of an item, and the text cache with its outputs."""
+
+    text: str
+    path: Path | None  # None: captions are encoded in each step
+
+
 class StorePair(NamedTuple):
     """A table's store for latents and its store for text embeddings."""
 
@@ -214,6 +221,8 @@ class Stores:
     trusts_shared_caches: bool = False  # existing shared files count as valid without being read
     skip_existing: bool = False  # entries without a record are valid if their size or caption matches
     verify: bool = False  # read all values to compare entries, no matter how many entries there are
+    # captions that replace those of the caches while a run trains, by table index and stem of the source
+    new_captions: "dict[tuple[int, str], NewCaption]" = field(default_factory=dict)
     _opened: dict[tuple[int, Path], CacheStore] = field(default_factory=dict)  # by table index and folder
 
     def latent_store(self, table: DatasetTable) -> CacheStore:

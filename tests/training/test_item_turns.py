@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
-from tests.training.toy import Killed, killed_at, same, train_toy, write_caches
+from modules.errors import OptionError
+from tests.training.toy import Killed, ToyTextEncoder, killed_at, same, train_toy, write_caches
 from training.features.item_turns_acting import SHARE_WHILE_RESTING, decide
 from training.features.item_turns_options import ItemTurnsOptions, ItemTurnsProgress
 from training.reports.item_losses import read_draws
@@ -103,7 +106,7 @@ def test_items_are_set_aside_and_taken_back_by_request(
     assert section is not None
     assert section.rows[0] == ("1", KEYS[1], "set aside", "requested")
     assert "no item of this run has the name clip9" in caplog.text
-    assert "'remove clip3': write aside NAME or back NAME" in caplog.text
+    assert "'remove clip3': write aside NAME, back NAME or caption NAME: TEXT" in caplog.text
 
     ask(tmp_path, "back clip1")
     train_toy(tmp_path, *WATCHED, *STATES, "--resume", tmp_path / "output" / "x-step00000008-state")
@@ -140,6 +143,56 @@ def test_a_resumed_run_obeys_the_same_requests_at_the_same_steps(tmp_path: Path,
         assert same(whole, resumed)
         assert read_changes(turns_path(tmp_path / "output", "x")) == changes
     assert KEYS[1] not in drawn(tmp_path, since=5)
+
+
+def test_a_recaptioned_item_is_learned_as_from_a_cache_of_that_caption(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The run is resumed at step 4 and gets the request after step 5; no other cache is read or written."""
+    write_caches(tmp_path)
+    caplog.set_level(logging.INFO)
+    words = ("--watch_items", *STATES[:1], "--save_every_n_steps", 1, "--max_train_steps", 16)
+    plain = train_toy(tmp_path, *words, "--output_dir", tmp_path / "plain")
+    cache = tmp_path / "cache" / "clip1_toy_te.safetensors"
+    before = {path: path.read_bytes() for path in (tmp_path / "cache").iterdir()}
+    caption = "a cat: on a mat"
+    with pytest.raises(Killed):
+        train_toy(tmp_path, *words, family=killed_at(4))
+    ask(tmp_path, f"caption clip1.png: {caption}")
+
+    state = tmp_path / "output" / "x-step00000004-state"
+    recaptioned = train_toy(tmp_path, *words, "--resume", state)
+
+    assert {path: path.read_bytes() for path in (tmp_path / "cache").iterdir()} == before
+    assert not same(plain, recaptioned)
+    (change,) = read_changes(turns_path(tmp_path / "output", "x"))
+    assert change == (5, KEYS[1], "caption", caption)
+    (file,) = (tmp_path / "output" / "x-captions").iterdir()
+    assert load_file(file)["varlen_letters_float32"].item() == pytest.approx(len(caption) / 100)
+    for step in (4, 9):  # before the request, which is obeyed again, and after it
+        resumed = train_toy(tmp_path, *words, "--resume", tmp_path / "output" / f"x-step{step:08d}-state")
+        assert same(recaptioned, resumed)
+
+    save_file({"varlen_letters_float32": torch.full((1, 1), len(caption) / 100)}, cache)
+    later = tmp_path / "plain" / "x-step00000005-state"
+    from_cache = train_toy(tmp_path, *words, "--output_dir", tmp_path / "plain", "--resume", later)
+    assert same(recaptioned, from_cache)
+
+
+def test_a_caption_that_cannot_be_encoded_changes_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_caches(tmp_path)
+    caplog.set_level(logging.INFO)
+    plain = train_toy(tmp_path)
+
+    def refuse(self: ToyTextEncoder, prompts: object) -> None:
+        raise OptionError("--t5 is missing")
+
+    monkeypatch.setattr(ToyTextEncoder, "encode", refuse)
+    ask(tmp_path, "caption clip1: a dog")
+    assert same(plain, train_toy(tmp_path, *WATCHED, "--overwrite"))
+    assert f"{KEYS[1]} keeps its caption: --t5 is missing" in caplog.text
 
 
 def test_losses_decide_and_a_resumed_run_is_the_same_to_the_bit(tmp_path: Path) -> None:

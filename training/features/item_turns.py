@@ -1,4 +1,4 @@
-"""Draw items that teach nothing more less often, set noisy ones aside, listen to requests about items.
+"""Draw learned items less often, set noisy ones aside, and listen to requests about items.
 
 `item_turns_acting.py` measures the items, decides and keeps the list of who and when. The turn of an item
 that rests or is set aside goes to another item of its size and table, so steps and epochs stay the same.

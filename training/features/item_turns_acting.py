@@ -2,21 +2,29 @@
 
 import json
 import logging
+import shutil
 import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from accelerate.utils import broadcast_object_list
 
 from dataset.batches.items import TrainingItem
+from dataset.cache.store import NewCaption
+from dataset.cache_files import read_entry
+from dataset.caching.one_caption import write_caption
+from dataset.sources.captions import complete_captions
 from modules.atomic_write import append_text, write_text
+from modules.control_codes import shorten
+from modules.errors import CacheError, OptionError, UserError
 from training.features.hooks import HookedModel, PlannedRun, RunFeatures
 from training.features.item_turns_options import ItemTurnsOptions, ItemTurnsProgress
 from training.features.phases import GRADIENTS, STEP
-from training.reports.item_turns import ASIDE, BACK, RESTS, ItemChange, read_requests
-from training.reports.sections import requests_path, turns_path
+from training.reports.item_turns import ASIDE, BACK, CAPTION, RESTS, ItemChange, read_requests
+from training.reports.sections import captions_folder, requests_path, turns_path
 
 if TYPE_CHECKING:
     from training.training_run import GradientStep, TrainingRun
@@ -29,6 +37,7 @@ NUM_ROUNDS = 3  # rounds that are compared
 FALLEN = 0.05  # share by which the loss of most items must have fallen before one counts as noisy
 POLL_STEPS = 10  # steps between two looks at the request file with several processes, which then wait
 MAX_REQUEST_BYTES = 1 << 16
+MAX_CAPTION = 200  # characters of a caption in the list and in notes
 
 
 class Decision(NamedTuple):
@@ -128,13 +137,15 @@ class ItemTurns:
         plan = self.plan = model.plan
         self.groups = list_groups(plan.training)
         progress = plan.progress.feature_state(ItemTurnsProgress)
-        plan.order.set_turns(progress.item_turns)
+        self._apply(plan, progress)
         names = plan.names
         if plan.accelerator.is_main_process:
             path = requests_path(names.folder, names.name)
             self.requests = read_requests(path, plan.progress.session_id)
-            if not self.requests and plan.progress.step == 0 and path.exists():
-                path.unlink()  # of an earlier run, which --overwrite replaces
+            if plan.progress.step == 0:  # what is there is of an earlier run, which --overwrite replaces
+                self.requests = {}
+                path.unlink(missing_ok=True)
+                shutil.rmtree(captions_folder(names.folder, names.name), ignore_errors=True)
         if plan.accelerator.num_processes > 1:
             (self.requests,) = broadcast_object_list([self.requests])
         if progress.item_changes:
@@ -144,8 +155,18 @@ class ItemTurns:
         """Take up the turns of the state that the run went back to; its step is not needed."""
         assert self.plan is not None  # the run has begun
         progress = self.plan.progress.feature_state(ItemTurnsProgress)
-        self.plan.order.set_turns(progress.item_turns)
+        self._apply(self.plan, progress)
         self._write_list(self.plan, progress)
+
+    def _apply(self, plan: PlannedRun, progress: ItemTurnsProgress) -> None:
+        """Let batches have the turns and captions of the progress."""
+        plan.order.set_turns(progress.item_turns)
+        folder = captions_folder(plan.names.folder, plan.names.name)
+        new_captions = plan.sources.stores.new_captions
+        new_captions.clear()
+        for index, stem, text, file_name in progress.item_captions.values():
+            path = folder / file_name if file_name else None
+            new_captions[int(index), str(stem)] = NewCaption(str(text), path)
 
     def measure_start(self, run: "TrainingRun", *_: object) -> None:
         """Measure all items before the first step."""
@@ -157,11 +178,12 @@ class ItemTurns:
         """Take requests, and measure and decide if it is due. All processes call this after each step."""
         step = run.progress.step + 1
         progress = run.progress.feature_state(ItemTurnsProgress)
-        before = dict(progress.item_turns)
+        before = (dict(progress.item_turns), dict(progress.item_captions))
         for line in self._take_requests(run, step):
             self._obey(run, progress, step, line)
         if self.options.measures and step % self.options.items_every == 0:
             for key, loss in run.measure_items().items():
+                progress.item_start_losses.setdefault(key, loss)  # of a new caption, it begins now
                 progress.item_round_losses.setdefault(key, []).append(loss)
                 del progress.item_round_losses[key][:-NUM_ROUNDS]
             decisions = decide(progress, self.options, self.groups)
@@ -169,8 +191,8 @@ class ItemTurns:
                 _set_share(progress, step, decision)
             if decisions:
                 run.note(f"{_count(progress)}: the page lists who and why", step)
-        if progress.item_turns != before:
-            run.feed.order.set_turns(progress.item_turns)
+        if (progress.item_turns, progress.item_captions) != before:
+            self._apply(run.plan, progress)
             run.rereads = True
             self._write_list(run.plan, progress)
 
@@ -193,13 +215,20 @@ class ItemTurns:
     def _obey(self, run: "TrainingRun", progress: ItemTurnsProgress, step: int, line: str) -> None:
         """Carry out a line of a request file, or say why not."""
         word, _, name = line.strip().partition(" ")
+        text = ""
+        if word == CAPTION:
+            name, _, text = name.partition(": ")
         name = name.strip()
         keys = [key for key in _find_items(run.plan.training, name) if key in self.groups]
-        if word not in (ASIDE, BACK):
-            run.note(f"Request {line.strip()!r}: write {ASIDE} NAME or {BACK} NAME", step)
+        if word not in (ASIDE, BACK, CAPTION):
+            known = f"{ASIDE} NAME, {BACK} NAME or {CAPTION} NAME: TEXT"
+            run.note(f"Request {line.strip()!r}: write {known}", step)
             return
         if not keys:
             run.note(f"Request {line.strip()!r}: no item of this run has the name {name}", step)
+            return
+        if word == CAPTION:
+            self._recaption(run, progress, step, keys, text.strip())
             return
         for key in keys:
             is_back = word == BACK
@@ -211,6 +240,48 @@ class ItemTurns:
             _set_share(progress, step, Decision(key, 1.0 if is_back else 0.0, "requested"))
             run.note(f"{key} is {'taken back' if is_back else 'set aside'}, as requested", step)
 
+    def _recaption(
+        self, run: "TrainingRun", progress: ItemTurnsProgress, step: int, keys: Sequence[str], text: str
+    ) -> None:
+        """Give items a new caption, whose outputs are written to a file of their own, or say why not."""
+        by_key = {item.key: item for item in run.plan.training}
+        for key in keys:
+            item = by_key[key]
+            table = item.table
+            caption = text
+            if not table.captions.changes.varies_per_step:  # otherwise training adds the trigger word
+                (caption,) = complete_captions([text], table)
+            path = captions_folder(run.plan.names.folder, run.plan.names.name)
+            path /= f"{step:08d}-{item.caption_path(0).name}"
+            error = ""
+            if item.cache_info.has_cached_texts:
+                error = self._encode(run, item, caption, path)
+            if error:
+                run.note(f"{key} keeps its caption: {error}", step)
+                continue
+            file_name = path.name if item.cache_info.has_cached_texts else ""
+            progress.item_captions[key] = [table.index, item.source_stem, caption, file_name]
+            progress.item_start_losses.pop(key, None)  # they are of the earlier caption
+            progress.item_round_losses.pop(key, None)
+            progress.item_changes.append([*ItemChange(step, key, CAPTION, shorten(caption, MAX_CAPTION))])
+            run.note(f"{key} has the caption {shorten(caption, MAX_CAPTION)!r} from now on", step)
+
+    def _encode(self, run: "TrainingRun", item: TrainingItem, caption: str, path: Path) -> str:
+        """Write the text cache of a new caption in the main process; return why it failed, or ""."""
+        error = ""
+        if run.is_main:
+            try:
+                if item.table.references.rules is not None:
+                    raise OptionError("its text encoder sees the references of the item, too")
+                if not _has_caption(path, caption):  # after a resume it may be there already
+                    run.reporter.log_pause("encoding a new caption")
+                    write_caption(run.family, caption, path, run.device)
+            except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as failure:
+                error = " ".join(str(failure).split()) or type(failure).__name__
+        if run.steps.num_processes > 1:
+            (error,) = broadcast_object_list([error])
+        return error
+
     def _write_list(self, plan: PlannedRun, progress: ItemTurnsProgress) -> None:
         """Write the file that lists which items changed, and when."""
         if not plan.accelerator.is_main_process:
@@ -218,6 +289,14 @@ class ItemTurns:
         values = {"session": plan.progress.session_id, "changes": progress.item_changes}
         path = turns_path(plan.names.folder, plan.names.name)
         write_text(path, json.dumps(values, ensure_ascii=False, indent=0) + "\n")
+
+
+def _has_caption(path: Path, caption: str) -> bool:
+    """Return whether a text cache is complete and of this caption."""
+    try:
+        return read_entry(str(path), False).metadata.get("caption1") == caption
+    except CacheError:
+        return False
 
 
 def _set_share(progress: ItemTurnsProgress, step: int, decision: Decision) -> None:

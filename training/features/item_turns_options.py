@@ -43,8 +43,8 @@ class ItemTurnsOptions(FeatureOptions, title="turns of items", at=AT_WEIGHTS, fa
         acts_if={"there is neither --rest_learned nor --set_aside_noisy": _is_measured},
     )
     watch_items: bool = option(
-        "act on a file OUTPUT_NAME.items in --output_dir, whose lines set items aside or take them back: "
-        "aside NAME, back NAME"
+        "act on a file OUTPUT_NAME.items in --output_dir, whose lines set items aside, take them back or "
+        "recaption them: aside NAME, back NAME, caption NAME: TEXT"
     )
 
     @property
@@ -61,4 +61,6 @@ class ItemTurnsProgress:
     item_round_losses: dict[str, list[float]] = field(default_factory=dict)  # of the last rounds
     item_turns: dict[str, float] = field(default_factory=dict)  # share of their turns, of those below 1
     items_of_user: list[str] = field(default_factory=list)  # decided by a request, so not by their losses
+    # new captions by item: index of the table, stem of the source, caption, name of the text cache or ""
+    item_captions: dict[str, list[Any]] = field(default_factory=dict)
     item_changes: list[list[Any]] = field(default_factory=list)  # see `training/reports/item_turns.py`

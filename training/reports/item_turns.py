@@ -8,7 +8,7 @@ from modules.pages.language import say
 from modules.text_files import parse_json, read_text
 from training.reports.sections import PageSection, turns_path
 
-RESTS, ASIDE, BACK = "rests", "aside", "back"
+RESTS, ASIDE, BACK, CAPTION = "rests", "aside", "back", "caption"
 MAX_SHOWN = 200  # changes on the page, the last ones
 
 
@@ -17,7 +17,7 @@ class ItemChange(NamedTuple):
 
     step: int
     key: str  # of the item: the name of its cache
-    change: str  # RESTS, ASIDE or BACK
+    change: str  # RESTS, ASIDE, BACK or CAPTION
     reason: str
 
 
@@ -52,7 +52,12 @@ def make_section(folder: Path, name: str) -> PageSection | None:
     changes = read_changes(turns_path(folder, name))
     if not changes:
         return None
-    words = {RESTS: say("rests"), ASIDE: say("set aside"), BACK: say("taken back")}
+    words = {
+        RESTS: say("rests"),
+        ASIDE: say("set aside"),
+        BACK: say("taken back"),
+        CAPTION: say("recaptioned"),
+    }
     rows = [
         (f"{one.step:,}", one.key, words.get(one.change, one.change), one.reason)
         for one in changes[-MAX_SHOWN:]

@@ -56,6 +56,11 @@ def turns_path(folder: Path, name: str) -> Path:
     return folder / f"{name}-turns.json"
 
 
+def captions_folder(folder: Path, name: str) -> Path:
+    """Return the folder with the text caches of items that a run has recaptioned."""
+    return folder / f"{name}-captions"
+
+
 def requests_path(folder: Path, name: str) -> Path:
     """Return the path of the file with the requests about items that a run has obeyed, by step."""
     return folder / f"{name}-turns.txt"

@@ -20,7 +20,7 @@ from modules.file_locks import only_one
 from modules.text_files import read_safetensors_texts, real_path
 from protocols.rules import ModelRelease
 from training.reports.history import AVERAGE, WORKFLOW, history_path
-from training.reports.sections import SAMPLES, is_section_file, page_path
+from training.reports.sections import SAMPLES, captions_folder, is_section_file, page_path
 from training.saving.options import SavingOptions
 
 logger = logging.getLogger(__name__)
@@ -405,7 +405,8 @@ def _is_result(entry: Path, name: str, names: Names) -> bool:
     stem = re.escape(names.name) + r"(?:-\d{6,}|-step\d{8,})?"
     if entry.is_dir():
         is_model = re.fullmatch(f"{stem}(?:{AVERAGE})?", name) is not None and is_saved_folder(entry)
-        return is_model or state_pattern(names.name).fullmatch(name) is not None
+        is_captions = entry.with_name(name) == captions_folder(names.folder, names.name)
+        return is_model or is_captions or state_pattern(names.name).fullmatch(name) is not None
     if re.fullmatch(stem + replace(names, suffix=SAFETENSORS).pattern, name):
         return True
     pages = {page_path(names.folder, names.name), history_path(names.folder, names.name)}
