@@ -213,7 +213,7 @@ def make_run(
         feed=_make_feed(model),
         rule=rule,
         validation=Validation(plan, validation_rule) if plan.validation else None,
-        measuring=Validation(plan, validation_rule),
+        make_measuring=functools.partial(Validation, plan, validation_rule),
         sampler=sampler,
         memory=memory,
         logs=logs,

@@ -286,7 +286,7 @@ class TrainingRun:
     feed: Feed
     rule: LossRule
     validation: "Validation | None"  # None: there are no validation items
-    measuring: "Validation"  # measures training items at fixed noise, for features
+    make_measuring: Callable[[], "Validation"]  # for features that measure training items at fixed noise
     sampler: "Sampler | None"  # None: no samples are generated
     memory: MemoryWatch | None  # None: the device has no counters, or this is not the main process
     logs: Logs
@@ -295,6 +295,7 @@ class TrainingRun:
     saver: Saver | None  # None: another process saves
     phases: LoopPhases
     delayed_reports: DelayedReports = field(default_factory=DelayedReports)
+    measuring: "Validation | None" = None  # None: no feature has measured items yet
     rereads: bool = False  # batches that were read in advance are read again before the next step
     # values of the model's plan
     plan: TrainingPlan = field(init=False)
@@ -394,6 +395,8 @@ class TrainingRun:
         All processes must call this. The random state of the training is neither used nor changed.
         """
         model = self.model
+        if self.measuring is None:
+            self.measuring = self.make_measuring()
         unique = {item.key: item for item in self.plan.training}
         self.reporter.log_pause("measuring items")
         with (

@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from modules.errors import OptionError
+from tests.tiny.families import FAMILIES, TinyFamily
+from tests.tiny.runs import make_project
 from tests.training.toy import Killed, ToyTextEncoder, killed_at, same, train_toy, write_caches
 from training.features.item_turns_acting import SHARE_WHILE_RESTING, decide
 from training.features.item_turns_options import ItemTurnsOptions, ItemTurnsProgress
@@ -20,6 +22,14 @@ from training.reports.sections import turns_path
 KEYS = [f"clip{index}_0032x0032_toy" for index in range(5)]
 WATCHED = ("--watch_items", "--item_losses")
 STATES = ("--save_state", "--save_every_n_steps", 4, "--max_train_steps", 24)
+
+
+def list_families() -> list[object]:
+    return [
+        pytest.param(family, id=family.name, marks=[] if family.name == "flux" else pytest.mark.slow)
+        for family in FAMILIES
+        if family.name in ("wan t2v-1.3B", "flux", "qwen_image", "z_image")
+    ]
 
 
 def drawn(folder: Path, since: int = 0) -> Counter[str]:
@@ -177,6 +187,22 @@ def test_a_recaptioned_item_is_learned_as_from_a_cache_of_that_caption(
     later = tmp_path / "plain" / "x-step00000005-state"
     from_cache = train_toy(tmp_path, *words, "--output_dir", tmp_path / "plain", "--resume", later)
     assert same(recaptioned, from_cache)
+
+
+@pytest.mark.parametrize("family", list_families())
+def test_a_new_caption_has_the_outputs_that_caching_makes_of_it(tmp_path: Path, family: TinyFamily) -> None:
+    """The item's caption file and cache are changed afterwards, and compared with what the run has made."""
+    made = make_project(family, tmp_path)
+    file = sorted((tmp_path / "clips").glob("*.txt"))[0]
+    ask(tmp_path, f"caption {file.stem}: a red barge in fog")
+
+    made.train("output", "--watch_items")
+
+    (recaptioned,) = (tmp_path / "output" / "x-captions").iterdir()
+    file.write_text("a red barge in fog", encoding="utf-8")
+    made.run(*family.cache_texts)
+    cached = tmp_path / "cache" / recaptioned.name.partition("-")[2]
+    assert same(load_file(cached), load_file(recaptioned))
 
 
 def test_a_caption_that_cannot_be_encoded_changes_nothing(
