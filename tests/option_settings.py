@@ -491,6 +491,7 @@ SETTINGS: dict[str, Setting] = {
     ),
     "hv_generate_video.py.riflex_index": Setting(("1",)),
     "hv_1_5_generate_video.py.riflex_index": Setting(("1",)),
+    "hidream_o1_train_network.py.model_type": Setting(("dev",)),
     "kandinsky_generate_video.py.riflex_index": Setting(("1",)),
     "hv_generate_video.py.scheduler": Setting(("dpm++",)),
     "exclude_single_blocks": Setting(also=GIVEN_LORA),

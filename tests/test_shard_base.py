@@ -193,7 +193,8 @@ def generate(
     else:
         first, *others = run_in_processes(processes, *command, *by, folder=project.folder)
         assert all("INFO" not in one.stderr + one.stdout for one in others)  # the first one talks
-        split = 2 + ("--dit_high_noise" in words)  # the text encoder, and each transformer
+        has_encoder = project.family.name != "hidream_o1"
+        split = 1 + has_encoder + ("--dit_high_noise" in words)  # the text encoder, and each transformer
         found = len(re.findall("blocks of .* are split over", first.stderr))
         assert found == (split if "--shard_base" in by else 0)
     paths = (project.folder / output).glob("*.safetensors")

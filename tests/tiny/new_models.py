@@ -30,6 +30,7 @@ from tests.tiny.z_image import write_tiny_z_image
 Writer = Callable[[Path], object]
 WAN = {"dit": "dit.safetensors", "vae": "vae.safetensors", "t5": "t5.safetensors"}
 IMAGES = {"dit": "dit.safetensors", "vae": "vae.safetensors", "text_encoder": "text_encoder"}
+O1 = {"dit": "dit.safetensors", "tokenizer": "hidream_o1"}
 ANIMA = {"dit": "dit.safetensors", "vae": "vae.safetensors", "qwen3": "text_encoder"}
 TWO_TEXTS = {"text_encoder1": "text_encoder", "text_encoder2": "text_encoder_2"}
 HUNYUAN = {"dit": "dit.safetensors", "vae": "vae.safetensors", **TWO_TEXTS}
@@ -89,8 +90,11 @@ MODELS: dict[str, tuple[Writer, dict[str, str]]] = {
     "fibo_2 edit": (write_tiny_fibo_2, IMAGES),
     "ernie_image base": (write_tiny_ernie_image, IMAGES),
     "ernie_image turbo": (write_tiny_ernie_image, IMAGES),
-    "hidream_o1 full": (write_tiny_hidream_o1, {"dit": "dit.safetensors"}),
-    "hidream_o1 dev": (partial(write_tiny_hidream_o1, name="dit_dev"), {"dit": "dit_dev.safetensors"}),
+    "hidream_o1 full": (write_tiny_hidream_o1, O1),
+    "hidream_o1 dev": (
+        partial(write_tiny_hidream_o1, name="dit_dev"),
+        O1 | {"dit": "dit_dev.safetensors"},
+    ),
     "z_image turbo": (write_tiny_z_image, IMAGES),
     "krea2 raw": (write_tiny_krea2, IMAGES),
     "krea2 turbo": (write_tiny_krea2, IMAGES),
