@@ -485,9 +485,23 @@ OPTIONS_OF: dict[type[Options], dict[str, set[str]]] = {
 OF_NO_TARGET = {
     *("LoopOptions", "CheckPageOptions", "ValidationOptions", "OptimizerOptions", "LrScheduleOptions"),
     *("TimestepOptions", "AcceleratorOptions", "SavingOptions", "SampleOptions", "PreviewOptions"),
-    *("EarlyStoppingOptions", "EmaOptions", "SkipOptions", "LogOptions", "EndOptions"),
+    *(
+        "EarlyStoppingOptions",
+        "RollbackOptions",
+        "ItemTurnsOptions",
+        "EmaOptions",
+        "SkipOptions",
+        "LogOptions",
+        "EndOptions",
+    ),
     *("MetadataOptions", "UploadOptions"),
-    *("TrackerOptions", "BaseWeightsOptions", "ShowTimestepsOptions", "WorkflowOptions"),
+    *(
+        "TrackerOptions",
+        "BaseWeightsOptions",
+        "ShowTimestepsOptions",
+        "WorkflowOptions",
+        "SampleVariantOptions",
+    ),
     *("TrainingSpeedOptions", "TrainingAttentionOptions", "TrainingFp8Options", "SwapOptions"),
     *(
         "OptionsOfWays",
