@@ -146,8 +146,13 @@ class _StepPlanner:
         self._options = options
         self._rules = prepared.rules
         layers = options.skipped_layers
+        strengths = self._rules.negative_lora_strengths
         # passes are compared by the identity of their overrides, so make each of these only once
-        self._pass_without_layers = Pass("negative", Overrides(skip_blocks=layers))  # skips --slg_layers
+        self._negative = NEGATIVE
+        if strengths:
+            self._negative = Pass("negative", Overrides(stage_lora_strengths=strengths))
+        without_layers = Overrides(skip_blocks=layers, stage_lora_strengths=strengths)
+        self._pass_without_layers = Pass("negative", without_layers)  # skips --slg_layers
         self._steps_without_layers = range(0)
         if layers:
             self._steps_without_layers = list_skip_layer_steps(options, prepared.num_steps)
@@ -231,7 +236,7 @@ class _StepPlanner:
         rules = self._rules
         skips_layers = index in self._steps_without_layers
         may_skip = skips_layers or bool(rules.negative_skips.blocks)
-        negative = self._select_negative_pass(index, skips_layers) if may_skip else NEGATIVE
+        negative = self._select_negative_pass(index, skips_layers) if may_skip else self._negative
         stages: list[GuidanceStage]
         # the formula that combines the positive and the negative pass
         if options.perp_neg is not None:
@@ -261,12 +266,12 @@ class _StepPlanner:
     def _select_negative_pass(self, index: int, skips_layers: bool) -> Pass:
         """Return the negative pass of a step, with blocks skipped if the options or the model request it."""
         if skips_layers:  # the user's layers replace the blocks that the model skips by default
-            return self._pass_without_layers if self._options.slg_mode == "uncond" else NEGATIVE
+            return self._pass_without_layers if self._options.slg_mode == "uncond" else self._negative
         skips = self._rules.negative_skips
         step = self._prepared.first_step + index
         if skips.blocks and skips.is_active(step, self._prepared.steps):
             return self._negative_with_model_skips
-        return NEGATIVE
+        return self._negative
 
 
 def _list_rescaling_stages(rules: GuidanceRules, rescale_fraction: float) -> list[GuidanceStage]:
@@ -362,7 +367,11 @@ def guidance_scales(prepared: Prepared, options: GuidanceOptions) -> list[tuple[
         standard_scale = scale + offset_to_standard
         # at 1 the formula returns the positive velocity; video and audio may have scales of their own
         step_scale = standard_scale if standard_scale != 1 or guides_streams else None
-        scales_by_expert.append(tuple(step_scale if is_guided else None for is_guided in guided_steps))
+        scales = [step_scale if is_guided else None for is_guided in guided_steps]
+        for step in range(max(num_steps - rules.final_steps, 0), num_steps):
+            if scales[step] is not None:
+                scales[step] = rules.final_scale + offset_to_standard
+        scales_by_expert.append(tuple(scales))
     return scales_by_expert
 
 

@@ -73,7 +73,8 @@ def output_metadata(
         "prompt": prepared.request.prompt,
         "negative_prompt": prepared.negative_prompt,
         "infer_steps": prepared.steps,
-        "guidance_scale": prepared.guidance_scale[0],
+        # a number would say that the last steps have it too
+        "guidance_scale": None if prepared.rules.final_steps else prepared.guidance_scale[0],
         "cfg_schedule": prepared.request.cfg_schedule,
         "flow_shift": prepared.flow_shift,
         "height": prepared.height,

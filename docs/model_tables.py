@@ -115,7 +115,8 @@ def _order(component: Component) -> tuple[int, str]:
     """Return the place of a row: by the option's place in a command; tokenizers and 8 bits behind theirs."""
     places = (
         "--ltx2_checkpoint",
-        *("--ckpt", "--dit", "--dit_high_noise", "--lora_weight", "--lora_weight_high_noise"),
+        *("--ckpt", "--dit", "--dit_high_noise", "--unconditional_dit"),
+        *("--lora_weight", "--lora_weight_high_noise"),
         *("--video_vae", "--audio_vae"),
         *("--vae", "--ae", "--t5", "--text_encoder1", "--t5xxl", "--text_encoder", "--qwen3"),
         "--text_encoder_qwen",

@@ -1,7 +1,7 @@
 """Denoise section by section: run the passes of each step, combine them by guidance, take a solver step."""
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -227,7 +227,10 @@ def predictor(
             group_overrides = replace(overrides.merge(all_passes), step_position=step_position)
             condition_batch = stack(group) if len(group) > 1 else group[0]
             set_level(dit, step.sigma, noisy.device)  # T-LoRAs mask their ranks by the noise level
-            velocity = family.predict(dit, noisy_batch, timesteps, condition_batch, group_overrides)
+            strengths = group_overrides.stage_lora_strengths
+            loras = _switch_on_stage_loras(dit, strengths, noisy.device) if strengths else nullcontext()
+            with loras:
+                velocity = family.predict(dit, noisy_batch, timesteps, condition_batch, group_overrides)
             velocities += velocity.chunk(len(group))
         return tuple(velocities)
 
@@ -486,7 +489,7 @@ def _find_start(
 def _switch_on_stage_loras(
     dit: nn.Module, strengths: Sequence[float], device: torch.device
 ) -> Iterator[None]:
-    """Enable the LoRAs of a request's stage inside the `with` block; a strength of 0 leaves a LoRA off."""
+    """Enable the stage LoRAs of a network inside the `with` block; a strength of 0 leaves a LoRA off."""
     from networks.gated_loras import get_stage_loras  # only with LoRAs of stages
 
     with ExitStack() as stack:

@@ -79,7 +79,8 @@ def _list_candidates(unet: nn.Module, settings: LoraSettings) -> Iterator[Module
     """Yield the modules of a DiT that may get a LoRA, before patterns and ranks in --network_args apply."""
     spec = get_spec(unet)
     # path prefixes of the blocks; the layers are in the order of these groups
-    prefix_groups = [tuple(f"{name}." for name in (*spec.block_lists, *spec.lora_lists))]
+    trained_lists = [name for name in spec.block_lists if name not in spec.frozen_lists]
+    prefix_groups = [tuple(f"{name}." for name in (*trained_lists, *spec.lora_lists))]
     if settings.family_rules is not None:
         # The path prefixes of the blocks that train_blocks selects, then modules outside the blocks
         rules = settings.family_rules

@@ -384,7 +384,8 @@ class MediaEncoders:
 class LatentSpec:
     """The latent space of a family's VAE, and how cached latents are converted to model space.
 
-    Model-space latents are `cached * scale + shift`.
+    Model-space latents are `cached * scale + shift`, or, with statistics of channels, `(cached - mean) /
+    deviation`.
     """
 
     channels: int
@@ -419,6 +420,9 @@ class LatentSpec:
     has_size_conditions: bool = False  # whether batches have `SIZES`
     # whether image caches (means of the posterior) of another model with the same autoencoder can be used
     shares_caches: bool = False
+    # statistics of the channels, by which cached latents are normalized; (): `scale` and `shift` hold for all
+    channel_means: tuple[float, ...] = ()
+    channel_deviations: tuple[float, ...] = ()
     # --- derived
     # whether images keep their alpha channel; otherwise they are composited on white
     keeps_alpha: bool = field(init=False, repr=False, compare=False)
@@ -464,8 +468,12 @@ class LatentSpec:
         )
 
     def to_model(self, cached: Tensor) -> Tensor:
-        """Return cached latents in model space, float32."""
-        return cached.float() * self.scale + self.shift
+        """Return cached latents, ... C F H W, in model space, float32."""
+        if not self.channel_means:
+            return cached.float() * self.scale + self.shift
+        means = torch.tensor(self.channel_means, device=cached.device)
+        deviations = torch.tensor(self.channel_deviations, device=cached.device)
+        return (cached.float() - means.view(-1, 1, 1, 1)) / deviations.view(-1, 1, 1, 1)
 
 
 @dataclass(frozen=True)

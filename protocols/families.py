@@ -210,6 +210,7 @@ FOLDERS: Mapping[str, str] = {
     "moss_image": "moss_image",
     "fibo_2": "fibo_2",
     "ernie_image": "ernie_image",
+    "ideogram4": "ideogram4",
     "kandinsky": "kandinsky",
     "hidream_o1": "hidream_o1",
     "anima": "anima",

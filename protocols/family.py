@@ -168,6 +168,7 @@ class DitSpec:
     lora_exclude: tuple[str, ...] = ()
     # patterns of module paths in blocks; if there are any, only modules that match one get a LoRA
     lora_include: tuple[str, ...] = ()
+    frozen_lists: tuple[str, ...] = ()  # those of `block_lists` whose modules never get a LoRA
     lora_lists: tuple[str, ...] = ()  # other parts of the network whose modules may get a LoRA
     # parts of module paths, with a leading ".", that get a LoRA only with conv_dim, that is, if convolutions
     # larger than 1 x 1 get one: the residual blocks of U-Nets
@@ -506,6 +507,7 @@ class Described(Protocol):
         - `base_model_version`: the model's name in files, if it differs from `Family.name`.
         - `trained_for`: the model's use, if it has several that its files do not distinguish.
         - `modelspec.*`, `reference_*`, `audio_ref_*`: entries that programs need to load the file.
+        - `file_model_type`: for `model_type` of whole models, without which some programs do not load them.
         - `ss_*`: entries that other trainers write.
         """
 

@@ -166,6 +166,10 @@ class GuidanceRules:
     streams: tuple[StreamGuidance, ...] = ()
     perturbed_blocks: frozenset[int] = frozenset()  # blocks of the pass in `StreamGuidance.perturbed_scale`
     negative_skips: NegativeSkips = NegativeSkips()
+    # strength of each of the network's stage LoRAs in the negative pass; (): they are off
+    negative_lora_strengths: tuple[float, ...] = ()
+    final_steps: int = 0  # number of last steps with `final_scale` instead of the guidance scale
+    final_scale: float = 1.0
 
 
 NO_GUIDANCE_RULES = GuidanceRules()

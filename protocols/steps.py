@@ -140,6 +140,8 @@ class Overrides:
     # results that a network may cache between the passes of a section; None: it must not cache
     section_cache: dict[Any, Any] | None = None
     step_position: StepPosition | None = None  # set by the denoising loop
+    # strength of each of the network's stage LoRAs in this call; (): those of the request's stage
+    stage_lora_strengths: tuple[float, ...] = ()
 
     @property
     def is_perturbed(self) -> bool:
@@ -194,6 +196,7 @@ class Overrides:
             clean_tokens=self.clean_tokens or all_passes.clean_tokens,
             audio_video_shapes=self.audio_video_shapes or all_passes.audio_video_shapes,
             section_cache=all_passes.section_cache if self.section_cache is None else self.section_cache,
+            stage_lora_strengths=self.stage_lora_strengths or all_passes.stage_lora_strengths,
         )
 
 

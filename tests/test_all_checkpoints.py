@@ -24,6 +24,7 @@ import hidream_o1.files
 import hunyuan_image.files
 import hunyuan_model.checkpoints
 import hunyuan_video_15.files
+import ideogram4.files
 import kandinsky.files
 import krea2.files
 import lumina.files
@@ -38,6 +39,7 @@ import tests.tiny.flux_3 as tiny_flux_3
 import tests.tiny.hidream_o1 as tiny_hidream_o1
 import tests.tiny.hunyuan_image as tiny_hunyuan_image
 import tests.tiny.hunyuan_video_15 as tiny_hunyuan_video_15
+import tests.tiny.ideogram4 as tiny_ideogram4
 import tests.tiny.kandinsky as tiny_kandinsky
 import tests.tiny.krea2 as tiny_krea2
 import tests.tiny.lumina as tiny_lumina
@@ -150,6 +152,7 @@ KINDS = {
             *("hidream_o1", hidream_o1.files, tiny_hidream_o1, "it is a HiDream-O1-Image network (--dit)"),
             (*SHARED, "released", "released_sharded"),
         ),
+        Kind("ideogram4", ideogram4.files, tiny_ideogram4, dit("an Ideogram 4")),
         *(
             Kind(f"kandinsky {name}", kandinsky.files, tiny_kandinsky, dit("a Kandinsky 5"), SHARED, name)
             for name in ("video", "image")
@@ -224,6 +227,7 @@ FP8_FILES = {
             "moss_image",
             "fibo_2",
             "ernie_image",
+            "ideogram4",
             "hidream_o1",
             "kandinsky video",
             "hunyuan_video_15",
@@ -480,6 +484,10 @@ def test_a_patch_sees_published_names_and_unrounded_whole_weights(tmp_path: Path
             {"0.self_attn.q_proj.weight", "0.self_attn.o_proj.weight", "1.mlp.down_proj.weight"},
         ),
         (
+            *("ideogram4", ("layers.",)),
+            {"attention.qkv.weight", "attention.o.weight", "feed_forward.w2.weight"},
+        ),
+        (
             *("kandinsky video", ("text_transformer_blocks.", "visual_transformer_blocks.")),
             {
                 "self_attention.to_query.weight",
@@ -536,6 +544,10 @@ ERNIE = {
 HIDREAM = {
     **{"dim": 4096, "ffn_dim": 12288, "num_heads": 32, "num_kv_heads": 8, "num_layers": 36},
     **{"head_width": 128, "vocabulary": 151936, "bottleneck": 1024, "patch_size": 32, "row_frequencies": 20},
+}
+IDEOGRAM = {
+    **{"dim": 4608, "ffn_dim": 12288, "num_heads": 18, "num_layers": 34, "in_dim": 128},
+    **{"text_dim": 53248, "time_dim": 512, "head_width": 256, "section": 20},
 }
 KANDINSKY = {
     **{"text_layers": 2, "text_dim": 3584, "pooled_dim": 768, "time_dim": 512, "out_channels": 16},
@@ -597,6 +609,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "fibo-2-dit": ("fibo_2", FIBO),
     "ernie-image-dit": ("ernie_image", ERNIE),
     **dict.fromkeys(("hidream-o1", "hidream-o1-comfy"), ("hidream_o1", HIDREAM)),
+    **dict.fromkeys(("ideogram4-dit", "ideogram4-dit-diffusers"), ("ideogram4", IDEOGRAM)),
     "kandinsky5-lite-dit": ("kandinsky video", KANDINSKY_LITE),
     "kandinsky5-pro-dit": ("kandinsky video", KANDINSKY_PRO),
     "kandinsky5-lite-t2i-dit": ("kandinsky image", KANDINSKY_IMAGE),
@@ -661,6 +674,10 @@ def test_published_files_of_full_size_load_without_leftovers(tmp_path: Path, man
             for name in ("language_model.layers.0.self_attn.k", "language_model.layers.1.mlp.up")
         ),
         *(("hidream_o1", name) for name in ("x_embedder.proj2", "t_embedder1.mlp.0", "final_layer2.linear")),
+        *(
+            ("ideogram4", name)
+            for name in ("input_proj", "llm_cond_proj", "layers.0.attention.o", "t_embedding.mlp_in")
+        ),
         *(
             ("kandinsky video", name)
             for name in ("visual_embeddings.in_layer", "pooled_text_embeddings.norm", "out_layer.out_layer")
@@ -736,6 +753,14 @@ SENSELESS: dict[str, list[tuple[str, tuple[int, ...]]]] = {
         ("language_model.layers.0.self_attn.k_proj.weight", ()),
         ("x_embedder.proj1.weight", (16, 3071)),
         ("final_layer2.linear.weight", (3072, 63)),
+    ],
+    "ideogram4": [
+        ("layers.0.attention.norm_q.weight", (0,)),
+        ("layers.0.attention.norm_q.weight", (31,)),
+        ("layers.0.attention.qkv.weight", (95, 96)),
+        ("layers.0.adaln_modulation.weight", ()),
+        ("final_layer.linear.weight", (127, 96)),
+        ("embed_image_indicator.weight", (3, 96)),
     ],
     "kandinsky video": [
         ("visual_transformer_blocks.0.self_attention.query_norm.weight", (0,)),

@@ -62,6 +62,7 @@ AGAIN = {"python reelsmith.py run clips"}  # starts a program for each step, as 
 OF_IMAGES = (
     "anima",
     "ernie_image",
+    "ideogram4",
     "fibo_2",
     "flux",
     "flux_2",
@@ -229,6 +230,7 @@ IMAGE_MODELS = {
             "hidream_o1",
             "hunyuan_image",
             "hunyuan_video_15",
+            "ideogram4",
             "kandinsky",
             "krea2",
             "lumina",

@@ -30,6 +30,7 @@ CONVERTED_FOR = {
     "qwen_image_21": "comfyui",
     "fibo_2": "comfyui",
     "ernie_image": "diffusers",
+    "ideogram4": "diffusers",
     "kandinsky": "diffusers",
     "hunyuan_video_15": "comfyui",
     "flux_3": "diffusers",
@@ -54,7 +55,7 @@ SLOW |= {
 }
 # what their scripts train and make is compared with diffusers each day: parity/test_training_steps.py and
 # parity/test_pictures.py; z_image, of which the same is true, stays for samples, states and pages of pictures
-SLOW |= {"anima", "ernie_image", "hidream_o1", "hunyuan_image", "krea2", "lumina", "qwen_image"}
+SLOW |= {"anima", "ernie_image", "ideogram4", "hidream_o1", "hunyuan_image", "krea2", "lumina", "qwen_image"}
 FAST = "wan t2v-1.3B"
 MARKS = {FAST: pytest.mark.whole_way, **dict.fromkeys(SLOW, pytest.mark.slow)}
 CASES = [pytest.param(each, id=each.name, marks=MARKS.get(each.name, ())) for each in (*FAMILIES, LAYERED)]
@@ -268,6 +269,7 @@ OF_IMAGES = (
     "anima",
     "ernie_image",
     "hidream_o1",
+    "ideogram4",
 )
 # qwen_image stays for pictures
 FULL_SLOW = ("wan i2v-14B-FC", "framepack one frame", "qwen_image edit-2511", "krea2", *OF_IMAGES)

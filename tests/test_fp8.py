@@ -43,6 +43,7 @@ TEXTS_IN_FP8 = {  # option, and the tensor in caches that it changes
     **dict.fromkeys(("moss_image", "moss_image edit"), ("--fp8_vl", "qwen3_5_embed")),
     **dict.fromkeys(("fibo_2", "fibo_2 edit"), ("--fp8_vl", "fibo_states")),
     "ernie_image": ("--fp8_llm", "ministral3_embed"),
+    "ideogram4": ("--fp8_vl", "i4_llm_features"),
     **dict.fromkeys(("kandinsky", "kandinsky i2v", "kandinsky image"), ("--fp8_vl", "text_embeds")),
     **dict.fromkeys(("hunyuan_video_15", "hunyuan_video_15 i2v"), ("--fp8_vl", "vl_embed")),
     "z_image": ("--fp8_llm", "llm_embed"),
@@ -56,7 +57,7 @@ TEXTS_IN_FP8 = {  # option, and the tensor in caches that it changes
 # of FramePack tests/frame_pack has what is its own
 SLOW = {"hunyuan_video", "framepack", "lumina", "hunyuan_image", "flux", "flux_2", "kontext", "qwen_image"}
 SLOW |= {"qwen_image_21", "qwen_image_21 edit", "moss_image", "moss_image edit", "fibo_2", "fibo_2 edit"}
-SLOW |= {"anima", "ernie_image", "hidream_o1", "hunyuan_video_15", "kandinsky"}
+SLOW |= {"anima", "ernie_image", "ideogram4", "hidream_o1", "hunyuan_video_15", "kandinsky"}
 SLOW |= {"qwen_image edit-2511", "flux_3", "krea2", "krea2 edit", "z_image", "ltx_2", "ltx_2 with sound"}
 CHOSEN = [
     pytest.param(family, id=family.name, marks=pytest.mark.slow if family.name in SLOW else ())

@@ -40,6 +40,7 @@ MAY_IMPORT = {
     "moss_image": GROUND | {"networks.names", "encoders", "lumina", "krea2", "flux_2"},
     "hidream_o1": GROUND | {"networks.names", "encoders", "lumina"},
     "ernie_image": GROUND | {"networks.names", "encoders", "lumina", "flux_2"},
+    "ideogram4": GROUND | {"networks.names", "encoders", "lumina", "flux_2"},
     "kandinsky": GROUND | {"networks.names", "encoders", "hunyuan_model"},
     "hunyuan_video_15": GROUND | {"networks.names", "encoders", "hunyuan_model", "hunyuan_image"},
     "fibo_2": GROUND | {"networks.names", "encoders", "lumina", "z_image", "krea2", "flux_2"},

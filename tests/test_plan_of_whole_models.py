@@ -56,6 +56,7 @@ MODELS = {
     "HiDream-O1-Image": ("hidream_o1", "hidream-o1-comfy", ()),
     "HunyuanVideo 1.5": ("hunyuan_video_1_5", "hunyuanvideo1.5-dit-comfy", ()),
     "ERNIE-Image": ("ernie_image", "ernie-image-dit", ()),
+    "Ideogram 4": ("ideogram4", "ideogram4-dit", ()),
     "FLUX.1": ("flux_kontext", "flux1-dev-dit", ()),
     "Krea 2": ("krea2", "krea2-dit", ()),
 }

@@ -49,6 +49,7 @@ NAMES = (
             *("moss_image", "moss_image edit", "fibo_2", "fibo_2 edit", "ernie_image", "kandinsky"),
             "hidream_o1",
             "hunyuan_video_15",
+            "ideogram4",
             *("ltx_2", "ltx_2 with sound"),
         )
     ),

@@ -97,6 +97,8 @@ def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[
     for key, value in family.metadata.items():
         if key.startswith(("reference_", "audio_ref_", "modelspec.")):
             values[key] = value
+    if plan.options.full_dit is not None and "file_model_type" in family.metadata:
+        values["model_type"] = family.metadata["file_model_type"]
     if not plan.options.metadata.no_metadata:
         # options whose change is rejected (identity) or warned of (habit) when the run is resumed
         family_options = recorded_values(family.options, "identity", "habit")

@@ -706,9 +706,9 @@ def settings_to_repeat(prepared: Prepared, is_seeded: bool, family: Family) -> d
         name: getattr(prepared, name) for name in ("frames", "steps", "embedded_guidance")
     }
     scales = prepared.guidance_scale
-    # separate scales of image and audio would be replaced by a shared one, so only one that the prompt line
-    # sets is repeated
-    has_separate_scales = bool(prepared.rules.streams)
+    # separate scales of image and audio, or of the last steps, would be replaced by a shared one, so only one
+    # that the prompt line sets is repeated
+    has_separate_scales = bool(prepared.rules.streams or prepared.rules.final_steps)
     if not has_separate_scales:
         values["guidance_scale"] = scales[0]
     for expert, scale in zip(family.experts, scales, strict=True):

@@ -329,6 +329,7 @@ PROGRAM = Program(
         "sd1": ("stable_diffusion", "1.5"),
         "anima": ("anima", "base"),
         "ernie_image": ("ernie_image", None),
+        "ideogram4": ("ideogram4", None),
         "krea2": ("krea2", None),
         "krea2:turbo": ("krea2", "turbo"),
         "ltx2": ("ltx_2", None),

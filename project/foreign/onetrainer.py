@@ -371,6 +371,7 @@ PROGRAM = Program(
         "QWEN": ("qwen_image", "original"),
         "Z_IMAGE": ("z_image", None),
         "ERNIE": ("ernie_image", None),
+        "IDEOGRAM_4": ("ideogram4", None),
         "ANIMA": ("anima", "base"),
         "KREA_2": ("krea2", None),
         "KREA2": ("krea2", None),

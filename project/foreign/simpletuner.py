@@ -290,6 +290,8 @@ PROGRAM = Program(
         "z-image base": ("z_image", "base"),
         "z-image turbo": ("z_image", "turbo"),
         "z-image-turbo": ("z_image", "turbo"),
+        "ideogram": ("ideogram4", None),
+        "ideogram4": ("ideogram4", None),
         "ernie": ("ernie_image", None),
         "ernie base": ("ernie_image", "base"),
         "ernie turbo": ("ernie_image", "turbo"),

@@ -177,6 +177,7 @@ KINDS = {
     "ltx2.5": "LTX-2",
     "ernie-image-dit": "an ERNIE-Image transformer",
     "hidream-o1": "a HiDream-O1-Image network",
+    "ideogram4-dit": "an Ideogram 4 transformer",
     "kandinsky5": "a Kandinsky 5 transformer",
     "ministral": "language model",
     "moss-image-dit": "a MOSS-Image transformer",

@@ -196,6 +196,7 @@ ELSEWHERE = {
     # any ControlNet; any chat model; any vision-language model
     *("FLUX.1-dev-Controlnet-Canny", "chat", "chat/config.json", "vision"),
     "loras",  # of ComfyUI
+    "Ideogram-4-bf16-Diffusers",  # a copy by somebody else, whose files were not seen
     *("wan_pipeline", "wan_pipeline/vae", "wan_pipeline/text_encoder"),  # a diffusers folder
 }
 

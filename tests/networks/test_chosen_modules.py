@@ -57,6 +57,7 @@ LEARNING = {
     "hidream_o1": "language_model.layers.{0,1}.self_attn.{q,k,v,o}_proj "
     "language_model.layers.{0,1}.mlp.{gate,up,down}_proj x_embedder.{proj1,proj2} final_layer2.linear",
     "hunyuan_video_15": f"{STREAMS}{{attn_q,attn_k,attn_v,attn_proj,mlp.fc1,mlp.fc2,mod.linear}}",
+    "ideogram4": "layers.{0,1}.attention.{qkv,o} layers.{0,1}.feed_forward.{w1,w2,w3}",
     "kandinsky": "{text,visual}_transformer_blocks.{0,1}.self_attention.{to_query,to_key,to_value,out_layer} "
     "{text,visual}_transformer_blocks.{0,1}.feed_forward.{in_layer,out_layer} "
     "visual_transformer_blocks.{0,1}.cross_attention.{to_query,to_key,to_value,out_layer}",

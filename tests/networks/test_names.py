@@ -276,6 +276,7 @@ RELEASED = {
     "ernie_image": "ernie-image-dit",
     "hidream_o1": "hidream-o1-comfy",
     "hunyuan_video_1_5": "hunyuanvideo1.5-dit hunyuanvideo1.5-dit-diffusers hunyuanvideo1.5-dit-comfy",
+    "ideogram4": "ideogram4-dit",
     "kandinsky": "kandinsky5-lite-dit kandinsky5-pro-dit kandinsky5-lite-t2i-dit",
     "z_image": "z-image-dit z-image-dit-comfy",
     "wan": "wan2.1-t2v-14b-diffusers wan2.2-ti2v-5b",

@@ -5,6 +5,7 @@ The optimizer is plain gradient descent, so a step's change of the weights is th
 rate.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ import tests.flux_3.making as flux_3
 import tests.hidream_o1.making as hidream_o1
 import tests.hunyuan_image.making as hunyuan_image
 import tests.hunyuan_video_15.making as hunyuan_video_15
+import tests.ideogram4.making as ideogram4
 import tests.kandinsky.making as kandinsky
 import tests.krea2.making as krea2
 import tests.lumina.making as lumina
@@ -47,6 +49,7 @@ import tests.tiny.krea2 as tiny_krea2
 import tests.tiny.lumina as tiny_lumina
 import tests.z_image.making as z_image
 from encoders.autoencoder import SCALE, SHIFT
+from ideogram4.configs import LATENT
 from tests.faults.messages import succeed_here
 from tests.hidream_o1.plain import PlainHiDreamO1
 from tests.moss_image.plain import PlainMossImage
@@ -287,6 +290,18 @@ def error_of_ernie_image(dit: nn.Module, batch: Sequence[Item], step: int) -> Te
     return ernie_image.predict_with(dit, given) - wanted
 
 
+def error_of_ideogram4(dit: nn.Module, batch: Sequence[Item], step: int) -> Tensor:
+    size = batch[0].latents.shape[-2] * batch[0].latents.shape[-1]
+    logits = torch.special.logit(normal_share(batch, step))
+    sigmas = torch.sigmoid(0.5 * math.log(size * 256 / 512**2) + 1.5 * logits)
+    noisy, wanted = mixed(batch, step, sigmas.float())
+    # rounded as timesteps of 0 to 1000: the fastest waves of the time see the last digit
+    times = 1 - (1000 * sigmas).float() / 1000
+    text, mask = padded(batch)
+    given = {"noisy": noisy, "times": times, "text": text, "text_mask": mask}
+    return -ideogram4.predict_with(dit, given) - wanted
+
+
 def error_of_kandinsky(
     dit: nn.Module, batch: Sequence[Item], step: int, flow_shift: float, scale: float, given: int = 0
 ) -> Tensor:
@@ -439,6 +454,19 @@ def hidream_o1_parts(dit_file: Path) -> Parts:
     paths = [name.removesuffix(".weight") for name in load_file(dit_file) if name.endswith(".weight")]
     chosen = [path for path in paths if path.startswith(starts) and "norm" not in path]
     return {f"model_{path.replace('.', '_')}": [path] for path in chosen}  # as musubi-tuner calls them
+
+
+def ideogram4_parts(dit_file: Path) -> Parts:
+    """The layers of the blocks; diffusers splits queries, keys and values."""
+    parts: Parts = {}
+    for name in load_file(dit_file):
+        path = name.removesuffix(".weight")
+        is_learned = path.endswith(("attention.qkv", "attention.o", ".w1", ".w2", ".w3"))
+        if is_learned:
+            start = path.removesuffix("qkv").removesuffix(".o")
+            modules = [f"{start}to_{letter}" for letter in "qkv"] if path.endswith("qkv") else [path]
+            parts[path.replace(".", "_")] = [f"{start}.to_out.0"] if path.endswith(".o") else modules
+    return parts
 
 
 def krea2_parts(dit_file: Path) -> Parts:
@@ -724,6 +752,15 @@ CASES: dict[str, Training] = {
         error=error_of_ernie_image,
         change=partial(write_caption, "picture 1", LONG),  # captions of unequal lengths
     ),
+    "ideogram4": Training(
+        *("i4", "i4_llm_features", 20.0),
+        network=ideogram4.in_diffusers,
+        parts=ideogram4_parts,
+        options=(),
+        error=error_of_ideogram4,
+        change=partial(write_caption, "picture 1", LONG),  # captions of unequal lengths
+        to_model=lambda latents: LATENT.to_model(latents.unsqueeze(1)),
+    ),
     **{
         name: Training(
             *("k5", "text_embeds", 2.0),
@@ -810,7 +847,7 @@ def train(folder: Path, name: str, *more: object) -> Path:
 
 # the networks of the others are compared with recorded numbers, and what they learn in tests/test_families.py
 DAILY = {"hunyuan_video", "chroma", "lumina", "hunyuan_image", "qwen_image", "krea2", "z_image"}
-DAILY |= {"anima", "ernie_image", "hidream_o1", "hunyuan_video_15", "kandinsky"}
+DAILY |= {"anima", "ernie_image", "ideogram4", "hidream_o1", "hunyuan_video_15", "kandinsky"}
 
 
 @pytest.mark.parametrize(

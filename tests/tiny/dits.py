@@ -21,6 +21,7 @@ from hidream_o1.model import HiDreamO1Model
 from hunyuan_image.model import HunyuanImageModel
 from hunyuan_model.model import HunyuanVideoModel
 from hunyuan_video_15.model import HunyuanVideo15Model
+from ideogram4.model import Ideogram4Model
 from kandinsky.model import KandinskyModel
 from krea2.model import Krea2Model
 from ltx_2.model import LtxModel
@@ -44,6 +45,7 @@ from tests.tiny import (
     hunyuan_dit,
     hunyuan_image,
     hunyuan_video_15,
+    ideogram4,
     kandinsky,
     krea2,
     lumina,
@@ -429,6 +431,23 @@ def _hidream_o1() -> TinyDit:
     return TinyDit("hidream_o1", HiDreamO1Model.spec, make, "lora_hidream_o1", inputs)
 
 
+def _ideogram4() -> TinyDit:
+    """With texts of several lengths."""
+    config = ideogram4.CONFIG
+
+    def inputs(size: Size, batch: int) -> dict[str, Any]:
+        draw, (_, *area, text) = _drawing(), size
+        return {
+            "noisy": draw(batch, config.in_dim, 1, *area),
+            "times": torch.linspace(0.1, 0.9, batch),
+            "text": draw(batch, text, config.text_dim),
+            "text_mask": _mask(batch, text),
+        }
+
+    make = _maker(Ideogram4Model, config, ideogram4.tiny_state, "num_layers")
+    return TinyDit("ideogram4", Ideogram4Model.spec, make, "lora_ideogram4", inputs)
+
+
 def _kandinsky() -> TinyDit:
     """With texts of several lengths."""
     config = kandinsky.CONFIG
@@ -515,6 +534,7 @@ DITS = (
         _fibo_2(),
         _fibo_2(edits=True),
         _ernie_image(),
+        _ideogram4(),
         _kandinsky(),
         _hidream_o1(),
         _hunyuan_video_15(),

@@ -25,6 +25,7 @@ from tests.tiny.hidream_o1 import write_tiny_hidream_o1
 from tests.tiny.hunyuan import write_tiny_hunyuan
 from tests.tiny.hunyuan_image import write_tiny_hunyuan_image
 from tests.tiny.hunyuan_video_15 import write_tiny_hunyuan_video_15
+from tests.tiny.ideogram4 import write_tiny_ideogram4
 from tests.tiny.kandinsky import write_tiny_kandinsky
 from tests.tiny.krea2 import write_tiny_krea2
 from tests.tiny.lumina import write_tiny_lumina
@@ -600,6 +601,17 @@ def _hidream_o1() -> TinyFamily:
     )
 
 
+def _ideogram4() -> TinyFamily:
+    return _images(
+        *("ideogram4", "ideogram4", "lora_ideogram4"),
+        lambda folder: write_tiny_ideogram4(folder / "model"),
+        vae=VAE,
+        texts=TEXTS,
+        line="--fs 5",
+        train_full="ideogram4_train.py",
+    )
+
+
 def _hunyuan_image() -> TinyFamily:
     return _images(
         *("hunyuan_image", "hunyuan_image", "lora_hunyuan_image"),
@@ -692,6 +704,7 @@ FAMILIES = (
     _fibo_2(edits=True),
     _ernie_image(),
     _hidream_o1(),
+    _ideogram4(),
     _anima(),
     _ltx_2("ltx_2", "v", "2.5"),
     _ltx_2("ltx_2 with sound", "av", "2.3"),
@@ -730,6 +743,7 @@ def write_deep(family: TinyFamily, folder: Path, clips: WriteClips = write_clips
         **dict.fromkeys(("fibo_2", "fibo_2 edit"), write_tiny_fibo_2),
         "ernie_image": write_tiny_ernie_image,
         "hidream_o1": write_tiny_hidream_o1,
+        "ideogram4": write_tiny_ideogram4,
         "qwen_image": write_tiny_qwen_image,
         "qwen_image edit-2511": partial(write_tiny_qwen_image, edits=True),
         "ltx_2": partial(write_release, version="2.5"),

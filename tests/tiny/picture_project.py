@@ -26,6 +26,7 @@ from tests.tiny import (
     hunyuan_image,
     hunyuan_vae,
     hunyuan_video_15,
+    ideogram4,
     kandinsky,
     krea2,
     lumina,
@@ -129,6 +130,20 @@ def lay_out_fibo_2(folder: Path) -> None:
     (folder.parent / "before").mkdir()
     for name in ("start", "mask", "chair", "before/0", "before/1"):
         write_image(folder.parent / f"{name}.png", SIDE, SIDE)
+
+
+def lay_out_ideogram4(folder: Path) -> None:
+    """Both networks of Ideogram 4, and what they need."""
+    folder.mkdir(parents=True, exist_ok=True)
+    second = ideogram4.write_second(folder, torch.bfloat16)
+    second.rename(folder / "ideogram4_unconditional_fp8_scaled.safetensors")
+    first = ideogram4.tiny_state(dtype=torch.bfloat16)
+    ideogram4.save(folder / "ideogram4_fp8_scaled.safetensors", first)
+    ideogram4.write_dit(folder / "Ideogram-4-bf16-Diffusers", first, "diffusers_sharded")
+    save(folder / "flux2-vae.safetensors", flux_2.vae_state(dtype=torch.bfloat16))
+    texts = ideogram4.write_text_encoder(folder / "qwen3_vl_8b")
+    (texts / "model.safetensors").rename(folder / "qwen3vl_8b_fp8_scaled.safetensors")
+    (texts / "config.json").rename(folder / "config.json")
 
 
 def lay_out_ernie_image(folder: Path) -> None:

@@ -116,6 +116,10 @@ CASES |= {
         *("ernie_image", [], {}),
         {"steps": 50, "guidance_scale": (4.0,), "flow_shift": 4.0, "negative_prompt": ""},
     ),
+    "ideogram4": (
+        *("ideogram4", [], {}),
+        {"steps": 20, "guidance_scale": (7.0,), "negative_prompt": ""},
+    ),
     "ernie_image turbo": (
         *("ernie_image", [], {"model/dit.safetensors": TURBO}),
         {"steps": 8, "guidance_scale": (1.0,), "flow_shift": 4.0},

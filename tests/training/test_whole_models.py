@@ -34,7 +34,7 @@ DAILY = "krea2"
 NAMES = (
     *("krea2", "flux", "chroma", "lumina", "hunyuan_image"),
     *("flux_2", "flux_3", "qwen_image_21", "moss_image", "fibo_2", "kontext", "z_image", "qwen_image"),
-    *("ernie_image", "hidream_o1"),
+    *("ernie_image", "hidream_o1", "ideogram4"),
     *("kandinsky", "kandinsky image"),
     "hunyuan_video_15 i2v",  # from text, what sees an image does not learn
     *("ltx_2 with sound", "minimax_h3", "qwen_image layered"),

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import ideogram4.captions
 from data_tools.captions.run import run_captioning
 from dataset.config import load_dataset_config
 from dataset.sources.captions import complete_captions
@@ -44,7 +45,7 @@ def questions_of(server: FakeServer) -> list[str]:
 def test_the_question_names_every_key_and_part_and_the_answer_has_room(tmp_path: Path) -> None:
     server = ask(make_folder(tmp_path), lambda *_: TEXT)
 
-    assert caption_formats() == {"fibo_2": FORMAT}
+    assert caption_formats() == {"fibo_2": FORMAT, "ideogram4": ideogram4.captions.FORMAT}
     for question in questions_of(server):
         for key in FORMAT.keys:
             assert all(f'"{name}"' in question for name in (key.name, *key.parts))
@@ -162,7 +163,7 @@ def edit(config: Path, *words: str) -> None:
 
 def test_words_around_an_object_are_refused_without_its_format(tmp_path: Path) -> None:
     config = make_folder(tmp_path, {"a": TEXT, "ç": "plain"})
-    with pytest.raises(OptionError, match=r"a.png: .* by --caption_format \(fibo_2\)"):
+    with pytest.raises(OptionError, match=r"a.png: .* by --caption_format \(fibo_2, ideogram4\)"):
         edit(config, "--trigger_word", "zxc")
     assert read_captions(tmp_path) == {"a": TEXT, "ç": "plain"}
 

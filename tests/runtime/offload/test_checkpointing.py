@@ -34,7 +34,7 @@ ATTENTIONS = {
     **{"qwen_image_21": (4, 0), "qwen_image_21 edit": (8, 0)},
     **{"krea2 edit": (3, 0), "wan t2v": (2, 1), "wan i2v": (3, 1), "wan vace": (2, 1)},
     **{"moss_image": (2, 0), "moss_image edit": (3, 0)},
-    **dict.fromkeys(("fibo_2", "fibo_2 edit", "ernie_image"), (2, 0)),
+    **dict.fromkeys(("fibo_2", "fibo_2 edit", "ernie_image", "ideogram4"), (2, 0)),
     "anima": (2, 0),
     "hidream_o1": (3, 0),  # of each of two samples to everything, and of their texts to themselves
     "hunyuan_video_15": (2, 0),
@@ -84,6 +84,7 @@ BOTH_DTYPES += [pytest.param(tiny, True, id=f"{tiny.name} autocast") for tiny in
     "hunyuan t2v autocast",
     "hunyuan t2v",
     "hunyuan_image",
+    "ideogram4",
     "krea2 edit",
     "krea2",
     "ltx_2 2.0",
