@@ -263,6 +263,20 @@ def test_a_comparison_makes_what_the_generation_script_makes(trained: tuple[Tiny
     assert list((folder / "compared").glob("compare_*.html"))
 
 
+@pytest.mark.slow
+def test_each_block_of_the_lora_is_measured(trained: tuple[TinyFamily, Path]) -> None:
+    family, folder = trained
+    options = [*SIZE, "--prompt", "a cat", "--seed", "7", "--device", "cpu", "--json", "profile.json"]
+    lora = ["--lora", "output/lora.safetensors"]
+    succeed_here("tools/profile_blocks.py", *family.generate[1:], *options, *lora, folder=folder)
+    content = json.loads((folder / "profile.json").read_text("utf-8"))
+    assert all(change > 0 for change in content["changes"])
+    assert len(content["blocks"]) > 1
+    for row in content["blocks"]:
+        assert row["norm"] > 0, row["block"]  # the blocks of the network are those of the file
+        assert any(share > 0 for share in row["shares"]), row["block"]
+
+
 OF_IMAGES = (
     *("flux", "chroma", "lumina", "hunyuan_image"),
     *("flux_2", "flux_3", "qwen_image_21 edit", "moss_image edit", "fibo_2 edit", "kontext", "krea2 edit"),
