@@ -10,7 +10,7 @@ import json
 import sys
 import weakref
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from logging import getLogger
@@ -37,7 +37,7 @@ from modules.options import Options, option
 from networks.block_changes import get_block_order, list_block_changes, name_block
 from networks.delta import read_deltas
 from networks.gated_loras import AddedLoras, LoraWrapper, add_loras, reject_magnitudes
-from networks.loading import select_network_part
+from networks.loading import WeightedLora, select_network_part
 from networks.names.layouts import OURS
 from networks.text_loras import TextLoras, add_lora_words
 from protocols.family import Family
@@ -192,6 +192,15 @@ class BlockRecorder:
         )
 
 
+def measure_block_norms(uses: Iterable[WeightedLora]) -> dict[str, float]:
+    """Return the norm of what LoRAs at their strengths change in the weights of each block."""
+    squared_norms: defaultdict[str, float] = defaultdict(float)
+    for use in uses:
+        for change in list_block_changes(read_deltas(use.lora.modules())):
+            squared_norms[change.block] += change.squared_norm * use.multiplier**2
+    return {block: squared_norm**0.5 for block, squared_norm in squared_norms.items()}
+
+
 def select_steps(num_steps: int) -> list[int]:
     """Return the steps at which blocks are left out: the first, the last, and evenly spaced ones between."""
     count = min(NUM_LEVELS, num_steps)
@@ -245,11 +254,7 @@ def profile_blocks(family: Family, options: GenerationOptions, profile_options: 
     count_text = format_count(len(jobs), "prompt")
     logger.info("Measuring %s at up to %d steps of %s", profile_options.lora, NUM_LEVELS, count_text)
     make_outputs(run, jobs, Failures(strict=True))
-    norms: defaultdict[str, float] = defaultdict(float)
-    for use in chain(*loras):
-        for change in list_block_changes(read_deltas(use.lora.modules())):
-            norms[change.block] += change.squared_norm * use.multiplier**2
-    profile = recorder.make_profile({block: squared_norm**0.5 for block, squared_norm in norms.items()})
+    profile = recorder.make_profile(measure_block_norms(chain(*loras)))
     prompts = [job.prepared.request.prompt for job in jobs]
     _write_profile(profile, profile_options, prompts)
 

@@ -289,21 +289,11 @@ def make_variants(
         comparison: Strengths to compare, and files that are used in all columns.
     """
     variants = [Variant(WITHOUT, "", ((),) * len(experts), {})]
-    num_beside = len(comparison.beside or ())
-    beside: list[tuple[WeightedLora, ...]] = [() for _ in uses]
-    if num_beside:
-        if len({len(expert_uses) for expert_uses in uses}) > 1:
-            raise OptionError(
-                "--beside: the model has two experts, and a file is for one of them only. Merge each pair "
-                "into a file for both, or omit --beside"
-            )
-        files = comparison.beside or ()
-        multipliers = multipliers_for(files, comparison.beside_multiplier, "--beside_multiplier", warns=True)
-        for index, expert_uses in enumerate(uses):
-            weighted_uses = zip(expert_uses[-num_beside:], multipliers, strict=True)
-            beside[index] = tuple(replace(use, multiplier=strength) for use, strength in weighted_uses)
-        uses = [expert_uses[:-num_beside] for expert_uses in uses]
-        name = " and ".join(path.stem for path in comparison.beside or ())
+    beside: Sequence[tuple[WeightedLora, ...]] = ((),) * len(experts)
+    if comparison.beside:
+        beside = _select_beside(uses, comparison)
+        uses = [expert_uses[: -len(comparison.beside)] for expert_uses in uses]
+        name = " and ".join(path.stem for path in comparison.beside)
         variants.append(Variant(f"{name} alone", "", tuple(beside), _hash_files(experts, beside)))
     num_columns = max(map(len, uses), default=0)
     columns = []
@@ -325,6 +315,24 @@ def make_variants(
             ]
             variants.append(Variant(heading, f"x {strength:g}", tuple(weighted), sha256))
     return variants
+
+
+def _select_beside(
+    uses: network_setup.LorasByExpert, comparison: CompareOptions
+) -> list[tuple[WeightedLora, ...]]:
+    """Return the files that all columns have, which are each expert's last ones, at their strengths."""
+    if len({len(expert_uses) for expert_uses in uses}) > 1:
+        raise OptionError(
+            "--beside: the model has two experts, and a file is for one of them only. Merge each pair "
+            "into a file for both, or omit --beside"
+        )
+    files = comparison.beside or ()
+    multipliers = multipliers_for(files, comparison.beside_multiplier, "--beside_multiplier", warns=True)
+    beside = []
+    for expert_uses in uses:
+        weighted_uses = zip(expert_uses[-len(files) :], multipliers, strict=True)
+        beside.append(tuple(replace(use, multiplier=strength) for use, strength in weighted_uses))
+    return beside
 
 
 def _hash_files(experts: Sequence[Expert], column: network_setup.LorasByExpert) -> dict[str, str]:

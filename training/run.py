@@ -240,27 +240,30 @@ def _move_earlier_run_away(plan: TrainingPlan, history: Path) -> None:
 def _make_sampler(plan: TrainingPlan, prompts: Path) -> "Sampler":
     """Return the sampler of the run, after encoding its prompts and images."""
     options, accelerator = plan.options, plan.accelerator
-    from training.samples import prepare_samples  # only with prompts
+    from training.samples import PromptSource, prepare_samples  # only with prompts
 
     weights_suffix = "".join(f" + {path.name}:{multiplier:g}" for path, multiplier in options.samples.loras())
     average = plan.features.average
     if average is not None and average.is_sampled:
         weights_suffix = f" ({average.name}){weights_suffix}"
+    source = PromptSource(
+        prompts,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        is_joint=plan.steps.works_together,
+        expansions=plan.features.sample_entries,
+        trains_lora=plan.network_spec.lora_options is not None,
+    )
     sampler = prepare_samples(
         plan.sample_family,
-        prompts,
+        source,
         folder=plan.names.folder / "sample",
         name=plan.names.name,
         device=accelerator.device,
-        process_index=accelerator.process_index,
-        num_processes=accelerator.num_processes,
         has_metadata=not options.metadata.no_metadata,
         weights_suffix=weights_suffix,
         preview=options.samples.preview,
-        is_joint=plan.steps.works_together,
         block_sharder=make_block_sharder(options.speed, accelerator.device),
-        expansions=plan.features.sample_entries,
-        trains_lora=plan.network_spec.lora_options is not None,
     )
     # outputs of trained text encoders change, so prompts are encoded again for each sample
     if plan.live_encoders and plan.live_encoders.trained_encoders:

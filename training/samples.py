@@ -92,9 +92,9 @@ class PromptSource:
     """The prompt file of a run's samples, and this process's share of its entries."""
 
     path: Path
-    process_index: int
-    num_processes: int
-    is_joint: bool  # all processes make every sample together
+    process_index: int = 0
+    num_processes: int = 1
+    is_joint: bool = False  # all processes make every sample together
     expansions: Sequence[ExpandEntries] = ()  # of features: given the entries, return those to sample
     trains_lora: bool = True  # whether what is trained has a strength (--lm)
     text: str = ""  # contents of the file when it was last read
@@ -328,19 +328,14 @@ def _show_steps(
 
 def prepare_samples(
     family: Family,
-    prompt_file: Path,
+    source: PromptSource,
     folder: Path,
     name: str,
     device: torch.device,
-    process_index: int,
-    num_processes: int,
     has_metadata: bool = True,
     weights_suffix: str = "",
     preview: PreviewOptions = NO_PREVIEW,
-    is_joint: bool = False,
     block_sharder: BlockSharder | None = None,
-    expansions: Sequence[ExpandEntries] = (),
-    trains_lora: bool = True,
 ) -> Sampler:
     """Read and check the prompts, and encode this process's share of prompts and images.
 
@@ -349,47 +344,35 @@ def prepare_samples(
 
     Args:
         family: The model family.
-        prompt_file: File with the prompts.
+        source: The prompt file, which is read, and this process's share of it. If all processes generate
+            every sample together, the first one writes it, and `block_sharder` splits the text encoders too.
         folder: Folder for the samples.
         name: Name of the run.
         device: Device of the run.
-        process_index: Index of this process.
-        num_processes: Number of processes.
         has_metadata: Whether files of samples get metadata.
         weights_suffix: Addition to the model's name in metadata, if samples use other weights or LoRAs.
         preview: Options of previews.
-        is_joint: Whether all processes generate every sample together, and the first one writes it.
-            `block_sharder` then splits the text encoders over them.
         block_sharder: Splits blocks over processes; None keeps them complete.
-        expansions: Functions of features that return the entries to sample, given those of the file.
-        trains_lora: Whether what is trained has a strength, which prompts can change.
 
     Raises:
         OptionError: If a model file that samples need is missing, or if a prompt cannot be used.
         CheckpointError: If a model file cannot be used.
     """
-    source = PromptSource(
-        prompt_file,
-        process_index=process_index,
-        num_processes=num_processes,
-        is_joint=is_joint,
-        expansions=expansions,
-        trains_lora=trains_lora,
-        text=read_sample_file(prompt_file),
-    )
-    entries, all_prepared = parse_requests(family, source.text, prompt_file, expansions)
-    if process_index == 0:
-        warn_about_unused_keys(entries, family, prompt_file, trains_lora)
+    source = replace(source, text=read_sample_file(source.path))
+    is_first = source.process_index == 0
+    entries, all_prepared = parse_requests(family, source.text, source.path, source.expansions)
+    if is_first:
+        warn_about_unused_keys(entries, family, source.path, source.trains_lora)
         _remove_unfinished(folder, name)
     session = Session(
         family, device, ExpertOffloader(family.experts, device, _refuse_dit), blocks=block_sharder
     )
     requests = {index: all_prepared[index] for index in source.prompt_indices(len(entries))}
-    writes = not is_joint or process_index == 0
+    writes = not source.is_joint or is_first
     # the process that decodes samples loads the VAE now, so that a wrong file is found before the training
     samples = encode_samples(session, entries, requests, decodes=writes, loads_media=writes)
     previews = None
-    if process_index == 0:  # all processes share one preview file
+    if is_first:  # all processes share one preview file
         previews = make_previews(
             preview, family.latent, folder=folder, device=device, has_room=session.dits.can_stay
         )
@@ -402,9 +385,9 @@ def prepare_samples(
         has_metadata=has_metadata,
         weights_suffix=weights_suffix,
         prompts=list_prompts(entries),
-        strengths=list_strengths(entries) if trains_lora else {},
+        strengths=list_strengths(entries) if source.trains_lora else {},
         previews=previews,
-        draw_seed=draw_together if is_joint else draw_local_seed,
+        draw_seed=draw_together if source.is_joint else draw_local_seed,
         writes_files=writes,
     )
 

@@ -414,9 +414,10 @@ def list_unmarked(text: str) -> list[str]:
     shown = "\n".join(parser.found)
     while shown != (inner := re.sub(r"⟦[^⟦⟧]*⟧", "", shown)):
         shown = inner
+    shown = DATA_NAMES.sub("", shown)  # before the names of models, some of which are words such as full
     for name in sorted(MODEL_NAMES, key=len, reverse=True):
         shown = shown.replace(name, "")
-    lines = DATA_NAMES.sub("", shown).split("\n")
+    lines = shown.split("\n")
     return sorted({line.strip() for line in lines if re.search(r"[a-z]{3}", line)})
 
 

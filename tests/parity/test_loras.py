@@ -47,7 +47,7 @@ from tests.stable_diffusion.loaded import load, write_kohya
 from tests.tiny.project import write_image
 from tests.training.watched import Watched
 from training.options import TrainingOptions, read_arguments, training_parser
-from training.samples import prepare_samples
+from training.samples import PromptSource, prepare_samples
 from wan.family import family_for_training
 from wan.options import WanTrainingOptions
 
@@ -141,7 +141,8 @@ def sample_latents(project: Project, line: str, folder: Path) -> Tensor:
         Watched(family_for_training(read_options(WanTrainingOptions, args))),
     )
     (folder / "prompts.txt").write_text(f"{line}\n", encoding="utf-8")
-    sampler = prepare_samples(family, folder / "prompts.txt", folder / "sample", "lora", CPU, 0, 1)  # type: ignore[arg-type]
+    source = PromptSource(folder / "prompts.txt")
+    sampler = prepare_samples(family, source, folder / "sample", "lora", CPU)  # type: ignore[arg-type]
     dit = family.load_dit(Placement(CPU))
     make_network(options.network, family.lora_module, dit, seed=0).module.eval()
     with torch.no_grad():

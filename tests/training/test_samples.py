@@ -23,7 +23,7 @@ from tests.sound_family import generate_with_audio, tiny_audio_family
 from tests.tiny.taehv import write_taehv
 from tests.tiny.wan import write_tiny_wan
 from tests.training.toy import LATENT, ToyFamily, same, toy_options, train_toy, write_caches, write_prompts
-from training.samples import prepare_samples, read_requests, sample_request
+from training.samples import PromptSource, prepare_samples, read_requests, sample_request
 
 PROMPTS = "a cat --w 40 --h 70 --f 7 --d 11 --s 2\n# no prompt\na dog --s 2 --f 1\n"
 
@@ -147,7 +147,7 @@ def test_a_sample_has_the_track_that_a_generation_makes(tmp_path: Path) -> None:
     models = [*write_tiny_wan(tmp_path / "model").models, "--task", "t2v-1.3B"]
     family, cpu = tiny_audio_family(models), torch.device("cpu")
     prompts = write_prompts(tmp_path, "a cat --w 32 --h 32 --f 9 --d 1 --s 2 --l 3 --fs 5\n")
-    sampler = prepare_samples(family, prompts, tmp_path, "x", cpu, 0, 1)
+    sampler = prepare_samples(family, PromptSource(prompts), tmp_path, "x", cpu)
 
     (path,) = sampler.make(lambda _: family.load_dit(Placement(cpu)), nullcontext, "e000001", lambda: None)
 

@@ -78,6 +78,27 @@ def decide(
         if share is not None and was_resting and shares[-1] > 1 - share / 2:
             del turns[key]
             decisions.append(Decision(key, 1.0, f"its loss is {shares[-1]:.0%} of that at the start again"))
+    wishes = _list_wishes(ratios, turns, options)
+    num_free = len(groups) - max(1, round(options.items_floor * len(groups))) - len(turns)
+    for wish in wishes:
+        if num_free > 0 and can_be_replaced(wish.key, turns, groups):
+            turns[wish.key] = wish.share
+            decisions.append(wish)
+            num_free -= 1
+    return decisions
+
+
+def _list_wishes(
+    ratios: Mapping[str, Sequence[float]], turns: Mapping[str, float], options: ItemTurnsOptions
+) -> list[Decision]:
+    """Return which items should be drawn less: first the noisiest, then those that learned most.
+
+    Args:
+        ratios: Losses of each item in the rounds, as fractions of its loss at the start.
+        turns: Items that are drawn less already.
+        options: The limits.
+    """
+    share = options.rest_learned
     wishes: list[Decision] = []
     median = statistics.median(shares[-1] for shares in ratios.values()) if ratios else 1.0
     for key, shares in sorted(ratios.items(), key=lambda item: (-item[1][-1], item[0])):
@@ -94,13 +115,7 @@ def decide(
         if max(last) <= 1 - share and max(last) - min(last) <= FLAT:
             reason = f"its loss stays at {last[-1]:.0%} of that at the start"
             wishes.append(Decision(key, SHARE_WHILE_RESTING, reason))
-    num_free = len(groups) - max(1, round(options.items_floor * len(groups))) - len(turns)
-    for wish in wishes:
-        if num_free > 0 and can_be_replaced(wish.key, turns, groups):
-            turns[wish.key] = wish.share
-            decisions.append(wish)
-            num_free -= 1
-    return decisions
+    return wishes
 
 
 def can_be_replaced(key: str, turns: Mapping[str, float], groups: Mapping[str, tuple[int, ...]]) -> bool:

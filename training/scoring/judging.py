@@ -28,7 +28,7 @@ from modules.devices import Failures
 from modules.errors import DatasetError, MediaError, OptionError
 from modules.options import Options, option
 from protocols.family import Family
-from training.scoring.embeddings import Embedder, VectorStore, open_path, vectors_path
+from training.scoring.embeddings import Embedder, Medium, VectorStore, open_path, vectors_path
 from training.scoring.model import EmbedsImages, load_image_model, load_image_text_model
 from training.scoring.run import MODEL_FOLDER, SampleComparison
 from training.scoring.training_pictures import TrainingVectors, list_training_media
@@ -212,6 +212,20 @@ def judge_loras(
     clips = make_clips(family, options, comparison, list_jobs)
     grids = write_grid(clips.run, clips.variants, clips.jobs, clips.paths)
     logger.info("look at %s", ", ".join(map(str, grids)))
+    measurement = _read_results(clips, ways, media, judging)
+    base, *likenesses = [measurement.measure_column(index) for index in range(len(clips.variants))]
+    judgements = [
+        judge(variant.column, variant.strength, base, likeness, measurement.training_likeness)
+        for variant, likeness in zip(clips.variants[1:], likenesses, strict=True)
+    ]
+    has_beside = bool(comparison.beside)
+    _write(judgements, base, measurement.training_likeness, judging, has_beside=has_beside)
+
+
+def _read_results(
+    clips: ComparedClips, ways: Mapping[str, str], media: Sequence[Medium], judging: JudgeOptions
+) -> "_Measurement":
+    """Embed the results and the training images; the model that generates is freed before."""
     clips.run.session.free()
     device = str(clips.run.session.device)
     model: EmbedsImages
@@ -229,13 +243,13 @@ def judge_loras(
     training_likeness = None if training is None else training.measure_mutual_likeness()
     if training is None or training_likeness is None:
         raise MediaError("fewer than two training images can be read: nothing can be compared with them")
-    measure = _Measurement(clips, ways, SampleComparison({}, training, NUM_FRAMES), vectors)
-    base, *likenesses = [measure.measure_column(index) for index in range(len(clips.variants))]
-    judgements = [
-        judge(variant.column, variant.strength, base, likeness, training_likeness)
-        for variant, likeness in zip(clips.variants[1:], likenesses, strict=True)
-    ]
-    _write(judgements, base, training_likeness, judging, has_beside=bool(comparison.beside))
+    return _Measurement(
+        clips,
+        ways,
+        SampleComparison({}, training, NUM_FRAMES),
+        vectors,
+        training_likeness,
+    )
 
 
 def _list_jobs(
@@ -273,6 +287,7 @@ class _Measurement:
     ways: Mapping[str, str]  # label of a prompt -> the way it is written
     comparison: SampleComparison
     vectors: Mapping[Path, Any]  # embeddings of each result, F D; None if it cannot be read
+    training_likeness: float  # of the training images to each other
 
     def measure_column(self, index: int) -> Likeness:
         """Return the likeness of a column's results to the training images, by the way of writing."""
