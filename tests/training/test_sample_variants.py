@@ -20,9 +20,9 @@ STRENGTHS = ("--sample_strengths", 0, 0.5, 1)
 
 
 def pictures(folder: Path, step: int) -> dict[int, Path]:
-    """The samples of a step by the number of their prompt."""
+    """The newest samples of a step by the number of their prompt; names end with the time."""
     found = (folder / "output" / "sample").glob(f"x_{step:06d}_*_000.png")
-    return {int(path.name.split("_")[2]): path for path in found}
+    return {int(path.name.split("_")[2]): path for path in sorted(found)}
 
 
 def differ(one: Path, other: Path) -> bool:
