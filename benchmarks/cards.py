@@ -22,6 +22,8 @@ import torch  # noqa: E402  # found from here on
 
 import hidream_o1_generate_image  # noqa: E402
 import hidream_o1_train_network  # noqa: E402
+import hv_1_5_generate_video  # noqa: E402
+import hv_1_5_train_network  # noqa: E402
 import hv_generate_video  # noqa: E402
 import hv_train_network  # noqa: E402
 import kandinsky_generate_video  # noqa: E402
@@ -54,6 +56,9 @@ FILES = {
     "flux_vae": "flux1-ae",
     "qwen": "qwen2.5-vl-7b",
     "hidream_o1": "hidream-o1-comfy",
+    "hunyuan_15": "hunyuanvideo1.5-dit",
+    "hunyuan_15_vae": "hunyuanvideo1.5-vae",
+    "byt5": "byt5-small-glyphxl",
 }
 IN_BF16 = ("wan_small", "wan_t2v", "wan_i2v")
 WAN = "--vae {wan_vae} --t5 {umt5} --t5_tokenizer {pocket} --prompt cat --save_path {out}"
@@ -66,6 +71,7 @@ KANDINSKY = (
     " --text_encoder_clip_tokenizer {clip} --prompt cat --save_path {out}"
 )
 KANDINSKY_CLIP = f"--video_size 512 768 --vae {{hunyuan_vae}} --vae_tiling {KANDINSKY}"
+HUNYUAN_15 = "--task t2v --dit {hunyuan_15} --dit_dtype bf16"
 HIDREAM_O1 = "--dit {hidream_o1} --tokenizer {o1_tokens}"
 TRAIN = (
     "--sdpa --mixed_precision bf16 --gradient_checkpointing --network_dim 32 --optimizer_type adamw8bit"
@@ -109,6 +115,13 @@ RUNS = {
             hv_generate_video.main,
             f"--dit {{hunyuan}} --video_size 544 960 --vae_spatial_tile_sample_min_size 128 {HUNYUAN}",
             "--fp8_llm",
+        ),
+        PlannedRun(
+            "HunyuanVideo 1.5, 848x480, 121 frames",
+            hv_1_5_generate_video.main,
+            f"{HUNYUAN_15} --video_size 480 848 --vae {{hunyuan_15_vae}} --vae_tiling --byt5 {{byt5}} "
+            "--text_encoder {qwen} --text_encoder_tokenizer {qwen_tokens} --prompt cat --save_path {out}",
+            "--fp8_vl",
         ),
         PlannedRun(
             "Kandinsky 5 Lite, 768x512, 121 frames",
@@ -160,6 +173,14 @@ RUNS = {
             "HunyuanVideo, clips of 960x544, 33 frames",
             hv_train_network.main,
             f"--dit {{hunyuan}} --dataset_config {{hunyuan_short}} {TRAIN}",
+        ),
+        *(
+            PlannedRun(
+                f"HunyuanVideo 1.5, clips of 848x480, {frames} frames",
+                hv_1_5_train_network.main,
+                f"{HUNYUAN_15} --dataset_config {{hunyuan_15_{frames}}} {TRAIN}",
+            )
+            for frames in (33, 121)
         ),
         PlannedRun(
             "Kandinsky 5 Lite, clips of 768x512, 33 frames",
@@ -232,6 +253,8 @@ def lay_out(folder: Path) -> dict[str, str]:
         ("wan_pictures", "wan", 1, 480, 832),
         ("hunyuan_short", "hv", 33, 544, 960),
         ("hunyuan_pictures", "hv", 1, 544, 960),
+        ("hunyuan_15_33", "hv15", 33, 480, 848),
+        ("hunyuan_15_121", "hv15", 121, 480, 848),
         ("kandinsky_short", "k5", 33, 512, 768),
         ("kandinsky_clips", "k5", 121, 512, 768),
         ("kandinsky_pictures", "k5", 1, 1024, 1024),
@@ -250,13 +273,20 @@ def write_cache(folder: Path, tag: str, frames: int, height: int, width: int) ->
         if frames > 1
         else f"x_{width:04d}x{height:04d}_{tag}"
     )
-    latents = torch.zeros(16, *shape)
+    if tag == "hv15":
+        shape = (shape[0], height // 16, width // 16)
+    latents = torch.zeros(32 if tag == "hv15" else 16, *shape)
     if tag == "ho1":  # pixels
         shape = (height, width)
         latents = torch.zeros(3, *shape)
     save_tensors(folder / f"{name}.safetensors", {f"latents_{'x'.join(map(str, shape))}_float32": latents})
     if tag == "wan":
         texts = {"varlen_t5_bfloat16": torch.zeros(256, 4096, dtype=torch.bfloat16)}
+    elif tag == "hv15":
+        texts = {
+            "varlen_vl_embed_bfloat16": torch.zeros(256, 3584, dtype=torch.bfloat16),
+            "varlen_byt5_embed_float16": torch.zeros(0, 1472, dtype=torch.float16),
+        }
     elif tag == "k5":
         texts = {
             "varlen_text_embeds_bfloat16": torch.zeros(256, 3584, dtype=torch.bfloat16),

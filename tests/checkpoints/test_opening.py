@@ -130,6 +130,7 @@ KINDS = {
     "wan2.2-vae": "VAE of Wan2.2",
     "wan": "Wan transformer",
     "umt5": "T5 encoder",
+    "byt5": "T5 encoder",
     "t5xxl": "T5 encoder",
     "clip-l-text": "CLIP text",
     "clip-vit-large": "CLIP text",
