@@ -532,9 +532,14 @@ def _find_pairs(family: FamilyNames, paths: Mapping[str, str]) -> Iterator[tuple
     """Yield pairs of paths in a file: a fused weight of the family, and a part of the same weight."""
     for name, path in paths.items():
         for relative in related_modules(name.removeprefix(OURS), family):
-            part_path = paths.get(OURS + relative.name) if relative.is_part else None
-            if part_path is not None:
-                yield path, part_path
+            if not relative.is_part:
+                continue
+            # a part of one layout may have another name in a third
+            renamed = (part.name for part in related_modules(relative.name, family) if part.is_part)
+            for part_name in (relative.name, *renamed):
+                part_path = paths.get(OURS + part_name)
+                if part_path is not None:
+                    yield path, part_path
 
 
 def _warn_of_unused_keys(path: Path, native: NativeTensors, family: FamilyNames | None, total: int) -> None:

@@ -211,7 +211,8 @@ def test_models_whose_captions_are_read_with_images_learn_no_word() -> None:
         rules = _make_family_for_caching(model).references
         sees_images = rules is not None and rules.seen_by_text and needs_image(model)
         sees_frames = model.family == "minimax_h3" and not model.task.startswith("t2")
-        learns_none = model.has_adapter or sees_images or sees_frames
+        reads_ids = model.family == "hidream_o1"  # its caches have no outputs of an encoder to add a word to
+        learns_none = model.has_adapter or sees_images or sees_frames or reads_ids
         assert (BY_NAME["embedding"] not in list_kinds(model)) == learns_none, f"{model.family} {model.task}"
 
 

@@ -16,7 +16,7 @@ from tests.tiny.hidream_o1 import write_tiny_hidream_o1
 from tests.tiny.hunyuan import write_tiny_hunyuan
 from tests.tiny.hunyuan_image import write_tiny_hunyuan_image
 from tests.tiny.hunyuan_video_15 import write_tiny_hunyuan_video_15
-from tests.tiny.ideogram4 import write_tiny_ideogram4
+from tests.tiny.ideogram4 import SECOND_NAME, write_tiny_ideogram4
 from tests.tiny.kandinsky import write_tiny_kandinsky
 from tests.tiny.krea2 import write_tiny_krea2
 from tests.tiny.lumina import write_tiny_lumina
@@ -89,7 +89,7 @@ MODELS: dict[str, tuple[Writer, dict[str, str]]] = {
     "moss_image edit": (write_tiny_moss_image, IMAGES),
     "fibo_2 dev": (write_tiny_fibo_2, IMAGES),
     "fibo_2 edit": (write_tiny_fibo_2, IMAGES),
-    "ideogram4 both": (write_tiny_ideogram4, IMAGES),
+    "ideogram4 both": (write_tiny_ideogram4, IMAGES | {"unconditional_dit": SECOND_NAME}),
     "ideogram4 one": (write_tiny_ideogram4, IMAGES),
     "ernie_image base": (write_tiny_ernie_image, IMAGES),
     "ernie_image turbo": (write_tiny_ernie_image, IMAGES),
