@@ -116,6 +116,7 @@ class HunyuanVideo15(OneTransformer):
             width=width,
             height=height,
             frames=task.frames,
+            sized_by_images=task.requires_image,
         )
 
     @property

@@ -376,6 +376,7 @@ SETTINGS: dict[str, Setting] = {
     ),
     "h3_allow_experimental_sample_duration": Setting(also=PROMPTS),
     "texts.teacher_conditions": Setting(("ref",)),
+    "hv_1_5_train_network.py.task": Setting(("t2v",), family="hunyuan_video_15 i2v"),
     "minimax_h3_cache_latents.py.task": Setting(("t2va",)),
     "minimax_h3_cache_text_encoder_outputs.py.task": Setting(("fl2va", "--teacher_conditions", "first,last")),
     "minimax_h3_generate_video.py.reference_image": Setting((*H3_REFERENCE[3:], *H3_REFERENCE[:2])),
@@ -542,6 +543,16 @@ SETTINGS: dict[str, Setting] = {
     "fibo_2_generate_image.py.mask_path": Setting(
         ("mask.png",), also=("--control_image_path", "mask.png"), family="fibo_2 edit"
     ),
+    **{
+        f"ideogram4_train_network.py.{name}": Setting(
+            words, also=("--sample_prompts", "plain.txt", "--sample_at_first")
+        )
+        for name, words in (
+            ("unconditional_lora", (LORA,)),
+            ("sampler_preset", ("V4_TURBO_12",)),
+            ("initial_sigma", ("1.004",)),
+        )
+    },
     "fibo_2_generate_image.py.no_text_images": Setting(also=("--prompt", SIGN)),
     "fibo_2_train_network.py.no_text_images": Setting(
         also=("--sample_prompts", "sign.txt", "--sample_at_first")

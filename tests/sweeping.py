@@ -180,6 +180,7 @@ LINES = {
     "lines.txt": "a dog --d 3",
     "long.txt": "a cat " * 60,
     "unsized.txt": "a cat --d 7 --s 2",
+    "plain.txt": "a cat --w 32 --h 32 --d 7 --s 2",
     "sign.txt": f"{SIGN} --w 32 --h 32 --d 7 --s 2",
     "larger.txt": "a cat --w 64 --h 64 --d 7 --s 2 --ci start.png",
 }

@@ -96,7 +96,7 @@ SAYS = {
 }
 MISSING = {
     **dict.fromkeys(("wan i2v-14B", "wan i2v-14B-FC", "skyreels i2v", "kandinsky i2v"), ("IMAGE_FILE",)),
-    **dict.fromkeys(("framepack", "framepack f1"), ("IMAGE_FILE",)),
+    **dict.fromkeys(("framepack", "framepack f1", "hunyuan_video_15 i2v"), ("IMAGE_FILE",)),
     "wan flf2v-14B": ("IMAGE_FILE", "END_IMAGE_FILE"),
 }
 CASES = [
