@@ -103,7 +103,8 @@ class Swept:
         AcceleratorState._reset_state(reset_partial_state=True)
         try:
             printed = io.StringIO()
-            code, said = run_here(self.script, *words, folder=project, printed=printed)
+            with patch.object(sys, "stdin", io.StringIO()):  # nobody types a prompt
+                code, said = run_here(self.script, *words, folder=project, printed=printed)
         finally:
             AcceleratorState._reset_state(reset_partial_state=True)
         files: dict[str, str] = {}
