@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
@@ -17,24 +17,18 @@ from checkpoints.dialects import (
     translate_name,
 )
 from checkpoints.dits import DitFormat, DitHeader, bare_names
-from checkpoints.encoders import check_state_width
-from checkpoints.model_files import read_once, require_file
+from checkpoints.model_files import read_once
 from checkpoints.opening import Checkpoint, list_tensor_sources, open_checkpoint
-from encoders.files import TransformerFiles
-from encoders.language_models import read_language_model
-from encoders.t5 import BYT5, read_byt5_header
 from hunyuan_image.configs import DIT, LATENT, HunyuanImageConfig
 from hunyuan_image.model import HunyuanImageModel
 from hunyuan_image.names import HUNYUAN_IMAGE
-from hunyuan_image.options import HunyuanImageTextOptions, HunyuanImageVaeOptions
-from hunyuan_image.text_encoders import QWEN_USE, TOKENIZER, GlyphTextEncoder, QwenTextEncoder
+from hunyuan_image.options import HunyuanImageVaeOptions
+from hunyuan_image.text_encoders import QWEN_USE, GlyphTextEncoder, QwenTextEncoder
+from hunyuan_image.text_files import TEXT_DTYPE, QwenAndByt5Files
 from hunyuan_image.vae import HunyuanImageVae, load_vae, read_vae
 from hunyuan_model.names import COMFYUI_TENSORS
-from modules.devices import select_compute_dtype
 from modules.errors import CheckpointError
-from modules.speed_options import text_form
 from networks.names.layouts import swapped_tensors, tensor_patterns
-from protocols.family import TextEncoder
 from protocols.loading import TensorSource
 
 MODEL_LABEL = "a HunyuanImage-2.1 transformer"
@@ -148,62 +142,32 @@ FORMAT = DitFormat(_read_header, lambda _: MODEL_LABEL, HunyuanImageModel, _make
 read_dit_header, load_dit = FORMAT.read_header, FORMAT.load
 
 
-TEXT_DTYPE = torch.bfloat16  # dtype of the language model, as released
-
-
 @dataclass(frozen=True)
-class HunyuanImageFiles(TransformerFiles):
+class HunyuanImageFiles(QwenAndByt5Files):
     """Model files of HunyuanImage: transformer, VAE, the language model of Qwen2.5-VL, and ByT5."""
 
     vae_chunk_size: int | None = None
-    text_encoder: Path | None = None
-    text_encoder_tokenizer: Path | None = None
-    byt5: Path | None = None
-    text_form: str | None = None
-    text_on_cpu: bool = False
 
     format: ClassVar = FORMAT
     vae_folder: ClassVar[str] = "vae"
-    default_text_dtype: ClassVar[torch.dtype] = torch.float16
+    language_settings: ClassVar = QWEN_USE
+    glyph_encoder: ClassVar = GlyphTextEncoder
+    writes_texts_in: ClassVar[str] = "image"
 
     def add_vae_options(self, options: HunyuanImageVaeOptions) -> "HunyuanImageFiles":
         """Return a copy of these files with the VAE's options added."""
         files = self.add_vae(options.file)
         return replace(files, vae_tile=options.tile, vae_chunk_size=options.vae_chunk_size)
 
-    def add_text(self, options: HunyuanImageTextOptions) -> "HunyuanImageFiles":
-        """Return a copy with the text encoders' paths and settings from `options`."""
-        return replace(
-            self,
-            text_encoder=options.text_encoder,
-            text_encoder_tokenizer=options.text_encoder_tokenizer,
-            byt5=options.byt5,
-            text_dtype=select_compute_dtype(options.text_encoder_dtype, "--text_encoder_dtype", None),
-            text_form=text_form(options),
-            text_on_cpu=options.text_encoder_cpu,
-        )
-
-    @property
-    def text_encoder_path(self) -> Path:
-        """Return Qwen2.5-VL's path; raise OptionError if --text_encoder is missing."""
-        what = "Qwen2.5-VL's language model encodes the prompts"
-        return require_file(self.text_encoder, QWEN_USE.model.option, what)
-
-    @property
-    def byt5_path(self) -> Path:
-        """Return ByT5's path; raise OptionError if --byt5 is missing."""
-        return require_file(self.byt5, BYT5.option, "ByT5 encodes the texts to be written in the image")
-
-    def text_encoders(self) -> list[TextEncoder]:
-        """Return the text encoders, whose weights are read when they are loaded."""
-        qwen = QwenTextEncoder(
+    def language_model(self) -> QwenTextEncoder:
+        """Return the language model's encoder; its file is opened when it is loaded."""
+        return QwenTextEncoder(
             self.text_encoder_path,
             dtype=self.encoder_dtype(self.text_dtype, TEXT_DTYPE),
             tokenizer=self.text_encoder_tokenizer,
             form=self.text_form,
             on_cpu=self.text_on_cpu,
         )
-        return [qwen, GlyphTextEncoder(self.byt5_path, self.encoder_dtype(self.text_dtype), self.text_on_cpu)]
 
     def load_vae(self, device: torch.device) -> HunyuanImageVae:
         """Load the VAE in the dtype and tile size that the options set."""
@@ -213,21 +177,3 @@ class HunyuanImageFiles(TransformerFiles):
     def check_vae(self) -> None:
         """Raise CheckpointError if the file is not the VAE of this model."""
         read_once(self.vae_path, read_vae)
-
-    def check_texts(self, config: Any, needed: bool) -> None:
-        """Check that text encoders, if given or `needed`, fit their options and the transformer."""
-        if self.text_encoder is not None or needed:
-            path, qwen = QwenTextEncoder(self.text_encoder_path).path, QWEN_USE.model
-            width = read_once(path, _read_text_width)
-            takes = None if config is None else config.text_dim
-            check_state_width(qwen.option, path, width, self.dit, takes, qwen.files)
-        if self.byt5 is not None or needed:
-            path = GlyphTextEncoder(self.byt5_path).path
-            takes = None if config is None else config.glyph_dim
-            check_state_width(BYT5.option, path, read_byt5_header(path).dim, self.dit, takes, BYT5.release)
-        if self.text_encoder_tokenizer is not None:
-            TOKENIZER.files.check_option_value(self.text_encoder_tokenizer)
-
-
-def _read_text_width(checkpoint: Checkpoint) -> int:
-    return read_language_model(checkpoint, QWEN_USE.model, QWEN_USE.states).config.dim

@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
@@ -29,12 +29,8 @@ from checkpoints.dits import DitFormat, DitHeader
 from checkpoints.encoders import check_state_width
 from checkpoints.model_files import inside, read_once, require_file
 from checkpoints.opening import Checkpoint, list_tensor_sources
-from encoders.files import TransformerFiles
-from encoders.language_encoder import LanguageModelEncoder
-from encoders.language_models import read_language_model
 from encoders.siglip import ENCODER_OPTION, FILES, SiglipVision, load_siglip, read_siglip_width
-from encoders.t5 import BYT5, read_byt5_header
-from hunyuan_image.options import HunyuanImageTextOptions
+from hunyuan_image.text_files import QwenAndByt5Files
 from hunyuan_model.names import COMFYUI_TENSORS
 from hunyuan_video_15.configs import (
     I2V,
@@ -50,13 +46,10 @@ from hunyuan_video_15.model import HunyuanVideo15Model
 from hunyuan_video_15.names import HUNYUAN_VIDEO_15
 from hunyuan_video_15.options import HunyuanVideo15VaeOptions, find_task, release_name
 from hunyuan_video_15.spec import DIT
-from hunyuan_video_15.text_encoders import QWEN_SETTINGS, TOKENIZER_FILES, QuotedTextEncoder
+from hunyuan_video_15.text_encoders import QWEN_SETTINGS, QuotedTextEncoder
 from hunyuan_video_15.vae import HunyuanVideo15Vae, load_vae, read_vae
-from modules.devices import select_compute_dtype
 from modules.errors import CheckpointError
-from modules.speed_options import text_form
 from networks.names.layouts import joined_tensors, swapped_tensors, tensor_patterns
-from protocols.family import TextEncoder
 from protocols.loading import TensorSource
 
 logger = logging.getLogger(__name__)
@@ -166,40 +159,23 @@ FORMAT = DitFormat(
 )
 read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMAT.load
 
-TEXT_DTYPE = torch.bfloat16  # dtype of the language model, as released
-
 
 @dataclass(frozen=True)
-class HunyuanVideo15Files(TransformerFiles):
+class HunyuanVideo15Files(QwenAndByt5Files):
     """Model files of a run: transformer, VAE, Qwen2.5-VL, ByT5 and, for clips from an image, SigLIP."""
 
     task: HunyuanVideo15Task = TASKS[T2V]
-    text_encoder: Path | None = None
-    text_encoder_tokenizer: Path | None = None
-    byt5: Path | None = None
     image_encoder: Path | None = None
-    text_form: str | None = None
-    text_on_cpu: bool = False
 
     format: ClassVar = FORMAT
     vae_folder: ClassVar[str] = "vae"
-    default_text_dtype: ClassVar[torch.dtype] = torch.float16
+    language_settings: ClassVar = QWEN_SETTINGS
+    glyph_encoder: ClassVar = QuotedTextEncoder
+    writes_texts_in: ClassVar[str] = "video"
 
     def add_vae_options(self, options: HunyuanVideo15VaeOptions) -> "HunyuanVideo15Files":
         """Return a copy with the VAE's path and settings from `options`."""
         return replace(self.add_vae(options.file), vae_tile=options.tile)
-
-    def add_text(self, options: HunyuanImageTextOptions) -> "HunyuanVideo15Files":
-        """Return a copy with the text encoders' paths and settings from `options`."""
-        return replace(
-            self,
-            text_encoder=options.text_encoder,
-            text_encoder_tokenizer=options.text_encoder_tokenizer,
-            byt5=options.byt5,
-            text_dtype=select_compute_dtype(options.text_encoder_dtype, "--text_encoder_dtype", None),
-            text_form=text_form(options),
-            text_on_cpu=options.text_encoder_cpu,
-        )
 
     @property
     def dit_path(self) -> Path:
@@ -207,37 +183,10 @@ class HunyuanVideo15Files(TransformerFiles):
         return inside(super().dit_path, "transformer")
 
     @property
-    def text_encoder_path(self) -> Path:
-        """Return Qwen2.5-VL's path; raise OptionError if --text_encoder is missing."""
-        what = "Qwen2.5-VL's language model encodes the prompts"
-        return require_file(self.text_encoder, QWEN_SETTINGS.model.option, what)
-
-    @property
-    def byt5_path(self) -> Path:
-        """Return ByT5's path; raise OptionError if --byt5 is missing."""
-        return require_file(self.byt5, BYT5.option, "ByT5 encodes the texts to be written in the video")
-
-    @property
     def image_encoder_path(self) -> Path:
         """Return SigLIP's path; raise OptionError if --image_encoder is missing."""
         path = require_file(self.image_encoder, ENCODER_OPTION, "SigLIP encodes the first frame of a clip")
         return inside(path, "image_encoder")
-
-    def language_model(self) -> LanguageModelEncoder:
-        """Return the language model's encoder; its file is opened when it is loaded."""
-        return LanguageModelEncoder(
-            QWEN_SETTINGS,
-            self.text_encoder_path,
-            dtype=self.encoder_dtype(self.text_dtype, TEXT_DTYPE),
-            tokenizer=self.text_encoder_tokenizer,
-            form=self.text_form,
-            on_cpu=self.text_on_cpu,
-        )
-
-    def text_encoders(self) -> list[TextEncoder]:
-        """Return the language model and ByT5, whose weights are read when they are loaded."""
-        glyphs = QuotedTextEncoder(self.byt5_path, self.encoder_dtype(self.text_dtype), self.text_on_cpu)
-        return [self.language_model(), glyphs]
 
     def load_vae(self, device: torch.device) -> HunyuanVideo15Vae:
         """Load the VAE in the dtype and tile size that the options set."""
@@ -260,24 +209,6 @@ class HunyuanVideo15Files(TransformerFiles):
             width = read_once(path, read_siglip_width)
             check_state_width(ENCODER_OPTION, path, width, self.dit, dit_width, FILES)
 
-    def check_texts(self, config: Any, needed: bool) -> None:
-        """Check that text encoders, if given or `needed`, fit their options and the transformer."""
-        if self.text_encoder is not None or needed:
-            path, model = self.language_model().path, QWEN_SETTINGS.model
-            width = read_once(path, _read_text_width)
-            takes = None if config is None else config.text_dim
-            check_state_width(model.option, path, width, self.dit, takes, model.files)
-        if self.byt5 is not None or needed:
-            path = QuotedTextEncoder(self.byt5_path).path
-            takes = None if config is None else config.glyph_dim
-            check_state_width(BYT5.option, path, read_byt5_header(path).dim, self.dit, takes, BYT5.release)
-        if self.text_encoder_tokenizer is not None:
-            TOKENIZER_FILES.check_option_value(self.text_encoder_tokenizer)
-
-
-def _read_text_width(checkpoint: Checkpoint) -> int:
-    return read_language_model(checkpoint, QWEN_SETTINGS.model, QWEN_SETTINGS.states).config.dim
-
 
 def select_task(name: str | None, dit: Path | None) -> HunyuanVideo15Task:
     """Return the task that --task names or the transformer's name suggests; warn if they differ.
@@ -298,9 +229,6 @@ def select_task(name: str | None, dit: Path | None) -> HunyuanVideo15Task:
                     starts,
                 )
     elif dit is not None:
-        logger.info("--task is %s: the name of %s says %s", task.name, dit, _say_evidence(label))
+        evidence = "so" if T2V in label or I2V in label else "nothing else"
+        logger.info("--task is %s: the name of %s says %s", task.name, dit, evidence)
     return task
-
-
-def _say_evidence(label: str) -> str:
-    return "so" if T2V in label or I2V in label else "nothing else"
