@@ -6,7 +6,7 @@ float32. The image comes first, then the text; the release has the same order.
 """
 # Letters: B batch, L tokens of the image, T of text, N heads, D head width, C = N * D
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ernie_image.configs import DIT, ErnieImageConfig
 from lumina.blocks import GroupedAttention, Heads, LuminaTokens
 from lumina.model import TokenLayout, count_real_tokens
-from modules.attention.attend import SampleLengths, SecondText, attend, make_lengths
+from modules.attention.attend import SecondText, make_lengths
 from modules.layers.modulation import add_gated, modulate
 from modules.layers.norms import (
     Float32LayerNorm,
@@ -87,13 +87,9 @@ class ErnieImageAttention(GroupedAttention):
         )
         return self.norm_q(query), self.norm_k(key), value
 
-    def attend_heads(
-        self, heads: Iterable[Tensor], rotary: Tensor, tokens: LuminaTokens, lengths: SampleLengths | None
-    ) -> Tensor:
-        """Return the attention of tokens, B L N D, from heads without positions."""
-        query, key, value = heads
-        query, key = mix_halves(query, rotary), mix_halves(key, rotary)
-        return attend(query, key, value, tokens.attention, lengths)
+    def rotate_heads(self, heads: Tensor, rotary: Tensor) -> Tensor:
+        """Return heads of queries or keys, B L N D, with their positions."""
+        return mix_halves(heads, rotary)
 
     def project(self, attended: Tensor) -> Tensor:
         """Project the concatenated heads of attention, B L C, to the layer's output, B L C."""

@@ -8,7 +8,7 @@ not on the order. `lumina.blocks` has the steps of a block.
 # Letters: B batch, L tokens of the image, T of the text, N heads, D head width, C = N * D
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ideogram4.configs import DIT, PAIR, Ideogram4Config
 from lumina.blocks import FeedForward, GroupedAttention, Heads, JointTransformerBlock, LuminaTokens
 from lumina.model import count_real_tokens
-from modules.attention.attend import SampleLengths, SecondText, attend, make_lengths
+from modules.attention.attend import SecondText, make_lengths
 from modules.devices import send_ahead
 from modules.layers.half_rope import rotate_halves
 from modules.layers.modulation import modulate
@@ -67,13 +67,9 @@ class Ideogram4Attention(GroupedAttention):
         query, key, value = run_in_weight_dtype(self.qkv, x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
         return self.norm_q(query), self.norm_k(key), value
 
-    def attend_heads(
-        self, heads: Iterable[Tensor], rotary: Tensor, tokens: LuminaTokens, lengths: SampleLengths | None
-    ) -> Tensor:
-        """Return the attention of tokens, B L N D, from heads without rotary embedding."""
-        query, key, value = heads
-        query, key = rotate_halves(query, rotary), rotate_halves(key, rotary)
-        return attend(query, key, value, tokens.attention, lengths)
+    def rotate_heads(self, heads: Tensor, rotary: Tensor) -> Tensor:
+        """Return heads of queries or keys, B L N D, with their positions."""
+        return rotate_halves(heads, rotary)
 
     def project(self, attended: Tensor) -> Tensor:
         """Project the concatenated heads of attention, B L C, to the layer's output, B L C."""

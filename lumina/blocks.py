@@ -104,12 +104,16 @@ class GroupedAttention(nn.Module):
         query, key, value = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=2)
         return self.q_norm(query), self.k_norm(key), value
 
+    def rotate_heads(self, heads: Tensor, rotary: Tensor) -> Tensor:
+        """Return heads of queries or keys, B L N D, with their positions."""
+        return rotate(heads, rotary)
+
     def attend_heads(
         self, heads: Iterable[Tensor], rotary: Tensor, tokens: LuminaTokens, lengths: SampleLengths | None
     ) -> Tensor:
         """Return the attention of tokens, B L N D, from heads without rotary embedding."""
         query, key, value = heads
-        query, key = rotate(query, rotary), rotate(key, rotary)
+        query, key = self.rotate_heads(query, rotary), self.rotate_heads(key, rotary)
         return attend(query, *repeat_kv_heads(query, key, value), tokens.attention, lengths)
 
     def forward(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
