@@ -101,20 +101,25 @@ def _list_wishes(
     share = options.rest_learned
     wishes: list[Decision] = []
     median = statistics.median(shares[-1] for shares in ratios.values()) if ratios else 1.0
-    for key, shares in sorted(ratios.items(), key=lambda item: (-item[1][-1], item[0])):
-        last = shares[-NUM_ROUNDS:]
-        if key in turns or len(last) < NUM_ROUNDS:
-            continue
-        if options.set_aside_noisy and min(last) >= 1 and median <= 1 - FALLEN:
-            reason = f"its loss is {last[-1]:.0%} of that at the start, and {median:.0%} for most items"
-            wishes.append(Decision(key, 0.0, reason))
-    for key, shares in sorted(ratios.items(), key=lambda item: (item[1][-1], item[0])):
-        last = shares[-NUM_ROUNDS:]
-        if share is None or key in turns or len(last) < NUM_ROUNDS:
-            continue
-        if max(last) <= 1 - share and max(last) - min(last) <= FLAT:
-            reason = f"its loss stays at {last[-1]:.0%} of that at the start"
-            wishes.append(Decision(key, SHARE_WHILE_RESTING, reason))
+    last_rounds = {
+        key: shares[-NUM_ROUNDS:]
+        for key, shares in sorted(ratios.items())
+        if key not in turns and len(shares) >= NUM_ROUNDS
+    }
+    learned_first = sorted(last_rounds, key=lambda key: last_rounds[key][-1])
+    noisy_first = sorted(last_rounds, key=lambda key: -last_rounds[key][-1])
+    if options.set_aside_noisy and median <= 1 - FALLEN:
+        for key in noisy_first:
+            last = last_rounds[key]
+            if min(last) >= 1:
+                reason = f"its loss is {last[-1]:.0%} of that at the start, and {median:.0%} for most items"
+                wishes.append(Decision(key, 0.0, reason))
+    if share is not None:
+        for key in learned_first:
+            last = last_rounds[key]
+            if max(last) <= 1 - share and max(last) - min(last) <= FLAT:
+                reason = f"its loss stays at {last[-1]:.0%} of that at the start"
+                wishes.append(Decision(key, SHARE_WHILE_RESTING, reason))
     return wishes
 
 
