@@ -19,6 +19,7 @@ from ideogram4 import options as own
 from ideogram4.captions import find_caption_errors, fit_caption
 from ideogram4.configs import DIT, LATENT, NOISE, PAIR, RELEASE
 from ideogram4.files import FIRST_TYPE, Ideogram4Files
+from ideogram4.model import NetworkPair
 from ideogram4.names import LORA
 from ideogram4.options import LORA_FLAG, NAME, SECOND_FLAG, SIDE
 from ideogram4.sampling import SAMPLERS, SamplerPreset, find_mean, make_levels
@@ -60,7 +61,7 @@ class Ideogram4(pictures.ImageModelFamily):
     options: Any = NO_OPTIONS  # set only in training
     sampler: SamplerPreset = SAMPLERS[own.DEFAULT]
     initial_sigma: float | None = None  # noise level of the first step; None: the preset's
-    runs_pair: bool = False  # whether the network has the second one beside it
+    has_second: bool = False  # whether images are made with the second network too
 
     noise_dtype: torch.dtype | None = torch.float32  # whatever the transformer's, as released
     draws_latents: ClassVar[bool] = False
@@ -71,7 +72,10 @@ class Ideogram4(pictures.ImageModelFamily):
         distilled_words=f"{INSTANT}|fast",
     )
     abilities: ClassVar = Abilities(
-        detects_few_steps=True, sampling_dit_option=SECOND_FLAG, adjusts_captions=True
+        detects_few_steps=True,
+        sampling_dit_option=SECOND_FLAG,
+        join_sample_networks=NetworkPair,
+        adjusts_captions=True,
     )
     lora_module: str = field(default=LORA[0].network_module, init=False)
     latent: LatentSpec = field(default=LATENT, init=False)
@@ -92,12 +96,17 @@ class Ideogram4(pictures.ImageModelFamily):
     @property
     def guides_without_text(self) -> bool:
         """Return whether guidance leads away from a prediction without a text."""
-        return self.runs_pair or self.files.unconditional_lora is not None
+        return self.has_second or self.files.unconditional_lora is not None
+
+    @property
+    def loads_pair(self) -> bool:
+        """Return whether one network contains both: not in training, whose network is the first alone."""
+        return self.has_second and self.options is NO_OPTIONS
 
     @property
     def dit(self) -> DitSpec:
         """Return the names inside the network, or inside both of them."""
-        return PAIR if self.runs_pair else DIT
+        return PAIR if self.loads_pair else DIT
 
     @property
     def defaults(self) -> SamplingDefaults:
@@ -145,21 +154,18 @@ class Ideogram4(pictures.ImageModelFamily):
 
     @property
     def dit_files(self) -> tuple[Path, ...]:
-        """Return the transformer's file; for samples with both networks, the second one's.
-
-        A training loads a network for samples alone under the name of a file that it does not train.
-        """
+        """Return the transformer's file; for samples of a training, the second one's, which joins it."""
         files: tuple[Path, ...] = super().dit_files
-        second_path = self.files.second_path if self.runs_pair and self.options is not NO_OPTIONS else None
-        return files if second_path is None else (second_path,)
+        if self.has_second and not self.loads_pair and self.files.second_path is not None:
+            return (self.files.second_path,)
+        return files
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
-        """Load the transformer, with the second one beside it if this run has both."""
+        """Load the transformer of `dit_files`, in a generation with the second one in it."""
         placement = with_dtype(placement, self.files.dit_dtype)
-        second_path = self.files.second_path if self.runs_pair else None
-        network: nn.Module = self.files.format.load(
-            self.files.dit_path, placement, self.runs_pair, second_file=second_path
-        )
+        (path,) = self.dit_files
+        second_path = self.files.second_path if self.loads_pair else None
+        network: nn.Module = self.files.format.load(path, placement, self.loads_pair, second_file=second_path)
         network.spec = self.dit  # type: ignore[assignment]
         if self.files.unconditional_lora is not None:
             network.stage_files = [(self.files.unconditional_lora, LORA_FLAG)]  # type: ignore[assignment]
@@ -235,7 +241,7 @@ class Ideogram4(pictures.ImageModelFamily):
             logger.warning(
                 "the negative prompt %s is ignored because %s predicts without a text",
                 shorten(request.negative_prompt, 40),
-                SECOND_FLAG if self.runs_pair else LORA_FLAG,
+                SECOND_FLAG if self.has_second else LORA_FLAG,
             )
         has_final_scale = request.guidance_scale is None and prepared.guidance_scale != (1.0,)
         rules = GuidanceRules(
@@ -288,7 +294,7 @@ def family_for_training(options: own.Ideogram4TrainingOptions) -> Ideogram4:
 
 def family_for_samples(options: own.Ideogram4TrainingOptions) -> Ideogram4:
     """Build the model description for samples with both networks."""
-    return replace(family_for_training(options), runs_pair=True)
+    return replace(family_for_training(options), has_second=True)
 
 
 def family_for_generation(options: own.Ideogram4GenerationOptions) -> Ideogram4:
@@ -297,7 +303,7 @@ def family_for_generation(options: own.Ideogram4GenerationOptions) -> Ideogram4:
         _make_files(options),
         sampler=SAMPLERS[options.sampler_preset],
         initial_sigma=options.initial_sigma,
-        runs_pair=options.unconditional_dit is not None,
+        has_second=options.unconditional_dit is not None,
     )
 
 

@@ -297,3 +297,19 @@ class Ideogram4Model(BlockNetwork):
         exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
         angles = positions[:, axes] * (1.0 / self.config.rope_theta**exponents)
         return send_ahead(cos_and_sin(angles), device).unsqueeze(1)
+
+
+class NetworkPair(nn.Module):
+    """Two networks: calls with a text run the first, those without one the second."""
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        """Join two networks, which keep their weights and how they run."""
+        super().__init__()
+        self.first = first
+        self.second = second
+
+    def forward(self, *inputs: Any, **named_inputs: Any) -> Tensor:
+        """Predict from the inputs of a network's `forward`."""
+        network = self.second if named_inputs.get("text") is None else self.first
+        direction: Tensor = network(*inputs, **named_inputs)
+        return direction

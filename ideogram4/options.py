@@ -85,7 +85,7 @@ class Ideogram4TrainingOptions(Ideogram4ModelOptions, title=NAME):
     """Options of ideogram4_train_network.py in addition to the shared ones."""
 
     unconditional_dit: Path | None = option(
-        f"of samples: {_SECOND}. With a copy of --dit it waits in host memory", facts=FREE
+        f"of samples: {_SECOND}. Between samples it waits in host memory", facts=FREE
     )
     unconditional_lora: Path | None = option(
         f"of samples: {_LORA}", place="there", excludes="unconditional_dit", facts=FREE

@@ -434,6 +434,9 @@ class Abilities:
     match_audio_schedule: bool = False
     takes_row_references: bool = False  # rows of lists may have `references` (`MediaBatch.row_references`)
     sampling_dit_option: str = ""  # option that names a separate, frozen transformer for training samples
+    # makes the network of samples from the trained one and that of `sampling_dit_option`, which has the same
+    # weights by name and shape; None: samples use the latter, or one after the other
+    join_sample_networks: Callable[[nn.Module, nn.Module], nn.Module] | None = None
     trains_with_guides: bool = False  # clips are trained with images that guide them (`data.GUIDES`)
     references: str = ""  # for messages: the variant that takes references of clips, and how to select it
     views: tuple[str, ...] = ()  # additional conditions that a training run can use (`Batch.condition_set`)

@@ -152,8 +152,8 @@ def test_a_sample_is_what_the_generation_script_makes(trained: tuple[TinyFamily,
     # mean levels of 255: 0 to 3.4 where all is the same (the latents are compared in tests/training), 22 to
     # 54 without the LoRA
     maximum, minimum = (
-        (6, 12) if family.name != "qwen_image_21 edit" else (0.6, 2)
-    )  # PNG; a megapixel is seen too
+        (6, 12) if family.name not in {"qwen_image_21 edit", "ernie_image"} else (0.6, 2)
+    )  # PNG; a megapixel is seen too, and the tiny VAE hides most of what ERNIE-Image draws
     assert (ours - theirs).abs().mean() < maximum
     assert (ours - without).abs().mean() > minimum
 

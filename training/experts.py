@@ -46,7 +46,7 @@ class ExpertNetworks:
     """Transformers by expert index, with the LoRAs that are active while they run.
 
     Attributes:
-        copies: Host copies of networks that take turns on the device; empty if all stay there.
+        copies: Host copies of networks that take turns on the device. A network without one stays there.
         loras: The --training_adapter LoRAs of trained networks, or the --sample_lora LoRAs of networks that
             generate samples.
     """
@@ -62,10 +62,12 @@ class ExpertNetworks:
         nothing is copied back to the host.
         """
         network = self.networks[expert]
-        if self.copies and not self.copies[network].is_on_device:
+        own = self.copies.get(network)  # None: this network never leaves the device
+        if own is None or not own.is_on_device:
             for copy in self.copies.values():
                 copy.free_device_memory()
-            self.copies[network].to_device()
+        if own is not None:
+            own.to_device()
         return network
 
 
@@ -307,13 +309,14 @@ AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}  # --mixed_precision 
 
 
 def choose_placement(
-    options: TrainingOptions, device: torch.device, quantization: Quantization | None
+    options: TrainingOptions, device: torch.device, quantization: Quantization | None, trained: bool = True
 ) -> Placement:
     """Return the device and the dtype of the DiT.
 
-    A frozen DiT keeps the file's dtype; a trained one is kept in bf16 (--full_bf16) or float32.
+    A frozen DiT keeps the file's dtype; one whose weights are trained is in bf16 (--full_bf16) or float32.
+    With `trained` False it is one that only samples use.
     """
-    full_dit = options.full_dit
+    full_dit = options.full_dit if trained else None
     storage_dtype: torch.dtype | None = None
     if full_dit is not None:
         storage_dtype = torch.bfloat16 if full_dit.full_bf16 else torch.float32

@@ -167,8 +167,9 @@ def _load_sample_networks(
     # Return all networks of samples, in the order of the experts.
     plan = loader.plan
     network_by_file = dict(zip(plan.family.dit_files, networks, strict=True))
+    join = plan.sample_family.abilities.join_sample_networks
     # if samples use none of the trained networks, the trained LoRA is added to the networks loaded here
-    uses_trained = bool(network_by_file.keys() & set(plan.sample_family.dit_files))
+    uses_trained = join is not None or bool(network_by_file.keys() & set(plan.sample_family.dit_files))
     sample_networks = []
     for index, file in enumerate(plan.sample_family.dit_files):
         if file not in network_by_file:
@@ -176,8 +177,14 @@ def _load_sample_networks(
             if not uses_trained:
                 builder.add(network.dit, network.expert)
             loader.set_up_network(network)
+            network.dit.eval()  # unlike the trained ones, whose checkpointing depends on the mode
             network_by_file[file] = network.dit
-        sample_networks.append(network_by_file[file].eval())
+        sample_network = network_by_file[file]
+        if join is not None:
+            joined = join(networks[index], sample_network)
+            loader.host_copies[joined] = loader.host_copies.pop(sample_network)
+            sample_network = joined
+        sample_networks.append(sample_network)
     return sample_networks
 
 
@@ -306,6 +313,7 @@ class NetworkLoader:
     host_copies: dict[nn.Module, HostCopy] = field(default_factory=dict)
 
     has_sample_only_networks: bool = field(init=False)  # whether samples need networks that are not trained
+    joins_in_samples: bool = field(init=False)  # whether those join the trained ones, which stay
     takes_turns: bool = field(init=False)  # whether one network is on the device at a time
 
     def __post_init__(self) -> None:
@@ -313,7 +321,8 @@ class NetworkLoader:
         has_samples = plan.options.samples.sample_prompts is not None
         self.has_sample_only_networks = has_samples and plan.sample_family is not plan.family
         alternates = len(plan.family.experts) > 1 and plan.options.by_expert.offload_inactive_dit
-        self.takes_turns = alternates or self.has_sample_only_networks
+        self.joins_in_samples = plan.sample_family.abilities.join_sample_networks is not None
+        self.takes_turns = alternates or (self.has_sample_only_networks and not self.joins_in_samples)
 
     def load(self, family: Family, index: int) -> UnpreparedNetwork:
         """Load and freeze the network of an expert, with LoRAs merged for training or for samples.
@@ -327,12 +336,15 @@ class NetworkLoader:
         plan, options, device = self.plan, self.plan.options, self.plan.accelerator.device
         expert = family.experts[index]
         # where the weights are kept: in host memory if they are swapped, or sharded over processes
-        host_weights = make_host_weights(family.dit, self.swap, device, all_weights=self.takes_turns)
+        only_samples = self._only_samples(family)
+        host_weights = make_host_weights(
+            family.dit, self.swap, device, all_weights=self.takes_turns or only_samples
+        )
         block_sharder: BlockSharder | None = None
         if options.speed.modes.hooks.make_block_sharder:
             block_sharder = make_block_sharder(options.speed, device)
         placement = replace(
-            experts.choose_placement(options, device, plan.quantization),
+            experts.choose_placement(options, device, plan.quantization, trained=not only_samples),
             host_weights=host_weights,
             block_sharder=block_sharder,
         )
@@ -340,8 +352,7 @@ class NetworkLoader:
         patch: LoraPatch | None = None
         t_loras: Sequence[WeightedLora] = ()
         network_options = experts.network_for(options, expert)
-        is_auxiliary = family is not plan.family and family is not plan.sample_family  # such as a teacher
-        if plan.features.merge is not None and network_options is not None and not is_auxiliary:
+        if plan.features.merge is not None and network_options is not None and self._takes_loras(family):
             loras = plan.features.merge(expert)
             if loras.uses:
                 patch, t_loras = self._read_merged(loras, network_options, family, index)
@@ -361,6 +372,15 @@ class NetworkLoader:
         return UnpreparedNetwork(
             dit, family, index, expert, host_weights=host_weights, block_sharder=block_sharder
         )
+
+    def _only_samples(self, family: Family) -> bool:
+        return family is self.plan.sample_family and family is not self.plan.family
+
+    def _takes_loras(self, family: Family) -> bool:
+        """Return whether LoRAs act in a network: not in a teacher, nor in one that joins the trained one."""
+        if self._only_samples(family):
+            return not self.joins_in_samples
+        return family is self.plan.family
 
     def _read_merged(
         self, loras: MergedLoras, network: NetworkOptions, family: Family, index: int
@@ -397,7 +417,7 @@ class NetworkLoader:
         self.set_up_blocks(network)
         if self.plan.quantization is not None and device.type == "cpu":
             keep_heap_small()  # otherwise temporary whole weights fragment the heap
-        if self.takes_turns:
+        if self.takes_turns or self._only_samples(family):
             self.host_copies[dit] = HostCopy(dit, device, network.host_weights)
         elif network.index + 1 < len(family.experts) and device.type == "cuda":
             size = bytes_on(dit, device)
@@ -441,7 +461,7 @@ class NetworkLoader:
             options, dit = self.plan.options, network.dit
             is_compiled = options.speed.compilation.choice is not None
             sample_files = options.samples.loras()
-            if sample_files:
+            if sample_files and self._takes_loras(family):
                 from networks.gated_loras import add_loras  # only with LoRA files
                 from networks.loading import read_weighted_lora
 

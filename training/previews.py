@@ -267,9 +267,6 @@ def _print_plan(
     live_encoders = find_live_encoders(family, options, config)
     _check_features(options.features, family, live_encoders, family.block_counts())
     noisy_batch = _read_largest_batch(family, options, commands, config=config, live_encoders=live_encoders)
-    num_sample_only_dits = 0
-    if others.sampling is not None and options.samples.sample_prompts is not None:
-        num_sample_only_dits = len({*others.sampling.dit_files} - {*family.dit_files})
     device = select_device(None)
     num_gpus, size = options.speed.plan.cards
     room = device_memory_to_plan(device, size)
@@ -280,7 +277,7 @@ def _print_plan(
             noisy_batch,
             device=device,
             room=room,
-            num_sample_only_dits=num_sample_only_dits,
+            sampling=others.sampling,
             live_encoders=live_encoders,
             tables=config.datasets,
         )
@@ -295,7 +292,7 @@ def _print_plan(
         device=device,
         num_gpus=num_gpus,
         room=room,
-        num_sample_only_dits=num_sample_only_dits,
+        sampling=others.sampling,
         live_encoders=live_encoders,
         tables=config.datasets,
     )

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -150,31 +151,67 @@ def project(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_samples_of_a_training_are_those_of_both_networks(project: Path) -> None:
-    """The trained LoRA changes the first one alone; the same command makes the same picture afterwards."""
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_samples_of_a_training_are_those_of_both_networks(project: Path, whole: bool) -> None:
+    """What is trained changes the first one alone; a generation makes the same picture afterwards."""
     (project / "prompts.txt").write_text(f"{CAPTION} --w 32 --h 32 --d 7 --s 2\n", encoding="utf-8")
     family = family_called("ideogram4")
+    words = train_whole() if whole else [*family.train]
     more = ["--sample_prompts", "prompts.txt", "--sample_every_n_steps", "1", "--max_train_steps", "1"]
-    more += ["--output_dir", "out", "--output_name", "lora"]
-    succeed_here(*family.train, *SECOND, *more, folder=project)
+    more += ["--output_dir", "out", "--output_name", "own", "--learning_rate", "0.01"]
+    succeed_here(*words, *SECOND, *more, folder=project)
     (sample,) = (project / "out" / "sample").glob("*_7.png")
 
+    made_with = {"--lora_weight": "out/own.safetensors"}
+    generate = [*family.generate]
+    if whole:
+        made_with = {}
+        generate[generate.index("--dit") + 1] = "out/own.safetensors"
     words = ["--prompt", CAPTION, "--image_size", "32", "32", "--seed", "7", "--infer_steps", "2"]
-    lora = ["--lora_weight", "out/lora.safetensors", "--save_path", "made"]
-    succeed_here(*family.generate, *SECOND, *words, *lora, folder=project)
+    for number, second in enumerate((SECOND, ())):
+        lora = [word for pair in made_with.items() for word in pair]
+        succeed_here(*generate, *second, *words, *lora, "--save_path", f"made {number}", folder=project)
 
-    (made,) = (project / "made").glob("*.png")
-    assert abs(read_image(sample).astype(int) - read_image(made)).max() <= 1
+    both, one = (
+        read_image(next((project / f"made {number}").glob("*.png"))).astype(int) for number in (0, 1)
+    )
+    assert abs(read_image(sample).astype(int) - both).max() <= 1
+    assert abs(one - both).max() > 1
+
+
+def train_whole() -> list[str]:
+    """The command that trains the whole model."""
+    family = family_called("ideogram4")
+    words = [word.replace("ideogram4_train_network.py", family.train_full) for word in family.train]
+    network = {"--network_module", "--network_dim", "--network_alpha"}
+    return [word for number, word in enumerate(words) if not {word, words[max(number - 1, 0)]} & network]
+
+
+@pytest.mark.slow
+def test_a_plan_counts_both_networks(project: Path) -> None:
+    """The second one waits in host memory, and is next to the trained one for samples."""
+    (project / "prompts.txt").write_text("a cat --w 32 --h 32 --s 2\n", encoding="utf-8")
+    train = [
+        *family_called("ideogram4").train,
+        *SECOND,
+        "--plan",
+        "--output_dir",
+        "out",
+        "--output_name",
+        "own",
+    ]
+    for prompts, phases in ((), 0), (("--sample_prompts", "prompts.txt"), 1):
+        printed = StringIO()
+        run_here(*train, *prompts, folder=project, printed=printed)
+        told = printed.getvalue()
+        assert told.count("samples by both transformers") == phases
+        assert told.count("second transformer") == 2 * phases
 
 
 def test_a_whole_model_says_which_network_it_is(project: Path) -> None:
     """musubi-tuner reads no file without it."""
-    family = family_called("ideogram4")
-    words = [word.replace("ideogram4_train_network.py", family.train_full) for word in family.train]
-    network = {"--network_module", "--network_dim", "--network_alpha"}
-    kept = [word for number, word in enumerate(words) if not {word, words[max(number - 1, 0)]} & network]
     more = ["--max_train_steps", "1", "--output_dir", "out", "--output_name", "whole"]
-    succeed_here(*kept, *more, folder=project)
+    succeed_here(*train_whole(), *more, folder=project)
 
     with safe_open(project / "out" / "whole.safetensors", "pt") as file:
         assert file.metadata()[MODEL_TYPE] == FIRST_TYPE

@@ -2,13 +2,13 @@
 
 import json
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from modules.errors import OptionError
@@ -26,6 +26,7 @@ from tests.training.test_resume import train_in_two_processes
 from training.experts import ExpertNetworks
 from training.learner import find_network_spec
 from training.loop import take_step
+from training.other_models import OtherFamilies
 from training.run import prepare_run, train_network
 from training.trainable import LearningRates, prepare_network, share_network
 
@@ -211,6 +212,67 @@ def test_networks_that_take_turns_train_the_same(tmp_path: Path, swap: list[obje
                 assert sum(copy.is_on_device for copy in copies.values()) == takes_turns
             found.append([one.detach().clone() for one in run.parameters])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@dataclass(frozen=True)
+class FiledToy(toy.ToyFamily):
+    """A toy whose transformers are files."""
+
+    files: tuple[Path, ...] = ()
+
+    @property
+    def dit_files(self) -> tuple[Path, ...]:
+        return self.files
+
+
+class Pair(nn.Module):
+    """The trained network of a run, and one that only samples use."""
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_trained_networks_are_as_they_train_next_to_those_of_samples_alone(
+    tmp_path: Path, joined: bool
+) -> None:
+    """Checkpointing depends on the mode."""
+    toy.write_caches(tmp_path)
+    (tmp_path / "prompts.txt").write_text("a cat", encoding="utf-8")
+    low, high = tmp_path / "low.safetensors", tmp_path / "high.safetensors"
+    for path in (low, high):
+        save_file({"weight": torch.zeros(1)}, path)
+    family = FiledToy(files=(low,))
+    sampling = FiledToy(
+        experts=toy.TWO_EXPERTS,
+        files=(low, high),
+        defaults=replace(family.defaults, experts=toy.TWO_EXPERTS),
+    )
+    if joined:
+        abilities = replace(toy.ToyFamily.abilities, join_sample_networks=Pair)
+        sampling = FiledToy(files=(high,), abilities=abilities)
+    options = toy.toy_options(
+        tmp_path, "--gradient_checkpointing", "--sample_prompts", tmp_path / "prompts.txt"
+    )
+    with prepare_run(family, options, others=OtherFamilies(sampling=sampling)) as run:
+        (trained,), networks = run.model.dits.networks, run.model.sample_dits.networks
+        parts = (networks[0].first, networks[0].second) if joined else networks
+        assert [part.training for part in parts] == [True, False]
+        assert parts[0] is trained
+        adapted = [name for name, _ in parts[1].named_parameters() if "lora" in name]
+        assert not adapted
+
+
+def test_a_network_that_stays_trains_while_another_waits(tmp_path: Path) -> None:
+    """The other one is on the device for samples alone."""
+    trained, other = toy.ToyDit(), toy.ToyDit().requires_grad_(False)
+    joined = Pair(trained, other)
+    copies: dict[nn.Module, HostCopy] = {joined: taking_turns(other, FakeDevice())}
+    training, sampling = ExpertNetworks([trained], copies), ExpertNetworks([joined], copies)
+    for dits, network, is_there in ((sampling, joined, True), (training, trained, False)) * 2:
+        assert dits.on_device(0) is network
+        assert copies[joined].is_on_device == is_there
 
 
 @pytest.mark.slow

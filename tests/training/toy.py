@@ -212,10 +212,9 @@ class ToyFamily:
             raise OptionError("this cannot be made")
         self.requests.append(request)
         flow_shift = 3.0 if request.flow_shift is None else request.flow_shift
-        return replace(
-            resolve_request(request, self.defaults, get_size(request, self.defaults), flow_shift, "bad"),
-            solver="euler",
-        )
+        size = get_size(request, self.defaults)
+        prepared = resolve_request(request, self.defaults, size, flow_shift, "bad", self.experts)
+        return replace(prepared, solver="euler")
 
     def needs_media(self, prepared: Prepared) -> bool:
         return False

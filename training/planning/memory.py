@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 MAX_BATCH = 16  # largest batch that --plan proposes: larger ones need another learning rate
 COMPILED = "Compiled blocks usually need less than planned here."
 META = torch.device("meta")
+SECOND_TRANSFORMER = "second transformer"
 Shape = tuple[int, ...]  # shape of latents without their channels: B F H W
 
 
@@ -64,7 +65,9 @@ class MemoryPrediction:
     host_optimizer_bytes: int = 0  # bytes of the optimizer's states in host memory
     host_average_bytes: int = 0  # bytes of a whole model's average in host memory
     num_further_dits: int = 0  # trained transformers, each like the one that was rehearsed
-    num_sample_only_dits: int = 0  # transformers that only samples need
+    # model of samples, if it has transformers that only samples use, and the bytes of these
+    sampling: Family | None = None
+    sample_only_bytes: int = 0
     live_encoders: LiveTextEncoders | None = None  # encoded in each step
     network: str = "LoRA"  # name of the trained network
 
@@ -94,30 +97,25 @@ class MemoryPrediction:
         """Return the memory of the transformers that were not simulated, and of training their LoRAs."""
         dit_bytes = peak_bytes.get(dry.WEIGHTS, 0)
         parts = []
-        if self.num_further_dits + self.num_sample_only_dits > 0:
-            # transformers other than the simulated one
-            count = self.num_further_dits + self.num_sample_only_dits
-            if self.takes_turns:  # host memory contains all weights of each, even of the one on the device
-                host = (1 + count) * dit_bytes - offloaded.host_bytes
-                part = memory_plan.MemoryPart(
-                    "further transformers", 0, host, "they take turns on the device"
-                )
-            else:
-                device_bytes = count * (dit_bytes - offloaded.saved_device_bytes)
-                part = memory_plan.MemoryPart(
-                    "further transformers", device_bytes, count * offloaded.host_bytes, ""
-                )
-            parts.append(part)
-            if self.options.by_expert.lora_per_expert:
-                # The memory of training the LoRAs of the other experts, each like the simulated one
-                kinds = [dry.NETWORK, dry.OPTIMIZER]
-                # a micro-batch trains one transformer, so only accumulated steps have gradients of both
-                if self.options.loop.gradient_accumulation_steps > 1:
-                    kinds.append(dry.GRADIENTS)
-                trained_bytes = sum(peak_bytes.get(kind, 0) for kind in kinds)
-                parts.append(
-                    memory_plan.MemoryPart("training of their LoRAs", self.num_further_dits * trained_bytes)
-                )
+        if self.joins_in_samples:
+            note = "on the device only for samples"
+            parts.append(memory_plan.MemoryPart(SECOND_TRANSFORMER, 0, self.sample_only_bytes, note))
+        elif self.takes_turns:  # host memory contains all weights of each, even of the one on the device
+            host = (1 + self.num_further_dits) * dit_bytes + self.sample_only_bytes - offloaded.host_bytes
+            note = "they take turns on the device"
+            parts.append(memory_plan.MemoryPart("further transformers", 0, host, note))
+        elif self.num_further_dits > 0:
+            device_bytes = self.num_further_dits * (dit_bytes - offloaded.saved_device_bytes)
+            host = self.num_further_dits * offloaded.host_bytes
+            parts.append(memory_plan.MemoryPart("further transformers", device_bytes, host))
+        if self.num_further_dits > 0 and self.options.by_expert.lora_per_expert:
+            # The memory of training the LoRAs of the other experts, each like the simulated one
+            kinds = [dry.NETWORK, dry.OPTIMIZER]
+            # a micro-batch trains one transformer, so only accumulated steps have gradients of both
+            if self.options.loop.gradient_accumulation_steps > 1:
+                kinds.append(dry.GRADIENTS)
+            trained_bytes = self.num_further_dits * sum(peak_bytes.get(kind, 0) for kind in kinds)
+            parts.append(memory_plan.MemoryPart("training of their LoRAs", trained_bytes))
         # models that features load, such as a teacher, are assumed to be as large as the trained transformer
         for model in self.options.features.further_models:
             device = dit_bytes - offloaded.saved_device_bytes
@@ -139,11 +137,19 @@ class MemoryPrediction:
         return parts
 
     @property
+    def joins_in_samples(self) -> bool:
+        """Whether a second transformer joins the trained one on the device for samples."""
+        sampling = self.sampling
+        if sampling is None or not self.sample_only_bytes:
+            return False
+        return sampling.abilities.join_sample_networks is not None
+
+    @property
     def takes_turns(self) -> bool:
         """Whether only one DiT at a time is on the device, because of samples or an inactive expert."""
-        return self.num_sample_only_dits > 0 or (
-            self.num_further_dits > 0 and self.options.by_expert.offload_inactive_dit
-        )
+        if self.sample_only_bytes and not self.joins_in_samples:
+            return True
+        return self.num_further_dits > 0 and self.options.by_expert.offload_inactive_dit
 
     def scaled(self, share: float) -> "MemoryPrediction":
         """Return the prediction for a smaller or larger batch, with activations scaled by `share`."""
@@ -161,11 +167,33 @@ class MemoryPrediction:
 
     def plan(self, blocks: int, remarks: Sequence[str] = ()) -> memory_plan.MemoryPlan:
         """Return the memory plan of a step with `blocks` swapped blocks."""
-        return memory_plan.MemoryPlan((self.phase(blocks),), tuple(remarks))
+        phases = [self.phase(blocks)]
+        if self.joins_in_samples:
+            phases.append(self._joined_phase(blocks))
+        return memory_plan.MemoryPlan(tuple(phases), tuple(remarks))
+
+    def _joined_phase(self, blocks: int) -> memory_plan.Phase:
+        """Return the memory of samples, when the second transformer is next to the trained one."""
+        offloaded = self.swaps[blocks]
+        _, peak_bytes = dry.find_peak_phase(self.phase_peaks)
+        kinds = (dry.WEIGHTS, dry.TEXTS, dry.NETWORK, dry.OPTIMIZER)
+        held = {kind: peak_bytes[kind] for kind in kinds if kind in peak_bytes}
+        notes = {dry.WEIGHTS: self.weight_dtypes + offloaded.describe(blocks, "to pass through")}
+        # as many of its blocks are swapped; their share of its weights is that of the trained one
+        swapped = offloaded.saved_device_bytes / max(1, peak_bytes.get(dry.WEIGHTS, 0))
+        second = round(self.sample_only_bytes * (1 - swapped))
+        parts = [
+            *memory_plan.list_memory_parts(held, offloaded, notes, network=self.network),
+            memory_plan.MemoryPart(
+                SECOND_TRANSFORMER, second, self.sample_only_bytes, "work on one block is not counted"
+            ),
+            *self._list_host_parts(),
+        ]
+        return memory_plan.Phase("samples by both transformers", (*parts, self.workspace))
 
     def device_bytes(self, blocks: int) -> int:
-        """Return the device memory of a step with `blocks` swapped blocks, in bytes."""
-        return self.phase(blocks).device
+        """Return the device memory of a run with `blocks` swapped blocks, in bytes."""
+        return self.plan(blocks).device
 
     @property
     def max_swapped_blocks(self) -> int:
@@ -184,7 +212,7 @@ def predict_memory(
     options: TrainingOptions,
     noisy_batch: NoisyBatch,
     device: torch.device,
-    num_sample_only_dits: int = 0,
+    sampling: Family | None = None,
     live_encoders: LiveTextEncoders | None = None,
     watch: Callable[[nn.Module], dry.Extrapolate] = dry.extrapolate_on_one_device,
     tables: Sequence[DatasetTable] = (),
@@ -203,7 +231,7 @@ def predict_memory(
         options: Options of the run.
         noisy_batch: The batch, on the CPU.
         device: Device of the run; nothing is allocated on it.
-        num_sample_only_dits: Number of transformers that only samples use.
+        sampling: Model of samples, if an option names transformers that only samples use.
         live_encoders: Text encoders that are loaded during training; None for none.
         watch: `TokenCounter.watch` if several devices will share the step.
         tables: Tables of the dataset.
@@ -234,7 +262,8 @@ def predict_memory(
         host_optimizer_bytes=host_optimizer_bytes,
         host_average_bytes=_count_average_bytes(options, step.trained_sizes),
         num_further_dits=len(family.experts) - 1,
-        num_sample_only_dits=num_sample_only_dits,
+        sampling=sampling,
+        sample_only_bytes=_count_sample_only_bytes(family, options, sampling),
         live_encoders=live_encoders,
         network=find_network_spec(family, options.network, options.features.lora_replacement).label,
     )
@@ -287,13 +316,27 @@ def _count_average_bytes(options: TrainingOptions, trained_sizes: Sequence[int])
     return 4 * sum(trained_sizes)  # float32; frozen weights are not averaged
 
 
-def _load_dit_without_values(family: Trains, options: TrainingOptions) -> nn.Module:
-    """Build the DiT on the meta device, where tensors have no values."""
+def _count_sample_only_bytes(family: Trains, options: TrainingOptions, sampling: Family | None) -> int:
+    """Return the bytes of the transformers that only samples use; 0 if the run makes none."""
+    if sampling is None or options.samples.sample_prompts is None:
+        return 0
+    count = 0
+    for index, file in enumerate(sampling.dit_files):
+        if file not in family.dit_files:
+            dit = _load_dit_without_values(sampling, options, index, trained=False)
+            count += sum(dry.round_up_bytes(weight.nbytes) for weight in dit.parameters())
+    return count
+
+
+def _load_dit_without_values(
+    family: Trains, options: TrainingOptions, index: int = 0, trained: bool = True
+) -> nn.Module:
+    """Build the DiT of an expert on the meta device, where tensors have no values."""
     attention = replace(options.speed.attention.choice, mode="sdpa")  # whatever the kernel of the run
     quantization = rehearsed(options.speed.fp8.quantization)
-    placement = replace(choose_placement(options, META, quantization), attention=attention)
+    placement = replace(choose_placement(options, META, quantization, trained), attention=attention)
     with quiet():
-        return family.load_dit(placement)
+        return family.load_dit(placement, index)
 
 
 def _offload_states(
@@ -380,7 +423,7 @@ def plan_one_card(
     *,
     device: torch.device,
     room: DeviceMemory | None,
-    num_sample_only_dits: int,
+    sampling: Family | None,
     live_encoders: LiveTextEncoders | None,
     tables: Sequence[DatasetTable],
 ) -> None:
@@ -394,7 +437,7 @@ def plan_one_card(
         noisy_batch: Batch with noise and timesteps.
         device: Device of the run.
         room: Memory of the GPU; None if unknown.
-        num_sample_only_dits: Number of transformers that only samples need.
+        sampling: Model of samples, if an option names transformers that only samples use.
         live_encoders: Text encoders that are loaded.
         tables: Tables of the dataset.
     """
@@ -403,7 +446,7 @@ def plan_one_card(
         options,
         noisy_batch,
         device=device,
-        num_sample_only_dits=num_sample_only_dits,
+        sampling=sampling,
         live_encoders=live_encoders,
         tables=tables,
     )
@@ -500,6 +543,7 @@ def _rehearse_largest(plan: TrainingPlan) -> MemoryPrediction:
         plan.options,
         noisy_batch,
         plan.accelerator.device,
+        sampling=plan.other_families.sampling,
         live_encoders=plan.live_encoders,
         tables=plan.config.datasets,
     )
@@ -523,7 +567,7 @@ def suggest_changes(
         family,
         noisy_batch=noisy_batch,
         device=device,
-        num_sample_only_dits=prediction.num_sample_only_dits,
+        sampling=prediction.sampling,
         live_encoders=prediction.live_encoders,
     )
     rehearsals = [

@@ -29,7 +29,7 @@ def plan_several_cards(
     device: torch.device,
     num_gpus: int,
     room: DeviceMemory,
-    num_sample_only_dits: int,
+    sampling: Family | None,
     live_encoders: LiveTextEncoders | None,
     tables: Sequence[DatasetTable],
 ) -> None:
@@ -42,7 +42,7 @@ def plan_several_cards(
         device: Device of the run.
         num_gpus: Number of GPUs.
         room: Memory of each GPU.
-        num_sample_only_dits: Number of transformers that only samples need.
+        sampling: Model of samples, if an option names transformers that only samples use.
         live_encoders: Text encoders that are loaded.
         tables: Tables of the dataset.
     """
@@ -53,7 +53,7 @@ def plan_several_cards(
             options,
             noisy_batch,
             device=device,
-            num_sample_only_dits=num_sample_only_dits,
+            sampling=sampling,
             live_encoders=live_encoders,
             watch=counter.watch,
             tables=tables,
