@@ -3,6 +3,7 @@
 Alphas are scaled, so that a file with scaled alphas gives the same results to the bit as the strengths do.
 """
 
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,7 +16,9 @@ from networks.delta import Delta, read_delta
 from networks.kinds.factors import Factors
 from networks.module_factors import BIAS_FACTORS, SET_WEIGHT, get_lora_rank, group_by_module, ungroup
 from networks.names.layouts import OURS
-from networks.typed_strengths import OPTION, OTHER, BlockStrength, read_block_strengths
+from networks.typed_strengths import MAX_BLOCK, OPTION, OTHER, BlockStrength, read_block_strengths
+
+logger = logging.getLogger(__name__)
 
 _BLOCK = re.compile(rf"(?:{OURS})?(?P<list>[a-z_]*?)_?(?P<number>\d+)(?:_|$)")
 
@@ -99,6 +102,11 @@ def resolve_strengths(
                 f"{option} {strength.typed!r} names no block of {path}, which has "
                 f"{present}{f' of {lists[0]}' if len(lists) == 1 else ''}. Correct the numbers"
             )
+        highest = max((block[1] for name in named if (block := blocks[name])), default=MAX_BLOCK)
+        # a text for a deeper model, or for more blocks than the file has
+        if highest < strength.last < MAX_BLOCK:
+            typed = strength.typed
+            logger.warning("%s %r: the last of these blocks in %s is %d", option, typed, path, highest)
         strength_by_module |= dict.fromkeys(named, strength.strength)
     return strength_by_module
 

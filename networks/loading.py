@@ -668,11 +668,16 @@ def read_weighted_loras(
         ("exclude_patterns", exclude_patterns, "patterns"),
         ("lora_blocks", block_strengths, "texts"),
     ):
+        if values and not files:
+            raise OptionError(f"--{option} is about LoRA files, and none is given: pass --lora_weight FILE")
         if len(values) > len(files):
             raise OptionError(
-                f"--{option} has {len(values)} {what} for {len(files)} LoRA files: pass one per file, in "
-                "the same order"
+                f"--{option} has {len(values)} {what} for {format_count(len(files), 'LoRA file')}: pass one "
+                "per file, in the same order"
             )
+        if values and len(values) < len(files):
+            whole = ", ".join(path.name for path, _ in list(files)[len(values) :])
+            logger.info("--%s is about the first of the LoRA files; used whole: %s", option, whole)
     weighted_loras = []
     # the last files may have no pattern or strengths: theirs are None
     for (path, multiplier), include, exclude, blocks in zip_longest(

@@ -156,8 +156,9 @@ ONE_DIT = ExpertTrainingOptions()
 
 
 HIGH_RATE = 0.1  # above this rate, training usually diverges within a few steps
-# prefixes of optimizers that find their own rate, for which --learning_rate is a factor near 1
-FIND_RATE = ("prodigy", "dadapt", "adafactor", "came")
+# prefixes of optimizers that find their own rate, for which --learning_rate is a factor near 1; Automagic
+# rejects such a rate itself
+FIND_RATE = ("prodigy", "dadapt", "adafactor", "came", "automagic")
 LARGEST_RATE = 1000.0  # far above any useful rate; larger ones overflow in the first step
 
 

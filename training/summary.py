@@ -273,35 +273,33 @@ def _make_result_rows(run: TrainingRun, run_history: history.RunHistory) -> list
         files = path.rglob("*") if path.is_dir() else [path]
         size = sum(file.stat().st_size for file in files if file.is_file())
         results.append(("result", f"{path} ({format_size(size)})"))
-    rows: dict[str, str] = {}
     if run_history.validations:
-        rows["best by validation"] = describe_best(run_history, names.folder, names.name)
+        results.append(("best by validation", describe_best(run_history, names.folder, names.name)))
     duration = format_duration(clock.total_step_seconds)
-    rows["steps"] = f"{clock.steps} in {duration}, without pauses"
     if clock.seconds_per_step is not None:
-        speed = f"{clock.seconds_per_step:.3g} s a step"
-        rows["steps"] = f"{clock.steps} in {duration} ({speed}), without pauses"
+        duration += f" ({clock.seconds_per_step:.3g} s a step)"
+    results.append(("steps", f"{clock.steps} in {duration}, without pauses"))
     if SKIPPED_STEPS in run.features.info.in_files:  # a feature that can skip steps
-        rows["skipped steps"] = str(run.progress.skipped)
-    for step, text in run_history.notes[-SHOWN_NOTES:]:
-        rows[f"step {step}"] = text
+        results.append(("skipped steps", str(run.progress.skipped)))
+    results += [(f"step {step}", text) for step, text in run_history.notes[-SHOWN_NOTES:]]
     if losses:
         mean = sum(losses) / len(losses)
-        rows["average loss"] = f"{mean:.4g}"
+        results.append(("average loss", f"{mean:.4g}"))
     samples = names.folder / SAMPLE_FOLDER
     if run.sampler is not None and samples.is_dir():
-        rows["samples"] = str(samples)
+        results.append(("samples", str(samples)))
     if not run.options.logs.no_page:
-        rows["page"] = str(page_path(names.folder, names.name))
-    rows["peak memory"] = format_peak_memory(run.device)
+        results.append(("page", str(page_path(names.folder, names.name))))
+    peak = format_peak_memory(run.device)
     if run.memory is not None:
-        rows["peak memory"] = f"{format_gib(run.memory.highest)} GiB"
+        peak = f"{format_gib(run.memory.highest)} GiB"
+    results.append(("peak memory", peak))
     if run.options.network is not None:
         for note in [NOTES[kind] for kind in run.options.network.kinds if kind in NOTES][:1]:
-            rows["other tools"] = note
+            results.append(("other tools", note))
     if os.environ.get(RUN_GOES_ON):  # `reelsmith run` started this in a folder that the user did not type
-        rows["commands"] = f"typed in {Path.cwd()}"
-    return [*results, *rows.items()]
+        results.append(("commands", f"typed in {Path.cwd()}"))
+    return results
 
 
 def describe_best(run_history: history.RunHistory, folder: Path, name: str) -> str:

@@ -399,12 +399,13 @@ class TrainingRun:
             self.measuring = self.make_measuring()
         unique = {item.key: item for item in self.plan.training}
         self.reporter.log_pause("measuring items")
+        started = self.delayed_reports.time_stamp(self.device.type)
         with (
             self.logs.clock.pause(MEASURING),
             evaluation(model.modules, model.optimizer, self.parameters),
         ):
             losses = self.measuring.measure_items([*unique.values()], model.dits.on_device, self.autocast)
-        self.logs.clock.skips_next_step = True
+        self.delayed_reports.leave_out_since(started, self.device.type)
         if self.steps.num_processes > 1:
             losses = dict(gather_object([*losses.items()]))
         return {key: losses[key] for key in unique}

@@ -82,7 +82,7 @@ def test_a_line_that_does_not_fit_is_said_and_others_are_made(tmp_path: Path, t2
         script(t2v).made(tmp_path / "made", "--from_file", lines)
     assert "line 1" in str(caught.value)
     assert "names no block" in str(caught.value)
-    assert "--lora_blocks has 2 texts for 1 LoRA files" in str(caught.value)
+    assert "--lora_blocks has 2 texts for 1 LoRA file:" in str(caught.value)
     assert len(list((tmp_path / "made").glob("*_latent.safetensors"))) == 1
     with pytest.raises(OptionError, match="no meaning for a comparison"):
         compared(tmp_path / "grid", t2v, "--from_file", _write(tmp_path, "a cat --lb 0=0"), loras="a*")

@@ -1,6 +1,7 @@
 """Strengths of a LoRA by block, when it is used and in a file that is written with them."""
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,18 @@ def test_texts_that_do_not_fit_are_one_sentence(text: str, words: str) -> None:
     with pytest.raises(OptionError, match=r"^--lora_blocks ") as caught:
         resolve_strengths(NAMES, text, HERE)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_told"), [("double_blocks:0-9=2", True), ("double_blocks:1-2=2", False), ("other=1", False)]
+)
+def test_a_text_for_a_deeper_model_is_told(
+    text: str, is_told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    resolve_strengths([*NAMES, "lora_unet_img_in"], text, HERE)
+
+    told = f"--lora_blocks '{text}': the last of these blocks in x.safetensors is 2"
+    assert caplog.messages == ([told] if is_told else [])
 
 
 @pytest.mark.parametrize("kind", ["lora", "loha", "lokr"])
@@ -167,10 +180,17 @@ def test_messages_name_the_option_that_was_typed(text: str, tmp_path: Path) -> N
         rewrite_blocks(BlockOptions(model=path, donor=rotation, donor_blocks="0=0.5", output=output))
 
 
-def test_more_texts_than_files_and_nothing_to_do_are_refused(tmp_path: Path) -> None:
+def test_more_texts_than_files_and_nothing_to_do_are_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     path = write_lora(tmp_path / "a.safetensors")
-    with pytest.raises(OptionError, match="--lora_blocks has 2 texts for 1 LoRA files"):
+    with pytest.raises(OptionError, match="--lora_blocks has 2 texts for 1 LoRA file:"):
         read_weighted_loras([(path, 1.0)], LoraPatternOptions(lora_blocks=("0=1", "1=1")))
+    with pytest.raises(OptionError, match="--lora_blocks is about LoRA files, and none is given"):
+        read_weighted_loras([], LoraPatternOptions(lora_blocks=("0=1",)))
+    read_weighted_loras([(path, 1.0), (path, 0.5)], LoraPatternOptions(lora_blocks=("0=1",)))
+    assert "used whole: a.safetensors" in caplog.text
     with pytest.raises(OptionError, match="nothing would change"):
         BlockOptions(model=path, output=tmp_path / "b.safetensors")
     with pytest.raises(OptionError, match="every block has the strength 0"):

@@ -12,8 +12,10 @@ from training.learner import FULL_MODEL, find_network_spec
 from training.previews import describe_run
 from training.reports.history import History
 from training.reports.pauses import StepClock
+from training.run import prepare_run
 from training.steps import StepPlan
 from training.summary import (
+    _make_result_rows,
     count_saves,
     describe_best,
     describe_learning_rate,
@@ -77,6 +79,19 @@ def test_a_run_says_what_it_does_and_what_came_of_it(
     assert [len(each) for each in numbers] == [1, 2, 2, 2, 2]
     assert [now for *_, now in numbers[:-1]] == [before for before, _ in numbers[1:]]
     assert not [text for text in caplog.messages if re.search(r"process\(es\)|tables", text)]
+
+
+def test_the_end_repeats_all_that_was_said_about_one_step(tmp_path: Path) -> None:
+    write_caches(tmp_path)
+    with prepare_run(ToyFamily(), toy_options(tmp_path, has_page=True)) as run:
+        run.note("it went back", 3)
+        run.note("it went back again", 3)
+        rows = _make_result_rows(run, run.reporter.history.run_history)
+
+    assert [row for row in rows if row[0] == "step 3"] == [
+        ("step 3", "it went back"),
+        ("step 3", "it went back again"),
+    ]
 
 
 @pytest.mark.parametrize(

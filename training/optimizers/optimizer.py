@@ -102,7 +102,8 @@ def _make_rejection_error(options: OptimizerOptions, arguments: str, error: Exce
     """Return the error for arguments that an optimizer class rejected with `error`."""
     reason = str(error) or type(error).__name__
     name = options.optimizer_type or "AdamW"
-    return OptionError(f"--optimizer_type {name} with --optimizer_args {arguments}: {reason}")
+    given = f" with --optimizer_args {arguments}" if arguments else ""
+    return OptionError(f"--optimizer_type {name}{given}: {reason}")
 
 
 def arrange_weights(trainable: Trainable, options: OptimizerOptions, spec: DitSpec) -> Trainable:

@@ -99,6 +99,9 @@ class DelayedReports:
     now: Callable[[], float] = time.monotonic
     _pending: tuple[StepReport, Tensor, Any] | None = field(default=None, init=False)
     last_time_stamp: Any = field(default=None, init=False)  # at the end of the last step or pause
+    # time stamps around each pause within the current step, and within the one that is pending
+    _pauses: list[tuple[Any, Any]] = field(default_factory=list, init=False)
+    _pending_pauses: list[tuple[Any, Any]] = field(default_factory=list, init=False)
 
     def push(self, step: StepReport, values: Tensor) -> StepReport | None:
         """Store a step with its 1-D `values` on any device; return the previous step, with host values."""
@@ -109,7 +112,12 @@ class DelayedReports:
         ended = self.time_stamp(device_type) if device_type in {"cuda", "cpu"} else None
         previous = self.flush()
         self._pending = (step, values, ended)
+        self._pending_pauses, self._pauses = self._pauses, []
         return previous
+
+    def leave_out_since(self, started: Any, device: str) -> None:
+        """Leave the time from the time stamp `started` until now out of the duration of the current step."""
+        self._pauses.append((started, self.time_stamp(device)))
 
     def flush(self) -> StepReport | None:
         """Return the report of the last step if it is pending. Blocks until the device has computed it."""
@@ -125,13 +133,15 @@ class DelayedReports:
         self.last_time_stamp = self.now() if ended is None else ended
         if started is None:
             return report
-        if isinstance(started, float):
-            return replace(report, seconds=self.last_time_stamp - started)
-        return replace(report, seconds=started.elapsed_time(self.last_time_stamp) / 1000)
+        seconds = _seconds_between(started, self.last_time_stamp)
+        for pause_started, pause_ended in self._pending_pauses:
+            seconds -= _seconds_between(pause_started, pause_ended)
+        return replace(report, seconds=seconds)
 
     def drop(self) -> None:
         """Forget the report of the last step."""
         self._pending = None
+        self._pauses.clear()
 
     def time_stamp(self, device: str) -> Any:
         """Return a time stamp for measuring step durations.
@@ -144,6 +154,13 @@ class DelayedReports:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
+
+
+def _seconds_between(started: Any, ended: Any) -> float:
+    """Return the seconds between two time stamps of `DelayedReports`."""
+    if isinstance(started, float):
+        return ended - started
+    return started.elapsed_time(ended) / 1000
 
 
 class Recorder(Protocol):

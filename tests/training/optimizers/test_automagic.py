@@ -120,7 +120,7 @@ def test_a_resumed_run_is_the_same_to_the_bit(tmp_path: Path, more: tuple[object
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--learning_rate", 1), "too high to start with"),
+        (("--learning_rate", 1), "--optimizer_type automagic: the rate 1 is too high to start with"),
         (("--optimizer_args", "lr_bump=1e-12"), "lr_bump must be above 0 and at least"),
         (("--optimizer_args", "min_lr=1"), "min_lr must be above 0 and at most max_lr"),
         (("--optimizer_args", "bump=1"), "has no such argument"),

@@ -127,6 +127,7 @@ class SlowPauses:
         "--save_every_n_steps 1",
         "--save_every_n_steps 3",
         "--validation_split 0.2 --validate_every_n_steps 2",
+        "--rest_learned 0.3 --items_every 3",
         "--sample_every_n_steps 3 --sample_every_n_epochs 1 --sample_prompts PROMPTS",
     ],
 )
