@@ -44,6 +44,14 @@ class FolderSection:
 
 
 @dataclass(frozen=True)
+class PagePart:
+    """A part of the page of a run, or of the page Models, which another folder brings."""
+
+    template: str  # below `browser/pages`: what is shown until the part is loaded
+    position: int  # parts are sorted by it
+
+
+@dataclass(frozen=True)
 class Page:
     """A page of the browser, or parts of other pages, with everything that the server knows of it."""
 
@@ -54,6 +62,8 @@ class Page:
     public: str = ""  # beginning of the addresses that need no token; "" if all need it
     folder_tab: FolderTab | None = None
     folder_section: FolderSection | None = None
+    run_part: PagePart | None = None
+    models_part: PagePart | None = None
 
 
 @cache
@@ -91,3 +101,15 @@ def list_folder_sections() -> list[FolderSection]:
     """Return the sections of a described folder in the order in which they are shown."""
     sections = [page.folder_section for page in list_pages() if page.folder_section is not None]
     return sorted(sections, key=lambda section: section.position)
+
+
+def list_run_parts() -> list[PagePart]:
+    """Return the parts that other folders add to the page of a run, in the order in which they are shown."""
+    parts = [page.run_part for page in list_pages() if page.run_part is not None]
+    return sorted(parts, key=lambda part: part.position)
+
+
+def list_models_parts() -> list[PagePart]:
+    """Return the parts that other folders add to the page Models, in the order in which they are shown."""
+    parts = [page.models_part for page in list_pages() if page.models_part is not None]
+    return sorted(parts, key=lambda part: part.position)

@@ -4,7 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from browser.core.page import list_folder_sections, list_folder_tabs, list_links
+from browser.core.page import (
+    list_folder_sections,
+    list_folder_tabs,
+    list_links,
+    list_models_parts,
+    list_run_parts,
+)
 from modules.pages.page import render_page
 from training.reports.page import TEMPLATE
 
@@ -24,5 +30,7 @@ def show_page(template: str, title: str, values: Mapping[str, Any], policy: str 
         "nav_links": list_links(),
         "folder_tabs": list_folder_tabs(),
         "folder_sections": list_folder_sections(),
+        "run_parts": list_run_parts(),
+        "models_parts": list_models_parts(),
     }
     return render_page(Path(template), title, {**shared_values, **values}, policy, FOLDERS)

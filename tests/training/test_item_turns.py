@@ -16,7 +16,7 @@ from tests.training.toy import Killed, ToyTextEncoder, killed_at, same, train_to
 from training.features.item_turns_acting import SHARE_WHILE_RESTING, decide
 from training.features.item_turns_options import ItemTurnsOptions, ItemTurnsProgress
 from training.reports.item_losses import read_draws
-from training.reports.item_turns import make_section, read_changes
+from training.reports.item_turns import make_section, read_changes, read_items
 from training.reports.sections import turns_path
 
 KEYS = [f"clip{index}_0032x0032_toy" for index in range(5)]
@@ -247,4 +247,5 @@ def test_measuring_alone_changes_nothing(tmp_path: Path) -> None:
     plain = train_toy(tmp_path, *STATES)
     measured = train_toy(tmp_path, *STATES, "--rest_learned", 0.99, "--items_every", 3)
     assert same(plain, measured)
-    assert not turns_path(tmp_path / "output", "x").exists()
+    assert read_changes(turns_path(tmp_path / "output", "x")) == []
+    assert [*read_items(turns_path(tmp_path / "output", "x"))] == KEYS

@@ -23,7 +23,17 @@ from modules.errors import CacheError, OptionError, UserError
 from training.features.hooks import HookedModel, PlannedRun, RunFeatures
 from training.features.item_turns_options import ItemTurnsOptions, ItemTurnsProgress
 from training.features.phases import GRADIENTS, STEP
-from training.reports.item_turns import ASIDE, BACK, CAPTION, RESTS, ItemChange, read_requests
+from training.reports.item_turns import (
+    ASIDE,
+    BACK,
+    CAPTION,
+    MAX_REQUEST_BYTES,
+    REQUESTED,
+    RESTS,
+    ItemChange,
+    asked_path,
+    read_requests,
+)
 from training.reports.sections import captions_folder, requests_path, turns_path
 
 if TYPE_CHECKING:
@@ -36,7 +46,6 @@ FLAT = 0.03  # largest change between two rounds, as a share of the loss at the 
 NUM_ROUNDS = 3  # rounds that are compared
 FALLEN = 0.05  # share by which the loss of most items must have fallen before one counts as noisy
 POLL_STEPS = 10  # steps between two looks at the request file with several processes, which then wait
-MAX_REQUEST_BYTES = 1 << 16
 MAX_CAPTION = 200  # characters of a caption in the list and in notes
 
 
@@ -144,6 +153,7 @@ class ItemTurns:
     requests: dict[int, list[str]] = field(default_factory=dict)  # lines of request files, by step
 
     plan: PlannedRun | None = None  # None: the run has not begun
+    is_listed: bool = False  # whether the list of this run is written
 
     def join(self, run: RunFeatures) -> None:
         """Add the functions of the feature to a run."""
@@ -168,8 +178,6 @@ class ItemTurns:
                 shutil.rmtree(captions_folder(names.folder, names.name), ignore_errors=True)
         if plan.accelerator.num_processes > 1:
             (self.requests,) = broadcast_object_list([self.requests])
-        if progress.item_changes:
-            self._write_list(plan, progress)
 
     def return_to(self, step: int) -> None:
         """Take up the turns of the state that the run went back to; its step is not needed."""
@@ -189,8 +197,11 @@ class ItemTurns:
             new_captions[int(index), str(stem)] = NewCaption(str(text), path)
 
     def measure_start(self, run: "TrainingRun", *_: object) -> None:
-        """Measure all items before the first step."""
+        """List and measure all items before the first step."""
         progress = run.progress.feature_state(ItemTurnsProgress)
+        if not self.is_listed:  # not earlier: files of an earlier run were still moved away
+            self.is_listed = True
+            self._write_list(run.plan, progress)
         if self.options.measures and not progress.item_start_losses:
             progress.item_start_losses.update(run.measure_items())
 
@@ -223,7 +234,7 @@ class ItemTurns:
             return lines
         new_lines: list[str] = []
         if run.is_main:
-            new_lines = _take_file(run.plan.names.folder / f"{run.plan.names.name}.items")
+            new_lines = _take_file(asked_path(run.plan.names.folder, run.plan.names.name))
         if run.steps.num_processes > 1:
             (new_lines,) = broadcast_object_list([new_lines])
         if new_lines and run.is_main:  # recorded, so that a run that is resumed from before obeys them again
@@ -257,7 +268,7 @@ class ItemTurns:
                 continue
             if key not in progress.items_of_user:
                 progress.items_of_user.append(key)
-            _set_share(progress, step, Decision(key, 1.0 if is_back else 0.0, "requested"))
+            _set_share(progress, step, Decision(key, 1.0 if is_back else 0.0, REQUESTED))
             run.note(f"{key} is {'taken back' if is_back else 'set aside'}, as requested", step)
 
     def _recaption(
@@ -303,10 +314,11 @@ class ItemTurns:
         return error
 
     def _write_list(self, plan: PlannedRun, progress: ItemTurnsProgress) -> None:
-        """Write the file that lists which items changed, and when."""
+        """Write the file that lists the items that may change, and which changed when."""
         if not plan.accelerator.is_main_process:
             return
-        values = {"session": plan.progress.session_id, "changes": progress.item_changes}
+        stems = {item.key: item.source_stem for item in plan.training if item.key in self.groups}
+        values = {"session": plan.progress.session_id, "items": stems, "changes": progress.item_changes}
         path = turns_path(plan.names.folder, plan.names.name)
         write_text(path, json.dumps(values, ensure_ascii=False, indent=0) + "\n")
 
@@ -345,17 +357,19 @@ def _find_items(items: Collection[TrainingItem], name: str) -> list[str]:
 
 def _take_file(path: Path) -> list[str]:
     """Return the lines of a request file, and remove it; [] without a file."""
+    taken = path.with_name(f"{path.name}.taken")
     try:
         if not path.is_file():
             return []
-        if path.stat().st_size > MAX_REQUEST_BYTES:
+        path.replace(taken)  # first, so that lines that the page adds meanwhile are in a new file
+        if taken.stat().st_size > MAX_REQUEST_BYTES:
             logger.warning("%s asks for nothing: it contains more than %d bytes.", path, MAX_REQUEST_BYTES)
             text = ""
         else:
-            text = path.read_text(encoding="utf-8")
-        path.unlink()
+            text = taken.read_text(encoding="utf-8")
+        taken.unlink()
     except (OSError, UnicodeDecodeError) as error:
-        logger.warning("%s cannot be read and removed, and is ignored for now: %s", path, error)
+        logger.warning("%s cannot be read and removed, and asks for nothing: %s", path, error)
         return []
     return [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
 

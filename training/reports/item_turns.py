@@ -9,7 +9,9 @@ from modules.text_files import parse_json, read_text
 from training.reports.sections import PageSection, turns_path
 
 RESTS, ASIDE, BACK, CAPTION = "rests", "aside", "back", "caption"
+REQUESTED = "requested"  # reason of a change that a user asked for
 MAX_SHOWN = 200  # changes on the page, the last ones
+MAX_REQUEST_BYTES = 1 << 16  # largest file of requests that a run reads
 
 
 class ItemChange(NamedTuple):
@@ -21,6 +23,11 @@ class ItemChange(NamedTuple):
     reason: str
 
 
+def asked_path(folder: Path, name: str) -> Path:
+    """Return the path of the file whose lines a run with --watch_items obeys and removes."""
+    return folder / f"{name}.items"
+
+
 def read_changes(path: Path) -> list[ItemChange]:
     """Return the changes in the list of a run; [] without one, or if it was not written by this program."""
     try:
@@ -28,6 +35,14 @@ def read_changes(path: Path) -> list[ItemChange]:
         return [ItemChange(int(row[0]), str(row[1]), str(row[2]), str(row[3])) for row in rows]
     except (OSError, ValueError, LookupError, TypeError):
         return []
+
+
+def read_items(path: Path) -> dict[str, str]:
+    """Return the stem of the media file of each item in the list of a run, by key; {} without a list."""
+    try:
+        return {str(key): str(stem) for key, stem in parse_json(read_text(path))["items"].items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return {}
 
 
 def read_requests(path: Path, session: int) -> dict[int, list[str]]:

@@ -779,7 +779,7 @@ def has_lora(run: RunSummary) -> bool:
 def list_results(folder: Path, name: str) -> list[Path]:
     """Return the files that the training run `name` has written, and its request files such as .stop."""
     results = find_results(Names(folder, name))
-    asked = [folder / f"{name}.{kind}" for kind in ("sample", "save", "stop")]
+    asked = [folder / f"{name}.{kind}" for kind in ("sample", "save", "stop", "items")]
     return [*results, *(path for path in asked if path.is_file())]
 
 

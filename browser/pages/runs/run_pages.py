@@ -19,6 +19,7 @@ from browser.core.responses import (
     answer_text,
 )
 from browser.core.server_state import Site
+from browser.core.templates import show_page
 from browser.pages.runs.live_run import collect_news, run_page
 from browser.pages.runs.run_buttons import RunButtons, run_button_routes
 from browser.pages.runs.run_list import list_page, mark_list
@@ -84,6 +85,11 @@ class RunPages:
         lower_buttons = self.buttons.render(tracked_run, "runs/more_actions.html")
         if not self.queue.read_only:
             lower_buttons += self.shares.render(run.id, self.shares.find_origin(request))
+        lower_buttons += show_page(
+            "runs/run_parts.html",
+            run.name,
+            {"id": run.id, "options": dict(run.start.changed) if run.start else {}},
+        )
         page = run_page(
             self.runs,
             run,
