@@ -65,19 +65,15 @@ class BinFolder:
             OutputError: If a path cannot be moved. The paths before it have already been moved.
         """
         safe_title = re.sub(r"[^\w.-]+", "_", title)[:LONGEST_TITLE]
-        entry_name = self._find_free_name(f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{safe_title}")
+        entry_name = next(
+            free_name
+            for free_name in number_names(f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{safe_title}")
+            if not any(os.path.lexists(bin_folder / free_name) for bin_folder in self.folders)
+        )
         used_folder = self.folders[0]  # the bin has a folder on each disk; the last one used is returned
         for path in paths:
             used_folder = self._move_to_own_disk(path, Path(entry_name, path.relative_to(base)))
         return used_folder / entry_name
-
-    def _find_free_name(self, name: str) -> str:
-        """Return `name` or, if a folder in the bin has this name, another name derived from it."""
-        return next(
-            free_name
-            for free_name in number_names(name)
-            if not any(os.path.lexists(bin_folder / free_name) for bin_folder in self.folders)
-        )
 
     def _move_to_own_disk(self, path: Path, relative_target: Path) -> Path:
         """Move a file or folder into the bin's folder on the same disk, and return this folder."""

@@ -44,7 +44,11 @@ class CardReader:
         if program is None or time.monotonic() < self._next or not self._lock.acquire(blocking=False):
             return self._cards
         try:
-            self._cards = ask_driver(program)
+            words = [program, QUERY, "--format=csv,noheader,nounits"]
+            done = subprocess.run(
+                words, capture_output=True, text=True, errors="replace", timeout=PATIENCE, check=True
+            )
+            self._cards = read_cards(done.stdout)
             pause = EVERY_SECONDS
         except (OSError, subprocess.SubprocessError):
             pause = PAUSE_SECONDS
@@ -52,15 +56,6 @@ class CardReader:
             self._lock.release()
         self._next = time.monotonic() + pause
         return self._cards
-
-
-def ask_driver(program: str) -> list[GraphicsCard]:
-    """Return the cards that nvidia-smi lists. Raises OSError or SubprocessError if it fails or times out."""
-    words = [program, QUERY, "--format=csv,noheader,nounits"]
-    done = subprocess.run(
-        words, capture_output=True, text=True, errors="replace", timeout=PATIENCE, check=True
-    )
-    return read_cards(done.stdout)
 
 
 def read_cards(text: str) -> list[GraphicsCard]:

@@ -78,11 +78,33 @@ class BrowserOptions(Options, title="browser"):
     def __post_init__(self) -> None:
         """Raise OptionError if options contradict each other, or admit other machines without a token."""
         for folder in self.folders:
-            self._check_folder(folder)
+            # the output folder of a described folder does not exist before its first training
+            is_described = (folder.absolute().parent / PROJECT_CONFIG).is_file()
+            if not folder.exists() and not (is_described and self.export is None):
+                raise OptionError(f"{folder}: no such folder.{explain_missing(folder)}")
+            if folder.is_file() and not folder.name.endswith(READABLE_SUFFIXES):
+                raise OptionError(
+                    f"{folder} is a file: pass a folder with runs in it, such as {real_path(folder).parent}, "
+                    "a run's ...-history.jsonl, or a dataset's .toml"
+                )
         if self.no_token and not self.is_local:
             raise OptionError(f"--host {self.host} lets others in: omit --no_token, and pass --token FILE")
         if self.public_url is not None:
-            self._check_public_url(self.public_url)
+            url = self.public_url
+            if self.no_token:
+                raise OptionError(f"--public_url {url} lets others in: omit --no_token")
+            try:
+                parts = urllib.parse.urlsplit(url)
+                has_host_and_port_only = bool(parts.hostname) and parts.username is None and parts.port != 0
+            except ValueError:
+                has_host_and_port_only = False
+            if not has_host_and_port_only or parts.scheme not in {"http", "https"}:
+                raise OptionError(f"--public_url {url}: pass an address such as https://my-page.example.org")
+            if parts.path not in {"", "/"} or parts.query or parts.fragment:
+                raise OptionError(
+                    f"--public_url {url}: the page needs a host name of its own, as it cannot lie below a "
+                    f"path. Pass {parts.scheme}://{parts.netloc}, and let the proxy pass all of its paths on"
+                )
         if not (self.is_local or self.token):
             raise OptionError(
                 f"--host {self.host} lets others in: pass --token FILE, a text file with a secret word of at "
@@ -90,43 +112,12 @@ class BrowserOptions(Options, title="browser"):
                 f"{HOW_TO_MAKE_TOKEN.format('token.txt')}"
             )
         if self.export is not None:
-            self._check_export(self.export)
-
-    def _check_export(self, path: Path) -> None:
-        """Raise OptionError if the file to write is not HTML, or if not exactly one folder is given."""
-        if path.suffix.lower() not in {".html", ".htm"}:
-            raise OptionError(f"--export {path}: name a file that ends in .html")
-        if len(self.folders) != 1:
-            raise OptionError(f"--export writes one run: pass its folder, not {len(self.folders)} folders")
-
-    def _check_public_url(self, url: str) -> None:
-        """Raise OptionError if --public_url is not the URL of a host, or if --no_token is set."""
-        if self.no_token:
-            raise OptionError(f"--public_url {url} lets others in: omit --no_token")
-        try:
-            parts = urllib.parse.urlsplit(url)
-            has_host_and_port_only = bool(parts.hostname) and parts.username is None and parts.port != 0
-        except ValueError:
-            has_host_and_port_only = False
-        if not has_host_and_port_only or parts.scheme not in {"http", "https"}:
-            raise OptionError(f"--public_url {url}: pass an address such as https://my-page.example.org")
-        if parts.path not in {"", "/"} or parts.query or parts.fragment:
-            raise OptionError(
-                f"--public_url {url}: the page needs a host name of its own, as it cannot lie below a path. "
-                f"Pass {parts.scheme}://{parts.netloc}, and let the proxy pass all of its paths on"
-            )
-
-    def _check_folder(self, folder: Path) -> None:
-        """Raise OptionError if a folder does not exist, or is a file without a history or a dataset."""
-        # the output folder of a described folder does not exist before its first training
-        is_described = (folder.absolute().parent / PROJECT_CONFIG).is_file()
-        if not folder.exists() and not (is_described and self.export is None):
-            raise OptionError(f"{folder}: no such folder.{explain_missing(folder)}")
-        if folder.is_file() and not folder.name.endswith(READABLE_SUFFIXES):
-            raise OptionError(
-                f"{folder} is a file: pass a folder with runs in it, such as {real_path(folder).parent}, "
-                "a run's ...-history.jsonl, or a dataset's .toml"
-            )
+            if self.export.suffix.lower() not in {".html", ".htm"}:
+                raise OptionError(f"--export {self.export}: name a file that ends in .html")
+            if len(self.folders) != 1:
+                raise OptionError(
+                    f"--export writes one run: pass its folder, not {len(self.folders)} folders"
+                )
 
     @property
     def is_local(self) -> bool:

@@ -232,6 +232,8 @@ class Gate:
         page = HTMLResponse(REDIRECT_TO_RUN_LIST.format(root=access.root))
         # what a server of another account at this address has left, such as a service worker
         page.headers["clear-site-data"] = '"storage"'
+        origin = self.public_origin or ""
+        is_encrypted = origin.removeprefix("https://") == request.headers.get("host", "").lower()
         page.set_cookie(
             COOKIE,
             access.make_cookie_value(find_account(request.scope)),
@@ -239,7 +241,7 @@ class Gate:
             httponly=True,
             samesite="strict",
             path=access.root,
-            secure=self._is_encrypted(request),
+            secure=is_encrypted,
         )
         return page
 
@@ -248,11 +250,6 @@ class Gate:
         if self._is_token(word) or (self.word is not None and self.word.take(word)):
             return True
         return self.ticket is not None and self.ticket.take(word, find_connection(request.scope))
-
-    def _is_encrypted(self, request: Request) -> bool:
-        """Return whether a request reached the server through its https address."""
-        origin = self.public_origin or ""
-        return origin.removeprefix("https://") == request.headers.get("host", "").lower()
 
     def _is_token(self, word: str) -> bool:
         return hmac.compare_digest(word.encode(), (self.token or "").encode())

@@ -480,22 +480,25 @@ class Datasets:
 
     def _select_shown_files(self, dataset: FoundDataset, files: Sequence[File]) -> list[File]:
         """Return the report's files that are inside the shown folders, without captions that are outside."""
-        for file in files:
-            _join_paths(file, dataset.base_folder)
+        for file in files:  # paths in the report are relative to its working folder
+            for part in file["parts"]:
+                for name in ("path", "in"):
+                    if name in part and "://" not in part[name]:
+                        part[name] = str(dataset.base_folder / part[name])
+            for name in ("caption_file", "caption_list"):
+                if file[name] and "://" not in file[name]:
+                    file[name] = str(dataset.base_folder / file[name])
         shown_files = [file for file in files if self._may_show_file(dataset, file)]
         for file in shown_files:
-            if not self._may_show_caption(dataset, file):
+            path = Path(file["caption_file"] or file["caption_list"])
+            exists = path.exists() or path.is_symlink()
+            if exists and not self.may_show(dataset, path):
                 _leave_out_caption(file)
         return shown_files
 
     def _may_show_file(self, dataset: FoundDataset, file: File) -> bool:
         first_part = file["parts"][0]
         return self.may_show(dataset, Path(first_part.get("in", first_part["path"])))
-
-    def _may_show_caption(self, dataset: FoundDataset, file: File) -> bool:
-        """Return whether a caption may be shown: it is inside the shown folders, or does not exist."""
-        path = Path(file["caption_file"] or file["caption_list"])
-        return self.may_show(dataset, path) or not (path.exists() or path.is_symlink())
 
     def _run_report(self, options: Sequence[str], folder: Path) -> dict[str, Any]:
         """Run tools/dataset_report.py in `folder`, and return its JSON report."""
@@ -575,17 +578,6 @@ def _leave_out_caption(file: File) -> None:
     for states in file["caches"].values():
         for part, (state, _) in states.items():
             states[part] = (state, "")
-
-
-def _join_paths(file: File, folder: Path) -> None:
-    """Make the paths in a file's report row absolute. `folder` is the report's working folder."""
-    for part in file["parts"]:
-        for name in ("path", "in"):
-            if name in part and "://" not in part[name]:
-                part[name] = str(folder / part[name])
-    for name in ("caption_file", "caption_list"):
-        if file[name] and "://" not in file[name]:
-            file[name] = str(folder / file[name])
 
 
 def _locate_config(typed: str, run: RunSummary) -> tuple[Path, Path]:

@@ -322,7 +322,16 @@ class DraftFile:
 
     def save(self, text: str) -> None:
         """Replace the file's text. Raises ChangedMeanwhileError if the file has changed since it was read."""
-        replace_content(self.path, self.form.with_text(text), self.checksum)
+        content = self.form.with_text(text)
+        with _WRITING, only_one(self.path.with_name(f".{self.path.name}.lock")):
+            try:
+                present_content: bytes | None = read_content(self.path)
+            except FileNotFoundError:
+                present_content = None
+            if compute_checksum(present_content) != self.checksum:
+                raise ChangedMeanwhileError
+            if content != present_content:
+                write_bytes(self.path, content)
 
 
 def change_keys(path: Path, changes: Mapping[str, Any], checksum: str) -> None:
@@ -343,25 +352,6 @@ def change_keys(path: Path, changes: Mapping[str, Any], checksum: str) -> None:
     if draft.checksum != checksum:
         raise ChangedMeanwhileError
     draft.save(edit_toml(draft.text, changes))
-
-
-def replace_content(path: Path, content: bytes, checksum: str) -> None:
-    """Replace the content of a file if its current checksum is `checksum`; "" stands for a missing file.
-
-    Raises:
-        ChangedMeanwhileError: If the file has another checksum.
-        OSError: If the file cannot be read.
-        OutputError: If the file cannot be written.
-    """
-    with _WRITING, only_one(path.with_name(f".{path.name}.lock")):
-        try:
-            present_content: bytes | None = read_content(path)
-        except FileNotFoundError:
-            present_content = None
-        if compute_checksum(present_content) != checksum:
-            raise ChangedMeanwhileError
-        if content != present_content:
-            write_bytes(path, content)
 
 
 def edit_toml(text: str, changes: Mapping[str, Any]) -> str:

@@ -117,20 +117,15 @@ def plan_change(
     try:
         for draft, new_text in new_texts.items():
             if new_text != draft.text:
-                notes += _check_new_text(site, draft, new_text, run.text)
+                if draft.name != PROMPTS_FILE:
+                    site.tracked_runs.reject_while_it_runs(draft.path.parent)
+                warnings = [reject_new_errors(draft, new_text, run.text)]
+                if draft.name == RUN_FILE:
+                    warnings.append(describe_underived_intervals(draft.text, new_text))
+                notes += list(filter(None, warnings))
     except (ValueError, UserError) as problem:
         error = str(problem)
     return DraftChange(section, diff_lines, error=error, typed_text=typed_text, note=" ".join(notes))
-
-
-def _check_new_text(site: Site, draft: DraftFile, new_text: str, run_text: str) -> list[str]:
-    """Return the warnings about the new text of a file; raise UserError or ValueError if it is rejected."""
-    if draft.name != PROMPTS_FILE:
-        site.tracked_runs.reject_while_it_runs(draft.path.parent)
-    warnings = [reject_new_errors(draft, new_text, run_text)]
-    if draft.name == RUN_FILE:
-        warnings.append(describe_underived_intervals(draft.text, new_text))
-    return list(filter(None, warnings))
 
 
 def save_change(change: DraftChange, new_texts: Mapping[DraftFile, str]) -> DraftChange:
@@ -244,24 +239,19 @@ def check_text(name: str, text: str, folder: Path, run_text: str) -> str:
     except ValueError as error:
         raise ValueError(say("%(name)s is not valid TOML: %(error)s", name=name, error=error)) from None
     if name == RUN_FILE:
-        return _check_run(text, content, folder)
+        if not isinstance(content.get(TRAINING_TABLE), dict):
+            raise ValueError(
+                say(
+                    "%(run_file)s: the table [%(training_table)s] is missing",
+                    run_file=RUN_FILE,
+                    training_table=TRAINING_TABLE,
+                )
+            )
+        argv = ["python", find_training_script(text), "--config_file", RUN_FILE]
+        return _check_by_script(argv, RUN_FILE, text=text, folder=folder)
     if name == DATASET_FILE:
         return _check_dataset(text, folder, run_text)
     return ""
-
-
-def _check_run(text: str, content: Mapping[str, Any], folder: Path) -> str:
-    """Check the text of a run.toml with the training script that it names."""
-    if not isinstance(content.get(TRAINING_TABLE), dict):
-        raise ValueError(
-            say(
-                "%(run_file)s: the table [%(training_table)s] is missing",
-                run_file=RUN_FILE,
-                training_table=TRAINING_TABLE,
-            )
-        )
-    argv = ["python", find_training_script(text), "--config_file", RUN_FILE]
-    return _check_by_script(argv, RUN_FILE, text=text, folder=folder)
 
 
 def _check_dataset(text: str, folder: Path, run_text: str) -> str:

@@ -32,7 +32,11 @@ def describe_duration(
     if steps is None:
         return ""
     own_run = _read_own_run(runs, described)
-    if own_run is not None and own_run.step_seconds is not None and _may_be_from_this_machine(own_run, cards):
+    if (
+        own_run is not None
+        and own_run.step_seconds is not None
+        and (own_run.start is None or _is_from_this_machine(own_run, cards))
+    ):
         time = _describe_time(steps, own_run.step_seconds)
         return say("%(time)s, as measured in the run %(name)s.", time=time, name=described.name)
     run = _find_comparable_run(runs, described, cards)
@@ -75,10 +79,6 @@ def _read_own_run(runs: Runs, described: DescribedFolder) -> RunSummary | None:
         return read_run_summary(path, path.stat())
     except OSError:
         return None
-
-
-def _may_be_from_this_machine(run: RunSummary, cards: Collection[str]) -> bool:
-    return run.start is None or _is_from_this_machine(run, cards)
 
 
 def _is_from_this_machine(run: RunSummary, cards: Collection[str]) -> bool:

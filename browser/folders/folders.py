@@ -175,11 +175,6 @@ def read_outer_folder(folder: Path) -> MediaFolder | None:
     has_trainer_names = any(TRAINER_FOLDER_NAME.fullmatch(named.path.name) for named in named_subfolders)
     if not subfolders or not (has_trainer_names or is_described(folder)):
         return None
-    return _sum_subfolders(folder, subfolders)
-
-
-def _sum_subfolders(folder: Path, subfolders: Sequence[MediaFolder]) -> MediaFolder:
-    """Return the counts of all subfolders together, as those of the folder above."""
     shown_files = [subfolder.shown_file for subfolder in subfolders if subfolder.shown_file is not None]
     return MediaFolder(
         path=folder,

@@ -117,6 +117,7 @@ class NewForm:
         task = select_single_task(family, texts.get("task", task_in_family))
         model = find_model(family, task)
         train = texts.get("train", "")
+        fitting_recipes = [recipe.name for recipe in list_fitting_recipes(family, task, train)]
         return cls(
             folder=strip_quotes(texts.get("folder", "")),
             family=family,
@@ -130,7 +131,7 @@ class NewForm:
                 for name, text in texts.items()
                 if name.startswith("file_") and text
             },
-            recipe=_select_supported_recipe(texts.get("recipe", ""), family, task, train),
+            recipe=texts["recipe"] if texts.get("recipe") in fitting_recipes else "",
         )
 
     @classmethod
@@ -228,11 +229,6 @@ def list_fitting_recipes(family: str, task: str, train: str) -> list[TrainingRec
     return [one for one in recipes if (one.family, one.task, one.train) == (family, task, kind)]
 
 
-def _select_supported_recipe(name: str, family: str, task: str, train: str) -> str:
-    """Return the training recipe `name` if it fits this model and kind of training; else ""."""
-    return name if any(name == recipe.name for recipe in list_fitting_recipes(family, task, train)) else ""
-
-
 def list_shown_kinds(model: ModelSet) -> list[RunKind]:
     """Return the kinds of runs that the page offers.
 
@@ -251,12 +247,6 @@ def select_single_task(family: str, task: str) -> str:
 def find_model(family: str, task: str) -> ModelSet | None:
     """Return the model with these names; None if there is none."""
     return next((model for model in find_models() if (model.family, model.task) == (family, task)), None)
-
-
-def _find_explicit_lora_option(form: NewForm) -> str | None:
-    """Return `lora` if --train must say it, because `new` trains a ControlNet by default; otherwise None."""
-    model = find_model(form.family, form.task)
-    return None if model is None or find_control_kind(model) is None else LORA.name
 
 
 def check_form(form: NewForm) -> None:
@@ -380,10 +370,13 @@ def make_new_argv(form: NewForm, models: Path, overwrite: bool = False, dry_run:
         overwrite: Whether to replace existing files.
         dry_run: Whether only to print how these files would change.
     """
+    # `new` trains a control network by default where the model has one: then --train says `lora`
+    model = find_model(form.family, form.task)
+    usual_kind = None if model is None or find_control_kind(model) is None else LORA.name
     options = {
         "--family": form.family,
         "--task": form.task,
-        "--train": form.train or _find_explicit_lora_option(form),
+        "--train": form.train or usual_kind,
         "--recipe": form.recipe,
         "--trigger_word": form.trigger,
         "--output_name": form.name,

@@ -179,7 +179,7 @@ def edit_prompts(text: str, fields: Mapping[str, str], check_image: Callable[[st
         if line_index is None:  # a row that is not in the file yet
             if edit.prompt:
                 new_lines.append(edit_line(edit.prompt, None, edit.changes))
-        elif edit.is_emptied:
+        elif edit.row.prompt != "" and not edit.prompt:
             lines[line_index] = None
         else:
             lines[line_index] = edit.apply(lines[line_index] or "")
@@ -200,10 +200,6 @@ class _RowEdit:
     prompt: str
     changes: Mapping[str, str]  # values by the name of the field
 
-    @property
-    def is_emptied(self) -> bool:
-        return self.row.prompt != "" and not self.prompt
-
     def apply(self, line: str) -> str:
         """Return the row's line with the user's changes applied."""
         return edit_line(line, None if self.prompt == self.row.prompt else self.prompt, self.changes)
@@ -217,18 +213,13 @@ def _read_edits(text: str, fields: Mapping[str, str]) -> list[_RowEdit]:
         if f"row {number}" in fields:
             row = rows.get(fields.get(f"line {number}", ""), PromptRow(None, "", {}))
             prompt = fields.get(f"prompt {number}", "").replace("\n", " ").strip()
-            edits.append(_RowEdit(number, row, prompt, _read_changes(number, row, fields)))
+            changes = {}
+            for name in FIELDS:
+                typed = fields.get(f"{name} {number}", "").strip()
+                if f"has {name}" in fields and typed != row.texts.get(name, ""):
+                    changes[name] = typed
+            edits.append(_RowEdit(number, row, prompt, changes))
     return edits
-
-
-def _read_changes(number: int, row: PromptRow, fields: Mapping[str, str]) -> dict[str, str]:
-    """Return, by field name, the typed values that differ from the row's line in the prompt file."""
-    changes = {}
-    for name in FIELDS:
-        typed = fields.get(f"{name} {number}", "").strip()
-        if f"has {name}" in fields and typed != row.texts.get(name, ""):
-            changes[name] = typed
-    return changes
 
 
 def _check_edit(edit: _RowEdit, check_image: Callable[[str], None]) -> None:

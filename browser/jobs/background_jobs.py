@@ -100,7 +100,16 @@ class BackgroundJobs:
                 if earlier_job is not None and earlier_job.state == RUNNING:
                     raise OptionError(say("it is already running: wait until it has ended, or stop it"))
                 check_space(self._record(name), MAX_RECORD_BYTES)  # before the earlier files are removed
-                process = self._start_waiting_process(name, within, typed)
+                # a process that waits for its command, and may write only below the folder `within`
+                log = self._log(name)
+                progress = log.with_suffix(".progress")  # progress of loops, which pages show
+                for path in (log, log.with_suffix(".code"), progress):
+                    path.unlink(missing_ok=True)
+                # a limited process may not write the progress file, which is outside `within`
+                variables = {PROGRESS: str(progress)} if within is None else limit_variables([within], typed)
+                # TELLS_KINDS: `new` then marks each printed line with its kind, which the page reads
+                process = launch.prepare_process(log, **variables, **{TELLS_KINDS: "1"})
+                self._children[name] = process
                 record = {
                     "line": as_line(argv),
                     "folder": str(real_path(folder)),
@@ -110,22 +119,6 @@ class BackgroundJobs:
                 write_text(self._record(name), json.dumps(record))
         # only now that the process id is stored: if the server is killed earlier, the job does not start
         launch.send_job(process, program, str(folder), self._log(name).with_suffix(".code"))
-
-    def _start_waiting_process(
-        self, name: str, within: Path | None, typed: Sequence[str]
-    ) -> "subprocess.Popen[bytes]":
-        """Remove the output of the earlier job, and start a process that waits for its command."""
-        # Environment variables limit the process to writing below the folder `within`.
-        log = self._log(name)
-        progress = log.with_suffix(".progress")  # progress of loops, which pages show
-        for path in (log, log.with_suffix(".code"), progress):
-            path.unlink(missing_ok=True)
-        # a limited process may not write the progress file, which is outside `within`
-        variables = {PROGRESS: str(progress)} if within is None else limit_variables([within], typed)
-        # TELLS_KINDS: `new` then marks each printed line with its kind, which the page reads
-        process = launch.prepare_process(log, **variables, **{TELLS_KINDS: "1"})
-        self._children[name] = process
-        return process
 
     def find(self, name: str) -> Job | None:
         """Return a background job with its current state; None if it does not exist or is damaged."""

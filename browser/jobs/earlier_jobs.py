@@ -50,7 +50,13 @@ def _list_paths(job: EarlierJob) -> Iterator[Path]:
     if job.script.stem == "unpack":
         yield job.folder  # the name of the new folder is stored in the packed file
     values = {value for word in job.argv for value in (word, word.rpartition("=")[2])}
-    for value in [*values, *_list_default_values(job.script)]:
+    # files and folders that the script uses by default, such as `models`
+    table = find_table(job.script)
+    sections = [] if table is None else table["sections"]
+    options = [option for section in sections for option in section["options"]]
+    defaults = [option.get("default") for option in options if option.get("metavar") == "PATH"]
+    default_values = [default for default in defaults if isinstance(default, str)]
+    for value in [*values, *default_values]:
         if value and not value.startswith("-"):
             yield job.folder / value
             with contextlib.suppress(OSError, ValueError):  # the job itself reports errors
@@ -70,12 +76,3 @@ def _list_named_paths(path: Path, folder: Path) -> Iterator[Path]:
 def _list_quoted(file: Path) -> list[str]:
     quoted = QUOTED.findall(read_text(file, MAX_SETTINGS_BYTES))
     return [double.replace("\\\\", "\\") or single for double, single in quoted if double or single]
-
-
-def _list_default_values(script: Path) -> list[str]:
-    """Return the files and folders that a script uses by default, such as `models`."""
-    table = find_table(script)
-    sections = [] if table is None else table["sections"]
-    options = [option for section in sections for option in section["options"]]
-    defaults = [option.get("default") for option in options if option.get("metavar") == "PATH"]
-    return [default for default in defaults if isinstance(default, str)]

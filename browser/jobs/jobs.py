@@ -150,11 +150,6 @@ class Job:
             is_there = False
         return "" if is_there else say("%(folder)s: there is no such folder", folder=self.folder)
 
-    def reject_moved_limits(self) -> None:
-        """Raise OptionError if a link has replaced the only folder that the job may write to."""
-        if self.within and str(real_path(Path(self.within))) != self.within:
-            raise OptionError(f"{self.within} is a link to another place by now. Remove the link, then retry")
-
     @property
     def seconds(self) -> float:
         """Seconds for which the job has been running, or for which it ran."""
@@ -424,7 +419,20 @@ class JobQueue:
         worker_lock = contextlib.ExitStack()  # holds the lock file of the one server that runs the jobs
         with self._edit_files() as content:
             if only_known:
-                self._reject_unknown_jobs(content)
+                known_queue = recall_queue(self.folder)
+                # a line may wait several times: jobs beyond the number of its known ones are unknown
+                unknown = content.count_waiting() - (Counter() if known_queue is None else known_queue.jobs)
+                if unknown:
+                    raise UnknownJobsError(
+                        say_count(
+                            unknown.total(),
+                            "The queue is paused: %(n)s line was added to %(folder)s while no page was "
+                            "open. Read the waiting jobs, then start the queue",
+                            "The queue is paused: %(n)s lines were added to %(folder)s while no page was "
+                            "open. Read the waiting jobs, then start the queue",
+                            folder=self.folder / QUEUE,
+                        )
+                    )
             try:
                 worker_lock.enter_context(only_one(self.folder / ".worker.lock", waits=False))
             except BlockingIOError:
@@ -488,7 +496,11 @@ class JobQueue:
             job.log.parent.mkdir(exist_ok=True)
             try:
                 program = launch.find_job_program(job.argv, Path(job.folder))
-                job.reject_moved_limits()
+                # a link may have replaced the only folder that the job may write to
+                if job.within and str(real_path(Path(job.within))) != job.within:
+                    raise OptionError(
+                        f"{job.within} is a link to another place by now. Remove the link, then retry"
+                    )
             except OptionError as error:
                 append_text(job.log, f"{error}\n")
                 write_text(job.code_path, str(error.exit_code))
@@ -546,23 +558,6 @@ class JobQueue:
         updated_queue = KnownQueue(is_open=known_queue.is_open or is_started_here, jobs=known_jobs)
         if updated_queue != known_queue:
             remember_queue(self.folder, updated_queue.is_open, updated_queue.jobs.elements())
-
-    def _reject_unknown_jobs(self, content: _QueueContent) -> None:
-        """Raise UnknownJobsError if a waiting job was neither typed nor started by the user."""
-        known_queue = recall_queue(self.folder)
-        # a line may wait several times, so lines are counted: jobs beyond the known number are unknown
-        unknown = content.count_waiting() - (Counter() if known_queue is None else known_queue.jobs)
-        if unknown:
-            raise UnknownJobsError(
-                say_count(
-                    unknown.total(),
-                    "The queue is paused: %(n)s line was added to %(folder)s while no page was "
-                    "open. Read the waiting jobs, then start the queue",
-                    "The queue is paused: %(n)s lines were added to %(folder)s while no page was "
-                    "open. Read the waiting jobs, then start the queue",
-                    folder=self.folder / QUEUE,
-                )
-            )
 
     def _read_files(self) -> tuple[_QueueContent, str]:
         """Return the content of the command and state files, and the text of the state file."""

@@ -90,20 +90,6 @@ def split_arguments(line: str) -> list[str]:
     """
     # group 1 is text to keep unchanged, such as quotes; otherwise ~ was matched
     line = TILDE.sub(lambda found: found[1] or shlex.quote(str(Path.home())), line)
-    _reject_shell_syntax(line)
-    lexer = shlex.shlex(line.replace("\\\n", " "), posix=True)  # a backslash at the end continues a line
-    lexer.whitespace_split = True
-    lexer.commenters = ""
-    if os.name == "nt":
-        lexer.escape = ""  # a backslash separates folders
-    try:
-        return list(lexer)
-    except ValueError as error:
-        raise OptionError(f"{line!r}: {error}") from None
-
-
-def _reject_shell_syntax(line: str) -> None:
-    """Raise OptionError for a job's line with characters that only a shell interprets, or Windows paths."""
     shell_character = SHELL_CHARACTERS.search(QUOTED.sub("''", line))
     if shell_character:
         raise OptionError(
@@ -124,6 +110,15 @@ def _reject_shell_syntax(line: str) -> None:
                 line=f"{line!r}",
             )
         )
+    lexer = shlex.shlex(line.replace("\\\n", " "), posix=True)  # a backslash at the end continues a line
+    lexer.whitespace_split = True
+    lexer.commenters = ""
+    if os.name == "nt":
+        lexer.escape = ""  # a backslash separates folders
+    try:
+        return list(lexer)
+    except ValueError as error:
+        raise OptionError(f"{line!r}: {error}") from None
 
 
 def command_part(line: str) -> str:
@@ -185,17 +180,7 @@ def find_program(argv: Sequence[str], folder: Path) -> tuple[ScriptCommand, list
         launcher = [*ACCELERATE, *script_argv[2:num_launcher_arguments]]
         script_argv = script_argv[num_launcher_arguments:]
     names, script_argv = split_extensions(script_argv)
-    _require_extensions(names)
-    command, num_name_words = _find_command(script_argv, folder)
-    script = program_words(command.path.relative_to(ROOT))
-    return command, [sys.executable, *launcher, *script, *script_argv[num_name_words:]]
-
-
-def _require_extensions(names: str) -> None:
-    """Raise OptionError if a job names an extension with which this page was not started.
-
-    A job gets the page's extensions. It can bring none, because its command may come from somebody's file.
-    """
+    # a job gets the page's extensions, and brings none: its command may come from somebody's file
     missing = [name for name in split_names(names) if name not in list_named()]
     if missing:
         started_with = ",".join([*list_named(), *missing])
@@ -207,6 +192,9 @@ def _require_extensions(names: str) -> None:
                 command=quote_command(["python", FRONT_SCRIPT, EXTENSIONS_FLAG, started_with, "browser"]),
             )
         )
+    command, num_name_words = _find_command(script_argv, folder)
+    script = program_words(command.path.relative_to(ROOT))
+    return command, [sys.executable, *launcher, *script, *script_argv[num_name_words:]]
 
 
 def find_job_program(argv: Sequence[str], folder: Path) -> list[str]:
@@ -318,7 +306,23 @@ def check_options(
         return []
     reject_endless(command, argv)
     if command.words[0] == "run":
-        _check_run_folder(program, folder, earlier)
+        # The job itself checks for a run.toml when it starts, because an earlier job may still write it.
+        is_script = [word.endswith(("run_project.py", "run_project")) for word in program]
+        run_folder = "".join(program[is_script.index(True) + 1 :][:1])  # the word after the script
+        is_typed = run_folder != "" and not run_folder.startswith("-")
+        if (
+            is_typed
+            and not (folder / run_folder).exists()
+            and not may_be_created(folder / run_folder, earlier)
+        ):
+            raise OptionError(
+                say(
+                    "%(described)s: there is no such folder in %(folder)s, where relative paths begin. "
+                    "Pass its absolute path",
+                    described=shorten(run_folder, 80),
+                    folder=folder,
+                )
+            )
     try:
         process = _run_until_options_are_read(command, program, folder, min(seconds, CHECK_SECONDS))
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -346,7 +350,10 @@ def _run_until_options_are_read(
         return None  # nothing would end it, as it loads no torch
     python, *script_argv = program
     if script_argv[:3] == ACCELERATE:
-        script_argv = _remove_launcher(command, script_argv)
+        # without `accelerate launch` and its options
+        script = program_words(command.path.relative_to(ROOT))
+        script_start = script_argv.index(script[-1]) + 1 - len(script)
+        script_argv = list(script_argv[script_start:])
     return subprocess.run(
         [python, "-P", "-c", ENDING_BEFORE_TORCH, *script_argv],
         cwd=folder,
@@ -357,13 +364,6 @@ def _run_until_options_are_read(
         errors="replace",
         timeout=seconds,
     )
-
-
-def _remove_launcher(command: ScriptCommand, argv: Sequence[str]) -> list[str]:
-    """Return a command line that starts with its script, without `accelerate launch` and its options."""
-    script = program_words(command.path.relative_to(ROOT))
-    script_start = argv.index(script[-1]) + 1 - len(script)
-    return list(argv[script_start:])
 
 
 def find_earlier_job(argv: Sequence[str], folder: Path) -> EarlierJob | None:
@@ -452,23 +452,6 @@ def _check_files(argv: Sequence[str], folder: Path, earlier: Sequence[EarlierJob
             )
 
 
-def _check_run_folder(program: Sequence[str], folder: Path, earlier: Sequence[EarlierJob]) -> None:
-    """Raise OptionError if the folder of `run` neither exists nor may be created by an earlier job."""
-    # The job itself checks for a run.toml when it starts, because an earlier job may still write it.
-    is_script = [word.endswith(("run_project.py", "run_project")) for word in program]
-    run_folder = "".join(program[is_script.index(True) + 1 :][:1])  # the word after the script
-    is_typed = run_folder != "" and not run_folder.startswith("-")
-    if is_typed and not (folder / run_folder).exists() and not may_be_created(folder / run_folder, earlier):
-        raise OptionError(
-            say(
-                "%(described)s: there is no such folder in %(folder)s, where relative paths begin. "
-                "Pass its absolute path",
-                described=shorten(run_folder, 80),
-                folder=folder,
-            )
-        )
-
-
 def _find_command(argv: Sequence[str], folder: Path) -> tuple[ScriptCommand, int]:
     """Return this project's command at the start of a command line, and the number of words in its name."""
     is_module = argv[:1] == ["-m"]
@@ -483,12 +466,18 @@ def _find_command(argv: Sequence[str], folder: Path) -> tuple[ScriptCommand, int
     command = None if script is None else _find_script_command(script)
     if command is not None:
         return command, num_words
+    typed = name.rpartition("/")[2]
+    known_names = [command.path.name for command in _find_commands(ROOT)]
+    if name.startswith("reelsmith "):
+        typed = argv[1]
+        known_names = [command.words[0] for command in _find_commands(ROOT)]
+    hint = did_you_mean(typed[:LONGEST_NAME], known_names, MIN_SIMILAR)
     raise OptionError(
         say(
             "%(word)s is not a command of this program.%(hint)s A job is a line such as "
             "python wan_train_network.py ..., with `accelerate launch ...` before it if needed",
             word=f"{shorten(name, 80)!r}",
-            hint=_suggest_command(name, argv),
+            hint=hint,
         )
     )
 
@@ -522,16 +511,6 @@ def _find_script_file(path: Path) -> Path | None:
     """Return the path of a script relative to the project; None if it is outside the project."""
     path = real_path(path)
     return path.relative_to(ROOT) if path.is_relative_to(ROOT) else None
-
-
-def _suggest_command(name: str, argv: Sequence[str]) -> str:
-    """Return a question that names a similar command; "" if none is similar."""
-    typed = name.rpartition("/")[2]
-    known_names = [command.path.name for command in _find_commands(ROOT)]
-    if name.startswith("reelsmith "):
-        typed = argv[1]
-        known_names = [command.words[0] for command in _find_commands(ROOT)]
-    return did_you_mean(typed[:LONGEST_NAME], known_names, MIN_SIMILAR)
 
 
 def prepare_process(log: Path, **variables: str) -> "subprocess.Popen[bytes]":

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -189,21 +189,18 @@ def read_model_part(component: Component, models: Path) -> ModelPart:
     """Return a downloadable part of a model, such as the VAE, with its size and state on disk."""
     sizes = {file: _read_size(models / file.name) for file in component.files}  # None: the file is missing
     paths = [*(models / file.name for file in component.files), *_list_partial_paths(component, models)]
+    # unknown sizes do not count
+    has_other_size = any(
+        size != file.size_bytes
+        for file, size in sizes.items()
+        if size is not None and file.size_bytes is not None
+    )
     return ModelPart(
         component=component,
         models=_list_uses().get(component.files, ()),
         size_bytes=sum(_read_size(path) or 0 for path in paths),
         is_there=None not in sizes.values(),
-        has_other_size=_has_other_size(sizes) or _is_cut_off(component, list(sizes.values())),
-    )
-
-
-def _has_other_size(sizes: Mapping[ReleasedFile, int | None]) -> bool:
-    """Return whether any file on disk differs in size from its release; unknown sizes do not count."""
-    return any(
-        size != file.size_bytes
-        for file, size in sizes.items()
-        if size is not None and file.size_bytes is not None
+        has_other_size=has_other_size or _is_cut_off(component, list(sizes.values())),
     )
 
 
@@ -313,7 +310,12 @@ def remove_parts(models: Path, files: TaskFiles, chosen: Sequence[str], bin_fold
             )
     if not chosen:
         raise OptionError(say("Tick what to remove."))
-    paths = _list_files_on_disk([parts[name].component for name in chosen], models)
+    paths = []
+    for name in chosen:
+        component = parts[name].component
+        paths += [models / file.name for file in component.files]
+        paths += _list_partial_paths(component, models)
+    paths = [path for path in paths if os.path.lexists(path)]
     for path in paths:
         if not real_path(path.parent).is_relative_to(real_path(models)):
             raise OutputError(f"{path.parent} is a link to a different place than {models}: remove it there")
@@ -321,15 +323,6 @@ def remove_parts(models: Path, files: TaskFiles, chosen: Sequence[str], bin_fold
     for path in paths:
         _remove_empty(path.parent, models)
     return folder
-
-
-def _list_files_on_disk(components: Sequence[Component], models: Path) -> list[Path]:
-    """Return the components' files that exist, including files of unfinished downloads."""
-    paths = []
-    for component in components:
-        paths += [models / file.name for file in component.files]
-        paths += _list_partial_paths(component, models)
-    return [path for path in paths if os.path.lexists(path)]
 
 
 def _remove_empty(folder: Path, models: Path) -> None:

@@ -253,32 +253,20 @@ class RenderWorker:
         with self._lock:
             if self.session is None:  # no model was loaded meanwhile
                 self._end_orphan()
-        return self._explain_use_by_other_servers()
-
-    def _explain_use_by_other_servers(self) -> str:
-        """Return a text saying why another server uses the GPU; "" if none does."""
         if any(render_job.state == RUNNING for render_job in self.list_all()):
             return say(
                 "%(generate)s of another server is generating a result: the job begins after it",
                 generate=GENERATE,
             )
-        if self._is_loaded_elsewhere():
+        # that server frees the GPU once it sees the waiting job
+        owner = self._read_session()
+        if owner and all(is_process_alive(owner[name]) is True for name in ("server", "process")):
             return say(
                 "%(generate)s of another server still has its model loaded: the job begins when "
                 "that has ended",
                 generate=GENERATE,
             )
         return ""
-
-    def _is_loaded_elsewhere(self) -> bool:
-        """Return whether another running server's process holds a loaded model in GPU memory."""
-        # That server frees it once it sees the waiting job.
-        owner = self._read_session()
-        return (
-            bool(owner)
-            and is_process_alive(owner["server"]) is True
-            and is_process_alive(owner["process"]) is True
-        )
 
     def close(self) -> None:
         """End the thread and the process; waiting jobs stay on disk."""

@@ -39,25 +39,6 @@ def read_jobs(
     Raises:
         UserError: If a command is not valid.
     """
-    lines = _read_job_lines(text)
-    jobs = [_parse_job(line, run) for line in lines]
-    for argv, folder in jobs:  # find all programs first: checking takes about a second per script
-        find_program(argv, folder)
-    deadline = time.monotonic() + CHECK_SECONDS
-    earlier_jobs = [*earlier]
-    for argv, folder in jobs:
-        seconds_left = deadline - time.monotonic()
-        if seconds_left <= 0:  # the other jobs are checked when they start
-            break
-        check_options(argv, folder, earlier_jobs, seconds=seconds_left)
-        earlier_job = find_earlier_job(argv, folder)
-        if earlier_job:
-            earlier_jobs.append(earlier_job)
-    return jobs
-
-
-def _read_job_lines(text: str) -> list[str]:
-    """Return the command lines of a text. Raises OptionError if there are none or more than MAX_ADDED."""
     entries = map(str.strip, ENTRY.findall(text.replace("\r\n", "\n")))
     lines = [line for line in entries if line and not line.startswith("#")]
     if not lines:
@@ -72,7 +53,20 @@ def _read_job_lines(text: str) -> list[str]:
                 queue=QUEUE,
             )
         )
-    return lines
+    jobs = [_parse_job(line, run) for line in lines]
+    for argv, folder in jobs:  # find all programs first: checking takes about a second per script
+        find_program(argv, folder)
+    deadline = time.monotonic() + CHECK_SECONDS
+    earlier_jobs = [*earlier]
+    for argv, folder in jobs:
+        seconds_left = deadline - time.monotonic()
+        if seconds_left <= 0:  # the other jobs are checked when they start
+            break
+        check_options(argv, folder, earlier_jobs, seconds=seconds_left)
+        earlier_job = find_earlier_job(argv, folder)
+        if earlier_job:
+            earlier_jobs.append(earlier_job)
+    return jobs
 
 
 def _parse_job(line: str, run: RunSummary | None) -> tuple[list[str], Path]:

@@ -100,7 +100,10 @@ class ComparableRun:
         # the embedding of a trigger word is used together with a LoRA
         if is_high_noise or self.run_history.is_embedding(name):
             return None
-        paths = _list_expert_files(self.run.history.parent / name)
+        # for the low-noise expert, also the file for the high-noise expert
+        path = self.run.history.parent / name
+        high_noise_path = path.with_name(path.name.replace(f"_{LOW_NOISE}.", f"_{HIGH_NOISE}."))
+        paths = [path] if high_noise_path == path else [path, high_noise_path]
         if not all(path.is_file() for path in paths):
             return None
         is_average = self.run_history.is_average(name)
@@ -115,12 +118,6 @@ class ComparableRun:
             is_best=best_name in (paths[-1].name, *equal_names),
             copies=equal_names[1:],
         )
-
-
-def _list_expert_files(path: Path) -> list[Path]:
-    """Return a LoRA file and, if it is for the low-noise expert, the file for the high-noise expert."""
-    high_noise_path = path.with_name(path.name.replace(f"_{LOW_NOISE}.", f"_{HIGH_NOISE}."))
-    return [path] if high_noise_path == path else [path, high_noise_path]
 
 
 @dataclass(frozen=True)

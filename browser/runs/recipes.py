@@ -349,7 +349,12 @@ def make_model_recipe(model: ModelSet, models: Path, folder: Path) -> ModelRecip
     """Return the recipe of a released model with its files in `models`; `folder` is the working folder."""
     families = {f"{entry.generation_script}.py": name for name, entry in with_scripts().items()}
     _, script, *argv = shlex.split(model.commands["generate"])  # python SCRIPT OPTIONS
-    path_by_placeholder = _index_by_placeholder(model, models)
+    # paths of the model's files by their placeholders in commands, such as {dit}
+    path_by_placeholder = {}
+    for component in model.components:
+        if component.option:
+            name = component.option.lstrip("-")
+            path_by_placeholder[f"{{{name}}}"] = str(models / component.path)
     options: dict[str, list[str]] = {}
     required_files = []
     for flag, words in group_options(argv).items():
@@ -369,16 +374,6 @@ def make_model_recipe(model: ModelSet, models: Path, folder: Path) -> ModelRecip
     )
 
 
-def _index_by_placeholder(model: ModelSet, models: Path) -> dict[str, str]:
-    """Return the paths of a model's files in `models` by their placeholders in commands, such as {dit}."""
-    paths = {}
-    for component in model.components:
-        if component.option:
-            name = component.option.lstrip("-")
-            paths[f"{{{name}}}"] = str(models / component.path)
-    return paths
-
-
 def make_run_recipe(source: ComparableRun) -> ModelRecipe:
     """Return the recipe to generate with a run's model, from the generation command in its history."""
     names = {Path(word).name for words in source.options.values() for word in words}
@@ -391,12 +386,6 @@ def make_run_recipe(source: ComparableRun) -> ModelRecipe:
         is_placeholder=lambda word: word in source.unfilled_words or PLACEHOLDER.fullmatch(word) is not None,
         file_defaults=_find_defaults(source.family, names),
     )
-    released_images = _list_released_images(recipe)
-    return replace(recipe, required_images=list(dict.fromkeys([*recipe.required_images, *released_images])))
-
-
-def _list_released_images(recipe: ModelRecipe) -> list[str]:
-    """Return the fields with images that all released models of a run's script and task need."""
     # A run that was trained without sample images has a command without any, although its model edits one.
     required = []
     for model in filter(can_generate, model_sets()):
@@ -405,7 +394,8 @@ def _list_released_images(recipe: ModelRecipe) -> list[str]:
         released = make_model_recipe(model, recipe.folder, recipe.folder)
         if all(released.fixed_options.get(flag) == recipe.fixed_options.get(flag) for flag in TASK_FLAGS):
             required.append(set(released.required_images))
-    return [name for name in IMAGES if required and name in set.intersection(*required)]
+    released_images = [name for name in IMAGES if required and name in set.intersection(*required)]
+    return replace(recipe, required_images=list(dict.fromkeys([*recipe.required_images, *released_images])))
 
 
 def _find_defaults(family: str, names: Collection[str]) -> Mapping[str, Any]:
@@ -698,20 +688,15 @@ class RenderRequest:
             if not text:
                 continue
             if name == "redraw":
-                values |= self._make_redraw_options(text, key)
+                denoising_strength = self._field_text("share")
+                if denoising_strength:
+                    values["denoise"] = denoising_strength
+                is_clip = Path(text).suffix.lower() in VIDEO_SUFFIXES
+                takes_video = is_clip and self.recipe.defaults.source.takes_video
+                values["video_path" if takes_video else key] = text
             else:
                 values[key] = text
         return values
-
-    def _make_redraw_options(self, path: str, image_key: str) -> dict[str, str]:
-        """Return the options to redraw an image or clip, with the denoising strength if it is filled in."""
-        # `path` is the input image or clip, `image_key` the key of the option for images.
-        denoising_strength = self._field_text("share")
-        options = {"denoise": denoising_strength} if denoising_strength else {}
-        is_clip = Path(path).suffix.lower() in VIDEO_SUFFIXES
-        takes_video = is_clip and self.recipe.defaults.source.takes_video
-        options["video_path" if takes_video else image_key] = path
-        return options
 
     @property
     def session_argv(self) -> list[str]:

@@ -6,10 +6,9 @@ that it will write, so that its page has one URL from the draft to the finished 
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import psutil  # comes with accelerate
 
@@ -159,14 +158,6 @@ class RunConfig:
         )
 
 
-def read_run_config(path: Path, changed: float) -> RunConfig | None:
-    """Read a run.toml. Returns None if the file is not one of this project's.
-
-    `changed` is its modification time. Raises OSError if it cannot be read.
-    """
-    return parse_run_config(path, read_content(path), changed)
-
-
 def parse_run_config(path: Path, content: bytes, changed: float) -> RunConfig | None:
     """Parse the bytes of a run.toml. Returns None if the file is not one of this project's.
 
@@ -182,7 +173,25 @@ def parse_run_config(path: Path, content: bytes, changed: float) -> RunConfig | 
     if PROJECT_TABLE not in tables:
         return None
     try:
-        return _parse_training_table(folder, tables, changed)
+        values = tables[TRAINING_TABLE]
+        name = str(values["output_name"])
+        check_output_name("output_name", name, is_new=False)
+        commands = tables[PROJECT_TABLE]["commands"]
+        commands = [[str(word) for word in argv] for argv in commands]
+        # `new` writes the download of the model as the first command
+        family = _find_command_family(commands) or _find_value(commands[0], "--family")
+        prompts = values.get("sample_prompts")
+        for text in (str(values["output_dir"]), str(prompts or "")):
+            reject_share(text, folder)
+        return RunConfig(
+            folder=folder,
+            history=history_path(real_path(expand_path(str(values["output_dir"]), folder)), name),
+            changed=changed,
+            model=family,
+            # epochs take precedence over steps
+            steps=0 if "max_train_epochs" in values else int(values.get("max_train_steps", 0)),
+            prompts=None if prompts is None else expand_path(str(prompts), folder),
+        )
     except (OptionError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         problem = f"{path} is not in the form that `new` writes ({reason})"
@@ -191,29 +200,6 @@ def parse_run_config(path: Path, content: bytes, changed: float) -> RunConfig | 
 
 def _find_default_history(folder: Path) -> Path:
     return history_path(folder / "output", folder.name)
-
-
-def _parse_training_table(folder: Path, tables: Mapping[str, Any], changed: float) -> RunConfig:
-    """Parse the training run that a run.toml defines; any invalid value raises an error."""
-    values = tables[TRAINING_TABLE]
-    name = str(values["output_name"])
-    check_output_name("output_name", name, is_new=False)
-    commands = tables[PROJECT_TABLE]["commands"]
-    commands = [[str(word) for word in argv] for argv in commands]
-    # `new` writes the download of the model as the first command
-    family = _find_command_family(commands) or _find_value(commands[0], "--family")
-    prompts = values.get("sample_prompts")
-    for text in (str(values["output_dir"]), str(prompts or "")):
-        reject_share(text, folder)
-    return RunConfig(
-        folder=folder,
-        history=history_path(real_path(expand_path(str(values["output_dir"]), folder)), name),
-        changed=changed,
-        model=family,
-        # epochs take precedence over steps
-        steps=0 if "max_train_epochs" in values else int(values.get("max_train_steps", 0)),
-        prompts=None if prompts is None else expand_path(str(prompts), folder),
-    )
 
 
 def _find_value(argv: Sequence[str], option: str) -> str:
@@ -293,7 +279,7 @@ class TrackedRuns:
             cached_version, _ = cached
             if cached_version == version:
                 return cached
-        return version, read_run_config(path, status.st_mtime)
+        return version, parse_run_config(path, read_content(path), status.st_mtime)
 
     def find_run_config(self, run: RunSummary) -> RunConfig | None:
         """Return the run.toml whose training run writes this history; None if there is none."""
@@ -376,32 +362,21 @@ class TrackedRuns:
         job = _select_job(folder_jobs, run)
         state = self._find_state(run_config, run, preparation, job)
         if state.name == WAITING and job is not None:
-            state = self._add_queue_position(state, job, waiting)
+            position = waiting.numbers.index(job.id) + 1
+            text = say("position %(place)s in the queue", place=position)
+            if waiting.is_paused:
+                text = say("%(place)s, which is paused", place=text)
+            reason = "" if waiting.is_paused else self.queue.problem
+            state = replace(state, details=text, reason=reason, is_paused=waiting.is_paused)
         # the list sorts runs by the time of their last change
         change_times = [entry.changed for entry in (run_config, run, preparation) if entry is not None]
-        change_times += self._list_queue_times(state, job)
-        summary = run_config.summary if run is None else run
-        return TrackedRun(replace(summary, changed=max(change_times)), state, run_config)
-
-    def _list_queue_times(self, state: RunState, job: Job | None) -> list[float]:
-        """Return when the job that determines a run's state began, and when the queue was last changed."""
-        # Each time is omitted if it has no effect on the run.
-        times = []
         if job is not None and (job.state == RUNNING or state.job is job):  # the job determines the state
-            times.append(job.born)
+            change_times.append(job.born)
         if state.name == WAITING:
             with contextlib.suppress(OSError):
-                times.append((self.queue.folder / QUEUE).stat().st_mtime)
-        return times
-
-    def _add_queue_position(self, state: RunState, job: Job, waiting: WaitingJobs) -> RunState:
-        """Return the state of a waiting job with its position in the queue, and the reason why it waits."""
-        position = waiting.numbers.index(job.id) + 1
-        text = say("position %(place)s in the queue", place=position)
-        if waiting.is_paused:
-            text = say("%(place)s, which is paused", place=text)
-        reason = "" if waiting.is_paused else self.queue.problem
-        return replace(state, details=text, reason=reason, is_paused=waiting.is_paused)
+                change_times.append((self.queue.folder / QUEUE).stat().st_mtime)
+        summary = run_config.summary if run is None else run
+        return TrackedRun(replace(summary, changed=max(change_times)), state, run_config)
 
     def _is_paused(self) -> bool:
         try:
@@ -485,18 +460,6 @@ class TrackedRuns:
             with only_one(self.queue.folder / ".start.lock"):
                 yield
 
-    def _reject_untrusted(self, run_config: RunConfig) -> None:
-        """Raise OptionError if a run.toml may come from somebody else."""
-        if not self.is_trusted(run_config):
-            raise OptionError(
-                say(
-                    "%(folder)s comes from elsewhere. Review what it may do on the page of "
-                    "%(name)s, and start it there.",
-                    folder=run_config.folder / RUN_FILE,
-                    name=run_config.name,
-                )
-            )
-
     def _check_and_queue(self, folder: Path, argv: Sequence[str], is_reviewed: bool) -> None:
         """Add the run of a folder to the queue, unless it needs a review, or is already waiting or running.
 
@@ -510,20 +473,23 @@ class TrackedRuns:
             run_configs = self.list_run_configs()
         for run_config in run_configs:
             if run_config.folder == folder:
-                if not is_reviewed:
-                    self._reject_untrusted(run_config)
-                self._reject_running(run_config)
+                if not is_reviewed and not self.is_trusted(run_config):
+                    raise OptionError(
+                        say(
+                            "%(folder)s comes from elsewhere. Review what it may do on the page of "
+                            "%(name)s, and start it there.",
+                            folder=run_config.folder / RUN_FILE,
+                            name=run_config.name,
+                        )
+                    )
+                tracked_run = self.find(run_config.id)  # a job whose training has ended is about to end
+                state = None if tracked_run is None else tracked_run.state
+                # a background job is a check
+                if state is not None and state.is_active and state.background_job is None:
+                    raise OptionError(say("It is already running: it is %(text)s.", text=state.text))
         if is_reviewed and recall_folder(folder) is None:  # the user has read run.toml: do not ask again
             remember_folder(folder)
         self.queue.add_and_begin(argv, Path.cwd())
-
-    def _reject_running(self, run_config: RunConfig) -> None:
-        """Raise OptionError if a run is active. A check does not count: the run may start during it."""
-        tracked_run = self.find(run_config.id)  # a job whose training has ended is about to end
-        state = None if tracked_run is None else tracked_run.state
-        # a background job is a check
-        if state is not None and state.is_active and state.background_job is None:
-            raise OptionError(say("It is already running: it is %(text)s.", text=state.text))
 
 
 def make_run_argv(described: DescribedFolder, models: Path) -> list[str]:

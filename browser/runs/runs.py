@@ -151,7 +151,16 @@ class RunSummary:
         recorded_folder = self.start.written_in or dict(self.start.changed).get("output_dir")
         if not recorded_folder:
             return False
-        return _is_same_folder(self.history.parent, recorded_folder)
+        # Histories of older versions record a relative path and no working folder: then only the last parts
+        # of the paths are compared.
+        actual = os.path.normcase(real_path(self.history.parent))
+        if Path(recorded_folder).is_absolute():
+            return actual == os.path.normcase(real_path(Path(recorded_folder)))
+        recorded_parts = Path(os.path.normcase(os.path.normpath(recorded_folder))).parts
+        # for `../output`, only `output` can be compared
+        comparable_parts = tuple(part for part in recorded_parts if part != os.pardir)
+        actual_parts = Path(actual).parts
+        return actual_parts[len(actual_parts) - len(comparable_parts) :] == comparable_parts
 
     @property
     def working_folder(self) -> Path | None:
@@ -207,20 +216,6 @@ class RunSummary:
         height = 22 / (span or 1)  # a margin of 1 remains above and below
         points = [(index * width, 23 - (loss - lowest) * height) for index, loss in enumerate(self.losses)]
         return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-
-
-def _is_same_folder(folder: Path, recorded: str) -> bool:
-    """Return whether `folder` is, or may be, the folder that a history records."""
-    # Histories of older versions record a relative path and no working folder: then only the last parts of
-    # the paths are compared.
-    actual = os.path.normcase(real_path(folder))
-    if Path(recorded).is_absolute():
-        return actual == os.path.normcase(real_path(Path(recorded)))
-    recorded_parts = Path(os.path.normcase(os.path.normpath(recorded))).parts
-    # for `../output`, only `output` can be compared
-    comparable_parts = tuple(part for part in recorded_parts if part != os.pardir)
-    actual_parts = Path(actual).parts
-    return actual_parts[len(actual_parts) - len(comparable_parts) :] == comparable_parts
 
 
 def compute_mean(numbers: Sequence[float]) -> float:

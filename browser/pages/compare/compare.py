@@ -316,14 +316,12 @@ def _find_generated_clips(comparison: Comparison) -> dict[ClipKey, str]:
             tags = read_clip_tags(path)
             lora = tags.get("bt_lora_0")  # `NAME: STRENGTH`
             if lora is None or lora.endswith(": 1.0"):  # columns show LoRAs at strength 1 only
-                addresses[_read_clip_key(tags)] = _address(source, COMPARED_FOLDER, path.name)
+                digests = {
+                    text for name, text in tags.items() if re.fullmatch(r"bt_lora\w*_sha256_\d+", name)
+                }
+                key = ClipKey(tags.get("bt_prompt", ""), tags.get("bt_seeds", ""), frozenset(digests))
+                addresses[key] = _address(source, COMPARED_FOLDER, path.name)
     return addresses
-
-
-def _read_clip_key(tags: Mapping[str, str]) -> ClipKey:
-    """Return the key of a generated clip from its metadata."""
-    digests = {text for name, text in tags.items() if re.fullmatch(r"bt_lora\w*_sha256_\d+", name)}
-    return ClipKey(tags.get("bt_prompt", ""), tags.get("bt_seeds", ""), frozenset(digests))
 
 
 def _fill_cell(file: ComparedFile, row: ComparedPrompt, address: str, queued_clips: QueuedClips) -> ShownClip:

@@ -79,7 +79,11 @@ class ComparePages:
             OSError: If a file is removed while the page is rendered.
         """
         row_clips = self.find_row_clips(comparison)
-        runs_to_add = _list_runs_to_add(comparison, runs)
+        compared_ids = {source.run.id for source in comparison.sources}
+        models = {source.run.model for source in comparison.sources}
+        runs_to_add = [
+            run for run in runs if run.id not in compared_ids and (not models or run.model in models)
+        ]
         values: dict[str, Any] = {
             "comparison": comparison,
             "row_clips": row_clips,
@@ -98,13 +102,6 @@ class ComparePages:
             "message": error,
         }
         return show_page("compare/compare.html", say("Compare"), values)
-
-
-def _list_runs_to_add(comparison: compare.Comparison, runs: Sequence[RunSummary]) -> list[RunSummary]:
-    """Return the runs that can be added to a comparison: of the same model, and not compared yet."""
-    compared_ids = {source.run.id for source in comparison.sources}
-    models = {source.run.model for source in comparison.sources}
-    return [run for run in runs if run.id not in compared_ids and (not models or run.model in models)]
 
 
 def _has_players(row_clips: Sequence[compare.RowClips]) -> bool:

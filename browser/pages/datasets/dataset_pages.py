@@ -2,7 +2,7 @@
 
 import shlex
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +132,10 @@ class DatasetPages:
         file_values = [self.describe_file(dataset, id, files[id]) for id in chosen_ids[page_slice]]
         return {
             **status,
-            "counts": _count_by_filter(files.values()),
-            "items": _count_training_items(files.values()),
+            "counts": {
+                name: sum(passes_filters(file, (), name) for file in files.values()) for name in FILTERS
+            },
+            "items": sum(number for file in files.values() for _, number in file["lengths"]),
             "chosen": len(chosen_ids),
             "files": file_values,
         }
@@ -209,16 +211,13 @@ class DatasetPages:
         status, error = self.captions.change(path, query)
         if not error:
             self.datasets.accept_edit(dataset, fingerprint_before)
-            self.note_edited(dataset, file)
+            # mark the caption as edited, so that counts stay right without a new measurement
+            text = self.describe_caption(dataset, file)["text"]
+            with self.datasets.lock:
+                file.pop("edited", None)
+                if text != (file["text"] or ""):
+                    file["edited"] = text
         return status, {"error": error, "file": self.describe_file(dataset, id, file)}
-
-    def note_edited(self, dataset: FoundDataset, file: File) -> None:
-        """Mark a measured file's caption as edited, so that counts stay right without a new measurement."""
-        text = self.describe_caption(dataset, file)["text"]
-        with self.datasets.lock:
-            file.pop("edited", None)
-            if text != (file["text"] or ""):
-                file["edited"] = text
 
     def show_list(self, _: Request) -> Response:
         """Return the page that lists all datasets."""
@@ -347,16 +346,6 @@ def _with_stale_text(caches: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[
         if states["text"][0] == "valid":
             result[tag]["text"] = stale
     return result
-
-
-def _count_by_filter(files: Collection[File]) -> dict[str, int]:
-    """Return the number of files that pass each filter of the page, by the key of the filter in FILTERS."""
-    return {name: sum(passes_filters(file, (), name) for file in files) for name in FILTERS}
-
-
-def _count_training_items(files: Collection[File]) -> int:
-    """Return the number of training items that the files yield."""
-    return sum(number for file in files for _, number in file["lengths"])
 
 
 def _describe_status(measurement: Measurement) -> dict[str, Any]:

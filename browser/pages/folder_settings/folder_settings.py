@@ -76,11 +76,6 @@ class SettingRow:
         return self.proposed is not None and self.proposed != self.value
 
     @property
-    def has_no_effect(self) -> bool:
-        """Whether the option has no effect with this dataset and the other settings."""
-        return self.unused_reason != "" or self.idle_reason != ""
-
-    @property
     def choices(self) -> list[str]:
         """Choices of the setting, with the current value; empty if the value is typed."""
         if self.setting is None or self.setting.is_list:
@@ -148,7 +143,7 @@ def list_rows(
     set_values = {by_name[key].name: value for key, value in values.items() if key in by_name}
     rows += _list_unset_rows(settings, set_values, proposed_values, dataset)
     # the sort is stable: it only moves unset options without effect to the end
-    return sorted(rows, key=lambda row: row.has_no_effect and not row.value)
+    return sorted(rows, key=lambda row: (row.unused_reason != "" or row.idle_reason != "") and not row.value)
 
 
 def _list_unset_rows(
@@ -161,7 +156,8 @@ def _list_unset_rows(
     # `set_values` are the values that run.toml sets, by option name.
     unset_settings = [setting for setting in settings if setting.name not in set_values]
     unset_settings.sort(key=lambda setting: setting.name not in (proposed_values or {}))
-    idle_reasons = _explain_idle(settings, set_values)
+    defaults = {setting.name: setting.convert(setting.default) for setting in settings if setting.default}
+    idle_reasons = explain_idle(set_values, defaults=defaults)
     rows = []
     for setting in unset_settings:
         # unused because of the dataset, or idle because of other options
@@ -182,12 +178,6 @@ def _list_unset_rows(
 def _explain_unused(dataset: DatasetKeys | None, option: str) -> str:
     """Return why an option has no effect with a dataset; "" if it has one or no dataset is known."""
     return "" if dataset is None else dataset.explain_unused(option)
-
-
-def _explain_idle(settings: Sequence[Setting], set_values: Mapping[str, Any]) -> dict[str, str]:
-    """Return, by option name, why an option has no effect with the values that a run.toml sets."""
-    defaults = {setting.name: setting.convert(setting.default) for setting in settings if setting.default}
-    return explain_idle(set_values, defaults=defaults)
 
 
 def _show_proposed(values: Mapping[str, Any] | None, key: str) -> str | None:

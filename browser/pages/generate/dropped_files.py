@@ -75,7 +75,9 @@ class InputFolder:
         the original name. Raises OptionError if the file is neither an image nor a clip; then it is deleted.
         """
         try:
-            suffix = find_suffix(path)
+            suffix = _find_image_suffix(path) or _find_clip_suffix(path)
+            if suffix is None:
+                raise OptionError(say("It is not a readable image or clip"))
             digest = hashlib.blake2s(path.read_bytes(), digest_size=6).hexdigest()
             target = self.folder / f"{clean_stem(name)}-{digest}{suffix}"
             with explain_errors(target):
@@ -97,14 +99,6 @@ def clean_stem(name: str) -> str:
     stem = clean_name(name).rpartition(".")[0]
     words = re.sub(r"[\W-]+", "-", stem).strip("-")[:LONGEST_NAME]
     return words or "input"
-
-
-def find_suffix(path: Path) -> str:
-    """Return the suffix that fits a file's content. Raises OptionError for content that no model can use."""
-    suffix = _find_image_suffix(path) or _find_clip_suffix(path)
-    if suffix is None:
-        raise OptionError(say("It is not a readable image or clip"))
-    return suffix
 
 
 def _find_image_suffix(path: Path) -> str | None:

@@ -124,7 +124,14 @@ class RunLoras:
             source = None
         if source is None:
             return _RunLoraFiles(run.changed, family="", rows=[])
-        other_networks = _find_other_networks(source)
+        # names of the run's files that its generation command does not load as LoRAs; None if it loads none
+        # as a LoRA, because the run trained a ControlNet, an embedding or a model
+        loras: set[str] = set()
+        others: set[str] = set()
+        for option, words in source.options.items():
+            names = loras if option.startswith(LORA) else others
+            names.update(name for word in words if (name := Path(word).name) in source.run_history.saved)
+        other_networks = None if others and not loras else others
         rows = []
         for file in source.files:  # by step
             # None: the run trained no LoRA
@@ -197,17 +204,6 @@ def _make_row(source: ComparableRun, file: ComparedFile, label: str) -> LoraRow:
         task="".join(source.options.get("--task", ())),
         copies=[str(path.with_name(name)) for name in file.copies],
     )
-
-
-def _find_other_networks(source: ComparableRun) -> set[str] | None:
-    """Return the names of a run's files that its generation command does not load as LoRAs."""
-    # Returns None if it loads none as a LoRA, because the run trained a ControlNet, an embedding or a model.
-    loras: set[str] = set()
-    others: set[str] = set()
-    for option, words in source.options.items():
-        names = loras if option.startswith(LORA) else others
-        names.update(name for word in words if (name := Path(word).name) in source.run_history.saved)
-    return None if others and not loras else others
 
 
 def list_downloaded(folders: Iterable[Path]) -> list[Path]:

@@ -58,7 +58,6 @@ from downloads.listing import gigabytes, total_bytes
 from modules.atomic_write import write_bytes
 from modules.control_codes import escape_control_codes
 from modules.errors import MediaError, OptionError, UserError
-from modules.media.colors import Frame
 from modules.media.reading import frame_size, video_frames
 from modules.media.writing import write_png
 from modules.pages.language import say
@@ -136,10 +135,6 @@ class ResultFilter:
     kind: str = ""
     model: str = ""
     run: RunSummary | None = None
-
-    def needs_settings(self) -> bool:
-        """Whether the filter needs a result's settings, which have to be read from its file."""
-        return bool(self.words or self.model or self.run)
 
     def accepts(self, result: Result, settings: ResultSettings | None) -> bool:
         """Return whether a generated file passes the filter of the Results page."""
@@ -440,28 +435,24 @@ class ResultPages:
 
     # --- the list
 
-    def read_filter(self, query: Mapping[str, str]) -> ResultFilter:
-        """Read the filter from a query: `find`, `kind`, `model`, and `of`, the id of a run."""
-        run = self.site.runs.find(query["of"]) if query.get("of") else None
-        return ResultFilter(
-            words=query.get("find", "").lower().split(),
-            kind=query.get("kind", ""),
-            model=query.get("model", ""),
-            run=run,
-        )
-
     def filter_results(self, query: Mapping[str, str]) -> FilteredResults:
         """Return the generated files that pass the filter in a query.
 
         If the filter needs settings, files whose settings are not read yet are omitted.
         """
         results = self.folders.list_all()
-        result_filter = self.read_filter(query)
+        run = self.site.runs.find(query["of"]) if query.get("of") else None
+        result_filter = ResultFilter(
+            words=query.get("find", "").lower().split(),
+            kind=query.get("kind", ""),
+            model=query.get("model", ""),
+            run=run,
+        )
         num_unread = self.cache.read_some(results, READ_SECONDS)
         accepted = []
         for result in results:
             cached = self.cache.find_read(result)
-            if cached is None and result_filter.needs_settings():
+            if cached is None and (result_filter.words or result_filter.model or result_filter.run):
                 continue
             if result_filter.accepts(result, None if cached is None else cached.settings):
                 accepted.append(result)
@@ -691,7 +682,13 @@ class ResultPages:
         """Return the command that upscales a result with the upscaler file `network`."""
         argv = ["python", UPSCALER_SCRIPT, "--input", str(result.path), "--model", str(network.absolute())]
         argv += ["--mode", "swinir" if "swinir" in network.name.lower() else "esrgan"]
-        argv += ["--scale", str(UPSCALE_FACTOR), "--output", str(_free_path(result.path, UPSCALED_SUFFIX))]
+        suffix = ".png" if result.path.suffix.lower() == ".png" else ".mp4"
+        paths = (
+            result.path.with_name(f"{name}{suffix}")
+            for name in number_names(f"{result.path.stem}{UPSCALED_SUFFIX}")
+        )
+        output = next(free for free in paths if not os.path.lexists(free))
+        argv += ["--scale", str(UPSCALE_FACTOR), "--output", str(output)]
         if result.kind == "clip":  # the usual codec is one that browsers do not show
             argv += ["--codec", "h264", "--container", "mp4"]
         return argv
@@ -782,7 +779,11 @@ class ResultPages:
         if not is_current:
             if path.is_symlink() or path.is_dir():
                 raise OptionError(say("%(path)s is not an image. Remove it first.", path=path))
-            frame = _read_last_frame(result.path)
+            frame = None
+            for frame in video_frames(result.path):  # noqa: B007 (only the last one is needed)
+                pass
+            if frame is None:
+                raise MediaError(say("%(path)s has no frame", path=result.path))
             write_png(path, frame, {f"{PREFIX}last_frame_of": result.path.name})
         self.folders.list_all()  # makes the new image available to requests
         status = path.stat()
@@ -793,7 +794,12 @@ class ResultPages:
     def list_prompt_files(self, family: str) -> list[Path]:
         """Return the prompts.txt files of the folders whose run.toml trains a model of this family."""
         prompt_files = []
-        families = {family, *_list_catalog_families(family)}
+        # the catalogue's names of the family, such as `wan22` for `wan`
+        script = f"{with_scripts()[family].generation_script}.py" if family in with_scripts() else ""
+        catalog_families = {
+            model.family for model in model_sets() if script in model.commands.get("generate", "").split()
+        }
+        families = {family, *catalog_families}
         for folder in list_media_folders(self.site.runs):
             if not folder.is_described or (folder.path / PROMPTS_FILE).is_symlink():
                 continue
@@ -869,29 +875,6 @@ class ResultPages:
             return change(result, form)
         except (UserError, OSError, ValueError) as error:
             return answer_message(str(error), is_rejected=True)
-
-
-def _read_last_frame(path: Path) -> Frame:
-    """Decode a clip up to its end, and return the last frame. Raises MediaError if it has none."""
-    frame = None
-    for frame in video_frames(path):  # noqa: B007 (only the last one is needed)
-        pass
-    if frame is None:
-        raise MediaError(say("%(path)s has no frame", path=path))
-    return frame
-
-
-def _free_path(path: Path, added: str) -> Path:
-    """Return an unused path for a file derived from `path`: its stem with `added` appended."""
-    suffix = ".png" if path.suffix.lower() == ".png" else ".mp4"
-    paths = (path.with_name(f"{name}{suffix}") for name in number_names(f"{path.stem}{added}"))
-    return next(free for free in paths if not os.path.lexists(free))
-
-
-def _list_catalog_families(family: str) -> set[str]:
-    """Return the catalogue's family names for a script's family, such as `wan22` for `wan`."""
-    script = f"{with_scripts()[family].generation_script}.py" if family in with_scripts() else ""
-    return {model.family for model in model_sets() if script in model.commands.get("generate", "").split()}
 
 
 def _read_or_nothing(path: Path) -> bytes | None:

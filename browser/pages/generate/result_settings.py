@@ -493,13 +493,8 @@ def _needs_line(key: str, text: str, recipe: ModelRecipe) -> bool:
     option = read_script_options(recipe.family).get(key)
     if option is None:
         return key in recipe.extra_options
-    return not _is_set_without_line(option, text, recipe)
-
-
-def _is_set_without_line(option: KnownOption, text: str, recipe: ModelRecipe) -> bool:
-    """Return whether a value is the option's default and the recipe does not set the option."""
     is_set_by_recipe = any(flag in recipe.fixed_options for flag in option.flags)
-    return not is_set_by_recipe and _is_equal([str(option.default)], text)
+    return is_set_by_recipe or not _is_equal([str(option.default)], text)
 
 
 # letters of an option in a prompt line -> metadata name, in the order in which `new` writes them
@@ -527,13 +522,7 @@ def format_sample_line(settings: ResultSettings) -> str:
     values["l"] = guidance if embedded_guidance else ""
     if values["f"] == "1":  # an image: its prompt lines need no length
         values["f"] = ""
-    _check_sample_line(settings, prompt, values["n"])
-    options = [f"--{letters} {value}" for letters, value in values.items() if value]
-    return " ".join([prompt, *options])
-
-
-def _check_sample_line(settings: ResultSettings, prompt: str, negative_prompt: str) -> None:
-    """Raise OptionError if a prompt line cannot express these values, such as a start image."""
+    negative_prompt = values["n"]
     if " --" in f" {prompt}" or " --" in f" {negative_prompt}":
         raise OptionError(
             say("Its text has two dashes after a space, which in a prompt line begin an option.")
@@ -544,3 +533,5 @@ def _check_sample_line(settings: ResultSettings, prompt: str, negative_prompt: s
         raise OptionError(
             say("It started from an image, and the file contains only its name: add the image by hand.")
         )
+    options = [f"--{letters} {value}" for letters, value in values.items() if value]
+    return " ".join([prompt, *options])

@@ -178,7 +178,9 @@ def _make_results(folder: Path, files: Sequence[_ListedFile]) -> list[Result]:
     times_by_stem = {_split_name(file)[0]: file.changed for file in files}
     layers_by_stem = _group_layers(folder, times_by_stem)
     layer_stems = {layer.stem for layers in layers_by_stem.values() for layer in layers}
-    last_frame_names = _name_last_frames(files)
+    # images that generation may write next to clips
+    names = map(_split_name, files)
+    last_frame_names = {f"{stem}{LAST_FRAME_SUFFIX}.png" for stem, suffix in names if KINDS[suffix] == "clip"}
     results = []
     for file in files:
         stem, suffix = _split_name(file)
@@ -200,12 +202,6 @@ def _split_name(file: _ListedFile) -> tuple[str, str]:
     """Return the name of a file without its suffix, and the suffix in lower case."""
     stem, suffix = os.path.splitext(file.name)  # noqa: PTH122 (a path takes ten times as long)
     return stem, suffix.lower()
-
-
-def _name_last_frames(files: Sequence[_ListedFile]) -> set[str]:
-    """Return the names of the images that generation may write next to these clips: their last frames."""
-    names = map(_split_name, files)
-    return {f"{stem}{LAST_FRAME_SUFFIX}.png" for stem, suffix in names if KINDS[suffix] == "clip"}
 
 
 def _find_source_time(stem: str, times: Mapping[str, float]) -> float | None:

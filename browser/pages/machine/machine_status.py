@@ -19,7 +19,6 @@ from browser.core.state_names import name_state
 from browser.jobs.command_lines import format_command
 from browser.jobs.jobs import WAITING
 from browser.jobs.model_files import list_downloads
-from browser.jobs.render_queue import RenderJob
 from browser.runs.run_start import is_started_by, read_preparation_state, read_run_state
 from browser.runs.runs import DIED, FINISHED, RUNNING, STOPPED, RunSummary, is_process_alive
 from downloads.listing import gigabytes
@@ -98,11 +97,22 @@ class MachineLine:
 
     def list_running(self, all_runs: Sequence[RunSummary]) -> list[RunningThing]:
         """Return this machine's active work: training runs, other queued jobs, render jobs and downloads."""
-        runs = [run for run in all_runs if _is_running_here(run)]
+        active_runs = [run for run in all_runs if run.state == RUNNING and run.start is not None]
+        runs = [run for run in active_runs if run.start and is_process_alive(run.start.process)]
         active_work = [_describe_run(run) for run in runs]
         active_work += self._list_jobs(runs)
-        if self.site.render_worker.current is not None:
-            active_work.append(_describe_render_job(self.site.render_worker.current))
+        render_job = self.site.render_worker.current
+        if render_job is not None:
+            parts = [say("making with %(title)s", title=render_job.shown_title)]
+            if render_job.steps:
+                parts.append(
+                    say(
+                        "step %(done)s of %(steps)s",
+                        done=render_job.done,
+                        steps=render_job.steps,
+                    )
+                )
+            active_work.append(RunningThing(join(", ", parts), "/generate"))
         for download in list_downloads(self.site.background_jobs, self.site.models):
             if download.state == RUNNING:
                 text = say(
@@ -150,18 +160,6 @@ def list_ended(runs: Sequence[RunSummary], now: float) -> list[tuple[str, str]]:
         for run in runs
         if now - run.changed < RECENT_SECONDS and run.state in (FINISHED, STOPPED, DIED)
     ]
-
-
-def _is_running_here(run: RunSummary) -> bool:
-    return run.state == RUNNING and run.start is not None and bool(is_process_alive(run.start.process))
-
-
-def _describe_render_job(render_job: RenderJob) -> RunningThing:
-    """Describe a running render job with its number of denoising steps, and a link to the Generate page."""
-    parts = [say("making with %(title)s", title=render_job.shown_title)]
-    if render_job.steps:
-        parts.append(say("step %(done)s of %(steps)s", done=render_job.done, steps=render_job.steps))
-    return RunningThing(join(", ", parts), "/generate")
 
 
 def _describe_run(run: RunSummary) -> RunningThing:

@@ -143,17 +143,6 @@ class MaskMakingPages:
             return use.config.path.stat().st_mtime < job.log.stat().st_mtime
         return False
 
-    def set_mask_use(self, folder: Path, fields: Mapping[str, str]) -> None:
-        """Set or remove `mask_directory` of a folder in dataset.toml, as the form's checkbox says."""
-        use = read_mask_use(self.site.runs, folder)
-        if use is None:
-            raise OptionError(say("It is not prepared yet: press Prepare first."))
-        self.site.tracked_runs.reject_while_it_runs(use.config.path.parent)
-        if fields.get("learns"):
-            use.enable()
-        else:
-            use.disable()
-
     def find_model(self, finder: str) -> TaskFiles | None:
         """Return the catalogue's network for a mask finder, with the state of its files; None if none."""
         network = DEFAULT_NETWORKS.get(finder)
@@ -201,7 +190,14 @@ class MaskMakingPages:
 
         try:
             if action == "learn":  # write whether training runs use the masks
-                self.set_mask_use(folder, fields)
+                use = read_mask_use(self.site.runs, folder)
+                if use is None:
+                    raise OptionError(say("It is not prepared yet: press Prepare first."))
+                self.site.tracked_runs.reject_while_it_runs(use.config.path.parent)
+                if fields.get("learns"):
+                    use.enable()
+                else:
+                    use.disable()
             elif not self.tool.handle_button(folder, action, make_argv):
                 return answer_unknown()
         except ChangedMeanwhileError:

@@ -142,7 +142,13 @@ class MaskPages:
             return answer_json({"error": say("There is no such request.")}, 404)
 
         if action == "undo":
-            return self._undo(texts)
+            folder = self.find_folder(texts)
+            if folder is None:
+                return answer_json({"error": NOT_FOUND}, 404)
+            try:
+                return self._answer_item(folder, self.review.undo(folder))
+            except (UserError, OSError) as problem:
+                return answer_json({"error": str(problem), "can_undo": self.review.has_changed(folder)}, 422)
 
         def change_mask(folder: Path, media_file: MaskEntry) -> None:
             self.review.change(folder, media_file, action, version=texts["have"])
@@ -179,15 +185,6 @@ class MaskPages:
         except (UserError, OSError) as problem:
             status, error = 422, str(problem)
         return self._answer_item(folder, media_file, status, error)
-
-    def _undo(self, query: Mapping[str, str]) -> Response:
-        folder = self.find_folder(query)
-        if folder is None:
-            return answer_json({"error": NOT_FOUND}, 404)
-        try:
-            return self._answer_item(folder, self.review.undo(folder))
-        except (UserError, OSError) as problem:
-            return answer_json({"error": str(problem), "can_undo": self.review.has_changed(folder)}, 422)
 
     def _answer_item(
         self, folder: Path | None, media_file: MaskEntry | None, status: int = 200, error: str = ""

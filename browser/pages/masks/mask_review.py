@@ -4,7 +4,6 @@ import io
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -132,7 +131,16 @@ class MaskReview:
         frames = []
         for frame_index in frame_indices:
             query = {"folder": folder, "id": name_id(media_file), "number": frame_index}
-            frames.append(_describe_frame(query, media_version, mask_version))
+            # the versions make browsers load an image again after its file has changed
+            picture_query = encode_address({**query, "stamp": media_version})
+            mask_query = encode_address({**query, "stamp": mask_version})
+            frames.append(
+                {
+                    "number": frame_index,
+                    "picture": add_root(f"{ADDRESS}/picture?{picture_query}"),
+                    "mask": add_root(f"{ADDRESS}/mask?{mask_query}") if mask_version else "",
+                }
+            )
         return {**_describe_mask(media_file, state, ""), "mark": mask_version, "size": size, "shots": frames}
 
     def has_changed(self, folder: Path) -> bool:
@@ -366,19 +374,6 @@ def _describe_mask(media_file: MaskEntry, state: str, fault: str) -> dict[str, A
         "mark": "",
         "size": None,
         "shots": [],
-    }
-
-
-def _describe_frame(query: Mapping[str, Any], media_version: int, mask_version: str) -> dict[str, Any]:
-    """Return the JSON values of a frame: its number, and the URLs of its image and its mask."""
-    # `query` selects the frame. The versions make browsers load an image again after its file has changed;
-    # `mask_version` is "" without a mask.
-    picture_query = encode_address({**query, "stamp": media_version})
-    mask_query = encode_address({**query, "stamp": mask_version})
-    return {
-        "number": query["number"],
-        "picture": add_root(f"{ADDRESS}/picture?{picture_query}"),
-        "mask": add_root(f"{ADDRESS}/mask?{mask_query}") if mask_version else "",
     }
 
 

@@ -141,14 +141,20 @@ class ModelPages:
                 "sharing": {},
             }
         tasks = list_tasks(models, files.in_fp8, part_cache)
+        # titles of other complete models on disk that use the same part, by its path
+        complete = {task.name for task in tasks if task.is_there and task.name != files.name}
+        sharing = {
+            part.path: [say(model.title) for model in part.models if name_task(model) in complete]
+            for part in files.parts
+        }
         return {
             "files": files,
             "is_full": _is_full(files),
-            "can_be_smaller": _has_smaller(files),
+            "can_be_smaller": files.in_fp8 or any(part.component.in_fp8 for part in files.parts),
             "command": files.shown_download(models),
             "download": find_download(self.site.background_jobs, files, models),
             "removable": [part for part in files.parts if part.size_bytes],
-            "sharing": _find_sharing(files, tasks),
+            "sharing": sharing,
         }
 
     def find_bin_entry(self, name: str) -> Path | str:
@@ -229,20 +235,6 @@ class ModelPages:
 def _is_full(files: TaskFiles) -> bool:
     """Return whether all parts are on disk with their released size."""
     return files.is_there and not any(part.has_other_size for part in files.parts)
-
-
-def _find_sharing(files: TaskFiles, tasks: Sequence[TaskFiles]) -> dict[str, list[str]]:
-    """Return, by part path, the titles of other complete models on disk that use the same part."""
-    complete = {task.name for task in tasks if task.is_there and task.name != files.name}
-    return {
-        part.path: [say(model.title) for model in part.models if name_task(model) in complete]
-        for part in files.parts
-    }
-
-
-def _has_smaller(files: TaskFiles) -> bool:
-    """Return whether the model can use 8-bit text encoders, or is shown with them."""
-    return files.in_fp8 or any(part.component.in_fp8 for part in files.parts)
 
 
 def model_routes(site: Site) -> list[Route]:

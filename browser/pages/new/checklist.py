@@ -4,7 +4,7 @@ The folder itself is read each time, so that the row of a fixed problem disappea
 finds are read from its output; lines without a row are shown below the list.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 from browser.folders.folders import MediaFolder
@@ -76,7 +76,14 @@ def make_checklist(
     """
     rows = [] if content is None else _list_content_rows(content, unreadable, trigger_word)
     lines_without_row: list[OutputLine] = []
-    for group in _group_details(lines):
+    # an indented line or a command is a detail of the line above it
+    groups: list[_PrintedGroup] = []
+    for line in lines:
+        if groups and (line.depth or line.is_command):
+            groups[-1].details.append(line)
+        else:
+            groups.append(_PrintedGroup(line))
+    for group in groups:
         row = _make_row(_without_repeated_names(group, lines), unreadable, applied_remedies)
         if row is None:
             lines_without_row += map(_without_leave_out_button, group.lines)
@@ -106,23 +113,18 @@ def _list_content_rows(content: MediaFolder, unreadable: Sequence[str], trigger_
     # files without caption and unreadable files get rows of their own below
     rows = [CheckRow(GOOD, replace(content, num_uncaptioned=0, num_unreadable=0).summary)]
     if unreadable:
-        rows.append(_make_unreadable_row(unreadable))
+        names = join(", ", unreadable[:MAX_NAMED_FILES])
+        if len(unreadable) > MAX_NAMED_FILES:
+            names = say("%(names)s and others", names=names)
+        text = say_count(
+            len(unreadable),
+            "%(n)s file cannot be read: %(names)s",
+            "%(n)s files cannot be read: %(names)s",
+            names=names,
+        )
+        rows.append(CheckRow(BAD, text, files_to_leave_out=unreadable))
     rows.append(_make_caption_row(content.num_uncaptioned, trigger_word))
     return rows
-
-
-def _make_unreadable_row(unreadable: Sequence[str]) -> CheckRow:
-    """Return the row with the number of unreadable files, the first names, and a button to exclude them."""
-    names = join(", ", unreadable[:MAX_NAMED_FILES])
-    if len(unreadable) > MAX_NAMED_FILES:
-        names = say("%(names)s and others", names=names)
-    text = say_count(
-        len(unreadable),
-        "%(n)s file cannot be read: %(names)s",
-        "%(n)s files cannot be read: %(names)s",
-        names=names,
-    )
-    return CheckRow(BAD, text, files_to_leave_out=unreadable)
 
 
 def _make_caption_row(num_uncaptioned: int, trigger_word: str) -> CheckRow:
@@ -139,17 +141,6 @@ def _make_caption_row(num_uncaptioned: int, trigger_word: str) -> CheckRow:
         word=trigger_word,
     )
     return CheckRow(GOOD, text)
-
-
-def _group_details(lines: Iterable[OutputLine]) -> list[_PrintedGroup]:
-    """Group printed lines: an indented line or a command is a detail of the line above it."""
-    groups: list[_PrintedGroup] = []
-    for line in lines:
-        if groups and (line.depth or line.is_command):
-            groups[-1].details.append(line)
-        else:
-            groups.append(_PrintedGroup(line))
-    return groups
 
 
 def _make_row(

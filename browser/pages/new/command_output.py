@@ -65,14 +65,9 @@ class OutputLine:
         return self.remedy == RUN_COMMAND or self.needs_trigger_word
 
     @property
-    def translated_text(self) -> str:
-        """The text in the page's language."""
-        return self.text if self.is_command else translate_line(self.text)
-
-    @property
     def pieces(self) -> list[LinePiece]:
         """The shown text in pieces: each file is linked where it is first named."""
-        rest: str = show(self.translated_text)
+        rest: str = show(self.text if self.is_command else translate_line(self.text))
         pieces = []
         for name in self.names:
             position = max(_find_whole_name(name, rest), rest.find(name))  # Chinese text may touch a name
@@ -163,7 +158,6 @@ def _parse_line(line: str, names: Collection[str]) -> OutputLine:
 
 def _may_leave_out(text: str, found_names: Sequence[str], names: Collection[str]) -> bool:
     """Return whether a line names one unreadable file, or several equal files, which can be excluded."""
-    # `found_names` are the files that the line names, `names` are all files in the folder.
     # a line that is only a name is an item of a list of unreadable files
     is_unreadable = any(phrase in text for phrase in UNREADABLE_PHRASES) or text in names
     lists_copies = EQUAL_COPIES in text and len(found_names) > 1

@@ -22,7 +22,7 @@ from modules.control_codes import escape_control_codes
 from modules.installation import PREFIX, ROOT, program_environment
 from modules.pages.language import join, say
 from modules.paths import expand_path, strip_quotes
-from modules.text_files import TensorHeader, read_tensor_header
+from modules.text_files import read_tensor_header
 from project.model_sizes import describe_fit, is_small, needs_image, transformer_bytes
 from project.options import find_models
 
@@ -208,7 +208,18 @@ def describe_file(text: str) -> str:
             header = read_tensor_header(file.read, size_bytes)
     except (OSError, ValueError) as error:
         return say("It cannot be read: %(error)s. Download or copy it again.", error=error)
-    return _describe_header(header, size_bytes)
+    required_bytes = header.start + _find_data_end(header.entries)
+    if required_bytes > size_bytes:
+        return say(
+            "It is incomplete: it has %(size_bytes)s of %(end)s bytes. Download or copy it again.",
+            size_bytes=f"{size_bytes:,}",
+            end=f"{required_bytes:,}",
+        )
+    return say(
+        "%(kind)s, %(size_bytes)s",
+        kind=translate_file_kind(describe_file_kind(header.entries)),
+        size_bytes=gigabytes(size_bytes),
+    )
 
 
 def _describe_without_header(path: Path) -> str:
@@ -234,22 +245,6 @@ def _describe_wrong_beginning(first_bytes: bytes) -> str:
     if not first_bytes:
         return say("It is empty. Download or copy it again.")
     return translate_line(f"It {describe_beginning(first_bytes)}") if is_pointer_or_page(first_bytes) else ""
-
-
-def _describe_header(header: TensorHeader, size_bytes: int) -> str:
-    """Describe a .safetensors file of this size from its header."""
-    required_bytes = header.start + _find_data_end(header.entries)
-    if required_bytes > size_bytes:
-        return say(
-            "It is incomplete: it has %(size_bytes)s of %(end)s bytes. Download or copy it again.",
-            size_bytes=f"{size_bytes:,}",
-            end=f"{required_bytes:,}",
-        )
-    return say(
-        "%(kind)s, %(size_bytes)s",
-        kind=translate_file_kind(describe_file_kind(header.entries)),
-        size_bytes=gigabytes(size_bytes),
-    )
 
 
 def find_misfit(family: str, task: str, option: str, text: str) -> str:

@@ -661,7 +661,9 @@ class NewPages:
         progress = FolderProgress()
         if CAPTIONS in line_kinds and not described.trigger:
             progress = _count_uncaptioned(folder)
-        if MEND in line_kinds and not _has_newer_log(check_job, description_job):
+        if MEND in line_kinds and not (
+            check_job is not None and check_job.log.stat().st_mtime > description_job.log.stat().st_mtime
+        ):
             # a later check reports the remaining errors itself
             has_errors = any(row.grade == BAD for row in make_checklist(None, lines).rows)
             progress = replace(progress, has_listed_errors=has_errors)
@@ -976,7 +978,9 @@ class NewPages:
         if problem:
             keeps_typed_values = action == "describe"  # Prepare: the user corrects the values
             return self.answer(sent_form if keeps_typed_values else self.read_form(str(folder)), problem)
-        return _reopen_page(folder, message)
+        response = answer_move(f"/new?{encode_address({'folder': str(folder)})}")
+        response.headers[MESSAGE_HEADER] = quote(message)
+        return response
 
     def reject_unsaved(self, button: PressedButton) -> None:
         """Raise OptionError if the user has changed fields whose values are not in the folder's files yet."""
@@ -1190,11 +1194,6 @@ def _count_uncaptioned(folder: Path) -> FolderProgress:
     return FolderProgress(uncaptioned=content.num_uncaptioned, only_pictures=only_pictures)
 
 
-def _has_newer_log(job: Job | None, earlier_job: Job) -> bool:
-    """Return whether a job has written to its log after another job."""
-    return job is not None and job.log.stat().st_mtime > earlier_job.log.stat().st_mtime
-
-
 def _find_queued_jobs(jobs: Sequence[Job], folder: Path | None) -> tuple[Job | None, Job | None]:
     """Return the queue's jobs that train on a folder and that caption its files, the newest of each."""
     if folder is None:
@@ -1286,13 +1285,6 @@ def make_repair_argv(commands: Sequence[list[str]], folder: Path) -> list[str]:
 def find_free_name(output: Path, name: str) -> str:
     """Return another name for a LoRA if the output folder has one with this name; otherwise ""."""
     return free_name(output, name) if (output / f"{name}.safetensors").exists() else ""
-
-
-def _reopen_page(folder: Path, message: str) -> Response:
-    """Let the browser open a folder's page again, and show a message from the header."""
-    response = answer_move(f"/new?{encode_address({'folder': str(folder)})}")
-    response.headers[MESSAGE_HEADER] = quote(message)
-    return response
 
 
 def _list_ended(*background_jobs: Job | None) -> str:

@@ -146,12 +146,15 @@ def _select_after_describing(progress: FolderProgress) -> NextStep:
             address=LISTED_ANCHOR,
         )
     if progress.missing_gigabytes:
-        return _select_download_step(progress)
-    return _select_check_or_start(progress)
-
-
-def _select_check_or_start(progress: FolderProgress) -> NextStep:
-    """Return the next step for a folder whose files and model are ready: to check it, or to train on it."""
+        download = progress.download
+        if download is not None and download.state == RUNNING:
+            return NextStep(
+                BUSY,
+                say("Downloading the model%(progress_words)s …", progress_words=download.progress_words),
+                done=progress.done,
+            )
+        label = say("Download the model (%(size)s)", size=progress.missing_gigabytes)
+        return NextStep(LOAD, label, done=progress.done)
     check_job = progress.check_job
     if check_job is not None and check_job.state == RUNNING:
         return NextStep(BUSY, say("Checking …"), done=progress.done)
@@ -178,16 +181,3 @@ def _find_training_step(progress: FolderProgress) -> NextStep | None:
     }
     address = progress.run_address or QUEUE_ADDRESS
     return NextStep(FOLLOW, say("Show the training"), done=done_texts[job.state], address=address)
-
-
-def _select_download_step(progress: FolderProgress) -> NextStep:
-    """Return the step that starts or shows the download of the folder's model."""
-    download = progress.download
-    if download is not None and download.state == RUNNING:
-        return NextStep(
-            BUSY,
-            say("Downloading the model%(progress_words)s …", progress_words=download.progress_words),
-            done=progress.done,
-        )
-    label = say("Download the model (%(size)s)", size=progress.missing_gigabytes)
-    return NextStep(LOAD, label, done=progress.done)

@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from browser.core.responses import Form, answer_form, answer_page, answer_text, 
 from browser.core.server_state import Site
 from browser.core.templates import show_page
 from browser.folders.folders import find_folder
-from browser.jobs.jobs import ENDED, QUEUE, WAITING, Job, JobQueue, list_earlier
+from browser.jobs.jobs import ENDED, QUEUE, WAITING, JobQueue, list_earlier
 from browser.jobs.typed_jobs import EXAMPLE, read_jobs
 from browser.runs.run_start import TrackedRuns, is_started_by
 from browser.runs.runs import RUNNING, Runs, RunSummary
@@ -99,7 +99,12 @@ class QueuePages:
         running_jobs = [job for job in jobs if job.state == RUNNING]
         ended_jobs = [job for job in jobs if job.state in ENDED]
         with self.runs.lock:
-            trainings = self.find_trainings(running_jobs)
+            # the active training run that each job has started
+            trainings = {}
+            for run in self.runs.list_all():
+                for job in running_jobs:
+                    if is_started_by(run, job):
+                        trainings[job.id] = run
             edited_command = find_edited_command(self.runs, query)
         shown_runs = self.tracked_runs.find_job_states(jobs)
         values = {
@@ -121,15 +126,6 @@ class QueuePages:
             "short": SHORT_SECONDS,
         }
         return show_page("queue/queue.html", say("Queue"), values)
-
-    def find_trainings(self, jobs: Sequence[Job]) -> dict[int, RunSummary]:
-        """Return, by job number, the active training run that each job has started."""
-        trainings = {}
-        for run in self.runs.list_all():
-            for job in jobs:
-                if is_started_by(run, job):
-                    trainings[job.id] = run
-        return trainings
 
     def change(self, request: Request, form: Form) -> Response:
         """Handle a pressed button of the Queue page, and show the page again."""

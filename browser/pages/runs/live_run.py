@@ -96,6 +96,8 @@ def _describe_live_run(
 ) -> dict[str, Any]:
     """Return the template values that only the server knows, for the page of a run."""
     sample_names = [name for row in run_history.samples.values() for name in row.files.values()]
+    labeled = label_runs(runs.list_all())
+    other_runs = [(candidate.id, label) for candidate, label in labeled if candidate.id != run.id]
     return {
         "id": run.id,
         "mark": mark_page(run_history, live_state),
@@ -107,7 +109,7 @@ def _describe_live_run(
         "is_of_here": run.is_trusted,
         "cd": format_cd(run.working_folder),
         "cd_powershell": format_cd(run.working_folder, in_powershell=True),
-        "others": _list_other_runs(runs, run),
+        "others": other_runs,
         "messages": run_history.messages[-MAX_MESSAGES:],
     }
 
@@ -134,12 +136,6 @@ def _read_shape(path: Path, changed: int) -> str:
         info = video_info(path)
         width, height = info.width, info.height
     return f"{width} / {height}"
-
-
-def _list_other_runs(runs: Runs, run: RunSummary) -> list[tuple[str, str]]:
-    """Return the id and label of all other runs."""
-    labeled = label_runs(runs.list_all())
-    return [(candidate.id, label) for candidate, label in labeled if candidate.id != run.id]
 
 
 def mark_page(run_history: RunHistory, live_state: LiveRunState) -> str:
@@ -180,7 +176,8 @@ def collect_news(
     low = float(query.get("from") or -math.inf)
     high = float(query.get("to") or math.inf)
     inode = history.status and history.status.st_ino  # a new run in this folder writes a new file
-    scored_at = _find_score_time(run)
+    scores = scores_path(run.history.parent, run.name)
+    scored_at = scores.stat().st_mtime_ns if scores.is_file() else 0
     # equal keys mean equal curves: then they are not sent again
     key = f"{inode}-{scored_at}-{len(run_history.starts)}-{live_state.displayed.step}-{low}-{high}"
     news = {
@@ -201,12 +198,6 @@ def collect_news(
         news["charts"] = [asdict(chart) for chart in charts]
         news["tiles"] = list_tiles(live_state.displayed, run_history)
     return news
-
-
-def _find_score_time(run: RunSummary) -> int:
-    """Return when the scores of a run's samples were last written, in nanoseconds; 0 without scores."""
-    scores = scores_path(run.history.parent, run.name)
-    return scores.stat().st_mtime_ns if scores.is_file() else 0
 
 
 def _limit_steps(run_history: RunHistory, low: float, high: float) -> RunHistory:

@@ -4,7 +4,7 @@
 earlier.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,18 +157,13 @@ def _list_starting(tables: Mapping[str, Any]) -> Iterator[Permission]:
             )
 
 
-def _list_typed_only(words: Sequence[str]) -> list[str]:
-    """Return a command's options that start a program, including abbreviations that argparse accepts."""
-    flags = [word.partition("=")[0] for word in words]
-    typed = [flag for flag in flags if len(flag) > len("--x")]  # ignore one-letter names
-    return [option for option in STARTING if any(f"--{option}".startswith(flag) for flag in typed)]
-
-
 def _list_commands(tables: Mapping[str, Any]) -> Iterator[Permission]:
     commands = _as_list(_get_table(tables, PROJECT_TABLE).get("commands"))
     for number, words in enumerate(commands):
         texts = [str(word) for word in _as_list(words)]
         text = f"{'downloads with' if number == 0 else 'runs'} {quote_command(texts)}"
-        starting = _list_typed_only(texts)
+        flags = [word.partition("=")[0] for word in texts]
+        typed = [flag for flag in flags if len(flag) > len("--x")]  # ignore one-letter names
+        starting = [option for option in STARTING if any(f"--{option}".startswith(flag) for flag in typed)]
         note = say(NOT_STARTED, option=starting[0]) if starting else ""
         yield Permission(text, note=note, is_unusual=bool(starting))

@@ -346,21 +346,15 @@ class RunButtons:
             commands = current_commands(self.site.runs.open(run).run_history, run.history.parent)
             for index, command in enumerate(commands):
                 if command.title == GENERATE:
-                    return self._parse_generation_command(run, index, command)
+                    argv = split_arguments(command_part(command.bash))
+                    find_program(argv, Path.cwd())  # only for its error
+                    placeholders = split_arguments(command.missing)
+                    generation = GenerationCommand(index, argv, run.is_trusted, placeholders)
+                    folder = working_folder(run, group_options(argv))
+                    if generation.control_index and self.site.runs.is_below(folder):
+                        return replace(generation, control_images=list_images(folder))
+                    return generation
         return None
-
-    def _parse_generation_command(
-        self, run: RunSummary, index: int, command: PageCommand
-    ) -> GenerationCommand:
-        """Split a command in a run's history into arguments, and list the control images that it can use."""
-        argv = split_arguments(command_part(command.bash))
-        find_program(argv, Path.cwd())  # only for its error
-        placeholders = split_arguments(command.missing)
-        generation = GenerationCommand(index, argv, run.is_trusted, placeholders)
-        folder = working_folder(run, group_options(argv))
-        if generation.control_index and self.site.runs.is_below(folder):
-            return replace(generation, control_images=list_images(folder))
-        return generation
 
     def make(self, tracked_run: TrackedRun, form: Form) -> str:
         """Queue the generation command from the run's history, with the typed prompt and control image."""
@@ -372,15 +366,15 @@ class RunButtons:
         folder = working_folder(run, group_options(generation.argv))
         control_index = generation.control_index
         if control_index:
-            self._check_control_image(argv[control_index], generation.argv[control_index], folder)
+            path = argv[control_index]
+            original_path = generation.argv[control_index]
+            if path != original_path and not self.site.runs.is_inside(folder / path):
+                raise OptionError(
+                    say("%(path)s is not a file in the folders that this page shows.", path=path)
+                )
         check_options(argv, folder)
         self.site.queue.add_and_begin(argv, folder)
         return say("It is in the queue.")
-
-    def _check_control_image(self, path: str, original_path: str, folder: Path) -> None:
-        """Raise OptionError if the user has typed a path that is not a file below the roots of the page."""
-        if path != original_path and not self.site.runs.is_inside(folder / path):
-            raise OptionError(say("%(path)s is not a file in the folders that this page shows.", path=path))
 
     def score(self, tracked_run: TrackedRun, form: Form) -> str:
         """Queue the command that scores the samples of a run."""

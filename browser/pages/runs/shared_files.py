@@ -132,7 +132,11 @@ def _find_in_tensors(file: BinaryIO, size: int) -> Iterator[Replacement]:
         header = read_tensor_header(file.read, size)
     except ValueError:  # another kind of file has this name
         return
-    public_texts = {name: text for name, text in header.metadata.items() if _may_be_sent(name, text)}
+    public_texts = {
+        name: text
+        for name, text in header.metadata.items()
+        if (SENT_METADATA.fullmatch(name) is not None and mark_folders(text) == text)
+    }
     if public_texts == header.metadata:
         return
     header_length = header.start - 8  # the first 8 bytes of the file are this length
@@ -146,10 +150,6 @@ def _find_in_tensors(file: BinaryIO, size: int) -> Iterator[Replacement]:
             yield Replacement(8, header_length, new_header.ljust(header_length))
             return
     raise OSError("its header cannot be written again")
-
-
-def _may_be_sent(name: str, text: str) -> bool:
-    return SENT_METADATA.fullmatch(name) is not None and mark_folders(text) == text
 
 
 def _find_in_png(file: BinaryIO, size: int) -> Iterator[Replacement]:

@@ -158,14 +158,6 @@ def _is_same(word: str, typed: str) -> bool:
     return hmac.compare_digest(word.encode(), typed.encode("utf-8", "replace"))
 
 
-def read_days(form: Form) -> int:
-    """Return the number of days for which a link is valid. Raises UserError if the field is invalid."""
-    days = parse_integer("".join(form.get("days", ())).strip(), MAX_DAYS)
-    if days is None:
-        raise UserError(say("A link is valid for 1 to %(maximum)s days", maximum=MAX_DAYS))
-    return days
-
-
 def shared_clip(name: str, prompt: str, step: int) -> Markup:
     """Return the HTML element that shows a sample image, clip or sound by its link."""
     label = mark_folders(say("%(prompt)s, step %(step)s", prompt=prompt, step=step))
@@ -312,7 +304,10 @@ class SharePages:
             if withdraws_links:
                 self.shares.withdraw(run_id)
             else:
-                self.shares.add(run_id, read_days(form), read_session(run.history))
+                days = parse_integer("".join(form.get("days", ())).strip(), MAX_DAYS)
+                if days is None:
+                    raise UserError(say("A link is valid for 1 to %(maximum)s days", maximum=MAX_DAYS))
+                self.shares.add(run_id, days, read_session(run.history))
         except (UserError, OSError) as error:
             section = self.render(run_id, self.find_origin(request), is_open=True, error=str(error))
             return answer_page(section, 422)

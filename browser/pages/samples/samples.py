@@ -128,7 +128,21 @@ class SamplePages:
         if action not in ("look", "save"):
             return answer_unknown()
         try:
-            change = self._plan_or_save(folder, fields, saves=action == "save")
+            require_full(fields)
+            prompts, run = self.read_drafts(folder)
+            # the form sends the checksums that both files had when the browser loaded it
+            if prompts.checksum != fields.get("have", "") or run.checksum != fields.get("have run", ""):
+                raise ChangedMeanwhileError
+            edited_prompts = edit_prompts(
+                prompts.text, fields, lambda path: check_image(self.site, folder, path)
+            )
+            edited_texts = {prompts: edited_prompts, run: edit_sampling_intervals(run.text, fields)}
+            change = plan_change(self.site, "samples", edited_texts, run)
+            if action == "save":
+                change = save_change(change, edited_texts)
+            # changed sizes are reported at their fields, not in the note
+            sizes = describe_changed_sizes(edited_prompts, folder)
+            change = replace(change, note=change.note.removeprefix(sizes).strip())
         except ChangedMeanwhileError:
             change = DraftChange(section="samples", error=describe_conflict(fields))
         except (OSError, ValueError, UserError) as error:
@@ -139,19 +153,3 @@ class SamplePages:
             return self.answer(folder, change)
         num_rows = sum(name.startswith("row ") for name in fields)  # a field `row N` for each row of the form
         return self.answer(folder, change, num_rows, is_rejected, fields)
-
-    def _plan_or_save(self, folder: Path, fields: Mapping[str, str], saves: bool) -> DraftChange:
-        """Return the change to prompts.txt and run.toml that a form makes; with `saves`, write it."""
-        require_full(fields)
-        prompts, run = self.read_drafts(folder)
-        # the form sends the checksums that both files had when the browser loaded it
-        if prompts.checksum != fields.get("have", "") or run.checksum != fields.get("have run", ""):
-            raise ChangedMeanwhileError
-        edited_prompts = edit_prompts(prompts.text, fields, lambda path: check_image(self.site, folder, path))
-        edited_texts = {prompts: edited_prompts, run: edit_sampling_intervals(run.text, fields)}
-        change = plan_change(self.site, "samples", edited_texts, run)
-        if saves:
-            change = save_change(change, edited_texts)
-        # changed sizes are reported at their fields, not in the note
-        sizes = describe_changed_sizes(edited_prompts, folder)
-        return replace(change, note=change.note.removeprefix(sizes).strip())

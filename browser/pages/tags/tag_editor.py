@@ -110,7 +110,16 @@ class TagEditor:
         """
         old, new = old.strip(), " ".join(new.split())
         _check_new_tag(new)
-        edits, num_emptied = self._plan_edits(folder, old, new)
+        edits = []
+        num_emptied = 0
+        for caption in list(self._read_captions(folder)):
+            renamed_text = rename_tag(caption.text, old, new)
+            if renamed_text == caption.text:
+                continue
+            if any(map(split_line, renamed_text.split("\n"))):
+                edits.append(CaptionEdit(caption.path, renamed_text, caption.checksum))
+            else:
+                num_emptied += 1
         change = TagChange(old, new)
         try:
             self.captions.save_all(edits, on_saved=change.checksums.__setitem__)
@@ -123,20 +132,6 @@ class TagEditor:
         if not edits and not num_emptied:
             raise OptionError(say("no caption has the tag %(tag)s", tag=old))
         return join(" ", [change.about, *_explain_unchanged(num_emptied, num_conflicts)])
-
-    def _plan_edits(self, folder: Path, old: str, new: str) -> tuple[list[CaptionEdit], int]:
-        """Return the captions in which a tag is replaced, and the number of those that would become empty."""
-        edits = []
-        num_emptied = 0
-        for caption in list(self._read_captions(folder)):
-            renamed_text = rename_tag(caption.text, old, new)
-            if renamed_text == caption.text:
-                continue
-            if any(map(split_line, renamed_text.split("\n"))):
-                edits.append(CaptionEdit(caption.path, renamed_text, caption.checksum))
-            else:
-                num_emptied += 1
-        return edits, num_emptied
 
     def last_change(self, folder: Path) -> TagChange | None:
         """Return the last tag change in a folder's captions; None if there is none to undo."""

@@ -171,7 +171,17 @@ class TagPages:
         Raises UserError, OSError or ValueError.
         """
         if action in EDITOR_ACTIONS:
-            return self._edit_tags(folder, action, tag=fields.get("tag", ""), new_tag=fields.get("name", ""))
+            tag = fields.get("tag", "")
+            new_tag = fields.get("name", "")
+            if action == "undo":
+                return self.editor.undo(folder)
+            if not tag.strip():
+                raise OptionError(say("Type the tag in the field Old tag, or choose it from its list."))
+            if action == "remove":
+                return self.editor.rename(folder, tag, "")
+            if not new_tag.strip():
+                raise OptionError(say("Type the new name of the tag, or press Remove."))
+            return self.editor.rename(folder, tag, new_tag)
 
         def make_argv(is_trial: bool) -> list[str]:
             self.require_ready(folder, fields)
@@ -179,18 +189,6 @@ class TagPages:
 
         is_known = self.tool.handle_button(folder, action, make_argv)
         return "" if is_known else None
-
-    def _edit_tags(self, folder: Path, action: str, tag: str, new_tag: str) -> str:
-        """Rename or remove a tag of a folder, or undo the last change, and return a message about it."""
-        if action == "undo":
-            return self.editor.undo(folder)
-        if not tag.strip():
-            raise OptionError(say("Type the tag in the field Old tag, or choose it from its list."))
-        if action == "remove":
-            return self.editor.rename(folder, tag, "")
-        if not new_tag.strip():
-            raise OptionError(say("Type the new name of the tag, or press Remove."))
-        return self.editor.rename(folder, tag, new_tag)
 
     def require_ready(self, folder: Path, fields: Mapping[str, str]) -> None:
         """Raise OptionError if the tagger is not downloaded, or dataset files are outside the roots."""
