@@ -12,8 +12,8 @@ from pathlib import Path
 
 from browser.core.short_names import number_names, short_digest
 from modules.atomic_write import explain_errors, place_new
-from modules.errors import OptionError, OutputError
-from modules.pages.language import say
+from modules.errors import OutputError
+from modules.pages.language import refusal, say
 
 FOLDER = "reelsmith-bin"
 LONGEST_TITLE = 80  # characters of a title in the name of a folder
@@ -117,7 +117,7 @@ class BinFolder:
         """
         entries = self.list_entries()  # once: files that another page adds meanwhile were not shown
         if checksum != _compute_checksum(entries):
-            raise OptionError(say("The bin has changed in the meantime. Review it again."))
+            raise refusal("The bin has changed in the meantime. Review it again.")
         size_bytes = 0
         for entry in entries:
             with explain_errors(entry.path):

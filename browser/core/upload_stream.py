@@ -6,8 +6,7 @@ from pathlib import Path
 
 from starlette.concurrency import run_in_threadpool
 
-from modules.errors import OptionError
-from modules.pages.language import say
+from modules.pages.language import refusal
 
 # files are decoded one at a time on all pages, because the largest one takes 1.5 GiB of memory
 DECODING = threading.Lock()
@@ -33,13 +32,11 @@ async def write_arriving(chunks: AsyncIterator[bytes], path: Path, name: str, ma
         async for chunk in chunks:
             received += len(chunk)
             if received > max_bytes:
-                raise OptionError(
-                    say(
-                        "%(name)s has more than %(max_bytes)s bytes, the announced or largest accepted size",
-                        name=name,
-                        max_bytes=f"{max_bytes:,}",
-                    )
+                raise refusal(
+                    "%(name)s has more than %(max_bytes)s bytes, the announced or largest accepted size",
+                    name=name,
+                    max_bytes=f"{max_bytes:,}",
                 )
             await run_in_threadpool(file.write, chunk)
     if not received:
-        raise OptionError(say("%(name)s is empty", name=name))
+        raise refusal("%(name)s is empty", name=name)

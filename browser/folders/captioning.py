@@ -6,8 +6,7 @@ from pathlib import Path
 
 from browser.folders.folder_files import picture_address
 from browser.jobs.jobs import Job
-from modules.errors import OptionError
-from modules.pages.language import say
+from modules.pages.language import refusal, say
 from project.options import CAPTION_MODEL, CAPTION_MODEL_SIZE, WRITE_CAPTIONS
 from protocols.families import caption_formats
 
@@ -69,7 +68,7 @@ def make_caption_argv(form: CaptionForm, try_on: int | None = None) -> list[str]
         argv += ["--prompt", " ".join(form.question.split())]
     if form.format:
         if form.format not in caption_formats():
-            raise OptionError(say("There is no such caption format."))
+            raise refusal("There is no such caption format.")
         argv += ["--caption_format", form.format]
         argv += ["--convert_plain"] if form.converts_plain else []
     if try_on is not None:
@@ -83,11 +82,8 @@ def _make_engine_options(engine: str) -> list[str]:
         return ["--model", engine]
     address, _, model = engine.partition(" ")
     if not model.strip():
-        raise OptionError(
-            say(
-                "%(address)s: add the name of the server's model after the address and a space.",
-                address=address,
-            )
+        raise refusal(
+            "%(address)s: add the name of the server's model after the address and a space.", address=address
         )
     return ["--api_base", address, "--api_model", model.strip()]
 

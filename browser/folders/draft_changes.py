@@ -34,7 +34,7 @@ from browser.runs.runs import Runs
 from generation.prompt_lines import numbered_lines
 from generation.sample_lines import parse_sample_line, read_all
 from modules.errors import OptionError, UserError
-from modules.pages.language import join, say
+from modules.pages.language import join, refusal, say
 from modules.run_limits import temporary_folder
 from modules.text_files import bad_character, parse_toml, read_content
 from package.reelsmith.commands import ScriptCommand
@@ -310,13 +310,11 @@ def find_caching_argv(run_text: str) -> list[str]:
         reason = say("it has no %(error)s", error=error)
     except (TypeError, ValueError, OptionError) as error:
         reason = str(error)
-    raise OptionError(
-        say(
-            "%(run_file)s has no caching command of this program for %(dataset_file)s: %(reason)s",
-            run_file=RUN_FILE,
-            dataset_file=DATASET_FILE,
-            reason=reason,
-        )
+    raise refusal(
+        "%(run_file)s has no caching command of this program for %(dataset_file)s: %(reason)s",
+        run_file=RUN_FILE,
+        dataset_file=DATASET_FILE,
+        reason=reason,
     )
 
 
@@ -345,7 +343,7 @@ def find_described(runs: Runs, text: str) -> Path | None:
 def require_full(fields: Mapping[str, str]) -> None:
     """Raise OptionError if a form's last field is missing, which means that the request was cut off."""
     if "complete" not in fields:
-        raise OptionError(say("The form arrived incomplete. Load the page again."))
+        raise refusal("The form arrived incomplete. Load the page again.")
 
 
 class FolderPages(Protocol):

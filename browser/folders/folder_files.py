@@ -34,13 +34,13 @@ from browser.folders.folders import MAX_ENTRIES, find_folder
 from browser.folders.thumbnails import Thumbnails, answer_cacheable_jpeg, answer_placeholder, read_page_slice
 from browser.runs.runs import Runs
 from modules.atomic_write import explain_errors
-from modules.errors import MediaError, OptionError, OutputError, UserError
+from modules.errors import MediaError, OutputError, UserError
 from modules.media.decoding import ANIMATION_SUFFIXES
 from modules.media.labels import find_stem_label
 from modules.media.opening import AUDIO_SUFFIXES
 from modules.media.reading import IMAGE_SUFFIXES, VIDEO_SUFFIXES, image_size
 from modules.media.streams import source_info
-from modules.pages.language import say
+from modules.pages.language import refusal, say
 from modules.pages.page import encode_address
 from modules.text_files import parse_json, real_path
 
@@ -153,12 +153,12 @@ class LeftOut:
         """Move a media file and its caption files to another folder."""
         path = source / name
         if Path(name).name != name or not path.is_file():
-            raise OptionError(say("%(name)s: the file does not exist", name=name))
+            raise refusal("%(name)s: the file does not exist", name=name)
         moved_paths = [path, *_list_exclusive_captions(path)]
         for moved_path in moved_paths:
             if os.path.lexists(target / moved_path.name):
-                raise OptionError(
-                    say("%(target)s already exists. Rename one of the two", target=target / moved_path.name)
+                raise refusal(
+                    "%(target)s already exists. Rename one of the two", target=target / moved_path.name
                 )
         with explain_errors(target / name):
             try:

@@ -10,8 +10,7 @@ from browser.folders.captioning import read_tries
 from browser.jobs.background_jobs import name_background_job
 from browser.jobs.jobs import ENDED, WAITING, Job
 from browser.runs.runs import FINISHED, RUNNING
-from modules.errors import OptionError
-from modules.pages.language import say
+from modules.pages.language import refusal
 
 
 def find_tool_job(jobs: Sequence[Job], folder: Path, script: str) -> Job | None:
@@ -67,11 +66,9 @@ class FolderTool:
         """Add the tool's command to the queue. Raises UserError, for example if it is already queued."""
         job = self.find_job(folder)
         if job is not None and job.state in (WAITING, RUNNING):
-            raise OptionError(
-                say(
-                    "job %(id)s of the queue is already doing this: wait until it has ended, or stop it",
-                    id=job.id,
-                )
+            raise refusal(
+                "job %(id)s of the queue is already doing this: wait until it has ended, or stop it",
+                id=job.id,
             )
         self.site.queue.add_and_begin(argv, folder, within=folder)
 
@@ -91,7 +88,7 @@ class FolderTool:
         """Queue a stopped or failed job again; the tool skips files that it has already processed."""
         job = self.find_job(folder)
         if job is None or job.state not in ENDED or job.state == FINISHED:
-            raise OptionError(say("There is nothing to continue."))
+            raise refusal("There is nothing to continue.")
         self.site.queue.retry(job.id)
         if self.site.queue.worker == "":
             self.site.queue.begin_work()

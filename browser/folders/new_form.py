@@ -14,7 +14,7 @@ from modules.control_codes import shorten
 from modules.errors import OptionError
 from modules.option_values import option_argv
 from modules.output_files import check_output_name
-from modules.pages.language import join, say
+from modules.pages.language import join, refusal, say
 from modules.pages.page import encode_address
 from modules.paths import strip_quotes
 from project.kinds.composing import BY_NAME, KINDS, LORA, find_control_kind
@@ -254,19 +254,19 @@ def check_form(form: NewForm) -> None:
     models = find_models()
     families = list(dict.fromkeys(model.family for model in models))
     if not form.family:
-        raise OptionError(say("Model: choose one."))
+        raise refusal("Model: choose one.")
     if form.family not in families:
-        raise OptionError(
-            say("Model %(family)s: choose one of %(names)s.", family=form.family, names=join(", ", families))
+        raise refusal(
+            "Model %(family)s: choose one of %(names)s.", family=form.family, names=join(", ", families)
         )
     tasks = [model.task for model in models if model.family == form.family]
     if form.task not in tasks:
         field_and_value = join(" ", filter(None, (say("Version"), form.task)))
-        raise OptionError(
-            say("%(problem)s: choose one of %(names)s.", problem=field_and_value, names=join(", ", tasks))
+        raise refusal(
+            "%(problem)s: choose one of %(names)s.", problem=field_and_value, names=join(", ", tasks)
         )
     if not form.trigger and BY_NAME[form.train or LORA.name].trains_embedding:
-        raise OptionError(say("Trigger word: an embedding is a new word. Enter one, such as mrsfluff."))
+        raise refusal("Trigger word: an embedding is a new word. Enter one, such as mrsfluff.")
     for check in FIELD_CHECKS.values():
         check(form)
 
@@ -294,11 +294,9 @@ def hint_at_word(word: str) -> str:
 def check_name_field(form: NewForm) -> None:
     """Raise OptionError for a name that no file can have."""
     if "/" in form.name or "\\" in form.name:
-        raise OptionError(
-            say(
-                "Name %(name)s: a name has no slash. Use one of letters and numbers, such as my_lora.",
-                name=form.name,
-            )
+        raise refusal(
+            "Name %(name)s: a name has no slash. Use one of letters and numbers, such as my_lora.",
+            name=form.name,
         )
     if form.name:
         check_output_name(say("Name"), form.name)
@@ -333,14 +331,11 @@ def read_steps(text: str) -> int:
     """Return the number of steps in a field. Raises OptionError if it is not a valid number."""
     steps = parse_integer(text, MAX_STEPS)
     if steps is None:
-        raise OptionError(
-            say(
-                "Training steps %(text)s: use a whole number from 1 to %(most_steps)s, "
-                "such as %(usual_steps)s.",
-                text=shorten(text, 40),
-                most_steps=f"{MAX_STEPS:,}",
-                usual_steps=DEFAULT_STEPS,
-            )
+        raise refusal(
+            "Training steps %(text)s: use a whole number from 1 to %(most_steps)s, such as %(usual_steps)s.",
+            text=shorten(text, 40),
+            most_steps=f"{MAX_STEPS:,}",
+            usual_steps=DEFAULT_STEPS,
         )
     return steps
 

@@ -11,8 +11,7 @@ from browser.folders.datasets import list_named_paths
 from browser.folders.described_folder import DATASET_FILE, is_described, read_own_file
 from browser.folders.folders import find_folder, is_closed, read_media_folder
 from browser.runs.runs import Runs
-from modules.errors import OptionError
-from modules.pages.language import say
+from modules.pages.language import refusal
 from modules.text_files import parse_json, parse_toml
 
 # keys of a table or subset of a dataset that name media folders
@@ -65,13 +64,11 @@ def require_inside(runs: Runs, folder: Path) -> None:
     """Raise OptionError if the folder's dataset.toml names files outside the roots."""
     path = folder / DATASET_FILE
     if not path.is_file():
-        raise OptionError(say("It is not prepared yet: press Prepare first."))
+        raise refusal("It is not prepared yet: press Prepare first.")
     outside = [named_path for named_path in list_named_paths(path, folder) if not runs.is_below(named_path)]
     if outside:
-        raise OptionError(
-            say(
-                "%(path)s names %(outside)s, which is outside the folders that are shown.",
-                path=path,
-                outside=outside[0],
-            )
+        raise refusal(
+            "%(path)s names %(outside)s, which is outside the folders that are shown.",
+            path=path,
+            outside=outside[0],
         )

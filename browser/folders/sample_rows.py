@@ -23,7 +23,7 @@ from generation.sample_lines import find_sample_option
 from modules.control_codes import shorten
 from modules.errors import OptionError
 from modules.media.reading import IMAGE_SUFFIXES, VIDEO_SUFFIXES
-from modules.pages.language import say
+from modules.pages.language import refusal, say
 from modules.paths import complete_home
 from project.model_sizes import needs_image
 from project.options import RUN_FILE
@@ -227,19 +227,17 @@ def _check_edit(edit: _RowEdit, check_image: Callable[[str], None]) -> None:
     # `check_image` raises OptionError for a path that is not an image.
     title = say("Sample %(number)s", number=edit.number)
     if edit.prompt.startswith("#") and edit.prompt != edit.row.prompt:
-        raise OptionError(
-            say("%(title)s: a line that begins with # is a comment. Begin with another letter.", title=title)
+        raise refusal(
+            "%(title)s: a line that begins with # is a comment. Begin with another letter.", title=title
         )
     if edit.changes and not edit.prompt and edit.row.line is None:
-        raise OptionError(say("%(title)s: the prompt is empty. Write one.", title=title))
+        raise refusal("%(title)s: the prompt is empty. Write one.", title=title)
     for name, text in edit.changes.items():
         if text:
             _check_number(title, name, text)
         # dashes would begin another option of the prompt line
         if " --" in f" {text}":
-            raise OptionError(
-                say("%(title)s %(name)s: %(text)s: omit the dashes.", title=title, name=name, text=text)
-            )
+            raise refusal("%(title)s %(name)s: %(text)s: omit the dashes.", title=title, name=name, text=text)
         if name in IMAGE_FIELDS and text:
             check_image(text)
 
@@ -247,23 +245,19 @@ def _check_edit(edit: _RowEdit, check_image: Callable[[str], None]) -> None:
 def _check_number(title: str, name: str, text: str) -> None:
     """Raise OptionError if the text of a numeric field is not a valid number. `title` names its row."""
     if name in INTEGER_FIELDS and parse_integer(text, MAX_NUMBER) is None:
-        raise OptionError(
-            say(
-                "%(title)s %(name)s: %(text)s is not a whole number above 0, such as %(usual)s.",
-                title=title,
-                name=name,
-                text=shorten(text, 40),
-                usual=EXAMPLE_VALUES[name],
-            )
+        raise refusal(
+            "%(title)s %(name)s: %(text)s is not a whole number above 0, such as %(usual)s.",
+            title=title,
+            name=name,
+            text=shorten(text, 40),
+            usual=EXAMPLE_VALUES[name],
         )
     if name in GUIDANCE_FIELDS and not NUMBER.fullmatch(text):
-        raise OptionError(
-            say(
-                "%(title)s %(name)s: %(text)s is not a number, such as 4 or 3.5.",
-                title=title,
-                name=name,
-                text=shorten(text, 40),
-            )
+        raise refusal(
+            "%(title)s %(name)s: %(text)s is not a number, such as 4 or 3.5.",
+            title=title,
+            name=name,
+            text=shorten(text, 40),
         )
 
 
@@ -278,11 +272,9 @@ def edit_sampling_intervals(text: str, fields: Mapping[str, str]) -> str:
     if typed_interval != str(keys.get(SAMPLE_EVERY_N_STEPS, "")):
         number = parse_integer(typed_interval, MAX_STEPS)
         if typed_interval and number is None:
-            raise OptionError(
-                say(
-                    "Generated after every: %(every)s is not a whole number above 0, such as 200.",
-                    every=shorten(typed_interval, 40),
-                )
+            raise refusal(
+                "Generated after every: %(every)s is not a whole number above 0, such as 200.",
+                every=shorten(typed_interval, 40),
             )
         changes[SAMPLE_EVERY_N_STEPS] = number  # None removes the key
     samples_at_first = "first" in fields
@@ -298,7 +290,7 @@ def check_image(site: Site, folder: Path, text: str) -> None:
     path = folder / text
     is_media = Path(text).suffix.lower() in {*IMAGE_SUFFIXES, *VIDEO_SUFFIXES}
     if "\0" in text or not is_media or not site.runs.is_inside(path):
-        raise OptionError(say("%(text)s: there is no such image in %(folder)s", text=text, folder=folder))
+        raise refusal("%(text)s: there is no such image in %(folder)s", text=text, folder=folder)
 
 
 def read_typed_texts(fields: Mapping[str, str]) -> dict[int, dict[str, str]]:

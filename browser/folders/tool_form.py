@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from modules.control_codes import shorten
-from modules.errors import OptionError
 from modules.option_tables import list_rows
-from modules.pages.language import say
+from modules.pages.language import refusal
 
 NUMBER, TEXT, SWITCH = "number", "text", "switch"
 CHOICE, SWITCH_CHOICE = "choice", "choice of switches"
@@ -79,8 +78,8 @@ class ToolForm:
         if field.kind == NUMBER:
             _check_number(field, text, list_rows(self.script)[field.name])
         if field.choices is not None and text not in field.choices:
-            raise OptionError(
-                say("%(label)s %(text)s: choose from the list.", label=field.label, text=shorten(text, 40))
+            raise refusal(
+                "%(label)s %(text)s: choose from the list.", label=field.label, text=shorten(text, 40)
             )
 
 
@@ -111,7 +110,5 @@ def _check_number(field: ToolField, text: str, row: Mapping[str, Any]) -> None:
         "maximum": f"{maximum:g}",
     }
     if is_integer:
-        raise OptionError(
-            say("%(label)s %(text)s: use a whole number from %(minimum)s to %(maximum)s.", **values)
-        )
-    raise OptionError(say("%(label)s %(text)s: use a number from %(minimum)s to %(maximum)s.", **values))
+        raise refusal("%(label)s %(text)s: use a whole number from %(minimum)s to %(maximum)s.", **values)
+    raise refusal("%(label)s %(text)s: use a number from %(minimum)s to %(maximum)s.", **values)

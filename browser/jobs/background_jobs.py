@@ -22,7 +22,7 @@ from modules.atomic_write import append_text, check_space, explain_errors, write
 from modules.errors import OptionError, OutputError
 from modules.file_locks import only_one
 from modules.installation import PROGRESS, TELLS_KINDS
-from modules.pages.language import say
+from modules.pages.language import refusal, say
 from modules.run_limits import limit_variables
 from modules.text_files import parse_json, read_text, real_path
 from training.reports.history import describe_process
@@ -98,7 +98,7 @@ class BackgroundJobs:
             with only_one(self.folder / ".lock"):
                 earlier_job = self.find(name)
                 if earlier_job is not None and earlier_job.state == RUNNING:
-                    raise OptionError(say("it is already running: wait until it has ended, or stop it"))
+                    raise refusal("it is already running: wait until it has ended, or stop it")
                 check_space(self._record(name), MAX_RECORD_BYTES)  # before the earlier files are removed
                 # a process that waits for its command, and may write only below the folder `within`
                 log = self._log(name)

@@ -33,7 +33,7 @@ from modules.atomic_write import append_text, explain_errors, write_text
 from modules.control_codes import escape_control_codes, shorten_lines
 from modules.errors import OptionError, OutputError, UserError
 from modules.file_locks import only_one
-from modules.pages.language import join, say, say_count
+from modules.pages.language import join, refusal, say, say_count
 from modules.run_limits import QUEUE_FOLDER, limit_variables
 from modules.text_files import parse_json, read_text, real_path
 from training.reports.history import describe_process
@@ -213,12 +213,8 @@ class _QueueContent:
         for job in self.jobs:
             if job.id == number and job.state in states:
                 return job
-        raise OptionError(
-            say(
-                "there is no job %(number)s that is %(names)s",
-                number=number,
-                names=join(" or ", states),
-            )
+        raise refusal(
+            "there is no job %(number)s that is %(names)s", number=number, names=join(" or ", states)
         )
 
     def wait_again(self, job: Job, line: str) -> None:
@@ -673,7 +669,7 @@ def as_line(argv: Sequence[str]) -> str:
     """Return arguments as one line of the text file. Raises OptionError if they contain line breaks."""
     line = shlex.join(argv)
     if line.splitlines() != [line]:
-        raise OptionError(say("%(line)s: a job is one line", line=f"{line!r}"))
+        raise refusal("%(line)s: a job is one line", line=f"{line!r}")
     return line
 
 

@@ -42,7 +42,7 @@ from modules.installation import (
     program_environment,
     program_words,
 )
-from modules.pages.language import join, say
+from modules.pages.language import join, refusal, say
 from modules.paths import explain_missing
 from modules.text_files import bad_character, real_path
 from package.reelsmith.commands import ScriptCommand, find_commands
@@ -92,23 +92,19 @@ def split_arguments(line: str) -> list[str]:
     line = TILDE.sub(lambda found: found[1] or shlex.quote(str(Path.home())), line)
     shell_character = SHELL_CHARACTERS.search(QUOTED.sub("''", line))
     if shell_character:
-        raise OptionError(
-            say(
-                "%(mark)s in %(line)s: this line is not read by a shell. Quote the argument, or "
-                "omit the character",
-                mark=f"{shell_character[0]!r}",
-                line=f"{line!r}",
-            )
+        raise refusal(
+            "%(mark)s in %(line)s: this line is not read by a shell. Quote the argument, or "
+            "omit the character",
+            mark=f"{shell_character[0]!r}",
+            line=f"{line!r}",
         )
     escapes = [part for part in QUOTED.findall(line) if re.fullmatch(r"\\[\w.-]", part)]
     if escapes and os.name != "nt":
-        raise OptionError(
-            say(
-                "%(escapes)s in %(line)s: here a backslash escapes the next character. Write / "
-                "between folders, or put the argument in single quotes",
-                escapes=escapes[0],
-                line=f"{line!r}",
-            )
+        raise refusal(
+            "%(escapes)s in %(line)s: here a backslash escapes the next character. Write / "
+            "between folders, or put the argument in single quotes",
+            escapes=escapes[0],
+            line=f"{line!r}",
         )
     lexer = shlex.shlex(line.replace("\\\n", " "), posix=True)  # a backslash at the end continues a line
     lexer.whitespace_split = True
@@ -145,12 +141,8 @@ def split_folder(line: str, folder: Path) -> tuple[str, Path]:
     except (OSError, ValueError):  # too long, or an invalid name
         is_there = False
     if not is_there:
-        raise OptionError(
-            say(
-                "cd %(words)s: there is no such folder in %(folder)s",
-                words=shorten(argv[0], 80),
-                folder=folder,
-            )
+        raise refusal(
+            "cd %(words)s: there is no such folder in %(folder)s", words=shorten(argv[0], 80), folder=folder
         )
     return match[2], target
 
@@ -184,13 +176,10 @@ def find_program(argv: Sequence[str], folder: Path) -> tuple[ScriptCommand, list
     missing = [name for name in split_names(names) if name not in list_named()]
     if missing:
         started_with = ",".join([*list_named(), *missing])
-        raise OptionError(
-            say(
-                "%(names)s: this page was started without this extension. End it, and start it with: "
-                "%(command)s",
-                names=join(", ", missing),
-                command=quote_command(["python", FRONT_SCRIPT, EXTENSIONS_FLAG, started_with, "browser"]),
-            )
+        raise refusal(
+            "%(names)s: this page was started without this extension. End it, and start it with: %(command)s",
+            names=join(", ", missing),
+            command=quote_command(["python", FRONT_SCRIPT, EXTENSIONS_FLAG, started_with, "browser"]),
         )
     command, num_name_words = _find_command(script_argv, folder)
     script = program_words(command.path.relative_to(ROOT))
@@ -315,13 +304,11 @@ def check_options(
             and not (folder / run_folder).exists()
             and not may_be_created(folder / run_folder, earlier)
         ):
-            raise OptionError(
-                say(
-                    "%(described)s: there is no such folder in %(folder)s, where relative paths begin. "
-                    "Pass its absolute path",
-                    described=shorten(run_folder, 80),
-                    folder=folder,
-                )
+            raise refusal(
+                "%(described)s: there is no such folder in %(folder)s, where relative paths begin. "
+                "Pass its absolute path",
+                described=shorten(run_folder, 80),
+                folder=folder,
             )
     try:
         process = _run_until_options_are_read(command, program, folder, min(seconds, CHECK_SECONDS))
@@ -393,27 +380,21 @@ def reject_endless(command: ScriptCommand, argv: Sequence[str]) -> None:
         return
     options = [word.partition("=")[0] for word in argv if word.startswith("--")]
     if command.words[0] == "browser" and "--export" not in options:
-        raise OptionError(
-            say(
-                "%(name)s runs until somebody ends it, and all later jobs would wait. Type it in a terminal",
-                name=command.name,
-            )
+        raise refusal(
+            "%(name)s runs until somebody ends it, and all later jobs would wait. Type it in a terminal",
+            name=command.name,
         )
     interactive_option = next(filter(_asks_for_prompts, options), None)
     if interactive_option is not None:
-        raise OptionError(
-            say(
-                "%(option)s asks for prompts in a terminal, and a job has none. Pass --prompt, "
-                "or --from_file with a prompt in each line",
-                option=interactive_option,
-            )
+        raise refusal(
+            "%(option)s asks for prompts in a terminal, and a job has none. Pass --prompt, "
+            "or --from_file with a prompt in each line",
+            option=interactive_option,
         )
     if command.words[0] == "new" and "--family" not in options:
-        raise OptionError(
-            say(
-                "new asks for a model in a terminal, and a job has none. Pass --family, and "
-                "--task if the family has several"
-            )
+        raise refusal(
+            "new asks for a model in a terminal, and a job has none. Pass --family, and "
+            "--task if the family has several"
         )
 
 
@@ -472,13 +453,11 @@ def _find_command(argv: Sequence[str], folder: Path) -> tuple[ScriptCommand, int
         typed = argv[1]
         known_names = [command.words[0] for command in _find_commands(ROOT)]
     hint = did_you_mean(typed[:LONGEST_NAME], known_names, MIN_SIMILAR)
-    raise OptionError(
-        say(
-            "%(word)s is not a command of this program.%(hint)s A job is a line such as "
-            "python wan_train_network.py ..., with `accelerate launch ...` before it if needed",
-            word=f"{shorten(name, 80)!r}",
-            hint=hint,
-        )
+    raise refusal(
+        "%(word)s is not a command of this program.%(hint)s A job is a line such as "
+        "python wan_train_network.py ..., with `accelerate launch ...` before it if needed",
+        word=f"{shorten(name, 80)!r}",
+        hint=hint,
     )
 
 

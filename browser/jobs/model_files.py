@@ -19,8 +19,8 @@ from browser.jobs.jobs import Job
 from browser.runs.runs import RUNNING
 from downloads.catalogue import Component, Licence, ModelSet, ReleasedFile, model_sets
 from downloads.listing import gigabytes, total_bytes
-from modules.errors import OptionError, OutputError
-from modules.pages.language import say
+from modules.errors import OutputError
+from modules.pages.language import refusal, say
 from modules.progress import read_progress
 from modules.text_files import real_path
 
@@ -301,15 +301,13 @@ def remove_parts(models: Path, files: TaskFiles, chosen: Sequence[str], bin_fold
     parts = {part.path: part for part in files.parts if part.size_bytes}
     for name in chosen:
         if name not in parts:
-            raise OptionError(
-                say(
-                    "%(name)s is not one of the parts of %(title)s on disk. Look at it again.",
-                    name=name,
-                    title=say(files.model.title),
-                )
+            raise refusal(
+                "%(name)s is not one of the parts of %(title)s on disk. Look at it again.",
+                name=name,
+                title=say(files.model.title),
             )
     if not chosen:
-        raise OptionError(say("Tick what to remove."))
+        raise refusal("Tick what to remove.")
     paths = []
     for name in chosen:
         component = parts[name].component

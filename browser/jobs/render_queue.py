@@ -19,7 +19,7 @@ from browser.runs.runs import DIED, FINISHED, RUNNING, STOPPED, is_process_alive
 from modules.atomic_write import explain_errors, write_text
 from modules.errors import OptionError, OutputError
 from modules.file_locks import only_one
-from modules.pages.language import say
+from modules.pages.language import refusal, say
 from modules.text_files import parse_json, read_text
 
 NAME = re.compile(r"(\d{1,9})\.json")
@@ -154,12 +154,10 @@ class RenderQueue:
             jobs = self.list_all()
             num_waiting = sum(job.state == WAITING for job in jobs)
             if num_waiting + len(new_jobs) > MAX_WAITING:
-                raise OptionError(
-                    say(
-                        "%(waiting)s are waiting: at most %(most_waiting)s are accepted",
-                        waiting=num_waiting,
-                        most_waiting=MAX_WAITING,
-                    )
+                raise refusal(
+                    "%(waiting)s are waiting: at most %(most_waiting)s are accepted",
+                    waiting=num_waiting,
+                    most_waiting=MAX_WAITING,
                 )
             first_number = max((job.id for job in jobs), default=0) + 1
             numbers: list[int] = []
@@ -198,7 +196,7 @@ class RenderQueue:
         with self._change():
             job = self.find(number)
             if job is None or job.state in (WAITING, RUNNING):
-                raise OptionError(say("there is no finished result %(number)s", number=number))
+                raise refusal("there is no finished result %(number)s", number=number)
             self._path(number).unlink(missing_ok=True)
 
     def ask_to_cancel(self, number: int) -> None:

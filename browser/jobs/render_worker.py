@@ -31,7 +31,7 @@ from modules.error_output import extract_error_message
 from modules.errors import OptionError, OutputError, UserError
 from modules.file_locks import only_one
 from modules.installation import DRIVEN, FROM_QUEUE, program_environment
-from modules.pages.language import say
+from modules.pages.language import refusal, say
 from modules.text_files import parse_json, read_text
 from training.reports.history import describe_process
 
@@ -230,9 +230,7 @@ class RenderWorker:
                 lambda: self._current is None or self._current.state == RUNNING, SHUTDOWN_SECONDS
             )
             if self._current is not None:
-                raise OptionError(
-                    say("result %(id)s is being generated: cancel it first", id=self._current.id)
-                )
+                raise refusal("result %(id)s is being generated: cancel it first", id=self._current.id)
             session = self._detach_session()
         self._end_process(session)
 

@@ -17,8 +17,7 @@ from browser.jobs.launch import (
 from browser.runs.comparable_runs import group_options, working_folder
 from browser.runs.runs import RunSummary
 from modules.command import quote_command
-from modules.errors import OptionError
-from modules.pages.language import say
+from modules.pages.language import refusal
 
 EXAMPLE = ["reelsmith run my_clips", "cd my_clips && " + quote_command(["python", "wan_train_network.py"])]
 MAX_ADDED = 40  # maximum number of jobs added at once
@@ -42,16 +41,14 @@ def read_jobs(
     entries = map(str.strip, ENTRY.findall(text.replace("\r\n", "\n")))
     lines = [line for line in entries if line and not line.startswith("#")]
     if not lines:
-        raise OptionError(say("Type a command first, such as: %(example)s", example=EXAMPLE[0]))
+        raise refusal("Type a command first, such as: %(example)s", example=EXAMPLE[0])
     if len(lines) > MAX_ADDED:
-        raise OptionError(
-            say(
-                "%(n)s jobs are too many: each is checked by its script, so at most %(most_added)s "
-                "can be added at a time. Add them in parts, or write them into %(queue)s",
-                n=f"{len(lines):,}",
-                most_added=MAX_ADDED,
-                queue=QUEUE,
-            )
+        raise refusal(
+            "%(n)s jobs are too many: each is checked by its script, so at most %(most_added)s "
+            "can be added at a time. Add them in parts, or write them into %(queue)s",
+            n=f"{len(lines):,}",
+            most_added=MAX_ADDED,
+            queue=QUEUE,
         )
     jobs = [_parse_job(line, run) for line in lines]
     for argv, folder in jobs:  # find all programs first: checking takes about a second per script

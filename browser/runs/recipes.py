@@ -18,13 +18,12 @@ from browser.runs.comparable_runs import PLACEHOLDER, ComparableRun, group_optio
 from downloads.catalogue import ModelSet, model_sets
 from generation.prompt_lines import LineOption, find_option
 from generation.script_options import ScriptDefaults
-from modules.errors import OptionError
 from modules.installation import import_own
 from modules.limits import MAX_MADE_FRAMES, MAX_SCALE, MAX_SIDE, MAX_STEPS
 from modules.media.reading import VIDEO_SUFFIXES
 from modules.option_tables import list_rows
 from modules.option_values import option_argv
-from modules.pages.language import say
+from modules.pages.language import refusal, say
 from modules.text_files import bad_character
 from project.model_sizes import find_memory
 from protocols.families import HIGH_NOISE, with_scripts
@@ -525,7 +524,7 @@ class RenderRequest:
     def check(self) -> None:
         """Raise OptionError if a text, number, LoRA, image or the model of the Generate form is not valid."""
         if not self.prompt.strip():
-            raise OptionError(say("Prompt: describe what to generate."))
+            raise refusal("Prompt: describe what to generate.")
         for name, text in {"prompt": self.prompt, **self.texts}.items():
             self._check_characters(name, text)
         self._check_recipe()
@@ -536,7 +535,7 @@ class RenderRequest:
                 self._check_text(name, text.strip())
         has_one_side = bool(self._field_text("width")) != bool(self._field_text("height"))
         if "width" in self.recipe.fields and has_one_side:
-            raise OptionError(say("Width and Height: set both, or neither for the model's usual size."))
+            raise refusal("Width and Height: set both, or neither for the model's usual size.")
         for name in IMAGES:
             self._check_images(name)
 
@@ -544,46 +543,36 @@ class RenderRequest:
         """Raise OptionError if a text is too long, or contains a character that commands may not contain."""
         character = bad_character(text)
         if character is not None:
-            raise OptionError(
-                say("%(label)s: omit %(character)s.", label=self._field_label(name), character=character)
+            raise refusal(
+                "%(label)s: omit %(character)s.", label=self._field_label(name), character=character
             )
         if len(text) > MAX_TEXT_LENGTH:
-            raise OptionError(
-                say(
-                    "%(label)s has %(n)s characters: at most %(most_of_text)s are accepted, and "
-                    "models read far fewer.",
-                    label=self._field_label(name),
-                    n=f"{len(text):,}",
-                    most_of_text=f"{MAX_TEXT_LENGTH:,}",
-                )
+            raise refusal(
+                "%(label)s has %(n)s characters: at most %(most_of_text)s are accepted, and "
+                "models read far fewer.",
+                label=self._field_label(name),
+                n=f"{len(text):,}",
+                most_of_text=f"{MAX_TEXT_LENGTH:,}",
             )
 
     def _check_recipe(self) -> None:
         """Raise OptionError if the model, or an image that it requires, is missing."""
         recipe = self.recipe
         if recipe.missing_files:
-            raise OptionError(
-                say(
-                    "%(missing)s is missing: download the model first (Models).",
-                    missing=recipe.missing_files[0],
-                )
+            raise refusal(
+                "%(missing)s is missing: download the model first (Models).", missing=recipe.missing_files[0]
             )
         if recipe.unfilled_options:
-            raise OptionError(
-                say(
-                    "%(title)s was trained without %(missing)s, which generation needs.",
-                    title=recipe.title,
-                    missing=recipe.unfilled_options[0],
-                )
+            raise refusal(
+                "%(title)s was trained without %(missing)s, which generation needs.",
+                title=recipe.title,
+                missing=recipe.unfilled_options[0],
             )
         for name in recipe.required_images:
             is_filled = self.references if name == "references" else self.texts.get(name, "").strip()
             if not is_filled:
-                raise OptionError(
-                    say(
-                        "%(label)s: this model needs one. Drop it on the field.",
-                        label=self._field_label(name),
-                    )
+                raise refusal(
+                    "%(label)s: this model needs one. Drop it on the field.", label=self._field_label(name)
                 )
 
     def _check_images(self, name: str) -> None:
@@ -593,10 +582,8 @@ class RenderRequest:
         paths = self.references if name == "references" else [self._field_text(name)]
         for path in filter(None, paths):
             if not (self.recipe.folder / path).is_file():
-                raise OptionError(
-                    say(
-                        "%(label)s %(path)s: there is no such file.", label=self._field_label(name), path=path
-                    )
+                raise refusal(
+                    "%(label)s %(path)s: there is no such file.", label=self._field_label(name), path=path
                 )
 
     def _field_label(self, name: str) -> str:
@@ -613,15 +600,13 @@ class RenderRequest:
         except ValueError:
             is_number = False
         if not is_number:
-            raise OptionError(
-                say(
-                    "strength %(strength)s of %(name)s: use a number, such as 0.8",
-                    strength=lora.strength,
-                    name=name,
-                )
+            raise refusal(
+                "strength %(strength)s of %(name)s: use a number, such as 0.8",
+                strength=lora.strength,
+                name=name,
             )
         if not (self.recipe.folder / lora.path).is_file():
-            raise OptionError(say("%(path)s no longer exists. Choose another LoRA", path=lora.path))
+            raise refusal("%(path)s no longer exists. Choose another LoRA", path=lora.path)
 
     def _check_text(self, name: str, text: str) -> None:
         """Raise OptionError if the text of a field is not a valid value of its option."""
@@ -630,9 +615,7 @@ class RenderRequest:
         try:
             value = option.read(text)
         except ValueError as error:
-            raise OptionError(
-                say("%(label)s: %(error)s", label=self._field_label(name), error=error)
-            ) from None
+            raise refusal("%(label)s: %(error)s", label=self._field_label(name), error=error) from None
         if not isinstance(value, (int, float)):  # only numbers have limits
             return
         self._check_limits(name, text, value)
@@ -642,29 +625,25 @@ class RenderRequest:
         minimum, maximum = self.recipe.find_limits(name)
         if not minimum <= value <= maximum:
             kind = say("share") if name == "share" else say("number")
-            raise OptionError(
-                say(
-                    "%(label)s %(text)s: use a %(what)s from %(minimum)s to %(maximum)s",
-                    label=self._field_label(name),
-                    text=text,
-                    what=kind,
-                    minimum=f"{minimum:,g}",
-                    maximum=f"{maximum:,g}",
-                )
+            raise refusal(
+                "%(label)s %(text)s: use a %(what)s from %(minimum)s to %(maximum)s",
+                label=self._field_label(name),
+                text=text,
+                what=kind,
+                minimum=f"{minimum:,g}",
+                maximum=f"{maximum:,g}",
             )
         nearest = self.recipe.nearest(name, value)
         if nearest != value:
             rule = say("a length of %(lengths)s", lengths=self.recipe.defaults.lengths)
             if name in SIDES:
                 rule = say("a multiple of %(side_step)s", side_step=self.recipe.side_step)
-            raise OptionError(
-                say(
-                    "%(label)s %(text)s: use %(rule)s. Nearest: %(near)s",
-                    label=self._field_label(name),
-                    text=text,
-                    rule=rule,
-                    near=nearest,
-                )
+            raise refusal(
+                "%(label)s %(text)s: use %(rule)s. Nearest: %(near)s",
+                label=self._field_label(name),
+                text=text,
+                rule=rule,
+                near=nearest,
             )
 
     def _lora_options(self) -> dict[str, list[str]]:

@@ -32,7 +32,7 @@ from modules.errors import OptionError, UserError
 from modules.extension_words import split_extensions
 from modules.file_locks import only_one
 from modules.output_files import check_output_name
-from modules.pages.language import join, say
+from modules.pages.language import join, refusal, say
 from modules.paths import expand_path
 from modules.text_files import parse_toml, read_content, real_path
 from project.known_folders import recall_folder, remember_folder
@@ -431,13 +431,11 @@ class TrackedRuns:
             # a check only reads the files, and ends soon
             is_running = state.name in ACTIVE_STATES and state.name != CHECKING
             if is_for_folder and is_running:
-                raise OptionError(
-                    say(
-                        "%(name)s is %(text)s. It has already read its files, and would continue "
-                        "with different ones: stop it first, or wait until it has ended.",
-                        name=tracked_run.summary.name,
-                        text=state.text,
-                    )
+                raise refusal(
+                    "%(name)s is %(text)s. It has already read its files, and would continue "
+                    "with different ones: stop it first, or wait until it has ended.",
+                    name=tracked_run.summary.name,
+                    text=state.text,
                 )
 
     def add_jobs(self, jobs: Sequence[tuple[Sequence[str], Path]]) -> None:
@@ -448,7 +446,7 @@ class TrackedRuns:
         with self._start_lock():
             present = [(job.line, job.folder) for job in self._list_jobs() if job.state in (WAITING, RUNNING)]
             if any((as_line(words), str(real_path(folder))) in present for words, folder in jobs):
-                raise OptionError(say("It is already in the queue."))
+                raise refusal("It is already in the queue.")
             for words, folder in jobs:
                 self.queue.add(words, folder)
 
@@ -467,26 +465,24 @@ class TrackedRuns:
         """
         jobs = [job for job in self._list_jobs() if is_folder_run(job, folder)]
         if any(job.state == WAITING for job in jobs):
-            raise OptionError(say("It is already in the queue."))
+            raise refusal("It is already in the queue.")
         with self.runs.lock:
             self.runs.list_all()  # finds new folders, which `list_run_configs` then reads
             run_configs = self.list_run_configs()
         for run_config in run_configs:
             if run_config.folder == folder:
                 if not is_reviewed and not self.is_trusted(run_config):
-                    raise OptionError(
-                        say(
-                            "%(folder)s comes from elsewhere. Review what it may do on the page of "
-                            "%(name)s, and start it there.",
-                            folder=run_config.folder / RUN_FILE,
-                            name=run_config.name,
-                        )
+                    raise refusal(
+                        "%(folder)s comes from elsewhere. Review what it may do on the page of "
+                        "%(name)s, and start it there.",
+                        folder=run_config.folder / RUN_FILE,
+                        name=run_config.name,
                     )
                 tracked_run = self.find(run_config.id)  # a job whose training has ended is about to end
                 state = None if tracked_run is None else tracked_run.state
                 # a background job is a check
                 if state is not None and state.is_active and state.background_job is None:
-                    raise OptionError(say("It is already running: it is %(text)s.", text=state.text))
+                    raise refusal("It is already running: it is %(text)s.", text=state.text)
         if is_reviewed and recall_folder(folder) is None:  # the user has read run.toml: do not ask again
             remember_folder(folder)
         self.queue.add_and_begin(argv, Path.cwd())

@@ -15,6 +15,7 @@ from markupsafe import Markup, escape
 
 from modules.console import format_duration
 from modules.control_codes import escape_control_codes
+from modules.errors import OptionError
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,11 @@ def show_all(value: Any) -> Any:
 def say(text: str, /, **values: Any) -> TranslatableText:
     """Return a translatable English text, with `values` inserted for its `%(name)s`."""
     return TranslatableText(text % values if values else text, text, values)
+
+
+def refusal(text: str, /, **values: Any) -> OptionError:
+    """Return the error that rejects what a user typed or pressed, with a text as `say` returns it."""
+    return OptionError(say(text, **values))
 
 
 def say_count(number: int, singular: str, plural: str, /, **values: Any) -> TranslatableText:

@@ -41,7 +41,7 @@ SCRIPTS = [
 ]
 PLACE = re.compile(r"%\((\w+)\)s")  # of a value in a text
 # of a function, the place of the argument that is the key
-FUNCTIONS = {"_": 0, "say": 0, "counted": 2, "say_count": 2}
+FUNCTIONS = {"_": 0, "say": 0, "refusal": 0, "counted": 2, "say_count": 2}
 _QUOTED = r'"((?:[^"\\]|\\.)*)"'
 _TRANSLATED = re.compile(rf"\b(?:translate|inWords)\({_QUOTED}")
 _COUNTED = re.compile(rf"\btranslateCount\([^,]+, {_QUOTED}, {_QUOTED}")

@@ -29,9 +29,9 @@ from browser.runs.run_views import COMPARED, COMPARED_FOLDER, FileNotes
 from browser.runs.runs import RUNNING, Runs, RunSummary
 from downloads.catalogue import model_title
 from generation.prompt_lines import split_line
-from modules.errors import OptionError, UserError
+from modules.errors import UserError
 from modules.media.reading import read_tags
-from modules.pages.language import join, say
+from modules.pages.language import join, refusal, say
 from modules.pages.page import link
 from modules.text_files import read_text
 from protocols.families import HIGH_NOISE
@@ -91,12 +91,10 @@ def read_comparison(runs: Runs, form: Mapping[str, Sequence[str]]) -> Comparison
         selected_prompts = sampled_prompts[:DEFAULT_ROWS]
     rows = _make_rows(sources, selected_prompts, prompt_lines)
     if len(columns) > MAX_COLUMNS or len(rows) > MAX_ROWS:
-        raise OptionError(
-            say(
-                "at most %(max_columns)s files and %(most_rows)s prompts can be compared: choose fewer",
-                max_columns=MAX_COLUMNS,
-                most_rows=MAX_ROWS,
-            )
+        raise refusal(
+            "at most %(max_columns)s files and %(most_rows)s prompts can be compared: choose fewer",
+            max_columns=MAX_COLUMNS,
+            most_rows=MAX_ROWS,
         )
     return Comparison(
         sources=sources,
@@ -135,9 +133,7 @@ def _read_sources(runs: Runs, form: Mapping[str, Sequence[str]]) -> list[Compara
     sources = [source for source in found_sources if source is not None]
     if len(sources) < len(chosen_runs):
         names = {run.name for run in chosen_runs} - {source.run.name for source in sources}
-        raise OptionError(
-            say("%(names)s: no generation command in its history", names=join(", ", sorted(names)))
-        )
+        raise refusal("%(names)s: no generation command in its history", names=join(", ", sorted(names)))
     _reject_different_families(sources)
     return sources
 
@@ -150,9 +146,7 @@ def _reject_different_families(sources: Sequence[ComparableRun]) -> None:
         say("%(name)s: %(family)s", name=source.run.name, family=model_title(source.family))
         for source in sources
     }
-    raise OptionError(
-        say("Only files of the same model can be compared: %(names)s", names=join(", ", sorted(models)))
-    )
+    raise refusal("Only files of the same model can be compared: %(names)s", names=join(", ", sorted(models)))
 
 
 def _select_files(runs: Runs, source: ComparableRun, keys: Sequence[str]) -> list[ComparedFile]:

@@ -18,7 +18,7 @@ from browser.runs.run_views import PLAYED, FileNotes
 from browser.runs.runs import Runs, RunSummary
 from modules.atomic_write import write_text
 from modules.errors import OptionError, UserError
-from modules.pages.language import say
+from modules.pages.language import refusal, say
 
 FIELDS = ("run", "file", "prompt", "more")  # fields of the form
 
@@ -41,7 +41,7 @@ class ComparePages:
             with self.runs.lock:
                 comparison = compare.read_comparison(self.runs, form)
             if not comparison.rows:
-                raise OptionError(say("Tick a prompt, or type one, to see what each file generates from it."))
+                raise refusal("Tick a prompt, or type one, to see what each file generates from it.")
             for job in compare.plan_jobs(comparison, self.find_row_clips(comparison)):
                 write_text(job.prompt_file, job.prompts)
                 # the options come from a history, which another person may have written

@@ -11,9 +11,8 @@ from tomlkit.items import Table
 
 from browser.folders.described_folder import append_key
 from dataset.subset_options import SUBSET_KEYS, SubsetOptions
-from modules.errors import OptionError
 from modules.options import option_name
-from modules.pages.language import say
+from modules.pages.language import refusal, say
 from modules.text_files import parse_toml
 
 BATCH = "batch_size"  # key of dataset.toml
@@ -103,12 +102,10 @@ def read_batch_field(text: str) -> int:
     """Parse the batch-size field. Raises OptionError if it is not a positive integer."""
     if text.isascii() and text.isdecimal() and 0 < int(text[:9]) <= MAX_IN_BATCH:
         return int(text)
-    raise OptionError(
-        say(
-            "Images of a step %(text)s: use a whole number from 1 to %(maximum)s.",
-            text=text or "-",
-            maximum=MAX_IN_BATCH,
-        )
+    raise refusal(
+        "Images of a step %(text)s: use a whole number from 1 to %(maximum)s.",
+        text=text or "-",
+        maximum=MAX_IN_BATCH,
     )
 
 

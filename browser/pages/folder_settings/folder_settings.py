@@ -48,8 +48,8 @@ from browser.pages.folder_settings.idle_settings import explain_idle
 from browser.pages.folder_settings.setting_words import DATASET_KEYS, rank_words
 from browser.runs.run_start import DESCRIBE
 from browser.runs.runs import RUNNING
-from modules.errors import OptionError, UserError
-from modules.pages.language import join, say
+from modules.errors import UserError
+from modules.pages.language import join, refusal, say
 from modules.text_files import bad_character, parse_toml, read_text
 from project.options import RUN_FILE
 from training.config_options import PROJECT_TABLE
@@ -233,7 +233,7 @@ def apply_edits(text: str, rows: Sequence[SettingRow], fields: Mapping[str, str]
             continue
         reason = bad_character(typed_text)
         if reason is not None:
-            raise OptionError(say("%(key)s cannot contain %(reason)s", key=row.key, reason=reason))
+            raise refusal("%(key)s cannot contain %(reason)s", key=row.key, reason=reason)
         changes[row.key] = row.setting.convert(typed_text) if typed_text else None
     return edit_toml(text, changes)
 

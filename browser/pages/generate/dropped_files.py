@@ -9,9 +9,9 @@ from pathlib import Path
 
 from browser.core.upload_stream import DECODING, write_arriving
 from modules.atomic_write import check_space, explain_errors, remove_leftovers, replace_file, temporary_name
-from modules.errors import MediaError, OptionError
+from modules.errors import MediaError
 from modules.media.opening import open_image, open_video
-from modules.pages.language import say
+from modules.pages.language import refusal
 from modules.run_limits import reject_writing
 
 FOLDER = "inputs"  # subfolder of the results folder
@@ -52,12 +52,10 @@ class InputFolder:
         with explain_errors(target):
             self.folder.mkdir(parents=True, exist_ok=True)
             if sum(1 for _ in os.scandir(self.folder)) >= MAX_FILES:
-                raise OptionError(
-                    say(
-                        "%(folder)s has %(most_files)s files: remove some of them first",
-                        folder=self.folder,
-                        most_files=f"{MAX_FILES:,}",
-                    )
+                raise refusal(
+                    "%(folder)s has %(most_files)s files: remove some of them first",
+                    folder=self.folder,
+                    most_files=f"{MAX_FILES:,}",
                 )
             remove_leftovers(self.folder)
             check_space(target, 1)
@@ -77,7 +75,7 @@ class InputFolder:
         try:
             suffix = _find_image_suffix(path) or _find_clip_suffix(path)
             if suffix is None:
-                raise OptionError(say("It is not a readable image or clip"))
+                raise refusal("It is not a readable image or clip")
             digest = hashlib.blake2s(path.read_bytes(), digest_size=6).hexdigest()
             target = self.folder / f"{clean_stem(name)}-{digest}{suffix}"
             with explain_errors(target):
@@ -111,7 +109,7 @@ def _find_image_suffix(path: Path) -> str | None:
     except MediaError:
         return None
     if kind not in IMAGE_SUFFIXES:
-        raise OptionError(say("It is a %(kind)s image: convert it to PNG, JPEG or WebP", kind=kind))
+        raise refusal("It is a %(kind)s image: convert it to PNG, JPEG or WebP", kind=kind)
     return IMAGE_SUFFIXES[kind]
 
 
@@ -125,4 +123,4 @@ def _find_clip_suffix(path: Path) -> str | None:
     for name, suffix in CLIP_SUFFIXES.items():
         if name in names:
             return suffix
-    raise OptionError(say("It is a clip of the kind %(names)s: convert it to MP4 or MKV", names=names[0]))
+    raise refusal("It is a clip of the kind %(names)s: convert it to MP4 or MKV", names=names[0])

@@ -13,7 +13,7 @@ from typing import Any
 from browser.pages.generate.result_settings import PROMPT_LINE_KEYS, ResultSettings, find_family, parse_tags
 from browser.runs.recipes import IMAGES, ModelRecipe, float_or_one
 from modules.errors import OptionError
-from modules.pages.language import say
+from modules.pages.language import refusal, say
 from modules.text_files import parse_json
 
 MAX_HOPS = 20  # maximum number of links followed in a workflow graph
@@ -116,8 +116,8 @@ def _read_comfyui(graph: Mapping[str, Any]) -> DroppedSettings:
         if prompt:
             options = {"prompt": prompt, **_read_sampler_inputs(graph, inputs)}
             return DroppedSettings("ComfyUI", {key: text for key, text in options.items() if text})
-    raise OptionError(
-        say("It contains a ComfyUI graph in which no prompt can be identified: copy the prompt from there.")
+    raise refusal(
+        "It contains a ComfyUI graph in which no prompt can be identified: copy the prompt from there."
     )
 
 

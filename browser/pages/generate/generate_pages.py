@@ -55,9 +55,9 @@ from browser.runs.recipes import (
 )
 from downloads.catalogue import model_sets
 from modules.control_codes import shorten
-from modules.errors import MediaError, OptionError, UserError
+from modules.errors import MediaError, UserError
 from modules.media.reading import read_tags
-from modules.pages.language import join, say, say_count, show
+from modules.pages.language import join, refusal, say, say_count, show
 from modules.paths import complete_home, strip_quotes
 from modules.text_files import real_path
 from protocols.families import HIGH_NOISE, LOW_NOISE
@@ -371,23 +371,21 @@ class GeneratePages:
         Raises OptionError if the source does not exist, OSError if its run's history is missing.
         """
         if not source:
-            raise OptionError(say("Model: choose one."))
+            raise refusal("Model: choose one.")
         kind, _, name = source.partition(" ")
         if kind == "run":
             with self.site.runs.lock:
                 run_source = self.run_loras.find_source(name)
             if run_source is None:
-                raise OptionError(
-                    say(
-                        "This run no longer exists, or its history has no command that this page "
-                        "can run. Choose a model."
-                    )
+                raise refusal(
+                    "This run no longer exists, or its history has no command that this page "
+                    "can run. Choose a model."
                 )
             return make_run_recipe(run_source)
         family, _, task = name.partition(" ")
         model = find_model_set(family, task)
         if model is None or not can_generate(model):
-            raise OptionError(say("%(name)s: this model is not here.", name=name or source))
+            raise refusal("%(name)s: this model is not here.", name=name or source)
         return make_model_recipe(model, self.site.models, Path.cwd())
 
     def refill(self, form: GenerateForm) -> GenerateForm:
@@ -507,7 +505,7 @@ class GeneratePages:
         listed_paths = {row.path for row in rows}
         for path in form.lora_strengths:
             if path not in listed_paths:
-                raise OptionError(say("%(path)s: this LoRA does not exist. Choose another one.", path=path))
+                raise refusal("%(path)s: this LoRA does not exist. Choose another one.", path=path)
         render_request = self.make_render_request(recipe, form, rows)
         self._check_lora_file(recipe, form)
         render_request.check()
@@ -536,12 +534,10 @@ class GeneratePages:
             if path not in command_paths and not self.site.runs.is_inside(
                 render_request.recipe.folder / path
             ):
-                raise OptionError(
-                    say(
-                        "%(path)s is outside the folders that this page shows: drop the file on the "
-                        "page to copy it into one of them.",
-                        path=path,
-                    )
+                raise refusal(
+                    "%(path)s is outside the folders that this page shows: drop the file on the "
+                    "page to copy it into one of them.",
+                    path=path,
                 )
 
     def _check_lora_file(self, recipe: ModelRecipe, form: GenerateForm) -> None:
@@ -551,16 +547,14 @@ class GeneratePages:
             return
         path = recipe.folder / text  # an absolute path replaces the folder
         if path.suffix != ".safetensors":
-            raise OptionError(say("LoRA file %(path)s: choose a file that ends in .safetensors.", path=text))
+            raise refusal("LoRA file %(path)s: choose a file that ends in .safetensors.", path=text)
         is_model = real_path(path).is_relative_to(real_path(self.site.models.absolute()))
         is_gone_here = not path.exists() and self.site.runs.is_below(path.parent)  # reported by `_check_lora`
         if not (is_model or is_gone_here or self.site.runs.is_inside(path)):
-            raise OptionError(
-                say(
-                    "%(path)s is outside the folders that this page shows: copy it into one of them, or into "
-                    "the folder of models.",
-                    path=text,
-                )
+            raise refusal(
+                "%(path)s is outside the folders that this page shows: copy it into one of them, or into "
+                "the folder of models.",
+                path=text,
             )
 
     # --- dropped files
@@ -801,7 +795,7 @@ def read_file_tags(path: Path, suffix: str) -> dict[str, str]:
             continue
         finally:
             renamed_path.rename(path)
-    raise OptionError(say("It is not a readable image, clip or audio file."))
+    raise refusal("It is not a readable image, clip or audio file.")
 
 
 def _make_render_job(render_request: RenderRequest, form: GenerateForm, seed: str) -> RenderJob:
@@ -818,17 +812,15 @@ def select_seeds(form: GenerateForm) -> list[str]:
     """
     seed = form.field_values.get("seed", "").strip()
     if seed and not (seed.isdecimal() and len(seed) < 20):
-        raise OptionError(
-            say("Seed %(seed)s: use a whole number, or leave it empty for a new one each time.", seed=seed)
+        raise refusal(
+            "Seed %(seed)s: use a whole number, or leave it empty for a new one each time.", seed=seed
         )
     count = form.num_results.strip()
     if not count.isdecimal() or len(count) > 4 or not 1 <= int(count) <= MAX_AT_ONCE:
-        raise OptionError(
-            say(
-                "How many %(count)s: use a number from 1 to %(most_at_once)s.",
-                count=count,
-                most_at_once=MAX_AT_ONCE,
-            )
+        raise refusal(
+            "How many %(count)s: use a number from 1 to %(most_at_once)s.",
+            count=count,
+            most_at_once=MAX_AT_ONCE,
         )
     first_seed = int(seed) if seed else secrets.randbits(SEED_BITS)
     return [str(first_seed + index) for index in range(int(count))]

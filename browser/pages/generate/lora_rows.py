@@ -10,8 +10,7 @@ from browser.runs.recipes import ModelRecipe, UsedLora
 from browser.runs.run_views import label_runs
 from browser.runs.runs import Runs, RunSummary
 from downloads.catalogue import model_title
-from modules.errors import OptionError
-from modules.pages.language import say
+from modules.pages.language import refusal, say
 from modules.text_files import read_safetensors_texts
 from networks.module_names import list_accepted_families, read_family
 from protocols.families import HIGH_NOISE, LOW_NOISE
@@ -252,13 +251,11 @@ def check_family(path: Path, family: str) -> None:
     for script_family in list_accepted_families(family):
         accepted_families |= {script_family.name, *script_family.compatible_families}
     if trained_on.name not in accepted_families:
-        raise OptionError(
-            say(
-                "%(name)s is a LoRA of %(name2)s, not of %(family)s.",
-                name=path.name,
-                name2=model_title(trained_on.name),
-                family=model_title(family),
-            )
+        raise refusal(
+            "%(name)s is a LoRA of %(name2)s, not of %(family)s.",
+            name=path.name,
+            name2=model_title(trained_on.name),
+            family=model_title(family),
         )
 
 

@@ -60,7 +60,7 @@ from modules.control_codes import escape_control_codes
 from modules.errors import MediaError, OptionError, UserError
 from modules.media.reading import frame_size, video_frames
 from modules.media.writing import write_png
-from modules.pages.language import say
+from modules.pages.language import refusal, say
 from modules.text_files import read_content
 from project.options import MODELS
 from protocols.families import with_scripts
@@ -294,9 +294,7 @@ class ResultRegenerator:
             except OptionError as error:
                 reasons.append(str(error))
         if not reasons:
-            raise OptionError(
-                say("No run and no released model here generates %(title)s.", title=settings.title)
-            )
+            raise refusal("No run and no released model here generates %(title)s.", title=settings.title)
         raise OptionError(reasons[0])  # the reason of the best candidate
 
     def list_candidates(self, result: Result, settings: ResultSettings) -> Iterator[Candidate]:
@@ -340,7 +338,7 @@ class ResultRegenerator:
             or self._find_run_weights(name, result)
         )
         if not path:
-            raise OptionError(say("%(name)s: no run here has this file.", name=name))
+            raise refusal("%(name)s: no run here has this file.", name=name)
         return path
 
     def _find_weights_in_render_job(self, name: str, result: Result) -> str:
@@ -381,11 +379,8 @@ class ResultRegenerator:
         for candidate in self.folders.list_all():
             if candidate.path.name == name:
                 return str(candidate.path)
-        raise OptionError(
-            say(
-                "%(name)s, the file it started from, is not among the results. Choose it in the form.",
-                name=name,
-            )
+        raise refusal(
+            "%(name)s, the file it started from, is not among the results. Choose it in the form.", name=name
         )
 
     def find_render_job(self, result: Result) -> RenderJob | None:
@@ -552,7 +547,7 @@ class ResultPages:
         """Read all settings of a file. Raises OptionError if it has none, or MediaError or OSError."""
         settings = read_settings(result.path)
         if settings is None:
-            raise OptionError(say("This file does not contain its settings."))
+            raise refusal("This file does not contain its settings.")
         return settings
 
     def show_dialog(self, request: Request) -> Response:
@@ -658,9 +653,7 @@ class ResultPages:
         weight_files = [word for word in load_argv if Path(word).suffix in WEIGHT_SUFFIXES]
         missing = [file for file in weight_files if not Path(render_job.folder, file).exists()]
         if missing:
-            raise OptionError(
-                say("%(missing)s is missing: download the model first (Models).", missing=missing[0])
-            )
+            raise refusal("%(missing)s is missing: download the model first (Models).", missing=missing[0])
 
         [number] = self.site.render_worker.add([render_job])
         return answer_message(
@@ -738,7 +731,7 @@ class ResultPages:
         upscaler = next((path for path in self.list_upscalers() if path.name == selected_name), None)
         earlier_job = self.find_upscale_jobs().get(str(result.path))
         if result.kind == "sound":
-            raise OptionError(say("An audio file has no size."))
+            raise refusal("An audio file has no size.")
         if upscaler is None:
             return self.show_upscale_dialog(result, say("Choose the file of an upscaler."))
         if earlier_job is not None and earlier_job.state in (WAITING, RUNNING):
@@ -761,7 +754,7 @@ class ResultPages:
     def start_from(self, result: Result, _: Form) -> Response:
         """Respond with the path of an image; for a clip, first write its last frame as an image."""
         if result.kind == "sound":
-            raise OptionError(say("An audio file is not an image to start from."))
+            raise refusal("An audio file is not an image to start from.")
         if result.kind == "clip":
             result = self.write_last_frame(result)
         return answer_json({"path": str(result.path), "name": result.path.name})
@@ -778,7 +771,7 @@ class ResultPages:
         is_current = path.is_file() and not path.is_symlink() and path.stat().st_mtime >= result.changed
         if not is_current:
             if path.is_symlink() or path.is_dir():
-                raise OptionError(say("%(path)s is not an image. Remove it first.", path=path))
+                raise refusal("%(path)s is not an image. Remove it first.", path=path)
             frame = None
             for frame in video_frames(result.path):  # noqa: B007 (only the last one is needed)
                 pass

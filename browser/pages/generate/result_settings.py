@@ -27,12 +27,11 @@ from browser.runs.recipes import (
 from downloads.catalogue import model_title
 from generation.prompt_lines import find_option, read_path
 from modules.control_codes import shorten
-from modules.errors import OptionError
 from modules.installation import find_script
 from modules.media.reading import TOOL_TAG, read_tags
 from modules.option_tables import find_table
 from modules.options import find_rejection
-from modules.pages.language import join, say
+from modules.pages.language import join, refusal, say
 from modules.table_parser import build_parser
 from protocols.families import HIGH_NOISE, with_scripts
 
@@ -291,7 +290,7 @@ def regenerate(
         OptionError: If the recipe is for another model, or if a file is not found.
     """
     if sum(map(len, settings.values.values())) > MAX_TYPED:
-        raise OptionError(say("Its texts are too long to generate it again."))
+        raise refusal("Its texts are too long to generate it again.")
     fixed_options = _make_fixed_options(settings, recipe)
     line_options = _make_prompt_line_options(settings, recipe, seed, find_media)
     loras = []
@@ -389,9 +388,7 @@ def _set_recorded_option(fixed: dict[str, Any], flag: str, option: KnownOption, 
     recipe_words = fixed.pop(flag, None)  # the recorded value replaces the recipe's
     recipe_names_file = isinstance(recipe_words, list) and _has_folder(recipe_words)
     if recipe_names_file or FILE_NAME.fullmatch(text) or _has_folder([text]):
-        raise OptionError(
-            say("It was generated with %(text)s (%(flag)s).", text=shorten(text, 200), flag=flag)
-        )
+        raise refusal("It was generated with %(text)s (%(flag)s).", text=shorten(text, 200), flag=flag)
     if text == "False":
         return
     if option.nargs == 0:  # a switch
@@ -408,13 +405,11 @@ def _split_words(flag: str, text: str) -> list[str]:
     try:
         return shlex.split(text)
     except ValueError as error:
-        raise OptionError(
-            say(
-                "It was generated with %(text)s (%(flag)s): %(error)s.",
-                text=shorten(text, 200),
-                flag=flag,
-                error=error,
-            )
+        raise refusal(
+            "It was generated with %(text)s (%(flag)s): %(error)s.",
+            text=shorten(text, 200),
+            flag=flag,
+            error=error,
         ) from None
 
 
@@ -422,24 +417,22 @@ def _reject_options(flag: str, words: Sequence[str]) -> None:
     """Raise OptionError if a value for `flag` in a file's metadata looks like another option."""
     for word in words:
         if OPTION_PATTERN.match(word):
-            raise OptionError(
-                say(
-                    "It was generated with %(flag)s %(word)s, which looks like an option.",
-                    flag=flag,
-                    word=shorten(word, 200),
-                )
+            raise refusal(
+                "It was generated with %(flag)s %(word)s, which looks like an option.",
+                flag=flag,
+                word=shorten(word, 200),
             )
 
 
 def _check_task(settings: ResultSettings, recipe: ModelRecipe, options: Mapping[str, KnownOption]) -> None:
     """Raise OptionError if the recipe is for another family or task."""
     if settings.family != recipe.family:
-        raise OptionError(say("It was generated with %(title)s.", title=settings.title))
+        raise refusal("It was generated with %(title)s.", title=settings.title)
     task = settings.get("task")
     if task and "task" in options:
         task_words = recipe.fixed_options.get("--task", [str(options["task"].default)])
         if [*task_words] != [task]:
-            raise OptionError(say("It was generated with %(title)s.", title=settings.title))
+            raise refusal("It was generated with %(title)s.", title=settings.title)
 
 
 def _is_line_option(name: str, recipe: ModelRecipe) -> bool:
@@ -524,14 +517,10 @@ def format_sample_line(settings: ResultSettings) -> str:
         values["f"] = ""
     negative_prompt = values["n"]
     if " --" in f" {prompt}" or " --" in f" {negative_prompt}":
-        raise OptionError(
-            say("Its text has two dashes after a space, which in a prompt line begin an option.")
-        )
+        raise refusal("Its text has two dashes after a space, which in a prompt line begin an option.")
     if prompt.startswith("#") or not prompt:
-        raise OptionError(say("A line that begins with # is not a prompt."))
+        raise refusal("A line that begins with # is not a prompt.")
     if any(settings.get(name) for name in MEDIA_OPTIONS):
-        raise OptionError(
-            say("It started from an image, and the file contains only its name: add the image by hand.")
-        )
+        raise refusal("It started from an image, and the file contains only its name: add the image by hand.")
     options = [f"--{letters} {value}" for letters, value in values.items() if value]
     return " ".join([prompt, *options])

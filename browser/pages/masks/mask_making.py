@@ -24,7 +24,7 @@ from browser.runs.runs import FINISHED
 from data_tools.masks.places import BACKGROUND_FILE, FACE_FILE, IS_COLOR, MODEL_FOLDER
 from downloads.catalogue import model_sets
 from modules.errors import OptionError, UserError
-from modules.pages.language import say
+from modules.pages.language import refusal, say
 from project.options import MODELS
 
 NO_COLOR = "RRGGBB"  # placeholder in the shown command
@@ -169,9 +169,7 @@ class MaskMakingPages:
         """
         finder = fields.get("finder", BY_DESCRIPTION)
         if finder not in FINDERS:
-            raise OptionError(
-                say("%(finder)s is not a way to find masks: choose from the list.", finder=finder[:40])
-            )
+            raise refusal("%(finder)s is not a way to find masks: choose from the list.", finder=finder[:40])
         network = fields.get("model", "").strip() or self.name_network(finder)
         argv = [*FORM.make_argv(".", fields), *_make_finder_options(finder, network, fields)]
         masks = find_masks_folder(self.site.runs, folder)
@@ -192,7 +190,7 @@ class MaskMakingPages:
             if action == "learn":  # write whether training runs use the masks
                 use = read_mask_use(self.site.runs, folder)
                 if use is None:
-                    raise OptionError(say("It is not prepared yet: press Prepare first."))
+                    raise refusal("It is not prepared yet: press Prepare first.")
                 self.site.tracked_runs.reject_while_it_runs(use.config.path.parent)
                 if fields.get("learns"):
                     use.enable()
@@ -211,16 +209,12 @@ class MaskMakingPages:
         """Raise OptionError if the form names no object to mask, or if the mask model is not downloaded."""
         finder = fields.get("finder", BY_DESCRIPTION)
         if finder == BY_DESCRIPTION and not fields.get("what", "").replace(DESCRIPTION_SEPARATOR, "").strip():
-            raise OptionError(say("Type what to find, such as: the person."))
+            raise refusal("Type what to find, such as: the person.")
         if finder == COLOR and not IS_COLOR.fullmatch(fields.get("colour", "").strip()):
-            raise OptionError(
-                say("Type the color to find in six hexadecimal digits, such as 00ff00 for green.")
-            )
+            raise refusal("Type the color to find in six hexadecimal digits, such as 00ff00 for green.")
         network = self.name_network(finder)
         if not is_dry_run and network and not fields.get("model", "").strip() and not Path(network).exists():
-            raise OptionError(
-                say("%(missing)s is missing: download the model first (Models).", missing=network)
-            )
+            raise refusal("%(missing)s is missing: download the model first (Models).", missing=network)
 
 
 def _make_finder_options(finder: str, network: str, fields: Mapping[str, str]) -> list[str]:

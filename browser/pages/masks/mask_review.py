@@ -30,13 +30,13 @@ from data_tools.masks.places import (
     replace_mask,
     undo_change,
 )
-from modules.errors import MediaError, OptionError
+from modules.errors import MediaError
 from modules.file_locks import only_one
 from modules.media.colors import split_bands
 from modules.media.labels import MASK_LABEL, find_stem_label
 from modules.media.reading import count_frames, first_frame, image_size, video_frames
 from modules.media.streams import source_info
-from modules.pages.language import say
+from modules.pages.language import refusal, say
 from modules.pages.page import encode_address, reduce_frame
 from modules.text_files import real_path
 
@@ -170,7 +170,7 @@ class MaskReview:
         with self._lock, only_one(folder / LOCK):
             media_file = self._require_unchanged(media_file, version)
             if media_file.kind != "image":
-                raise OptionError(say("A brush corrects the mask of an image, not the mask of a clip."))
+                raise refusal("A brush corrects the mask of an image, not the mask of a clip.")
             with DECODING:
                 replace_mask(media_file, read_drawn(png, image_size(media_file.media_path)))
             self._record_change(folder, media_file)
@@ -183,18 +183,16 @@ class MaskReview:
         with self._lock, only_one(folder / LOCK):
             changes = self._changes.get(folder)
             if not changes:
-                raise OptionError(say("There is nothing to undo."))
+                raise refusal("There is nothing to undo.")
             last_change = changes.pop()
             media_file = self._find_path(folder, last_change.path)
             if media_file is None or not self.may_show(media_file):
-                raise OptionError(say("%(name)s is gone.", name=last_change.path.name))
+                raise refusal("%(name)s is gone.", name=last_change.path.name)
             is_unchanged = read_mask_version(media_file) == last_change.mask_version
             if not is_unchanged or not undo_change(media_file):
-                raise OptionError(
-                    say(
-                        "%(name)s: only the last change of a mask can be undone, until a program changes it.",
-                        name=last_change.path.name,
-                    )
+                raise refusal(
+                    "%(name)s: only the last change of a mask can be undone, until a program changes it.",
+                    name=last_change.path.name,
                 )
             return media_file.refresh()
 
@@ -315,12 +313,10 @@ def read_drawn(png: bytes, size: tuple[int, int]) -> NDArray[np.uint8]:
     try:
         with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
             if image.size != size:
-                raise OptionError(
-                    say(
-                        "The mask has %(sent)s pixels, the image %(size)s.",
-                        sent=" × ".join(map(str, image.size)),
-                        size=" × ".join(map(str, size)),
-                    )
+                raise refusal(
+                    "The mask has %(sent)s pixels, the image %(size)s.",
+                    sent=" × ".join(map(str, image.size)),
+                    size=" × ".join(map(str, size)),
                 )
             mask = np.empty((image.height, image.width), np.uint8)
             for rows, band in split_bands(image):
@@ -330,7 +326,7 @@ def read_drawn(png: bytes, size: tuple[int, int]) -> NDArray[np.uint8]:
                 mask[rows] = np.asarray(on_black.convert("L"))
             return mask
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise OptionError(say("The uploaded mask is not a readable PNG: %(error)s", error=error)) from None
+        raise refusal("The uploaded mask is not a readable PNG: %(error)s", error=error) from None
 
 
 def find_masks_folder(runs: Runs, folder: Path) -> Path | None:

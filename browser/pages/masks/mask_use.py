@@ -13,8 +13,7 @@ from browser.folders.offered_folders import MEDIA_KEYS
 from browser.pages.masks.mask_review import find_masks_folder
 from browser.runs.runs import Runs
 from data_tools.masks.places import FOLDER_NAME, find_mask_entries
-from modules.errors import OptionError
-from modules.pages.language import say
+from modules.pages.language import refusal
 from modules.text_files import real_path
 
 MASKS = "mask_directory"  # key of a table
@@ -38,7 +37,7 @@ class MaskUse:
         ChangedMeanwhileError if dataset.toml has changed since it was read.
         """
         if not self.num_masks:
-            raise OptionError(say("There are no masks yet: generate or draw one first."))
+            raise refusal("There are no masks yet: generate or draw one first.")
         document = _parse(self.config.text)
         base = self.config.path.parent
         mask_path = self.masks.relative_to(base) if self.masks.is_relative_to(base) else self.masks

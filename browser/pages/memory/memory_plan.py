@@ -31,8 +31,8 @@ from browser.jobs.background_jobs import has_changed_since, name_background_job
 from browser.jobs.command_lines import format_command
 from browser.jobs.jobs import Job
 from browser.runs.runs import RUNNING
-from modules.errors import OptionError, UserError
-from modules.pages.language import say
+from modules.errors import UserError
+from modules.pages.language import refusal, say
 from modules.speed_options import BASE_FORMS
 from modules.text_files import read_text
 from project.model_sizes import find_memory
@@ -385,12 +385,10 @@ class MemoryPages:
         """Start planning a folder's run for a GPU with `size` GiB, and stop a plan that is still running."""
         missing = self.list_missing(read_described(folder))
         if missing:
-            raise OptionError(
-                say(
-                    "%(missing)s is missing. A plan reads the headers of the model's files: "
-                    "download them first (Start does, with --download).",
-                    missing=missing[0],
-                )
+            raise refusal(
+                "%(missing)s is missing. A plan reads the headers of the model's files: "
+                "download them first (Start does, with --download).",
+                missing=missing[0],
             )
         argv = self.plan_argv(read_draft_file(self.site, folder, RUN_FILE), size)
         name = name_background_job(PLAN, folder)
@@ -404,11 +402,9 @@ class MemoryPages:
 def read_size(text: str) -> float:
     """Return a card's memory in GiB from its form field. Raises OptionError if it is not a number."""
     if not re.fullmatch(r"\d{1,4}(\.\d{1,3})?", text) or not float(text):
-        raise OptionError(
-            say(
-                "%(text)s: enter the GiB of the card, such as %(usual_size)s",
-                text=text or "nothing",
-                usual_size=DEFAULT_SIZE,
-            )
+        raise refusal(
+            "%(text)s: enter the GiB of the card, such as %(usual_size)s",
+            text=text or "nothing",
+            usual_size=DEFAULT_SIZE,
         )
     return float(text)

@@ -29,8 +29,8 @@ from browser.pages.models.hub_login import describe_login
 from browser.runs.runs import RUNNING
 from downloads.listing import UNVERIFIED, gigabytes
 from modules.atomic_write import free_bytes
-from modules.errors import OptionError, UserError
-from modules.pages.language import say
+from modules.errors import UserError
+from modules.pages.language import refusal, say
 from project.model_sizes import describe_fit, find_memory
 
 
@@ -202,9 +202,9 @@ class ModelPages:
     def load(self, files: TaskFiles, is_accepted: bool) -> None:
         """Start the download of a model's files. Raises UserError if its licenses are not accepted."""
         if not is_accepted:
-            raise OptionError(say("Read the licenses of its parts, and tick that you accept them."))
+            raise refusal("Read the licenses of its parts, and tick that you accept them.")
         if _is_full(files):
-            raise OptionError(say("All of its parts are on disk."))
+            raise refusal("All of its parts are on disk.")
         models = self.site.models
         name = name_download(models, files.model.family, files.model.task)
         self.site.background_jobs.start(name, files.download_words(models), Path.cwd())
@@ -222,12 +222,10 @@ class ModelPages:
                 else [part.path for part in loading_files.parts if part.path in parts]
             )
             if shared_paths:
-                raise OptionError(
-                    say(
-                        "%(shared)s is being downloaded for %(title)s: stop that first.",
-                        shared=shared_paths[0],
-                        title=say(download.files.model.title),
-                    )
+                raise refusal(
+                    "%(shared)s is being downloaded for %(title)s: stop that first.",
+                    shared=shared_paths[0],
+                    title=say(download.files.model.title),
                 )
         return remove_parts(self.site.models, files, parts, open_bin(self.site)).name
 

@@ -137,7 +137,7 @@ from downloads.listing import describe_licenses, gigabytes, total_bytes
 from modules.atomic_write import free_bytes
 from modules.errors import OptionError, UserError
 from modules.line_kinds import CAPTIONS, MEND
-from modules.pages.language import join, say, say_count
+from modules.pages.language import join, refusal, say, say_count
 from modules.pages.page import encode_address
 from modules.paths import complete_home
 from modules.text_encodings import NAMES
@@ -990,12 +990,10 @@ class NewPages:
         saved_form = self.make_form(read_described(button.folder))
         labels = list_unsaved(button.form, displayed_form, saved_form)
         if labels:
-            raise OptionError(
-                say(
-                    "What you have typed is not in the files of this folder yet (%(names)s). Press "
-                    "Prepare first.",
-                    names=join(", ", labels),
-                )
+            raise refusal(
+                "What you have typed is not in the files of this folder yet (%(names)s). Press "
+                "Prepare first.",
+                names=join(", ", labels),
             )
 
     def prepare(self, button: PressedButton) -> str:
@@ -1034,7 +1032,7 @@ class NewPages:
             or dry_run_job.state == RUNNING
             or not self.is_dry_run_current(dry_run_job, folder)
         ):
-            raise OptionError(say("There are no changes to make. Press Prepare to look for changes."))
+            raise refusal("There are no changes to make. Press Prepare to look for changes.")
         if button.files_checksum != mark_files(folder):
             raise ChangedMeanwhileError
         self.site.tracked_runs.reject_while_it_runs(folder)
@@ -1090,9 +1088,9 @@ class NewPages:
         described = read_described(button.folder)
         files = self.find_files_to_download(described)
         if files is None:
-            raise OptionError(say("No files of its model are missing. Reload this page."))
+            raise refusal("No files of its model are missing. Reload this page.")
         if not button.has_accepted_licenses:
-            raise OptionError(say("Read the licenses of the model next to the button, and accept them."))
+            raise refusal("Read the licenses of the model next to the button, and accept them.")
         name = name_download(self.site.models, described.family, described.task)
         self.site.background_jobs.start(name, self.make_download_argv(described, files), Path.cwd())
         return ""
@@ -1102,12 +1100,10 @@ class NewPages:
         self.reject_unsaved(button)
         folder = button.folder
         if not is_described(folder):
-            raise OptionError(say("It is not prepared yet: press Prepare first."))
+            raise refusal("It is not prepared yet: press Prepare first.")
         argv = self.make_run_argv(read_described(folder))
         if "--download" in argv and not button.has_accepted_licenses:
-            raise OptionError(
-                say("Its model will be downloaded: read the licenses next to Start, and accept them.")
-            )
+            raise refusal("Its model will be downloaded: read the licenses next to Start, and accept them.")
         self.site.tracked_runs.start(folder, argv)
         return ""
 
@@ -1122,7 +1118,7 @@ class NewPages:
             printed_lines += read_output_lines(self.find_background_job(kind, folder))
         argv = find_command(printed_lines, button.fields.get("line", ""))
         if argv is None:
-            raise OptionError(say("This command was not printed for this folder, or is out of date."))
+            raise refusal("This command was not printed for this folder, or is out of date.")
         require_inside(self.site.runs, folder)
         command, _ = find_program(argv, folder)
         if command.words[0] == "cache":  # it repairs captions: short, so it does not wait in the queue
@@ -1137,10 +1133,10 @@ class NewPages:
         """Convert captions of a folder to UTF-8. The field `encoding` is their encoding; "" to guess it."""
         folder, encoding = button.folder, button.fields.get("encoding", "")
         if encoding and encoding not in NAMES:
-            raise OptionError(say("%(encoding)s: unknown encoding.", encoding=encoding))
+            raise refusal("%(encoding)s: unknown encoding.", encoding=encoding)
         argv = make_repair_argv(read_commands(folder), folder)
         if not argv:
-            raise OptionError(say("It is not prepared yet: press Prepare first."))
+            raise refusal("It is not prepared yet: press Prepare first.")
         require_inside(self.site.runs, folder)
         if encoding:
             argv = [*argv, encoding]

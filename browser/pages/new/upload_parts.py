@@ -28,8 +28,8 @@ from browser.pages.new.uploads import (
     remove_empty,
 )
 from modules.atomic_write import atomic_files, replace_file
-from modules.errors import OptionError, UserError
-from modules.pages.language import say
+from modules.errors import UserError
+from modules.pages.language import refusal
 
 ADDRESS = "/new/piece"
 PIECE_BYTES = 16 << 20
@@ -62,7 +62,7 @@ class PartialUpload:
         except FileNotFoundError:
             return 0
         if not stat.S_ISREG(status.st_mode):
-            raise OptionError(say("%(path)s is in the way: remove it", path=self.partial_path))
+            raise refusal("%(path)s is in the way: remove it", path=self.partial_path)
         return status.st_size
 
 
@@ -179,5 +179,5 @@ class PieceUploads:
 def _read_integer_field(request: Request, name: str) -> int:
     text = request.query_params.get(name, "")
     if not (text.isascii() and text.isdecimal()) or len(text) > MAX_DIGITS:
-        raise OptionError(say("A piece of a file was sent without %(name)s", name=name))
+        raise refusal("A piece of a file was sent without %(name)s", name=name)
     return int(text)

@@ -34,7 +34,7 @@ from modules.media.remedies import find_remedy
 from modules.media.samples import track_info
 from modules.media.streams import source_info
 from modules.output_files import fold_name, is_windows_device
-from modules.pages.language import say
+from modules.pages.language import refusal, say
 from modules.paths import complete_home
 from modules.text_files import bad_character, read_content, real_path
 
@@ -93,26 +93,22 @@ def check_file_name(name: str) -> None:
     if reason is None and forbidden is not None:
         reason = say("the character %(match)s", match=f"{forbidden[0]!r}")
     if reason is not None:
-        raise OptionError(
-            say("%(name)s contains %(reason)s: give the file a simpler name", name=f"{name!r}", reason=reason)
+        raise refusal(
+            "%(name)s contains %(reason)s: give the file a simpler name", name=f"{name!r}", reason=reason
         )
     if not name.strip() or name.startswith(".") or name != name.strip() or name.endswith("."):
-        raise OptionError(
-            say(
-                "%(name)s is empty, or begins or ends with a dot or a space: give the file a simpler name",
-                name=f"{name!r}",
-            )
+        raise refusal(
+            "%(name)s is empty, or begins or ends with a dot or a space: give the file a simpler name",
+            name=f"{name!r}",
         )
     if len(name.encode()) > LONGEST_NAME:
-        raise OptionError(
-            say(
-                "%(name)s… has more than %(longest_name)s bytes: give it a shorter name",
-                name=name[:40],
-                longest_name=LONGEST_NAME,
-            )
+        raise refusal(
+            "%(name)s… has more than %(longest_name)s bytes: give it a shorter name",
+            name=name[:40],
+            longest_name=LONGEST_NAME,
         )
     if is_windows_device(name):
-        raise OptionError(say("%(name)s is the name of a device on Windows: give it another name", name=name))
+        raise refusal("%(name)s is the name of a device on Windows: give it another name", name=name)
 
 
 def find_kind(name: str) -> str:
@@ -132,18 +128,11 @@ def find_kind(name: str) -> str:
         return CAPTION
     remedy = find_remedy(suffix)
     if remedy is not None:
-        raise OptionError(
-            say(
-                "%(name)s: files of this kind are not read here. To use it, %(remedy)s",
-                name=name,
-                remedy=remedy,
-            )
+        raise refusal(
+            "%(name)s: files of this kind are not read here. To use it, %(remedy)s", name=name, remedy=remedy
         )
-    raise OptionError(
-        say(
-            "%(name)s: only images, clips, audio files and captions in .txt files are accepted",
-            name=name,
-        )
+    raise refusal(
+        "%(name)s: only images, clips, audio files and captions in .txt files are accepted", name=name
     )
 
 
@@ -166,16 +155,12 @@ def _check_caption(path: Path) -> None:
     try:
         text = read_content(path, MAX_CAPTION_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise OptionError(
-            say("%(path)s is not UTF-8: save it as UTF-8 text, then drop it again", path=path)
-        ) from None
+        raise refusal("%(path)s is not UTF-8: save it as UTF-8 text, then drop it again", path=path) from None
     except OSError:  # `read_content` raises it for larger files; this file was just written
-        raise OptionError(
-            say(
-                "%(path)s has more than %(most_caption_bytes)s KiB: it is not a caption",
-                path=path,
-                most_caption_bytes=MAX_CAPTION_BYTES >> 10,
-            )
+        raise refusal(
+            "%(path)s has more than %(most_caption_bytes)s KiB: it is not a caption",
+            path=path,
+            most_caption_bytes=MAX_CAPTION_BYTES >> 10,
         ) from None
     reason = bad_character(text)
     if reason is not None or "\0" in text:
@@ -216,9 +201,7 @@ class FileUploads:
             size_text = request.headers.get("content-length", "")
             # the size is required to check the disk space before the upload
             if not (size_text.isascii() and size_text.isdecimal()) or len(size_text) > MAX_DIGITS:
-                raise OptionError(
-                    say("%(name)s was sent without its size, so there may be no room for it", name=name)
-                )
+                raise refusal("%(name)s was sent without its size, so there may be no room for it", name=name)
             size = int(size_text)
             folder = await run_in_threadpool(self.find_target, request.query_params.get("into", ""))
             await run_in_threadpool(self.check_upload, folder, name, size)
@@ -235,8 +218,8 @@ class FileUploads:
         folder = find_folder(self.runs, into)
         if folder is not None:
             if is_closed(self.runs, folder):
-                raise OptionError(
-                    say("%(folder)s is a folder that programs write into. Choose another one", folder=folder)
+                raise refusal(
+                    "%(folder)s is a folder that programs write into. Choose another one", folder=folder
                 )
             return folder
         name = into.strip()
@@ -250,14 +233,10 @@ class FileUploads:
             # an upload that began after the first look may have made it
             if find_folder(self.runs, into) is not None:
                 return self.find_target(into)
-            raise OptionError(
-                say("%(path)s is not inside the folders that are shown. Choose another name", path=path)
-            )
+            raise refusal("%(path)s is not inside the folders that are shown. Choose another name", path=path)
         if is_closed(self.runs, path):
-            raise OptionError(
-                say(
-                    "%(name)s is the name of a folder that programs write into. Choose another one", name=name
-                )
+            raise refusal(
+                "%(name)s is the name of a folder that programs write into. Choose another one", name=name
             )
         return path
 
@@ -269,15 +248,13 @@ class FileUploads:
         check_file_name(name)
         find_kind(name)
         if fold_name(name) == CHECK_PAGE:
-            raise OptionError(say("%(name)s is written by a check. Give the file another name", name=name))
+            raise refusal("%(name)s is written by a check. Give the file another name", name=name)
         limits = self.limits
         if size > limits.file_bytes:
-            raise OptionError(
-                say(
-                    "%(name)s has more than %(file_bytes)s GiB, the largest size accepted",
-                    name=name,
-                    file_bytes=limits.file_bytes >> 30,
-                )
+            raise refusal(
+                "%(name)s has more than %(file_bytes)s GiB, the largest size accepted",
+                name=name,
+                file_bytes=limits.file_bytes >> 30,
             )
         self._check_folder_limits(folder, name, size - arrived)
         self._check_free_space(folder, name, size - arrived)
@@ -288,20 +265,16 @@ class FileUploads:
         names, size_bytes = _measure(folder)
         reject_existing(name, names)
         if len(names) >= limits.files:
-            raise OptionError(
-                say(
-                    "%(folder)s already has %(files)s files. Put this file into another folder",
-                    folder=folder,
-                    files=f"{limits.files:,}",
-                )
+            raise refusal(
+                "%(folder)s already has %(files)s files. Put this file into another folder",
+                folder=folder,
+                files=f"{limits.files:,}",
             )
         if size_bytes + missing_bytes > limits.folder_bytes:
-            raise OptionError(
-                say(
-                    "%(folder)s would have more than %(folder_bytes)s GiB",
-                    folder=folder,
-                    folder_bytes=limits.folder_bytes >> 30,
-                )
+            raise refusal(
+                "%(folder)s would have more than %(folder_bytes)s GiB",
+                folder=folder,
+                folder_bytes=limits.folder_bytes >> 30,
             )
 
     def _check_free_space(self, folder: Path, name: str, missing_bytes: int) -> None:
@@ -353,9 +326,7 @@ class FileUploads:
 def reject_existing(name: str, names: set[str]) -> None:
     """Raise OptionError if a name is among the case-folded names of a folder's files."""
     if fold_name(name) in names:
-        raise OptionError(
-            say("%(name)s already exists. Rename one of the two, then drop it again", name=name)
-        )
+        raise refusal("%(name)s already exists. Rename one of the two, then drop it again", name=name)
 
 
 def _measure(folder: Path) -> tuple[set[str], int]:

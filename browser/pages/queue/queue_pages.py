@@ -19,8 +19,8 @@ from browser.jobs.typed_jobs import EXAMPLE, read_jobs
 from browser.runs.run_start import TrackedRuns, is_started_by
 from browser.runs.runs import RUNNING, Runs, RunSummary
 from modules.control_codes import escape_control_codes
-from modules.errors import OptionError, UserError
-from modules.pages.language import say, say_duration
+from modules.errors import UserError
+from modules.pages.language import refusal, say, say_duration
 from training.reports.present_files import current_commands
 
 SHORT_SECONDS = 60  # the output of jobs that ran at most this long is shown without a click
@@ -147,9 +147,7 @@ class QueuePages:
             run = self.runs.find(run_id)
         writable_folder = find_folder(self.runs, within)  # the jobs may write only below this folder
         if within and writable_folder is None:
-            raise OptionError(
-                say("%(within)s: there is no such folder inside those that are shown.", within=within)
-            )
+            raise refusal("%(within)s: there is no such folder inside those that are shown.", within=within)
         for argv, folder in read_jobs(lines, run, list_earlier(self.queue.jobs())):
             self.queue.add(argv, folder, within=writable_folder)
 

@@ -65,7 +65,7 @@ from browser.runs.runs import DIED, FINISHED, RUNNING, STOPPED, RunSummary
 from modules.command import quote_command
 from modules.console import format_size
 from modules.errors import OptionError, UserError
-from modules.pages.language import say, say_count
+from modules.pages.language import refusal, say, say_count
 from modules.paths import complete_home, expand_path
 from modules.text_files import read_content
 from project.options import RUN_FILE
@@ -131,7 +131,7 @@ class GenerationCommand:
         for index, label, text in self.fields:
             typed = "".join(form.get(f"word {index}", ())).strip() or text
             if not typed:
-                raise OptionError(say("Fill in %(label)s.", label=label))
+                raise refusal("Fill in %(label)s.", label=label)
             argv[index] = complete_home(typed) if index == self.control_index else typed
         return argv
 
@@ -361,7 +361,7 @@ class RunButtons:
         run = tracked_run.summary
         generation = self.find_generation_command(run)
         if generation is None or not generation.is_trusted:
-            raise OptionError(say("Its history has no command that can be queued unchanged."))
+            raise refusal("Its history has no command that can be queued unchanged.")
         argv = generation.fill(form)
         folder = working_folder(run, group_options(generation.argv))
         control_index = generation.control_index
@@ -369,9 +369,7 @@ class RunButtons:
             path = argv[control_index]
             original_path = generation.argv[control_index]
             if path != original_path and not self.site.runs.is_inside(folder / path):
-                raise OptionError(
-                    say("%(path)s is not a file in the folders that this page shows.", path=path)
-                )
+                raise refusal("%(path)s is not a file in the folders that this page shows.", path=path)
         check_options(argv, folder)
         self.site.queue.add_and_begin(argv, folder)
         return say("It is in the queue.")
@@ -380,7 +378,7 @@ class RunButtons:
         """Queue the command that scores the samples of a run."""
         argv = make_score_argv(tracked_run.summary, self.site.models)
         if not argv:
-            raise OptionError(say("There are no samples to score, or no model that scores them."))
+            raise refusal("There are no samples to score, or no model that scores them.")
         self.site.queue.add_and_begin(argv, Path.cwd())
         return say("It is in the queue.")
 
@@ -496,7 +494,7 @@ class RunButtons:
     def describe_run_config(self, tracked_run: TrackedRun) -> dict[str, Any]:
         """Return the content of a run.toml that a page shows before it is started."""
         if tracked_run.run_config is None:
-            raise OptionError(say("There is no run.toml in the folders of this page."))
+            raise refusal("There is no run.toml in the folders of this page.")
         path = tracked_run.run_config.folder / RUN_FILE
         return {
             "permissions": read_permissions(tracked_run.run_config.folder),
@@ -511,7 +509,7 @@ class RunButtons:
         """Return the prompt file of a run. Raises OptionError if it has none that can be edited."""
         path = self.find_prompts(tracked_run)
         if path is None:
-            raise OptionError(say("It has no prompt file (.txt) below the folders of this page."))
+            raise refusal("It has no prompt file (.txt) below the folders of this page.")
         return path
 
     def look_at_samples(self, request: Request, form: Form) -> Response:
@@ -528,10 +526,10 @@ class RunButtons:
         Raises OptionError if the run is active or has no files.
         """
         if tracked_run.state.is_active:
-            raise OptionError(say("It is %(text)s: stop it first.", text=tracked_run.state.text))
+            raise refusal("It is %(text)s: stop it first.", text=tracked_run.state.text)
         paths = self.list_removed(tracked_run)
         if not paths:
-            raise OptionError(say("It has no files that can be removed."))
+            raise refusal("It has no files that can be removed.")
         sizes = {path: measure_size(path) for path in paths}
         bin_folder = self.bin_folder.find_folder(paths[0])
         name = tracked_run.summary.name.removesuffix(BEFORE_TRAINING)
@@ -661,11 +659,9 @@ class RunButtons:
         """Queue the command that resumes a run up to `steps`; 0 keeps the command's own number of steps."""
         resume = self.find_resume_command(run)
         if resume is None:
-            raise OptionError(say("Its history has no command that continues it: no state was saved."))
+            raise refusal("Its history has no command that continues it: no state was saved.")
         if not run.is_trusted:
-            raise OptionError(
-                say("It comes from elsewhere: review its command on the page of the queue first.")
-            )
+            raise refusal("It comes from elsewhere: review its command on the page of the queue first.")
         jobs: list[tuple[list[str], Path]] = []
         for argv, folder in read_jobs(resume.command.bash, run):
             changed_argv = [*argv]
@@ -680,11 +676,11 @@ class RunButtons:
         steps = read_steps("".join(form.get("steps", ())).strip())
         run = tracked_run.summary
         if steps <= run.step:
-            raise OptionError(
-                say("It has already trained %(step)s steps: enter a larger number.", step=f"{run.step:,}")
+            raise refusal(
+                "It has already trained %(step)s steps: enter a larger number.", step=f"{run.step:,}"
             )
         if tracked_run.state.is_active:
-            raise OptionError(say("It is %(text)s: stop it first.", text=tracked_run.state.text))
+            raise refusal("It is %(text)s: stop it first.", text=tracked_run.state.text)
         if tracked_run.run_config is not None:
             return self._extend_by_run_config(tracked_run.run_config, steps, "".join(form.get("have", ())))
         self.add_command(run, steps)
@@ -697,11 +693,9 @@ class RunButtons:
         """Write a number of steps into run.toml, queue its run, and return a message."""
         path = run_config.folder / RUN_FILE
         if not self.tracked_runs.is_trusted(run_config):
-            raise OptionError(
-                say("%(folder)s comes from elsewhere. Press Continue to review it.", folder=path)
-            )
+            raise refusal("%(folder)s comes from elsewhere. Press Continue to review it.", folder=path)
         if not run_config.steps:  # 0: run.toml sets max_train_epochs instead
-            raise OptionError(say("%(folder)s counts in epochs. Change max_train_epochs there.", folder=path))
+            raise refusal("%(folder)s counts in epochs. Change max_train_epochs there.", folder=path)
         key_changes = change_steps(read_described(run_config.folder).values, steps)
         change_keys(path, key_changes.new_values, checksum)
         self.tracked_runs.start(run_config.folder, find_start_argv(run_config, self.site.models))
@@ -714,7 +708,7 @@ class RunButtons:
     def check(self, tracked_run: TrackedRun, _: Form) -> str:
         """Start the check of the run's folder. Raises OptionError if no run.toml defines the run."""
         if tracked_run.run_config is None:
-            raise OptionError(say("There is no prepared folder to check."))
+            raise refusal("There is no prepared folder to check.")
         folder = tracked_run.run_config.folder
         self.site.background_jobs.start(
             name_background_job(CHECK, folder), make_check_argv(folder), Path.cwd()
@@ -725,7 +719,7 @@ class RunButtons:
         """End a run: remove it from the queue, end its check, or stop its process."""
         state, run = tracked_run.state, tracked_run.summary
         if not state.is_active:
-            raise OptionError(say("It is not running: it is %(text)s.", text=state.text))
+            raise refusal("It is not running: it is %(text)s.", text=state.text)
         # before a training run: its folder is being checked, or its command is still waiting
         if state.name == CHECKING and state.background_job is not None and tracked_run.run_config is not None:
             self.site.background_jobs.stop(name_background_job(CHECK, tracked_run.run_config.folder))
@@ -743,7 +737,7 @@ class RunButtons:
         if run.state == RUNNING and run.start is not None and run.start.listens:
             (run.history.parent / f"{run.name}.stop").touch()
             return say("Requested: it saves and ends after its current step.")
-        raise OptionError(say("It was started from a terminal: end it there with Ctrl-C."))
+        raise refusal("It was started from a terminal: end it there with Ctrl-C.")
 
     def go_on(self, _: TrackedRun, __: Form) -> str:
         """Start the paused queue."""

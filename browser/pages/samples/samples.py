@@ -39,8 +39,8 @@ from browser.folders.sample_rows import (
     read_typed_texts,
 )
 from browser.folders.sample_sizes import describe_changed_sizes, note_sizes
-from modules.errors import OptionError, UserError
-from modules.pages.language import say
+from modules.errors import UserError
+from modules.pages.language import refusal, say
 from project.options import RUN_FILE
 
 
@@ -60,15 +60,13 @@ class SamplePages:
         run = read_draft_file(self.site, folder, RUN_FILE)
         name = str(read_keys(run.text).get(SAMPLE_PROMPTS, PROMPTS_FILE))
         if name != PROMPTS_FILE:
-            raise OptionError(
-                say(
-                    "The prompts are in %(name)s (%(prompts)s of %(run_file)s), which is edited "
-                    'elsewhere. With %(prompts)s = "%(prompts_file)s" they are edited here.',
-                    name=name,
-                    prompts=SAMPLE_PROMPTS,
-                    run_file=RUN_FILE,
-                    prompts_file=PROMPTS_FILE,
-                )
+            raise refusal(
+                "The prompts are in %(name)s (%(prompts)s of %(run_file)s), which is edited "
+                'elsewhere. With %(prompts)s = "%(prompts_file)s" they are edited here.',
+                name=name,
+                prompts=SAMPLE_PROMPTS,
+                run_file=RUN_FILE,
+                prompts_file=PROMPTS_FILE,
             )
         return read_draft_file(self.site, folder, PROMPTS_FILE), run
 

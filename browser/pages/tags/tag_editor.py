@@ -12,7 +12,7 @@ from browser.folders.offered_folders import list_dataset_media_folders
 from browser.runs.runs import Runs
 from dataset.subset_options import KEEP_TOKENS_SEPARATOR
 from modules.errors import OptionError
-from modules.pages.language import join, say, say_count
+from modules.pages.language import join, refusal, say_count
 from modules.text_files import bad_character, read_if_object, real_path
 
 SEPARATOR = ","
@@ -130,7 +130,7 @@ class TagEditor:
                 self._changes.setdefault(folder, []).append(change)
         num_conflicts = len(edits) - len(change.checksums)  # skipped because another program changed them
         if not edits and not num_emptied:
-            raise OptionError(say("no caption has the tag %(tag)s", tag=old))
+            raise refusal("no caption has the tag %(tag)s", tag=old)
         return join(" ", [change.about, *_explain_unchanged(num_emptied, num_conflicts)])
 
     def last_change(self, folder: Path) -> TagChange | None:
@@ -147,7 +147,7 @@ class TagEditor:
         with self._lock:
             changes = self._changes.get(folder)
             if not changes:
-                raise OptionError(say("There is nothing to undo."))
+                raise refusal("There is nothing to undo.")
             change = changes[-1]
             num_conflicts = self.captions.undo_all(change.checksums)
             changes.remove(change)  # only now: after an error, it can be undone again
@@ -176,15 +176,13 @@ class TagEditor:
 def _check_new_tag(tag: str) -> None:
     """Raise OptionError if a tag contains a comma or `keep_tokens_separator`, or is too long."""
     if bad_character(tag) or SEPARATOR in tag or len(tag) > MAX_CHARACTERS:
-        raise OptionError(
-            say(
-                "a tag is at most %(most_letters)s letters without a comma: rename to one tag at a time",
-                most_letters=MAX_CHARACTERS,
-            )
+        raise refusal(
+            "a tag is at most %(most_letters)s letters without a comma: rename to one tag at a time",
+            most_letters=MAX_CHARACTERS,
         )
     if KEEP_TOKENS_SEPARATOR in tag:
-        raise OptionError(
-            say("a tag cannot contain %(sign)s, after which tags are shuffled", sign=KEEP_TOKENS_SEPARATOR)
+        raise refusal(
+            "a tag cannot contain %(sign)s, after which tags are shuffled", sign=KEEP_TOKENS_SEPARATOR
         )
 
 

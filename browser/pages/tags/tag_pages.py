@@ -27,7 +27,7 @@ from browser.jobs.command_lines import format_command
 from browser.jobs.model_files import TaskFiles, find_task
 from browser.pages.tags.tag_editor import TagEditor
 from modules.errors import OptionError, UserError
-from modules.pages.language import say
+from modules.pages.language import refusal, say
 
 NUM_TRIAL_FILES = 5  # number of files in a trial run
 MAX_TAGS = 60  # maximum number of tags shown at once
@@ -176,11 +176,11 @@ class TagPages:
             if action == "undo":
                 return self.editor.undo(folder)
             if not tag.strip():
-                raise OptionError(say("Type the tag in the field Old tag, or choose it from its list."))
+                raise refusal("Type the tag in the field Old tag, or choose it from its list.")
             if action == "remove":
                 return self.editor.rename(folder, tag, "")
             if not new_tag.strip():
-                raise OptionError(say("Type the new name of the tag, or press Remove."))
+                raise refusal("Type the new name of the tag, or press Remove.")
             return self.editor.rename(folder, tag, new_tag)
 
         def make_argv(is_trial: bool) -> list[str]:
@@ -196,11 +196,8 @@ class TagPages:
             require_inside(self.site.runs, folder)
         model = self.find_model()
         if not fields.get("model", "").strip() and (model is None or not model.is_there):
-            raise OptionError(
-                say(
-                    "%(missing)s is missing: download the model first (Models).",
-                    missing=self.find_model_folder(),
-                )
+            raise refusal(
+                "%(missing)s is missing: download the model first (Models).", missing=self.find_model_folder()
             )
 
 
