@@ -138,7 +138,6 @@ def rename_into(path: Path, target: Path, bin_folder: Path) -> None:
     """Move a file or folder into a folder of the bin by renaming, which copies no data.
 
     Args:
-        path: File or folder to move.
         target: New path below `bin_folder`.
         bin_folder: Folder of a bin. Missing parent folders of `target` are created; if they stay empty, they
             are removed again.

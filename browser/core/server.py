@@ -314,13 +314,10 @@ def make_app(
     """Return the ASGI application that serves all pages.
 
     Args:
-        runs: Runs below the roots.
         host: Name of the server in requests, in addition to IP addresses and this machine's name.
         token: Secret token; None to admit everybody.
         read_only: Whether to reject requests that could write.
         queue: The job queue; None to open it with `open_queue`.
-        models: The models folder.
-        settings: Options of the server, for the page that shows them.
         render_worker: Worker of the Generate page; None to create one for the queue.
         ticket: Secret that opens the page once.
         word: Word of the printed address; None if that has the token.

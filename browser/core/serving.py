@@ -201,8 +201,6 @@ def select_folders(options: BrowserOptions, working_folder: Path, checkout: Path
     two folders contain other files than runs.
 
     Args:
-        options: Options of the command.
-        working_folder: The working folder.
         checkout: The program's own folder.
     """
     home = Path.home()

@@ -18,10 +18,7 @@ async def write_arriving(chunks: AsyncIterator[bytes], path: Path, name: str, ma
     If an error is raised, the file is incomplete, and the caller has to remove it.
 
     Args:
-        chunks: Bytes as they arrive.
-        path: New file.
         name: Name of the dropped file, for messages.
-        max_bytes: Maximum size.
 
     Raises:
         OptionError: If nothing arrives, or more than `max_bytes`.

@@ -109,7 +109,6 @@ class CaptionFiles:
         """Return a caption as the JSON values that a page shows.
 
         Args:
-            path: Caption file.
             read_only_reason: Reason why the caption cannot be edited on this page; "" if it can.
             remedy: Advice to show if the file is not UTF-8.
         """
@@ -125,7 +124,6 @@ class CaptionFiles:
         """Save a caption or undo saves, and return the HTTP status and, if that failed, the reason.
 
         Args:
-            path: Caption file.
             query: Request of the page: `what` (save, undo or back), `have` (checksum of the file) and `text`.
         """
         action = str(query.get("what", ""))
@@ -154,7 +152,6 @@ class CaptionFiles:
 
         Args:
             path: Caption file; it need not exist.
-            text: The new caption.
             checksum: Checksum that `read` returned for the file.
 
         Raises:

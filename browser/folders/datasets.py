@@ -117,7 +117,6 @@ def list_named_paths(config: Path, folder: Path, with_companions: bool = True) -
     """Return the existing files and folders that a dataset's TOML or JSON file names.
 
     Args:
-        config: Path of the file.
         folder: Folder to which relative paths refer.
         with_companions: Whether to include the folders of masks, control images, references and caches, which
             are not media folders.
@@ -220,7 +219,6 @@ def count_media(dataset: FoundDataset, may_show: Callable[[Path], bool]) -> Medi
     Control images, references and masks are not counted, because they belong to other media.
 
     Args:
-        dataset: The dataset.
         may_show: Returns whether a folder may be shown.
 
     Raises:
@@ -435,7 +433,6 @@ class Datasets:
         """Measure a dataset in the background, unless a measurement is running.
 
         Args:
-            dataset: The dataset.
             reads_whole_files: Whether to read whole files instead of headers; None to keep the setting.
             model: Key of MODELS; None to keep the model of the last measurement.
 

@@ -338,7 +338,6 @@ def change_keys(path: Path, changes: Mapping[str, Any], checksum: str) -> None:
     """Set and remove training options in a run.toml, as `edit_toml` does.
 
     Args:
-        path: The run.toml.
         changes: New value of each option; None removes the option.
         checksum: Checksum (`compute_checksum`) of the content to which the changes apply.
 

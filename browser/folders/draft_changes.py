@@ -103,7 +103,6 @@ def plan_change(
     While the folder trains, only the prompts may change, because the run has already read the other files.
 
     Args:
-        site: The server's runs and settings.
         section: The section of the page, as in `DraftChange.section`.
         new_texts: Maps each file, as it is on disk, to its new text.
         run: The folder's current run.toml, which names the scripts.
@@ -151,10 +150,6 @@ def describe_underived_intervals(before: str, after: str) -> str:
 
     `new` derives such intervals, for example `save_every_n_steps`, from the number of steps.
 
-    Args:
-        before: Text of the file before the change.
-        after: Text of the file after the change.
-
     Returns:
         The description; "" if all intervals fit.
     """
@@ -193,8 +188,6 @@ def reject_new_errors(draft: DraftFile, after: str, run_text: str) -> str:
 
     Args:
         draft: The file before the change.
-        after: Its text after the change.
-        run_text: Text of the folder's run.toml.
 
     Returns:
         Warnings to show, as `check_text` returns them.
@@ -213,12 +206,6 @@ def reject_new_errors(draft: DraftFile, after: str, run_text: str) -> str:
 
 def check_text(name: str, text: str, folder: Path, run_text: str) -> str:
     """Check the new text of run.toml, dataset.toml or prompts.txt, as scripts will read it, before saving.
-
-    Args:
-        name: Name of the file.
-        text: Its new text.
-        folder: The folder that contains these files.
-        run_text: Text of the folder's run.toml.
 
     Returns:
         The script's warnings, or the reason why no script has checked the text; "" if there are neither.

@@ -360,9 +360,6 @@ def make_new_argv(form: NewForm, models: Path, overwrite: bool = False, dry_run:
     """Return the `new` command that writes a folder's run.toml and dataset.toml from the form's values.
 
     Args:
-        form: Values of the fields.
-        models: The models folder.
-        overwrite: Whether to replace existing files.
         dry_run: Whether only to print how these files would change.
     """
     # `new` trains a control network by default where the model has one: then --train says `lora`
@@ -416,7 +413,6 @@ def list_key_changes(form: NewForm, before: NewForm, values: Mapping[str, Any]) 
     """Return the keys of run.toml that a form changes, including values derived from its steps.
 
     Args:
-        form: Values of the fields.
         before: Form with the values of the current files.
         values: Training options in run.toml.
 

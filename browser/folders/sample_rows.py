@@ -124,7 +124,6 @@ def edit_line(line: str, prompt: str | None, changes: Mapping[str, str]) -> str:
     """Return a prompt line such as `A cat --w 768` with another prompt and other options.
 
     Args:
-        line: The current line.
         prompt: New prompt; None to keep the old one.
         changes: New values by field name; an empty value removes the option.
     """
@@ -164,7 +163,6 @@ def edit_prompts(text: str, fields: Mapping[str, str], check_image: Callable[[st
     A row whose prompt is empty is removed; a new row is added at the end.
 
     Args:
-        text: Current content of prompts.txt.
         fields: Fields of the form, such as `width 2` for the second row.
         check_image: Raises OptionError for a path that is not an image.
 

@@ -34,7 +34,6 @@ def note_sizes(rows: Mapping[int, Mapping[str, str]], recipe: ModelRecipe | None
     """Return, by row number, a note on each sample whose size the model cannot generate.
 
     Args:
-        rows: The field values of each row, by row number.
         recipe: The model; None if the page does not know its sizes.
     """
     notes: dict[int, str] = {}

@@ -53,7 +53,6 @@ class ToolForm:
         """Return the command line of the tool that the form is for.
 
         Args:
-            target: File or folder that the tool processes.
             texts: Typed values by field name.
 
         Raises:

@@ -76,8 +76,6 @@ class BackgroundJobs:
 
         Args:
             name: Name of the job, as `name_background_job` returns it.
-            argv: Command line of one of this project's commands.
-            folder: Working folder of the command.
             within: Folder of the run.toml that the command uses. Its files may come from somebody else, so
                 the command gets the limits that `run` sets. None if no argument comes from a folder's
                 files.

@@ -290,8 +290,6 @@ class JobQueue:
         """Append one of this project's commands, and return the number of its job.
 
         Args:
-            argv: The command line.
-            folder: Working folder of the command.
             within: The only folder to which the command may write; None if it may write anywhere.
             typed: Options that may send data despite the limits, because the user has typed them.
 

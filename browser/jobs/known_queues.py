@@ -28,7 +28,6 @@ def remember_queue(folder: Path, is_open: bool, jobs: Iterable[str]) -> None:
     If the record cannot be written, a running queue is paused after a restart of the server.
 
     Args:
-        folder: Folder of the queue's files.
         is_open: Whether the user has started the queue.
         jobs: Digests of the waiting jobs that the user knows.
     """

@@ -153,7 +153,6 @@ def find_program(argv: Sequence[str], folder: Path) -> tuple[ScriptCommand, list
     Args:
         argv: `python SCRIPT ...`, `SCRIPT ...`, `reelsmith train wan ...`, or `accelerate launch [options]
             SCRIPT ...`; `reelsmith` may be followed by `--extensions NAMES`.
-        folder: Working folder of the command.
 
     Raises:
         OptionError: For any other command; the message names the wrong argument.
@@ -281,8 +280,6 @@ def check_options(
     """Let a script check its options, and return its warnings about them.
 
     Args:
-        argv: Command line of one of this project's scripts.
-        folder: Working folder of the command.
         earlier: Jobs that run before the command. Files that they may create need not exist yet.
         seconds: Time limit for the check; a script that takes longer counts as accepted.
         checks_files: Whether to also require files that the script opens only later.
@@ -498,7 +495,6 @@ def prepare_process(log: Path, **variables: str) -> "subprocess.Popen[bytes]":
     It gets its own process group, so that the job can be stopped without the server.
 
     Args:
-        log: File for the output.
         **variables: Environment variables, for the job too.
 
     Raises:

@@ -153,7 +153,6 @@ def list_tasks(models: Path, in_fp8: bool = False, part_cache: PartCache | None 
     """Return all models of the catalogue, each for one task, with their state in the models folder.
 
     Args:
-        models: The models folder.
         in_fp8: Whether to use the 8-bit text encoders where a model has them.
         part_cache: Cache of the parts that were read earlier; new parts are added to it.
     """
@@ -289,10 +288,7 @@ def remove_parts(models: Path, files: TaskFiles, chosen: Sequence[str], bin_fold
     """Move parts of a model into the bin, and return the bin's folder that contains them now.
 
     Args:
-        models: The models folder.
-        files: The model with its parts.
         chosen: Paths of the parts to remove, as in `ModelPart.path`.
-        bin_folder: The bin.
 
     Raises:
         OptionError: If a path is not a part of the model, or is not on disk.

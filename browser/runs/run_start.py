@@ -412,8 +412,6 @@ class TrackedRuns:
         """Add the run of a folder's run.toml to the queue, and start the queue unless other jobs wait.
 
         Args:
-            folder: The folder.
-            argv: Command of the run.
             is_reviewed: Whether the user has just read the run.toml; this is remembered.
 
         Raises:

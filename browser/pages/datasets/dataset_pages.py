@@ -56,7 +56,6 @@ def passes_filters(file: File, search_terms: Sequence[str], filter_key: str) -> 
     """Return whether a file of a dataset passes the filters of the dataset page.
 
     Args:
-        file: A file of the dataset report.
         search_terms: Strings that must all occur in the file's name or caption.
         filter_key: Key of FILTERS, the choices of the page.
     """
@@ -107,7 +106,6 @@ class DatasetPages:
         """Return one page of a dataset's files, and the state of its measurement, as JSON values.
 
         Args:
-            dataset: The dataset.
             query: `text` and `only` filter the files; `from` and `count` select a range.
 
         Raises:

@@ -115,8 +115,6 @@ def list_rows(
     folder's dataset or with the other settings come last.
 
     Args:
-        text: Text of run.toml.
-        settings: All options of the training script.
         proposed_run: The run.toml that `new` would write; None if that is not known.
         dataset: Keys of dataset.toml; None if that file cannot be read.
 
@@ -289,7 +287,6 @@ class FolderSettingsPages:
         """Return the HTML of a folder's settings: its files, and a table of the training options.
 
         Args:
-            folder: The folder with the run.toml.
             change: The edit that was previewed or saved; None if only the files are shown.
             is_rejected: Whether the response explains a rejected request (status 422).
             proposal_problem: Why the values that `new` chose cannot be determined; "" if they can.
@@ -455,9 +452,7 @@ class FolderSettingsPages:
         """Return the settings with the error that a file has changed while it was edited, and the typed text.
 
         Args:
-            folder: The folder with the run.toml.
             section: SETTINGS_TABLE, or the name of the file that was edited as text.
-            draft: The file as it is now.
             fields: Fields of the form; `base` is the text that the page showed before the edit.
         """
         typed_text = fields.get("text")

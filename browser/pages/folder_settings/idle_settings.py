@@ -23,7 +23,6 @@ def explain_idle(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict
 
     Args:
         values: Options that run.toml sets.
-        defaults: Default values of the training script's options.
     """
     all_values = {**defaults, **values}
     reasons = {name: reason for record in OPTION_RECORDS for name, reason in _list_idle(record, all_values)}

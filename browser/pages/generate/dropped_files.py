@@ -39,7 +39,6 @@ class InputFolder:
         """Write an upload to a temporary file, and return its path.
 
         Args:
-            chunks: Bytes of the file, as they arrive.
             name: Name of the dropped file, for messages.
 
         Raises:

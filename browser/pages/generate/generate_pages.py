@@ -219,8 +219,6 @@ class GeneratePages:
         3. Render the form, the LoRAs and the list of render jobs.
 
         Args:
-            form: Values of the fields.
-            error: Error message to show.
             is_new: Whether to replace the form with the defaults of its run or model.
             draft: Name of the draft that holds the form.
             note: Message to show that is not an error.
@@ -306,7 +304,6 @@ class GeneratePages:
         """Return the HTML of the page's list of render jobs.
 
         Args:
-            error: Reason why the request was rejected.
             queued_message: Message about the queued render jobs; "" if none was queued.
         """
         values = {

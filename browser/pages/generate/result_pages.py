@@ -883,8 +883,6 @@ def add_line(path: Path, line: str, checksum: str) -> bool:
     All other bytes are preserved.
 
     Args:
-        path: The prompt file.
-        line: The line to add.
         checksum: Checksum (`compute_checksum`) of the content that was shown.
 
     Raises:

@@ -279,9 +279,7 @@ def regenerate(
     3. Make the request and the command of the render job. The prompt line sets the seed.
 
     Args:
-        settings: Settings of the result.
         recipe: Recipe with the same model.
-        seed: Seed to use.
         save_path: File or folder of the new result.
         find_weights: Returns the path of a LoRA or an embedding by its name.
         find_media: Returns the path of an image or clip by its name.

@@ -85,9 +85,7 @@ class MaskMakingPages:
 
         Args:
             folder: The folder. If its dataset.toml names several media folders, the form selects one.
-            fields: Values of the form's fields.
             section: "form" or "progress"; "" for both.
-            error: Reason why a button had no effect.
         """
         # once one of several media folders is selected, the form sends the folder of run.toml as `outer`
         described_folder = find_open_folder(self.site.runs, fields.get("outer", "")) or folder
@@ -160,8 +158,6 @@ class MaskMakingPages:
         """Return the command line of the mask tool.
 
         Args:
-            folder: The folder with media.
-            fields: Values of the form's fields.
             is_dry_run: Whether only to print what the tool would do.
 
         Raises:

@@ -151,8 +151,6 @@ class MaskReview:
         """Accept, invert or remove a mask, and record the change for undo.
 
         Args:
-            folder: The folder with media.
-            media_file: The image or clip.
             action: A key of MASK_ACTIONS.
             version: Checksum of the mask that the page shows, as `read_mask_version` returns it.
 

@@ -76,8 +76,6 @@ class ModelPages:
         """Return the Models page.
 
         Args:
-            chosen: The model to show.
-            error: Error message to show.
             is_removing: Whether to ask which parts to remove.
             moved: Name of the bin's folder that contains the files that were just removed.
         """

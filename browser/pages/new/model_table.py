@@ -90,7 +90,6 @@ def list_model_rows(models: Path, memory: float, content: MediaFolder | None = N
     second and third group are sorted by title.
 
     Args:
-        models: The models folder.
         memory: GiB of the graphics card; 0 without a card.
         content: Media of the folder; None if no folder is selected.
     """

@@ -321,8 +321,6 @@ class NewPages:
         """Return the New page with a filled form.
 
         Args:
-            form: Values of the fields.
-            error: Reason why a request was rejected.
             message: Message to show that is not an error.
             is_part: Omit the list of folders, because the browser uses only other parts of the page.
         """
@@ -350,7 +348,6 @@ class NewPages:
         """Return the template values of all sections of the page, but not of its messages.
 
         Args:
-            form: Values of the fields.
             folder: The form's folder; None if it does not exist.
             described: Content of its run.toml and dataset.toml; None if they are missing or cannot be read.
             is_part: Omit the list of folders, because the browser uses only other parts of the page.
@@ -414,8 +411,6 @@ class NewPages:
         """Return the template values for the list of folders and for the selected folder.
 
         Args:
-            folder: The selected folder; None if no folder is selected.
-            content: Images and clips of the selected folder; None if no folder is selected.
             is_part: Omit the list of folders, because the browser uses only other parts of the page.
         """
         root_folders = self.site.runs.root_folders
@@ -620,9 +615,6 @@ class NewPages:
         """Return how far the preparation of a folder for training has progressed, without its training job.
 
         Args:
-            folder: The folder; None if none is selected.
-            described: Content of its run.toml and dataset.toml; None if it has none.
-            check_job: Background job of the check.
             command_output: Template values from `collect_command_output`.
             download_values: Template values from `collect_download_values`.
         """

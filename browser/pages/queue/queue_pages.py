@@ -155,7 +155,6 @@ class QueuePages:
         """Handle a pressed button of the Queue page; return False if button or job number is not valid.
 
         Args:
-            action: Name of the button.
             number: Number of a job, as text.
             line: Command line to add or to edit.
             run_id: Id of the run from which the line comes; "" if it was typed.

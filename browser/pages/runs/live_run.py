@@ -53,9 +53,6 @@ def run_page(
     """Return the HTML of a run's page.
 
     Args:
-        runs: Runs below the roots.
-        run: The run.
-        can_write: Whether to show the buttons.
         is_paused: Whether the queue is paused, so that no job starts.
         actions: HTML of the buttons above the samples.
         lower_buttons: HTML of the buttons below the samples.
@@ -161,8 +158,6 @@ def collect_news(
     3. Add the curves, unless the browser already has the curves with this key.
 
     Args:
-        runs: Runs below the roots.
-        run: The run.
         query: `have`, the key of an earlier response; `from` and `to`, the range of shown steps.
         kill_message: State to show for a run that the page has killed; "" for all other runs.
 

@@ -201,7 +201,6 @@ class RunButtons:
         """Return the buttons of a run, and the texts next to them, as HTML.
 
         Args:
-            tracked_run: The run.
             template: `actions.html` for the buttons above the samples, `more_actions.html` for those below.
         """
         return show_page(template, tracked_run.summary.name, self.values(tracked_run))
@@ -460,7 +459,6 @@ class RunButtons:
         """Return the HTML of the panel that a button opens.
 
         Args:
-            tracked_run: The run.
             panel: Name of the panel: "read", "prompts" or "remove".
             error: Reason why a request was rejected.
             extra_values: Values for the template that replace the panel's own.

@@ -31,7 +31,6 @@ def select_runs(
     """Filter and sort training runs for the page that lists them.
 
     Args:
-        runs: All runs.
         query: Fields `text`, `family`, `state` and `sort`.
         states: State of each run by its id; None to use only the histories.
     """

@@ -32,8 +32,6 @@ class RunSamples:
         """Return the template values of the panel that edits the sample prompts of a training run.
 
         Args:
-            tracked_run: The run.
-            path: Its prompt file.
             fields: Typed values that are not saved; `rows` is the minimum number of rows.
 
         Raises:

@@ -10,12 +10,7 @@ SCORE_MODEL = "score_clip"  # folder below that of the models, which tools/downl
 
 
 def make_score_argv(run: RunSummary, models: Path = MODELS) -> list[str]:
-    """Return the command that scores a run's samples; [] without samples or without a scoring model.
-
-    Args:
-        run: The training run.
-        models: Folder with the scoring models.
-    """
+    """Return the command that scores a run's samples; [] without samples or without a scoring model."""
     model = models / SCORE_MODEL
     if not (run.sample and run.is_trusted and model.is_dir()):
         return []

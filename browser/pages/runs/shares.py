@@ -266,10 +266,8 @@ class SharePages:
         """Return the HTML of the section of a run's page with its share links.
 
         Args:
-            run_id: Id of the run.
             origin: Origin of the links, such as https://my-page.example.org.
             is_open: Whether to show the section unfolded.
-            error: Reason why no link was created.
         """
         settings = self.site.settings
         with self.site.runs.lock:

@@ -81,7 +81,6 @@ class SamplePages:
         """Return the HTML of the samples section.
 
         Args:
-            folder: The folder that contains run.toml and prompts.txt.
             change: What a form would save; None without a form.
             num_rows: Minimum number of rows to show.
             is_rejected: Whether the response explains a rejected request (status 422).

@@ -99,8 +99,6 @@ class TagEditor:
         The old captions are kept as .bak. A caption that would become empty is not changed.
 
         Args:
-            folder: The folder.
-            old: The tag to replace.
             new: The new tag; "" removes the old one.
 
         Raises:

@@ -84,11 +84,8 @@ class TagPages:
         """Return the HTML of the tag section or of one part of it.
 
         Args:
-            folder: The folder.
-            texts: Values of the form's fields.
             part: "form", "progress" or "editor"; "" for all three.
             message: Message about the result of a button's action.
-            error: Reason why a button had no effect.
         """
         values: dict[str, Any] = {
             "folder": folder,
@@ -142,8 +139,6 @@ class TagPages:
         """Return the command line of the tagger.
 
         Args:
-            folder: The folder with media.
-            texts: Values of the form's fields.
             num_trial_files: Number of files whose tags are printed but not saved; None to save all tags.
 
         Raises:
