@@ -21,6 +21,7 @@ DEFAULTS = ScriptDefaults(
         "named as Instant or Fast",
         "infer_steps": f"number of denoising steps; default: that of --sampler_preset, {STEPS}",
     },
+    splits_attention=True,
     size=(SIDE, SIDE),
     pictures=True,
     media=frozenset(),

@@ -242,8 +242,9 @@ class PreviewOptions(Options, title="previews"):
         hint="omit it for no previews",
     )
     preview_vae: Path | None = option(  # None: a linear map from latents to colors
-        "small VAE (TAEHV: taew2_1 for Wan, taehv for HunyuanVideo and FramePack) for previews that are "
-        "sharp and have all frames; default: blurred colors, at no cost",
+        "small VAE (TAEHV: taew2_1 for Wan, taehv for HunyuanVideo, FramePack and Kandinsky 5, taehv1_5 for "
+        "HunyuanVideo 1.5) for previews that are sharp and have all frames; default: blurred colors, at no "
+        "cost",
         needs="preview_latent_every",
         place="there",
         hint="a TAEHV file, or omit it for previews without one",

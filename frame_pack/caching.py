@@ -51,10 +51,7 @@ def check_table(table: MediaTable, one_frame: bool) -> None:
             f"{table.name}: FramePack learns from clips, but these are images. Set video_directory or "
             "video_jsonl_file, or pass --one_frame to learn how to make an image from its control images."
         )
-    if table.has_control:
-        raise DatasetError(
-            f"{table.name}: FramePack takes no control video. Remove control_directory or control_path."
-        )
+    table.reject_control("FramePack")
     # Raise DatasetError if clips are shorter than a section; warn if their last frames do not fill one
     minimum = _count_least_frames(table)
     if table.max_frames is not None and table.max_frames < minimum:

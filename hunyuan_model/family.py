@@ -28,7 +28,7 @@ from hunyuan_model.vae import (
     sample_moments,
 )
 from modules.devices import select_compute_dtype
-from modules.errors import DatasetError, OptionError
+from modules.errors import OptionError
 from modules.media.pixels import byte_clips, image_pixels
 from modules.option_values import require
 from modules.options import NO_OPTIONS
@@ -111,11 +111,7 @@ class HunyuanVideo(OneTransformer):
 
     def check_table(self, table: data.MediaTable) -> None:
         """Raise DatasetError if a table has control media, which HunyuanVideo does not use."""
-        if table.has_control:
-            raise DatasetError(
-                f"{table.name}: HunyuanVideo takes no control video. Remove control_directory from the "
-                "dataset."
-            )
+        table.reject_control("HunyuanVideo")
 
     def encode_media(
         self, encoders: data.MediaEncoders, media: data.MediaBatch

@@ -32,7 +32,7 @@ from hunyuan_video_15.options import (
 )
 from hunyuan_video_15.spec import DIT, LATENT, RELEASE
 from hunyuan_video_15.text_encoders import GLYPHS_KEY, QWEN_SETTINGS, STATES_KEY, TEXT_KEYS
-from modules.errors import CacheError, DatasetError
+from modules.errors import CacheError
 from modules.media.pixels import byte_clips, image_pixels, image_size, to_pixels
 from modules.option_values import require
 from modules.options import NO_OPTIONS
@@ -151,10 +151,7 @@ class HunyuanVideo15(OneTransformer):
 
     def check_table(self, table: MediaTable) -> None:
         """Raise DatasetError if a table has control media, which the model does not use."""
-        if table.has_control:
-            raise DatasetError(
-                f"{table.name}: {NAME} takes no control media. Remove control_directory from the dataset."
-            )
+        table.reject_control(NAME)
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
         """Encode clips as means of the posterior, not scaled; with `caches_image` also their first frames."""

@@ -299,8 +299,9 @@ def family_for_samples(options: own.Ideogram4TrainingOptions) -> Ideogram4:
 
 def family_for_generation(options: own.Ideogram4GenerationOptions) -> Ideogram4:
     """Build the model description for ideogram4_generate_image.py."""
+    files = _make_files(replace(options, dit_dtype=options.dit_dtype or options.dtype))
     return Ideogram4(
-        _make_files(options),
+        files,
         sampler=SAMPLERS[options.sampler_preset],
         initial_sigma=options.initial_sigma,
         has_second=options.unconditional_dit is not None,

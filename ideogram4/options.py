@@ -138,6 +138,11 @@ class Ideogram4GenerationOptions(Ideogram4ModelOptions, title=NAME):
         maximum=MAX_SIGMA,
         facts=REQUEST_SETTING,
     )
+    dtype: str | None = option(
+        "another spelling of --dit_dtype",
+        choices=("bfloat16", "float16", "float32"),
+        excludes="dit_dtype",
+    )
     warn_on_caption_issues = not_needed(f"prompts that are no {_CHECKED}")
 
     def __post_init__(self) -> None:

@@ -152,10 +152,7 @@ class Kandinsky(OneTransformer):
 
     def check_table(self, table: MediaTable) -> None:
         """Raise DatasetError if a table has control media, or clips for a task that makes images."""
-        if table.has_control:
-            raise DatasetError(
-                f"{table.name}: {NAME} takes no control media. Remove control_directory from the dataset."
-            )
+        table.reject_control(NAME)
         if self.task.makes_images and table.kind != "image":
             raise DatasetError(
                 f"{table.name}: the table has clips, and --task {self.task.name} can only learn images. Set "

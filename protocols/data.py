@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from modules.devices import send
-from modules.errors import CacheError
+from modules.errors import CacheError, DatasetError
 from modules.media.lengths import ClipLengths
 from protocols.rules import ONE_EXPERT, Expert, NpzFormat, ReferenceMedium
 
@@ -263,6 +263,13 @@ class MediaTable:
     reference_media: tuple[
         tuple[ReferenceMedium, ...], ...
     ] = ()  # `MediaBatch.row_references` of each source; () if none has any
+
+    def reject_control(self, model: str) -> None:
+        """Raise DatasetError if the table has control media, which `model` does not use."""
+        if self.has_control:
+            raise DatasetError(
+                f"{self.name}: {model} takes no control media. Remove control_directory or control_path."
+            )
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,21 @@ OUR_DEFAULTS = {
         for script in ("krea2", "qwen_image_21")
         for name in ("device", "lora_multiplier")
     ),
+    # without a size, the VAE runs as loaded: --vae_tiling divides its work
+    *(
+        (f"hv_1_5_{script}.py", "--vae_sample_size")
+        for script in ("cache_latents", "generate_video", "train_network")
+    ),
+    ("hv_1_5_train_network.py", "--task"),  # the name of the transformer says which
+    ("hv_1_5_generate_video.py", "--lora_multiplier"),  # strengths that are not given are 1
+    ("ideogram4_generate_image.py", "--lora_multiplier"),
+    # the first level of the published schedule
+    *((f"ideogram4_{script}.py", "--initial_sigma") for script in ("generate_image", "train_network")),
+    ("ideogram4_generate_image.py", "--dtype"),  # the file's
+    # without effect there too
+    *(("ideogram4_train_network.py", f"--ideogram4_timestep_{name}") for name in ("mu", "std")),
+    # those of the task and the release
+    *(("hv_1_5_generate_video.py", f"--{name}") for name in ("video_size", "flow_shift")),
     # a switch is off by itself
     *(("ltx2_generate_video.py", f"--{no}inpaint_invert") for no in ("", "no-")),
     ("ltx2_generate_video.py", "--inpaint_threshold"),

@@ -127,7 +127,7 @@ CONTROL = 'control_directory = "FOLDER/control"'
         (CLIPS, (), r"target_frames = \[1\], but clips of 1 frames are too short: a section needs 37"),
         (CLIPS + "target_frames = [33, 73]", ("--f1",), "of 33 frames are too short: a section needs 37"),
         (CLIPS + SHORT, ("--one_frame",), "these are videos"),
-        (CLIPS + SHORT + '\ncontrol_directory = "FOLDER/clips"', (), "FramePack takes no control video"),
+        (CLIPS + SHORT + '\ncontrol_directory = "FOLDER/clips"', (), "FramePack takes no control media"),
         (IMAGES, (), "these are images"),
         (
             IMAGES,

@@ -2,6 +2,7 @@
 
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 from hunyuan_video_15.configs import LARGE, SMALL, nearest_size
 from hunyuan_video_15.options import find_task, release_name
+from modules.media.reading import video_frames
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.tiny.families import family_called
 from tests.tiny.hunyuan_dit import tiny_state as old_state
@@ -19,6 +21,7 @@ from tests.tiny.hunyuan_dit import write_dit as write_old_dit
 from tests.tiny.hunyuan_video_15 import TinyHunyuanVideo15, tiny_state, write_dit, write_tiny_hunyuan_video_15
 from tests.tiny.project import write_image
 from tests.tiny.runs import make_project
+from tests.tiny.taehv import CONFIG, write_taehv
 
 
 @pytest.fixture(scope="module")
@@ -253,3 +256,23 @@ def test_an_image_gives_the_clip_its_shape(tmp_path: Path, files: TinyHunyuanVid
 
     assert (prepared.width, prepared.height) == nearest_size(50, 100, SMALL)
     assert prepared.height > prepared.width
+
+
+def test_previews_are_decoded_by_the_tiny_vae_of_this_model(
+    files: TinyHunyuanVideo15, tmp_path: Path
+) -> None:
+    """There is no map from its latents to colors; those of HunyuanVideo are other ones."""
+    size = ("--video_size", "32", "32", "--video_length", "5", "--infer_steps", "2", "--seed", "7")
+    every_step = ("--preview_latent_every", "1")
+    code, said = generate(files, tmp_path, *size, *every_step)
+    assert_one_message(code, said, "no map from this model's latents to colors", "--preview_vae")
+    old = write_taehv(tmp_path / "taehv.safetensors")
+    code, said = generate(files, tmp_path, *size, *every_step, "--preview_vae", old)
+    assert_one_message(code, said, "is for other latents", "taehv1_5 for HunyuanVideo 1.5")
+
+    own = write_taehv(tmp_path / "taehv1_5.pth", replace(CONFIG, channels=32, patch=2))
+    code, said = generate(files, tmp_path, *size, *every_step, "--preview_vae", own)
+
+    assert not code, said
+    frames = list(video_frames(tmp_path / "made" / "latent_preview.mp4"))
+    assert [frame.shape for frame in frames] == [(32, 32, 3)] * 5
