@@ -10,7 +10,7 @@ RELEASE = ModelRelease(
     ("tencent/HunyuanVideo-1.5",),
     "Tencent Hunyuan Community",
     "other",
-    "https://huggingface.co/tencent/HunyuanVideo-1.5",
+    "https://huggingface.co/tencent/HunyuanVideo-1.5/blob/main/LICENSE",
 )
 LATENT = LatentSpec(
     channels=LATENT_CHANNELS,

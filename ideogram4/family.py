@@ -111,11 +111,17 @@ class Ideogram4(pictures.ImageModelFamily):
     @property
     def defaults(self) -> SamplingDefaults:
         """Return the default steps and guidance: of the preset, or of a distilled release by its name."""
-        verdict = None if self.files.dit is None else judge_distillation(self.few_steps, self.files.dit)
-        if verdict is None or not verdict.is_distilled:
+        distillation = self.distillation
+        if distillation is None:
             return replace(BASE, steps=self.sampler.steps)
-        steps = INSTANT_STEPS if INSTANT in verdict.evidence.lower() else own.STEPS
+        steps = INSTANT_STEPS if INSTANT in distillation else own.STEPS
         return replace(BASE, steps=steps, guidance_scale=1.0)
+
+    @property
+    def distillation(self) -> str | None:
+        """Return what says that the transformer was distilled, in lower case; None if it was not."""
+        verdict = None if self.files.dit is None else judge_distillation(self.few_steps, self.files.dit)
+        return verdict.evidence.lower() if verdict is not None and verdict.is_distilled else None
 
     def check_named_files(self) -> None:
         """Check all model files given by options; raise UserError if one is unusable."""
@@ -300,12 +306,20 @@ def family_for_samples(options: own.Ideogram4TrainingOptions) -> Ideogram4:
 def family_for_generation(options: own.Ideogram4GenerationOptions) -> Ideogram4:
     """Build the model description for ideogram4_generate_image.py."""
     files = _make_files(replace(options, dit_dtype=options.dit_dtype or options.dtype))
-    return Ideogram4(
+    family = Ideogram4(
         files,
         sampler=SAMPLERS[options.sampler_preset],
         initial_sigma=options.initial_sigma,
         has_second=options.unconditional_dit is not None,
     )
+    if INSTANT in (family.distillation or ""):
+        logger.warning(
+            "--dit %s: the noise levels of the Instant release are not published; those of --sampler_preset "
+            "%s are used",
+            options.dit,
+            options.sampler_preset,
+        )
+    return family
 
 
 def _make_files(options: own.Ideogram4TrainingOptions | own.Ideogram4GenerationOptions) -> Ideogram4Files:

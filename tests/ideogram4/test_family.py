@@ -12,12 +12,14 @@ from diffusers.pipelines.ideogram4.pipeline_ideogram4 import _logit_normal_sigma
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ideogram4.family import Ideogram4
+from flux_2.options import Flux2VaeOptions
+from ideogram4.family import Ideogram4, family_for_generation
 from ideogram4.files import FIRST_TYPE, MODEL_TYPE, SECOND_TYPE, Ideogram4Files
-from ideogram4.options import DEFAULT, QUALITY, TURBO
+from ideogram4.options import DEFAULT, QUALITY, TURBO, Ideogram4GenerationOptions, Ideogram4TextOptions
 from ideogram4.sampling import SAMPLERS
 from modules.errors import CacheError, CheckpointError, DatasetError
 from modules.media.reading import read_image
+from modules.speed_options import VaeOptions
 from protocols.data import Batch, MediaTable
 from protocols.families import list_same_latents
 from protocols.requests import Prepared, Request
@@ -86,6 +88,15 @@ def test_a_flow_shift_replaces_the_mean(family: Ideogram4) -> None:
 def test_a_name_says_what_was_distilled(family: Ideogram4, name: str, expected: tuple[int, float]) -> None:
     default = replace(family, files=replace(family.files, dit=Path(name))).defaults
     assert (default.steps, default.guidance_scale) == expected
+
+
+@pytest.mark.parametrize(("name", "warned"), [("ideogram-v4-instant", True), ("ideogram-v4-fast", False)])
+def test_unpublished_noise_levels_are_said(caplog: pytest.LogCaptureFixture, name: str, warned: bool) -> None:
+    options = Ideogram4GenerationOptions(
+        dit=Path(name), vae=Flux2VaeOptions(file=VaeOptions()), text=Ideogram4TextOptions()
+    )
+    family_for_generation(options)
+    assert ("the Instant release are not published" in caplog.text) == warned
 
 
 def test_only_captions_that_fit_are_cached(family: Ideogram4) -> None:
