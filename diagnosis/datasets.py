@@ -70,6 +70,6 @@ def _measure(
         path,
         tables=tables,
         copies=find_copies(tables),
-        captions=list_captions(tables),
+        captions=list_captions(tables, counters),
         counters=counters,
     )

@@ -1,10 +1,13 @@
 """Findings about LoRA files: modules without effect, one loud block, and two files that clash."""
 
+import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from data_tools.report.diagnosis.finding import Finding
+from modules.command import quote_command
 from modules.console import format_count
 from modules.errors import CheckpointError
 from networks.block_changes import compute_inner_product, compute_overlaps, list_block_changes
@@ -17,19 +20,31 @@ ONE_BLOCK = 0.6  # fraction of the squared norm in a single block
 MIN_BLOCKS = 4  # with fewer blocks, one naturally has most of the norm
 OVERLAP = 0.25  # cosine of two LoRAs' changes; independent ones have almost 0
 LOUD = 4.0  # how many times as large one LoRA's change is as the other's
+# modules that read the text and no pixel: the text's stream of blocks with two, keys and values of attention
+# to the text, and what the text passes before the blocks
+_TEXT_MODULE = re.compile(
+    r"(?:^|_)(?:txt|txtmlp|txtfusion|(?<!time_)text|context|cap_embedder|llm_adapter|llm_cond)(?:_|$)"
+    r"|(?:cross_attn|crossattn|attn2|cross_attention)_(?:to_)?(?:k|v|kv|key|value)(?:_img|_proj)?$"
+    r"|attn_(?:add_[qkv]_proj|to_add_out)$"
+)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared by identity: a file may be used beside itself
 class MeasuredLora:
     """A LoRA file with its changes of weights, by module."""
 
     path: Path
     deltas: Mapping[str, Delta]  # of the transformer
     text_deltas: Mapping[str, Delta]  # of text encoders
+    multiplier: float = 1.0  # strength at which the file is used
 
 
-def measure_lora(path: Path) -> MeasuredLora:
+def measure_lora(path: Path, multiplier: float = 1.0) -> MeasuredLora:
     """Read a LoRA file of any program.
+
+    Args:
+        path: The file.
+        multiplier: Strength at which it is used.
 
     Raises:
         CheckpointError: If the file is missing, damaged, not a LoRA, or has a LoRA for each of two experts.
@@ -39,6 +54,7 @@ def measure_lora(path: Path) -> MeasuredLora:
         path,
         deltas=read_deltas(lora.modules()),
         text_deltas=read_deltas(group_by_module(lora.text_tensors)),
+        multiplier=multiplier,
     )
 
 
@@ -54,6 +70,18 @@ def find_lora_findings(lora: MeasuredLora) -> Iterator[Finding]:
             "encoders, and none of the network that draws.",
             meaning="It can only choose among what the model draws already.",
             remedy="Train without --network_train_text_encoder_only.",
+        )
+        return
+    if all(_TEXT_MODULE.search(name) for name in lora.deltas):
+        yield Finding(
+            "lora-texts-only",
+            lora.path.name,
+            figure=0,
+            limit=1,
+            text=f"All {format_count(len(lora.deltas), 'module')} of {lora.path.name} read the text, such as "
+            f"{next(iter(lora.deltas))}; none changes what is drawn.",
+            meaning="It can only choose among what the model draws already.",
+            remedy="Train without include_patterns and exclude_patterns in --network_args.",
         )
         return
     changes = list_block_changes(lora.deltas)
@@ -82,8 +110,8 @@ def find_lora_findings(lora: MeasuredLora) -> Iterator[Finding]:
             text=f"{largest.squared_norm / total:.0%} of the change of {lora.path.name} is in "
             f"{largest.block}, one of {format_count(len(changes), 'block')}.",
             meaning="A single block that changes so far distorts pictures before the others have learned.",
-            remedy="Train with a lower learning rate, or leave out this block with --network_args "
-            "exclude_patterns.",
+            remedy="Train with a lower learning rate, or weaken the block in this file: "
+            + _weaken_command(lora, largest.block, strength=0.5),
         )
 
 
@@ -96,24 +124,32 @@ def find_pair_findings(first: MeasuredLora, second: MeasuredLora) -> Iterator[Fi
             second.path,
         )
     sizes = [
-        sum(change.squared_norm for change in list_block_changes(lora.deltas)) ** 0.5
+        abs(lora.multiplier) * sum(change.squared_norm for change in list_block_changes(lora.deltas)) ** 0.5
         for lora in (first, second)
     ]
     small, large = sorted(zip(sizes, (first, second), strict=True), key=lambda pair: pair[0])
     if small[0] and large[0] > LOUD * small[0]:
+        quiet, loud = small[1], large[1]
+        # rounded so that the ratio does not exceed the limit
+        ratio = large[0] / small[0] / LOUD
+        lower = {loud: math.floor(100 * loud.multiplier / ratio) / 100, quiet: quiet.multiplier}
+        higher = {loud: loud.multiplier, quiet: math.ceil(100 * quiet.multiplier * ratio) / 100}
         yield Finding(
             "loras-loud",
-            large[1].path.name,
+            loud.path.name,
             figure=large[0] / small[0],
             limit=LOUD,
-            text=f"{large[1].path.name} changes the weights {large[0] / small[0]:.1f} times as far as "
-            f"{small[1].path.name}.",
-            meaning=f"Beside it {small[1].path.name} is hardly seen.",
-            remedy=f"Generate with --lora_multiplier below 1 for {large[1].path.name}, or above 1 for "
-            f"{small[1].path.name}; compare makes the grid.",
+            text=f"{loud.path.name} changes the weights {large[0] / small[0]:.1f} times as far as "
+            f"{quiet.path.name}.",
+            meaning=f"Beside it {quiet.path.name} is hardly seen.",
+            remedy=f"Generate with --lora_multiplier {lower[first]:g} {lower[second]:g}, or "
+            f"{higher[first]:g} {higher[second]:g}, for --lora_weight {first.path.name} {second.path.name}; "
+            "tools/judge_loras.py --beside finds the highest strength that keeps what was learned.",
         )
     overlaps = compute_overlaps(first.deltas, second.deltas)
     block, overlap = max(overlaps.items(), key=lambda item: abs(item[1]), default=("", 0.0))
+    if first.multiplier * second.multiplier < 0:
+        overlap = -overlap
     if abs(overlap) > OVERLAP:
         effect = (
             "the same direction: together they overshoot"
@@ -128,5 +164,15 @@ def find_pair_findings(first: MeasuredLora, second: MeasuredLora) -> Iterator[Fi
             text=f"In {block}, the changes of {first.path.name} and {second.path.name} have a cosine of "
             f"{overlap:.2f}.",
             meaning=f"They pull the same weights in {effect}.",
-            remedy="Lower --lora_multiplier of both until samples are clean.",
+            remedy="Lower --lora_multiplier of both until samples are clean, or leave the block out of one: "
+            + _weaken_command(second, block, strength=0),
         )
+
+
+def _weaken_command(lora: MeasuredLora, block: str, strength: float) -> str:
+    """Return the command that writes the file with another strength of one block."""
+    name, _, number = block.rpartition("_")
+    typed = f"{name}:{number}={strength:g}" if number.isdigit() else f"{block}={strength:g}"
+    output = lora.path.with_name(f"{lora.path.stem}-weaker.safetensors")
+    words = ["tools/blocks.py", str(lora.path), "--lora_blocks", typed, "--output", str(output)]
+    return quote_command(["python", *words])

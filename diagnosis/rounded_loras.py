@@ -1,6 +1,6 @@
 """Findings about LoRAs of which little is left once they are merged and rounded to the model's dtype."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,13 +34,18 @@ class RoundedLora:
         )
 
 
-def measure_rounded_loras(dit: Path, paths: Sequence[Path]) -> list[RoundedLora]:
+def measure_rounded_loras(dit: Path, multipliers: Mapping[Path, float]) -> list[RoundedLora]:
     """Measure what is left of one or two LoRA files in the weights of a transformer, by dtype and file.
+
+    Args:
+        dit: Transformer file with 16-bit weights.
+        multipliers: Strengths of the files, by path.
 
     Raises:
         CheckpointError: If a file cannot be read or does not fit, or if the transformer is stored in 8 bits.
     """
-    loras = [WeightedLora(read_lora(path)) for path in paths]
+    paths = list(multipliers)
+    loras = [WeightedLora(read_lora(path), multiplier) for path, multiplier in multipliers.items()]
     alone = [measure_kept_shares(dit, [lora]) for lora in loras]
     together = measure_kept_shares(dit, loras) if len(loras) > 1 else None
     rounded = []

@@ -17,7 +17,7 @@ from data_tools.report.diagnosis.trigger_words import find_trigger_findings
 from data_tools.report.findings import indent
 from data_tools.report.page import STDOUT
 from diagnosis.datasets import read_dataset, read_project_dataset
-from diagnosis.loras import find_lora_findings, find_pair_findings, measure_lora
+from diagnosis.loras import MeasuredLora, find_lora_findings, find_pair_findings, measure_lora
 from diagnosis.rounded_loras import find_rounding_findings, measure_rounded_loras
 from diagnosis.training_runs import find_run_findings
 from modules.atomic_write import write_text
@@ -27,6 +27,7 @@ from modules.errors import OptionError
 from modules.options import Options, option
 from modules.text_files import parse_toml, read_text
 from networks.block_changes import compute_overlaps, compute_shared_parts, list_block_changes
+from networks.use_options import multipliers_for
 from project.options import RUN_FILE
 from training.config_options import PROJECT_TABLE
 from training.reports.history import END, history_path
@@ -44,6 +45,11 @@ class DiagnoseOptions(Options, title="what to diagnose"):
         place="there",
     )
     with_lora: Path | None = option("a second LoRA file that is used together with the first", place="file")
+    lora_multiplier: tuple[float, ...] = option(
+        "strength of each LoRA: of the first one, then of --with_lora",
+        default=(1.0, 1.0),
+        needs="with_lora",
+    )
     dit: Path | None = option(
         "transformer file with 16-bit weights: says how much of the LoRA is left if it is merged into them "
         "and rounded, alone and together with --with_lora",
@@ -75,7 +81,7 @@ def run_diagnosis(options: DiagnoseOptions) -> None:
         DatasetError: If the dataset cannot be read.
         CheckpointError: If the LoRA file cannot be read.
     """
-    diagnoses = list_diagnoses(options.path, options.with_lora, options.dit)
+    diagnoses = list_diagnoses(options.path, options.with_lora, options.dit, options.lora_multiplier)
     if options.json is not None:
         content = {
             "findings": [asdict(finding) for diagnosis in diagnoses for finding in diagnosis.findings],
@@ -93,19 +99,28 @@ def run_diagnosis(options: DiagnoseOptions) -> None:
     sys.stdout.write(wrap_text(text, terminal_width(sys.stdout)) + "\n")
 
 
-def list_diagnoses(path: Path, second_lora: Path | None = None, dit: Path | None = None) -> list[Diagnosis]:
+def list_diagnoses(
+    path: Path,
+    second_lora: Path | None = None,
+    dit: Path | None = None,
+    multipliers: Sequence[float] = (),
+) -> list[Diagnosis]:
     """Diagnose a path: a described folder, a dataset file, a run or a LoRA file.
 
     Args:
         path: The file or folder.
         second_lora: A LoRA file that is used together with the LoRA file `path`; None for none.
         dit: Transformer file into which LoRA files may be merged; None if nothing is said about it.
+        multipliers: Strengths of both LoRA files; 1 where none is given.
 
     Raises:
         OptionError: If the path is anything else, or a file is given that belongs to a LoRA file.
     """
     if path.suffix in SUFFIXES or (path / "adapter_config.json").exists():
-        return [_diagnose_loras(path, second_lora, dit)]
+        files = [path, *([] if second_lora is None else [second_lora])]
+        strengths = multipliers_for(files, multipliers, "--lora_multiplier")
+        loras = [measure_lora(file, strength) for file, strength in zip(files, strengths, strict=True)]
+        return [_diagnose_loras(loras, dit)]
     if second_lora is not None:
         raise OptionError(f"--with_lora {second_lora}: it is compared with a LoRA file, and {path} is none")
     if dit is not None:
@@ -118,6 +133,12 @@ def list_diagnoses(path: Path, second_lora: Path | None = None, dit: Path | None
     if path.suffix in DATASET_SUFFIXES:
         return [_diagnose_dataset(read_dataset(path))]
     if path.is_dir():
+        if not any(path.glob(f"*{END}")) and (files := sorted(path.glob("*.safetensors"))):
+            raise OptionError(
+                f"{path} has no history of a run (...{END}), which other programs and --no_page do not "
+                "write: its losses are unknown. Its LoRA files can be diagnosed one by one, such as "
+                f"{files[-1]}"
+            )
         return [_diagnose_run(path)]
     raise OptionError(
         f"{path}: pass a folder that `new` described, a dataset file (.toml or .json), a run's folder or its "
@@ -167,17 +188,16 @@ def _diagnose_run(path: Path) -> Diagnosis:
     return Diagnosis(f"the run {run.history}", list(find_run_findings(run)))
 
 
-def _diagnose_loras(path: Path, second_path: Path | None, dit: Path | None) -> Diagnosis:
+def _diagnose_loras(loras: Sequence[MeasuredLora], dit: Path | None) -> Diagnosis:
     """Diagnose a LoRA file, alone or together with a second one, and merged into a transformer."""
-    lora = measure_lora(path)
+    lora, *others = loras
     changes = list_block_changes(lora.deltas)
     rows: list[dict[str, Any]] = [
         {"block": change.block, "modules": change.num_modules, "norm": change.squared_norm**0.5}
         for change in changes
     ]
     findings = list(find_lora_findings(lora))
-    if second_path is not None:
-        second = measure_lora(second_path)
+    for second in others:
         findings += find_pair_findings(lora, second)
         overlaps = compute_overlaps(lora.deltas, second.deltas)
         shared_parts = compute_shared_parts(lora.deltas, second.deltas)
@@ -188,7 +208,7 @@ def _diagnose_loras(path: Path, second_path: Path | None, dit: Path | None) -> D
             row["shared"] = shared_parts.get(row["block"])
     remarks = []
     if dit is not None:
-        kept = measure_rounded_loras(dit, [path, *([] if second_path is None else [second_path])])
+        kept = measure_rounded_loras(dit, {each.path: each.multiplier for each in loras})
         findings += find_rounding_findings(kept)
         remarks += [share.describe() for share in kept]
     num_unknown = sum(change.num_unknown for change in changes)
@@ -197,7 +217,7 @@ def _diagnose_loras(path: Path, second_path: Path | None, dit: Path | None) -> D
             f"The change of {format_count(num_unknown, 'module')} depends on the weights of the model (DoRA, "
             "OFT), so that their norms are unknown."
         )
-    return Diagnosis(f"the LoRA {path}", findings, remarks, rows)
+    return Diagnosis(f"the LoRA {lora.path}", findings, remarks, rows)
 
 
 def _describe(diagnosis: Diagnosis) -> list[str]:

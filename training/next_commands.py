@@ -31,7 +31,7 @@ from protocols.full_model import trains_checkpoint
 from runtime.options import say_for_generation
 from training.options import ScriptOption, TrainingOptions
 from training.plan import TrainingPlan
-from training.reports.history import AVERAGE, PageCommand
+from training.reports.history import AVERAGE, THIS_RUN, PageCommand
 from training.saving.files import state_pattern
 from training.saving.options import LATEST_ONLY
 
@@ -156,7 +156,7 @@ class NextSteps:
                 commands += [self._make_plain(path, plain_kind) for path in self._list_files(file)]
             elif self.converted_for and self._needs_conversion(lora):
                 commands += [self._convert_names(path) for path in self._list_files(file)]
-        return [*commands, _command("This run, as it was started", self._run_arguments())]
+        return [*commands, _command(THIS_RUN, self._run_arguments())]
 
     @property
     def _sampled_suffix(self) -> str:

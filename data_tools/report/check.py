@@ -208,7 +208,7 @@ def check_caching(
     balance_regularization(tables)
     tail = [_describe_training_epoch(tables)] if scope.media else []
     if counters.by_encoder:
-        captions = list_captions(tables)
+        captions = list_captions(tables, dict(counters.by_encoder))
         dataset = MeasuredDataset(config.path, tables, (), captions, dict(counters.by_encoder))
         for finding in (*find_trigger_findings(dataset), *find_caption_findings(dataset)):
             tail += finding.lines

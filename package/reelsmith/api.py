@@ -214,20 +214,25 @@ def merge(*, callback: Callback | None = None, **options: Any) -> Path:
 
 
 def diagnose(
-    path: str | Path, *, with_lora: str | Path | None = None, dit: str | Path | None = None
+    path: str | Path,
+    *,
+    with_lora: str | Path | None = None,
+    lora_multiplier: Sequence[float] = (),
+    dit: str | Path | None = None,
 ) -> list[Finding]:
     """Return what keeps a LoRA from working, as `reelsmith diagnose PATH` prints it.
 
     Args:
         path: A folder that `new` described, a dataset file, the folder or history of a run, or a LoRA file.
         with_lora: A second LoRA file that is used together with the first.
+        lora_multiplier: Strengths of both LoRA files; 1 where none is given.
         dit: A transformer file with 16-bit weights, into which the LoRA files may be merged.
 
     Raises:
         UserError: If the path is anything else or cannot be read, with the message of the command.
     """
-    given = {"with_lora": with_lora, "dit": dit}
-    options = {name: file for name, file in given.items() if file is not None}
+    given = {"with_lora": with_lora, "lora_multiplier": [*lora_multiplier] or None, "dit": dit}
+    options = {name: value for name, value in given.items() if value is not None}
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "findings.json"
         command("diagnose", path, json=target, **options).wait()

@@ -31,6 +31,7 @@ MAX_STEPS = 10**15
 LOSS = "validation/loss"
 METRICS = "pairs"  # key of additional values of features in the line of a step; a historical name
 AVERAGE = "-ema"  # in the name of a saved file: it contains the average of the weights
+THIS_RUN = "This run, as it was started"  # title of the command that started a run
 WORKFLOW = ".workflow.json"  # suffix of a ComfyUI workflow next to the files of a save; removed with them
 # lines on memory, as the page names them
 PREDICTED, HIGHEST = "a training step, predicted", "highest of the run with samples, measured"

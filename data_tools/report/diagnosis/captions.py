@@ -4,7 +4,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
-from data_tools.report.diagnosis.contract import DatasetCaption, MeasuredDataset
+from data_tools.report.diagnosis.contract import EMPTY_WORDS, DatasetCaption, MeasuredDataset
 from data_tools.report.diagnosis.finding import Finding
 from modules.text_files import read_if_object
 
@@ -13,49 +13,6 @@ PHRASE_FRACTION = 0.9  # of the captions that contain a phrase
 MAX_PHRASE_WORDS = 8
 MIN_CONTENT_WORDS = 2  # of a phrase; a single one is often the class word, which belongs in every caption
 CUT_FRACTION = 0.1  # of the captions that an encoder cuts
-# words that carry no content of their own, or only say what kind of picture it is
-_EMPTY_WORDS = frozenset(
-    [
-        "a",
-        "an",
-        "the",
-        "of",
-        "in",
-        "on",
-        "at",
-        "to",
-        "and",
-        "or",
-        "with",
-        "is",
-        "are",
-        "be",
-        "it",
-        "its",
-        "this",
-        "that",
-        "by",
-        "for",
-        "from",
-        "as",
-        "into",
-        "onto",
-        "his",
-        "her",
-        "their",
-        "photo",
-        "picture",
-        "image",
-        "video",
-        "clip",
-        "drawing",
-        "painting",
-        "illustration",
-        "style",
-        "shot",
-        "scene",
-    ]
-)
 _WORD = re.compile(r"\w+(?:['-]\w+)*")
 
 
@@ -79,7 +36,7 @@ def _find_shared_phrases(captions: Sequence[DatasetCaption], trigger_word: str) 
                 for end in range(start + 1, min(start + MAX_PHRASE_WORDS, len(clause)) + 1):
                     captions_by_phrase[clause[start:end]].add(index)
     frequent = {
-        phrase: len(indices)
+        phrase: indices
         for phrase, indices in captions_by_phrase.items()
         if len(indices) >= PHRASE_FRACTION * len(texts) and _count_content(phrase) >= MIN_CONTENT_WORDS
     }
@@ -90,18 +47,22 @@ def _find_shared_phrases(captions: Sequence[DatasetCaption], trigger_word: str) 
         if any(text in longer for longer in reported):
             continue
         reported.append(text)
-        share = frequent[phrase] / len(texts)
+        indices = frequent[phrase]
+        share = len(indices) / len(texts)
+        lacking = [caption for index, caption in enumerate(texts) if index not in indices]
+        others = f", not in {lacking[0].path.name}" if len(lacking) == 1 else ""
         learned = f"the word {trigger_word}" if trigger_word else "the LoRA alone"
         yield Finding(
             "caption-phrase",
             text,
             figure=share,
             limit=PHRASE_FRACTION,
-            text=f'"{text}" stands in {share:.0%} of {len(texts)} captions.',
+            text=f'"{text}" stands in {share:.0%} of {len(texts)} captions{others}.',
             meaning=f"What the phrase describes is learned for the phrase, not for {learned}: without the "
             "phrase in the prompt it is weak.",
             remedy="Remove the phrase from the captions if it should always appear; keep it, and write it "
             "in prompts, if it should not.",
+            files=[str(texts[index].path) for index in sorted(indices)],
         )
 
 
@@ -117,7 +78,7 @@ def _split_clauses(text: str, trigger_word: str) -> Iterator[tuple[str, ...]]:
 
 
 def _count_content(phrase: Sequence[str]) -> int:
-    return sum(word not in _EMPTY_WORDS for word in phrase)
+    return sum(word not in EMPTY_WORDS for word in phrase)
 
 
 def _find_cut_captions(dataset: MeasuredDataset) -> Iterator[Finding]:
@@ -142,4 +103,5 @@ def _find_cut_captions(dataset: MeasuredDataset) -> Iterator[Finding]:
             f'{caption.path.name} before "{first_words}".{most_frequent}',
             meaning="The rest of these captions is never read.",
             remedy="Put what matters first, or shorten the captions.",
+            files=[str(caption.path) for caption, _ in cut],
         )

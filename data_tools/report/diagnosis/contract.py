@@ -1,5 +1,6 @@
 """What a diagnosis of a dataset reads and returns."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,17 @@ from protocols.rules import CountTokens
 
 MIN_SHARED = 0.9  # fraction of the captions that begin with a word which is then taken as the trigger word
 MIN_CAPTIONS = 3
-_ARTICLES = frozenset({"a", "an", "the"})
+MAX_NAMES = 5  # words with which the captions of one table begin in turn, such as the names of a family
+MIN_NAMED = 0.05  # fraction of the captions that begin with each of these
+# words that carry no content of their own, or only say what kind of picture it is
+_EMPTY = (
+    "a an the of in on at to and or with is are be it its this that there these by for from as into onto his "
+    "her their one two three photo photograph picture image video clip drawing painting illustration style "
+    "shot scene view close closeup close-up portrait selfie"
+)
+EMPTY_WORDS = frozenset(_EMPTY.split())
+# tags with which tagged captions begin, whatever the images show
+_FIRST_TAGS = frozenset({"1girl", "1boy", "2girls", "2boys", "solo", "masterpiece", "best"})
 
 
 @dataclass(frozen=True)
@@ -46,34 +57,71 @@ class MeasuredDataset:
         return list(dict.fromkeys(caption.trigger_word for caption in self.captions if caption.trigger_word))
 
 
-def list_captions(tables: Sequence[TableFindings]) -> list[DatasetCaption]:
-    """Return the captions of all tables as text encoders get them, with their trigger words.
+def list_captions(
+    tables: Sequence[TableFindings], counters: Mapping[str, CountTokens] | None = None
+) -> list[DatasetCaption]:
+    """Return the captions of all tables to train on as text encoders get them, with their trigger words.
 
-    Captions of a table without trigger_word get the word with which nearly all of them begin.
+    Captions of a table without trigger_word get the word of another table that nearly all of them contain,
+    else the word with which nearly all of them begin, or one of a few made-up names with which they begin in
+    turn. Only tokenizers (`counters`) tell names from other words.
     """
     captions = []
-    for findings in tables:
+    trained = [findings for findings in tables if not findings.table.learning.validation]
+    typed = {findings.table.captions.trigger_word for findings in trained} - {""}
+    for findings in trained:
         table = findings.table
         texts = [(source, text) for source in findings.sources for text in unvaried_captions(source)]
-        word = table.captions.trigger_word or _find_shared_beginning([text for _, text in texts])
+        words = [table.captions.trigger_word]
+        if not words[0] and not table.learning.is_reg:
+            all_texts = [text for _, text in texts]
+            shared = next((word for word in sorted(typed) if _is_in_most(word, all_texts)), None)
+            words = find_shared_beginnings(all_texts, counters or {}) if shared is None else [shared]
         for source, text in texts:
+            own_word = words[0]
+            if len(words) > 1:
+                own_word = next((word for word in words if _first_word(text) == word), "")
             captions.append(
                 DatasetCaption(
                     text,
                     path=source.caption_path or source.path,
                     table=table.name,
-                    trigger_word=word,
+                    trigger_word=own_word,
                     is_regularization=table.learning.is_reg,
                 )
             )
     return captions
 
 
-def _find_shared_beginning(captions: Sequence[str]) -> str:
-    """Return the word with which nearly all captions begin, the trigger word of most datasets; else ""."""
-    first_words = Counter(caption.split()[0].strip(",.:;") for caption in captions if caption.split())
-    if len(captions) < MIN_CAPTIONS or not first_words:
-        return ""
-    word, count = first_words.most_common(1)[0]
-    is_shared = count >= MIN_SHARED * len(captions) and word.lower() not in _ARTICLES
-    return word if is_shared else ""
+def _is_in_most(word: str, captions: Sequence[str]) -> bool:
+    pattern = re.compile(rf"(?<!\w){re.escape(word)}(?!\w)", re.IGNORECASE)
+    count = sum(pattern.search(caption) is not None for caption in captions)
+    return bool(captions) and count >= MIN_SHARED * len(captions)
+
+
+def find_shared_beginnings(captions: Sequence[str], counters: Mapping[str, CountTokens]) -> list[str]:
+    """Return the word, or the names, with which nearly all captions begin; [""] if there are none."""
+    first_words = Counter(_first_word(caption) for caption in captions if caption.split())
+    frequent = first_words.most_common(MAX_NAMES)
+    if len(captions) < MIN_CAPTIONS or not frequent:
+        return [""]
+    word, count = frequent[0]
+    if count >= MIN_SHARED * len(captions):
+        return [""] if word.lower() in EMPTY_WORDS | _FIRST_TAGS else [word]
+    names = [
+        word
+        for word, count in frequent
+        if count >= max(2, MIN_NAMED * len(captions)) and _is_made_up(word, counters)
+    ]
+    is_shared = sum(first_words[name] for name in names) >= MIN_SHARED * len(captions)
+    return names if is_shared and len(names) > 1 else [""]
+
+
+def _first_word(caption: str) -> str:
+    return caption.split()[0].strip(",.:;") if caption.split() else ""
+
+
+def _is_made_up(word: str, counters: Mapping[str, CountTokens]) -> bool:
+    """Return whether no tokenizer knows a word as one token; False if no tokenizer is known."""
+    num_pieces = [len(count_tokens(f"a {word}").pieces) - 1 for count_tokens in counters.values()]
+    return word.lower() not in EMPTY_WORDS | _FIRST_TAGS and min(num_pieces, default=0) > 1

@@ -1,5 +1,6 @@
 """What a diagnosis finds; standard library only, for `import reelsmith`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -14,6 +15,7 @@ class Finding:
     text: str  # a sentence with the figure
     meaning: str  # what follows for the training
     remedy: str  # the key, option or command that changes it
+    files: Sequence[str] = ()  # captions or media files that the remedy is about, if they are some of many
 
     @property
     def lines(self) -> list[str]:

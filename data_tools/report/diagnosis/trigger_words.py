@@ -2,18 +2,29 @@
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from data_tools.report.diagnosis.contract import MeasuredDataset
+from data_tools.report.diagnosis.contract import DatasetCaption, MeasuredDataset
 from data_tools.report.diagnosis.finding import Finding
 from modules.console import format_count
 from protocols.rules import CountTokens, TextPiece
 
 MAX_PIECES = 3  # of a trigger word in each tokenizer
 MIN_PRESENT = 0.9  # fraction of captions that should contain the trigger word
-# syllables of proposed words: pronounceable, and rare as words of any language that models were trained on
-_FIRST = ("zw", "vr", "kn", "qu", "xy", "dj", "gl", "sk")
-_SECOND = ("olf", "ax", "ime", "upp", "ert", "ong", "ibb", "azz")
+# syllables of proposed words: together they are pronounceable, and rare as words of any language
+_FIRST = (
+    *("zw", "vr", "kn", "qu", "xy", "dj", "gl", "sk", "ar", "or", "ul", "en", "la", "mo", "ri", "ve"),
+    *("nav", "lar", "spe", "th", "wid"),
+)
+_SECOND = ("olf", "ax", "ime", "upp", "ert", "ong", "ibb", "azz", "ape", "own", "eld", "ush", "oud", "ane")
+# number of a token / highest number of a token of made-up words, from which it is rare. In CLIP's tokenizer
+# it is 0.98 for the single tokens sks and ohwx, which many take for want of a meaning, and 0.6 for goku
+RARE = 0.95
+# words for the sex of a person that stand directly behind the trigger word, as in `ohwx man`
+_MEN = frozenset({"man", "boy", "guy", "gentleman", "male"})
+_WOMEN = frozenset({"woman", "girl", "lady", "female"})
+MIN_SUBJECT = 0.2  # fraction of the captions that name the rarer of two subjects
+MIN_NAMED = 0.8  # fraction of the captions that name one of them
 
 
 def find_trigger_findings(dataset: MeasuredDataset) -> Iterator[Finding]:
@@ -22,6 +33,7 @@ def find_trigger_findings(dataset: MeasuredDataset) -> Iterator[Finding]:
         if dataset.counters:
             yield from _find_cut_words(word, dataset)
         yield from _find_missing_words(word, dataset)
+        yield from _find_two_subjects(word, dataset)
 
 
 def cut_into_pieces(word: str, counters: Mapping[str, CountTokens]) -> dict[str, tuple[TextPiece, ...]]:
@@ -40,23 +52,53 @@ def cut_into_pieces(word: str, counters: Mapping[str, CountTokens]) -> dict[str,
 
 
 def propose_word(counters: Mapping[str, CountTokens], taken: Iterable[str]) -> str | None:
-    """Return a made-up word that every tokenizer cuts into two or three pieces of several letters; else None.
+    """Return a made-up word that every tokenizer cuts into two or three rare pieces of several letters.
+
+    Tokenizers number their pieces from frequent to rare ones, so that of all such words the one is taken
+    whose most frequent piece has the highest number, relative to the highest of all.
 
     Args:
         counters: Token counters of all text encoders, by name.
         taken: Texts that must not contain the word.
+
+    Returns:
+        The word; None if there is no such word.
     """
     texts = "\n".join(taken).lower()
-    for first, second in itertools.product(_FIRST, _SECOND):
-        word = first + second
-        pieces_by_encoder = cut_into_pieces(word, counters)
-        is_rare = all(
+    candidates = _cut_candidates(counters)
+    highest = _find_highest_numbers(candidates)
+    fitting = {
+        word: pieces_by_encoder
+        for word, pieces_by_encoder in candidates.items()
+        if word not in texts
+        and all(
             1 < len(pieces) <= MAX_PIECES and all(len(piece.text.strip()) > 1 for piece in pieces)
             for pieces in pieces_by_encoder.values()
         )
-        if is_rare and pieces_by_encoder and word not in texts:
-            return word
-    return None
+    }
+
+    def measure_rarity(word: str) -> float:
+        return min(
+            piece.id / highest[encoder] for encoder, pieces in fitting[word].items() for piece in pieces
+        )
+
+    return max(fitting, key=measure_rarity, default=None)
+
+
+def _cut_candidates(counters: Mapping[str, CountTokens]) -> dict[str, dict[str, tuple[TextPiece, ...]]]:
+    """Return the pieces of each made-up word, by encoder; nothing if no encoder says what its tokens are."""
+    words = [first + second for first, second in itertools.product(_FIRST, _SECOND)]
+    cut = {word: cut_into_pieces(word, counters) for word in words}
+    return {word: pieces_by_encoder for word, pieces_by_encoder in cut.items() if pieces_by_encoder}
+
+
+def _find_highest_numbers(candidates: Mapping[str, Mapping[str, Sequence[TextPiece]]]) -> dict[str, int]:
+    """Return the highest number of a piece by encoder, about the size of its vocabulary; at least 1."""
+    highest: dict[str, int] = {}
+    for pieces_by_encoder in candidates.values():
+        for encoder, pieces in pieces_by_encoder.items():
+            highest[encoder] = max(highest.get(encoder, 1), *(piece.id for piece in pieces))
+    return highest
 
 
 def _find_cut_words(word: str, dataset: MeasuredDataset) -> Iterator[Finding]:
@@ -64,13 +106,6 @@ def _find_cut_words(word: str, dataset: MeasuredDataset) -> Iterator[Finding]:
     pieces_by_encoder = cut_into_pieces(word, dataset.counters)
     if not pieces_by_encoder:
         return
-    proposal = propose_word(dataset.counters, [caption.text for caption in dataset.captions])
-    change = (
-        "Choose a made-up word of two syllables" if proposal is None else f"Take a word such as {proposal}"
-    )
-    remedy = (
-        f"{change}: write it in the captions and as trigger_word in {dataset.path.name}, and cache again."
-    )
     encoder, pieces = max(pieces_by_encoder.items(), key=lambda item: len(item[1]))
     if len(pieces) > MAX_PIECES * len(word.split()):
         listed = ", ".join(piece.text.strip() for piece in pieces)
@@ -81,19 +116,41 @@ def _find_cut_words(word: str, dataset: MeasuredDataset) -> Iterator[Finding]:
             limit=MAX_PIECES * len(word.split()),
             text=f"{encoder} reads the trigger word {word} as {len(pieces)} pieces: {listed}.",
             meaning="Single letters and digits stand in many other prompts: their meaning hardly changes.",
-            remedy=remedy,
+            remedy=_propose_change(dataset),
         )
     # several words may well contain known ones: `zwolf cat` has the class word
-    if len(word.split()) == 1 and word.isalpha() and all(len(p) == 1 for p in pieces_by_encoder.values()):
+    is_token = len(word.split()) == 1 and all(len(pieces) == 1 for pieces in pieces_by_encoder.values())
+    if is_token and word.isalpha() and not _is_rare(pieces_by_encoder, dataset.counters):
         yield Finding(
             "trigger-known",
             word,
             figure=1,
             limit=2,
-            text=f"All text encoders know the trigger word {word} as a single token.",
+            text=f"All text encoders know the trigger word {word} as a single token, which is none of their "
+            "rarest.",
             meaning="The model has a meaning for it, which the training must first overcome.",
-            remedy=remedy,
+            remedy=_propose_change(dataset),
         )
+
+
+def _is_rare(
+    pieces_by_encoder: Mapping[str, Sequence[TextPiece]], counters: Mapping[str, CountTokens]
+) -> bool:
+    """Return whether all pieces are among the last ones of their tokenizers."""
+    highest = _find_highest_numbers(_cut_candidates(counters))
+    return all(
+        piece.id >= RARE * highest.get(encoder, piece.id + 1)
+        for encoder, pieces in pieces_by_encoder.items()
+        for piece in pieces
+    )
+
+
+def _propose_change(dataset: MeasuredDataset) -> str:
+    proposal = propose_word(dataset.counters, [caption.text for caption in dataset.captions])
+    change = (
+        "Choose a made-up word of two syllables" if proposal is None else f"Take a word such as {proposal}"
+    )
+    return f"{change}: write it in the captions and as trigger_word in {dataset.path.name}, and cache again."
 
 
 def _find_missing_words(word: str, dataset: MeasuredDataset) -> Iterator[Finding]:
@@ -112,23 +169,25 @@ def _find_missing_words(word: str, dataset: MeasuredDataset) -> Iterator[Finding
             f"{without[0].path.name}.",
             meaning="What these images show is learned for all prompts, not for the word.",
             remedy=f"Add the word to these captions, or set trigger_word in {dataset.path.name}.",
+            files=[str(caption.path) for caption in without],
         )
     other_capitals = [
-        match[0]
+        (match[0], str(caption.path))
         for caption in dataset.captions
         for match in in_any_case.finditer(caption.text)
         if match[0] != word
     ]
-    if other_capitals and _tells_capitals(word, other_capitals[0], dataset.counters):
+    if other_capitals and _tells_capitals(word, other_capitals[0][0], dataset.counters):
         yield Finding(
             "trigger-capitals",
             word,
             figure=len(other_capitals),
             limit=1,
             text=f"Captions spell the trigger word {word} differently "
-            f"{format_count(len(other_capitals), 'time')}, as {other_capitals[0]}.",
+            f"{format_count(len(other_capitals), 'time')}, as {other_capitals[0][0]}.",
             meaning="To the text encoder these are different words; each learns a part.",
             remedy="Spell the word the same in every caption.",
+            files=list(dict.fromkeys(path for _, path in other_capitals)),
         )
     # regularization images, and images of another concept
     others = [
@@ -145,7 +204,39 @@ def _find_missing_words(word: str, dataset: MeasuredDataset) -> Iterator[Finding
             f"{shared[0].table}, such as {shared[0].path.name}.",
             meaning="The word learns what these images show as well, and the concepts blend.",
             remedy="Remove the word from those captions.",
+            files=[str(caption.path) for caption in shared],
         )
+
+
+def _find_two_subjects(word: str, dataset: MeasuredDataset) -> Iterator[Finding]:
+    """Yield a finding if the same word stands before `man` in some captions and before `woman` in others."""
+    pattern = re.compile(rf"(?<!\w){re.escape(word)}\s+(\w+)", re.IGNORECASE)
+    captions = [caption for caption in dataset.learned_captions if caption.trigger_word == word]
+    men: list[DatasetCaption] = []
+    women: list[DatasetCaption] = []
+    for caption in captions:
+        following = {match.lower() for match in pattern.findall(caption.text)}
+        if following & _MEN and not following & _WOMEN:
+            men.append(caption)
+        elif following & _WOMEN and not following & _MEN:
+            women.append(caption)
+    rarer = min(men, women, key=len)
+    if len(rarer) < max(2, MIN_SUBJECT * len(captions)) or len(men + women) < MIN_NAMED * len(captions):
+        return
+    proposal = propose_word(dataset.counters, [caption.text for caption in dataset.captions])
+    other = "a word of their own" if proposal is None else f"a word of their own, such as {proposal}"
+    yield Finding(
+        "trigger-subjects",
+        word,
+        figure=len(rarer) / len(captions),
+        limit=MIN_SUBJECT,
+        text=f"The trigger word {word} stands for a man in {len(men)} captions and for a woman in "
+        f"{len(women)}.",
+        meaning="The word alone gives a mixture of both persons.",
+        remedy=f"Write {other} in place of {word} in the {len(rarer)} captions, such as "
+        f"{rarer[0].path.name}.",
+        files=[str(caption.path) for caption in rarer],
+    )
 
 
 def _tells_capitals(word: str, other: str, counters: Mapping[str, CountTokens]) -> bool:
