@@ -4,7 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +177,15 @@ def _diagnose_project(folder: Path) -> list[Diagnosis]:
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise OptionError(f"{path} is not in the form that `new` writes ({error}). Run `new` again") from None
     dataset = read_project_dataset(folder, commands)
-    diagnoses = [] if dataset is None else [_diagnose_dataset(dataset)]
+    diagnoses = []
+    if dataset is not None:
+        diagnosis = _diagnose_dataset(dataset)
+        # paths of the dataset are relative to the folder
+        findings = [
+            replace(finding, files=[str(folder / file) for file in finding.files])
+            for finding in diagnosis.findings
+        ]
+        diagnoses.append(replace(diagnosis, findings=findings))
     if history.exists():
         diagnoses.append(_diagnose_run(history))
     return diagnoses

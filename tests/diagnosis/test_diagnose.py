@@ -92,7 +92,7 @@ def test_a_token_that_is_among_the_rarest_is_no_known_word() -> None:
         (dataset([text.replace("zwolf", "cat") for text in SOUND], "cat"), "trigger-known"),
         (dataset([*SOUND[:6], *SUBJECTS[6:]]), "trigger-missing"),
         (dataset(SOUND, regularization=["zwolf, a man", "a man"]), "trigger-shared"),
-        (dataset([f"{text}, before a white wall" for text in SOUND]), "caption-phrase"),
+        (dataset([f"{text}, with round glasses" for text in SOUND]), "caption-phrase"),
         (
             dataset([SOUND[n].replace(",", (" man,", " woman,")[n % 2]) for n in range(12)]),
             "trigger-subjects",
@@ -137,9 +137,9 @@ def test_pieces_and_phrases_are_named_with_their_figures() -> None:
     assert pieces.text == "clip reads the trigger word mmx26 as 5 pieces: m, m, x, 2, 6."
     assert (pieces.figure, pieces.limit) == (5, 3)
     assert "zwolf" in pieces.remedy  # z and w are one piece, olf another: both rare, and no caption has it
-    captions = [f"{text}, before a white wall" for text in SOUND[:11]] + [SOUND[11]]
+    captions = [f"{text}, with round glasses" for text in SOUND[:11]] + [SOUND[11]]
     (phrase,) = find_caption_findings(dataset(captions))
-    assert phrase.subject == "before a white wall"
+    assert phrase.subject == "with round glasses"
     assert phrase.figure == pytest.approx(11 / 12)
     # in fewer captions it is no fault
     assert find_ids(dataset([*captions[:9], *SOUND[9:]])) == []
@@ -152,6 +152,7 @@ def test_pieces_and_phrases_are_named_with_their_figures() -> None:
         ([f"This image shows {subject}" for subject in SUBJECTS], [""]),
         ([f"1girl, solo, {subject}" for subject in SUBJECTS], [""]),
         ([f"{('zwan', 'vrax')[n % 3 == 0]}, {SUBJECTS[n]}" for n in range(12)], ["zwan", "vrax"]),
+        ([f"zwan, {subject}" for subject in SUBJECTS[:8]] + [*SUBJECTS[8:]], ["zwan"]),  # the others lack it
         ([f"{('cat', 'dog')[n % 3 == 0]}, {SUBJECTS[n]}" for n in range(12)], [""]),  # known words
         (SUBJECTS, [""]),
     ],
@@ -247,8 +248,7 @@ def test_a_background_that_captions_name_or_a_mask_hides_is_no_finding(
     for number in range(12):
         caption = tmp_path / f"{number}.txt"
         caption.write_text(f"zwolf, {SUBJECTS[number]} on a white background", encoding="utf-8")
-    # it is a phrase of all captions now, which prompts may have or not
-    assert found_ids(config, capsys) == ["caption-phrase"]
+    assert found_ids(config, capsys) == []
 
 
 def test_tables_of_one_concept_share_its_word_and_validation_is_not_learned(

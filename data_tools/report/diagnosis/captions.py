@@ -4,7 +4,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
-from data_tools.report.diagnosis.contract import EMPTY_WORDS, DatasetCaption, MeasuredDataset
+from data_tools.report.diagnosis.contract import EMPTY_WORDS, GROUND, DatasetCaption, MeasuredDataset
 from data_tools.report.diagnosis.finding import Finding
 from modules.text_files import read_if_object
 
@@ -38,7 +38,9 @@ def _find_shared_phrases(captions: Sequence[DatasetCaption], trigger_word: str) 
     frequent = {
         phrase: indices
         for phrase, indices in captions_by_phrase.items()
-        if len(indices) >= PHRASE_FRACTION * len(texts) and _count_content(phrase) >= MIN_CONTENT_WORDS
+        if len(indices) >= PHRASE_FRACTION * len(texts)
+        and _count_content(phrase) >= MIN_CONTENT_WORDS
+        and not GROUND.search(" ".join(phrase))
     }
     reported: list[str] = []
     for phrase in sorted(frequent, key=lambda phrase: (-len(phrase), phrase)):

@@ -11,6 +11,8 @@ from dataset.sources.remarks import unvaried_captions
 from protocols.rules import CountTokens
 
 MIN_SHARED = 0.9  # fraction of the captions that begin with a word which is then taken as the trigger word
+# the same for a made-up word: the other captions may lack it by mistake
+MIN_MADE_UP = 0.6
 MIN_CAPTIONS = 3
 MAX_NAMES = 5  # words with which the captions of one table begin in turn, such as the names of a family
 MIN_NAMED = 0.05  # fraction of the captions that begin with each of these
@@ -21,6 +23,12 @@ _EMPTY = (
     "shot scene view close closeup close-up portrait selfie"
 )
 EMPTY_WORDS = frozenset(_EMPTY.split())
+# words for a background: which all images may share, so that all captions should name it
+GROUND = re.compile(
+    r"\b(backgrounds?|backdrops?|ground|walls?|floors?|rooms?|indoors?|outdoors?|studio|sky|kitchen|office|"
+    r"street|forest|beach|snow|grass|field|garden|park|sea|ocean|desert|city|stage)\b",
+    re.IGNORECASE,
+)
 # tags with which tagged captions begin, whatever the images show
 _FIRST_TAGS = frozenset({"1girl", "1boy", "2girls", "2boys", "solo", "masterpiece", "best"})
 
@@ -113,8 +121,9 @@ def find_shared_beginnings(captions: Sequence[str], counters: Mapping[str, Count
         for word, count in frequent
         if count >= max(2, MIN_NAMED * len(captions)) and _is_made_up(word, counters)
     ]
-    is_shared = sum(first_words[name] for name in names) >= MIN_SHARED * len(captions)
-    return names if is_shared and len(names) > 1 else [""]
+    named = sum(first_words[name] for name in names)
+    is_shared = named >= (MIN_MADE_UP if len(names) == 1 else MIN_SHARED) * len(captions)
+    return names if names and is_shared else [""]
 
 
 def _first_word(caption: str) -> str:

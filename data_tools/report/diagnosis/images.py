@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.report.diagnosis.contract import DatasetCaption, MeasuredDataset
+from data_tools.report.diagnosis.contract import GROUND, DatasetCaption, MeasuredDataset
 from data_tools.report.diagnosis.finding import Finding
 from data_tools.report.findings import TableFindings
 from data_tools.report.looks import COLOR_SIDE, Inspection
@@ -27,11 +27,6 @@ GROUND_FRACTION = 0.9  # of the files with the same background
 SAME_GROUND = 0.08
 MIN_EDGES = 0.75  # fraction of the parts of an edge that agree; the subject may reach over the others
 NAMED_GROUND = 0.5  # fraction of the captions that name the background
-_GROUND = re.compile(
-    r"\b(backgrounds?|backdrops?|ground|walls?|floors?|rooms?|indoors?|outdoors?|studio|sky|kitchen|office|"
-    r"street|forest|beach|snow|grass|field|garden|park|sea|ocean|desert|city|stage)\b",
-    re.IGNORECASE,
-)
 # words for what a crop removes first: above and below, and on the left and right
 _UPRIGHT = re.compile(
     r"\b(full[- ]body|head to toe|feet|foot|shoes?|boots?|socks|legs|hats?|caps?|crown|standing|sky)\b",
@@ -93,7 +88,7 @@ def _find_same_background(
     values = np.stack(list(edges.values()))
     agrees = np.abs(values - np.median(values, axis=0)).max(axis=2) <= SAME_GROUND
     is_same = agrees.mean(axis=1) >= MIN_EDGES
-    num_named = sum(_GROUND.search(caption.text) is not None for caption in captions)
+    num_named = sum(GROUND.search(caption.text) is not None for caption in captions)
     if is_same.mean() < GROUND_FRACTION or num_named >= NAMED_GROUND * len(captions):
         return
     yield Finding(
@@ -106,7 +101,7 @@ def _find_same_background(
         meaning="What every image has and no caption says is learned as a part of the concept.",
         remedy="Name the background in these captions, such as on a white background; or add files with "
         "others, or masks of the subject (tools/mask.py).",
-        files=[str(caption.path) for caption in captions if not _GROUND.search(caption.text)],
+        files=[str(caption.path) for caption in captions if not GROUND.search(caption.text)],
     )
 
 
