@@ -123,6 +123,12 @@ def find_pair_findings(first: MeasuredLora, second: MeasuredLora) -> Iterator[Fi
             "for different parts of one.",
             second.path,
         )
+    yield from _find_loud_lora(first, second)
+    yield from _find_overlap(first, second)
+
+
+def _find_loud_lora(first: MeasuredLora, second: MeasuredLora) -> Iterator[Finding]:
+    """Yield a finding if one LoRA changes the weights much further than the other."""
     sizes = [
         abs(lora.multiplier) * sum(change.squared_norm for change in list_block_changes(lora.deltas)) ** 0.5
         for lora in (first, second)
@@ -132,8 +138,9 @@ def find_pair_findings(first: MeasuredLora, second: MeasuredLora) -> Iterator[Fi
         quiet, loud = small[1], large[1]
         # rounded so that the ratio does not exceed the limit
         ratio = large[0] / small[0] / LOUD
-        lower = {loud: math.floor(100 * loud.multiplier / ratio) / 100, quiet: quiet.multiplier}
-        higher = {loud: loud.multiplier, quiet: math.ceil(100 * quiet.multiplier * ratio) / 100}
+        lower = {loud: math.trunc(100 * loud.multiplier / ratio) / 100, quiet: quiet.multiplier}
+        raised = math.ceil(100 * abs(quiet.multiplier) * ratio) / 100
+        higher = {loud: loud.multiplier, quiet: math.copysign(raised, quiet.multiplier)}
         yield Finding(
             "loras-loud",
             loud.path.name,
@@ -146,6 +153,10 @@ def find_pair_findings(first: MeasuredLora, second: MeasuredLora) -> Iterator[Fi
             f"{higher[first]:g} {higher[second]:g}, for --lora_weight {first.path.name} {second.path.name}; "
             "tools/judge_loras.py --beside finds the highest strength that keeps what was learned.",
         )
+
+
+def _find_overlap(first: MeasuredLora, second: MeasuredLora) -> Iterator[Finding]:
+    """Yield a finding about the block in which two LoRAs are most alike, or most opposed."""
     overlaps = compute_overlaps(first.deltas, second.deltas)
     block, overlap = max(overlaps.items(), key=lambda item: abs(item[1]), default=("", 0.0))
     if first.multiplier * second.multiplier < 0:
