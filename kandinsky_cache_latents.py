@@ -1,4 +1,4 @@
-"""Encode the images and clips of a dataset with Kandinsky's VAE, for training."""
+"""Encode the images and clips of a dataset with Kandinsky's VAE, and the sound of clips, for training."""
 
 import modules.interpreter  # noqa: F401
 from dataset.scripts import caching_script

@@ -1,4 +1,4 @@
-"""Generate videos and images with Kandinsky 5."""
+"""Generate videos and images with Kandinsky 5, and videos with sound with Kandinsky 6."""
 
 from dataclasses import replace
 
@@ -22,6 +22,7 @@ DEFAULTS = ScriptDefaults(
         "video_size": "size in pixels; default: the task's, or of the image that the clip begins with"
     },
     has_second_prompt=True,
+    has_sound=True,
     line_options=GENERATION_OPTIONS,
     riflex_frequencies=8,
     spellings={

@@ -1,4 +1,4 @@
-"""Fine-tune the whole transformer of Kandinsky 5."""
+"""Fine-tune the whole transformer of Kandinsky 5 or 6."""
 
 import modules.interpreter  # noqa: F401
 from training.scripts import training_script

@@ -1,4 +1,4 @@
-"""Train a LoRA for Kandinsky 5."""
+"""Train a LoRA for Kandinsky 5 or 6."""
 
 import modules.interpreter  # noqa: F401
 from training.scripts import training_script

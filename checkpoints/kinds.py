@@ -30,7 +30,6 @@ NOT_YET_BY_NAME: Marks = (
 # tensors of one. Sources: the classes of diffusers 0.42, the keys in its `single_file_utils`, and the tensor
 # lists of released files
 UNSUPPORTED_MODELS: Marks = (
-    ("audio_pooled_text_embeddings.in_layer.weight", f"the transformer of Kandinsky 6, {_NOT_YET}"),
     (
         "time_embeddings.timestep_embedder.linear_1.weight",
         f"the upscaling transformer of Kandinsky 6, {_NOT_YET}",

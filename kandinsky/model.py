@@ -6,6 +6,7 @@ float32. Everything else, including the residual stream, computes in the dtype o
 """
 # Letters: B batch, L tokens of the clip, T of the text, N heads, D head width, C = N * D
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor, nn
 
-from kandinsky.configs import PATCH, KandinskyConfig
+from kandinsky.configs import PATCH, KandinskyConfig, KandinskyStream
 from kandinsky.spec import DIT
 from modules.attention.attend import CombineAttention, SampleLengths, attend, make_lengths
 from modules.devices import send_ahead
@@ -47,6 +48,7 @@ from runtime.run_blocks import BlockNetwork, Hidden
 TEXT_ROWS = 6  # that modulate a block for text: shift, scale and gate of attention, then of feed-forward
 VISUAL_ROWS = 9  # of a block for clips: of self-attention, attention to the text, and feed-forward
 FINAL_ROWS = 2  # shift and scale
+BlockSizes = KandinskyConfig | KandinskyStream  # widths of the blocks of a stream, and epsilons
 
 
 class ScaledGrid(NamedTuple):
@@ -55,6 +57,7 @@ class ScaledGrid(NamedTuple):
     sizes: tuple[int, int, int]  # frames, rows, columns
     scale: float  # positions of rows and columns are divided by it
     slow: SlowedFrequency | None = None  # lowered frequency of the frame axis
+    ends_with_image: bool = False  # one more frame follows, with the position of the first
 
 
 class TextTokens(NamedTuple):
@@ -106,31 +109,31 @@ class Float32Linear(nn.Linear):
 
 
 class KandinskyModulation(nn.Module):
-    """Shifts, scales and gates of a block, from the embedded time: `rows` tensors, each B 1 C float32."""
+    """Shifts, scales and gates of a block, from the embedded time: a B 1 C float32 for each of `widths`."""
 
-    def __init__(self, config: KandinskyConfig, rows: int) -> None:
+    def __init__(self, time_dim: int, *widths: int) -> None:
         super().__init__()
-        self.rows = rows
-        self.out_layer = Float32Linear(config.time_dim, rows * config.dim)
+        self.widths = widths
+        self.out_layer = Float32Linear(time_dim, sum(widths))
 
     def forward(self, time: Tensor) -> tuple[Tensor, ...]:
         """Return the rows of modulation for embedded times, B time_dim."""
-        rows: tuple[Tensor, ...] = (
-            self.out_layer(functional.silu(time)).float().unsqueeze(1).chunk(self.rows, dim=2)
-        )
-        return rows
+        rows: Tensor = self.out_layer(functional.silu(time)).float().unsqueeze(1)
+        return rows.split(self.widths, dim=2)
 
 
 class KandinskyAttention(nn.Module):
     """Attention whose queries and keys are normalized in each head."""
 
-    def __init__(self, config: KandinskyConfig) -> None:
+    def __init__(self, sizes: BlockSizes, attended_dim: int | None = None) -> None:
+        """Build the layers. `attended_dim` is the width of the attended tokens; None: that of all tokens."""
         super().__init__()
-        dim = config.dim
-        self.head_width = config.head_width
-        self.to_query, self.to_key, self.to_value = (nn.Linear(dim, dim) for _ in range(3))
-        self.query_norm = RMSNorm(config.head_width, config.head_eps)
-        self.key_norm = RMSNorm(config.head_width, config.head_eps)
+        dim = sizes.dim
+        self.head_width = sizes.head_width
+        self.to_query = nn.Linear(dim, dim)
+        self.to_key, self.to_value = (nn.Linear(attended_dim or dim, dim) for _ in range(2))
+        self.query_norm = RMSNorm(sizes.head_width, sizes.head_eps)
+        self.key_norm = RMSNorm(sizes.head_width, sizes.head_eps)
         self.out_layer = nn.Linear(dim, dim)
 
     def query(self, x: Tensor) -> Tensor:
@@ -154,10 +157,10 @@ class KandinskyAttention(nn.Module):
 class KandinskyFeedForward(nn.Module):
     """Two layers without bias around the exact GELU."""
 
-    def __init__(self, config: KandinskyConfig) -> None:
+    def __init__(self, sizes: BlockSizes) -> None:
         super().__init__()
-        self.in_layer = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.out_layer = nn.Linear(config.ffn_dim, config.dim, bias=False)
+        self.in_layer = nn.Linear(sizes.dim, sizes.ffn_dim, bias=False)
+        self.out_layer = nn.Linear(sizes.ffn_dim, sizes.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the feed-forward to x, B L C."""
@@ -167,13 +170,13 @@ class KandinskyFeedForward(nn.Module):
 class KandinskyTextBlock(nn.Module):
     """Self-attention and feed-forward of a text, modulated by the time: the text changes in every step."""
 
-    def __init__(self, config: KandinskyConfig) -> None:
+    def __init__(self, sizes: BlockSizes) -> None:
         super().__init__()
-        self.text_modulation = KandinskyModulation(config, TEXT_ROWS)
-        self.self_attention_norm = Float32LayerNorm(config.dim, config.eps)
-        self.self_attention = KandinskyAttention(config)
-        self.feed_forward_norm = Float32LayerNorm(config.dim, config.eps)
-        self.feed_forward = KandinskyFeedForward(config)
+        self.text_modulation = KandinskyModulation(sizes.time_dim, *[sizes.dim] * TEXT_ROWS)
+        self.self_attention_norm = Float32LayerNorm(sizes.dim, sizes.eps)
+        self.self_attention = KandinskyAttention(sizes)
+        self.feed_forward_norm = Float32LayerNorm(sizes.dim, sizes.eps)
+        self.feed_forward = KandinskyFeedForward(sizes)
 
     def forward(
         self, text: TextTokens, time: Tensor, dtype: torch.dtype, attention: AttentionChoice
@@ -190,28 +193,40 @@ class KandinskyTextBlock(nn.Module):
         return text._replace(states=add_gated(x, feed_gate, self.feed_forward(h)))
 
 
+class AttendedTokens(NamedTuple):
+    """The tokens of a block after its attention, and what the rest of the block takes."""
+
+    x: Tensor  # B L C
+    text_input: Tensor  # B L C: normalized and modulated tokens that attended to the text
+    feed_rows: list[Tensor]  # shift, scale and gate of the feed-forward
+
+
 class KandinskyVisualBlock(nn.Module):
     """Self-attention, attention to the text and feed-forward, each modulated by the time."""
 
-    def __init__(self, config: KandinskyConfig) -> None:
+    def __init__(self, sizes: BlockSizes) -> None:
         super().__init__()
-        self.visual_modulation = KandinskyModulation(config, VISUAL_ROWS)
-        self.self_attention_norm = Float32LayerNorm(config.dim, config.eps)
-        self.self_attention = KandinskyAttention(config)
-        self.cross_attention_norm = Float32LayerNorm(config.dim, config.eps)
-        self.cross_attention = KandinskyAttention(config)
-        self.feed_forward_norm = Float32LayerNorm(config.dim, config.eps)
-        self.feed_forward = KandinskyFeedForward(config)
+        self.visual_modulation = KandinskyModulation(sizes.time_dim, *[sizes.dim] * VISUAL_ROWS)
+        self.self_attention_norm = Float32LayerNorm(sizes.dim, sizes.eps)
+        self.self_attention = KandinskyAttention(sizes)
+        self.cross_attention_norm = Float32LayerNorm(sizes.dim, sizes.eps)
+        self.cross_attention = KandinskyAttention(sizes)
+        self.feed_forward_norm = Float32LayerNorm(sizes.dim, sizes.eps)
+        self.feed_forward = KandinskyFeedForward(sizes)
 
     def forward(self, x: Tensor, tokens: KandinskyTokens) -> Tensor:
         """Apply the block to tokens x, B L C."""
+        attended = self.attend(x, tokens)
+        return self.feed(attended.x, tokens.dtype, *attended.feed_rows)
+
+    def attend(self, x: Tensor, tokens: KandinskyTokens) -> AttendedTokens:
+        """Apply self-attention and the attention to the text to tokens x, B L C."""
         rows = self.visual_modulation(tokens.time)
         shift, scale, gate, cross_shift, cross_scale, cross_gate, *feed_rows = rows
         h = modulate(self.self_attention_norm(x), shift, scale, tokens.dtype)
         x = add_gated(x, gate, self._attend_to_clip(h, tokens))
         h = modulate(self.cross_attention_norm(x), cross_shift, cross_scale, tokens.dtype)
-        x = add_gated(x, cross_gate, self._attend_to_text(h, tokens))
-        return self.feed(x, tokens.dtype, *feed_rows)
+        return AttendedTokens(add_gated(x, cross_gate, self._attend_to_text(h, tokens)), h, feed_rows)
 
     def modulated_input(self, x: Tensor, tokens: KandinskyTokens) -> Tensor:
         """Return the block's input x, B L C, normalized and modulated as self-attention takes it."""
@@ -272,14 +287,14 @@ class KandinskyTextEmbedding(nn.Module):
 class KandinskyFinalLayer(nn.Module):
     """Norm that the time modulates, and projection to patches."""
 
-    def __init__(self, config: KandinskyConfig) -> None:
+    def __init__(self, sizes: BlockSizes, out_channels: int) -> None:
         super().__init__()
-        self.modulation = KandinskyModulation(config, FINAL_ROWS)
-        self.norm = Float32LayerNorm(config.dim, config.eps)
-        self.out_layer = nn.Linear(config.dim, PATCH**2 * config.out_channels)
+        self.modulation = KandinskyModulation(sizes.time_dim, *[sizes.dim] * FINAL_ROWS)
+        self.norm = Float32LayerNorm(sizes.dim, sizes.eps)
+        self.out_layer = nn.Linear(sizes.dim, out_channels)
 
     def forward(self, x: Tensor, tokens: KandinskyTokens) -> Tensor:
-        """Return the patches of the velocity for tokens x, B L C to B L 4*out_channels float32."""
+        """Return the patches of the velocity for tokens x, B L C to B L out_channels float32."""
         shift, scale = self.modulation(tokens.time)
         return run_in_weight_dtype(self.out_layer, modulate(self.norm(x), shift, scale, tokens.dtype)).float()
 
@@ -322,7 +337,7 @@ class KandinskyModel(BlockNetwork):
         self.visual_transformer_blocks = nn.ModuleList(
             KandinskyVisualBlock(config) for _ in range(config.num_layers)
         )
-        self.out_layer = KandinskyFinalLayer(config)
+        self.out_layer = KandinskyFinalLayer(config, PATCH**2 * config.out_channels)
         self._rotary = GridTable[ScaledGrid](self._make_table)
         self._text_rotary = GridTable[int](self._make_text_table)
 
@@ -375,7 +390,16 @@ class KandinskyModel(BlockNetwork):
         time = time + self.pooled_text_embeddings(pooled)
         grid = (frames, height // PATCH, width // PATCH)
         texts = [
-            self._encode_text(prompt["text"], prompt["text_mask"], time, dtype)
+            encode_text(
+                prompt["text"],
+                prompt["text_mask"],
+                self.text_embeddings,
+                self.text_transformer_blocks,
+                self._text_rotary,
+                time=time,
+                dtype=dtype,
+                attention=self.attention,
+            )
             for prompt in overrides.text_inputs(batch, text=text, text_mask=text_mask)
         ]
         tokens = KandinskyTokens(
@@ -391,17 +415,6 @@ class KandinskyModel(BlockNetwork):
             combine_attention=overrides.combine_attention,
         )
         return Hidden(x, tokens)
-
-    def _encode_text(self, states: Tensor, mask: Tensor, time: Tensor, dtype: torch.dtype) -> TextTokens:
-        """Run the blocks for text over the states of a language model, B T text_dim."""
-        counts = tuple(int(count) for count in mask.sum(dim=1))  # the mask is on the host
-        longest = max(counts)
-        embedded = self.text_embeddings(states[:, :longest]).to(dtype)
-        lengths = make_lengths(counts, states.device) if min(counts) < longest else None
-        text = TextTokens(embedded, lengths, self._text_rotary.get_table(longest, states.device))
-        for block in self.text_transformer_blocks:
-            text = block(text, time, dtype, self.attention)
-        return text
 
     def unembed(self, x: Tensor, tokens: KandinskyTokens) -> Tensor:
         """Turn tokens B L C into the velocity, B 16 F H W float32; 0 for clean input frames."""
@@ -422,21 +435,61 @@ class KandinskyModel(BlockNetwork):
         return torch.cat([torch.zeros_like(velocity[:, :, :count]), velocity[:, :, count:]], dim=2)
 
     def _make_table(self, grid: ScaledGrid, /, *, device: torch.device) -> Tensor:
-        """Return cosines and sines of the angles of a clip's tokens, L 1 D/2 2 float32."""
-        scales = (1.0, grid.scale, grid.scale)
-        slowed = (grid.slow, None, None)
-        axes = []
-        for size, width, scale, slow in zip(
-            grid.sizes, self.config.rotary_widths, scales, slowed, strict=True
-        ):
-            positions = torch.arange(size, dtype=torch.float64) / scale
-            axes.append(_place(rotation_angles(positions, width, THETA, slow), device))
-        return spread_over_grid(axes).unsqueeze(1)
+        return make_clip_table(self.config.rotary_widths, grid, device)
 
     def _make_text_table(self, length: int, /, *, device: torch.device) -> Tensor:
         """Return cosines and sines of the positions of a text's tokens, T 1 D/2 2 float32."""
         return consecutive_rotations(0, length, self.config.head_width, THETA, device).unsqueeze(1)
 
 
-def _place(angles: Tensor, device: torch.device) -> Tensor:
-    return send_ahead(cos_and_sin(angles).float(), device)
+def encode_text(
+    states: Tensor,
+    mask: Tensor,
+    embeddings: nn.Module,
+    blocks: Iterable[nn.Module],
+    table: GridTable[int],
+    *,
+    time: Tensor,
+    dtype: torch.dtype,
+    attention: AttentionChoice,
+) -> TextTokens:
+    """Run the blocks for text over the states of a language model.
+
+    Args:
+        states: B T text_dim.
+        mask: B T, true for real tokens, which come first.
+        embeddings: Layer that projects the states to the width of the blocks.
+        blocks: The blocks.
+        table: Makes the rotations of a text of a given length.
+        time: Embedded times, B time_dim.
+        dtype: Dtype of activations between layers.
+        attention: How attention is computed.
+    """
+    counts = tuple(int(count) for count in mask.sum(dim=1))  # the mask is on the host
+    longest = max(counts)
+    embedded = embeddings(states[:, :longest]).to(dtype)
+    lengths = make_lengths(counts, states.device) if min(counts) < longest else None
+    text = TextTokens(embedded, lengths, table.get_table(longest, states.device))
+    for block in blocks:
+        text = block(text, time, dtype, attention)
+    return text
+
+
+def make_clip_table(widths: tuple[int, int, int], grid: ScaledGrid, device: torch.device) -> Tensor:
+    """Return cosines and sines of the angles of a clip's tokens, L 1 D/2 2 float32.
+
+    Args:
+        widths: Channels of a head for frames, rows and columns.
+        grid: Sizes and scale of the positions.
+        device: Device of the table.
+    """
+    scales = (1.0, grid.scale, grid.scale)
+    slowed = (grid.slow, None, None)
+    axes: list[Tensor] = []
+    for size, width, scale, slow in zip(grid.sizes, widths, scales, slowed, strict=True):
+        positions = torch.arange(size, dtype=torch.float64) / scale
+        if grid.ends_with_image and not axes:
+            positions = torch.cat([positions, positions[:1]])
+        angles = cos_and_sin(rotation_angles(positions, width, THETA, slow))
+        axes.append(send_ahead(angles.float(), device))
+    return spread_over_grid(axes).unsqueeze(1)

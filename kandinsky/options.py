@@ -1,4 +1,4 @@
-"""Kandinsky's own options for caching, training and generation. Standard library only."""
+"""Options of Kandinsky 5 and 6 for caching, training and generation. Standard library only."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +10,7 @@ from modules.option_values import Placeholder
 from modules.options import (
     DECODING_SETTING,
     FREE,
+    HABIT,
     IDENTITY,
     NO_PIXELS,
     REQUEST_SETTING,
@@ -23,8 +24,9 @@ from modules.speed_options import VaeOptions, dit_dtype_option, fp8_text_option,
 _TOKENIZER = "tokenizer: folder or file; default: in or next to the encoder's folder, else from the hub"
 _TASK = (
     "use of the model, which sets defaults: lite or pro, from text (t2v) or an image (i2v), 5 or 10 seconds, "
-    "sd or hd; t2i makes images; default: what the size of --dit and its name say"
+    "sd or hd; t2i makes images, k6 clips with sound; default: what the size of --dit and its name say"
 )
+_SOUND = "of Kandinsky 6: folder audio_vae of its release, whose config.json has the scale of the latents"
 
 
 def _task_option(**facts: Any) -> Any:
@@ -41,6 +43,28 @@ class KandinskyVaeOptions(Options):
         maximum=100_000,
         facts=NO_PIXELS,
     )
+    audio_vae: Path | None = option(
+        f"VAE of the sound {_SOUND}; without it, clips have no sound", facts=DECODING_SETTING, often=True
+    )
+
+
+class KandinskyDecodingOptions(KandinskyVaeOptions):
+    """Paths of the VAEs and of the vocoder, to generate clips."""
+
+    vocoder: Path | None = option(
+        "vocoder of Kandinsky 6: folder vocoder of its release, which turns spectrograms into sound",
+        needs="audio_vae",
+        facts=DECODING_SETTING,
+        often=True,
+    )
+
+    def command_options(self) -> dict[str, Any]:
+        """Return options for a printed command that decodes with the same networks."""
+        return {
+            **self.file.command_options(),
+            "--audio_vae": self.audio_vae,
+            "--vocoder": self.vocoder,
+        }
 
 
 class KandinskyTextOptions(Options):
@@ -112,7 +136,7 @@ class KandinskyModelOptions(Options, title=NAME):
     task: str | None = _task_option(facts={**IDENTITY, **REQUEST_SETTING})
     dit: Path | None = option("transformer checkpoint", facts=FREE, often=True)  # resume compares its name
     dit_dtype: str | None = dit_dtype_option()
-    vae: KandinskyVaeOptions = option(facts={**FREE, **DECODING_SETTING})
+    vae: KandinskyDecodingOptions = option(facts={**FREE, **DECODING_SETTING})
     text: KandinskyTextOptions = option(facts=FREE)
     sparse: KandinskySparseOptions
 
@@ -127,6 +151,12 @@ class KandinskyTrainingOptions(KandinskyModelOptions, title=NAME):
         minimum=0,
         maximum=1,
         facts=IDENTITY,
+    )
+    audio_loss_weight: float = option(
+        "weight of the audio loss; clips without audio have none",
+        default=1.0,
+        minimum=0,
+        facts=HABIT,
     )
 
     def __post_init__(self) -> None:
@@ -153,7 +183,8 @@ class KandinskyGenerationOptions(KandinskyModelOptions, title=NAME):
 def caching_options(options: KandinskyTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return a training run's options for latent caching and for text caching, each by option name."""
     task = {"--task": options.task}
-    return {**task, **options.vae.file.command_options()}, {**task, **options.text.command_options()}
+    latents = {**task, **options.vae.file.command_options(), "--audio_vae": options.vae.audio_vae}
+    return latents, {**task, **options.text.command_options()}
 
 
 def generation_options(options: KandinskyTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,7 +196,7 @@ def generation_options(options: KandinskyTrainingOptions, sample: Mapping[str, A
     return {
         "--task": options.task,
         "--dit": options.dit or Placeholder("DIT_FILE"),
-        **options.vae.file.command_options(),
+        **options.vae.command_options(),
         **options.text.command_options(),
         "--dit_dtype": options.dit_dtype,
         "--image_path": image,

@@ -1,4 +1,4 @@
-"""Kandinsky 5 for code outside its models: sources, latent spaces, noise, names in the transformer."""
+"""Kandinsky 5 and 6 outside their models: sources, latent spaces, noise, names in the transformer."""
 
 from encoders.autoencoder import SCALE, SHIFT
 from encoders.pictures import PREVIEW_BIAS, PREVIEW_FACTORS
@@ -10,6 +10,12 @@ from protocols.rules import ModelRelease
 
 RELEASE = ModelRelease(
     ("kandinskylab/Kandinsky-5.0-T2V-Lite-sft-5s", "kandinskylab/Kandinsky-5.0-T2V-Pro-sft-5s"),
+    "MIT",
+    "mit",
+    "https://opensource.org/license/mit",
+)
+RELEASE_6 = ModelRelease(
+    ("kandinskylab/Kandinsky-6.0-Lite-5s-Diffusers", "kandinskylab/Kandinsky-6.0-Pro-5s-Diffusers"),
     "MIT",
     "mit",
     "https://opensource.org/license/mit",
@@ -51,4 +57,22 @@ DIT = DitSpec(
     # they compute in float32, and the released files have the modulation of all blocks in float32
     keep_float32=("time_embeddings.", "pooled_text_embeddings.", "out_layer.modulation."),
     keep_float32_layers=(".text_modulation.", ".visual_modulation."),
+)
+_BLOCKS_6 = ("visual_blocks",)
+_TEXT_BLOCKS_6 = ("video_text_transformer_blocks", "audio_text_transformer_blocks")
+DIT_6 = DitSpec(
+    block_lists=_BLOCKS_6,
+    further_blocks=_TEXT_BLOCKS_6,
+    lora_lists=_TEXT_BLOCKS_6,
+    lora_exclude=(".text_modulation", ".visual_modulation", ".va_modulation", ".av_modulation"),
+    shared_inputs=DIT.shared_inputs,
+    fp8_exclude=DIT.fp8_exclude,
+    input_layers=("visual_embeddings", "video_text_embeddings", "audio_text_embeddings"),
+    token_wise_methods=("feed",),
+    modulated_input="modulated_input",
+    keep_float32=(
+        *("video_time_embeddings.", "video_pooled_text_embeddings.", "out_layer.modulation."),
+        *("audio_time_embeddings.", "audio_pooled_text_embeddings.", "audio_outLayer.modulation."),
+    ),
+    keep_float32_layers=(".text_modulation.", ".visual_modulation.", ".va_modulation.", ".av_modulation."),
 )

@@ -58,6 +58,7 @@ CLIP_SETTINGS = LanguageEncoderSettings(
     states=(-1,),  # behind the final norm
     batch_size=1,  # so that a state does not depend on other prompts, to the last bit
 )
+AUDIO_SETTINGS = replace(CLIP_SETTINGS, max_length=1024)  # of Kandinsky 6
 IMAGE_SETTINGS = replace(CLIP_SETTINGS, template_prefix=_make_prefix(_IMAGE_LINES), num_dropped_tokens=41)
 POOLED_CLIP = ClipNaming(
     name="clip",
@@ -75,4 +76,6 @@ TEXT_KEYS = CLIP_SETTINGS.keys | POOLED_CLIP.keys
 
 def get_language_settings(task: KandinskyTask) -> LanguageEncoderSettings:
     """Return the template of a task and what is taken from the language model's states."""
-    return IMAGE_SETTINGS if task.makes_images else CLIP_SETTINGS
+    if task.makes_images:
+        return IMAGE_SETTINGS
+    return AUDIO_SETTINGS if task.has_audio else CLIP_SETTINGS

@@ -513,8 +513,10 @@ class AudioSpec:
     # (frames of the clip, frames per second) -> C T M of the latents. It must be picklable, because workers
     # receive it: no lambda
     shape: Callable[[int, float], tuple[int, int, int]]
-    modules: str = "audio"  # part of the path of each module that only clips with audio use
-    silent_option: str = "another model"  # for messages: the option for a run without audio
+    # parts of module paths: modules that only clips with audio use have one of them
+    modules: tuple[str, ...] = ("audio",)
+    # for messages: the option for a run without audio; "": clips may all be silent
+    silent_option: str = "another model"
     audio_only: bool = False  # whether only the audio of clips is trained
     time_axis: int = 1  # index of the axis of C T M that depends on the length of the clip
     # whether caches of latents also contain the clip's audio, or silence: `INNER_AUDIO` and `AUDIO_PRESENT`

@@ -119,7 +119,7 @@ class BlockNetwork(nn.Module):
         str
     ]  # a parameter that has the compute dtype in every file; others may be in 8 bits
     embed: Callable[..., Hidden]
-    unembed: Callable[[Tensor, Any], Tensor]  # takes the tokens after the blocks, and `Hidden.tokens`
+    unembed: Callable[[Tensor, Any], Any]  # takes the tokens after the blocks, and `Hidden.tokens`
 
     @property
     def compute_dtype(self) -> torch.dtype:

@@ -32,6 +32,7 @@ CONVERTED_FOR = {
     "ernie_image": "diffusers",
     "ideogram4": "diffusers",
     "kandinsky": "diffusers",
+    "kandinsky_6": "diffusers",
     "hunyuan_video_15": "comfyui",
     "flux_3": "diffusers",
 }
@@ -43,7 +44,7 @@ SIZE = ["--video_size", "32", "32", "--infer_steps", "2", "--guidance_scale", "3
 SLOW = {"framepack f1", "chroma", "kontext", "qwen_image edit-2511", "ltx_2"}
 # more latents and conditions of the same networks: tests/wan, tests/krea2, tests/parity
 SLOW |= {"wan t2v-1.3B-FC", "wan flf2v-14B", "wan i2v-14B-FC", "wan ti2v-5B", "skyreels i2v"}
-SLOW |= {"kandinsky i2v", "kandinsky image", "hunyuan_video_15 i2v"}
+SLOW |= {"kandinsky i2v", "kandinsky image", "kandinsky_6", "hunyuan_video_15 i2v"}
 SLOW |= {
     "framepack one frame",
     "krea2 edit",

@@ -45,6 +45,7 @@ TEXTS_IN_FP8 = {  # option, and the tensor in caches that it changes
     "ernie_image": ("--fp8_llm", "ministral3_embed"),
     "ideogram4": ("--fp8_vl", "i4_llm_features"),
     **dict.fromkeys(("kandinsky", "kandinsky i2v", "kandinsky image"), ("--fp8_vl", "text_embeds")),
+    "kandinsky_6": ("--fp8_vl", "text_embeds"),
     **dict.fromkeys(("hunyuan_video_15", "hunyuan_video_15 i2v"), ("--fp8_vl", "vl_embed")),
     "z_image": ("--fp8_llm", "llm_embed"),
     "flux": ("--fp8_t5", "t5_out"),

@@ -326,7 +326,9 @@ class TrainingRun:
         trainable = self.model.trainable
         if audio is not None and not audio.is_in_latent_cache:
             self.audio_parameters = frozenset(
-                parameter for parameter, name in trainable.names.items() if audio.modules in name
+                parameter
+                for parameter, name in trainable.names.items()
+                if any(part in name for part in audio.modules)
             )
         self.updates_all_parameters = not (
             trainable.by_expert or trainable.freeze_at_step or self.audio_parameters

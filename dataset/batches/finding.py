@@ -123,7 +123,10 @@ def _record_audio_need(found: FoundItems, audio: AudioSpec, encodes_while_traini
     # the audio of tables that are encoded during training is not known yet
     expects_audio_caches = not audio.is_in_latent_cache and not encodes_while_training
     if expects_audio_caches and found.items and not any(item.has_cached_audio for item in found.items):
-        found.trained_but_absent_audio = audio
+        if audio.silent_option:
+            found.trained_but_absent_audio = audio
+        else:
+            logger.info("No clip of the dataset has cached audio: only the video is trained")
 
 
 def _add_table(

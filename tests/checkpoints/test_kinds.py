@@ -37,7 +37,6 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("Cosmos3OmniTransformer", {"num_hidden_layers": 1}, "Cosmos 3"),
     ("GlmImageTransformer2DModel", ONE, "GLM-Image"),
     ("HiDreamImageTransformer2DModel", HIDREAM, "HiDream-I1"),
-    ("Kandinsky6Transformer3DModel", {"num_text_blocks": 1, "num_visual_blocks": 1}, "Kandinsky 6"),
     ("Kandinsky6SRTransformer3DModel", {"num_visual_blocks": 1}, "upscaling transformer of Kandinsky 6"),
     ("LTXVideoTransformer3DModel", ONE, "LTX-Video 0.9, a different network"),
     ("AutoencoderKLLTXVideo", {}, "a VAE of LTX-Video"),

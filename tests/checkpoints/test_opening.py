@@ -180,6 +180,7 @@ KINDS = {
     "hidream-o1": "a HiDream-O1-Image network",
     "ideogram4-dit": "an Ideogram 4 transformer",
     "kandinsky5": "a Kandinsky 5 transformer",
+    "kandinsky6": "a Kandinsky 6 transformer",
     "ministral": "language model",
     "moss-image-dit": "a MOSS-Image transformer",
     "moss-image-text-encoder": "a Qwen3.5 model",

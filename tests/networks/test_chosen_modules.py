@@ -61,6 +61,13 @@ LEARNING = {
     "kandinsky": "{text,visual}_transformer_blocks.{0,1}.self_attention.{to_query,to_key,to_value,out_layer} "
     "{text,visual}_transformer_blocks.{0,1}.feed_forward.{in_layer,out_layer} "
     "visual_transformer_blocks.{0,1}.cross_attention.{to_query,to_key,to_value,out_layer}",
+    "kandinsky_6": "{video,audio}_text_transformer_blocks.{0,1}.self_attention.{to_query,to_key,to_value} "
+    "{video,audio}_text_transformer_blocks.{0,1}.self_attention.out_layer "
+    "{video,audio}_text_transformer_blocks.{0,1}.feed_forward.{in_layer,out_layer} "
+    "visual_blocks.{0,1}.{videoT,audioT}.{self_attention,cross_attention}.{to_query,to_key,to_value} "
+    "visual_blocks.{0,1}.{videoT,audioT}.{self_attention,cross_attention}.out_layer "
+    "visual_blocks.{0,1}.{videoT,audioT}.feed_forward.{in_layer,out_layer} "
+    "visual_blocks.{0,1}.{va_cross_attention,av_cross_attention}.{to_query,to_key,to_value,out_layer}",
     "z_image": "layers.{0,1}.attention.{to_q,to_k,to_v,to_out.0} layers.{0,1}.feed_forward.{w1,w2,w3}",
     "krea2": "blocks.{0,1}.attn.{wq,wk,wv,gate,wo} blocks.{0,1}.mlp.{gate,up,down} "
     "txtfusion.{layerwise,refiner}_blocks.{0,1}.attn.{wq,wk,wv,gate,wo} "

@@ -23,6 +23,7 @@ from hunyuan_model.model import HunyuanVideoModel
 from hunyuan_video_15.model import HunyuanVideo15Model
 from ideogram4.model import Ideogram4Model
 from kandinsky.model import KandinskyModel
+from kandinsky.model_6 import Kandinsky6Model
 from krea2.model import Krea2Model
 from ltx_2.model import LtxModel
 from lumina.model import LuminaModel
@@ -47,6 +48,7 @@ from tests.tiny import (
     hunyuan_video_15,
     ideogram4,
     kandinsky,
+    kandinsky_6,
     krea2,
     lumina,
     moss_image,
@@ -467,6 +469,34 @@ def _kandinsky() -> TinyDit:
     return TinyDit("kandinsky", KandinskyModel.spec, make, "lora_kandinsky", inputs)
 
 
+class FlatKandinsky6(Kandinsky6Model):
+    """With the velocities of both streams as one tensor, B n, as the others have one."""
+
+    def forward(self, *given: Any, **named: Any) -> Tensor:
+        return torch.cat([one.flatten(1) for one in super().forward(*given, **named)], 1)
+
+
+def _kandinsky_6() -> TinyDit:
+    """With sound, a first image and texts of several lengths."""
+    config = kandinsky_6.CONFIG
+
+    def inputs(size: Size, batch: int) -> dict[str, Any]:
+        draw, (*grid, text) = _drawing(), size
+        return {
+            "noisy": draw(batch, config.out_channels, *grid),
+            "timesteps": torch.linspace(900.0, 100.0, batch),
+            "text": draw(batch, text, config.text_dim),
+            "text_mask": _mask(batch, text),
+            "pooled": draw(batch, config.pooled_dim),
+            "position_scale": 2.0,
+            "audio": draw(batch, config.audio_channels, 5, 1),
+            "image": draw(batch, config.out_channels, 1, *grid[1:]),
+        }
+
+    make = _maker(FlatKandinsky6, config, kandinsky_6.tiny_state, "num_layers")
+    return TinyDit("kandinsky_6", FlatKandinsky6.spec, make, "lora_kandinsky", inputs)
+
+
 def _hunyuan_video_15() -> TinyDit:
     """With a first frame, and with texts and glyphs of several lengths."""
     config = hunyuan_video_15.CONFIG
@@ -536,6 +566,7 @@ DITS = (
         _ernie_image(),
         _ideogram4(),
         _kandinsky(),
+        _kandinsky_6(),
         _hidream_o1(),
         _hunyuan_video_15(),
         _anima(),

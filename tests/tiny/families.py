@@ -27,6 +27,7 @@ from tests.tiny.hunyuan_image import write_tiny_hunyuan_image
 from tests.tiny.hunyuan_video_15 import write_tiny_hunyuan_video_15
 from tests.tiny.ideogram4 import write_tiny_ideogram4
 from tests.tiny.kandinsky import write_tiny_kandinsky
+from tests.tiny.kandinsky_6 import write_tiny_kandinsky_6
 from tests.tiny.krea2 import write_tiny_krea2
 from tests.tiny.lumina import write_tiny_lumina
 from tests.tiny.moss_image import write_tiny_moss_image
@@ -177,6 +178,38 @@ def _kandinsky(name: str, task: str, *, media: Command, line: str = "") -> TinyF
         changed_habit=["--dit_dtype", "bfloat16"],
         train_full="kandinsky_train.py",
         sample_line=f"{sample} --n dull {line}".strip(),
+    )
+
+
+def _kandinsky_6() -> TinyFamily:
+    """Every second clip has sound, and half of the batches begin with an image."""
+
+    def prepare(folder: Path, clips: WriteClips = write_clips) -> None:
+        write_tiny_kandinsky_6(folder / "model")
+        clips(folder / "clips")
+        for index in (0, 2):
+            write_media(folder / "clips" / f"clip {index}.mp4", Track(at=(0.2,)), frames=9, fps=16)
+        write_dataset(folder)
+        write_image(folder / "start.png", 32, 32)
+
+    texts = ["--text_encoder_qwen", "model/text_encoder", "--text_encoder_clip", "model/text_encoder_2"]
+    texts += ["--text_encoder_dtype", "float32"]
+    release = ["--task", "k6-lite-5s"]
+    sound = ["--audio_vae", "model/audio_vae"]
+    models = ["--dit", "model/dit.safetensors", *release, *VAE, *PRECISE, *sound, *texts]
+    models += ["--vocoder", "model/vocoder"]
+    return TinyFamily(
+        name="kandinsky_6",
+        prepare=prepare,
+        cache_latents=["kandinsky_cache_latents.py", *DATASET, *VAE, *PRECISE, *release, *sound],
+        cache_texts=["kandinsky_cache_text_encoder_outputs.py", *DATASET, *texts, *release],
+        train=["kandinsky_train_network.py", *models, *DATASET, "--sdpa", *_network("lora_kandinsky")]
+        + ["--first_frame_probability", "0.5"],
+        generate=["kandinsky_generate_video.py", *models, *START, "--negative_prompt", "dull", *LENGTH],
+        another_run=["--first_frame_probability", "1"],
+        changed_habit=["--audio_loss_weight", "2"],
+        train_full="kandinsky_train.py",
+        sample_line=f"{TinyFamily.sample_line} --n dull {FROM}".strip(),
     )
 
 
@@ -673,6 +706,7 @@ FAMILIES = (
     _kandinsky("kandinsky", "k5-lite-t2v-5s-sd", media=[]),
     _kandinsky("kandinsky i2v", "k5-lite-i2v-5s-sd", media=START, line=FROM),
     _kandinsky("kandinsky image", "k5-lite-t2i-hd", media=[]),
+    _kandinsky_6(),
     _hunyuan_video_15("hunyuan_video_15", "t2v", with_siglip=[], media=[]),
     _hunyuan_video_15("hunyuan_video_15 i2v", "i2v", with_siglip=SIGLIP, media=START, line=FROM),
     _framepack("framepack", switches=[], media=["--video_sections", "2"]),
@@ -729,6 +763,7 @@ def write_deep(family: TinyFamily, folder: Path, clips: WriteClips = write_clips
         "framepack": write_tiny_framepack,
         **dict.fromkeys(("kandinsky", "kandinsky i2v"), write_tiny_kandinsky),
         "kandinsky image": partial(write_tiny_kandinsky, kind="image"),
+        "kandinsky_6": write_tiny_kandinsky_6,
         "hunyuan_image": write_tiny_hunyuan_image,
         "flux": write_tiny_flux,
         "kontext": write_tiny_flux,

@@ -59,6 +59,10 @@ CASES |= {
         *("kandinsky", [], {}),
         {"steps": 50, "flow_shift": 10.0, "guidance_scale": (5.0,), "frames": 121, "fps": 24.0, "width": 768},
     ),
+    "kandinsky_6": (
+        *("kandinsky_6", [], {}),
+        {"steps": 50, "flow_shift": 5.0, "guidance_scale": (5.0,), "frames": 121, "fps": 24.0},
+    ),
     "kandinsky 10 seconds": (
         *("kandinsky", [], {"k5-lite-t2v-5s-sd": "k5-lite-t2v-10s-sd"}),
         {"frames": 241, "height": 512},

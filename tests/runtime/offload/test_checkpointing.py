@@ -38,6 +38,8 @@ ATTENTIONS = {
     "anima": (2, 0),
     "hidream_o1": (3, 0),  # of each of two samples to everything, and of their texts to themselves
     "hunyuan_video_15": (2, 0),
+    # of each stream to itself and to the other, and for each of two samples to its text
+    "kandinsky_6": (8, 4),
     "kandinsky": (3, 2),  # to the clip, and for each of two samples to few tokens of its text
 }
 LEARNS_BEFORE = {
