@@ -22,6 +22,23 @@ PATCH = 32  # edge of a token in pixels
 
 
 @dataclass(frozen=True)
+class HiDreamO1VisionConfig:
+    """Dimensions of the vision tower, read from a checkpoint's tensors and its config.json."""
+
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    position_side: int  # of the square grid of position embeddings
+    patch_size: int  # edge of a patch in pixels
+    frames: int  # of a patch; an image is equal ones
+    merge: int  # patches along each edge of a token
+    out_dim: int
+    # layers whose features are added behind the decoder's first layers, each by its own merger (DeepStack)
+    deep_layers: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class HiDreamO1Config:
     """Dimensions of a HiDream-O1-Image network, read from a checkpoint's tensors."""
 
@@ -37,6 +54,7 @@ class HiDreamO1Config:
     freq_dim: int = 256
     rope_theta: float = 5e6
     eps: float = 1e-6
+    vision: HiDreamO1VisionConfig | None = None  # None: the file has no vision tower
 
     kind = "t2i"
 
@@ -115,7 +133,7 @@ DIT = DitSpec(
         ("mlp.gate_proj", "mlp.up_proj"),
     ),
     fp8_exclude=("norm",),
-    lora_lists=("x_embedder", "final_layer2"),
+    lora_lists=("x_embedder", "final_layer2", "visual"),  # the last one is loaded only for edits
     token_wise_methods=("feed",),
     modulated_input="modulated_input",
     keep_float32=("t_embedder1.",),  # computes in float32; 0.2 % of the model

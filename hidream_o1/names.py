@@ -24,11 +24,20 @@ _MODULES = (
     *with_endings(_BLOCK, "self_attn.q_norm self_attn.k_norm input_layernorm post_attention_layernorm"),
     *with_endings("", "t_embedder1.mlp.0 t_embedder1.mlp.2 language_model.norm language_model.embed_tokens"),
 )
+# the vision tower, which only edits have
+_TOWER = (
+    *with_endings("visual.blocks.{n}.", "attn.qkv attn.proj mlp.linear_fc1 mlp.linear_fc2 norm1 norm2"),
+    *with_endings("visual.merger.", "linear_fc1 linear_fc2 norm"),
+    *with_endings("visual.deepstack_merger_list.{n}.", "linear_fc1 linear_fc2 norm"),
+    *with_endings("visual.", "patch_embed.proj pos_embed"),
+)
 HIDREAM_O1 = FamilyNames(
     "hidream_o1",
     "HiDream-O1-Image",
     # the class's names in the released folder, and musubi-tuner's in LoRA files
-    aliases=tuple((f"model.{path}", path) for path in _MODULES),
+    aliases=tuple((f"model.{path}", path) for path in (*_MODULES, *_TOWER)),
+    optional_paths=_TOWER,
+    optional_description="the vision tower, which the model has only with --task i2i",
     is_as_in_diffusers=True,
     underscored_names="aliases",
     dotted_in_comfyui=True,

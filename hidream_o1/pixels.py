@@ -31,7 +31,8 @@ class Pixels:
         Returns:
             B 3 F H W float16.
         """
-        return from_bytes(clips.to(self.device)).half()
+        # a memory plan sets the meta device, whose tensors it could not read again
+        return from_bytes(clips if self.device.type == "meta" else clips.to(self.device)).half()
 
     def decode(self, latents: Tensor) -> Tensor:
         """Limit pixels to -1..1, and return them in float32; B 3 F H W."""

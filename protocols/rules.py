@@ -452,6 +452,10 @@ class ReferenceRules:
     # whether a single reference keeps its own aspect ratio and is reduced to `area`
     keeps_aspect_ratio: bool = False
     max_area: int | None = None  # maximum number of pixels; None: the target's
+    # For models that resize each reference to a square's area, in its own aspect ratio, the less the more
+    # references there are: (largest number of references, side of the square in 64ths of the target's longer
+    # side), ascending by the number; the last side is for all larger numbers. (): the rules above
+    sides_by_count: tuple[tuple[int, int], ...] = ()
     # whether reference_directory and reference_path are supported, in addition to control media: a clip has
     # as many frames as its target, an image is one frame
     clips: bool = False
@@ -463,6 +467,17 @@ class ReferenceRules:
     control_masks: bool = False  # whether control_mask_directory and control_mask_path are supported
     # limit of the long side of references with `clips` that keep their own aspect ratio; 0: the target's size
     longest_side: int = 0
+
+    def find_side(self, count: int, target: tuple[int, int]) -> int | None:
+        """Return the side of the square whose area each of `count` references gets; None without such a rule.
+
+        `target` is the width and height of the image that they are references of.
+        """
+        if not self.sides_by_count:
+            return None
+        shares = [share for most, share in self.sides_by_count if count <= most]
+        share = shares[0] if shares else self.sides_by_count[-1][1]
+        return max(target) * share // 64
 
     @property
     def factors(self) -> tuple[int, int, int]:

@@ -44,6 +44,8 @@ class Hidden:
     tokens: Any  # a record of the other inputs; each model defines its class
     # for each block B L' C, added to the first L' tokens of its result; None: nothing is added
     block_residuals: Sequence[Tensor | None] = ()
+    # for each of the first blocks B T C, added to the last T tokens of its result (DeepStack)
+    text_residuals: Sequence[Tensor] = ()
     control_tokens: Tensor | None = (
         None  # B L C, input of the blocks of `DitSpec.side_list`; None: they do not run
     )
@@ -101,6 +103,10 @@ def _run_main_block(block: nn.Module, index: int, hidden: Hidden, overrides: Ove
         # residuals are for the first tokens; the remaining ones get zeros
         num_other_tokens = hidden.x.shape[1] - residual.shape[1]
         hidden.x = hidden.x + pad(residual.to(hidden.x.dtype), (0, 0, 0, num_other_tokens))
+    if index < len(hidden.text_residuals):
+        residual = hidden.text_residuals[index]
+        num_other_tokens = hidden.x.shape[1] - residual.shape[1]
+        hidden.x = hidden.x + pad(residual.to(hidden.x.dtype), (0, 0, num_other_tokens, 0))
 
 
 def _run_side_block(block: nn.Module, number: int, hidden: Hidden) -> Tensor:

@@ -493,6 +493,20 @@ SETTINGS: dict[str, Setting] = {
     "hv_generate_video.py.riflex_index": Setting(("1",)),
     "hv_1_5_generate_video.py.riflex_index": Setting(("1",)),
     "hidream_o1_train_network.py.model_type": Setting(("dev",)),
+    **{
+        f"{script}.task": Setting(("t2i",), family="hidream_o1 edit")
+        for script in (
+            *("hidream_o1_cache_latents.py", "hidream_o1_cache_text_encoder_outputs.py"),
+            *("hidream_o1_train_network.py", "hidream_o1_train.py", "hidream_o1_generate_image.py"),
+        )
+    },
+    "hidream_o1_generate_image.py.editing_scheduler": Setting(
+        ("flash",), also=("--model_type", "dev"), family="hidream_o1 edit"
+    ),
+    "hidream_o1_generate_image.py.layout_bboxes": Setting(
+        ("[[0.1, 0.5, 0.1, 0.9]]",), family="hidream_o1 edit"
+    ),
+    "hidream_o1_generate_image.py.keep_original_aspect": Setting(family="hidream_o1 edit"),
     "kandinsky_generate_video.py.riflex_index": Setting(("1",)),
     "hv_generate_video.py.scheduler": Setting(("dpm++",)),
     "exclude_single_blocks": Setting(also=GIVEN_LORA),

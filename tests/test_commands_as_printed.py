@@ -89,6 +89,7 @@ SAYS = {
     "qwen_image_21 edit": ("--control_image_path", *control("picture 0_0.png", "picture 0_1.png")),
     "moss_image edit": ("--control_image_path", *control("picture 0_0.png", "picture 0_1.png")),
     "fibo_2 edit": ("--control_image_path", *control("picture 0_0.png", "picture 0_1.png")),
+    "hidream_o1 edit": ("--control_image_path", *control("picture 0_0.png", "picture 0_1.png")),
     "krea2 edit": ("--control_image_path", *control("picture 0.png"), "--kv_cache"),
     "lumina": ("--system_prompt", "Draw."),
     "ltx_2": ("--ltx2_text_encoder_checkpoint", "model/text.safetensors"),

@@ -52,6 +52,7 @@ SLOW |= {
     "qwen_image_21 edit",
     "moss_image edit",
     "fibo_2 edit",
+    "hidream_o1 edit",
     "qwen_image layered",
 }
 # what their scripts train and make is compared with diffusers each day: parity/test_training_steps.py and
@@ -283,7 +284,7 @@ OF_IMAGES = (
     *("flux_2", "flux_3", "qwen_image_21 edit", "moss_image edit", "fibo_2 edit", "kontext", "krea2 edit"),
     "anima",
     "ernie_image",
-    "hidream_o1",
+    *("hidream_o1", "hidream_o1 edit"),
     "ideogram4",
 )
 # qwen_image stays for pictures

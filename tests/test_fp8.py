@@ -59,6 +59,7 @@ TEXTS_IN_FP8 = {  # option, and the tensor in caches that it changes
 SLOW = {"hunyuan_video", "framepack", "lumina", "hunyuan_image", "flux", "flux_2", "kontext", "qwen_image"}
 SLOW |= {"qwen_image_21", "qwen_image_21 edit", "moss_image", "moss_image edit", "fibo_2", "fibo_2 edit"}
 SLOW |= {"anima", "ernie_image", "ideogram4", "hidream_o1", "hunyuan_video_15", "kandinsky"}
+SLOW |= {"hidream_o1 edit"}
 SLOW |= {"qwen_image edit-2511", "flux_3", "krea2", "krea2 edit", "z_image", "ltx_2", "ltx_2 with sound"}
 CHOSEN = [
     pytest.param(family, id=family.name, marks=pytest.mark.slow if family.name in SLOW else ())

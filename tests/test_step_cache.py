@@ -47,7 +47,7 @@ NAMES = (
             ),
             *("krea2", "krea2 edit", "qwen_image_21", "qwen_image_21 edit", "anima"),
             *("moss_image", "moss_image edit", "fibo_2", "fibo_2 edit", "ernie_image", "kandinsky"),
-            "hidream_o1",
+            *("hidream_o1", "hidream_o1 edit"),
             "hunyuan_video_15",
             "ideogram4",
             *("ltx_2", "ltx_2 with sound"),

@@ -39,7 +39,7 @@ OF_IMAGES = (
 )
 OF_IMAGES += ("qwen_image", "qwen_image edit-2511", "qwen_image_21", "qwen_image_21 edit", "anima")
 OF_IMAGES += ("moss_image", "moss_image edit", "fibo_2", "fibo_2 edit", "ernie_image", "hidream_o1")
-OF_IMAGES += ("ideogram4",)
+OF_IMAGES += ("hidream_o1 edit", "ideogram4")
 IMAGES = [pytest.param(name, marks=pytest.mark.slow) for name in OF_IMAGES]
 
 

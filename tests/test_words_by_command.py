@@ -23,7 +23,7 @@ SEEING = ("qwen_image edit-2511", "krea2 edit", "qwen_image_21 edit", "moss_imag
 # one of each kind of text encoder
 BY_DEFAULT = ("wan t2v-1.3B", "flux", "qwen_image")
 # images of layers come as several files; HiDream-O1-Image has no text encoder
-OTHERS = (*SEEING, LAYERED.name, "hidream_o1")
+OTHERS = (*SEEING, LAYERED.name, "hidream_o1", "hidream_o1 edit")
 TESTED = {family.name: family for family in (*FAMILIES, *FURTHER) if family.name not in OTHERS}
 KINDS = [name if name in BY_DEFAULT else pytest.param(name, marks=pytest.mark.slow) for name in TESTED]
 

@@ -13,7 +13,6 @@ import numpy as np
 from markupsafe import Markup
 
 from data_tools.report.audio import AudioInspection, draw_audio, inspect_audio, uses_audio
-from dataset.config import DatasetTable
 from dataset.sources.decoding import (
     decode_source,
     explain_no_spans,
@@ -455,7 +454,7 @@ def show_references(
     try:
         with fetch(source) as local_source:
             return [
-                _show_reference(source.table, path, name, image=image, sizes=sizes)
+                _show_reference(source, path, name, image=image, sizes=sizes)
                 for path, name in zip(local_source.control, names, strict=True)
             ]
     except MediaError as error:  # downloading the control images failed
@@ -463,7 +462,7 @@ def show_references(
 
 
 def _show_reference(
-    table: DatasetTable, path: Path, name: str, image: Fit | None, sizes: ThumbnailSizes
+    source: MediaSource, path: Path, name: str, image: Fit | None, sizes: ThumbnailSizes
 ) -> ShownReference:
     """Return the thumbnail of a control image, with the crop that training applies."""
     # `path` is its local file, `name` the caption below the drawing, and `image` the fit of the main image.
@@ -472,8 +471,8 @@ def _show_reference(
     try:
         frame = read_image(path)
         size = (frame.shape[1], frame.shape[0])
-        if table.references.rules is not None:
-            fit = fit_reference(table, size, path, bucket)
+        if source.table.references.rules is not None:
+            fit = fit_reference(source.table, size, path, bucket, count=len(source.control))
     except MediaError as error:
         return ShownReference(name, text=str(error), is_bad=True)
     # tables without rules for references crop them to the image's bucket

@@ -16,7 +16,15 @@ from dataset.sources.media_source import Fault, MediaSource
 from dataset.table import DatasetTable
 from modules.errors import DatasetError, MediaError
 from modules.media.augmenting import mirror
-from modules.media.buckets import Fit, Size, bucket_sizes, fit_cover, fit_within, select_bucket
+from modules.media.buckets import (
+    Fit,
+    Size,
+    bucket_sizes,
+    fit_cover,
+    fit_to_area,
+    fit_within,
+    select_bucket,
+)
 from modules.media.reading import Frame, add_alpha, fit_frame, image_size, read_image
 
 logger = logging.getLogger(__name__)
@@ -123,7 +131,8 @@ def read_reference(
     """
     try:
         image = read_image(path, has_alpha)
-        fit = fit_reference(source.table, (image.shape[1], image.shape[0]), path, bucket)
+        size = image.shape[1], image.shape[0]
+        fit = fit_reference(source.table, size, path, bucket, count=len(source.control))
     except MediaError as error:
         raise explain_reference(source, error) from error
     if fit is None:  # it has no size of its own
@@ -162,7 +171,11 @@ def reference_buckets(source: MediaSource, bucket: Size) -> tuple[Size, ...]:
     if source.remote_or_packed:
         return ()
     try:
-        fits = [fit_reference(source.table, image_size(path), path, bucket) for path in source.control]
+        count = len(source.control)
+        fits = [
+            fit_reference(source.table, image_size(path), path, bucket, count=count)
+            for path in source.control
+        ]
     except MediaError as error:
         raise explain_reference(source, error) from error
     return tuple(bucket if fit is None else fit.bucket for fit in fits)
@@ -174,7 +187,9 @@ def explain_reference(source: MediaSource, error: Exception) -> MediaError:
     return MediaError(f"{text.rstrip('.')}. Replace it, or remove it")
 
 
-def fit_reference(table: DatasetTable, size: Size, path: Path, bucket: Size | None = None) -> Fit | None:
+def fit_reference(
+    table: DatasetTable, size: Size, path: Path, bucket: Size | None = None, count: int = 1
+) -> Fit | None:
     """Return how a reference of this size is resized and cropped; None if it is treated like its image.
 
     1. With no_resize_control, a reference of at most control_resolution keeps its size, and is only cropped
@@ -182,7 +197,8 @@ def fit_reference(table: DatasetTable, size: Size, path: Path, bucket: Size | No
     2. Without control_resolution, the rules of the model decide.
     3. Otherwise it gets a bucket of control_resolution.
 
-    `bucket` is the bucket of the image, or None if it is unknown yet.
+    `bucket` is the bucket of the image, or None if it is unknown yet. `count` is the number of references
+    of the image.
 
     Raises:
         MediaError: If the reference is too small.
@@ -201,6 +217,9 @@ def fit_reference(table: DatasetTable, size: Size, path: Path, bucket: Size | No
         return Fit(size, (0, 0), cropped, "none")
     if resolution is None:
         # the model's rules, which keep the aspect ratio
+        side = None if bucket is None else rules.find_side(count, bucket)
+        if side is not None:
+            return fit_to_area(size, side, step)
         if not rules.keeps_aspect_ratio or bucket is None:
             return None
         area = bucket[0] * bucket[1] if rules.max_area is None else rules.max_area

@@ -3,6 +3,7 @@
 Sizes are (width, height) in pixels. Numbers only: no pixels are read here.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ class Fit:
     bucket: Size
     # "none" (already that size), "lanczos" (enlarging), "area" (shrinking), or a requested filter
     interpolation: str
+    halvings: int = 0  # how often the image is halved before, by averaging 2 x 2 pixels
 
 
 def bucket_sizes(width: int, height: int, step: int) -> tuple[Size, ...]:
@@ -87,6 +89,36 @@ def fit_within(size: Size, area: int | None, step: int) -> Fit:
     crop = (width % step // 2, height % step // 2)
     bucket = (width // step * step, height // step * step)
     return Fit((width, height), crop, bucket, interpolation)
+
+
+def fit_to_area(size: Size, side: int, step: int) -> Fit:
+    """Return a resize to about `side` x `side` pixels that keeps the aspect ratio, followed by a center crop.
+
+    Large images are halved first, and then resized by bicubic interpolation. The sides of the crop are
+    multiples of `step`, and its area is at most `side` x `side`, unless a side would be 0. Source: the
+    released code of HiDream-O1-Image.
+    """
+    width, height = size
+    halvings = 0
+    while min(width, height) >= 2 * side:
+        width, height = width // 2, height // 2
+        halvings += 1
+    scale = math.sqrt(side * side / (width * height))
+    # round each side to the nearest whole number before it is cut to a multiple, or down if that is too large
+    widths, heights = [
+        {max(rounded(length * scale) // step, 1) * step for rounded in (round, math.floor)}
+        for length in (width, height)
+    ]
+    by_area = sorted(itertools.product(widths, heights), key=lambda bucket: (math.prod(bucket), bucket))
+    smallest, *_ = by_area
+    *_, bucket = smallest, *(bucket for bucket in by_area if math.prod(bucket) <= side * side)
+    ratios = width / bucket[0], height / bucket[1]
+    if ratios[0] < ratios[1]:  # too high
+        resized = bucket[0], round(height / ratios[0])
+    else:
+        resized = round(width / ratios[1]), bucket[1]
+    crop = (resized[0] - bucket[0]) // 2, (resized[1] - bucket[1]) // 2
+    return Fit(resized, crop, bucket, "antialiased bicubic", halvings)
 
 
 # The buckets of image trainers: sizes between a shortest and a longest side, and the fit of an image.

@@ -52,7 +52,11 @@ IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"}) | TIFF_SU
 # the usual rates, because files round their times to milliseconds
 PLACE_IN_FRAME = 0.3
 
-PILLOW_METHODS = {"lanczos": Image.Resampling.LANCZOS, "box": Image.Resampling.BOX}
+PILLOW_METHODS = {
+    "lanczos": Image.Resampling.LANCZOS,
+    "box": Image.Resampling.BOX,
+    "antialiased bicubic": Image.Resampling.BICUBIC,
+}
 OPENCV_METHODS = {
     "nearest": cv2.INTER_NEAREST,
     "bilinear": cv2.INTER_LINEAR,
@@ -258,6 +262,8 @@ def fit_frame(frame: Frame, fit: Fit, place: tuple[float, float] | None = None) 
 
     `place` is the position of the crop: fractions of its range from left and top; None is the center.
     """
+    for _ in range(fit.halvings):
+        frame = resize_frame(frame, (frame.shape[1] // 2, frame.shape[0] // 2), "box")
     resized = resize_frame(frame, fit.resized, fit.interpolation)
     left, top = fit.crop
     if place is not None:
@@ -271,7 +277,7 @@ def fit_frame(frame: Frame, fit: Fit, place: tuple[float, float] | None = None) 
 def resize_frame(frame: Frame, size: Size, interpolation: str) -> Frame:
     """Resize a frame to exactly `size`, even if its aspect ratio changes.
 
-    `interpolation` is "none" if the frame already has that size, "lanczos" or "box" for Pillow, or a key of
+    `interpolation` is "none" if the frame already has that size, a key of PILLOW_METHODS, or one of
     OPENCV_METHODS.
     """
     if interpolation == "none":

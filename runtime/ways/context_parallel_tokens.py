@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.nn.functional import pad
 
 from modules.errors import OptionError
 from protocols.steps import Overrides
@@ -49,12 +50,17 @@ def _run_part(
 ) -> None:
     """Run the blocks on this process's part of the tokens; before and after, `hidden` has all tokens."""
     all_tokens, all_residuals = hidden.tokens, hidden.block_residuals
+    all_text_residuals, num_tokens = hidden.text_residuals, hidden.x.shape[1]
     # lengths of the token streams; if there are several, `all_tokens` has them
     lengths = getattr(all_tokens, "stream_lengths", (hidden.x.shape[1],))
     shards = [TokenShard(length, group.rank(), group.size(), group) for length in lengths]
     hidden.x = _take_parts(shards, hidden.x, lengths)
     hidden.tokens = all_tokens.cut(*shards)
     hidden.block_residuals = [None if tensor is None else shards[0].take(tensor) for tensor in all_residuals]
+    # padded to all tokens, so that each process takes its own
+    hidden.text_residuals = [
+        shards[0].take(pad(tensor, (0, 0, num_tokens - tensor.shape[1], 0))) for tensor in all_text_residuals
+    ]
     if hidden.control_tokens is not None:
         hidden.control_tokens = shards[0].take(hidden.control_tokens)
     inner(dit, hidden, overrides)
@@ -62,6 +68,7 @@ def _run_part(
     hidden.x = _join_parts(shards, hidden.x)
     hidden.tokens = all_tokens
     hidden.block_residuals = all_residuals
+    hidden.text_residuals = all_text_residuals
 
 
 def _take_parts(parts: Sequence[TokenShard], x: Tensor, lengths: Sequence[int]) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+Look = tuple[int, int, int]  # index of a picture's first token in a text, its rows and columns of tokens
 EPS, TARGET_AT, SMALLEST = 1e-6, 4096, 0.001
 MISTAKES = (
     *("time upside down", "time 0..1", "sines first", "columns before channels", "target behind the text"),
@@ -23,6 +24,12 @@ MISTAKES = (
         "neighbors rotated",
         "no norms of heads",
     ),
+)
+# with references
+EDIT_MISTAKES = (
+    *("references at the image's places", "references counted from the text", "references overlap"),
+    *("references noisy", "not looked at", "looked at in another order", "looks placed as text"),
+    *("no deepstack", "deepstack one layer later", "deepstack of the patches"),
 )
 
 
@@ -82,12 +89,46 @@ def put_together(rows: Tensor, height: int, width: int, patch: int) -> Tensor:
     return x.permute(2, 0, 3, 1, 4).reshape(3, height, width)
 
 
+def grid_places(rows: int, columns: int, start: int) -> Tensor:
+    """3 x N: all axes begin at `start`; the first stands still, rows and columns count."""
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    return torch.stack([torch.zeros_like(row).flatten(), row.flatten(), column.flatten()]) + start
+
+
+def text_places(text: int, looks: Sequence[Look] = ()) -> Tensor:
+    """3 x T positions of a text, in which pictures are grids of tokens, as in Qwen3-VL."""
+    parts, at, index = [], 0, 0
+    for first, rows, columns in looks:
+        parts += [
+            torch.arange(first - index).expand(3, -1) + at,
+            grid_places(rows, columns, at + first - index),
+        ]
+        index, at = first + rows * columns, int(parts[-1].max()) + 1
+    return torch.cat([*parts, torch.arange(text - index).expand(3, -1) + at], 1)
+
+
 def places(text: int, rows: int, columns: int, mistake: str = "") -> Tensor:
     """3 x N positions of a text, whose last token is the time, and of an image's patches."""
-    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     start = text if mistake == "target behind the text" else TARGET_AT
-    image = torch.stack([torch.zeros_like(row).flatten(), row.flatten(), column.flatten()]) + start
-    return torch.cat([torch.arange(text).expand(3, -1), image], 1)
+    return torch.cat([torch.arange(text).expand(3, -1), grid_places(rows, columns, start)], 1)
+
+
+def edit_places(
+    text: int, sizes: Sequence[tuple[int, int]], looks: Sequence[Look], mistake: str = ""
+) -> Tensor:
+    """The same with references; sizes: of the image and of them, in patches."""
+    written = text_places(text, () if mistake == "looks placed as text" else looks)
+    parts = [grid_places(*sizes[0], TARGET_AT)]
+    for number, size in enumerate(sizes[1:]):
+        start = int(parts[-1].max()) + 1
+        if mistake == "references at the image's places":
+            start = TARGET_AT
+        elif mistake == "references counted from the text" and not number:
+            start = int(written.max()) + 1
+        elif mistake == "references overlap":
+            start -= 1
+        parts.append(grid_places(*size, start))
+    return torch.cat([written, *parts], 1)
 
 
 def angles(shape: Shape, where: Tensor, mistake: str = "") -> Tensor:
@@ -122,8 +163,15 @@ def seen(text: int, total: int, mistake: str = "") -> Tensor:
 
 
 def run_blocks(
-    network: nn.Module, shape: Shape, x: Tensor, where: Tensor, mask: Tensor, mistake: str = ""
+    network: nn.Module,
+    shape: Shape,
+    x: Tensor,
+    where: Tensor,
+    mask: Tensor,
+    mistake: str = "",
+    deep: Sequence[Tensor] = (),
 ) -> Tensor:
+    """deep: added to the results of the first blocks, like x."""
     angle = angles(shape, where, mistake)
     for number in range(shape.layers):
         start = f"language_model.layers.{number}."
@@ -146,6 +194,9 @@ def run_blocks(
         y = scaled(network, f"{start}post_attention_layernorm", x)
         gate, up = (layer(network, f"{start}mlp.{name}_proj", y) for name in ("gate", "up"))
         x = x + layer(network, f"{start}mlp.down_proj", silu(gate) * up)
+        added = number - (mistake == "deepstack one layer later")
+        if 0 <= added < len(deep):
+            x = x + deep[added]
     return scaled(network, "language_model.norm", x)
 
 
@@ -174,6 +225,46 @@ def predict_clean(
     where = places(len(ids), height // shape.patch, width // shape.patch, mistake)
     y = run_blocks(network, shape, x, where, seen(len(ids), len(x), mistake), mistake)
     out = layer(network, "final_layer2.linear", y[len(ids) :])
+    return put_together(out, height, width, shape.patch)
+
+
+def edit_clean(
+    network: nn.Module,
+    shape: Shape,
+    ids: Sequence[int],
+    noisy: Tensor,
+    sigma: float,
+    references: Sequence[Tensor],
+    looks: Sequence[Look],
+    features: Tensor,
+    deep: Sequence[Tensor] = (),
+    mistake: str = "",
+) -> Tensor:
+    """The same with clean references, 3 h w each, whose small copies are in the text.
+
+    looks: their tokens in the text. features: rows for these tokens, deep: the same for the first blocks.
+    """
+    height, width = noisy.shape[1:]
+    text = network.get_parameter("language_model.embed_tokens.weight")[torch.as_tensor(ids)[:-1]]
+    spots = torch.cat([torch.arange(first, first + rows * columns) for first, rows, columns in looks])
+    if mistake == "looked at in another order":
+        features = features.flip(0)
+    if mistake != "not looked at":
+        text = text.index_copy(0, spots, features)
+    pictures = [noisy, *references]
+    if mistake == "references noisy":
+        pictures = [noisy, *((1 - sigma) * picture for picture in references)]
+    rows = torch.cat([cut(picture, shape.patch) for picture in pictures])
+    patches = layer(network, "x_embedder.proj2", layer(network, "x_embedder.proj1", rows))
+    x = torch.cat([text, time_row(network, shape, 1 - sigma)[None], patches])
+    sizes = [(picture.shape[1] // shape.patch, picture.shape[2] // shape.patch) for picture in pictures]
+    added = []
+    for values in deep if mistake != "no deepstack" else ():
+        moved = len(ids) if mistake == "deepstack of the patches" else 0
+        added.append(torch.zeros_like(x).index_add(0, (spots + moved).clamp(max=len(x) - 1), values))
+    where = edit_places(len(ids), sizes, looks, mistake)
+    y = run_blocks(network, shape, x, where, seen(len(ids), len(x)), mistake, added)
+    out = layer(network, "final_layer2.linear", y[len(ids) : len(ids) + math.prod(sizes[0])])
     return put_together(out, height, width, shape.patch)
 
 

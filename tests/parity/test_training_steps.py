@@ -51,7 +51,7 @@ import tests.z_image.making as z_image
 from encoders.autoencoder import SCALE, SHIFT
 from ideogram4.configs import LATENT
 from tests.faults.messages import succeed_here
-from tests.hidream_o1.plain import PlainHiDreamO1
+from tests.hidream_o1.plain import PlainHiDreamO1, edit_clean
 from tests.moss_image.plain import PlainMossImage
 from tests.parity.running import assert_equal, training_key
 from tests.parity.training import (
@@ -326,6 +326,37 @@ def error_of_hidream_o1(dit: PlainHiDreamO1, batch: Sequence[Item], step: int) -
     return hidream_o1.predict_plainly(dit, given, config=tiny_hidream_o1.CONFIG) - clean
 
 
+def error_of_hidream_o1_edit(dit: PlainHiDreamO1, batch: Sequence[Item], step: int) -> Tensor:
+    """The same with references, each sample by itself."""
+    sigmas = uniform_of(batch, step).float()
+    noisy, _ = mixed(batch, step, sigmas)
+    shape = hidream_o1.shape_of(tiny_hidream_o1.CONFIG)
+    errors = []
+    for sample, item in enumerate(batch):
+        ids = item.text
+        grids = [(rows, columns) for rows, columns in item.tensors["hidream_o1_grids"].tolist()]
+        rows, deep = hidream_o1.look_at(dit.visual, item.tensors["hidream_o1_shown"], grids)
+        spots = (ids < 0).nonzero().flatten().tolist()
+        looks, passed = [], 0
+        for height, width in grids:
+            looks.append((spots[passed], height, width))
+            passed += height * width
+        pictures = [pixels[sample, :, 0] for pixels in references_of(batch)]
+        clean = edit_clean(
+            dit,
+            shape,
+            ids.clamp(min=0).tolist(),
+            8 * noisy[sample, :, 0],
+            float(sigmas[sample]),
+            pictures,
+            looks,
+            rows,
+            deep,
+        )
+        errors.append(clean - 8 * item.latents[:, 0])
+    return torch.stack(errors)
+
+
 def error_of_lumina(dit: nn.Module, batch: Sequence[Item], step: int) -> Tensor:
     tokens = batch[0].latents.shape[-1] * batch[0].latents.shape[-2] // 4
     sigmas = shifted(uniform_of(batch, step), ratio_of(tokens))
@@ -449,8 +480,8 @@ def linears_in(*starts: str) -> Callable[[Path], Parts]:
 
 
 def hidream_o1_parts(dit_file: Path) -> Parts:
-    """The Linear layers of the blocks, and those that embed and end the patches."""
-    starts = ("language_model.layers.", "x_embedder.", "final_layer2.")
+    """The Linear layers of the blocks, those that embed and end the patches, and those of a vision tower."""
+    starts = ("language_model.layers.", "x_embedder.", "final_layer2.", "visual.blocks.", "visual.merger.")
     paths = [name.removesuffix(".weight") for name in load_file(dit_file) if name.endswith(".weight")]
     chosen = [path for path in paths if path.startswith(starts) and "norm" not in path]
     return {f"model_{path.replace('.', '_')}": [path] for path in chosen}  # as musubi-tuner calls them
@@ -742,6 +773,17 @@ CASES: dict[str, Training] = {
         change=partial(write_caption, "picture 1", LONG),  # captions of unequal lengths
         to_model=lambda latents: latents / 8,
         share=1e-8,  # the last layers move the image far more
+        names=("--lora_format", "known"),
+    ),
+    "hidream_o1 edit": Training(
+        *("ho1", "hidream_o1_ids", 1.0),
+        options=("--timestep_sampling", "uniform"),
+        network=hidream_o1.plain_editor,
+        parts=hidream_o1_parts,
+        error=error_of_hidream_o1_edit,  # type: ignore[arg-type]
+        change=partial(write_caption, "picture 1", LONG),  # captions of unequal lengths
+        to_model=lambda latents: latents / 8,
+        share=1e-9,  # the vision tower moves the image little
         names=("--lora_format", "known"),
     ),
     "ernie_image": Training(

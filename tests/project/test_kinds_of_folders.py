@@ -123,6 +123,7 @@ NEEDS_PAIRS = {
     "qwen_image_21 edit",
     "moss_image edit",
     "fibo_2 edit",
+    "hidream_o1 edit",
     "krea2 edit",
     "flux_kontext dev",
 }

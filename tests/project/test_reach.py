@@ -37,6 +37,7 @@ PLAIN = {
     *("dit_dtype", "embedding_init_word", "exclude_patterns", "face_crop_aug_range", "family"),
     *("huggingface_path_in_repo", "huggingface_repo_type", "huggingface_repo_visibility"),
     *("huggingface_token", "include_patterns", "keep_tokens_separator"),
+    "layout_bboxes",
     *("latent_paddings", "log_prefix", "log_tracker_name"),
     *("lr_decay_steps", "lr_scheduler", "lr_scheduler_args"),
     *("lr_warmup_steps", "metadata_arch", "metadata_author"),

@@ -18,6 +18,7 @@ from flux_2.model import Flux2Model
 from flux_3.model import Flux3Model
 from frame_pack.model import FramePackModel
 from hidream_o1.model import HiDreamO1Model
+from hidream_o1.texts import REFERENCE_ID
 from hunyuan_image.model import HunyuanImageModel
 from hunyuan_model.model import HunyuanVideoModel
 from hunyuan_video_15.model import HunyuanVideo15Model
@@ -415,9 +416,9 @@ def _ernie_image() -> TinyDit:
     return TinyDit("ernie_image", ErnieImageModel.spec, make, "lora_ernie_image", inputs)
 
 
-def _hidream_o1() -> TinyDit:
-    """With texts of several lengths; rows and columns of patches instead of pixels."""
-    config = hidream_o1.CONFIG
+def _hidream_o1(edits: bool = False) -> TinyDit:
+    """With texts of several lengths; rows and columns are those of patches. With edits: a reference."""
+    config = hidream_o1.WITH_TOWER if edits else hidream_o1.CONFIG
 
     def inputs(size: Size, batch: int) -> dict[str, Any]:
         draw, (_, rows, columns, text) = _drawing(), size
@@ -429,8 +430,22 @@ def _hidream_o1() -> TinyDit:
             "text_mask": _mask(batch, text + 1),
         }
 
-    make = _maker(HiDreamO1Model, config, hidream_o1.tiny_state, "num_layers")
-    return TinyDit("hidream_o1", HiDreamO1Model.spec, make, "lora_hidream_o1", inputs)
+    def with_reference(size: Size, batch: int) -> dict[str, Any]:
+        """Two tokens of the reference stand in front of each text."""
+        given, patch = inputs(size, batch), config.patch_size
+        given["references"] = [_drawing(8)(batch, 3, 1, 2 * patch, 3 * patch).clamp(-1, 1)]
+        given["text"] = torch.cat([torch.full((batch, 2), REFERENCE_ID), given["text"]], dim=1)
+        given["text_mask"] = torch.cat([torch.ones(batch, 2), given["text_mask"]], dim=1)
+        given["shown"] = torch.full((batch, 2, 3 * 32**2), 99, dtype=torch.uint8)
+        given["grids"] = torch.tensor([[1, 2]]).expand(batch, -1, -1)
+        return given
+
+    def state(**sizes: int) -> dict[str, Tensor]:
+        return {**hidream_o1.tiny_state(**sizes), **(hidream_o1.tower_state() if edits else {})}
+
+    make = _maker(HiDreamO1Model, config, state, "num_layers")
+    name = "hidream_o1 edit" if edits else "hidream_o1"
+    return TinyDit(name, HiDreamO1Model.spec, make, "lora_hidream_o1", with_reference if edits else inputs)
 
 
 def _ideogram4() -> TinyDit:
@@ -568,6 +583,7 @@ DITS = (
         _kandinsky(),
         _kandinsky_6(),
         _hidream_o1(),
+        _hidream_o1(edits=True),
         _hunyuan_video_15(),
         _anima(),
     ),

@@ -615,21 +615,31 @@ def _ernie_image() -> TinyFamily:
     )
 
 
-def _hidream_o1() -> TinyFamily:
-    """HiDream-O1-Image, which has neither a VAE nor a text encoder."""
+def _hidream_o1(edits: bool = False) -> TinyFamily:
+    """HiDream-O1-Image, which has neither a VAE nor a text encoder, or its edits of two references."""
+
+    def write(folder: Path) -> None:
+        write_tiny_hidream_o1(folder / "model", edits=edits)
+        if edits:
+            write_references(folder, ("_0", "_1"))
+
     made = _images(
-        *("hidream_o1", "hidream_o1", "lora_hidream_o1"),
-        lambda folder: write_tiny_hidream_o1(folder / "model"),
+        *("hidream_o1 edit" if edits else "hidream_o1", "hidream_o1", "lora_hidream_o1", write),
         vae=[],
         texts=[],
+        line="--ci start.png" * edits,
     )
+    task, shown = ["--task", "i2i"] * edits, ["--control_image_path", "start.png"] * edits
     model = ["--dit", "model/dit.safetensors", "--tokenizer", "model/hidream_o1"]
     return replace(
         made,
-        cache_latents=["hidream_o1_cache_latents.py", *DATASET],
-        cache_texts=["hidream_o1_cache_text_encoder_outputs.py", *DATASET, *model],
-        train=["hidream_o1_train_network.py", *model, *DATASET, "--sdpa", *_network("lora_hidream_o1")],
-        generate=["hidream_o1_generate_image.py", *model, "--negative_prompt", "dull"],
+        cache_latents=["hidream_o1_cache_latents.py", *DATASET, *task],
+        cache_texts=["hidream_o1_cache_text_encoder_outputs.py", *DATASET, *model, *task],
+        train=[
+            *("hidream_o1_train_network.py", *model, *DATASET, *task, "--sdpa"),
+            *_network("lora_hidream_o1"),
+        ],
+        generate=["hidream_o1_generate_image.py", *model, *shown, "--negative_prompt", "dull"],
         train_full="hidream_o1_train.py",
     )
 
@@ -738,6 +748,7 @@ FAMILIES = (
     _fibo_2(edits=True),
     _ernie_image(),
     _hidream_o1(),
+    _hidream_o1(edits=True),
     _ideogram4(),
     _anima(),
     _ltx_2("ltx_2", "v", "2.5"),
@@ -778,6 +789,7 @@ def write_deep(family: TinyFamily, folder: Path, clips: WriteClips = write_clips
         **dict.fromkeys(("fibo_2", "fibo_2 edit"), write_tiny_fibo_2),
         "ernie_image": write_tiny_ernie_image,
         "hidream_o1": write_tiny_hidream_o1,
+        "hidream_o1 edit": partial(write_tiny_hidream_o1, edits=True),
         "ideogram4": write_tiny_ideogram4,
         "qwen_image": write_tiny_qwen_image,
         "qwen_image edit-2511": partial(write_tiny_qwen_image, edits=True),

@@ -94,6 +94,7 @@ MODELS: dict[str, tuple[Writer, dict[str, str]]] = {
     "ernie_image base": (write_tiny_ernie_image, IMAGES),
     "ernie_image turbo": (write_tiny_ernie_image, IMAGES),
     "hidream_o1 full": (write_tiny_hidream_o1, O1),
+    "hidream_o1 edit": (partial(write_tiny_hidream_o1, edits=True), O1),
     "hidream_o1 dev": (
         partial(write_tiny_hidream_o1, name="dit_dev"),
         O1 | {"dit": "dit_dev.safetensors"},

@@ -189,6 +189,7 @@ def training_of(words: list[str]) -> tuple[Any, Any, Any]:
     "qwen_image edit-2511",
     "moss_image edit",
     "fibo_2 edit",
+    "hidream_o1 edit",
     "qwen_image_21 edit",
     "wan flf2v-14B",
     "wan i2v-14B-FC",

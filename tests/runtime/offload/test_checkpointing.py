@@ -36,7 +36,8 @@ ATTENTIONS = {
     **{"moss_image": (2, 0), "moss_image edit": (3, 0)},
     **dict.fromkeys(("fibo_2", "fibo_2 edit", "ernie_image", "ideogram4"), (2, 0)),
     "anima": (2, 0),
-    "hidream_o1": (3, 0),  # of each of two samples to everything, and of their texts to themselves
+    # of each of two samples to everything, and of their texts to themselves
+    **dict.fromkeys(("hidream_o1", "hidream_o1 edit"), (3, 0)),
     "hunyuan_video_15": (2, 0),
     # of each stream to itself and to the other, and for each of two samples to its text
     "kandinsky_6": (8, 4),
@@ -44,6 +45,7 @@ ATTENTIONS = {
 }
 LEARNS_BEFORE = {
     "hidream_o1",
+    "hidream_o1 edit",
     "lumina",
     "krea2",
     "krea2 edit",
@@ -75,6 +77,7 @@ BOTH_DTYPES += [pytest.param(tiny, True, id=f"{tiny.name} autocast") for tiny in
     "anima",
     "ernie_image",
     "hidream_o1",
+    "hidream_o1 edit",
     "fibo_2 edit",
     "fibo_2",
     "flux chroma",
