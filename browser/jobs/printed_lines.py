@@ -180,6 +180,7 @@ LINES = (
     say("%(n)s cannot be read and has no caption, which ends a run: delete each, or move it away:"),
     say("%(n)s cannot be read and have no caption, which ends a run: delete each, or move it away:"),
     say("%(folder)s: made from %(source)s"),
+    say("%(licence)s: %(terms)s (%(unverified)s). https://%(address)s"),
     say("%(licence)s: %(terms)s. https://%(address)s"),
     say("wrote %(file)s"),
     say("dataset.toml, [[datasets]] %(table)s: %(images)s, %(items)s"),
@@ -273,6 +274,7 @@ PLACEHOLDER_TEXTS = (
     ),
     say("%(file)s, reduced to the area of %(area)s that the model's page has"),
     say("%(file)s, of files from %(smallest)s to %(largest)s"),
+    say("Its transformer: fits"),
     say("Its transformer: %(fit)s"),
     say("fits"),
     say("fits in 8 bits"),
@@ -305,6 +307,22 @@ PLACEHOLDER_TEXTS = (
     say("its files are there"),
     say("%(n)s to download"),
     say("Slow on a CPU"),
+    say("them"),
+    say("it"),
+    say("this"),
+    say("the base (%(file)s)"),
+    say("the full model (%(file)s)"),
+    say("the released network (%(file)s)"),
+    say("the transformer called %(file)s"),
+    say("the distilled model"),
+    say("the distilled one"),
+    say("the model that it was made from"),
+    say("the sft or pretrain release of the same size"),
+    say("%(one)s or %(other)s (with its file)"),
+    say("%(one)s (for Chroma on %(other)s)"),
+    say("the file of %(repository)s"),
+    say("a LoRA that undoes the distillation, for schnell that of %(repository)s"),
+    say("a LoRA that undoes the distillation"),
     say("fix the problems listed above"),
     say("add captions or a trigger word as above"),
     say("exit code %(code)s"),
@@ -316,6 +334,28 @@ PLACEHOLDER_TEXTS = (
     say("caching captions"),
     say("training"),
 )
+# a warning about a distilled model is several sentences, each translated on its own
+SENTENCES = (
+    say("%(model)s was distilled to few steps, and plain training unlearns them"),
+    say("%(model)s has guidance distilled into it, and plain training unlearns it"),
+    say(
+        "%(model)s was distilled to run without guidance, and perhaps in few steps, and plain training "
+        "unlearns this"
+    ),
+    say("Train on %(base)s, whose LoRAs work on %(model)s too, or pass --training_adapter with %(adapter)s"),
+    say("Train on %(base)s, whose LoRAs work on %(model)s too"),
+    say("Train on %(base)s, or pass --training_adapter with %(adapter)s"),
+    say("Train on %(base)s"),
+    say("Pass --training_adapter with %(adapter)s, or use one of the targets that keep %(skill)s"),
+    say("Train a LoRA with one of the targets that keep it: see docs/targets.md"),
+    say(
+        "Or take the comment signs from the lines of a target that keeps %(skill)s, in [training] of run.toml"
+    ),
+    say("Take the comment signs from the lines of a target that keeps %(skill)s, in [training] of run.toml"),
+    say("--task %(task)s downloads an adapter and trains with it"),
+)
+VERSION = say("--task %(task)s (%(about)s)")
+VERSION_END = re.compile(r"(?<=\)), (?=--task )")
 COUNT = "%(n)s"
 # placeholders that stand for kinds of files
 FILE_KIND_PLACEHOLDERS = (
@@ -326,7 +366,7 @@ FILE_KIND_PLACEHOLDERS = (
     "of_file",
     "families",
 )
-CATALOGUE_PLACEHOLDERS = ("about", "terms")  # placeholders for texts from the catalogue
+CATALOGUE_PLACEHOLDERS = ("about", "terms", "unverified")  # placeholders for texts from the catalogue
 # titles of the commands suggested after a run, and the sentences below them
 COMMANDS = (
     say("Generate with it"),
@@ -349,6 +389,7 @@ COMMANDS = (
     say("%(name)s is not the best file: %(other)s takes its place."),
 )
 SENTENCE_END = re.compile(r"(?<=\.) (?=[A-Z])")
+NEXT_SENTENCE = re.compile(r"\. (?=[A-Z]|--task )")  # between two of SENTENCES
 # errors that end a run; of a message with several lines, the first line
 RUN_ERRORS = (
     say("the device has too little memory for this run: %(reason)s."),
@@ -389,7 +430,15 @@ def is_for_terminal(line: str) -> bool:
 
 def translate_line(line: str) -> str:
     """Return a printed line as translatable text; an unknown line unchanged."""
-    return _translate_by_pattern(line, (*UNREAD_LINES, *LINES, *CHECK_LINES)) or _find_fault(line) or line
+    known = _translate_by_pattern(line, (*UNREAD_LINES, *LINES, *CHECK_LINES)) or _find_fault(line)
+    if known is not None:
+        return known
+    sentences = [_translate_by_pattern(text, SENTENCES) for text in NEXT_SENTENCE.split(line)]
+    known = sentences.pop()
+    while known is not None and sentences:
+        sentence = sentences.pop()
+        known = None if sentence is None else say("%(sentence)s. %(rest)s", sentence=sentence, rest=known)
+    return known or line
 
 
 @functools.lru_cache(maxsize=4096)
@@ -464,6 +513,9 @@ def _translate_placeholder(name: str, value: str) -> str:
     if name == "kinds":  # suffixes of files that are not read
         kinds = [_translate_by_pattern(kind, (UNREAD_FILES,)) or kind for kind in value.split("; ")]
         return join("; ", kinds)
+    if name == "others":  # versions of a model, each with its words from the catalogue
+        versions = VERSION_END.split(value)
+        return join(", ", [_translate_by_pattern(text, (VERSION,)) or text for text in versions])
     patterns: tuple[TranslatableText, ...] = (*RUN_ERRORS, *CHECK_LINE_PARTS, *PLACEHOLDER_TEXTS)
     if name in FILE_KIND_PLACEHOLDERS:
         patterns = (*FILE_KINDS, *patterns)

@@ -171,6 +171,11 @@ def test_another_kind_of_run_is_a_button_and_no_option(
             "--task t2v-1.3B (text to video), --task ti2v-5B (text, image to video)",
             ("t2v-1.3B", "ti2v-5B"),
         ),
+        (
+            "Z-Image turbo was distilled to few steps, and plain training unlearns them. Train on the base. "
+            "--task turbo-adapter downloads an adapter and trains with it",
+            ("turbo-adapter",),
+        ),
         ("--task 1.5 is taken: text to image. Others: 2.1, xl", ()),
     ],
 )

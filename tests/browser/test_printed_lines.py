@@ -144,6 +144,36 @@ def test_no_english_word_is_left_of_odd_folders(
     assert left == {}
 
 
+DISTILLED = [
+    ("flux", "schnell"),
+    ("flux_2", "klein-4b"),
+    ("hidream_o1", "dev"),
+    ("minimax_h3", "t2va"),
+    ("z_image", "turbo"),
+]
+
+
+@pytest.mark.parametrize("code", ["zh", "ja"])
+def test_no_english_word_is_left_of_the_warning_about_a_distilled_model(
+    code: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "10000")
+    save(tmp_path / "cats" / "a.png", caption="a cat")
+    for family, task in DISTILLED:
+        options = NewOptions.from_defaults(
+            folder=tmp_path / "cats", family=family, task=task, memory=12, models=tmp_path, overwrite=True
+        )
+        write_project(options)
+    lines = capsys.readouterr().out.splitlines()
+    warnings = [line for line in lines if "unlearns" in line or "holds a part of it" in line]
+    assert sum("unlearns" in line for line in warnings) == len(DISTILLED)
+    with speaking(Language(code, read_texts(code))):
+        texts = [show(translate_line(line)) for line in warnings]
+    names = re.compile(rf"{NAMES.pattern}|[\w.-]*[\d_/-][\w./-]*|\b(?:flux|schnell|klein|dev|turbo)\b")
+    left = [text for text in texts if re.search(r"[a-z]{3,}", names.sub("", text))]
+    assert left == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("code", ["zh", "ja"])
 def test_no_english_word_is_left_of_a_check(

@@ -21,7 +21,9 @@ DIFF_START = re.compile(r"--- \S+")  # first line of a diff printed by `new --dr
 NAMED_ENCODING = re.compile(r"name it: --repair_captions (\S+)$")
 OTHER_KIND = re.compile(r"\. --train (\w+) trains an? .*")  # last sentence of a line, which a button replaces
 SMALLER_MODELS = " Smaller: "
-OTHER_TASK = re.compile(r"(?:does not edit, |, or take )--task ([^\s,]+)")
+OTHER_TASK = re.compile(
+    r"(?:does not edit, |, or take |\. (?=--task \S+ downloads an adapter))--task ([^\s,]+)"
+)
 # remedies of a line
 LEAVE_OUT_FILES = "out"
 REPAIR_CAPTIONS = "repair"  # convert them to UTF-8
