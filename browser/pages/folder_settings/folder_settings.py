@@ -76,14 +76,18 @@ class SettingRow:
         return self.proposed is not None and self.proposed != self.value
 
     @property
-    def choices(self) -> list[str]:
-        """Choices of the setting, with the current value; empty if the value is typed."""
+    def choices(self) -> dict[str, str] | None:
+        """Title of each value to choose from, "" and the current value included; None if it is typed."""
         if self.setting is None or self.setting.is_list:
-            return []
-        choices = ["true", "false"] if self.setting.kind == "switch" else list(self.setting.choices)
-        if choices and self.value and self.value not in choices:
-            choices.append(self.value)
-        return choices
+            return None
+        values = ["true", "false"] if self.setting.kind == "switch" else list(self.setting.choices)
+        if not values:
+            return None
+        if self.value:
+            values.append(self.value)
+        return {"": join(": ", filter(None, (say("not set"), self.setting.default)))} | dict(
+            zip(values, values, strict=True)
+        )
 
 
 def show_value(value: Any) -> str:
