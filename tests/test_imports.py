@@ -73,7 +73,8 @@ MAY_IMPORT = {
         "generation.prompt_lines",
         "generation.script_options",
     }
-    | {"generation.options", "generation.sample_lines", "networks.module_names", "training.saving.files"},
+    | {"generation.options", "generation.sample_lines", "networks.module_names", "networks.typed_strengths"}
+    | {"training.saving.files"},
 }
 # Rooms, file or folder, from the ground up: a room imports rooms of lower floors only.
 FLOORS = {

@@ -181,6 +181,14 @@ def read_source(runs: Runs, run: RunSummary) -> ComparableRun | None:
     return None
 
 
+def trains_lora(runs: Runs, run: RunSummary) -> bool:
+    """Return whether the generation command of a run loads its files as LoRAs."""
+    with contextlib.suppress(OSError):
+        source = read_source(runs, run)
+        return source is not None and LORA in source.options
+    return False
+
+
 class _TypedCommand(NamedTuple):
     """A command that a run's history suggests, split into this project's script and its arguments."""
 

@@ -15,7 +15,9 @@ from browser.core.short_names import short_digest
 from browser.pages.items.requests import add_request
 from modules.errors import OptionError
 from tests.browser.serving import Answer, Served, plain_text, serve_runs, write_run
+from tests.browser.test_accessible import assert_fits
 from tests.browser.test_safe_clicks import save_image
+from tests.chromium import open_page, wait_until
 from tests.training.toy import Killed, killed_at, train_toy, write_caches
 from training.reports.item_turns import MAX_REQUEST_BYTES, read_changes, read_items
 from training.reports.sections import items_path, turns_path
@@ -180,3 +182,20 @@ def test_a_training_obeys_what_the_buttons_ask(tmp_path: Path) -> None:
     assert "3 drawn, 0 drawn seldom, 2 set aside" in page
     assert "set aside since step 5: by request" in page
     assert "with a new caption" in page
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [360, 1280])
+def test_a_button_changes_its_row_alone(served: Served, width: int) -> None:
+    with open_page(f"{served.url}{served.of('x')}", width=width) as page:
+        wait_until(page, "document.querySelectorAll('#item_list li').length === 3")
+        assert_fits(page)
+        typed = page.locator("#item_list textarea").nth(1)
+        typed.fill("not sent yet")
+        page.locator("#item_list").get_by_role("button", name="Set aside").first.click()
+        wait_until(page, "document.querySelector('#item_list').textContent.includes('asked to be set aside')")
+        page.locator("#find_item").fill("caption 0")
+        wait_until(page, "document.querySelectorAll('#item_list li').length === 1")
+        page.locator("#find_item").fill("")
+        wait_until(page, "document.querySelectorAll('#item_list img').length === 3")
+        assert page.problems == []

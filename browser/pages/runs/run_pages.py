@@ -21,9 +21,10 @@ from browser.core.responses import (
 from browser.core.server_state import Site
 from browser.core.templates import show_page
 from browser.pages.runs.live_run import collect_news, run_page
-from browser.pages.runs.run_buttons import RunButtons, run_button_routes
+from browser.pages.runs.run_buttons import RunButtons, has_lora, run_button_routes
 from browser.pages.runs.run_list import list_page, mark_list
 from browser.pages.runs.shares import SharePages, share_routes
+from browser.runs.comparable_runs import trains_lora
 from browser.runs.run_views import find_run_file
 from browser.runs.runs import DIED, RUNNING, RunSummary
 from modules.errors import UserError
@@ -88,7 +89,11 @@ class RunPages:
         lower_buttons += show_page(
             "runs/run_parts.html",
             run.name,
-            {"id": run.id, "options": dict(run.start.changed) if run.start else {}},
+            {
+                "id": run.id,
+                "options": dict(run.start.changed) if run.start else {},
+                "has_lora": trains_lora(self.runs, run) and has_lora(run),
+            },
         )
         page = run_page(
             self.runs,
