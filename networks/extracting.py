@@ -19,7 +19,7 @@ from checkpoints.kinds import describe_file_kind
 from checkpoints.opening import Checkpoint, open_checkpoint
 from checkpoints.quantizing import dequantized_on_read
 from checkpoints.writing import save_tensors
-from modules.console import format_duration, format_size, show_box
+from modules.console import format_count, format_duration, format_size, show_box
 from modules.devices import select_device
 from modules.errors import CheckpointError
 from modules.options import Options, not_needed, option
@@ -131,6 +131,7 @@ class BlockWeights(NamedTuple):
     model: str  # name of the model, for messages
     prefixes: tuple[str, ...]  # of the tensor names of its blocks
     example: str  # a tensor that all these models have
+    keeps_unchanged: bool = False  # whether weights that are equal in both models get a LoRA of zeros
 
     def list_in(self, checkpoint: Checkpoint) -> list[str]:
         """Return the names of a checkpoint's 2D weights inside blocks."""
@@ -147,7 +148,10 @@ def _list_matrices(checkpoint: Checkpoint) -> list[str]:
 FLUX_2, QWEN_IMAGE = family_named("flux_2"), family_named("qwen_image")
 SD1, SD2, SDXL = map(family_named, ("sd1", "sd2", "sdxl"))
 FLUX = BlockWeights(
-    "FLUX.1, FLUX.2 or Chroma", ("double_blocks.", "single_blocks."), "double_blocks.0.img_attn.qkv.weight"
+    "FLUX.1, FLUX.2 or Chroma",
+    ("double_blocks.", "single_blocks."),
+    "double_blocks.0.img_attn.qkv.weight",
+    keeps_unchanged=True,  # as in files of sd-scripts
 )
 FLUX_MODULE = "networks.lora_flux"  # of FLUX.1 and Chroma
 QWEN = BlockWeights("Qwen-Image", ("transformer_blocks.",), "transformer_blocks.0.img_mod.1.weight")
@@ -260,6 +264,7 @@ def _extract_blocks(
             plan=plan,
             metadata=metadata,
             family=None,
+            keeps_unchanged=weights.keeps_unchanged,
         )
 
 
@@ -361,6 +366,7 @@ def _write_difference_lora(
     plan: Plan,
     metadata: Mapping[str, str],
     family: FamilyNames | None,
+    keeps_unchanged: bool = True,
 ) -> None:
     """Write a LoRA that approximates the difference between two models, tensor by tensor."""
     # The factors are U * S and V^T, clamped to a quantile of their values; alpha is the rank. Peak memory:
@@ -368,7 +374,7 @@ def _write_difference_lora(
     start_time = time.monotonic()
     output = options.save_to
     accuracy = ExtractionAccuracy()
-    factors = _extract_factors(options, pair, plan, accuracy)
+    factors = _extract_factors(options, pair, plan, accuracy, keeps_unchanged)
     tensors = in_known_names(factors, family)
     save_tensors(output, tensors, add_hashes(tensors, metadata))
     family_note = "" if family is None else f" of {family.name}"
@@ -405,34 +411,45 @@ class ExtractionAccuracy:
 
 
 def _extract_factors(
-    options: ExtractOptions, pair: Pair, plan: Plan, accuracy: ExtractionAccuracy
+    options: ExtractOptions,
+    pair: Pair,
+    plan: Plan,
+    accuracy: ExtractionAccuracy,
+    keeps_unchanged: bool,
 ) -> dict[str, Tensor]:
     """Return the LoRA tensors that approximate the difference between two models."""
     device = select_device(options.device)
     dtype = DTYPES[options.save_precision or "float"]
     lora: dict[str, Tensor] = {}
-    is_changed = False
+    num_modules = num_unchanged = 0
     for name, modules in plan.items():
         if not modules:
             continue
         difference = _compute_difference(pair, name, device)
-        is_changed = is_changed or bool(difference.any())
         for module in modules:
             # The LoRA factors of a module, on the CPU
             # the part of the tensor that is this module's weight
             change = module.piece.take_rows(difference)
+            num_modules += 1
+            if not change.any():  # such as layers that a merged LoRA did not have
+                num_unchanged += 1
+                if not keeps_unchanged:
+                    continue
             down, up = decompose_change(
                 change.flatten(1), module.rank, options.clamp_quantile, module.seed_name
             )
             accuracy.add(change.flatten(1), up @ down)
             factors = reshape_to_lora(down.to(dtype), up.to(dtype), change.shape)
             lora |= {f"{module.name}.{factor_name}": tensor for factor_name, tensor in factors.items()}
-    if lora and not is_changed:
+    if num_modules and num_modules == num_unchanged:
         raise CheckpointError(
             f"{options.model_tuned} has the weights of {options.model_org}: there is no change to extract. "
             "Pass the fine-tuned model to --model_tuned.",
             options.model_tuned,
         )
+    if num_unchanged and not keeps_unchanged:
+        count = format_count(num_unchanged, "module")
+        logger.info("equal in both models, so without a LoRA: %s", count)
     return lora
 
 

@@ -65,7 +65,9 @@ from modules.errors import CacheError, DatasetError, MediaError, OptionError
 from modules.integers import ceil_div
 from modules.media.buckets import Size
 from modules.media.reading import image_size
+from modules.text_files import looks_like_object
 from protocols.data import AudioSpec, LatentSpec, MediaTable
+from protocols.families import caption_formats
 from protocols.family import (
     Caches,
     Described,
@@ -81,6 +83,7 @@ NO_ITEM = "tables have no item to train on"
 GETS_NO_REFERENCES = "model that uses reference images gets none"
 TOKENS_ELSEWHERE = TokenCounters((), ("Tokens are counted by --check --html of the text caching script.",))
 WRONG_JSON_CAPTIONS = "faults in captions as JSON objects"
+PLAIN_CAPTIONS = "captions are sentences instead of JSON objects"
 RECOGNIZED = "Files recognized:"
 UNREADABLE = "cannot be read"
 
@@ -249,6 +252,7 @@ class _CachingChecker:
         check_captions(findings, self.counters, are_cached=self.scope.texts)
         if fits_captions(self.family):
             findings.errors += _find_json_caption_errors(findings.sources, self.family)
+        findings.warnings += _find_plain_captions(findings, self.family.name)
         findings.title = f"{table.name}: {format_count(len(findings.sources), table.media_kind)}"
         if self.scope.media:
             findings.title += f", {format_count(findings.num_items, 'item')}"
@@ -373,6 +377,21 @@ def _find_json_caption_errors(sources: Sequence[MediaSource], family: FitsCaptio
                 path = source.caption_path or source.path
                 for line in family.find_caption_errors(caption, image_size(source.path)):
                     yield Fault(WRONG_JSON_CAPTIONS, f"{path}: {line}", source.stem)
+
+
+def _find_plain_captions(findings: TableFindings, family_name: str) -> list[Fault]:
+    """Return a warning if captions are sentences, and the model was trained with JSON objects."""
+    format = caption_formats().get(family_name)
+    captions = [source.caption for source in findings.sources if source.caption]
+    num_plain = sum(not looks_like_object(caption) for caption in captions)
+    if format is None or not num_plain:
+        return []
+    total = format_count(len(captions), "caption")
+    text = (
+        f"{findings.table.name}: {num_plain} of {total} are plain sentences, and {format.title} was trained "
+        f"with JSON objects. tools/caption_dataset.py --caption_format {family_name} writes them"
+    )
+    return [Fault(PLAIN_CAPTIONS, text)]
 
 
 def _check_sources(

@@ -3,6 +3,7 @@
 import itertools
 import logging
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tests.faults.messages import assert_one_message, run_here
 from tests.tiny.families import family_called
 from tests.tiny.hidream_o1 import TinyHiDreamO1, write_tiny_hidream_o1
 from tests.tiny.language_models import write_qwen_tokenizer
+from tests.tiny.runs import make_project
 from training.loss import element_errors
 from training.noise_options import L2
 
@@ -158,3 +160,17 @@ def test_what_has_no_meaning_here_is_refused(script: str, words: str, message: s
     more += ["--output_name", "x"] if script == "train" else []
     code, said = run_here(*line, *more, *words.split(), folder=tmp_path)
     assert message in assert_one_message(code, said)
+
+
+def test_a_plan_varies_the_noise_as_the_training_does(tmp_path: Path) -> None:
+    """Dev limits the noise by the latents."""
+    family = family_called("hidream_o1")
+    make_project(family, tmp_path)
+    dev = (tmp_path / "model" / "dit.safetensors").rename(tmp_path / "model" / "dit_dev.safetensors")
+    train = [str(dev) if word.endswith("dit.safetensors") else word for word in family.train]
+    printed = StringIO()
+    code, said = run_here(
+        *train, "--plan", "--output_dir", "out", "--output_name", "x", folder=tmp_path, printed=printed
+    )
+    assert not code, said
+    assert "Memory plan" in printed.getvalue()

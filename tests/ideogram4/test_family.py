@@ -248,6 +248,10 @@ def test_caches_of_musubi_tuner_are_used(project: Path) -> None:
 def test_a_caption_that_is_checked_stops_caching(tmp_path: Path) -> None:
     family = family_called("ideogram4")
     family.prepare(tmp_path)
+    printed = StringIO()
+    code, _ = run_here(*family.cache_texts, "--check", folder=tmp_path, printed=printed)
+    assert "4 of 4 captions are plain sentences, and Ideogram 4 was trained with JSON" in printed.getvalue()
+    assert not code
     code, said = run_here(*family.cache_texts, "--validate_caption_structure", folder=tmp_path)
     assert code
     assert "it is no JSON object" in said

@@ -76,6 +76,20 @@ def test_a_difference_of_low_rank_comes_back_and_makes_the_tuned_model(tmp_path:
     assert metadata["modelspec.architecture"] == "Qwen-Image/lora"
 
 
+def test_weights_that_are_equal_get_no_lora(tmp_path: Path) -> None:
+    """As those that a merged LoRA did not have."""
+    state, tuned = write(tmp_path, rank=2)
+    same = matrices(state)[3]
+    save_file({**tuned, same: state[same]}, tmp_path / "tuned.safetensors")
+
+    said = succeed_here(SCRIPT, *FILES, *OUTPUT, "--dim", 3, folder=tmp_path)
+
+    assert "equal in both models, so without a LoRA: 1 module" in said
+    assert products(tmp_path / "lora.safetensors").keys() == {
+        module(name) for name in matrices(state) if name != same
+    }
+
+
 @pytest.mark.parametrize("quantile", [0.99, 1.0])
 def test_factors_are_those_of_torchs_decomposition(tmp_path: Path, quantile: float) -> None:
     state, tuned = write(tmp_path, rank=40)

@@ -409,6 +409,7 @@ def read_largest(
         options.timesteps,
         seed=0,
         noise_spec=noise_spec,
+        latent=family.latent,
         perturbations=options.features.on.noise,
         audio=AudioLearning(),
         condition_set=options.features.condition_set,
