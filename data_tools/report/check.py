@@ -250,9 +250,10 @@ class _CachingChecker:
             kind = "shards or folders are incomplete; caching repairs them"
             findings.warnings += [Fault(kind, line) for line in list_shard_errors(table)]
         check_captions(findings, self.counters, are_cached=self.scope.texts)
-        if fits_captions(self.family):
-            findings.errors += _find_json_caption_errors(findings.sources, self.family)
-        findings.warnings += _find_plain_captions(findings, self.family.name)
+        family = self.family
+        if fits_captions(family):
+            findings.errors += _find_json_caption_errors(findings.sources, family)
+            findings.warnings += _find_plain_captions(findings, self.family.name)
         findings.title = f"{table.name}: {format_count(len(findings.sources), table.media_kind)}"
         if self.scope.media:
             findings.title += f", {format_count(findings.num_items, 'item')}"

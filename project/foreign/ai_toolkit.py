@@ -330,6 +330,7 @@ PROGRAM = Program(
         "anima": ("anima", "base"),
         "ernie_image": ("ernie_image", None),
         "ideogram4": ("ideogram4", None),
+        "hidream_o1": ("hidream_o1", None),
         "krea2": ("krea2", None),
         "krea2:turbo": ("krea2", "turbo"),
         "ltx2": ("ltx_2", None),

@@ -295,6 +295,12 @@ PROGRAM = Program(
         "ernie": ("ernie_image", None),
         "ernie base": ("ernie_image", "base"),
         "ernie turbo": ("ernie_image", "turbo"),
+        "hunyuanvideo": ("hunyuan_video_1_5", "t2v-480p"),
+        **{
+            f"hunyuanvideo {task}-{size}": ("hunyuan_video_1_5", f"{task}-{size}")
+            for task in ("t2v", "i2v")
+            for size in ("480p", "720p")
+        },
         "kandinsky5-video": ("kandinsky", "k5-lite-t2v-5s-sd"),
         "kandinsky5-video t2v-lite-sft-5s": ("kandinsky", "k5-lite-t2v-5s-sd"),
         "kandinsky5-video t2v-lite-pretrain-5s": ("kandinsky", "k5-lite-t2v-5s-pretrain"),
