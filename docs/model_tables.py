@@ -117,7 +117,7 @@ def _order(component: Component) -> tuple[int, str]:
         "--ltx2_checkpoint",
         *("--ckpt", "--dit", "--dit_high_noise", "--unconditional_dit"),
         *("--lora_weight", "--lora_weight_high_noise"),
-        *("--video_vae", "--audio_vae"),
+        *("--video_vae", "--audio_vae", "--vocoder"),
         *("--vae", "--ae", "--t5", "--text_encoder1", "--t5xxl", "--text_encoder", "--qwen3"),
         "--text_encoder_qwen",
         *("--tokenizer", "--byt5"),

@@ -47,7 +47,7 @@ HiDream-I1 and E1: hidreami1 hidreame1
 OmniGen: omnigen
 Sana: sana
 Playground: playground
-Kandinsky 2 to 4 and 6: kandinsky2 kandinsky3 kandinsky4 kandinsky6
+Kandinsky 2 to 4: kandinsky2 kandinsky3 kandinsky4
 DeepFloyd IF: deepfloyd
 Open-Sora: opensora
 Step-Video: stepvideo

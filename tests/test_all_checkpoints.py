@@ -41,6 +41,7 @@ import tests.tiny.hunyuan_image as tiny_hunyuan_image
 import tests.tiny.hunyuan_video_15 as tiny_hunyuan_video_15
 import tests.tiny.ideogram4 as tiny_ideogram4
 import tests.tiny.kandinsky as tiny_kandinsky
+import tests.tiny.kandinsky_6 as tiny_kandinsky_6
 import tests.tiny.krea2 as tiny_krea2
 import tests.tiny.lumina as tiny_lumina
 import tests.tiny.moss_image as tiny_moss_image
@@ -51,6 +52,7 @@ import wan.checkpoints
 import z_image.files
 from checkpoints.model_files import read_once
 from flux_2.model import Flux2Model
+from kandinsky.configs import KandinskyStream
 from krea2.configs import Krea2StreamConfig
 from modules.errors import CheckpointError
 from modules.speed_options import Quantization
@@ -157,6 +159,7 @@ KINDS = {
             Kind(f"kandinsky {name}", kandinsky.files, tiny_kandinsky, dit("a Kandinsky 5"), SHARED, name)
             for name in ("video", "image")
         ),
+        Kind("kandinsky_6", kandinsky.files, tiny_kandinsky_6, dit("a Kandinsky 6"), NAMED_THERE),
         Kind(
             *("hunyuan_video_15", hunyuan_video_15.files, tiny_hunyuan_video_15),
             dit("a HunyuanVideo 1.5"),
@@ -558,6 +561,17 @@ KANDINSKY_PRO = {
     **{**KANDINSKY_LITE, "dim": 4096, "ffn_dim": 16384, "num_layers": 60, "head_width": 128},
     **{"text_layers": 4, "time_dim": 1024},
 }
+KANDINSKY_6 = {
+    **{"text_layers": 2, "text_dim": 3584, "pooled_dim": 768, "num_layers": 32, "in_channels": 33},
+    **{"out_channels": 16, "audio_channels": 40, "num_token_types": 2, "rotary_widths": (16, 24, 24)},
+    "video": KandinskyStream(1792, 7168, 64, 512),
+    "audio": KandinskyStream(896, 3584, 64, 512),
+}
+KANDINSKY_6_PRO = {
+    **{**KANDINSKY_6, "text_layers": 4, "num_layers": 60, "rotary_widths": (32, 48, 48)},
+    "video": KandinskyStream(4096, 16384, 128, 1024),
+    "audio": KandinskyStream(2048, 7168, 128, 1024),
+}
 KANDINSKY_IMAGE = {
     **{**KANDINSKY, "dim": 2560, "ffn_dim": 10240, "num_layers": 50, "in_channels": 16, "head_width": 128},
     "rotary_widths": (32, 48, 48),
@@ -613,6 +627,8 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "kandinsky5-lite-dit": ("kandinsky video", KANDINSKY_LITE),
     "kandinsky5-pro-dit": ("kandinsky video", KANDINSKY_PRO),
     "kandinsky5-lite-t2i-dit": ("kandinsky image", KANDINSKY_IMAGE),
+    **dict.fromkeys(manifest_names("kandinsky6-lite-dit"), ("kandinsky_6", KANDINSKY_6)),
+    **dict.fromkeys(manifest_names("kandinsky6-pro-dit"), ("kandinsky_6", KANDINSKY_6_PRO)),
     **dict.fromkeys(manifest_names("hunyuanvideo1.5-dit"), ("hunyuan_video_15", HUNYUAN_15)),
     "z-image-dit": ("z_image", Z),
     "z-image-dit-comfy": ("z_image", Z),
@@ -679,6 +695,14 @@ def test_published_files_of_full_size_load_without_leftovers(tmp_path: Path, man
         *(
             ("kandinsky video", name)
             for name in ("visual_embeddings.in_layer", "pooled_text_embeddings.norm", "out_layer.out_layer")
+        ),
+        *(
+            ("kandinsky_6", name)
+            for name in (
+                "audio_embeddings.norm",
+                "audio_outLayer.out_layer",
+                "visual_blocks.1.audioT.cross_attention.to_key",
+            )
         ),
         *(
             ("hunyuan_video_15", name)
@@ -766,6 +790,13 @@ SENSELESS: dict[str, list[tuple[str, tuple[int, ...]]]] = {
         ("visual_transformer_blocks.0.cross_attention.to_query.weight", ()),
         ("visual_embeddings.in_layer.weight", (64, 128)),
         ("out_layer.modulation.out_layer.weight", (127, 48)),
+    ],
+    "kandinsky_6": [
+        ("visual_blocks.0.audioT.self_attention.query_norm.weight", (24,)),
+        ("visual_blocks.0.va_cross_attention.to_key.weight", ()),
+        ("visual_embeddings.in_layer.weight", (64, 128)),
+        ("visual_blocks.0.av_modulation.out_layer.weight", (96, 40)),
+        ("audio_outLayer.out_layer.weight", (20, 32)),
     ],
     "hunyuan_video_15": [
         ("double_blocks.0.img_attn_q_norm.weight", (0,)),

@@ -152,6 +152,7 @@ def test_no_two_files_have_the_same_place_and_each_is_where_its_option_says() ->
         ("ltx25_vae", "ltx2.3-video-vae", None),
         ("ltx25_audio_vae", "ltx2.3-audio-vae ltx2.3-vocoder", None),
         ("qwen_image", "qwen-image-dit", None),
+        ("kandinsky_6_lite", "kandinsky6-lite-dit", None),
         ("z_image", "z-image-dit-comfy", None),
         ("krea2_raw", "krea2-dit", None),
         ("qwen3_vl_4b", "qwen3-vl-4b", None),

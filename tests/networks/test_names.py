@@ -278,6 +278,7 @@ RELEASED = {
     "hunyuan_video_1_5": "hunyuanvideo1.5-dit hunyuanvideo1.5-dit-diffusers hunyuanvideo1.5-dit-comfy",
     "ideogram4": "ideogram4-dit",
     "kandinsky": "kandinsky5-lite-dit kandinsky5-pro-dit kandinsky5-lite-t2i-dit",
+    "kandinsky_6": "kandinsky6-lite-dit kandinsky6-pro-dit kandinsky6-lite-dit-diffusers",
     "z_image": "z-image-dit z-image-dit-comfy",
     "wan": "wan2.1-t2v-14b-diffusers wan2.2-ti2v-5b",
     "ltx_2": "ltx2.3-dit-diffusers",

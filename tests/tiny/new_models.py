@@ -18,6 +18,7 @@ from tests.tiny.hunyuan_image import write_tiny_hunyuan_image
 from tests.tiny.hunyuan_video_15 import write_tiny_hunyuan_video_15
 from tests.tiny.ideogram4 import SECOND_NAME, write_tiny_ideogram4
 from tests.tiny.kandinsky import write_tiny_kandinsky
+from tests.tiny.kandinsky_6 import write_tiny_kandinsky_6
 from tests.tiny.krea2 import write_tiny_krea2
 from tests.tiny.lumina import write_tiny_lumina
 from tests.tiny.minimax_h3 import write_tiny_h3
@@ -79,6 +80,10 @@ MODELS: dict[str, tuple[Writer, dict[str, str]]] = {
     "kandinsky k5-lite-t2v-5s-sd": (write_tiny_kandinsky, KANDINSKY),
     "kandinsky k5-lite-i2v-5s-sd": (write_tiny_kandinsky, KANDINSKY),
     "kandinsky k5-lite-t2i-hd": (partial(write_tiny_kandinsky, kind="image"), KANDINSKY),
+    **dict.fromkeys(
+        ("kandinsky k6-lite-5s", "kandinsky k6-lite-5s-pretrain", "kandinsky k6-pro-5s"),
+        (write_tiny_kandinsky_6, KANDINSKY | {"audio_vae": "audio_vae", "vocoder": "vocoder"}),
+    ),
     "hunyuan_image 2.1": (write_tiny_hunyuan_image, IMAGES | {"byt5": "byt5.safetensors"}),
     "qwen_image original": (write_tiny_qwen_image, IMAGES),
     "qwen_image edit-2511": (partial(write_tiny_qwen_image, edits=True), IMAGES),
