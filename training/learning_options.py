@@ -396,11 +396,6 @@ class LrScheduleOptions(Options, title="learning-rate schedule"):
                 f"warm-up. {remedy}."
             )
 
-    @property
-    def follows_validation(self) -> bool:
-        """Whether the learning rate depends on the validation loss."""
-        return self.lr_scheduler == PLATEAU and not self.lr_scheduler_type
-
     def arguments(self) -> dict[str, Any]:
         """Parse --lr_scheduler_args into keyword arguments of the scheduler."""
         return read_literals("--lr_scheduler_args", self.lr_scheduler_args) if self.lr_scheduler_args else {}

@@ -22,11 +22,11 @@ from modules.devices import tensor_on
 from modules.errors import UserError
 from networks.adapter import NormReport
 from training.bad_steps import explain_bad_step
+from training.data.live import LiveTextEncoders
 from training.features import phases
 from training.features.composing import bad_step_remedies
 from training.features.hooks import RunFeatures
 from training.loss import NoisyBatch
-from training.optimizers.lr_schedule import PlateauSchedule
 from training.optimizers.optimizer import evaluation
 from training.optimizers.stepping import FusedBackward, StepAfterBackward
 from training.processes import (
@@ -115,7 +115,16 @@ def _train_epochs(run: TrainingRun) -> None:
     _restart_step_timing(run)
     with contextlib.closing(run.feed.start(progress.epoch, progress.position)) as micro_batches:
         for epoch in range(progress.epoch, run.steps.num_epochs):
-            _train_epoch(run, epoch, micro_batches)
+            run.model.trainable.start_epoch()
+            first_step = progress.step
+            for step_batches in run.steps.batches_by_step(epoch, progress.position):
+                advance(run, step_batches, micro_batches)
+                if is_ending(run) or run.reporter.is_done:
+                    break
+            else:
+                # a resumed run may start at the very end of an epoch, whose work at its end is then still due
+                if progress.step > first_step or progress.position >= run.steps.num_batches:
+                    _after_epoch(run)
             if run.reporter.is_done or is_ending(run):
                 break
     if not is_ending(run):
@@ -131,22 +140,8 @@ def _sample_before_training(run: TrainingRun) -> None:
         run.phases.sample(run)
 
 
-def _train_epoch(run: TrainingRun, epoch: int, micro_batches: Iterator[NoisyBatch]) -> None:
-    """Run the steps of an epoch and the work due at its end; return early if the run must stop."""
-    progress = run.progress
-    run.model.trainable.start_epoch()
-    first_step = progress.step
-    for step_batches in run.steps.batches_by_step(epoch, progress.position):
-        has_to_end = advance(run, step_batches, micro_batches)
-        if has_to_end or run.reporter.is_done:
-            return
-    # a resumed run may start at the very end of an epoch, whose work at its end is then still due
-    if progress.step > first_step or progress.position >= run.steps.num_batches:
-        _after_epoch(run)
-
-
-def advance(run: TrainingRun, step_batches: range, micro_batches: Iterator[NoisyBatch]) -> bool:
-    """Run one optimizer step and the work due after it; return whether the run must end now."""
+def advance(run: TrainingRun, step_batches: range, micro_batches: Iterator[NoisyBatch]) -> None:
+    """Run one optimizer step and the work due after it."""
     requested = take_step(run, step_batches, micro_batches)
     progress = run.progress
     if run.memory is not None:
@@ -158,7 +153,6 @@ def advance(run: TrainingRun, step_batches: range, micro_batches: Iterator[Noisy
         _end_if_requested(run)
     if run.rereads and not (is_ending(run) or run.reporter.is_done):
         raise Reread
-    return is_ending(run)
 
 
 def is_ending(run: TrainingRun) -> bool:
@@ -293,7 +287,14 @@ def _accumulate(
         for adapter in run.model.dits.loras:
             stack.enter_context(adapter.switched_to(is_on=True))
         for position in range(len(steps.list_process_batches(step_batches, run.feed.process))):
-            noisy_batch = _prepare_batch(run, next(micro_batches))
+            noisy_batch = next(micro_batches)
+            # dropout depends on the number of the micro-batch
+            seed_networks(run.model.trainable, run.progress.seed, noisy_batch.number, run.device)
+            if run.memory is not None:
+                run.memory.see_batch(noisy_batch.noise.numel())
+            if run.plan.live_encoders is not None:
+                noisy_batch = _encode_captions(run, run.plan.live_encoders, noisy_batch)
+            noisy_batch = noisy_batch.to(run.device)
             passes = {noisy_batch.expert: False}  # expert -> whether its pass is a dummy
             if steps.in_lockstep:
                 passes = _passes_in_lockstep(run, step_batches, position, noisy_batch.expert)
@@ -314,18 +315,10 @@ def _accumulate(
     return values, keys
 
 
-def _prepare_batch(run: TrainingRun, noisy_batch: NoisyBatch) -> NoisyBatch:
-    """Move a micro-batch to the device, seed dropout for it, and encode its captions."""
-    # The seed depends on the number of the micro-batch.
-    seed_networks(run.model.trainable, run.progress.seed, noisy_batch.number, run.device)
-    if run.memory is not None:
-        run.memory.see_batch(noisy_batch.noise.numel())
-    if run.plan.live_encoders is not None:
-        with run.autocast():
-            noisy_batch = replace(
-                noisy_batch, batch=run.plan.live_encoders.add_encoded_captions(noisy_batch.batch)
-            )
-    return noisy_batch.to(run.device)
+def _encode_captions(run: TrainingRun, encoders: LiveTextEncoders, noisy_batch: NoisyBatch) -> NoisyBatch:
+    """Return a micro-batch with its captions encoded by the text encoders that run during training."""
+    with run.autocast():
+        return replace(noisy_batch, batch=encoders.add_encoded_captions(noisy_batch.batch))
 
 
 def _propagate(
@@ -624,10 +617,9 @@ def validate(run: TrainingRun, validation: Validation, occasion: str) -> Mapping
         if recorded < min(earlier_losses.values()):
             remark = ", the lowest so far"
     logger.info("Step %d: validation loss %s%.5f%s", step, previous, recorded, remark)
-    schedule = run.model.schedule
-    if isinstance(schedule, PlateauSchedule) and schedule.observe(step, losses[LOSS]):
-        rates = ", ".join(f"{rate:.3g}" for rate in schedule.progress.rates)
-        run.note(f"The validation loss is not below {schedule.progress.best:.5f}: learning rate {rates}")
+    lowered = run.model.schedule.observe(step, losses[LOSS])
+    if lowered:
+        run.note(lowered)
     return losses
 
 

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -41,7 +40,7 @@ from training.features.composing import begin_run
 from training.features.contract import EMPTY_PROMPT, LIVE_TEXTS, REJECTED_ONES
 from training.features.hooks import RunFeatures
 from training.learner import NetworkSpec
-from training.learning_options import PRESERVE_OUTPUT
+from training.learning_options import PLATEAU, PRESERVE_OUTPUT
 from training.noise_options import TimestepOptions
 from training.optimizers.stepping import check_fused_backward, check_offload, check_sharded_optimizer
 from training.options import TrainingOptions
@@ -137,14 +136,6 @@ def shards_full_model(options: TrainingOptions) -> bool:
     return options.full_dit is not None and bool(options.speed.modes.splits_weights) and have_joined()
 
 
-class _TrainingData(NamedTuple):
-    """The items of a run, and where their batches are read from."""
-
-    training: Sequence[TrainingItem]
-    validation: Sequence[TrainingItem]
-    sources: BatchSources
-
-
 @dataclass(frozen=True)
 class RunPlanner:
     """Plans a run from its options and its dataset, before networks are loaded."""
@@ -178,7 +169,11 @@ class RunPlanner:
             _check_tables(config)  # a whole model takes no table with keys for a network
         if family.abilities.one_sample:
             _check_batch_sizes(family.abilities.one_sample, config)
-        live_encoders = self._find_live_encoders() if self.may_encode else None
+        live_encoders: LiveTextEncoders | None = None  # None: all their outputs are cached
+        if self.may_encode:
+            from training.caching_inside import find_live_encoders  # most runs only read caches
+
+            live_encoders = find_live_encoders(family, options, config)
         for check_texts in features.on.on_text_encoders:
             check_texts(live_encoders)
         lora_format = select_lora_format(
@@ -186,13 +181,15 @@ class RunPlanner:
             self.network_spec.lora_options,
             () if live_encoders is None else live_encoders.learning_encoders,
         )
-        data = self._find_data(features, live_encoders, progress.seed)
-        if options.lr_schedule.follows_validation and not data.validation:
-            raise OptionError(
-                "--lr_scheduler plateau needs a validation loss: pass --validation_split 0.1, or a table "
-                "with validation = true"
-            )
-        order = BatchOrder(data.training, progress.seed)
+        sources = self._find_sources(features, live_encoders)
+        items = self._find_items(
+            sources,
+            encodes_texts_on_the_fly=live_encoders is not None,
+            condition_set=features.condition_set,
+        )
+        training, validation = self._split_items(items, progress.seed)
+        self._warn_of_mismatched_data(features, training, validation, sources.stores)
+        order = BatchOrder(training, progress.seed)
         steps = _plan_steps(options, order, self.accelerator.num_processes, progress)
         if options.loop.known_steps is None:
             check_schedule(options, steps.total_steps)
@@ -220,12 +217,12 @@ class RunPlanner:
             saving=saving,
             lora_format=lora_format,
             config=config,
-            training=data.training,
-            validation=data.validation,
+            training=training,
+            validation=validation,
             order=order,
             steps=steps,
             table_times=timestep_options_by_group(options.timesteps, config.datasets),
-            sources=data.sources,
+            sources=sources,
             live_encoders=live_encoders,
             changes={},
             adapter=adapter,
@@ -249,27 +246,6 @@ class RunPlanner:
             table.captions.changes.varying_keys or table.buckets.augmentation.varying_keys
             for table in subsets
         )
-
-    def _find_live_encoders(self) -> LiveTextEncoders | None:
-        """Return the text encoders that run during training; None if all their outputs are cached."""
-        from training.caching_inside import find_live_encoders  # most runs only read caches
-
-        return find_live_encoders(self.family, self.options, self.config)
-
-    def _find_data(
-        self, features: RunFeatures, live_encoders: LiveTextEncoders | None, seed: int
-    ) -> _TrainingData:
-        """Find or make the caches, and divide their items into training and validation items."""
-        sources = self._find_sources(features, live_encoders)
-        items = self._find_items(
-            sources,
-            encodes_texts_on_the_fly=live_encoders is not None,
-            condition_set=features.condition_set,
-        )
-        training, validation = self._split_items(items, seed)
-        data = _TrainingData(training, validation, sources)
-        self._warn_of_mismatched_data(features, data)
-        return data
 
     def _find_sources(self, features: RunFeatures, live_encoders: LiveTextEncoders | None) -> BatchSources:
         """Return where batches are read from, except for the text tensors that `live_encoders` encode."""
@@ -361,6 +337,12 @@ class RunPlanner:
             )
         if validation:
             return training, validation
+        schedule = self.options.lr_schedule
+        if schedule.lr_scheduler == PLATEAU and not schedule.lr_scheduler_type:
+            raise OptionError(
+                "--lr_scheduler plateau needs a validation loss: pass --validation_split 0.1, or a table "
+                "with validation = true"
+            )
         remedy = "pass --validation_split, or `validation = true` in a table"
         if validating.validate_every_n_steps is not None:
             raise OptionError(f"--validate_every_n_steps has nothing to validate on: {remedy}")
@@ -369,17 +351,23 @@ class RunPlanner:
                 logger.warning("--%s is ignored because there is nothing to validate on: %s", name, remedy)
         return training, validation
 
-    def _warn_of_mismatched_data(self, features: RunFeatures, data: _TrainingData) -> None:
+    def _warn_of_mismatched_data(
+        self,
+        features: RunFeatures,
+        training: Sequence[TrainingItem],
+        validation: Sequence[TrainingItem],
+        stores: Stores,
+    ) -> None:
         """Warn about captions, rejected items, references and masks that do not fit the options."""
         tables, subset = self.config.datasets, self.options.subset
         for read in (*features.caption_checks, *self.network_spec.caption_checks):
             from training.token_captions import check_captions  # only to learn a word
 
-            check_captions(read, data.training)
+            check_captions(read, training)
         has_rejected_items = any(table.source.worse_directory is not None for table in tables)
         if has_rejected_items and REJECTED_ONES not in features.needs:
             # the rejected items of these tables are left out
-            learned = {item.table.index: item.table for item in data.training}.values()
+            learned = {item.table.index: item.table for item in training}.values()
             names = [table.name for table in learned if table.source.worse_directory is not None]
             if names:
                 logger.warning(
@@ -390,7 +378,7 @@ class RunPlanner:
         if not self.accelerator.is_main_process:
             return
         takes_references = any(table.references.rules or table.references.clip_rules for table in tables)
-        if takes_references and lack_edit_references([*data.training, *data.validation], data.sources.stores):
+        if takes_references and lack_edit_references([*training, *validation], stores):
             logger.warning("%s", NO_REFERENCE)
         has_masks = any(table.source.mask_directory or table.source.alpha_mask for table in tables)
         if subset is not None and subset.masked_loss and not has_masks:

@@ -46,6 +46,6 @@ def _join(run: RunFeatures, options: ItemTurnsOptions) -> None:
 ITEM_TURNS = Feature(
     name="item_turns",
     options=ItemTurnsOptions,
-    is_on=lambda options: options.measures or options.watch_items,
+    is_on=lambda options: options.rest_learned is not None or options.set_aside_noisy or options.watch_items,
     join=_join,
 )

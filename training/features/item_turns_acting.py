@@ -21,7 +21,7 @@ from modules.atomic_write import append_text, write_text
 from modules.control_codes import shorten
 from modules.errors import CacheError, OptionError, UserError
 from training.features.hooks import HookedModel, PlannedRun, RunFeatures
-from training.features.item_turns_options import ItemTurnsOptions, ItemTurnsProgress
+from training.features.item_turns_options import ItemTurnsOptions, ItemTurnsProgress, is_measured
 from training.features.phases import GRADIENTS, STEP
 from training.reports.item_turns import (
     ASIDE,
@@ -202,7 +202,7 @@ class ItemTurns:
         if not self.is_listed:  # not earlier: files of an earlier run were still moved away
             self.is_listed = True
             self._write_list(run.plan, progress)
-        if self.options.measures and not progress.item_start_losses:
+        if is_measured(self.options) and not progress.item_start_losses:
             progress.item_start_losses.update(run.measure_items())
 
     def act(self, run: "TrainingRun", _: "GradientStep") -> None:
@@ -212,7 +212,7 @@ class ItemTurns:
         before = (dict(progress.item_turns), dict(progress.item_captions))
         for line in self._take_requests(run, step):
             self._obey(run, progress, step, line)
-        if self.options.measures and step % self.options.items_every == 0:
+        if is_measured(self.options) and step % self.options.items_every == 0:
             for key, loss in run.measure_items().items():
                 progress.item_start_losses.setdefault(key, loss)  # of a new caption, it begins now
                 progress.item_round_losses.setdefault(key, []).append(loss)

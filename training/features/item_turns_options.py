@@ -7,7 +7,8 @@ from modules.options import HABIT, option
 from training.features.contract import AT_WEIGHTS, FeatureOptions
 
 
-def _is_measured(options: "ItemTurnsOptions") -> bool:
+def is_measured(options: "ItemTurnsOptions") -> bool:
+    """Return whether the losses of items decide about their turns."""
     return options.rest_learned is not None or options.set_aside_noisy
 
 
@@ -32,7 +33,7 @@ class ItemTurnsOptions(FeatureOptions, title="turns of items", at=AT_WEIGHTS, fa
         minimum=1,
         maximum=1_000_000,
         metavar="N",
-        acts_if={"there is neither --rest_learned nor --set_aside_noisy": _is_measured},
+        acts_if={"there is neither --rest_learned nor --set_aside_noisy": is_measured},
     )
     items_floor: float = option(
         "share of the items that keep all their turns in any case",
@@ -40,17 +41,12 @@ class ItemTurnsOptions(FeatureOptions, title="turns of items", at=AT_WEIGHTS, fa
         above=0,
         maximum=1,
         metavar="SHARE",
-        acts_if={"there is neither --rest_learned nor --set_aside_noisy": _is_measured},
+        acts_if={"there is neither --rest_learned nor --set_aside_noisy": is_measured},
     )
     watch_items: bool = option(
         "act on a file OUTPUT_NAME.items in --output_dir, whose lines set items aside, take them back or "
         "recaption them: aside NAME, back NAME, caption NAME: TEXT"
     )
-
-    @property
-    def measures(self) -> bool:
-        """Whether the losses of items decide about their turns."""
-        return _is_measured(self)
 
 
 @dataclass

@@ -264,6 +264,10 @@ class CurveSchedule(LambdaLR):
         self.scale = scale
         self.go_to(self.last_epoch)
 
+    def observe(self, step: int, loss: float) -> str:
+        """Return "": no validation loss changes a curve."""
+        return ""
+
     def step(self, epoch: int | None = None) -> None:
         """Advance by one optimizer step; `epoch`, part of torch's interface, is ignored."""
         # torch's method would warn if another function steps the optimizer, as for bf16 weights
@@ -325,8 +329,8 @@ class PlateauSchedule:
         self.progress = PlateauProgress([float(group["lr"]) for group in self.optimizer.param_groups])
         self.go_to(0)
 
-    def observe(self, step: int, loss: float) -> bool:
-        """Take a validation loss into account; return whether the rate was lowered.
+    def observe(self, step: int, loss: float) -> str:
+        """Take a validation loss into account; return a sentence if the rate was lowered, else "".
 
         Args:
             step: Number of optimizer steps taken. A second measurement at a step, and the one before the
@@ -335,7 +339,7 @@ class PlateauSchedule:
         """
         progress, settings = self.progress, self.settings
         if step <= progress.measured_step:
-            return False
+            return ""
         progress.measured_step = step
         limit = progress.best - settings.threshold
         if settings.threshold_mode == "rel":
@@ -348,17 +352,20 @@ class PlateauSchedule:
             progress.cooldown -= 1
             progress.num_bad = 0
         if progress.num_bad <= settings.patience:
-            return False
+            return ""
         progress.cooldown, progress.num_bad = settings.cooldown, 0
         before = progress.rates
-        progress.rates = [self._lower(rate) for rate in before]
+        lower_rates = [max(rate * settings.factor, settings.min_lr) for rate in before]
+        # a rate stays as it is if it would change next to nothing
+        progress.rates = [
+            lower if rate - lower > settings.eps else rate
+            for rate, lower in zip(before, lower_rates, strict=True)
+        ]
         self.go_to(self.last_step)
-        return progress.rates != before
-
-    def _lower(self, rate: float) -> float:
-        """Return a learning rate times the factor, unless that changes next to nothing."""
-        lower = max(rate * self.settings.factor, self.settings.min_lr)
-        return lower if rate - lower > self.settings.eps else rate
+        if progress.rates == before:
+            return ""
+        rates = ", ".join(f"{rate:.3g}" for rate in progress.rates)
+        return f"The validation loss is not below {progress.best:.5f}: learning rate {rates}"
 
     def step(self) -> None:
         """Advance by one optimizer step."""
@@ -410,6 +417,10 @@ class ImportedSchedule:
     can_scale: ClassVar[bool] = False
     name: str
     scheduler: LRScheduler
+
+    def observe(self, step: int, loss: float) -> str:
+        """Return "": the wrapped scheduler counts steps only."""
+        return ""
 
     def step(self) -> None:
         """Run one step of the wrapped scheduler.
@@ -467,6 +478,10 @@ class OptimizerRates:
     name: str
     optimizer: Optimizer
     rates: Callable[[], list[float]]
+
+    def observe(self, step: int, loss: float) -> str:
+        """Return "": the optimizer computes its own rates."""
+        return ""
 
     def step(self) -> None:
         """Do nothing: the optimizer computes its own rates."""
