@@ -63,6 +63,11 @@ class CustomNetwork:
     # `sentences`; None: the prompt of the sample
     write_prompt: Callable[[Path, Mapping[str, Any], Sequence[str]], str] | None = None
 
+    @property
+    def reads_captions(self) -> bool:
+        """Whether captions should contain the trained word, because no sentences replace them."""
+        return self.in_text_encoders and not self.sentences
+
 
 def describe_start(called: str, sizes: str, path: Path | None) -> str:
     """Describe a new network by its sizes, or by the file from which its weights come."""

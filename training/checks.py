@@ -33,7 +33,7 @@ from runtime.offload.swap_plan import check_swap
 from runtime.ways.contract import RunUses
 from training.data.table_times import explain_ignored_options
 from training.experts import TRAINING_ADAPTER, check_experts, network_for, read_adapter
-from training.learner import NetworkSpec
+from training.learner import FULL_RATE, LORA_RATE, NetworkSpec
 from training.learning_options import FIND_RATE
 from training.optimizers.lr_schedule import make_lr_schedule
 from training.optimizers.optimizer import check_rates, make_optimizer
@@ -94,7 +94,8 @@ def check_before_loading(
 
     with quiet():
         select_lora_format(family, network_spec.lora_options)  # only for its errors
-    network_spec.check_initial_file()
+    if network_spec.custom is not None:
+        network_spec.custom.check()
     if network_spec.lora_options is not None:
         check_networks(family, options)
     if options.lora_parts is not None or (options.network is not None and options.network.network_args):
@@ -427,15 +428,18 @@ def describe_learning_rate(options: TrainingOptions, network_spec: NetworkSpec) 
     """
     optimizer = options.optimizer
     parts = options.lora_parts
-    is_full = network_spec.make_network is None
+    usual_rates, label = LORA_RATE, "a LoRA"
+    if network_spec.custom is not None:
+        usual_rates, label = network_spec.custom.default_rate, network_spec.custom.label
+    elif options.network is None:
+        usual_rates, label = FULL_RATE, "a whole model"
     rate = optimizer.learning_rate if parts is None or parts.unet_lr is None else parts.unet_lr
     text = f"{rate:g}"
     name = (optimizer.optimizer_type or "AdamW").rpartition(".")[2].lower()
-    usual_rates = network_spec.default_rate
     finds_rate_itself = name.startswith(FIND_RATE) and optimizer.arguments().get("relative_step") is not False
     # the default rates are for Adam; full models are often trained with Adafactor and a fixed rate
-    is_comparable = "adam" in name or (is_full and name == "adafactor")
+    is_comparable = "adam" in name or (options.network is None and name == "adafactor")
     if not is_comparable or finds_rate_itself or usual_rates.low <= rate <= usual_rates.high:
         return text
     level = "LOW" if rate < usual_rates.low else "HIGH"
-    return f"{text}, which is {level} for {network_spec.rate_label}: {usual_rates.default} is usual"
+    return f"{text}, which is {level} for {label}: {usual_rates.default} is usual"

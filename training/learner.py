@@ -4,10 +4,7 @@
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
-from pathlib import Path
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,22 +15,24 @@ from modules.seeds import derive_seed
 from networks.adapter import ForeignNetwork, TrainableNetwork, make_network
 from networks.options import NetworkOptions
 from protocols.family import Described, Trains
-from protocols.family_networks import CustomNetwork, DefaultRate, WritesNetwork, get_custom_network
+from protocols.family_networks import CustomNetwork, DefaultRate, get_custom_network
 
 ReadCaptions = Callable[[Sequence[str]], str]
 LORA_RATE = DefaultRate(2e-5, "1e-4", 5e-3)
 FULL_RATE = DefaultRate(5e-8, "1e-5", 4e-5)
 
 
-class MakeNetwork(Protocol):
-    """Function that adds the trained network to a loaded model.
+@dataclass(frozen=True)
+class NetworkSpec:
+    """What a run trains: a LoRA, a network that the family defines, or, without either, the model itself."""
 
-    The arguments are the network's options, the transformer, a seed for the initial values, the trained text
-    encoders by LoRA prefix, whether the transformer gets a network too, tensors of the state that will be
-    loaded, and whether the network starts with the values of its file.
-    """
+    # None: the network has no ranks, arguments and formats of a LoRA
+    lora_options: NetworkOptions | None = None
+    lora_module: str = ""  # the network module of the family's LoRAs
+    custom: CustomNetwork | None = None
+    is_embedding: bool = False  # whether the network belongs to text encoders that learn a new word
 
-    def __call__(
+    def make_network(
         self,
         options: NetworkOptions,
         dit: nn.Module,
@@ -44,41 +43,35 @@ class MakeNetwork(Protocol):
         resumed_tensors: Mapping[str, Tensor] | None = None,
         has_initial_values: bool = True,
     ) -> TrainableNetwork:
-        """Create the network (such as a LoRA), attach its modules to the model, and return it."""
-        ...
+        """Create the trained network, attach its modules to the loaded model, and return it.
+
+        Args:
+            options: Options of a LoRA; a network of the family contains its own settings.
+            dit: The transformer.
+            seed: Seed of the initial values.
+            encoders: Trained text encoders, by LoRA prefix.
+            trains_dit: Whether the transformer gets a LoRA too.
+            resumed_tensors: Tensors of the state that will be loaded into a LoRA.
+            has_initial_values: Whether a network of the family starts with the values of its file.
+        """
+        if self.custom is None:
+            return make_network(
+                options,
+                self.lora_module,
+                dit,
+                seed,
+                encoders=encoders,
+                trains_dit=trains_dit,
+                resumed=resumed_tensors,
+            )
+        part = nn.ModuleDict(encoders) if self.custom.in_text_encoders else dit
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(seed, "network"))
+            module = self.custom.make(part, has_initial_values)
+        return ForeignNetwork(module.requires_grad_(True), dit)
 
 
-@dataclass(frozen=True)
-class NetworkSpec:
-    """What a run trains, such as a LoRA: functions and texts to create, check, save and describe it."""
-
-    label: str  # "LoRA", "ControlNet-LLLite"
-    rate_label: str  # "a LoRA": what `default_rate` is usual for
-    default_rate: DefaultRate
-    make_network: MakeNetwork | None  # None: the model itself is trained
-    is_embedding: bool = False  # whether the network belongs to text encoders that learn a new word
-    # None: the network has no ranks, arguments and formats of a LoRA
-    lora_options: NetworkOptions | None = None
-    description: str = ""  # description with sizes, for boxes; "" if the options describe it
-    architecture_suffix: str = "lora"  # suffix of the architecture in the metadata
-    metadata: Mapping[str, Any] = field(default_factory=dict)  # metadata entries of its files
-    write_file: WritesNetwork | None = None  # None: files are written like those of LoRAs, or of the model
-    check_initial_file: Callable[[], None] = lambda: None  # raises UserError if it cannot be used
-    # given the dataset, and the attribute of tables whose target is the base model's prediction, return the
-    # dataset to train on. Raises DatasetError
-    check_data: Callable[[DatasetConfig, str], DatasetConfig] = lambda config, preserve_attribute: config
-    caption_checks: Sequence[ReadCaptions] = ()  # each returns a note on captions that teach nothing
-    caption_choices: Sequence[str] = ()  # replace the captions; one is drawn for each sample
-    start_option: str = "network_weights"  # option for the file to start from; "": the option of the model
-    # see `CustomNetwork.generate`; None: the model's own script generates with it
-    generation_command: Callable[[Path, Mapping[str, Any], Sequence[str]], Sequence[str]] | None = None
-    # see `CustomNetwork.write_prompt`, given `caption_choices`
-    write_prompt: Callable[[Path, Mapping[str, Any], Sequence[str]], str] | None = None
-
-
-FULL_MODEL = NetworkSpec(
-    label="model", rate_label="a whole model", default_rate=FULL_RATE, make_network=None, start_option=""
-)
+FULL_MODEL = NetworkSpec()
 
 
 def find_network_spec(
@@ -86,7 +79,7 @@ def find_network_spec(
     network: NetworkOptions | None,
     lora_replacement: Callable[[Described], CustomNetwork] | None = None,
 ) -> NetworkSpec:
-    """Return a description of what a run trains (a LoRA, another network, or the model) and how to create it.
+    """Return what a run trains (a LoRA, another network, or the model), with a method that creates it.
 
     Args:
         family: The model family.
@@ -96,84 +89,27 @@ def find_network_spec(
     if network is None:
         return FULL_MODEL
     if lora_replacement is not None:
-        return replace(_describe_custom_network(lora_replacement(family)), is_embedding=True)
+        return NetworkSpec(custom=lora_replacement(family), is_embedding=True)
     custom = get_custom_network(family) if family.abilities.has_custom_network else None
     if custom is not None:
-        return _describe_custom_network(custom)
-    return NetworkSpec(
-        label="LoRA",
-        rate_label="a LoRA",
-        default_rate=LORA_RATE,
-        make_network=partial(_make_lora, family.lora_module),
-        lora_options=network,
-    )
+        return NetworkSpec(custom=custom)
+    return NetworkSpec(network, family.lora_module)
 
 
-def _describe_custom_network(custom: CustomNetwork) -> NetworkSpec:
-    """Return the `NetworkSpec` of a network that the model family defines, such as a ControlNet."""
-    # captions should contain the trained word, unless the run trains on its own sentences
-    reads_captions = custom.in_text_encoders and not custom.sentences
-    return NetworkSpec(
-        label=custom.label,
-        rate_label=custom.label,
-        default_rate=custom.default_rate,
-        make_network=partial(_make_custom_network, custom),
-        description=custom.description,
-        architecture_suffix=custom.architecture_suffix,
-        metadata=custom.values,
-        write_file=custom.write,
-        check_initial_file=custom.check,
-        check_data=partial(_check_data, custom),
-        caption_checks=(custom.check_captions,) if reads_captions else (),
-        caption_choices=custom.sentences,
-        start_option=custom.start_option,
-        generation_command=custom.generate,
-        write_prompt=custom.write_prompt,
-    )
+def check_data(custom: CustomNetwork, config: DatasetConfig, preserve_attribute: str) -> DatasetConfig:
+    """Check the tables for a family's own network: control images, or images of a new word.
 
+    Args:
+        custom: The network.
+        config: The dataset.
+        preserve_attribute: Attribute of tables whose target is the prediction of the base model.
 
-def _make_lora(
-    module: str,
-    options: NetworkOptions,
-    dit: nn.Module,
-    seed: int,
-    *,
-    encoders: Mapping[str, nn.Module],
-    trains_dit: bool,
-    resumed_tensors: Mapping[str, Tensor] | None = None,
-    has_initial_values: bool = True,
-) -> TrainableNetwork:
-    """Create a LoRA (or a similar network, such as a LoKr) and attach it to the model."""
-    # `module` is the network module of the family's LoRAs. `has_initial_values` is unused (see
-    # `MakeNetwork`).
-    return make_network(
-        options, module, dit, seed, encoders=encoders, trains_dit=trains_dit, resumed=resumed_tensors
-    )
+    Returns:
+        The dataset to train on, in which images need no captions if sentences replace them.
 
-
-def _make_custom_network(
-    custom: CustomNetwork,
-    options: NetworkOptions,
-    dit: nn.Module,
-    seed: int,
-    *,
-    encoders: Mapping[str, nn.Module],
-    trains_dit: bool,
-    resumed_tensors: Mapping[str, Tensor] | None = None,
-    has_initial_values: bool = True,
-) -> TrainableNetwork:
-    """Create a network that the model family defines, such as a ControlNet."""
-    # See `MakeNetwork` for arguments.
-    # `options` and `resumed_tensors` are not used, because `custom` contains the network's settings.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "network"))
-        module = custom.make(nn.ModuleDict(encoders) if custom.in_text_encoders else dit, has_initial_values)
-    return ForeignNetwork(module.requires_grad_(True), dit)
-
-
-def _check_data(custom: CustomNetwork, config: DatasetConfig, preserve_attribute: str) -> DatasetConfig:
-    """Check the tables for a family's own network: control images, or images of a new word."""
-    # Returns the dataset, in which images need no captions if sentences replace them.
+    Raises:
+        DatasetError: If the network cannot learn from a table.
+    """
     if not custom.in_text_encoders:
         from dataset.control_pairs import check_pairs  # other runs read only caches
 

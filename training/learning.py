@@ -269,7 +269,7 @@ def _make_feed(model: TrainedModel) -> Feed:
         weighted_by=options.weighted_by,
         audio=family.audio_learning if trains_audio(family) else None,
         batch_hooks=tuple(features.on.batch),
-        caption_choices=plan.network_spec.caption_choices,
+        caption_choices=() if plan.network_spec.custom is None else plan.network_spec.custom.sentences,
         condition_set=features.condition_set,
     )
     return Feed(
@@ -521,7 +521,7 @@ class TrainableBuilder:
         """
         options, device = self.plan.options, self.plan.accelerator.device
         network_spec = self.plan.network_spec
-        if options.network is None or network_spec.make_network is None:
+        if options.network is None:
             self.trainables.append(self._train_full(dit))
             return
         network_options = experts.network_for(options, expert) or options.network

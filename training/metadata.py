@@ -92,7 +92,8 @@ def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[
         values["ss_network_alpha"] = None if lora.kind.rotates else alpha
         values["ss_network_args"] = json.dumps(lora.arguments(), ensure_ascii=False)
     # entries that programs need to load the file: of the network, of features, of the family
-    values |= plan.network_spec.metadata
+    if plan.network_spec.custom is not None:
+        values |= plan.network_spec.custom.values
     values |= plan.features.info.for_loading
     for key, value in family.metadata.items():
         if key.startswith(("reference_", "audio_ref_", "modelspec.")):

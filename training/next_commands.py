@@ -145,7 +145,7 @@ class NextSteps:
                 generate = replace(generate, note=f"{generate.note} {file.name} is not saved yet.".lstrip())
             commands.append(generate)
         # the model itself, not a network added to it
-        trains_model = self.plan.network_spec.make_network is None
+        trains_model = self.plan.options.network is None
         if trains_model and saved is not None and self._can_extract:
             commands.append(self._extract(file))
         lora = self.plan.network_spec.lora_options
@@ -157,12 +157,6 @@ class NextSteps:
             elif self.converted_for and self._needs_conversion(lora):
                 commands += [self._convert_names(path) for path in self._list_files(file)]
         return [*commands, _command(THIS_RUN, self._run_arguments())]
-
-    @property
-    def _sampled_suffix(self) -> str:
-        """Return what the names of the files end with that the samples show: -ema, or ""."""
-        average = self.plan.features.average
-        return AVERAGE if average is not None and average.is_sampled else ""
 
     def _list_files(self, file: Path, suffix: str = "") -> Iterable[Path]:
         """Return the files of the save that `file` belongs to: one, or one for each expert."""
@@ -250,7 +244,17 @@ class NextSteps:
     def _start_from_trained_files(self, steps: int) -> PageCommand:
         """Return the command that starts a new run of `steps` steps from the trained files."""
         # the option that reads trained weights: --network_weights for a LoRA, --dit for a whole model
-        start_option = self.plan.network_spec.start_option or self._trained_option()
+        start_option = "network_weights"
+        if self.plan.network_spec.custom is not None:
+            start_option = self.plan.network_spec.custom.start_option
+        elif self.plan.options.network is None:  # the option that names the file of the trained weights
+            entry, family_options = self.command.family_entry, self.command.family_options
+            start_option = "dit"
+            if entry is not None and family_options is not None:
+                names = (
+                    option_name(field) for field in fields(family_options) if field.name == entry.trained
+                )
+                start_option = next(names, "dit")
         experts: Sequence[str] = self.plan.names.expert_names
         if self.plan.options.network is None:
             experts = [expert.name for expert in self.plan.family.experts]
@@ -270,14 +274,6 @@ class NextSteps:
             "state, so that the next one can continue exactly."
         )
         return _command("Train longer, as a new run from the trained file", arguments, note)
-
-    def _trained_option(self) -> str:
-        """Return the training option that names the file of the trained weights."""
-        entry, options = self.command.family_entry, self.command.family_options
-        if entry is None or options is None:
-            return "dit"
-        names = (option_name(field) for field in fields(options) if field.name == entry.trained)
-        return next(names, "dit")
 
     def _run_arguments(self, without: Collection[str] = ()) -> list[str]:
         """Return this run's command line without the options in `without`."""
@@ -323,28 +319,29 @@ class NextSteps:
         arguments = self._generation_arguments
         assert self.command.family_entry is not None
         spellings = self.command.family_entry.spellings
-        folder_flag = spellings.get("save_path", "--save_path")
         sample = self.sample
-        sampled_file = file
-        if self._sampled_suffix:
-            sampled_file = [*self._list_files(file, self._sampled_suffix)][0]
-        write_prompt = self.plan.network_spec.write_prompt
-        if write_prompt is not None:  # an embedding file, whose word in prompts is its file name
-            prompt = write_prompt(sampled_file, sample, self.plan.network_spec.caption_choices)
+        # the files of the save, or their averages if samples show these
+        average = self.plan.features.average
+        shows_average = average is not None and average.is_sampled
+        files = [*self._list_files(file, AVERAGE if shows_average else "")]
+        sampled_file = files[0] if shows_average else file
+        custom = self.plan.network_spec.custom
+        # the word of an embedding in prompts is the name of its file
+        if custom is not None and custom.write_prompt is not None:
+            prompt = custom.write_prompt(sampled_file, sample, custom.sentences)
             sample = {**sample, "prompt": prompt}
         sample_arguments = [
             *make_sample_arguments(sample, spellings),
-            *(folder_flag, str(file.parent / "generated")),
+            *(spellings.get("save_path", "--save_path"), str(file.parent / "generated")),
         ]
-        # None: the model's own script generates with the file, and takes it as a LoRA or instead of --dit
-        generate = self.plan.network_spec.generation_command
-        high_files, other_files = self._trained_files(file) if generate is None else ([], [])
+        # the model's own script takes the files as LoRAs, or instead of --dit
+        high_files, other_files = self._divide_by_noise(files) if custom is None else ([], [])
         arguments = self._add_trained_files(arguments, "", other_files)
         if f"--dit_{HIGH_NOISE}" in arguments:  # the command generates with both experts
             arguments = self._add_trained_files(arguments, f"_{HIGH_NOISE}", high_files)
         arguments = [*arguments, *sample_arguments]
-        if generate is not None:
-            arguments = [*generate(sampled_file, sample, arguments)]
+        if custom is not None:
+            arguments = [*custom.generate(sampled_file, sample, arguments)]
         return _command("Generate with it", [*launcher, *arguments], note)
 
     @cached_property
@@ -360,18 +357,13 @@ class NextSteps:
         arguments = command.family_entry.generation_argv(family_options, self.sample, typed)
         return [*arguments, *option_argv(say_for_generation(self.plan.options.speed))]
 
-    def _trained_files(self, file: Path) -> tuple[list[Path], list[Path]]:
-        """Return the files of the save that `file` belongs to: high-noise files, then all other files."""
-        files = [*self._list_files(file, self._sampled_suffix)]
-        high_files = []
-        other_files = []
+    def _divide_by_noise(self, files: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+        """Return the files of a save for the high-noise expert, and those for all other experts."""
+        by_expert: list[tuple[str, Path]] = []
         for index, expert in enumerate(self.plan.family.experts):
-            expert_file = files[min(index, len(files) - 1)]  # one file may be for both experts
-            if expert.name == HIGH_NOISE:
-                high_files.append(expert_file)
-            else:
-                other_files.append(expert_file)
-        return high_files, other_files
+            by_expert.append((expert.name, files[min(index, len(files) - 1)]))  # one file may be for both
+        high_files = [path for name, path in by_expert if name == HIGH_NOISE]
+        return high_files, [path for name, path in by_expert if name != HIGH_NOISE]
 
     def _add_trained_files(self, arguments: Sequence[str], ending: str, files: Sequence[Path]) -> list[str]:
         """Add the trained files of one transformer, and the LoRAs of samples, to a command."""

@@ -39,7 +39,7 @@ from training.experts import check_computing, get_network_module, log_experts
 from training.features.composing import begin_run
 from training.features.contract import EMPTY_PROMPT, LIVE_TEXTS, REJECTED_ONES
 from training.features.hooks import RunFeatures
-from training.learner import NetworkSpec
+from training.learner import NetworkSpec, check_data
 from training.learning_options import PLATEAU, PRESERVE_OUTPUT
 from training.noise_options import TimestepOptions
 from training.optimizers.stepping import check_fused_backward, check_offload, check_sharded_optimizer
@@ -360,7 +360,11 @@ class RunPlanner:
     ) -> None:
         """Warn about captions, rejected items, references and masks that do not fit the options."""
         tables, subset = self.config.datasets, self.options.subset
-        for read in (*features.caption_checks, *self.network_spec.caption_checks):
+        caption_checks = [*features.caption_checks]
+        custom = self.network_spec.custom
+        if custom is not None and custom.reads_captions:
+            caption_checks.append(custom.check_captions)
+        for read in caption_checks:
             from training.token_captions import check_captions  # only to learn a word
 
             check_captions(read, training)
@@ -500,7 +504,9 @@ def read_config(options: TrainingOptions, family: Family, network_spec: NetworkS
     if EMPTY_PROMPT in options.features.needs and not (brings_empty_text(family) and family.empty_text()):
         config = with_empty_prompts(config)
     check_timesteps(options.timesteps, config.datasets, family)
-    return for_family(network_spec.check_data(config, PRESERVE_OUTPUT), family)
+    if network_spec.custom is not None:
+        config = check_data(network_spec.custom, config, PRESERVE_OUTPUT)
+    return for_family(config, family)
 
 
 def _check_tables(config: DatasetConfig) -> None:

@@ -115,12 +115,17 @@ def _print_check(
     # only features ask for the depth, and without them no transformer has to be named; (): unknown
     block_counts = family.block_counts() if features.on.check and family.dit_files else ()
     _check_features(features, family, live_encoders, block_counts)
-    network_spec.check_initial_file()
+    custom = network_spec.custom
+    if custom is not None:
+        custom.check()
     # find the faults of the dataset
     live_keys = () if live_encoders is None else live_encoders.keys
     plans = plan_tables(family, config, options.caching, live_keys, needs=features.needs)
     result = _check_dataset(family, options, config, plans, commands, counters=counters, workers=workers)
-    for read in (*features.caption_checks, *network_spec.caption_checks):
+    caption_checks = [*features.caption_checks]
+    if custom is not None and custom.reads_captions:
+        caption_checks.append(custom.check_captions)
+    for read in caption_checks:
         _note_captions_without_word(read, result.tables)
     if options.samples.sample_prompts is not None or any(
         plan.texts in {TensorLocation.MEMORY, TensorLocation.LIVE} for plan in plans

@@ -110,11 +110,13 @@ def _describe_published_run(
     """Return what the model card says about a run."""
     # One model card describes all uploaded files, so it gets the metadata of the first one.
     first_metadata = next(iter(metadata.values()))
+    custom = plan.network_spec.custom
+    suffix = "lora" if custom is None else custom.architecture_suffix
     return PublishedRun(
         names=plan.names,
         is_lora=plan.options.network is not None,
         release=plan.family.release,
-        metadata=_metadata_now(plan, first_metadata, plan.network_spec.architecture_suffix),
+        metadata=_metadata_now(plan, first_metadata, suffix),
         prompts=[prompt for prompt in prompts if prompt],
     )
 

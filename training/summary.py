@@ -212,7 +212,7 @@ def _make_network_rows(run: TrainingRun, num_weights: int) -> list[Row]:
         continued_sizes_metadata(run.model, part) for part in trainable.written_files
     ):
         ranks_and_alphas = trainable.ranks_and_alphas()
-    trained = spec.description
+    trained = "" if spec.custom is None else spec.custom.description
     if not trained and lora is None:
         parts = full_dit.name_parts if full_dit is not None else ()
         trained = f"of the model: {' '.join(parts)}" if parts else "the whole model"

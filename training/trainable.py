@@ -213,13 +213,15 @@ def prepare_network(
             "the network has no parameters to train: check include_patterns and exclude_patterns in "
             "--network_args"
         )
+    custom = network_spec.custom
+    ending = "lora" if custom is None else custom.architecture_suffix
     # saved in a state: the network, and what a resumed run needs but a file of the network lacks
     modules = {"network": network.module, **network.additional_state}
     save_lora = save_network if lora_format is None else lora_format.save
 
     def save(path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
-        if network_spec.write_file is not None:
-            network_spec.write_file(network.module, path, dtype, metadata)
+        if custom is not None and custom.write is not None:
+            custom.write(network.module, path, dtype, metadata)
         else:
             save_lora(network.module, path, dtype, metadata, list_auxiliary_tensors())
 
@@ -227,7 +229,7 @@ def prepare_network(
         modules=modules,
         groups=groups,
         group_names=tuple(names),
-        written_files={"": WrittenFile(save, network_spec.architecture_suffix, network)},
+        written_files={"": WrittenFile(save, ending, network)},
         networks=[network],
         max_norm=max_norm,
     )

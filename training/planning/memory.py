@@ -265,8 +265,15 @@ def predict_memory(
         sampling=sampling,
         sample_only_bytes=_count_sample_only_bytes(family, options, sampling),
         live_encoders=live_encoders,
-        network=find_network_spec(family, options.network, options.features.lora_replacement).label,
+        network=_name_network(family, options),
     )
+
+
+def _name_network(family: Trains, options: TrainingOptions) -> str:
+    spec = find_network_spec(family, options.network, options.features.lora_replacement)
+    if spec.custom is not None:
+        return spec.custom.label
+    return "model" if spec.lora_options is None else "LoRA"
 
 
 class _SimulatedStep(NamedTuple):

@@ -361,7 +361,7 @@ def _make_optimizer_groups(
     """Add the network and adapters, or select trained weights of the DiT; return the optimizer's groups."""
     # The arguments 0 are seeds, which do not matter because tensors have no values.
     network_spec = find_network_spec(family, options.network, options.features.lora_replacement)
-    if options.network is None or network_spec.make_network is None:
+    if options.network is None:
         trainable = prepare_full_model(family, options, dit, live_encoders, writes=False)
         trainable = arrange_weights(trainable, options.optimizer, family.dit)
         return [dict(group) for group in trainable.groups]
