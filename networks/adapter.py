@@ -20,7 +20,7 @@ from modules.devices import tensor_on
 from modules.errors import CheckpointError, OptionError
 from modules.installation import import_user_module
 from modules.seeds import derive_seed
-from networks.builtin_modules import OWN_MODULES, NetworkArguments, read_own
+from networks.builtin_modules import OWN_MODULES, read_own
 from networks.builtin_networks import build_from_tensors, build_network, check_blocks
 from networks.cast_factors import cast_before_pass
 from networks.formats.kohya import OTHER_MODULES
@@ -236,7 +236,7 @@ def check_network(
         numbered: Blocks that --network_args address by number; None if the model has none.
     """
     if name in OWN_MODULES:
-        settings, _ = read_own(name, _read_arguments(options))
+        settings, _ = read_own(name, options)
         if settings.block_numbers:
             check_blocks(settings, depths)
         if settings.block_settings is not None:
@@ -327,16 +327,15 @@ def _build_own(
     resumed: Mapping[str, Tensor] | None,
 ) -> OwnNetwork:
     """Build one of our networks from its options, including modules that only a file or resumed state has."""
-    arguments = _read_arguments(options)
     if options.dim_from_weights:
         tensors = _read_network_weights(options, dit, encoders)
-        return build_from_tensors(name, tensors, typed=arguments, dit=dit, encoders=encoders)
+        return build_from_tensors(name, tensors, options, dit=dit, encoders=encoders)
     initial_tensors = dict(resumed or {})
     if not initial_tensors and options.network_weights is not None:
         initial_tensors = _read_network_weights(options, dit, encoders)
     return build_network(
         name,
-        arguments,
+        options,
         dit=dit if trains_dit else None,
         encoders=encoders,
         initial_tensors=initial_tensors,
@@ -352,16 +351,6 @@ def _load_file(network: TrainableNetwork, path: Path, dit: nn.Module) -> None:
         network.load_weights(path)
     result = f"except for {format_count(len(errors), 'module')}, see above" if errors else "everything fits"
     logger.info(f"{path}: loaded, {result}")
-
-
-def _read_arguments(options: NetworkOptions) -> NetworkArguments:
-    """Return rank, alpha, dropout and arguments for one of our own networks from the options."""
-    return NetworkArguments(
-        rank=options.network_dim,
-        alpha=options.network_alpha,
-        dropout=options.network_dropout,
-        arguments=options.arguments(),
-    )
 
 
 def _read_network_weights(

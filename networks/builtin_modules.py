@@ -1,7 +1,7 @@
 """Our network modules by name: their kinds and settings."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from networks.kinds import KINDS, LORA, composing
@@ -9,17 +9,8 @@ from networks.kinds.contract import NetworkKind
 from networks.lora_settings import LoraSettings, read_settings
 from networks.module_names import FAMILIES
 from networks.names.layouts import LoraRules
+from networks.options import NetworkOptions
 from networks.train.lora import find_training
-
-
-@dataclass(frozen=True)
-class NetworkArguments:
-    """Option values that describe a network, such as `--network_dim`; None means the default."""
-
-    rank: int | None = None
-    alpha: float | None = None
-    dropout: float | None = None
-    arguments: Mapping[str, Any] = field(default_factory=dict)  # --network_args
 
 
 @dataclass(frozen=True)
@@ -72,19 +63,27 @@ WITH_FILE = {
 }
 
 
-def read_own(name: str, typed: NetworkArguments) -> tuple[LoraSettings, Any]:
+def read_own(name: str, options: NetworkOptions) -> tuple[LoraSettings, Any]:
     """Parse the settings shared by all our network modules, and the settings of this kind (such as LoKr).
+
+    Args:
+        name: Value of --network_module, or the family's module if the option is not given.
+        options: Options of the network.
 
     Raises:
         OptionError: For a setting that is unknown, out of range, or supported only by LoRAs.
     """
     module = OWN_MODULES[name]
-    kind = module.kind
-    training = find_training(kind)
-    arguments = dict(typed.arguments)
+    training = find_training(module.kind)
+    arguments: dict[str, Any] = options.arguments()
     own_settings = training.read_arguments(arguments)  # removes them from `arguments`
-    rank = kind.size.default if typed.rank is None else typed.rank
-    settings = read_settings(rank, typed.alpha, typed.dropout, arguments=arguments, rules=module.rules)
+    settings = read_settings(
+        options.rank,
+        options.network_alpha,
+        options.network_dropout,
+        arguments=arguments,
+        rules=module.rules,
+    )
     ratios = (settings.loraplus_lr_ratio, settings.loraplus_encoder_ratio)
     has_ratio = any(ratio is not None for ratio in ratios)
     has_lora_settings = any(

@@ -5,14 +5,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from logging import getLogger
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from checkpoints.opening import open_checkpoint
 from modules.console import list_some
 from modules.errors import CheckpointError, OptionError
-from networks.builtin_modules import OWN_MODULES, WITH_FILE, NetworkArguments, read_own
+from networks.builtin_modules import OWN_MODULES, WITH_FILE, read_own
 from networks.kinds.contract import LoraModule, NetworkKind, RankRule, Target
 from networks.kinds.factors import Factors
 from networks.lora_layer import LoraLayer
@@ -21,6 +21,7 @@ from networks.lora_settings import LoraSettings, find_by_pattern, fit_patterns, 
 from networks.module_factors import add_missing_alphas, group_by_module
 from networks.names.layouts import OURS, LoraRules
 from networks.names.texts import published_path
+from networks.options import NetworkOptions
 from networks.rank_masks import mask_for
 from networks.train.lora import find_training
 from runtime.run_blocks import get_spec
@@ -33,13 +34,6 @@ class ModuleWithPath(NamedTuple):
 
     path: str
     module: LoraModule
-
-
-class LoraSize(NamedTuple):
-    """Rank and alpha of a module's LoRA."""
-
-    rank: int
-    alpha: float
 
 
 def select_modules(unet: nn.Module, settings: LoraSettings) -> dict[str, Target]:
@@ -116,18 +110,15 @@ def _select_targets(
             # indices of the patterns that match; the last one sets the rank
             matching_patterns = find_by_pattern(settings.pattern_ranks, name)
             matches.append(matching_patterns)
-        size = _select_size(
+        target = _select_target(
             path, module, settings, matching_patterns=matching_patterns, optional_parts=optional_parts
         )
         blocks = settings.block_settings
         if settings.verbose:
-            description = "left out" if size is None else f"rank {size.rank}, alpha {size.alpha:g}"
+            description = "left out" if target is None else f"rank {target.rank}, alpha {target.alpha:g}"
             logger.info(f"  {path}: {description}")
-        if size is not None:
-            targets[name] = Target(
-                module=module,
-                rank=size.rank,
-                alpha=size.alpha,
+        if target is not None:
+            targets[name] = target._replace(
                 split_sizes=settings.split_sizes_of(path, module) if settings.splits_fused_layers else (),
                 rate_factor=1.0 if blocks is None else blocks.get_rate_factor(path),
             )
@@ -136,14 +127,14 @@ def _select_targets(
     return targets
 
 
-def _select_size(
+def _select_target(
     path: str,
     module: LoraModule,
     settings: LoraSettings,
     matching_patterns: tuple[int, ...],
     optional_parts: tuple[str, ...],
-) -> LoraSize | None:
-    """Return the rank and alpha of a module's LoRA; None if the module gets no LoRA."""
+) -> Target | None:
+    """Return a module with the rank and alpha of its LoRA; None if the module gets no LoRA."""
     is_optional = any(part in f".{path}" for part in optional_parts)
     # a rank for its type selects an optional module
     if is_optional and settings.family_rules is not None:
@@ -155,10 +146,10 @@ def _select_size(
         return None
     if matching_patterns:
         _, rank = settings.pattern_ranks[matching_patterns[-1]]
-        size: LoraSize | None = LoraSize(int(rank), settings.alpha)
+        target: Target | None = Target(module, int(rank), settings.alpha)
     else:
-        size = _size_by_block_and_type(path, module, settings)
-    return None if size is None or size.rank <= 0 else size
+        target = _target_by_block_and_type(path, module, settings)
+    return None if target is None or target.rank <= 0 else target
 
 
 def _is_excluded(path: str, settings: LoraSettings, is_optional: bool = False) -> bool:
@@ -197,8 +188,8 @@ def check_blocks(settings: LoraSettings, depths: Mapping[str, int]) -> None:
             )
 
 
-def _size_by_block_and_type(path: str, module: LoraModule, settings: LoraSettings) -> LoraSize | None:
-    """Return a module's rank and alpha by its block and type; None if it gets no LoRA."""
+def _target_by_block_and_type(path: str, module: LoraModule, settings: LoraSettings) -> Target | None:
+    """Return a module with rank and alpha by its block and type; None if it gets no LoRA."""
     # A rank for the block takes precedence over conv_dim, and both take precedence over the family's rules.
     # 1x1 convolutions are treated like linear layers
     is_convolution = not isinstance(module, nn.Linear) and module.kernel_size != (1, 1)
@@ -207,25 +198,26 @@ def _size_by_block_and_type(path: str, module: LoraModule, settings: LoraSetting
         if block_size is not None:
             rank, alpha = block_size
             default_alpha = settings.conv_alpha if is_convolution else settings.alpha
-            return LoraSize(rank, default_alpha if alpha is None else alpha)
+            return Target(module, rank, default_alpha if alpha is None else alpha)
     if is_convolution:
-        return None if settings.conv_rank is None else LoraSize(settings.conv_rank, settings.conv_alpha)
-    if settings.family_rules is None:
-        return LoraSize(settings.rank, settings.alpha)
-    return _size_by_rules(path, settings.family_rules, settings)
+        return None if settings.conv_rank is None else Target(module, settings.conv_rank, settings.conv_alpha)
+    rank_by_rules: int | None = settings.rank
+    if settings.family_rules is not None:
+        rank_by_rules = _find_rank_by_rules(path, settings.family_rules, settings)
+    return None if rank_by_rules is None else Target(module, rank_by_rules, settings.alpha)
 
 
-def _size_by_rules(path: str, rules: LoraRules, settings: LoraSettings) -> LoraSize | None:
-    """Return a layer's rank and alpha by the family's rules; None if its block is not trained."""
+def _find_rank_by_rules(path: str, rules: LoraRules, settings: LoraSettings) -> int | None:
+    """Return a layer's rank by the family's rules; None if its block is not trained."""
     for outside_path, rank in zip(rules.outside_paths, settings.outside_ranks, strict=False):
         if path == outside_path or path.startswith(f"{outside_path}."):
-            return LoraSize(rank, settings.alpha)
+            return rank
     for argument, numbers in settings.block_numbers.items():
         match = re.match(rf"{rules.block_lists_by_argument[argument]}\.(\d+)\.", path)
         if match is not None and numbers is not None and int(match[1]) not in numbers:
             return None
     type_rank = _find_type_rank(path, rules, settings)
-    return LoraSize(settings.rank if type_rank is None else type_rank, settings.alpha)
+    return settings.rank if type_rank is None else type_rank
 
 
 def _find_type_rank(path: str, rules: LoraRules, settings: LoraSettings) -> int | None:
@@ -239,7 +231,7 @@ def _find_type_rank(path: str, rules: LoraRules, settings: LoraSettings) -> int 
 
 def build_network(
     name: str,
-    typed: NetworkArguments,
+    options: NetworkOptions,
     dit: nn.Module | None,
     encoders: Mapping[str, nn.Module],
     initial_tensors: Mapping[str, Tensor] | None = None,
@@ -248,17 +240,17 @@ def build_network(
 
     Args:
         name: Value of --network_module, a key of OWN_MODULES.
-        typed: Unparsed settings from the command line.
+        options: Options of the network.
         dit: The transformer; None if only text encoders are trained.
         encoders: Trained text encoders, by their `lora_prefix`.
         initial_tensors: Tensors of the file or state from which training continues, under our names. Their
-            modules get layers too, with the rank and alpha of the tensors, unless `typed.arguments` exclude
+            modules get layers too, with the rank and alpha of the tensors, unless --network_args exclude
             them.
 
     Raises:
         OptionError: If settings are invalid, or if they select no module.
     """
-    settings, kind_settings = read_own(name, typed)
+    settings, kind_settings = read_own(name, options)
     kind = OWN_MODULES[name].kind
     trained_encoders = {
         prefix: encoder for prefix, encoder in encoders.items() if prefix not in settings.disabled_encoders
@@ -360,8 +352,8 @@ def _is_excluded_by_arguments(module_with_path: ModuleWithPath, name: str, setti
         return pattern_rank == 0
     # convolutions get no LoRA by default, but a file's LoRAs for them are kept, so give them any rank
     with_convolutions = replace(settings, conv_rank=settings.conv_rank or 1)
-    size = _size_by_block_and_type(module_with_path.path, module_with_path.module, with_convolutions)
-    return size is None or size.rank == 0
+    target = _target_by_block_and_type(module_with_path.path, module_with_path.module, with_convolutions)
+    return target is None or target.rank == 0
 
 
 def _modules_by_name(dit: nn.Module | None, encoders: Mapping[str, nn.Module]) -> dict[str, ModuleWithPath]:
@@ -398,7 +390,7 @@ def _list_encoder_modules(encoder: nn.Module) -> Iterator[ModuleWithPath]:
 def build_from_tensors(
     name: str,
     tensors: Mapping[str, Tensor],
-    typed: NetworkArguments,
+    options: NetworkOptions,
     dit: nn.Module,
     encoders: Mapping[str, nn.Module],
 ) -> OwnNetwork:
@@ -411,7 +403,7 @@ def build_from_tensors(
     Args:
         name: Value of --network_module, a key of OWN_MODULES.
         tensors: Tensors under our names.
-        typed: Unparsed settings from the command line; only dropout and arguments are used.
+        options: Options of the network; only --network_dropout and --network_args are used.
         dit: The transformer.
         encoders: Trained text encoders, by their `lora_prefix`.
 
@@ -419,7 +411,7 @@ def build_from_tensors(
         CheckpointError: If the model has none of the modules, or if the file contains a different network
             kind.
     """
-    settings = _settings_with_file(name, typed)
+    settings = _settings_with_file(name, options)
     modules_by_name = _modules_by_name(dit, encoders)
     factors_by_module = _factors_for(modules_by_name, tensors)
     layers = _make_file_layers(OWN_MODULES[name].kind, factors_by_module, modules_by_name, settings)
@@ -467,25 +459,29 @@ def _make_file_layers(
     return layers
 
 
-def _settings_with_file(name: str, typed: NetworkArguments) -> LoraSettings:
+def _settings_with_file(name: str, options: NetworkOptions) -> LoraSettings:
     """Return the settings that apply if a file sets modules and ranks; warn of settings that are ignored."""
     rules = OWN_MODULES[name].rules
     # the training run has read these already, to select the text encoders; the network does not need them
     read_by_run: Mapping[str, str] = {} if rules is None else rules.encoder_switches
-    used: dict[str, Any] = {}
-    ignored: dict[str, Any] = {}
-    for key, value in typed.arguments.items():
+    used: list[str] = []
+    ignored: dict[str, str] = {}
+    for key, value in options.arguments().items():
         if key in WITH_FILE:
-            used[key] = value
-        elif value is not None and key not in read_by_run:
-            ignored[key] = value
-    read_own(name, NetworkArguments(arguments=ignored))  # raises if an ignored value is invalid
+            used.append(f"{key}={value}")
+        elif key not in read_by_run:
+            ignored[key] = f"{key}={value}"
+    # without rank and alpha, which the file has
+    defaults = NetworkOptions.from_defaults(network_module=options.network_module)
+    read_own(name, replace(defaults, network_args=tuple(ignored.values())))  # raises for an invalid value
     for key in sorted(ignored):
         logger.warning(
             f"--network_args {key} is ignored because --dim_from_weights takes the modules and ranks from "
             "the file"
         )
-    settings, _ = read_own(name, NetworkArguments(dropout=typed.dropout, arguments=used))
+    settings, _ = read_own(
+        name, replace(defaults, network_dropout=options.network_dropout, network_args=tuple(used))
+    )
     return settings
 
 

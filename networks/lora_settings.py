@@ -16,7 +16,6 @@ from modules.command import did_you_mean
 from modules.errors import OptionError
 from networks.block_numbers import KEYS, BlockSettings, read_blocks
 from networks.formats.lycoris import ALGORITHMS
-from networks.kinds import LORA
 from networks.kinds.composing import SWITCHES, VARIANTS
 from networks.kinds.contract import NetworkKind, RankRule
 from networks.lora_layer import Dropouts
@@ -25,7 +24,7 @@ from networks.names.layouts import LoraRules
 from networks.patterns import NamePattern, describe_unfit, in_any_spelling
 
 logger = getLogger(__name__)
-DEFAULT_ALPHA = 1.0
+DEFAULT_CONV_ALPHA = 1.0
 MAX_BLOCK_DIGITS = 4  # of the number of a block
 Reader = Callable[[str, Any], Any]  # name and string of an argument -> its value; raises OptionError
 Pattern = re.Pattern[str] | NamePattern
@@ -110,10 +109,10 @@ def read_ranks(paths: Sequence[str], argument: str, typed: Any) -> tuple[int, ..
 class LoraSettings:
     """Parsed settings of a LoRA: ranks, dropout rates, learning rates, and which modules get a LoRA."""
 
-    rank: int = LORA.size.default
-    alpha: float = DEFAULT_ALPHA
+    rank: int
+    alpha: float
     conv_rank: int | None = None  # None: convolutions with kernels larger than 1 x 1 get no LoRA
-    conv_alpha: float = DEFAULT_ALPHA
+    conv_alpha: float = DEFAULT_CONV_ALPHA
     dropouts: Dropouts | None = None
     # matched at the start of module paths; `include` takes precedence over `exclude`
     include: tuple[Pattern, ...] = ()
@@ -173,8 +172,8 @@ class LoraSettings:
 
 
 def read_settings(
-    rank: int | None,
-    alpha: float | None,
+    rank: int,
+    alpha: float,
     neuron_dropout: float | None,
     arguments: Mapping[str, Any],
     rules: LoraRules | None = None,
@@ -182,7 +181,7 @@ def read_settings(
     """Parse settings from the options and from `--network_args`, whose values may be strings.
 
     Args:
-        rank: Value of --network_dim.
+        rank: Value of --network_dim, or the default of the kind.
         alpha: Value of --network_alpha.
         neuron_dropout: Value of --network_dropout.
         arguments: Values of --network_args.
@@ -196,8 +195,8 @@ def read_settings(
         frozenset() if rules is None else frozenset(rules.encoder_switches.values())
     )
     settings = LoraSettings(
-        rank=LORA.size.default if rank is None else int(rank),
-        alpha=DEFAULT_ALPHA if alpha is None else float(alpha),
+        rank=rank,
+        alpha=float(alpha),
         dropouts=Dropouts(neuron=neuron_dropout) if neuron_dropout else None,
         family_rules=rules,
         disabled_encoders=disabled_encoders,
@@ -222,7 +221,7 @@ def _apply_arguments(
     settings = replace(
         settings,
         conv_rank=values.get("conv_dim"),
-        conv_alpha=values.get("conv_alpha", DEFAULT_ALPHA),
+        conv_alpha=values.get("conv_alpha", DEFAULT_CONV_ALPHA),
         dropouts=(
             replace(settings.dropouts or Dropouts(), rank=rank, module=module)
             if rank or module

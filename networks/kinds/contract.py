@@ -31,7 +31,7 @@ class Target(NamedTuple):
     module: LoraModule
     rank: int
     alpha: float
-    split_sizes: tuple[int, ...]  # rows of parts that get separate factors; (): one pair of factors
+    split_sizes: tuple[int, ...] = ()  # rows of parts that get separate factors; (): one pair of factors
     rate_factor: float = 1.0  # multiplies the learning rate
 
 

@@ -11,11 +11,11 @@ from torch import nn
 
 from modules.errors import OptionError
 from networks.block_numbers import read_rate_factors
-from networks.builtin_modules import NetworkArguments
 from networks.builtin_networks import build_network, select_modules
 from networks.lora_settings import read_settings
 from protocols.family import DitSpec
 from stable_diffusion.training_files import number_blocks, unet_spec
+from tests.tiny.loras import network_options
 from tests.tiny.stable_diffusion import KINDS, RELEASED_UNETS
 
 
@@ -75,7 +75,7 @@ def test_blocks_of_rate_0_have_no_modules_and_others_have_rates_of_their_own() -
     unet.spec = unet_spec(dict(unet.config))
     arguments = {"down_lr_weight": "1,0.1", "mid_lr_weight": "0.5", "block_lr_zero_threshold": "0.1"}
 
-    network = build_network("networks.lora", NetworkArguments(4, arguments=arguments), unet, {})
+    network = build_network("networks.lora", network_options("lora", 4, arguments=arguments), unet, {})
 
     kept = {name for name in network.names if "_down_blocks_" in name}
     assert kept

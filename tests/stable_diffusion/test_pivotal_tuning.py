@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import Parameter
 
-from networks.builtin_modules import NetworkArguments
 from networks.builtin_networks import build_network
 from networks.options import NetworkOptions
 from protocols.loading import Placement
@@ -31,6 +30,7 @@ from tests.stable_diffusion.test_inversion_training import (
     with_captions,
 )
 from tests.stable_diffusion.test_training_step import CPU, make_batch, make_family, plain_loss
+from tests.tiny.loras import network_options
 from tests.tiny.stable_diffusion import write_sd1, write_sdxl
 from training.data.live import LiveTextEncoders
 from training.features.embedding import EmbeddingOptions
@@ -55,7 +55,7 @@ def test_two_steps_are_those_of_plain_torch(kind: str, tmp_path: Path) -> None:
     unet: Any = family.load_dit(Placement(CPU)).requires_grad_(False)
     twin_unet = copy.deepcopy(unet)
     torch.manual_seed(1)
-    arguments = NetworkArguments(rank=2, alpha=2.0, dropout=None, arguments={})
+    arguments = network_options("lora", 2, alpha=2.0)
     network = build_network("networks.lora", arguments, unet, encoders={})
     twin = build_network("networks.lora", arguments, twin_unet, encoders={})
     twin.load_state_dict(network.state_dict())

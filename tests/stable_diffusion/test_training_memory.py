@@ -13,13 +13,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modules.compile_options import Compilation
-from networks.builtin_modules import NetworkArguments
 from networks.builtin_networks import build_network
 from protocols.loading import Placement
 from runtime.network_setup import Checkpointing, set_up_network
 from runtime.offload.checkpointing import Offload, checkpoint_blocks, offload_to_host
 from stable_diffusion.family import StableDiffusion
 from tests.stable_diffusion.test_training_step import make_batch, make_family
+from tests.tiny.loras import network_options
 
 CPU = torch.device("cpu")
 TIMESTEPS = (10, 800)
@@ -167,7 +167,7 @@ def test_steps_of_a_lora_in_bf16_are_compiled_once(tmp_path: Path) -> None:
     """Their factors are cast anew in each pass."""
     family = make_family("sdxl", tmp_path)
     unet = family.load_dit(Placement(CPU)).train()
-    network = build_network("networks.lora", NetworkArguments(2, 1.0), unet, {})
+    network = build_network("networks.lora", network_options("lora", 2), unet, {})
     network.attach()
     set_up_network(unet, family.dit, CPU, compilation=Compilation("eager"), checkpointing=Checkpointing())
     batch = make_batch(family, TIMESTEPS).batch

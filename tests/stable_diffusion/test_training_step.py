@@ -13,7 +13,6 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from networks.builtin_modules import NetworkArguments
 from networks.builtin_networks import build_network
 from protocols.data import SIZES, Batch
 from protocols.loading import Placement
@@ -23,6 +22,7 @@ from stable_diffusion.family import StableDiffusion
 from stable_diffusion.noise import VariedNoise, make_noise_spec, read_betas
 from stable_diffusion.training_files import TrainingFiles
 from stable_diffusion.training_options import LossWeightOptions
+from tests.tiny.loras import network_options
 from tests.tiny.stable_diffusion import tokenizer_folder, write_folder
 from training.data.feed import NoiseSampler
 from training.data.live import LiveTextEncoders
@@ -217,7 +217,7 @@ def test_loss_and_gradients_are_those_of_a_plain_loop(case: str, tmp_path: Path)
     timesteps = (20, 999)
     noisy_batch = make_batch(family, timesteps)
     dit = family.load_dit(Placement(CPU))
-    network = build_network("networks.lora", NetworkArguments(2, 1.0), dit, {})
+    network = build_network("networks.lora", network_options("lora", 2), dit, {})
     network.attach()
     generator = torch.Generator().manual_seed(5)
     for layer in network.layers:
@@ -267,7 +267,7 @@ def test_text_encoders_learn_as_in_a_plain_loop(kind: str, tmp_path: Path) -> No
     encoders = family.text_encoders()
     texts = LiveTextEncoders(encoders, encoders)  # type: ignore[arg-type]
     texts.load(CPU)
-    network = build_network("networks.lora", NetworkArguments(2, 1.0), None, texts.networks)
+    network = build_network("networks.lora", network_options("lora", 2), None, texts.networks)
     network.attach()
     generator = torch.Generator().manual_seed(5)
     for layer in network.layers:

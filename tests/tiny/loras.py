@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -10,9 +11,26 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from networks.apply import LoraPatch
-from networks.builtin_modules import NetworkArguments
 from networks.builtin_networks import build_from_tensors, build_network
 from networks.lora_network import OwnNetwork
+from networks.options import NetworkOptions
+
+
+def network_options(
+    name: str,
+    rank: int | None = None,
+    alpha: float = 1.0,
+    dropout: float | None = None,
+    arguments: Mapping[str, Any] = MappingProxyType({}),
+) -> NetworkOptions:
+    """Options of a network of ours by the last part of its module's name; `arguments` of --network_args."""
+    return NetworkOptions.from_defaults(
+        network_module=f"networks.{name}",
+        network_dim=rank,
+        network_alpha=alpha,
+        network_dropout=dropout,
+        network_args=tuple(f"{key}={value}" for key, value in arguments.items() if value is not None),
+    )
 
 
 def make_lora(
@@ -25,14 +43,16 @@ def make_lora(
     **arguments: Any,
 ) -> OwnNetwork:
     """A network by the last part of its module's name, `lora_wan`, not attached yet."""
-    typed = NetworkArguments(rank, alpha, neuron_dropout, arguments)
-    return build_network(f"networks.{name}", typed, dit, texts or {})
+    options = network_options(
+        name, rank=rank, alpha=1.0 if alpha is None else alpha, dropout=neuron_dropout, arguments=arguments
+    )
+    return build_network(f"networks.{name}", options, dit, texts or {})
 
 
 def lora_like(name: str, tensors: Mapping[str, Tensor], dit: nn.Module, **arguments: Any) -> OwnNetwork:
     """A network with the modules, ranks and alphas of a file's tensors, not their values."""
-    typed = NetworkArguments(arguments=arguments)
-    return build_from_tensors(f"networks.{name}", tensors, typed, dit, encoders={})
+    options = network_options(name, arguments=arguments)
+    return build_from_tensors(f"networks.{name}", tensors, options, dit, encoders={})
 
 
 def unused(patch: LoraPatch) -> list[str]:

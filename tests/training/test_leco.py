@@ -17,13 +17,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from modules.errors import OptionError
-from networks.builtin_modules import NetworkArguments
 from networks.builtin_networks import build_network
 from protocols.data import SIZES, Batch
 from protocols.loading import Placement
 from stable_diffusion.noise import make_noise_spec
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.stable_diffusion.test_training_step import CPU, make_family
+from tests.tiny.loras import network_options
 from tests.tiny.stable_diffusion import WRITERS, tokenizer_folder
 from tests.training.toy import same
 from training.features.leco_file import LecoPair, read_pairs
@@ -180,7 +180,7 @@ def test_the_error_is_that_of_a_plain_loop(kind: str, action: str, tmp_path: Pat
     )
     target = encode_pairs(family, options, [pair], CPU)
     unet = family.load_dit(Placement(CPU))
-    network = build_network("networks.lora", NetworkArguments(2, 1.0), unet, {})
+    network = build_network("networks.lora", network_options("lora", 2), unet, {})
     generator = torch.Generator().manual_seed(5)
     changes: dict[str, Tensor] = {}
     for name, layer in zip(network.names, network.layers, strict=True):
