@@ -92,10 +92,6 @@ class DitHeader(Generic[Config]):
         return self.block_dtype if self.block_dtype.itemsize > 1 else FP8_COMPUTE
 
 
-def _no_rows(*_: object) -> Mapping[str, Callable[[Tensor], Tensor]]:
-    return {}
-
-
 @dataclass(frozen=True)
 class DitFormat(Generic[Config, Dit]):
     """How to recognize and read the transformer files of a model family."""
@@ -112,7 +108,7 @@ class DitFormat(Generic[Config, Dit]):
     # Returns functions, by name in the file, that restore the order of the single file
     single_file_row_orders: Callable[
         [Checkpoint, DitHeader[Config]], Mapping[str, Callable[[Tensor], Tensor]]
-    ] = _no_rows
+    ] = lambda *_: {}
     # joins the two files of a model, the first without prefixes; None: `Checkpoint.join`
     add_second: Callable[[Checkpoint, Checkpoint], Checkpoint] | None = None
 

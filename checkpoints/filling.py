@@ -201,8 +201,10 @@ def load_module(
         loader.load(name)
         if on_tensor_loaded is not None:
             on_tensor_loaded(name)
-    if loader.finite_checks:
-        _reject_non_finite_weights(checkpoint.path, loader.finite_checks)
+    # checks on a GPU are read only now, because reading one waits for all copies to the GPU
+    if loader.finite_checks and not all(torch.stack([*loader.finite_checks.values()]).tolist()):
+        bad_names = [name for name, is_good in loader.finite_checks.items() if not is_good]
+        raise make_non_finite_error(checkpoint.path, bad_names)
     del loader.read_buffer
     release_heap()
     if device.type == "cuda":
@@ -236,29 +238,6 @@ def _iterate_with_progress(
             bytes_since_release = 0
 
 
-def _reject_non_finite_weights(path: Path, finite_checks: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError if a check on the GPU found NaN or infinite values."""
-    # The results are read only after loading, because reading one waits for all copies to the GPU.
-    if not all(torch.stack([*finite_checks.values()]).tolist()):
-        bad_names = [name for name, is_good in finite_checks.items() if not is_good]
-        raise make_non_finite_error(path, bad_names)
-
-
-def _reject_non_finite_errors(
-    names: Sequence[str], errors: Tensor, network_name: str, format_name: str
-) -> None:
-    """Raise CheckpointError if a layer's rounding error is NaN or infinite, as after merging a damaged LoRA.
-
-    Values in the model's file are checked when they are read.
-    """
-    for name, is_finite_error in zip(names, errors.isfinite().tolist(), strict=True):
-        if not is_finite_error:
-            raise CheckpointError(
-                f"{network_name}: {name} has NaN or infinite values, which {format_name} cannot "
-                "represent. Copy the file again."
-            )
-
-
 def _log_quantization(quantized: QuantizedLoading, loader: "_TensorLoader", network_name: str) -> None:
     """Log the quantization formats of loaded layers and their rounding errors, which must be finite."""
     new_format = "" if quantized.format is None else quantized.format.name
@@ -269,7 +248,13 @@ def _log_quantization(quantized: QuantizedLoading, loader: "_TensorLoader", netw
         names_by_format.setdefault(loader.rounded_formats[name], []).append(name)
     for format_description, names in names_by_format.items():
         errors = torch.stack([loader.rounding_errors[name].cpu() for name in names])
-        _reject_non_finite_errors(names, errors, network_name, new_format)
+        # an error is NaN after merging a damaged LoRA; values in the model's file were checked before
+        for name, is_finite_error in zip(names, errors.isfinite().tolist(), strict=True):
+            if not is_finite_error:
+                raise CheckpointError(
+                    f"{network_name}: {name} has NaN or infinite values, which {new_format} cannot "
+                    "represent. Copy the file again."
+                )
         logger.info(
             "%s: %d linear layers %s, relative error %.2f %% (%.2f to %.2f %%)",
             network_name,
@@ -321,19 +306,15 @@ class _TensorLoader:
         self.rounded_formats: dict[str, str] = {}  # description of the format for the log, by state-dict name
         self.kept_formats: list[str] = []  # format of each weight that is loaded as stored
         # one buffer for all reads, because temporary tensors would fragment the heap
-        self.read_buffer = self._allocate_read_buffer()
-
-    def _allocate_read_buffer(self) -> Tensor:
-        """Allocate memory for the stored tensors that any one tensor of the network is built from."""
-        if self._device.type == "meta":
-            return torch.empty(0, dtype=torch.uint8)
+        # it has room for the stored tensors that any one tensor of the network is built from
         buffer_bytes = 0
-        for name in self._dtypes:
-            infos = [self._checkpoint.tensors[stored_name] for stored_name in self._sources[name].names]
-            buffer_bytes = max(buffer_bytes, sum(info.size_bytes + _ALIGNMENT for info in infos))
-        if self._device.type == "cuda":
-            return empty_pinned([buffer_bytes], torch.uint8)
-        return torch.empty(buffer_bytes, dtype=torch.uint8)
+        for name in dtypes if device.type != "meta" else ():
+            parts = [checkpoint.tensors[stored_name] for stored_name in sources[name].names]
+            buffer_bytes = max(buffer_bytes, sum(part.size_bytes + _ALIGNMENT for part in parts))
+        if device.type == "cuda":
+            self.read_buffer = empty_pinned([buffer_bytes], torch.uint8)
+        else:
+            self.read_buffer = torch.empty(buffer_bytes, dtype=torch.uint8)
 
     def _describe_target(self, name: str) -> TensorInfo:
         """Return the dtype and shape that a tensor will have in the loaded model."""
@@ -498,28 +479,20 @@ def _check_fit(
     unexpected = _find_unexpected(targets, checkpoint, sources, ignore)
     misshaped = []
     for name, tensor in targets.items():
-        if name not in missing:
-            mismatch = _explain_mismatch(checkpoint, sources[name], tuple(tensor.shape))
-            if mismatch:
-                misshaped.append(f"  {name}: {mismatch}")
+        if name in missing:
+            continue
+        needed_shape = tuple(tensor.shape)
+        infos = [checkpoint.tensors[stored_name] for stored_name in sources[name].names]
+        shape: tuple[int, ...] | None = infos[0].shape
+        if sources[name].build is not None:
+            shape = _infer_shape(sources[name], infos)
+        if shape is not None and len(shape) < len(needed_shape):
+            shape = add_leading_axes(shape, len(needed_shape))
+        packing = infos[0].packing
+        if shape != needed_shape and (packing is None or shape != packing.padded(needed_shape)):
+            misshaped.append(f"  {name}: the file has {_sizes(shape)}, {_sizes(needed_shape)} is needed")
     if missing or unexpected or misshaped:
         raise _make_fit_error(checkpoint.path, label, missing, unexpected, misshaped)
-
-
-def _explain_mismatch(
-    checkpoint: Checkpoint, source: TensorSource, needed_shape: tuple[int, ...]
-) -> str | None:
-    """Compare the shape of a tensor in the file with the needed shape; return None if it fits."""
-    infos = [checkpoint.tensors[stored_name] for stored_name in source.names]
-    shape: tuple[int, ...] | None = infos[0].shape
-    if source.build is not None:
-        shape = _infer_shape(source, infos)
-    if shape is not None and len(shape) < len(needed_shape):
-        shape = add_leading_axes(shape, len(needed_shape))
-    packing = infos[0].packing
-    if shape == needed_shape or (packing is not None and shape == packing.padded(needed_shape)):
-        return None
-    return f"the file has {_sizes(shape)}, {_sizes(needed_shape)} is needed"
 
 
 def _make_fit_error(

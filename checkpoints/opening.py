@@ -447,13 +447,7 @@ def _find_unsupported_form(tensors: Mapping[str, TensorInfo]) -> str | None:
             return f"{format_name}: it has {name} {list(info.shape)}"
         if name.endswith(".weight") and len(info.shape) > 1 and not info.dtype.is_floating_point:
             return f"{dtype_name(info.dtype)}: {name} has this dtype"
-    return _find_unknown_packed_weight(unrecognized, tensors)
-
-
-def _find_unknown_packed_weight(
-    unrecognized: Mapping[str, TensorInfo], tensors: Mapping[str, TensorInfo]
-) -> str | None:
-    """Describe a quantized weight without a known suffix, recognized by dtype and shape; None without one."""
+    # a quantized weight without a known suffix is recognized by dtype and shape
     for name, info in unrecognized.items():
         is_narrow = info.dtype.itemsize == 1 or not info.dtype.is_floating_point
         if is_narrow and _is_packed_weight(name, tensors):

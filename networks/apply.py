@@ -433,16 +433,6 @@ def _explain_other_family(lora: LoraFile, model: FamilyNames | None) -> str:
     return f" It is for {family.name}, the model is {model.name}."
 
 
-def _group_changes_by_key(weighted_loras: Sequence[WeightedLora]) -> dict[str, list[Change]]:
-    """Return the changes of all LoRAs by parameter: `lora_unet_blocks_0_ffn_0.weight` -> its changes."""
-    changes_by_key: dict[str, list[Change]] = {}
-    for weighted_lora in weighted_loras:
-        for module, delta in read_deltas(weighted_lora.lora.modules()).items():
-            for change in list_changes(weighted_lora, delta):
-                changes_by_key.setdefault(f"{module}.{change.parameter_name}", []).append(change)
-    return changes_by_key
-
-
 class LoraPatch:
     """Weight patch that adds LoRAs to weights by name: `patch(name, weight) -> weight`.
 
@@ -482,7 +472,13 @@ class LoraPatch:
         self._rounding = rounding
         self._path = model
         self._model = "this model" if model is None else str(model)
-        self._changes_by_key = _group_changes_by_key(weighted_loras)
+        # parameter, as in `lora_unet_blocks_0_ffn_0.weight` -> its changes by all LoRAs
+        self._changes_by_key: dict[str, list[Change]] = {}
+        for weighted_lora in weighted_loras:
+            for lora_module, delta in read_deltas(weighted_lora.lora.modules()).items():
+                for change in list_changes(weighted_lora, delta):
+                    key = f"{lora_module}.{change.parameter_name}"
+                    self._changes_by_key.setdefault(key, []).append(change)
         # parameter -> its changes that are not merged: see `networks.unmerged_loras`
         self.unmerged: dict[str, list[Change]] = {}
         self._keys_in_model: set[str] = set()  # keys, in any layout, of weights that were passed in

@@ -306,22 +306,8 @@ class Delta:
 
     def find_error(self) -> str | None:
         """Return why the factors are unusable, for a message: "it has ..."; None if they are usable."""
-        error = self._find_incomplete()
-        if error is not None:
-            return error
-        for name, tensor in self.factors.items():
-            if name not in _NOT_IN_PRODUCT and (tensor.ndim < 2 or not tensor.numel()):
-                return f"its {name} has the shape {list(tensor.shape)}"
-        for kind in self.kinds:
-            error = None if kind.find_error is None else kind.find_error(self.factors)
-            if error is not None:
-                return error
-        return self._find_wrong_value() or self._find_mismatch()
-
-    def _find_incomplete(self) -> str | None:
-        """Return an error message if factors are missing or exclude each other; otherwise None."""
         factors = self.factors
-        # factors that are only useful together, such as up and down
+        # factors that are only useful together, such as up and down, or that exclude each other
         for first, second in composing.FACTOR_PAIRS:
             if first in factors and second not in factors:
                 return f"it has {first} but no {second}"
@@ -335,13 +321,18 @@ class Delta:
                 return f"it has {other_list} next to a rotation ({rotation_name}), which is not supported"
         if not factors.keys() & {*composing.KIND_BY_FACTOR, *_FULL_SIZE_FACTORS}:
             return f"it has only {', '.join(factors)}"
-        return None
-
-    def _find_wrong_value(self) -> str | None:
-        """Return an error message if a factor has a wrong dtype or non-finite values; otherwise None."""
-        if "alpha" in self.factors and not is_number(self.factors["alpha"]):
+        # shapes that no change can have
+        for name, tensor in factors.items():
+            if name not in _NOT_IN_PRODUCT and (tensor.ndim < 2 or not tensor.numel()):
+                return f"its {name} has the shape {list(tensor.shape)}"
+        for kind in self.kinds:
+            error = None if kind.find_error is None else kind.find_error(factors)
+            if error is not None:
+                return error
+        # wrong dtypes, and values that are not finite
+        if "alpha" in factors and not is_number(factors["alpha"]):
             return "its alpha is NaN or infinite, or more than one number"
-        for name, tensor in self.factors.items():
+        for name, tensor in factors.items():
             if name == ROW_RANGE:
                 continue
             if name != "alpha" and not tensor.is_floating_point():
@@ -349,15 +340,12 @@ class Delta:
             if not is_finite(tensor):
                 num_non_finite = tensor.numel() - int(torch.isfinite(tensor.float()).sum())
                 return f"{num_non_finite} of {tensor.numel()} values of its {name} are NaN or infinite"
-        return None
-
-    def _find_mismatch(self) -> str | None:
-        """Return an error message if the shapes of the factors contradict each other; otherwise None."""
+        # shapes that contradict each other
         try:
             shape = self.change_shape()
         except MismatchError:
             return f"its factors do not match each other: {self._show_shapes()}"
-        if shape is None or BIAS_FACTORS.isdisjoint(self.factors):
+        if shape is None or BIAS_FACTORS.isdisjoint(factors):
             return None
         bias = self.compute_bias_change(CPU)
         assert bias is not None

@@ -69,12 +69,6 @@ class RoundingLoss:
         # sums are estimated from samples, so the share may be outside 0..1
         return min(max(share, 0), 1)
 
-    def describe_kept_share(self) -> str:
-        """Return the share of the LoRA's change that is left after rounding, such as "98.2 %"."""
-        percent = 100 * self.kept_share
-        decimals = 1 if percent > 95 else 0
-        return f"{percent:.{decimals}f} %"
-
     def is_notable(self) -> bool:
         """Return whether the fraction differs from 1 by more than the tolerance plus two standard errors."""
         if self.squared_change <= 0:
@@ -281,7 +275,11 @@ class LoraRounding:
         # no rows were sampled, so the loss is unknown
         if self._rule == NEAREST and not weights.losses:
             return f"weights are rounded to the nearest, as set by {option}"
-        shares = [f"{loss.describe_kept_share()} of {path.name}" for path, loss in weights.losses.items()]
+        shares: list[str] = []
+        for path, loss in weights.losses.items():
+            percent = 100 * loss.kept_share
+            decimals = 1 if percent > 95 else 0
+            shares.append(f"{percent:.{decimals}f} % of {path.name}")
         keeps = list_some(shares, _MAX_NAMED_FILES)
         if self._rule == NEAREST:
             return f"weights are rounded to the nearest, as set by {option}: that keeps {keeps}"

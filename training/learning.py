@@ -241,7 +241,7 @@ def _make_loss_rules(model: TrainedModel) -> tuple[LossRule, LossRule]:
         always_runs_base_model=plan.steps.in_lockstep and BASE_MODEL in features.needs,
     )
     rule = replace(
-        add_phases(validation_rule, features),
+        add_phases(validation_rule, features) if features.added else validation_rule,
         in_lockstep=plan.steps.in_lockstep,
         seed=plan.progress.seed,
         seed_networks=functools.partial(

@@ -230,7 +230,7 @@ def compute_gradients(
         sharded = run.model.trainable.sharded_weights
         values = sum_over_processes([each for each in parameters if each not in sharded], values)
     stepping = run.model.stepping
-    if run.has_scaler and isinstance(stepping, StepAfterBackward) and stepping.can_scale:
+    if run.model.scaler.is_enabled() and isinstance(stepping, StepAfterBackward) and stepping.can_scale:
         run.model.scaler.unscale_(run.model.optimizer)
     return GradientStep(step_batches, parameters, values, keys, requested)
 

@@ -157,9 +157,10 @@ class RunPlanner:
         4. Compare the plan with the saved state.
         """
         family, options, config = self.family, self.options, self.config
-        is_main = self.accelerator.is_main_process
         saving = options.saving
-        saved = None if saving.resume is None else find_state(options, saving.resume, is_main)
+        saved: SavedState | ForeignState | None = None
+        if saving.resume is not None:
+            saved = find_state(options, saving.resume, self.accelerator.is_main_process)
         progress = initial_progress(options, saved)
         quantization = check_computing(family, options, self.accelerator.device)
         # early: encoding the dataset may take minutes
@@ -182,24 +183,33 @@ class RunPlanner:
             () if live_encoders is None else live_encoders.learning_encoders,
         )
         sources = self._find_sources(features, live_encoders)
-        items = self._find_items(
-            sources,
-            encodes_texts_on_the_fly=live_encoders is not None,
-            condition_set=features.condition_set,
+        training, validation = self._split_items(
+            self._find_items(
+                sources,
+                encodes_texts_on_the_fly=live_encoders is not None,
+                condition_set=features.condition_set,
+            ),
+            progress.seed,
         )
-        training, validation = self._split_items(items, progress.seed)
         self._warn_of_mismatched_data(features, training, validation, sources.stores)
         order = BatchOrder(training, progress.seed)
         steps = _plan_steps(options, order, self.accelerator.num_processes, progress)
         if options.loop.known_steps is None:
             check_schedule(options, steps.total_steps)
-        if is_main:
-            timesteps = list_timestep_options(options.timesteps, config.datasets)
-            log_experts(family, options, timesteps, has_sample_only_networks=self.others.sampling is not None)
+        if self.accelerator.is_main_process:
+            log_experts(
+                family,
+                options,
+                list_timestep_options(options.timesteps, config.datasets),
+                has_sample_only_networks=self.others.sampling is not None,
+            )
         adapter = None
         if options.frozen.training_adapter is not None:
-            strength = options.frozen.training_adapter_multiplier
-            adapter = describe_adapter(options.frozen.training_adapter, strength, with_content=True)
+            adapter = describe_adapter(
+                options.frozen.training_adapter,
+                options.frozen.training_adapter_multiplier,
+                with_content=True,
+            )
         if saving.save_n_epoch_ratio is not None:
             saving = saving.with_epochs_between_saves(steps.num_epochs, saving.save_n_epoch_ratio)
         plan = TrainingPlan(

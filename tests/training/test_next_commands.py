@@ -20,7 +20,7 @@ from protocols.family import Abilities
 from protocols.rules import ONE_EXPERT
 from tests.training.toy import TWO_EXPERTS, Killed, killed_at, toy_options, write_caches
 from training import next_commands as following
-from training.learner import find_network_spec
+from training.learner import NetworkSpec, find_network_spec
 from training.learning_options import FullDitOptions
 from training.next_commands import NextSteps, TrainingCommand
 from training.options import (
@@ -210,9 +210,10 @@ def test_a_network_with_its_own_command_is_generated_with_as_the_samples_show_it
     steps = next_steps(tmp_path, ["--ema_decay", "0.9", "--sample_ema"])
     entry: Any = SimpleNamespace(generation_argv=lambda *_: ["generate.py"], spellings={}, **SCRIPTS)
     steps = replace(steps, command=replace(steps.command, family_entry=entry))
-    steps.plan.network_spec = replace(
-        steps.plan.network_spec, generation_command=lambda file, _, base: [*base, "--own", str(file)]
+    custom: Any = SimpleNamespace(
+        generate=lambda file, _, base: [*base, "--own", str(file)], write_prompt=None, start_option="own"
     )
+    steps.plan.network_spec = NetworkSpec(custom=custom)
 
     _, generate, *_ = steps.commands(tmp_path / "x-step00000010.safetensors", is_finished=True)
 
