@@ -79,7 +79,9 @@ class BinFolder:
         """Move a file or folder into the bin's folder on the same disk, and return this folder."""
         # `relative_target` is the new path below the bin's folder.
         for bin_folder in self.folders:
-            target = _free_name(bin_folder / relative_target)
+            wanted = bin_folder / relative_target
+            paths = map(wanted.with_name, number_names(wanted.name))
+            target = next(free for free in paths if not os.path.lexists(free))
             with explain_errors(target):
                 try:
                     rename_into(path, target, bin_folder)
@@ -176,12 +178,6 @@ def _measure(path: Path) -> BinEntry:
                 num_files += 1
                 size_bytes += entry.stat().st_size
     return BinEntry(path, size_bytes, num_files)
-
-
-def _free_name(path: Path) -> Path:
-    """Return the path if it does not exist, otherwise the path with a number appended to its name."""
-    paths = map(path.with_name, number_names(path.name))
-    return next(free for free in paths if not os.path.lexists(free))
 
 
 def _remove_empty(folder: Path, end: Path) -> None:

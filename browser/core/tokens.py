@@ -70,20 +70,15 @@ def select_token(options: BrowserOptions) -> PageToken:
         return PageToken(secret, options.token)
     if options.no_token:
         return PageToken(None)
-    return _read_or_make_token()
-
-
-def _read_or_make_token() -> PageToken:
-    """Return the user's stored token, which is created at the first start."""
-    secret = _read_stored_token()
-    if secret is None:
+    stored = _read_stored_token()
+    if stored is None:
         try:
             write_user_file(FILE, f"{_make_token()}\n")
         except OSError as error:
             logger.info("The token changes at each start, because it cannot be stored: %s", error)
             return PageToken(_make_token())
-        secret = _read_stored_token()  # another server may have written it first
-    return PageToken(_make_token()) if secret is None else PageToken(secret, user_folder() / FILE)
+        stored = _read_stored_token()  # another server may have written it first
+    return PageToken(_make_token()) if stored is None else PageToken(stored, user_folder() / FILE)
 
 
 def _make_token() -> str:

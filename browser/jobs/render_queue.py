@@ -169,13 +169,10 @@ class RenderQueue:
                 for number in numbers:
                     self._path(number).unlink(missing_ok=True)
                 raise
-            self._remove_oldest_ended(jobs)
+            ended = [job.id for job in jobs if job.state not in (WAITING, RUNNING)]
+            for old_number in ended[:-MAX_ENDED]:
+                self._path(old_number).unlink(missing_ok=True)
         return numbers
-
-    def _remove_oldest_ended(self, jobs: Sequence[RenderJob]) -> None:
-        ended = [job.id for job in jobs if job.state not in (WAITING, RUNNING)]
-        for number in ended[:-MAX_ENDED]:
-            self._path(number).unlink(missing_ok=True)
 
     def change(self, number: int, states: Sequence[str], **values: Any) -> RenderJob:
         """Set values of a render job that is in one of the given states, and return it.

@@ -84,6 +84,7 @@ class ComparePages:
         runs_to_add = [
             run for run in runs if run.id not in compared_ids and (not models or run.model in models)
         ]
+        shown_clips = [clip for clips in row_clips for clip in (clips.without_lora, *clips.with_lora)]
         values: dict[str, Any] = {
             "comparison": comparison,
             "row_clips": row_clips,
@@ -92,7 +93,7 @@ class ComparePages:
             "other_runs": runs_to_add,
             "ids_without_files": compare.find_runs_without_files(runs_to_add),
             "missing": sum(clip.is_missing for clips in row_clips for clip in clips.with_lora),
-            "plays": _has_players(row_clips),
+            "plays": any(clip.href.endswith(PLAYED) for clip in shown_clips),
             "commands": [
                 format_command(job.argv, comparison.sources[0].working_folder)
                 for job in compare.plan_jobs(comparison, row_clips)
@@ -102,14 +103,6 @@ class ComparePages:
             "message": error,
         }
         return show_page("compare/compare.html", say("Compare"), values)
-
-
-def _has_players(row_clips: Sequence[compare.RowClips]) -> bool:
-    """Return whether any cell of the comparison shows a clip with a player instead of an image."""
-    for clips in row_clips:
-        if any(clip.href.endswith(PLAYED) for clip in (clips.without_lora, *clips.with_lora)):
-            return True
-    return False
 
 
 def compare_routes(site: Site) -> list[Route]:

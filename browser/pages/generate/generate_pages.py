@@ -235,10 +235,11 @@ class GeneratePages:
         loras = [] if recipe is None else self.run_loras.list_rows(recipe)
         if recipe is not None and is_new:
             form = make_default_form(form.source, recipe, loras)
+        counts_seconds = recipe is not None and recipe.counts_seconds
         values = {
             "form": form,
             "recipe": recipe,
-            "labels": _make_labels(recipe),
+            "labels": {**LABELS, "frames": say("Seconds") if counts_seconds else say("Frames")},
             "numbers": NUMBER_FIELDS,
             "pictures": IMAGES,
             "notes": FIELD_NOTES,
@@ -702,13 +703,6 @@ def make_default_form(source: str, recipe: ModelRecipe, rows: Sequence[LoraRow])
         lora_strengths={path: strength for path, (strength, _) in chosen.items()},
         lora_experts={path: expert for path, (_, expert) in chosen.items()} if recipe.has_experts else {},
     )
-
-
-def _make_labels(recipe: ModelRecipe | None) -> dict[str, str]:
-    """Return the labels of the form's fields. The length is in frames or, for some models, in seconds."""
-    if recipe is not None and recipe.counts_seconds:
-        return {**LABELS, "frames": say("Seconds")}
-    return {**LABELS, "frames": say("Frames")}
 
 
 def _preview_address(preview: Path | None) -> str:

@@ -513,12 +513,16 @@ def format_sample_line(settings: ResultSettings) -> str:
     values["l"] = guidance if embedded_guidance else ""
     if values["f"] == "1":  # an image: its prompt lines need no length
         values["f"] = ""
-    negative_prompt = values["n"]
+    _check_sample_line(settings, prompt, values["n"])
+    options = [f"--{letters} {value}" for letters, value in values.items() if value]
+    return " ".join([prompt, *options])
+
+
+def _check_sample_line(settings: ResultSettings, prompt: str, negative_prompt: str) -> None:
+    """Raise OptionError if a prompt line cannot express these values, such as a start image."""
     if " --" in f" {prompt}" or " --" in f" {negative_prompt}":
         raise refusal("Its text has two dashes after a space, which in a prompt line begin an option.")
     if prompt.startswith("#") or not prompt:
         raise refusal("A line that begins with # is not a prompt.")
     if any(settings.get(name) for name in MEDIA_OPTIONS):
         raise refusal("It started from an image, and the file contains only its name: add the image by hand.")
-    options = [f"--{letters} {value}" for letters, value in values.items() if value]
-    return " ".join([prompt, *options])

@@ -207,7 +207,9 @@ class MaskReview:
         with DECODING:
             if key not in self._jpegs:  # decode all frames of the clip together, as the page shows them
                 for index, frame in read_shown_frames(media_file, frame_indices):
-                    self._jpegs[media_file.media_path, modified_ns, index] = _encode_jpeg(frame)
+                    buffer = io.BytesIO()
+                    Image.fromarray(frame[..., :3]).save(buffer, format="JPEG", quality=85)
+                    self._jpegs[media_file.media_path, modified_ns, index] = buffer.getvalue()
                 while len(self._jpegs) > MAX_JPEGS:
                     self._jpegs.popitem(last=False)
             jpeg = self._jpegs.get(key)
@@ -369,9 +371,3 @@ def _describe_mask(media_file: MaskEntry, state: str, fault: str) -> dict[str, A
         "size": None,
         "shots": [],
     }
-
-
-def _encode_jpeg(frame: NDArray[np.uint8]) -> bytes:
-    jpeg = io.BytesIO()
-    Image.fromarray(frame[..., :3]).save(jpeg, format="JPEG", quality=85)
-    return jpeg.getvalue()
