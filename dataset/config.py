@@ -21,12 +21,11 @@ from dataset.forms.composing import (
     SOURCES,
     SOURCES_WITH_ADDRESSES,
     get_source_format,
-    read_format_keys,
 )
 from dataset.forms.contract import SourceFormat
 from dataset.subset_options import OTHER_NAMES, SUBSET, SUBSET_KEYS, SubsetOptions
 from dataset.subsets import read_subsets, typed_options
-from dataset.table import DatasetConfig, DatasetTable, Table, folder_id
+from dataset.table import DatasetConfig, DatasetTable, Table, declared_keys, folder_id
 from dataset.timestep_keys import find_unused, find_window_error
 from modules.command import did_you_mean
 from modules.errors import DatasetError
@@ -230,7 +229,11 @@ def _move_keys_to_general(path: Path, content: Table, errors: list[str]) -> Tabl
     """Return the content of a dataset file with the keys above all tables moved into [general]."""
     # Some guides omit the heading [general]. Keys that only [[datasets]] may have become errors in `errors`.
     only_in_datasets = {name for name, key in KEYS.items() if not key.in_general}
-    movable = _list_general_keys() - only_in_datasets
+    # all keys that [general] may have in one of the two layouts, in all spellings
+    names = {name for name, key in SUBSET_KEYS.items() if key.level != SUBSET}
+    names |= {name for name, key in KEYS.items() if key.in_general}
+    names |= {*OTHER_NAMES, *forms.OTHER_SPELLINGS}
+    movable = names - only_in_datasets
     errors += [
         f"{name} is above all tables: write it below [[datasets]]"
         for name in content
@@ -248,13 +251,6 @@ def _move_keys_to_general(path: Path, content: Table, errors: list[str]) -> Tabl
     logger.info("%s: read as if in [general]: %s, which are above all tables", path, ", ".join(moved))
     remaining = {name: value for name, value in content.items() if name not in moved}
     return {**remaining, "general": {**general, **moved}}
-
-
-def _list_general_keys() -> set[str]:
-    """Return all keys that [general] may have in one of the two layouts, in all spellings."""
-    names = {name for name, key in SUBSET_KEYS.items() if key.level != SUBSET}
-    names |= {name for name, key in KEYS.items() if key.in_general}
-    return names | {*OTHER_NAMES, *forms.OTHER_SPELLINGS}
 
 
 def for_family(config: DatasetConfig, family: "Caches", for_texts: bool = False) -> DatasetConfig:
@@ -512,7 +508,10 @@ def _make_fields(values: dict[str, Any], source_key: str, media_key: str) -> dic
         fields[source_format.source] = values[media_key]
         source_folder = fields["directory"]
     else:  # the format has keys of its own, kept together in one field
-        fields["format_keys"] = read_format_keys(source_format, media_key, values)
+        # the keys that only this source format has, as its dataclass
+        assert source_format.keys is not None
+        own = {name: values[name] for name in declared_keys(source_format.keys)}
+        fields["format_keys"] = source_format.keys(**{**own, source_format.source: values[media_key]})
         source_folder = fields["format_keys"].folder
     fields["cache_directory"] = fields["cache_directory"] or source_folder
     return fields

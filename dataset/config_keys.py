@@ -423,7 +423,13 @@ def parse_config(path: Path) -> dict[str, Any]:
         DatasetError: If the file cannot be read or parsed.
     """
     if path.is_dir():
-        raise DatasetError(f"{path} is a folder. {_advise_file(path)}")
+        default = path / "dataset.toml"
+        if default.is_file():
+            advice = f"Pass {default}"
+        else:
+            command = quote_command(["python", "new_project.py", str(path)])
+            advice = f"Pass a .toml or .json file: {command} makes one"
+        raise DatasetError(f"{path} is a folder. {advice}")
     if path.suffix.lower() not in {".toml", ".json"}:
         hint = other_trainers().explain_yaml_suffix(path.suffix)
         raise DatasetError(
@@ -433,7 +439,11 @@ def parse_config(path: Path) -> dict[str, Any]:
     try:
         text = read_text(path)
     except UnicodeDecodeError as error:
-        raise DatasetError(_describe_encoding(path, error)) from None
+        guess = guess_encoding(error.object)
+        seems = "" if guess is None else f"; it looks like {guess.name}"
+        raise DatasetError(
+            f"{path} is not UTF-8 text (byte {error.start}{seems}). Save it as UTF-8 in your editor."
+        ) from None
     except OSError as error:
         raise DatasetError(
             f"{path} cannot be read: {error.strerror}{paths.describe_lookup(path)}."
@@ -447,22 +457,6 @@ def parse_config(path: Path) -> dict[str, Any]:
         hint = other_trainers().find_trainer_hint(content)
         raise DatasetError(f'{path}: the top level must be an object with "datasets". {hint}'.rstrip())
     return content
-
-
-def _describe_encoding(path: Path, error: UnicodeDecodeError) -> str:
-    """Return the error message for a file that is not UTF-8, with a guess at its encoding."""
-    guess = guess_encoding(error.object)
-    seems = "" if guess is None else f"; it looks like {guess.name}"
-    return f"{path} is not UTF-8 text (byte {error.start}{seems}). Save it as UTF-8 in your editor."
-
-
-def _advise_file(folder: Path) -> str:
-    """Return a hint about the file to name instead of this folder."""
-    default = folder / "dataset.toml"
-    if default.is_file():
-        return f"Pass {default}"
-    command = quote_command(["python", "new_project.py", str(folder)])
-    return f"Pass a .toml or .json file: {command} makes one"
 
 
 def other_trainers() -> ModuleType:

@@ -216,7 +216,8 @@ def find_all_sources(
     if table_errors:
         raise DatasetError("\n".join(table_errors))
     if any(source.caption_encoding is not None for source in sources):
-        _warn_of_non_utf8_files(sources)
+        encoding_warnings = list_errors(find_encodings(sources), LISTED)
+        logger.warning("%s", escape_control_codes("\n".join(encoding_warnings)))
     if any(table.references.control_directory is not None for table in config.datasets):
         log_lone_controls(sources)
     folders = folders or TableFolders(config)
@@ -225,12 +226,6 @@ def find_all_sources(
     for warning in filter(None, warnings):
         logger.warning("%s", escape_control_codes(warning))
     return sources
-
-
-def _warn_of_non_utf8_files(sources: Iterable[MediaSource]) -> None:
-    """Log the caption files that were read in another encoding than UTF-8."""
-    encoding_warnings = list_errors(find_encodings(sources), LISTED)
-    logger.warning("%s", escape_control_codes("\n".join(encoding_warnings)))
 
 
 def find_encodings(sources: Iterable[MediaSource]) -> list[Fault]:

@@ -90,7 +90,9 @@ def read_subsets(
 
         warn_idle(path, content, tables)
         if typed is not None:
-            _warn_of_overridden_options(typed, command_line_values, all_values, path)
+            for name, option in typed_options(typed).items():
+                if all(values[name] != command_line_values[name] for values in all_values):
+                    logger.warning("%s is ignored because %s sets another value everywhere", option, path)
     return _with_cache_directories(tables)
 
 
@@ -105,15 +107,6 @@ def _read_command_line(typed: SubsetOptions | None, errors: list[str]) -> dict[s
         misplaced_reasons={},
         other_spellings=OTHER_NAMES,
     )
-
-
-def _warn_of_overridden_options(
-    typed: SubsetOptions, defaults: Table, all_values: Sequence[Table], path: Path
-) -> None:
-    """Warn about each subset option on the command line that every subset of the file overrides."""
-    for name, option in typed_options(typed).items():
-        if all(values[name] != defaults[name] for values in all_values):
-            logger.warning("%s is ignored because %s sets another value everywhere", option, path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -406,21 +399,18 @@ def _list_subsets(folder: Path, option: str, is_reg: bool, known: Path | None = 
         elif known is None or real_path(folder / name) != real_path(known):
             _warn_left_out(folder / name, option)
     if not subsets:
-        raise DatasetError(f"{option} {folder}{_explain_no_subset(folder, sorted(names))}")
+        # the message says which folder to give instead
+        if read_folder_name(real_path(folder).name) is not None:
+            advice = (
+                f": pass its parent folder, {folder.parent}. Folders whose names begin with a "
+                "number of repeats are read from there."
+            )
+        else:
+            inner = [str(folder / name) for name in sorted(names) if _has_repeats(folder / name)]
+            remedy = f"Pass {' or '.join(inner)}." if inner else "Move the images into one."
+            advice = f" has no folder whose name begins with a number of repeats, such as 10_cat. {remedy}"
+        raise DatasetError(f"{option} {folder}{advice}")
     return subsets
-
-
-def _explain_no_subset(folder: Path, names: Sequence[str]) -> str:
-    """Return the end of the error for a folder without image folders: which folder to give instead."""
-    # `names` are the names of its subfolders.
-    if read_folder_name(real_path(folder).name) is not None:
-        return (
-            f": pass its parent folder, {folder.parent}. Folders whose names begin with a "
-            "number of repeats are read from there."
-        )
-    inner = [str(folder / name) for name in names if _has_repeats(folder / name)]
-    remedy = f"Pass {' or '.join(inner)}." if inner else "Move the images into one."
-    return f" has no folder whose name begins with a number of repeats, such as 10_cat. {remedy}"
 
 
 def _warn_left_out(folder: Path, option: str) -> None:

@@ -112,21 +112,17 @@ def find_items(
             trusts_index=trusts_index,
         )
     if audio is not None:
-        _record_audio_need(found, audio, encodes_while_training=bool(on_the_fly_tables))
+        # why audio is needed, and whether no item at all has cached audio
+        if audio.audio_only:
+            found.why_audio_is_needed = "only audio is learned"
+        # the audio of tables that are encoded during training is not known yet
+        expects_audio_caches = not audio.is_in_latent_cache and not on_the_fly_tables
+        if expects_audio_caches and found.items and not any(item.has_cached_audio for item in found.items):
+            if audio.silent_option:
+                found.trained_but_absent_audio = audio
+            else:
+                logger.info("No clip of the dataset has cached audio: only the video is trained")
     return found
-
-
-def _record_audio_need(found: FoundItems, audio: AudioSpec, encodes_while_training: bool) -> None:
-    """Record in `found` why audio is needed, and whether no item at all has cached audio."""
-    if audio.audio_only:
-        found.why_audio_is_needed = "only audio is learned"
-    # the audio of tables that are encoded during training is not known yet
-    expects_audio_caches = not audio.is_in_latent_cache and not encodes_while_training
-    if expects_audio_caches and found.items and not any(item.has_cached_audio for item in found.items):
-        if audio.silent_option:
-            found.trained_but_absent_audio = audio
-        else:
-            logger.info("No clip of the dataset has cached audio: only the video is trained")
 
 
 def _add_table(

@@ -78,7 +78,12 @@ def read_clean_audio_spans(item: TrainingItem, fps: float | None) -> Spans | Non
     if path is None:
         return None
     # times in the file count from the start of the original clip; the item may begin later in it
-    item_start = _find_start_second(item, fps)
+    name = parse_latent_name(item.file_name, item.cache_info.tag, "video")
+    if name is None or name.span is None or fps is None:
+        item_start = 0.0
+    else:
+        first_frame, _ = name.span
+        item_start = first_frame / fps
     return tuple((start - item_start, end - item_start) for start, end in _read_spans(path))
 
 
@@ -99,12 +104,3 @@ def _read_spans(path: Path) -> Spans:
             f'{{"intervals": [[0.5, 1.25]]}} in a .json file'
         ) from None
     return spans
-
-
-def _find_start_second(item: TrainingItem, fps: float | None) -> float:
-    """Return the time in the source clip at which the item begins, in seconds; 0.0 if unknown."""
-    name = parse_latent_name(item.file_name, item.cache_info.tag, "video")
-    if name is None or name.span is None or fps is None:
-        return 0.0
-    first_frame, _ = name.span
-    return first_frame / fps

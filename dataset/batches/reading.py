@@ -87,7 +87,10 @@ def read_batch(
     ]
     texts = reader.read_texts(items, caption_indices)
     if reads_rejected:
-        _check_rejected(media, commands)
+        # preference training needs latents of the rejected clip of each item
+        for item in media:
+            if data.REJECTED_LATENTS not in item.tensors:
+                raise CacheError(explain_no_rejected(item.path, commands))
     tensors = _join_media_and_texts(media, texts, latent, commands)
     has_dropped_captions = bool(undropped) and tuple(undropped) != tuple(caption_indices)
     undropped_texts = reader.read_texts(items, undropped) if has_dropped_captions else []
@@ -149,13 +152,6 @@ def _read_new_caption(item: TrainingItem, new_caption: NewCaption) -> "_ItemTens
         ),
         metadata=entry.metadata,
     )
-
-
-def _check_rejected(media: Sequence["_ItemTensors"], commands: CachingCommands) -> None:
-    """Raise CacheError if an item has no latents of the rejected clip, which preference training needs."""
-    for item in media:
-        if data.REJECTED_LATENTS not in item.tensors:
-            raise CacheError(explain_no_rejected(item.path, commands))
 
 
 def explain_no_rejected(path: Path, commands: CachingCommands) -> str:

@@ -151,17 +151,16 @@ def _has_type(value: Any, kind: Any) -> bool:
     """Return whether a stored value has the type that the option accepts."""
     if typing.get_origin(kind) is tuple:
         item_type = typing.get_args(kind)[0]
-        return isinstance(value, list) and all(_is_list_item(item, item_type) for item in value)
+        # an item that looks like a command-line option is not repeated
+        return isinstance(value, list) and all(
+            _has_type(item, item_type) and not (isinstance(item, str) and item.startswith("-"))
+            for item in value
+        )
     if kind is Path:
         return isinstance(value, str) and bool(value)
     if kind is float:
         return type(value) in (int, float)
     return type(value) is kind  # not isinstance: a boolean is not a number
-
-
-def _is_list_item(value: Any, kind: Any) -> bool:
-    """Return whether a list item has the right type and does not look like a command-line option."""
-    return _has_type(value, kind) and not (isinstance(value, str) and value.startswith("-"))
 
 
 def _read_families(folder: Path) -> dict[str, Any]:

@@ -1,28 +1,13 @@
 """Compare how a cache folder stores its entries, in single files or in shards, with `cache_format`."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dataset import cache_files
 from dataset.config import DatasetTable
 from modules.command import quote_command
-from modules.errors import CacheError, DatasetError
-
-
-def require_declared_format(tables: Iterable[DatasetTable], tag: str) -> None:
-    """Check that tables' caches are in the format that their `cache_format` names.
-
-    Args:
-        tables: Tables for which `may_have_both_formats` is true.
-        tag: The family's cache_tag.
-
-    Raises:
-        DatasetError: If caches are in another format; the message contains the command that converts them.
-    """
-    errors = [line for table in tables for line in list_format_errors(table, tag)]
-    if errors:
-        raise DatasetError("\n".join(errors))
+from modules.errors import CacheError
 
 
 def list_shard_errors(table: DatasetTable) -> list[str]:

@@ -14,6 +14,7 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
+from dataset.cache.form import list_format_errors
 from dataset.cache_files import (
     CacheStore,
     Entry,
@@ -28,7 +29,7 @@ from dataset.forms.composing import SHARED_CACHES, get_source_format
 from dataset.sources.media_source import SHARD_FILE_NAME
 from dataset.table import DatasetTable
 from modules.atomic_write import remove_leftovers, write_bytes
-from modules.errors import CacheError
+from modules.errors import CacheError, DatasetError
 from protocols.family import Caches
 
 logger = logging.getLogger(__name__)
@@ -252,9 +253,9 @@ class Stores:
         own_folders = [table for table in tables if table.index not in self.custom_stores]
         to_check = [table for table in own_folders if may_have_both_formats(table)]
         if to_check:
-            from dataset.cache.form import require_declared_format  # only with shards
-
-            require_declared_format(to_check, tag)
+            errors = [line for table in to_check for line in list_format_errors(table, tag)]
+            if errors:
+                raise DatasetError("\n".join(errors))
 
     def close(self, tables: Iterable[DatasetTable], is_last: bool = False) -> None:
         """Close these tables' stores, so that no written entry can be lost."""

@@ -24,7 +24,7 @@ from dataset.cache.index import fingerprint_table, is_indexed, write_index
 from dataset.cache.store import Stores
 from dataset.caching.prefetch import CacheReport, conclude, count_workers, join_reports
 from dataset.config import DatasetConfig
-from dataset.options import CachingOptions, DebugOptions, ShardOptions
+from dataset.options import CachingOptions, DebugOptions
 from modules.command import COUNT, LOCAL_RANK, RANK, quote_command
 from modules.console import Row, format_duration
 from modules.devices import format_peak_memory, freeze_libraries, leave_cudnn_out, select_device
@@ -147,9 +147,11 @@ def cache(
             work_items = work_items[shard.shard_index :: shard.num_shards]
         own_items = work_items[share.rank :: share.num_processes]
         is_main = share.rank == 0
-        label = ""  # names this process's part of the work, if it is not all
-        if shard.num_shards is not None or share.num_processes > 1:
-            label = _name_part(shard, share)
+        label = ""  # this process's part of the work: the number of its shard, of the process, or both
+        if shard.num_shards is not None:
+            label = f", --shard_index {shard.shard_index} of {shard.num_shards} shards"
+        if share.num_processes > 1:
+            label += f", process {share.rank + 1} of {share.num_processes}"
         try:
             # only the main process shows progress
             own_report = work.encode(own_items, label if is_main else None)
@@ -164,16 +166,6 @@ def cache(
                 removed += work.remove_stale(table, report.valid, failed, options.keep_cache)
             work.stores.close(config.datasets, is_last=True)
         return replace(report, removed=sum(share.gather(removed)), is_main=is_main)
-
-
-def _name_part(shard: ShardOptions, share: Share) -> str:
-    """Return the name of a process's part of the work: the number of its shard, of the process, or both."""
-    name = ""
-    if shard.num_shards is not None:
-        name = f", --shard_index {shard.shard_index} of {shard.num_shards} shards"
-    if share.num_processes > 1:
-        name += f", process {share.rank + 1} of {share.num_processes}"
-    return name
 
 
 cache_media, cache_texts = partial(cache, LATENTS), partial(cache, TEXTS)

@@ -351,7 +351,12 @@ class SourcePlanner:
             return self.compare(size, [(0, self.source.num_images)])  # one span of all images (layers)
         clip = self._read_recorded_clip() if self.existing_files else None
         if self.source.precomputed is not None:
-            return self._plan_moments(clip)
+            # precomputed moments are one item; their size may be recorded
+            from dataset.sources.moments import full_span, measure_source  # few tables have moments
+
+            latent = self.cache_settings.latent
+            clip = clip or measure_source(self.source, latent)
+            return self.compare(clip.size, [full_span(clip, latent.lengths)])
         if clip is not None:
             # if decoding stopped early, the recorded frames must be enough for this run's spans
             needed_frames = max_decoded_frames(self.source.table)
@@ -368,14 +373,6 @@ class SourcePlanner:
         if self.existing_files and self.cache_settings.stores.skip_existing:
             return self._plan_by_header() or unknown
         return unknown
-
-    def _plan_moments(self, recorded_clip: ClipInfo | None) -> SourcePlan:
-        """Return the plan for precomputed moments, which are one item; their size may be recorded."""
-        from dataset.sources.moments import full_span, measure_source  # few tables have moments
-
-        latent = self.cache_settings.latent
-        clip = recorded_clip or measure_source(self.source, latent)
-        return self.compare(clip.size, [full_span(clip, latent.lengths)])
 
     def _plan_by_header(self) -> SourcePlan | None:
         """Return the plan for a video that is completely cached according to its header."""

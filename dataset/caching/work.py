@@ -190,7 +190,15 @@ class MediaWork:
         }
         self._audio: AudioWork | None = None
         if not family.latent.caches_audio and trains_audio(family):
-            self._audio = self._make_audio_work()
+            from dataset.caching import audio  # only for families with audio
+
+            self._audio = audio.AudioWork(
+                cast("AudioCachingFamily", self._family),
+                tables=self._config.datasets,
+                stores=self.stores,
+                device=self._device,
+                before_loading=self.free,
+            )
         listing = prefetch.list_sources(config, captions=False)
         self.listing_report = listing.report
         self.complete_tables = listing.complete_tables
@@ -205,18 +213,6 @@ class MediaWork:
             stores=self.stores,
             stores_frame_rate=family.abilities.takes_fps,
             audio=get_audio_spec(family),
-        )
-
-    def _make_audio_work(self) -> "AudioWork":
-        """Return the work on the audio of the clips, for a family that caches it in separate files."""
-        from dataset.caching import audio  # only for families with audio
-
-        return audio.AudioWork(
-            cast("AudioCachingFamily", self._family),
-            tables=self._config.datasets,
-            stores=self.stores,
-            device=self._device,
-            before_loading=self.free,
         )
 
     def encode(self, sources: Sequence[MediaSource], label: str | None) -> prefetch.CacheReport:
@@ -247,7 +243,13 @@ class MediaWork:
             self._show_start(to_do, len(sources), label)
         incompatible = [plan for plan in to_do if plan.is_incompatible]
         if incompatible and shows:
-            _warn_of_replaced_caches(incompatible)
+            # the caches of other settings may be needed for another model
+            logger.warning(
+                "%s, which this command replaces. If they are to stay, press Ctrl-C, and set another "
+                "cache_directory or use the options that made them. The first: %s",
+                pluralize(len(incompatible), "sources have cache files of another kind"),
+                incompatible[0].outdated_reason,
+            )
         results = _EncodedMedia([plan for plan in plans if plan.missing_spans == ()], list(failures))
         if to_do:
             self._encode_missing(to_do, results, workers=workers, shows=shows)
@@ -524,14 +526,4 @@ def _make_report(results: _EncodedMedia, num_assigned: int, num_total: int) -> p
         num_assigned=num_assigned,
         num_total=num_total,
         valid=frozenset(reused | written),
-    )
-
-
-def _warn_of_replaced_caches(plans: Sequence[SourcePlan]) -> None:
-    """Warn that caches made for other settings will be replaced, because another model may need them."""
-    logger.warning(
-        "%s, which this command replaces. If they are to stay, press Ctrl-C, and set another "
-        "cache_directory or use the options that made them. The first: %s",
-        pluralize(len(plans), "sources have cache files of another kind"),
-        plans[0].outdated_reason,
     )

@@ -95,19 +95,6 @@ def get_source_format(table: DatasetTable) -> SourceFormat:
     )
 
 
-def read_format_keys(source_format: SourceFormat, source_key: str, values: Mapping[str, Any]) -> Any:
-    """Return the values of the keys that only this source format has, as its dataclass.
-
-    Args:
-        source_format: Source format with keys of its own.
-        source_key: Key that names the source in the table, such as `video_tars`.
-        values: Values of all keys of the table.
-    """
-    assert source_format.keys is not None
-    own = {name: values[name] for name in declared_keys(source_format.keys)}
-    return source_format.keys(**{**own, source_format.source: values[source_key]})
-
-
 # --- caches
 # ------------------------------------------------------------------------------------------------------------
 

@@ -73,7 +73,11 @@ def _open_after_header(path: Path) -> tuple[list[str], Any]:
     if not header:
         raise DatasetError(f"{path} is empty; its first line names the columns")
     kind = _get_format_name(path)
-    delimiter = _find_delimiter(header, kind)
+    if kind == TSV or ("," not in header and ";" not in header and "\t" in header):
+        delimiter = "\t"
+    else:
+        # spreadsheets write semicolons in languages with decimal commas
+        delimiter = ";" if "," not in header and ";" in header else ","
     separator_line = re.fullmatch(r"sep=(.) *", header) if kind == CSV else None
     if separator_line is not None:  # as spreadsheets write it: the next line names the columns
         delimiter = separator_line[1]
@@ -95,11 +99,3 @@ def _read_names(path: Path, rows: Iterator[list[str]], line_number: int) -> list
         raise DatasetError(
             f"{path}, line {line_number}: the names of the columns cannot be read: {error}"
         ) from None
-
-
-def _find_delimiter(header: str, kind: str) -> str:
-    """Return the delimiter of a table's cells, judged by its header line."""
-    if kind == TSV or ("," not in header and ";" not in header and "\t" in header):
-        return "\t"
-    # spreadsheets write semicolons in languages with decimal commas
-    return ";" if "," not in header and ";" in header else ","

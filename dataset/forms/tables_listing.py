@@ -1,9 +1,8 @@
 """Find the sources of a table in any format, and its unused columns."""
 
 from collections.abc import Container, Iterable, Sequence
-from pathlib import Path
 
-from dataset.forms.contract import FindCell, InspectedColumns
+from dataset.forms.contract import InspectedColumns
 from dataset.forms.jsonl import JSON_LINES
 from dataset.forms.row_formats import column_names, find_cells, plain_columns, read_columns, row_format
 from dataset.forms.rows import (
@@ -37,8 +36,14 @@ def list_table(table: DatasetTable, path_column: str | None, faults: list[Fault]
     media_column, caption_column = _select_columns(table, path_column, columns)
     names = names_read(table, media_column, caption_column or "")
     names |= {name for name in columns if is_companion(name)}
-    # not for audio, which is always named by path, and captions, which are strings
-    cell_finders = _make_cell_finders(path, names - {"audio_path", caption_column}, media_column)
+    # for each column whose cells contain files, a function that finds the file of a row; not for audio, which
+    # is always named by path, and captions, which are strings
+    cell_finders = {}
+    for name in names - {"audio_path", caption_column}:
+        # an empty media cell is an error; in other columns it means that the row has no such file
+        find_cell = find_cells(path, name, finds_nulls=name != media_column)
+        if find_cell is not None:
+            cell_finders[name] = find_cell
     value_columns = names - cell_finders.keys()
     base_folder = None
     if media_column not in cell_finders:  # a column of paths
@@ -47,17 +52,6 @@ def list_table(table: DatasetTable, path_column: str | None, faults: list[Fault]
     # the columns of JSON Lines come from the first lines only, so all keys are read
     rows = read_columns(path, None if row_format(path) is JSON_LINES else value_columns)
     return list_rows(reader, rows, faults, cell_finders)
-
-
-def _make_cell_finders(path: Path, names: Iterable[str], media_column: str) -> dict[str, FindCell]:
-    """Return, for each column whose cells contain files, a function that finds the file of a row."""
-    cell_finders = {}
-    for name in names:
-        # an empty media cell is an error; in other columns it means that the row has no such file
-        find_cell = find_cells(path, name, finds_nulls=name != media_column)
-        if find_cell is not None:
-            cell_finders[name] = find_cell
-    return cell_finders
 
 
 def _select_columns(

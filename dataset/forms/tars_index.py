@@ -399,23 +399,18 @@ def read_members(file: BinaryIO, size_bytes: int) -> Iterator[Member]:
         offset = tar.offset
         tar.members = []  # type: ignore[attr-defined]  # typeshed lacks it; `tarfile` would store all members
         if info.isreg() and not info.issparse():
-            yield _make_member(info, file, size_bytes)
+            if info.offset_data + info.size > size_bytes:
+                raise TarDamage(f"{_describe_cut(size_bytes)}, in {ascii(info.name[-80:])}")
+            name = _read_name(info, file)
+            if len(name.encode()) > MAX_TAR_NAME_BYTES:
+                raise TarDamage(f"a name at byte {info.offset:,} has more than {MAX_TAR_NAME_BYTES:,} bytes")
+            yield Member(name, info.offset_data, info.size)
     _check_end(file, tar.offset, size_bytes)
 
 
 def _describe_cut(size_bytes: int) -> str:
     """Return the message about a tar that ends too early."""
     return f"it is cut short after {size_bytes:,} bytes"
-
-
-def _make_member(info: tarfile.TarInfo, file: BinaryIO, size_bytes: int) -> Member:
-    """Return the name and position of a file in a tar of `size_bytes` bytes, from its header."""
-    if info.offset_data + info.size > size_bytes:
-        raise TarDamage(f"{_describe_cut(size_bytes)}, in {ascii(info.name[-80:])}")
-    name = _read_name(info, file)
-    if len(name.encode()) > MAX_TAR_NAME_BYTES:
-        raise TarDamage(f"a name at byte {info.offset:,} has more than {MAX_TAR_NAME_BYTES:,} bytes")
-    return Member(name, info.offset_data, info.size)
 
 
 def _check_end(file: BinaryIO, offset: int, size_bytes: int) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dataset.forms.composing import KEYS, get_source_format
-from dataset.forms.contract import FindCell, InspectedColumns, TableRow
+from dataset.forms.contract import InspectedColumns, TableRow
 from dataset.forms.row_formats import find_cells
 from dataset.forms.rows import CAPTION_COLUMNS, control_number, is_companion, is_control, is_layer
 from dataset.sources.media_source import Fault
@@ -66,7 +66,13 @@ def find_unused(table: DatasetTable) -> list[Fault]:
             explanations[name] = f", which contains files{_make_hint(name, table) or ''}"
     cell_finders = {name: find_cells(path, name, finds_nulls=True) for name in control_columns}
     for row in itertools.islice(columns.rows, MAX_ROWS):
-        values = {**_list_control_cells(row, cell_finders), **row.values}
+        # `_list_surplus` needs to know only which control columns have a file in this row
+        control_cells = {
+            name: True
+            for name, find_cell in cell_finders.items()
+            if find_cell is not None and find_cell(row) is not None
+        }
+        values = {**control_cells, **row.values}
         for name in _list_surplus(values, table):
             explanations[name] = (
                 f": the model uses {table.references.control_count} of these files for each item"
@@ -82,16 +88,6 @@ def find_unused(table: DatasetTable) -> list[Fault]:
 def _is_read(name: str, table: DatasetTable, columns: InspectedColumns) -> bool:
     """Return whether a column is read: a known one, or one of numbered companion files or layers."""
     return name in columns.columns_read or is_companion(name) or is_layer(table, name)
-
-
-def _list_control_cells(row: TableRow, cell_finders: Mapping[str, FindCell | None]) -> dict[str, Any]:
-    """Return True for each column of control images that has a file in this row."""
-    # `_list_surplus` needs no more than that.
-    return {
-        name: True
-        for name, find_cell in cell_finders.items()
-        if find_cell is not None and find_cell(row) is not None
-    }
 
 
 def _explain_unused(

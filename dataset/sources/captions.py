@@ -64,7 +64,13 @@ def read_caption_file(path: Path) -> CaptionContent | None:
     try:
         caption = read_text(path, MAX_CAPTION_BYTES).strip()
     except UnicodeDecodeError as error:
-        caption, encoding = _decode_windows_caption(path, error)
+        guess = guess_windows_encoding(error.object)
+        if guess is None:
+            raise DatasetError(
+                f"{path}: this caption is not UTF-8 text (byte {error.start}). Save it as UTF-8."
+            ) from None
+        text = guess.text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").strip()
+        caption, encoding = text, guess.name
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -80,17 +86,6 @@ def read_caption_file(path: Path) -> CaptionContent | None:
     if bad is not None:
         raise DatasetError(f"{path}: this caption contains {bad}. Save it as UTF-8.")
     return CaptionContent(caption, encoding)
-
-
-def _decode_windows_caption(path: Path, error: UnicodeDecodeError) -> tuple[str, str]:
-    """Return the text of a caption file that is not UTF-8, and the common name of its encoding."""
-    guess = guess_windows_encoding(error.object)
-    if guess is None:
-        raise DatasetError(
-            f"{path}: this caption is not UTF-8 text (byte {error.start}). Save it as UTF-8."
-        ) from None
-    text = guess.text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").strip()
-    return text, guess.name
 
 
 def guess_windows_encoding(content: bytes) -> EncodingGuess | None:

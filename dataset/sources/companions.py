@@ -84,21 +84,19 @@ def pair_or_report(
     try:
         companions, unmatched = pair_by_name(table, folder, key, stems)
         if not companions:
-            raise DatasetError(_explain_unpaired(table, folder, key, stems))  # caught below
+            # no file belongs to an item, so the message says how to name them
+            example = next(iter(sorted(stems)), "clip")
+            text = (
+                f"{folder} has nothing for any {table.kind}. Files and folders there are named like "
+                f"their {table.kind}: {example}.mp4, {example}.png"
+            )
+            if key == REFERENCE:  # only references may be several
+                text = f"{text} or {example}_0.mp4, {example}_1.mp4"
+            raise DatasetError(text)  # caught below
     except DatasetError as error:
         faults.append(Fault(f"problems with {key} of {table.name}", f"{str(error).rstrip('.')}."))
         return None
     return companions, unmatched
-
-
-def _explain_unpaired(table: DatasetTable, folder: Path, key: str, stems: Collection[str]) -> str:
-    """Return how to name the files of a companion folder, as none of them belongs to an item."""
-    example = next(iter(sorted(stems)), "clip")
-    text = (
-        f"{folder} has nothing for any {table.kind}. Files and folders there are named like "
-        f"their {table.kind}: {example}.mp4, {example}.png"
-    )
-    return f"{text} or {example}_0.mp4, {example}_1.mp4" if key == REFERENCE else text
 
 
 def warn_about_paths(table: DatasetTable, problem: str, paths: Sequence[Path]) -> None:
@@ -287,7 +285,9 @@ def _read_references(
             reference_size = size_within(frame_size(path), rules.longest_side, rules.step)
             resize = resize_stretched
         if on_white:
-            references.append(_read_on_white(path, reference_size))
+            from modules.media.canvas import composite_on_white  # only few models need white canvases
+
+            references.append(pixels_to_uint8(composite_on_white(first_frame(path), *reference_size)))
             continue
         if is_single_image(path) or local.table.kind == "image":
             references.append(resize(read_image(path), reference_size)[None])
@@ -315,10 +315,3 @@ def _divide_bucket(local: MediaSource, bucket: Size, rules: ReferenceRules) -> S
             f"(--reference_downscale) sides must be multiples of {step}. Choose another resolution"
         )
     return width // factor, height // factor
-
-
-def _read_on_white(path: Path, size: Size) -> Clip:
-    """Read an image or a clip's first frame, 1 H W 3, and pad it with white to `size`."""
-    from modules.media.canvas import composite_on_white  # only few models need white canvases
-
-    return pixels_to_uint8(composite_on_white(first_frame(path), *size))

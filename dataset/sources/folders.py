@@ -281,19 +281,17 @@ def _list_media(table: DatasetTable, faults: list[Fault]) -> list[Path]:
     if (ANIMATION_SUFFIXES | spare_suffixes).isdisjoint(found_suffixes):
         return media
     if table.source.excludes_animations:  # a video table with the same folder uses them
-        animations = _find_animations(table, [*media, *spare_files])
+        animations = {path for path in [*media, *spare_files] if _is_animated(path)}
+        if animations:
+            logger.info(
+                "%s: %d files, such as %s, are animated: the video table with the same folder uses them",
+                table.name,
+                len(animations),
+                min(animations),
+            )
         media = [path for path in media if path not in animations]
         spare_files = [path for path in spare_files if path not in animations]
     return sorted([*media, *_select_spare(table, spare_files, media)], key=str)
-
-
-def _find_animations(table: DatasetTable, paths: Sequence[Path]) -> set[Path]:
-    """Return the animated images among an image table's files, and log how many there are."""
-    animations = {path for path in paths if _is_animated(path)}
-    if animations:
-        text = "%s: %d files, such as %s, are animated: the video table with the same folder uses them"
-        logger.info(text, table.name, len(animations), min(animations))
-    return animations
 
 
 def _is_animated(path: Path) -> bool:

@@ -383,7 +383,16 @@ def find_bucket(table: DatasetTable, size: buckets.Size, step: int, path: Path |
         return size
     if not table.buckets.enable_bucket:
         if any(side % step for side in table.buckets.resolution):
-            raise _uneven_resolution(table, step)
+            width, height = table.buckets.resolution
+            smaller = width // step * step, height // step * step
+            larger = round_up(width, step), round_up(height, step)
+            options = " or ".join(
+                str(list(option)) for option in dict.fromkeys((smaller, larger)) if min(option)
+            )
+            raise DatasetError(
+                f"{table.name}: resolution = [{width}, {height}] is not a multiple of {step}, and "
+                f"enable_bucket is false. Use {options}, or enable_bucket = true."
+            )
         return table.buckets.resolution
     sd_scripts_buckets = table.buckets.rule
     if sd_scripts_buckets is not None and sd_scripts_buckets.step % step:
@@ -402,18 +411,6 @@ def find_bucket(table: DatasetTable, size: buckets.Size, step: int, path: Path |
         return buckets.select_image_bucket(size, sizes)
     except ValueError as error:
         raise MediaError(f"{path or 'an image'} is too small: {error}") from None
-
-
-def _uneven_resolution(table: DatasetTable, step: int) -> DatasetError:
-    """Return the error for a table without buckets whose resolution is not a multiple of `step`."""
-    width, height = table.buckets.resolution
-    smaller = width // step * step, height // step * step
-    larger = round_up(width, step), round_up(height, step)
-    options = " or ".join(str(list(option)) for option in dict.fromkeys((smaller, larger)) if min(option))
-    return DatasetError(
-        f"{table.name}: resolution = [{width}, {height}] is not a multiple of {step}, and "
-        f"enable_bucket is false. Use {options}, or enable_bucket = true."
-    )
 
 
 def _list_bucket_sizes(table: DatasetTable, step: int) -> tuple[buckets.Size, ...]:

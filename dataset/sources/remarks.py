@@ -108,7 +108,9 @@ def find_caption_warnings(sources: Iterable[MediaSource]) -> list[Fault]:
             for caption in split_captions(text, source.table):
                 kinds |= dict.fromkeys(_find_special(caption, changes))
         if kinds:
-            text = _quote_caption(source)
+            one_line = " ".join((source.caption or "").split())
+            excerpt = one_line if len(one_line) <= SHOWN else f"{one_line[:SHOWN]}..."
+            text = f"{source.caption_path or source.path}: {excerpt}"
             warnings += [Fault(kind, text, source.stem) for kind in kinds]
     return warnings
 
@@ -126,13 +128,6 @@ def _find_special(caption: Caption, changes: CaptionChanges) -> Iterator[str]:
         yield NOT_DRAWN
     if _BACKSLASH.search(caption.text):
         yield BACKSLASH
-
-
-def _quote_caption(source: MediaSource) -> str:
-    """Return the first words of a caption after the path of its file, for a warning."""
-    one_line = " ".join((source.caption or "").split())
-    excerpt = one_line if len(one_line) <= SHOWN else f"{one_line[:SHOWN]}..."
-    return f"{source.caption_path or source.path}: {excerpt}"
 
 
 def find_cut_captions(
