@@ -51,7 +51,6 @@ from project.model_choice import (
     ModelChoice,
     ModelInfo,
     check_model_files,
-    check_word,
     describe_outputs,
     read_model_info,
     select_model,
@@ -76,7 +75,6 @@ from project.options import (
 from project.own_commands import (
     describe_length,
     describe_own_images_commands,
-    lacks_media,
     list_distinct_captions,
     write_prompts,
 )
@@ -92,6 +90,7 @@ from project.recipes.reading import TrainingRecipe, complete_options_from_recipe
 from project.script_facts import read_script_options
 from project.tags import TagLists, as_words, find_tags, make_argv_to_write_blanks
 from project.varied_captions import make_captions
+from protocols.new_tokens import find_error
 
 UNCHANGED = "Nothing is written: the three files would stay as they are."
 KIND_WORDS = {"video": "clip", "image": "image", "audio": "sound"}  # kind of a file -> its word in a line
@@ -125,7 +124,8 @@ def write_project(options: NewOptions) -> None:
         completed = use_own_files(template.foreign, completed, model_choice.model, options)
     # first, because building the family takes seconds
     kind = _select_kind(completed, model_choice, memory, template.name_kind_setting(options))
-    if kind.makes_training_adapter and lacks_media(completed.folder):
+    # only prompts of an earlier `new` may be in a folder whose images a model is to make itself
+    if kind.makes_training_adapter and all(path.name == OWN_PROMPTS for path in completed.folder.iterdir()):
         _begin_with_prompts(completed, model_choice.model)
         return
     setup = _make_setup(completed, model_choice, kind=kind, memory=memory, foreign=template.foreign)
@@ -452,7 +452,15 @@ def _select_kind(options: NewOptions, chosen: ModelChoice, memory: float, kind_s
             f"This one has --train {', '.join(possible)}"
         )
     if kind.trains_embedding:
-        check_word(kind, chosen.trigger)
+        # what is learned is the trigger word
+        if chosen.trigger is None:
+            raise OptionError(
+                f"--train {kind.name}: {kind.title} is a new word: pass it as --trigger_word, such as "
+                "mrsfluff"
+            )
+        error = find_error(chosen.trigger)
+        if error:
+            raise OptionError(f"--trigger_word {chosen.trigger!r} {error}")
     return kind
 
 

@@ -179,7 +179,16 @@ def _select_source_images(
 ) -> None:
     """Select the references or control images of the media, or report folders that this run cannot use."""
     if training.model_info.max_references:
-        _select_reference_folders(folder, folders_by_use, content)
+        # a folder of references is inside its training folder, or next to it
+        for training_folder in folders_by_use.training_folders:
+            _select_folder_references(
+                training_folder, _list_reference_candidates(training_folder, folder, folders_by_use), content
+            )
+        for reference_folder in folders_by_use.reference_folders:
+            is_used = reference_folder in content.reference_folders.values()
+            if not is_used and _list_media_files(reference_folder):
+                text = f"{reference_folder}: left out. No file there has the name of an image next to it"
+                content.report_lines.append(warning(text))
     elif training.kind.uses_control_images:
         _select_control_folders(folder, folders_by_use, content, training.kind)
     else:
@@ -380,8 +389,9 @@ def _describe_mask_or_run_folder(folder: Path, subfolder: Path, content: FolderC
         if real_path(subfolder) in content.mask_folders.values():
             return [f"{subfolder}: learned by its masks"]
         return [warning(f"{subfolder}: {_explain_masks(folder, subfolder)}")]
-    # `new` itself writes into FIRST_FRAMES
-    if subfolder.name.lower() != FIRST_FRAMES and _has_captioned_media(subfolder):
+    if subfolder.name.lower() == FIRST_FRAMES:  # `new` itself writes into it
+        return []
+    if any(caption_path(path, CAPTIONS).exists() for path in _list_media_files(subfolder)):
         return [warning(f"{subfolder}: left out. Runs write into a folder of this name: rename it")]
     return []
 
@@ -460,10 +470,6 @@ def _leads_back(link: Path, folder: Path) -> bool:
     """Return whether a link points to the folder that contains it, or to a parent of that folder."""
     real_folder = real_path(folder)
     return real_path(link) in (real_folder, *real_folder.parents)
-
-
-def _has_captioned_media(folder: Path) -> bool:
-    return any(caption_path(path, CAPTIONS).exists() for path in _list_media_files(folder))
 
 
 def _parse_folder_name(folder: Path) -> FolderName | None:
@@ -897,28 +903,12 @@ def _take_first_frame(folder: Path, content: FolderContent, clip: Media) -> Medi
         target = target.with_stem(f"{target.stem}_{clip.path.suffix[1:]}")
     content.first_frames[target] = clip.path
     if clip.caption is not None:
-        _move_caption(content, clip.path, target, clip.caption)
+        # the image of the first frame replaces the clip, and takes its caption
+        content.new_captions.pop(caption_path(clip.path, content.caption_suffix), None)
+        content.new_captions[caption_path(target, content.caption_suffix)] = clip.caption
     if clip.path.parent in content.parsed_folder_names:
         content.parsed_folder_names[target.parent] = content.parsed_folder_names[clip.path.parent]
     return Media(target, "image", (width, height), seconds=None, caption=clip.caption)
-
-
-def _move_caption(content: FolderContent, clip: Path, picture: Path, caption: str) -> None:
-    """Assign a clip's caption to the image of its first frame, which replaces the clip."""
-    content.new_captions.pop(caption_path(clip, content.caption_suffix), None)
-    content.new_captions[caption_path(picture, content.caption_suffix)] = caption
-
-
-def _select_reference_folders(folder: Path, folders_by_use: SortedFolders, content: FolderContent) -> None:
-    """Find each training folder's folder of references: inside it, or next to it."""
-    for training_folder in folders_by_use.training_folders:
-        _select_folder_references(
-            training_folder, _list_reference_candidates(training_folder, folder, folders_by_use), content
-        )
-    for reference_folder in folders_by_use.reference_folders:
-        if reference_folder not in content.reference_folders.values() and _list_media_files(reference_folder):
-            text = f"{reference_folder}: left out. No file there has the name of an image next to it"
-            content.report_lines.append(warning(text))
 
 
 def _list_reference_candidates(subfolder: Path, folder: Path, folders_by_use: SortedFolders) -> list[Path]:
@@ -1008,7 +998,14 @@ def _select_folder_references(image_folder: Path, candidates: Sequence[Path], co
         if len(missing) == len(image_stems):
             continue
         content.reference_folders[image_folder] = candidate
-        content.report_lines += _describe_unreadable_references(image_folder, candidate, content.media)
+        for item in content.media:
+            if item.path.parent != image_folder or item.kind != "image":
+                continue
+            for reference in find_references(item, candidate):
+                reason = why_unused(reference)
+                if reason:
+                    text = f"{item.path.name}: not trained on, its reference cannot be read: {reason}"
+                    content.report_lines.append(text)
         if missing:
             text = f"{len(missing)} of {len(image_stems)} images have no reference in {candidate}"
             content.report_lines.append(f"{image_folder}: {text}, such as {missing[0]}: trained without one")
@@ -1060,21 +1057,6 @@ def why_unused(path: Path) -> str:
     except MediaError as error:
         return str(error)
     return ""
-
-
-def _describe_unreadable_references(
-    subfolder: Path, reference_folder: Path, media: Sequence[Media]
-) -> list[str]:
-    """Return a line for each image of `subfolder` whose image in `reference_folder` is unreadable."""
-    lines = []
-    for item in media:
-        if item.path.parent != subfolder or item.kind != "image":
-            continue
-        for reference in find_references(item, reference_folder):
-            reason = why_unused(reference)
-            if reason:
-                lines.append(f"{item.path.name}: not trained on, its reference cannot be read: {reason}")
-    return lines
 
 
 def _find_images_named_as_references(media: Sequence[Media]) -> list[Path]:

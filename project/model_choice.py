@@ -32,14 +32,12 @@ from modules.output_files import ask_on_terminal, has_terminal
 from modules.parser import add_options
 from modules.speed_options import take_ae
 from modules.text_files import read_safetensors_texts
-from project.kinds.contract import RunKind
 from project.model_sizes import describe_fit, find_smaller, list_transformers, needs_image, transformer_bytes
 from project.new_options import NewOptions
 from project.options import check_trigger, find_models, script_family
 from protocols.families import with_scripts
 from protocols.family import get_audio_spec, knows_few_steps
 from protocols.few_steps import FewSteps, Verdict
-from protocols.new_tokens import find_error
 from training.image_options import ImageModelOptions
 from training.options import training_parser
 
@@ -193,17 +191,6 @@ def check_model_files(model: ModelSet, files: Mapping[str, str]) -> None:
         take_ae(args)
     with _without_log():
         entry.make_family("training", read_options(record, args)).check_named_files()
-
-
-def check_word(kind: RunKind, word: str | None) -> None:
-    """Raise OptionError if the trigger word that this kind of run learns is missing or unusable."""
-    if word is None:
-        raise OptionError(
-            f"--train {kind.name}: {kind.title} is a new word: pass it as --trigger_word, such as mrsfluff"
-        )
-    error = find_error(word)
-    if error:
-        raise OptionError(f"--trigger_word {word!r} {error}")
 
 
 def _option_names(parser: argparse.ArgumentParser) -> set[str]:

@@ -2,7 +2,6 @@
 
 import shlex
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from downloads.catalogue import ModelSet
 from project import describing
@@ -16,11 +15,6 @@ from project.prompt_lines import plain
 # of the adapter for MiniMax-H3-Image; those for Qwen-Image-2.1 took 1,000, then 30,000
 TYPICAL_STEPS = 4000
 SINGLE_RESULT_OPTIONS = {"--prompt", "--seed", "--save_path"}  # options for a single result
-
-
-def lacks_media(folder: Path) -> bool:
-    """Return whether a folder is empty, apart from prompts written by an earlier `new`."""
-    return all(path.name == OWN_PROMPTS for path in folder.iterdir())
 
 
 def list_distinct_captions(setup: RunSetup) -> list[str]:
@@ -62,8 +56,13 @@ def describe_own_images_commands(options: NewOptions, model: ModelSet, files: Ma
     `files` maps options to the model's files.
     """
     paths = {f"{{{name}}}": path for name, path in files.items()}
-    argv = _without_single(shlex.split(model.commands["generate"]))
-    argv = [paths.get(word, word) for word in argv]
+    argv: list[str] = []
+    is_dropped = False  # the options, and their values, that make it write a single result
+    for word in shlex.split(model.commands["generate"]):
+        if word.startswith("--"):
+            is_dropped = word in SINGLE_RESULT_OPTIONS
+        if not is_dropped:
+            argv.append(paths.get(word, word))
     argv += ["--from_file", OWN_PROMPTS, "--save_path", OWN_FOLDER]
     again = options.make_argv(
         options.folder / OWN_FOLDER,
@@ -79,15 +78,3 @@ def describe_own_images_commands(options: NewOptions, model: ModelSet, files: Ma
         "and this writes their training files, with the prompts as captions:",
         f"  {own_command(*again)}",
     ]
-
-
-def _without_single(argv: Sequence[str]) -> list[str]:
-    """Return a command without the options (and values) that make it write a single result."""
-    remaining: list[str] = []
-    is_dropped = False
-    for word in argv:
-        if word.startswith("--"):
-            is_dropped = word in SINGLE_RESULT_OPTIONS
-        if not is_dropped:
-            remaining.append(word)
-    return remaining

@@ -75,7 +75,8 @@ def find_name_error(name: str, on_windows: bool) -> str:
     forbids are rejected, too.
     """
     parts = PurePosixPath(name).parts
-    if _leads_outside(name):
+    is_shortened = name != "/".join(parts)  # by pathlib, such as a//b or ./a: `pack` would not write it
+    if is_shortened or name.startswith("/") or ".." in parts or not parts:
         return "it leads out of the folder"
     if "\\" in name or escape_control_codes(name) != name or any(sign in name for sign in "\n\t\0"):
         return "it contains a backslash or control codes"
@@ -89,13 +90,6 @@ def find_name_error(name: str, on_windows: bool) -> str:
         return f"it has {num_bytes} bytes, and at most {MAX_NAME_BYTES} are allowed"
     errors_on_windows = map(find_error_on_windows, parts if on_windows else ())
     return next(filter(None, errors_on_windows), "")
-
-
-def _leads_outside(name: str) -> bool:
-    """Return whether a path may lead out of the folder, or is spelled as `pack` would not write it."""
-    parts = PurePosixPath(name).parts
-    is_shortened = name != "/".join(parts)  # by pathlib, such as a//b or ./a
-    return is_shortened or name.startswith("/") or ".." in parts or not parts
 
 
 @dataclass(frozen=True)

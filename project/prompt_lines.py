@@ -17,11 +17,6 @@ def plain(text: str) -> str:
     return " ".join(_OPTION_START.sub(r"\1", on_one_line).lstrip("#").split())
 
 
-def loses_characters(text: str) -> bool:
-    """Return whether a line of prompts.txt cannot have all characters of a prompt."""
-    return plain(text) != " ".join(text.split())
-
-
 def format_options(options: Mapping[str, Any]) -> str:
     """Return the options of a line, given by their letters, as text."""
     return " ".join(f"--{letter} {value}" for letter, value in options.items())

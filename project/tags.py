@@ -31,11 +31,6 @@ class TagLists:
     has_alternatives: bool  # alternatives such as {red|blue}
 
     @property
-    def num_leading_shared(self) -> int:
-        """Return the number of leading tags that all captions share; 1 if there is only one caption."""
-        return 1 if len(self.lists) == 1 else len(os.path.commonprefix(self.lists))
-
-    @property
     def shared_tags(self) -> list[str]:
         """Return the tags that all lists contain, in the order of the first list."""
         return [tag for tag in self.lists[0] if all(tag in tags for tags in self.lists)]
@@ -57,7 +52,8 @@ class TagLists:
         captions = [self.separator.join(tags) for tags in self.lists]
         adds_trigger = trigger is not None and any(add_trigger(text, trigger) != text for text in captions)
         # neither the leading tags that all captions share nor a trigger word before them are shuffled
-        num_fixed_tags = self.num_leading_shared + (1 if adds_trigger else 0)
+        num_shared = 1 if len(self.lists) == 1 else len(os.path.commonprefix(self.lists))
+        num_fixed_tags = num_shared + (1 if adds_trigger else 0)
         if self.has_fixed_tag_separator:
             keys["keep_tokens_separator"] = KEEP_TOKENS_SEPARATOR
         elif num_fixed_tags:

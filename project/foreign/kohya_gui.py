@@ -96,9 +96,14 @@ def _read_samples(values: Mapping[str, Any]) -> list[ForeignSample]:
 
 def _find_run(values: Mapping[str, Any]) -> ForeignRun:
     """Return the kind of run that a kohya GUI file describes, with the key that shows it."""
-    # Keys are tried from the most specific to the least: LECO, LLLite, LoRA, embedding; otherwise the full
-    # model.
-    _reject_slider(values)
+    # Keys are tried from the most specific to the least: LECO (sliders), LLLite, LoRA, embedding; otherwise
+    # the full model.
+    for key in _LECO_SLIDER_KEYS:
+        if key in values:
+            raise UnsupportedRun(
+                f"{key} belongs to LECO, a slider, which `new` does not set up. "
+                "--slider of a training script learns from two prompts, without files: docs/targets.md"
+            )
     if _is_lllite(values):
         return ForeignRun("lllite", "lllite_cond_dim")
     network_type = values.get("LoRA_type")
@@ -112,16 +117,6 @@ def _find_run(values: Mapping[str, Any]) -> ForeignRun:
     fine_tuning_key = next((key for key in _FINE_TUNING_KEYS if key in values), None)
     method = "DreamBooth" if fine_tuning_key is None else f"fine-tuning, by {fine_tuning_key}"
     return ForeignRun("whole", f"no LoRA_type ({method})")
-
-
-def _reject_slider(values: Mapping[str, Any]) -> None:
-    """Raise UnsupportedRun if a key of LECO, which trains sliders, is in the file."""
-    for key in _LECO_SLIDER_KEYS:
-        if key in values:
-            raise UnsupportedRun(
-                f"{key} belongs to LECO, a slider, which `new` does not set up. "
-                "--slider of a training script learns from two prompts, without files: docs/targets.md"
-            )
 
 
 def _make_lora_run(network_type: str) -> ForeignRun:
@@ -175,7 +170,15 @@ def _find_ineffective_keys(values: Mapping[str, Any]) -> set[str]:
     """Return the keys without effect in a kohya GUI file, because other keys turn their feature off."""
     # The GUI saves all of its fields, including fields of unused features.
     network_type = str(values.get("LoRA_type", "")).lower()
-    ineffective = _find_other_model_keys(values)
+    # keys that only other models use: SDXL, models with one text encoder, or FLUX
+    ineffective: set[str] = set()
+    if is_on(values.get("sdxl")):
+        ineffective |= {*_ONE_ENCODER_RATE_KEYS}
+    else:
+        ineffective |= {*_TWO_ENCODER_RATE_KEYS, *(key for key in values if key.startswith("sdxl_"))}
+    if not is_on(values.get("flux1_checkbox")):
+        ineffective |= {*_FLUX_ONLY_KEYS, *(key for key in values if key.startswith(("flux1_", "t5xxl_")))}
+        ineffective.discard("flux1_checkbox")  # the switch itself is read
     if "lycoris" not in network_type:
         ineffective |= {*_LYCORIS_KEYS, "LyCORIS_preset", "dora_wd", "factor"}
     if "lokr" not in network_type:
@@ -199,19 +202,6 @@ def _find_ineffective_keys(values: Mapping[str, Any]) -> set[str]:
     if str(values.get("loss_type", "l2")) == "l2":
         ineffective |= {"huber_c", "huber_schedule", "huber_scale"}
     return ineffective
-
-
-def _find_other_model_keys(values: Mapping[str, Any]) -> set[str]:
-    """Return the keys that only other models use: SDXL, models with one text encoder, or FLUX."""
-    keys: set[str] = set()
-    if is_on(values.get("sdxl")):
-        keys |= {*_ONE_ENCODER_RATE_KEYS}
-    else:
-        keys |= {*_TWO_ENCODER_RATE_KEYS, *(key for key in values if key.startswith("sdxl_"))}
-    if not is_on(values.get("flux1_checkbox")):
-        keys |= {*_FLUX_ONLY_KEYS, *(key for key in values if key.startswith(("flux1_", "t5xxl_")))}
-        keys.discard("flux1_checkbox")  # the switch itself is read
-    return keys
 
 
 PROGRAM = Program(

@@ -61,7 +61,9 @@ def resolve_trained_networks(
     Settings that this kind of run, the model or the script does not support are reported.
     """
     if kind.trains_embedding or kind.uses_control_images:
-        _report_networks_not_trained(project, kind)
+        # an embedding or a control network is trained in place of the networks of the project
+        if project.trained_networks.file_keys:
+            project.report_omitted_key(_join_network_keys(project), f"only {kind.title} is trained")
         return
     networks = project.trained_networks
     trains_text_encoders = networks.trains_text_encoders and _can_train_text_encoders(model, kind, script)
@@ -75,12 +77,6 @@ def resolve_trained_networks(
         _train_lora_text_encoders(project, rates)
     else:
         _train_model_text_encoders(project, script, rates)
-
-
-def _report_networks_not_trained(project: ForeignProject, kind: RunKind) -> None:
-    """Report the keys of networks for a run that trains an embedding or a control network instead."""
-    if project.trained_networks.file_keys:
-        project.report_omitted_key(_join_network_keys(project), f"only {kind.title} is trained")
 
 
 def _report_text_encoders(

@@ -119,7 +119,17 @@ def _resolve_intervals(project: ForeignProject, epoch: Epoch) -> None:
     """Set how often to save and sample, in steps; intervals in epochs are converted."""
     training = project.training_options
     for option, interval in project.epoch_intervals.items():
-        _set_epoch_interval(project, option, interval, epoch.steps)
+        # an interval in epochs counts only if the file gives none in steps
+        if not interval.number:
+            project.ineffective_keys.append(interval.key)
+        elif training.get(option):
+            reason = f"{project.source_keys[option]} says it"
+            project.report_omitted_value(interval.key, interval.number, reason)
+        else:
+            if option in training:  # 0 steps means never: use the interval in epochs
+                project.remove_option(option, "")
+            training[option] = min(interval.number * epoch.steps, contract.MAX_STEPS)
+            project.report_change(interval.key, interval.number, f"{option} = {training[option]}")
     for option in ("save_every_n_steps", "sample_every_n_steps"):
         if training.get(option) == 0:  # never: the option is omitted
             project.remove_option(option, "")
@@ -140,46 +150,24 @@ def _resolve_intervals(project: ForeignProject, epoch: Epoch) -> None:
         training.setdefault("save_last_n_steps", save_interval)
 
 
-def _set_epoch_interval(
-    project: ForeignProject, option: str, interval: FileEpochs, steps_per_epoch: int
-) -> None:
-    """Set `option`, an interval in steps, from the file's interval in epochs, unless it gives steps, too."""
-    training = project.training_options
-    if not interval.number:
-        project.ineffective_keys.append(interval.key)
-    elif training.get(option):
-        reason = f"{project.source_keys[option]} says it"
-        project.report_omitted_value(interval.key, interval.number, reason)
-    else:
-        if option in training:  # 0 steps means never: use the interval in epochs
-            project.remove_option(option, "")
-        training[option] = min(interval.number * steps_per_epoch, contract.MAX_STEPS)
-        project.report_change(interval.key, interval.number, f"{option} = {training[option]}")
-
-
 def _resolve_warmup(project: ForeignProject, steps: int) -> None:
     """Convert a project's warm-up to steps, and select a learning rate schedule with warm-up."""
     # `steps` is the number of training steps.
     training = project.training_options
     if project.warmup_fraction is not None:
         key, fraction = project.warmup_fraction
-        _set_warmup_fraction(project, key, fraction, steps)
+        # a fraction of the run counts only if the file gives no steps
+        if training.get("lr_warmup_steps"):
+            project.omission_lines.append(f"{key}: {project.source_keys['lr_warmup_steps']} says it")
+        elif fraction:
+            warmup_steps = round(fraction * steps)
+            training["lr_warmup_steps"] = warmup_steps
+            result = f"percent of the steps, so lr_warmup_steps = {warmup_steps}"
+            project.report_change(key, f"{fraction * 100:g}", result)
+        else:
+            training["lr_warmup_steps"] = 0  # instead of the warm-up that `new` sets for full training
+            project.adopted_keys.append(key)
     scheduler = training.get("lr_scheduler", "constant")
     if training.get("lr_warmup_steps") and scheduler in _SCHEDULES_WITHOUT_WARMUP:
         training["lr_scheduler"] = _SCHEDULES_WITHOUT_WARMUP[scheduler]
         project.report_change("lr_scheduler", training["lr_scheduler"], f"{scheduler}, after the warm-up")
-
-
-def _set_warmup_fraction(project: ForeignProject, key: str, fraction: float, steps: int) -> None:
-    """Convert the file's warm-up `key`, a fraction of the run, to steps, unless the file also sets steps."""
-    training = project.training_options
-    if training.get("lr_warmup_steps"):
-        project.omission_lines.append(f"{key}: {project.source_keys['lr_warmup_steps']} says it")
-    elif fraction:
-        warmup_steps = round(fraction * steps)
-        training["lr_warmup_steps"] = warmup_steps
-        result = f"percent of the steps, so lr_warmup_steps = {warmup_steps}"
-        project.report_change(key, f"{fraction * 100:g}", result)
-    else:
-        training["lr_warmup_steps"] = 0  # instead of the warm-up that `new` sets for full training
-        project.adopted_keys.append(key)

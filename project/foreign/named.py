@@ -52,7 +52,12 @@ def adopt_by_name(
             else:
                 project.unknown_keys.append(show(key))
     project.keys_without_rule = {}
-    _report_similar_names(project, our_names)
+    # unknown keys whose names are similar to one of ours, now that the script is known
+    for key in list(project.unknown_keys):
+        our_name = _find_our_name(key, our_names)
+        if our_name is not None:
+            project.unknown_keys.remove(key)
+            _report_key_with_other_name(project, key, our_name)
 
 
 def _is_dataset_key(key: str) -> bool:
@@ -78,15 +83,6 @@ def _adopt_or_report(
         project.report_omitted_value(key, value, str(error) or f"it has to be {allowed}")
     except (ValueError, TypeError, OverflowError) as error:
         project.report_omitted_value(key, value, str(error))
-
-
-def _report_similar_names(project: ForeignProject, our_names: Collection[str]) -> None:
-    """Report unknown keys whose names are similar to one of ours, now that the script is known."""
-    for key in list(project.unknown_keys):
-        our_name = _find_our_name(key, our_names)
-        if our_name is not None:
-            project.unknown_keys.remove(key)
-            _report_key_with_other_name(project, key, our_name)
 
 
 def _as_plain(value: Any, default: Any) -> Any:

@@ -65,7 +65,13 @@ def read_foreign(path: Path, typed_kind: str | None = None) -> ForeignProject:
             values |= _read_companion_file(project, key, file_name)
     project.file_keys = frozenset(values)  # before defaults are added
     _join_numbers_with_units(project, program, values)
-    _detect_run(project, values, typed_kind)
+    try:
+        project.run = project.program.find_run(values)
+    except UnsupportedRun as error:
+        if typed_kind is None:
+            remedy = "Pass --train lora to train a LoRA in its place"
+            raise OptionError(f"--from {project.path}: {error}. {remedy}") from None
+        project.run = contract.ForeignRun("", str(error))
     project.trained_networks = program.find_trained_networks(values)
     for key, default in program.default_values.items():
         if key not in values:
@@ -77,17 +83,6 @@ def read_foreign(path: Path, typed_kind: str | None = None) -> ForeignProject:
     join_datasets(project)
     select_project_model(project, values, model_rules)
     return project
-
-
-def _detect_run(project: ForeignProject, values: Mapping[str, Any], typed_kind: str | None) -> None:
-    """Set the kind of training run that another trainer's project file describes."""
-    try:
-        project.run = project.program.find_run(values)
-    except UnsupportedRun as error:
-        if typed_kind is None:
-            remedy = "Pass --train lora to train a LoRA in its place"
-            raise OptionError(f"--from {project.path}: {error}. {remedy}") from None
-        project.run = contract.ForeignRun("", str(error))
 
 
 def _convert_values(project: ForeignProject, values: Mapping[str, Any]) -> dict[str, KeyRule]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from modules.control_codes import drop_control_codes
 from project.foreign.contract import UnsetValue, integer, is_off, number, read_side
-from project.prompt_lines import format_options, loses_characters, plain
+from project.prompt_lines import format_options, plain
 
 MAX_SAMPLES = 50  # each takes as long as a generation
 _DASHES = "a line of prompts.txt has no -- in its prompt and no # at its start; they are left out"
@@ -98,7 +98,8 @@ def read_sample(values: Mapping[str, Any], keys: Mapping[str, str], **changes: A
     if width and height:
         texts.setdefault("size", f"{width}x{height}")
     fields: dict[str, Any] = {}
-    omissions = [f"sample {plain(prompt)}: {_DASHES}"] if loses_characters(prompt) else []
+    loses_characters = plain(prompt) != " ".join(prompt.split())  # prompts.txt cannot have all of them
+    omissions = [f"sample {plain(prompt)}: {_DASHES}"] if loses_characters else []
     for name, value in texts.items():
         try:
             fields[name] = _READERS[name](value)

@@ -49,17 +49,7 @@ def complete_options(project: ForeignProject, options: NewOptions) -> NewOptions
     """Return the options of `new` with values of the other trainer's project where the user typed none."""
     default = NewOptions(folder=options.folder)  # an option with this value is treated as not set by the user
     completed = {}
-    for name, value in _list_project_options(project, options).items():
-        typed_value = getattr(options, name)
-        if typed_value == getattr(default, name):
-            completed[name] = value
-        elif typed_value != value:
-            project.report_omitted_value(name, value, f"--{name} sets another value")
-    return dataclasses.replace(options, **completed)
-
-
-def _list_project_options(project: ForeignProject, options: NewOptions) -> dict[str, Any]:
-    """Return the options of `new` that the project sets; not its task if --family names another family."""
+    # the options that the project sets; not its task if --family names another family
     project_options = dict(project.new_options)
     if project.run.kind not in {LORA.name, ""} and options.trains is None:
         project_options["train"] = project.run.kind
@@ -69,7 +59,13 @@ def _list_project_options(project: ForeignProject, options: NewOptions) -> dict[
         if task is not None and options.task is None:
             project.report_omitted_value("task", task, "--family sets another value")
     project_options.pop("max_train_steps", None)  # `select_length` compares it with the epochs
-    return project_options
+    for name, value in project_options.items():
+        typed_value = getattr(options, name)
+        if typed_value == getattr(default, name):
+            completed[name] = value
+        elif typed_value != value:
+            project.report_omitted_value(name, value, f"--{name} sets another value")
+    return dataclasses.replace(options, **completed)
 
 
 def resolve_project(
