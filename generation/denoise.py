@@ -391,7 +391,16 @@ class _SectionDenoiser:
         stage_request = prepared.stages[section.stage] if prepared.stages else prepared
         if section.solver is not None:  # a family's own solver may have a different number of steps
             stage_request = replace(stage_request, steps=section.solver.schedule.num_steps)
-        solver = section.solver or self._make_solver(stage_request)
+        # a solver that adds noise continues the generator of the start noise
+        solver = section.solver or solver_for(
+            stage_request.solver,
+            stage_request.steps,
+            stage_request.flow_shift,
+            self.family.noise.table,
+            draw=self.noise.draw,
+            levels=stage_request.sigmas,
+            audio_shift=stage_request.audio_shift,
+        )
         # options of guidance and the step cache are for the first stage only
         guidance_options = PLAIN_GUIDANCE if section.stage else self.guidance_options
         guidance = make_guidance(stage_request, guidance_options, family.experts, self.run)
@@ -416,18 +425,6 @@ class _SectionDenoiser:
                 split=self.split and not family.defaults.one_batch,
                 first_step=first_step,
             )
-
-    def _make_solver(self, prepared: Prepared) -> Solver:
-        """Return the solver of a request; if it adds noise, it continues the generator of the start noise."""
-        return solver_for(
-            prepared.solver,
-            prepared.steps,
-            prepared.flow_shift,
-            self.family.noise.table,
-            draw=self.noise.draw,
-            levels=prepared.sigmas,
-            audio_shift=prepared.audio_shift,
-        )
 
 
 def iterate_sections(

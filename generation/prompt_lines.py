@@ -447,7 +447,12 @@ def parse_option_line(
             is_other_script_option = find_option(name, ALL_LINE_OPTIONS) is not None
             is_other_script_option |= name.replace("-", "_") in list_option_names()
             hint = unsupported_hint if is_other_script_option else suggest(name, options, usable_names())
-            _warn_of_unknown_option(displayed_line, name_and_value, hint)
+            logger.warning(
+                "%s: the unknown option --%s is ignored. %s",
+                displayed_line,
+                shorten(name_and_value.strip(), MAX_LINE_SHOWN),
+                hint,
+            )
             continue
         if not read_path(text) and text not in option.unset_values:
             errors.append(f"--{name} has no value. Write it, or omit --{name}")
@@ -455,7 +460,8 @@ def parse_option_line(
         if not option.repeats and option.key not in values:
             _warn_of_repeated_option(displayed_line, spellings_by_key[option.key])
         try:
-            store_value(values, option, _read_value(option, text))
+            # only text options have backslash escapes, because paths use backslashes
+            store_value(values, option, option.read(unquote(text) if option.read is str else read_path(text)))
         except ValueError as error:
             errors.append(f"--{name}: {error}")
     if errors:
@@ -473,11 +479,6 @@ def _warn_of_leading_dashes(displayed_line: str, prompt: str) -> None:
     )
 
 
-def _warn_of_unknown_option(displayed_line: str, name_and_value: str, hint: str) -> None:
-    unknown = shorten(name_and_value.strip(), MAX_LINE_SHOWN)
-    logger.warning("%s: the unknown option --%s is ignored. %s", displayed_line, unknown, hint)
-
-
 def _list_usable_names(
     options: Mapping[str, LineOption], find: Callable[[str], LineOption | None]
 ) -> list[str]:
@@ -488,11 +489,6 @@ def _warn_of_repeated_option(displayed_line: str, spellings: Sequence[str]) -> N
     if len(spellings) > 1:
         typed = " and --".join(dict.fromkeys(spellings))
         logger.warning("%s: --%s: given more than once, the last counts", displayed_line, typed)
-
-
-def _read_value(option: LineOption, text: str) -> Value:
-    """Parse an option's value; only text options have backslash escapes, because paths use backslashes."""
-    return option.read(unquote(text) if option.read is str else read_path(text))
 
 
 def _list_spellings(

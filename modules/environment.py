@@ -87,7 +87,11 @@ def prepare_environment(
     was_killed = build is not None and not stamp.exists()
     if was_killed or not python.exists():
         create_environment(folder, may_inherit=build is None)
-    new_hash = _hash_installation(requirements, build)
+    # what an environment contains: Python's version, requirements and torch build
+    contents = [sys.version, *requirements]
+    if build is not None:
+        contents.append(build.name)
+    new_hash = hashlib.sha256("\n".join(contents).encode()).hexdigest().encode()
     old_hash = stamp.read_bytes() if stamp.exists() else None
     if old_hash != new_hash or is_replacing:
         with _replace_stamp(stamp, old_hash, new_hash):
@@ -116,14 +120,6 @@ def _list_requirements(extra: str | None, build: Build | None) -> list[str]:
         project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
         requirements += project["optional-dependencies"][extra]
     return requirements
-
-
-def _hash_installation(requirements: Sequence[str], build: Build | None) -> bytes:
-    """Return the hash of what an environment contains: Python's version, requirements and torch build."""
-    lines = [sys.version, *requirements]
-    if build is not None:
-        lines.append(build.name)
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest().encode()
 
 
 def get_python_path(folder: Path) -> Path:

@@ -167,7 +167,9 @@ def _format_short_lines(
 def _format_short_help(action: argparse.Action, choices: Sequence[str]) -> str:
     """Return the first clauses of an option's help, with the choices to list and the default."""
     help_text = (action.help or "").replace("%%", "%")
-    text = _shorten_clauses(help_text)
+    text, *clauses = re.split(r"; |(?<!e\.g)\. ", help_text)[0].split(": ")
+    for clause in clauses:
+        text += f": {clause}" if len(f"{text}: {clause}") <= LONGEST_CLAUSE else ""
     if choices:
         text += f": {', '.join(choices)}"
     # a help text that explains the default takes precedence over the plain value
@@ -176,13 +178,6 @@ def _format_short_help(action: argparse.Action, choices: Sequence[str]) -> str:
     if default and "default" not in text:
         text += f" (default: {default})"
     return text
-
-
-def _shorten_clauses(text: str) -> str:
-    first, *clauses = re.split(r"; |(?<!e\.g)\. ", text)[0].split(": ")
-    for clause in clauses:
-        first += f": {clause}" if len(f"{first}: {clause}") <= LONGEST_CLAUSE else ""
-    return first
 
 
 def _describe_default(action: argparse.Action) -> str:

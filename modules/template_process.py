@@ -15,7 +15,12 @@ def render(job: dict[str, Any]) -> dict[str, str]:
 
     Returns {"text": the rendered template}, or {"error": the reason why it failed}.
     """
-    _limit_memory(job["memory"])
+    # limit the memory that this process can allocate, on systems that support it
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        _, maximum = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (job["memory"], maximum))
     try:
         return {"text": _generate(job)}
     except MemoryError:
@@ -24,15 +29,6 @@ def render(job: dict[str, Any]) -> dict[str, str]:
         return {"error": "it calls itself without end"}
     except Exception as error:  # raised by Jinja or by the template itself
         return {"error": str(error) or type(error).__name__}
-
-
-def _limit_memory(size_bytes: int) -> None:
-    """Limit the memory that this process can allocate, on systems that support it."""
-    with contextlib.suppress(ImportError, ValueError, OSError):
-        import resource
-
-        _, maximum = resource.getrlimit(resource.RLIMIT_AS)
-        resource.setrlimit(resource.RLIMIT_AS, (size_bytes, maximum))
 
 
 def _generate(job: dict[str, Any]) -> str:

@@ -88,7 +88,13 @@ def guess_encoding(content: bytes) -> EncodingGuess | None:
     num_invalid = as_utf8.count("\ufffd")
     if _count_beyond_ascii(as_utf8) - num_invalid > 3 * num_invalid:  # UTF-8 with a few damaged bytes
         return EncodingGuess("utf-8", as_utf8, is_sure=False)
-    ranked = _rank_encodings(content)
+    # the text in every encoding that can decode the bytes, most plausible first
+    scored = []
+    for encoding in NAMES:
+        text = None if encoding.startswith("utf") else _decode(content, encoding)
+        if text is not None:
+            scored.append(_ScoredText(_score_text(text, encoding), encoding, text))
+    ranked = sorted(scored, key=lambda guess: -guess.score)  # stable: equal scores keep the order of NAMES
     if not ranked or ranked[0].score < 0:
         return None
     best = ranked[0]
@@ -110,16 +116,6 @@ class _ScoredText(NamedTuple):
     score: float
     encoding: str
     text: str
-
-
-def _rank_encodings(content: bytes) -> list[_ScoredText]:
-    """Return the text in every encoding that can decode the bytes, most plausible first."""
-    scored = []
-    for encoding in NAMES:
-        text = None if encoding.startswith("utf") else _decode(content, encoding)
-        if text is not None:
-            scored.append(_ScoredText(_score_text(text, encoding), encoding, text))
-    return sorted(scored, key=lambda guess: -guess.score)  # stable: equal scores keep the order of NAMES
 
 
 def _count_beyond_ascii(text: str) -> int:

@@ -84,7 +84,10 @@ def run_in_order(dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
                 hidden.x = hidden.x + hint
                 hint = None
         elif hidden.control_tokens is not None:
-            hint = _run_side_block(blocks[index], index - num_main_blocks, hidden)
+            # the side stream changes itself, and gives the main stream a hint
+            hidden.control_tokens, hint = blocks[index](hidden.control_tokens, hidden.x, hidden.tokens)
+            if hidden.control_scales is not None:
+                hint = hint * hidden.control_scales[:, index - num_main_blocks, None, None]
     if hidden.before_block is not None:
         hidden.before_block(len(blocks), hidden)
 
@@ -107,14 +110,6 @@ def _run_main_block(block: nn.Module, index: int, hidden: Hidden, overrides: Ove
         residual = hidden.text_residuals[index]
         num_other_tokens = hidden.x.shape[1] - residual.shape[1]
         hidden.x = hidden.x + pad(residual.to(hidden.x.dtype), (0, 0, num_other_tokens, 0))
-
-
-def _run_side_block(block: nn.Module, number: int, hidden: Hidden) -> Tensor:
-    """Run a block of the side stream, which changes that stream; return its hint for the main stream."""
-    hidden.control_tokens, hint = block(hidden.control_tokens, hidden.x, hidden.tokens)
-    if hidden.control_scales is not None:
-        hint = hint * hidden.control_scales[:, number, None, None]
-    return hint
 
 
 class BlockNetwork(nn.Module):

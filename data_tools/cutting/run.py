@@ -93,7 +93,13 @@ def cut_footage(options: CuttingOptions) -> None:
     if results and not options.dry_run:
         _show_results(results, list_path, seconds=time.monotonic() - started)
     if failures:
-        _raise_failures(failures, len(sources))
+        if len(sources) == 1:  # a single source raises its own error
+            _, error = failures[0]
+            raise error if isinstance(error, UserError) else DatasetError(str(error)) from error
+        failed_sources = [
+            Failure(path, reason=str(error), table=0, stem=path.stem) for path, error in failures
+        ]
+        raise failure_error(failed_sources, format_count(len(sources), "video"))
 
 
 def _cut_and_list(
@@ -128,15 +134,6 @@ def _cut_and_list(
     finally:
         cutter.clip_list.write()
     return results, failures
-
-
-def _raise_failures(failures: Sequence[tuple[Path, Exception]], num_sources: int) -> None:
-    """Raise DatasetError that lists all sources that failed; with a single source, raise its own error."""
-    if num_sources == 1:
-        _, error = failures[0]
-        raise error if isinstance(error, UserError) else DatasetError(str(error)) from error
-    failed_sources = [Failure(path, reason=str(error), table=0, stem=path.stem) for path, error in failures]
-    raise failure_error(failed_sources, format_count(num_sources, "video"))
 
 
 def _plan_jobs(stems: Mapping[Path, str], records: Mapping[str, CutRecord]) -> list[CuttingJob]:

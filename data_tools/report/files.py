@@ -284,7 +284,14 @@ def _compare_texts(
         with quiet():  # all other warnings about the table were logged before
             sources = find_sources(table, faults=[])
     files = [_with_recorded_text(file, store) for file in list_caption_files(sources, tag, visible_media)]
-    plans = plan_texts(files, _list_recorded_encoders(records), stores, workers)
+    # stand-ins for the text encoders named in the records, each with its recorded identity
+    encoders = []
+    for name, record in records.items():
+        keys = frozenset(map(tensor_key, record.crc32))
+        encoders.append((SimpleNamespace(name=name, keys=keys), record.encoder))
+    plans = plan_texts(
+        files, cast("Sequence[tuple[TextEncoder, Mapping[str, str]]]", encoders), stores, workers
+    )
     state_by_file = {plan.file_name: _find_text_state(plan, store, records) for plan in plans}
     return states | {source.stem: _join_text_states(source, tag, state_by_file) for source in sources}
 
@@ -326,17 +333,6 @@ def _join_text_states(source: MediaSource, tag: str, state_by_file: Mapping[str,
         if state[0] != VALID:
             break
     return state
-
-
-def _list_recorded_encoders(
-    records: Mapping[str, TextRecord],
-) -> Sequence[tuple[TextEncoder, Mapping[str, str]]]:
-    """Return stand-ins for the text encoders named in cache records, each with its recorded identity."""
-    encoders = []
-    for name, record in records.items():
-        keys = frozenset(map(tensor_key, record.crc32))
-        encoders.append((SimpleNamespace(name=name, keys=keys), record.encoder))
-    return cast("Sequence[tuple[TextEncoder, Mapping[str, str]]]", encoders)
 
 
 def _read_text_records(store: CacheStore, names: Iterable[str]) -> Iterator[Mapping[str, TextRecord]]:

@@ -246,7 +246,9 @@ def attend(
         return _attend_without_padding(backend, query, key, value, lengths=lengths, split=choice.split)
     dense = backend.dense if repeats is None else functools.partial(sdpa, repeats=repeats)
     if choice.split and len(query) > 1:
-        return _attend_one_by_one(dense, query, key, value)
+        # one sample at a time
+        samples = zip(query.unbind(0), key.unbind(0), value.unbind(0), strict=True)
+        return torch.stack([dense(q[None], k[None], v[None])[0] for q, k, v in samples])
     return dense(query, key, value)
 
 
@@ -269,12 +271,6 @@ def attend_causally(query: Tensor, key: Tensor, value: Tensor, choice: Attention
         with torch.autocast(query.device.type, enabled=False):
             return causal_sdpa(query.float(), key.float(), value.float()).to(value.dtype)
     return causal_sdpa(query, key, value)
-
-
-def _attend_one_by_one(dense: Dense, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Compute attention one sample at a time. Returns B L N D."""
-    samples = zip(query.unbind(0), key.unbind(0), value.unbind(0), strict=True)
-    return torch.stack([dense(q[None], k[None], v[None])[0] for q, k, v in samples])
 
 
 def _attend_without_padding(

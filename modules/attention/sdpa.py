@@ -44,8 +44,11 @@ def _attend_on_cuda(q: Tensor, k: Tensor, v: Tensor, repeats: Tensor | None) -> 
     )
     needs_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
     if order[0] == SDPBackend.CUDNN_ATTENTION and len(q) > 1 and needs_gradients:
-        # cuDNN's gradients of several samples in one call may be NaN
-        return _attend_to_each(q, k, v, order)
+        # cuDNN's gradients of several samples in one call may be NaN: on an H100 (torch 2.11), those of two
+        # samples of 754 tokens were; gradients of single samples never were. A sample of thousands of tokens
+        # keeps a GPU busy, so little is lost.
+        samples = zip(q.split(1), k.split(1), v.split(1), strict=True)
+        return torch.cat([attend_in_order(*sample, None, order).transpose(1, 2) for sample in samples])
     return attend_in_order(q, k, v, bias, order=order).transpose(1, 2)
 
 
@@ -76,14 +79,6 @@ def causal_sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def is_on_cuda(tensor: Tensor) -> bool:
     """Return whether a tensor is on a CUDA device, where PyTorch's fused attention kernels exist."""
     return tensor.device.type == "cuda"
-
-
-def _attend_to_each(q: Tensor, k: Tensor, v: Tensor, order: list[SDPBackend]) -> Tensor:
-    """Compute attention for one sample of B N L D at a time. Returns B L N D."""
-    # On an H100 (torch 2.11), gradients of two samples of 754 tokens in one cuDNN call were NaN; gradients of
-    # single samples never were. A sample of thousands of tokens keeps a GPU busy, so little is lost.
-    samples = zip(q.split(1), k.split(1), v.split(1), strict=True)
-    return torch.cat([attend_in_order(*sample, None, order).transpose(1, 2) for sample in samples])
 
 
 def key_bias(repeats: Tensor, queries: int, dtype: torch.dtype) -> Tensor:

@@ -121,7 +121,7 @@ class CenteredRMSNorm(RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalized values in the dtype of `x`."""
-        return centered_norm(x, self.weight, self.eps)
+        return rms_norm(x.float(), 1 + self.weight.float(), self.eps).to(x.dtype)
 
 
 class ScaleNorm(nn.Module):
@@ -164,14 +164,6 @@ class CenteredNorm(ScaleNorm):
             with torch.inference_mode(False):  # it may be made while sampling and reused in training
                 self._known = state, 1 + scale.detach().float()
         return self._known[1]
-
-
-def centered_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """Return `rms_norm` with the weight 1 + scale, in float32 and then in the dtype of x.
-
-    `scale` has one value per channel, C.
-    """
-    return rms_norm(x.float(), 1 + scale.float(), eps).to(x.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -21,14 +21,10 @@ SHORTEST_GAP, LONGEST_GAP = Fraction(1, 20), 3600
 def add_aac_stream(target: Any, channels: int, rate: int) -> Any:
     """Add an AAC stream to a file, at the nearest sampling rate that the encoder supports."""
     stream = target.add_stream("aac", rate=min(_AAC_RATES, key=lambda allowed: abs(allowed - rate)))
-    stream.layout = name_layout(channels)
+    # FFmpeg's name; stereo if there is no common one
+    stream.layout = _LAYOUTS.get(channels, "stereo")
     stream.bit_rate = BITS_PER_CHANNEL * min(channels, 8)
     return stream
-
-
-def name_layout(channels: int) -> str:
-    """Return FFmpeg's layout name for a number of channels; stereo if there is no common name."""
-    return _LAYOUTS.get(channels, "stereo")
 
 
 def add_aac(target: Any, source: Any) -> tuple[Any, Callable[[Any], Iterator[Any]]]:

@@ -11,8 +11,6 @@ from logging import getLogger
 from pathlib import Path
 from typing import Any
 
-from numpy.typing import NDArray
-
 from modules.errors import MediaError
 from modules.media import decoding
 from modules.media.colors import HDR, blend_on_white
@@ -93,18 +91,16 @@ def shown_frames(path: Path, deep: bool = False, limit: int | None = None) -> It
         if index == limit:  # this frame was read only for the duration of the previous one
             return
         if previous is not None and frame.pixels.shape != previous.pixels.shape:
-            raise _size_changes(path, previous, frame)
+            sizes = " to ".join(
+                f"{shown.pixels.shape[1]} x {shown.pixels.shape[0]}" for shown in (previous, frame)
+            )
+            raise MediaError(
+                f"{path} changes its size from {sizes} at {float(frame.start):.2f} s. Cut it there, or bring "
+                "it to one size first."
+            )
         previous = frame
     if previous is not None:
         yield previous
-
-
-def _size_changes(path: Path, before: OutputFrame, after: OutputFrame) -> MediaError:
-    sizes = " to ".join(f"{shown.pixels.shape[1]} x {shown.pixels.shape[0]}" for shown in (before, after))
-    return MediaError(
-        f"{path} changes its size from {sizes} at {float(after.start):.2f} s. Cut it there, or bring it to "
-        "one size first."
-    )
 
 
 def _read_animation(path: Path) -> Iterator[OutputFrame]:
@@ -117,13 +113,6 @@ def _read_animation(path: Path) -> Iterator[OutputFrame]:
 
 def _round_animation_seconds(duration: float) -> Fraction:
     return Fraction(duration).limit_denominator(1000)  # GIF stores hundredths of a second, WebP thousandths
-
-
-def _turn_pixels(timed: decoding.TimedFrame, stream: Any, deep: bool) -> NDArray[Any]:
-    pixels = decoding.frame_pixels(timed.frame, stream, _is_deep(timed.frame))
-    if not deep:
-        pixels = in_eight_bits(pixels)
-    return decoding.turn_upright(pixels, timed.orientation)
 
 
 def _read_timed(path: Path, deep: bool) -> Iterator[OutputFrame]:
@@ -143,7 +132,10 @@ def _read_timed(path: Path, deep: bool) -> Iterator[OutputFrame]:
                 if container.format.name == "avi":  # AVI has no times, and FFmpeg guesses a decoder delay
                     origin = (frame.pts or 0) * time_base
             start = clock.correct_start(None if frame.pts is None else frame.pts * time_base - origin)
-            pixels = _turn_pixels(timed, stream, deep)
+            pixels = decoding.frame_pixels(timed.frame, stream, _is_deep(timed.frame))
+            if not deep:
+                pixels = in_eight_bits(pixels)
+            pixels = decoding.turn_upright(pixels, timed.orientation)
             stated_seconds = Fraction(frame.duration * time_base) if frame.duration else None
             seconds = clock.correct_duration(stated_seconds)
             if end is not None and end - start > seconds + 1 / rate:

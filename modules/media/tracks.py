@@ -7,7 +7,7 @@ import wave
 from collections.abc import Callable, Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,14 +73,13 @@ def write_wav(path: Path, track: Track, tags: Mapping[str, str] | None = None) -
             wav_file.setframerate(rate)
             wav_file.writeframes(values.tobytes())
         if tags:
-            _append_comment(raw_file, json.dumps(dict(tags)).encode("ascii") + b"\0")
-
-
-def _append_comment(file: BinaryIO, text: bytes) -> None:
-    """Append a comment to a WAV file, as a RIFF LIST chunk of type INFO."""
-    text += bytes(len(text) % 2)
-    file.seek(0, os.SEEK_END)
-    file.write(struct.pack("<4sI4s4sI", b"LIST", len(text) + 12, b"INFO", b"ICMT", len(text)) + text)
-    size = file.tell() - 8
-    file.seek(4)
-    file.write(struct.pack("<I", size))
+            # the tags are a comment: a RIFF LIST chunk of type INFO at the end
+            text = json.dumps(dict(tags)).encode("ascii") + b"\0"
+            text += bytes(len(text) % 2)
+            raw_file.seek(0, os.SEEK_END)
+            raw_file.write(
+                struct.pack("<4sI4s4sI", b"LIST", len(text) + 12, b"INFO", b"ICMT", len(text)) + text
+            )
+            size = raw_file.tell() - 8
+            raw_file.seek(4)
+            raw_file.write(struct.pack("<I", size))

@@ -143,7 +143,9 @@ class Ledger(TorchDispatchMode):
             reference, known_allocation = self._allocations[key]
             is_same_storage = reference() is storage  # a new storage may have the id of a freed one
             if is_same_storage and kind is not None:
-                self._change_kind(known_allocation, kind)
+                self._add(known_allocation, -1)
+                known_allocation.kind = kind
+                self._add(known_allocation, 1)
             if is_same_storage:
                 return
         allocation = _Allocation(
@@ -160,11 +162,6 @@ class Ledger(TorchDispatchMode):
         self._allocations[key] = (weakref.ref(storage, forget), allocation)
         self._add(allocation, 1)
         self._update_peaks()
-
-    def _change_kind(self, allocation: _Allocation, kind: str) -> None:
-        self._add(allocation, -1)
-        allocation.kind = kind
-        self._add(allocation, 1)
 
     @property
     def bytes_by_kind(self) -> BytesByKind:
