@@ -32,10 +32,10 @@ from modules.errors import DatasetError
 from modules.media.lengths import ClipLengths
 from modules.run_limits import describe_outside, is_limited
 from modules.text_files import real_path
+from protocols.rules import ReferenceRules
 
 if TYPE_CHECKING:  # torch is not loaded to read a file
     from protocols.family import Caches
-    from protocols.rules import ReferenceRules
 
 __all__ = ["KEYS", "MODES", "DatasetConfig", "DatasetTable", "load_dataset_config"]
 
@@ -372,7 +372,7 @@ def with_lengths(config: DatasetConfig, lengths: ClipLengths) -> DatasetConfig:
     return replace(config, datasets=tuple(tables))
 
 
-def with_references(config: DatasetConfig, rules: "ReferenceRules | None", hint: str = "") -> DatasetConfig:
+def with_references(config: DatasetConfig, rules: ReferenceRules | None, hint: str = "") -> DatasetConfig:
     """Check the keys about references; return the configuration with a family's rules for them.
 
     `hint` names the variant of the model that uses clip references; error messages end with it.
@@ -420,7 +420,7 @@ def with_references(config: DatasetConfig, rules: "ReferenceRules | None", hint:
     return replace(config, datasets=tuple(tables))
 
 
-def _find_clip_reference_errors(table: DatasetTable, rules: "ReferenceRules | None", hint: str) -> list[str]:
+def _find_clip_reference_errors(table: DatasetTable, rules: ReferenceRules | None, hint: str) -> list[str]:
     """Return an error line for each key about clip references that the model does not use."""
     takes_clips = rules is not None and rules.clips
     takes_masks = rules is not None and rules.clips and rules.control_masks

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from dataset.forms.composing import get_source_format
 from dataset.sources.captions import NOT_UTF8, describe_encoding, explain_captions, read_caption_file
 from dataset.sources.folders import list_table_folder, log_lone_controls
+from dataset.sources.layers import find_layer_errors
 from dataset.sources.left_out import TableFolders, describe_entries
 from dataset.sources.media_source import (
     LISTED,
@@ -68,8 +69,6 @@ def find_sources(
         sources = limit_references(table, sources)
     _check_stems(table, sources, table_faults)
     if table.source.multiple_target:
-        from dataset.sources.layers import find_layer_errors  # few tables have layers
-
         table_faults += find_layer_errors(table, sources)
     if faults is not None:
         faults += table_faults

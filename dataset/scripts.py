@@ -3,25 +3,31 @@
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from dataset.cache.commands import recall_options, remember_options
+from dataset.config import (
+    DatasetConfig,
+    for_family,
+    load_dataset_config,
+    with_audio_files,
+    with_downloads,
+    with_empty_prompts,
+)
 from dataset.options import CachingOptions, DebugOptions, EmptyPromptOptions
 from modules.command import begin_loading, name_as_typed
 from modules.option_values import option_argv, require
 from modules.options import option_values
+from modules.repeated_options import RepeatedOption, join_options, repeat_given
 from modules.script_options import parse_with_flags
 from protocols.families import FAMILIES, Script
-
-if TYPE_CHECKING:
-    from dataset.config import DatasetConfig
-    from modules.repeated_options import RepeatedOption
 
 
 def caching_script(
     family: str,
     kind: str,
     about: str | None,
-    on_completed: Callable[[Any, Any, "DatasetConfig"], None] | None = None,
+    on_completed: Callable[[Any, Any, DatasetConfig], None] | None = None,
 ) -> Script:
     """Return a caching script of a family.
 
@@ -73,9 +79,7 @@ def cache_family_latents(
         if entry.notice:
             entry.log_notice()
         begin_loading()
-        from dataset.cache.commands import remember_options
         from dataset.caching import loop  # torch loads here, after every option has been read
-        from dataset.config import for_family
 
         caches = entry.make_family("latent_caching", family_options)
         config = for_family(config, caches)
@@ -99,12 +103,11 @@ def cache_family_latents(
 
 def _load_dataset(
     options: CachingOptions, audio_files: tuple[str, Path | None] | None = None
-) -> "DatasetConfig":
+) -> DatasetConfig:
     """Load the dataset file, with the folders for downloads and audio that are set on the command line."""
     # `audio_files` is the option about audio files, and their folder; None as the folder means that they are
     # next to the clips.
     # not needed for --help
-    from dataset.config import load_dataset_config, with_audio_files, with_downloads
 
     config = load_dataset_config(options.dataset_config)
     if options.download_directory is not None:
@@ -119,7 +122,7 @@ def cache_family_texts(
     about: str | None,
     argv: Sequence[str] | None = None,
     run_instead: Callable[..., None] | None = None,
-    on_completed: Callable[[Any, Any, "DatasetConfig"], None] | None = None,
+    on_completed: Callable[[Any, Any, DatasetConfig], None] | None = None,
 ) -> None:
     """Encode the captions of a dataset: the main function of the scripts that cache text embeddings.
 
@@ -144,10 +147,7 @@ def cache_family_texts(
         if entry.notice:
             entry.log_notice()
         begin_loading()
-        from dataset.cache.commands import remember_options
         from dataset.caching import loop  # torch loads here, after every option has been read
-        from dataset.config import for_family, with_empty_prompts
-        from modules.repeated_options import join_options, repeat_given
 
         caches = entry.make_family("text_caching", family_options)
         config = for_family(config, caches, for_texts=True)
@@ -176,11 +176,10 @@ def cache_family_texts(
 
 
 def _text_caching_command(
-    config: "DatasetConfig", family: str, family_options: Any, typed: Mapping[str, str]
+    config: DatasetConfig, family: str, family_options: Any, typed: Mapping[str, str]
 ) -> list[str]:
     """Return the command that caches captions, without the options that all families share."""
     # Options are taken from an earlier command of that kind in the cache folders, and from this command.
-    from modules.repeated_options import join_options, repeat_given
 
     entry = FAMILIES[family]
     recalled = _recall(config, family, "TextCaching")
@@ -192,9 +191,7 @@ def _text_caching_command(
     return ["python", f"{entry.cache}_text_encoder_outputs.py", *option_argv(joined)]
 
 
-def _recall(config: "DatasetConfig", family: str, kind: str) -> "list[RepeatedOption]":
+def _recall(config: DatasetConfig, family: str, kind: str) -> list[RepeatedOption]:
     """Return the options of the last caching command of this kind, as stored in the cache folders."""
-    from dataset.cache.commands import recall_options  # not needed for --help
-
     folders = (table.cache_directory for table in config.datasets)
     return recall_options(folders, family, entry=FAMILIES[family], kinds=(kind,), for_training=True)

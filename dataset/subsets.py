@@ -16,6 +16,7 @@ from typing import Any
 from dataset.config_keys import INVALID, read_keys, without_nulls
 from dataset.forms.composing import SHARED_CACHES
 from dataset.forms.metadata import MetadataKeys
+from dataset.idle_keys import warn_idle
 from dataset.subset_options import ANYWHERE, DATASET, OTHER_NAMES, SAME, SUBSET, SUBSET_KEYS, SubsetOptions
 from dataset.table import Augmentation, BucketRule, CaptionChanges, DatasetConfig, DatasetTable, Table
 from dataset.timestep_keys import find_window_error
@@ -86,8 +87,6 @@ def read_subsets(
                 table = DatasetTable(path, len(tables), "image", group=group, subset=subset.number)
                 tables.append(table.with_values(**fields))
     if tables:
-        from dataset.idle_keys import warn_idle  # only for this layout
-
         warn_idle(path, content, tables)
         if typed is not None:
             for name, option in typed_options(typed).items():

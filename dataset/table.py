@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from dataset import config_keys as forms
 from dataset.config_keys import (
@@ -25,9 +25,7 @@ from dataset.config_keys import (
 )
 from dataset.subset_options import SUBSET_KEYS
 from dataset.timestep_keys import HIGH, LOW, SHIFT
-
-if TYPE_CHECKING:  # messages about mistyped options import this module, which must not load models
-    from protocols.rules import ReferenceMedium, ReferenceRules
+from protocols.rules import ReferenceMedium, ReferenceRules
 
 Table = Mapping[str, Any]
 VIDEO, IMAGE = ("video",), ("image",)
@@ -322,9 +320,9 @@ class References:
         forms.SHARE, 0.0, kinds=IMAGE, stale=LEARNING, rank=2, indexed=LATENTS_ONLY
     )
     # how the family uses control images as references; None: control images are resized like their image
-    rules: "ReferenceRules | None" = field(default=None, metadata={"indexed": LATENTS_ONLY})
+    rules: ReferenceRules | None = field(default=None, metadata={"indexed": LATENTS_ONLY})
     # how the family uses clip references and masks of control clips; None: it uses neither
-    clip_rules: "ReferenceRules | None" = field(default=None, metadata={"indexed": LATENTS_ONLY})
+    clip_rules: ReferenceRules | None = field(default=None, metadata={"indexed": LATENTS_ONLY})
     # rows of lists may have `references`
     reads_row_references: bool = field(default=False, metadata={"indexed": LATENTS_ONLY})
     reads_listed_controls: bool = True  # False: control media named in lists are ignored
@@ -512,7 +510,7 @@ class DatasetTable:
     def visible_media_settings(
         self,
         sees_frames: bool,
-        reference_media: "Iterable[ReferenceMedium] | None",
+        reference_media: Iterable[ReferenceMedium] | None,
         further_text: str | None = None,
     ) -> dict[str, Any]:
         """Return the table's settings that change the frames and reference media that text encoders see.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from modules.errors import OptionError, UserError, is_compiler_error
+from modules.nvidia_driver import explain_unseen_card
 from modules.private_torch import release_host_cache
 
 logger = logging.getLogger(__name__)
@@ -80,8 +81,6 @@ def select_device(name: str | None) -> torch.device:
     if device.type == "cuda":
         # Raise OptionError if torch detects no CUDA device, or none with the index of `device`
         if not torch.cuda.is_available():
-            from modules.nvidia_driver import explain_unseen_card  # only if torch sees no card
-
             reason = explain_unseen_card(torch.__version__, torch.version.cuda)
             remedy = "Use --device cpu, or install a CUDA build of torch." if reason is None else f"{reason}."
             raise OptionError(f"--device {name}: torch sees no CUDA device. {remedy}")
@@ -100,8 +99,6 @@ def select_device(name: str | None) -> torch.device:
 def _warn_of_undetected_card() -> None:
     """Warn once of an NVIDIA GPU that torch does not detect, unless CUDA_VISIBLE_DEVICES is set."""
     if "CUDA_VISIBLE_DEVICES" not in os.environ:
-        from modules.nvidia_driver import explain_unseen_card  # only if torch sees no card
-
         reason = explain_unseen_card(torch.__version__, torch.version.cuda)
         if reason is not None:
             logger.warning("This runs on the CPU: %s.", reason)

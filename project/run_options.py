@@ -19,13 +19,12 @@ from modules.options import (
     unsupported,
 )
 from modules.typed_command import AT_END, read_command
+from project.new_options import NewOptions
 from project.options import MODEL_FILES, MODELS, ON_END, TRAINING_TABLE, as_operand, own_command
 from protocols.families import with_scripts
 
 
 def _list_new_options() -> Collection[str]:
-    from project.new_options import NewOptions  # imported only for error messages
-
     return get_option_info(NewOptions)
 
 

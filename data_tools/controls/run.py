@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from data_tools.controls.depth import load_depth_model
 from data_tools.folders import find_equal_stems, list_images
 from dataset.caching.prefetch import Failure, failure_error
 from modules.atomic_write import make_folder
@@ -149,8 +150,6 @@ def _describe_method(options: ControlImageOptions) -> str:
 def _select_drawing(options: ControlImageOptions) -> Callable[[Frame], Frame]:
     """Return the function that draws the control image of an image, both H W 3."""
     if options.depth is not None:
-        from data_tools.controls.depth import load_depth_model  # imports torch, which edges do not need
-
         return load_depth_model(options.depth, options.device).draw
     low, high = options.thresholds
     return partial(draw_edges, low=low, high=high)

@@ -25,6 +25,7 @@ from data_tools.masks.places import (
     write_mask,
 )
 from data_tools.masks.shaping import MaskShaping, ScoreMap, median_over_time
+from data_tools.masks.words import load_prompt_finder, read_kind
 from dataset.caching.prefetch import Failure, failure_error
 from modules.bars import track
 from modules.console import Row, format_count, list_some, show_box
@@ -236,8 +237,6 @@ def make_masks(options: MaskOptions) -> None:
     _reject_ambiguous_masks(entries)
     # what finds the masked areas: the type of the model for prompts, or the name of another option
     if options.finder.prompts:
-        from data_tools.masks.words import read_kind  # imports torch, which a color does not need
-
         kind = read_kind(options.finder.model)
     else:
         kind = next(
@@ -458,8 +457,6 @@ def _repeat_last(frames: Iterable[Gray]) -> Iterator[Gray]:
 def _load_finder(options: FinderOptions) -> Finder:
     """Load the model, or make the color rule, that finds the areas to mask, depending on the options."""
     if options.prompts:
-        from data_tools.masks.words import load_prompt_finder  # imports torch, which a color does not need
-
         return load_prompt_finder(options.model, options.prompts, options.least_score, options.device)
     # imported late, when an image needs a mask
     from data_tools.masks import seen

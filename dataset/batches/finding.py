@@ -18,6 +18,7 @@ from dataset.batches.items import (
     TrainingItem,
     list_tables,
 )
+from dataset.cache.form import list_format_errors, list_shard_errors
 from dataset.cache.index import has_audio_caches, is_indexed, read_index
 from dataset.cache.latent_files import (
     LatentFile,
@@ -150,7 +151,6 @@ def _add_table(
     if in_own_folder and may_have_both_formats(table, names):
         # caches that are not in the table's cache_format, and broken shards; imported here, because few
         # folders have caches in two formats
-        from dataset.cache.form import list_format_errors, list_shard_errors
 
         for line in (*list_format_errors(table, cache_info.tag), *list_shard_errors(table)):
             found.incomplete_tables.append((table, line))

@@ -13,6 +13,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from dataset.batches.checks import audio_errors, latent_errors, text_errors
+from dataset.batches.given_parts import add_clean_conditions
 from dataset.batches.items import NO_COMMANDS, CachingCommands, TrainingItem
 from dataset.cache.records import (
     CHECK_KEY,
@@ -105,8 +106,6 @@ def read_batch(
         empty_text=_stack(empty_texts, commands, is_text=True),
     )
     if any(item.table.references.has_conditioned_parts for item in items):
-        from dataset.batches.given_parts import add_clean_conditions  # few tables have them
-
         batch = add_clean_conditions(batch, items)
     return batch
 

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,7 +15,9 @@ from dataset.cache.records import LatentRecord, identify
 from dataset.cache.store import LatentNames
 from dataset.cache_files import CacheStore
 from dataset.caching.planning import LatentCacheSettings, SourcePlan, SourcePlanner
+from dataset.caching.precomputed import decode_moments
 from dataset.caching.prefetch import check_memory
+from dataset.sources.audio import SpanAudios, read_span_audios
 from dataset.sources.decoding import DecodedMedia, decode_source
 from dataset.sources.fetching import fetch
 from dataset.sources.frames import kept_rate, media_table, shrink_mask
@@ -25,9 +26,6 @@ from modules.devices import warn_if_emulated
 from modules.errors import MediaError
 from protocols import data
 from protocols.family import Caches
-
-if TYPE_CHECKING:  # loaded only for families with audio
-    from dataset.sources.audio import SpanAudios
 
 PARTIAL_BYTES = 1 << 29  # limit for the frames of items that wait until their batch is full
 
@@ -60,7 +58,6 @@ def decode(
     audios: SpanAudios | None = None
     if cache_settings.stores_audio and spans_to_encode and source.table.kind == "video":
         # for a model that stores audio with latents
-        from dataset.sources.audio import read_span_audios  # only of families with audio
 
         assert cache_settings.audio is not None  # implied by `stores_audio`
         with fetch(source) as local:
@@ -83,8 +80,6 @@ def _decode_frames(source: MediaSource, cache_settings: LatentCacheSettings) -> 
     """Decode a source at bucket size, or read its precomputed moments of the VAE; add its frame rate."""
     latent = cache_settings.latent
     if source.precomputed is not None:
-        from dataset.caching.precomputed import decode_moments  # few tables have precomputed moments
-
         media = decode_moments(source, latent)
         rate = kept_rate(source, cache_settings.fps) if cache_settings.stores_frame_rate else None
         return dataclasses.replace(media, rate=rate)
@@ -108,7 +103,7 @@ def _decode_frames(source: MediaSource, cache_settings: LatentCacheSettings) -> 
     return dataclasses.replace(media, rate=rate)
 
 
-def _add_audios(items: Iterable[DecodedMedia], audios: "SpanAudios") -> Iterator[DecodedMedia]:
+def _add_audios(items: Iterable[DecodedMedia], audios: SpanAudios) -> Iterator[DecodedMedia]:
     """Yield the decoded items of a clip with the audio of their spans added."""
     for item, samples in zip(items, audios.samples, strict=True):
         yield dataclasses.replace(item, audio=samples, is_heard=audios.silence_reason is None)

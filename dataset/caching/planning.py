@@ -33,6 +33,7 @@ from dataset.sources.media_source import (
     Origin,
     pause_garbage_collection,
 )
+from dataset.sources.moments import full_span, measure_source
 from modules.bars import Bar
 from modules.console import format_count
 from modules.errors import CacheError, MediaError
@@ -352,7 +353,6 @@ class SourcePlanner:
         clip = self._read_recorded_clip() if self.existing_files else None
         if self.source.precomputed is not None:
             # precomputed moments are one item; their size may be recorded
-            from dataset.sources.moments import full_span, measure_source  # few tables have moments
 
             latent = self.cache_settings.latent
             clip = clip or measure_source(self.source, latent)

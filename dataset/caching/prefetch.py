@@ -16,6 +16,7 @@ from dataset.config import DatasetConfig, DatasetTable
 from dataset.config_keys import AUTO
 from dataset.listing import find_all_sources
 from dataset.options import CachingOptions
+from dataset.sources.audio import count_frames
 from dataset.sources.frames import max_decoded_frames
 from dataset.sources.media_source import Fault, MediaSource
 from modules.bars import Bar
@@ -394,8 +395,6 @@ def _estimate_frames(source: MediaSource) -> float:
     if source.remote_or_packed:  # not downloaded yet; `check_memory` checks again once the file is local
         return UNKNOWN_FRAMES
     if table.source.is_audio_only:  # audio samples take about as much memory as frames at this rate
-        from dataset.sources.audio import count_frames  # only for tables of audio
-
         with contextlib.suppress(UserError):
             return count_frames(source.path, FASTEST_FPS)
         return 0

@@ -30,6 +30,7 @@ from dataset.cache_files import (
     tensor_key,
     tensor_name,
 )
+from dataset.caching.precomputed import submit_embeds
 from dataset.caching.prefetch import (
     CacheReport,
     Failure,
@@ -234,7 +235,6 @@ class TextWork:
             submit = partial(self._schedule_write, write, encoder, identity)
             if any(file.embeds is not None for file in to_do):
                 # imported here, because few tables have precomputed embeddings
-                from dataset.caching.precomputed import submit_embeds
 
                 to_do = submit_embeds(to_do, encoder, identity, submit)
                 if not to_do:

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 
@@ -26,8 +26,11 @@ from dataset.cache.store import (
     remove_caches,
 )
 from dataset.cache_files import SUFFIX, LatentName, is_latent_cache
-from dataset.caching import latents, prefetch
+from dataset.caching import audio, latents, prefetch
+from dataset.caching.audio import AudioCachingFamily, AudioWork
 from dataset.caching.planning import LatentCacheSettings, SourcePlan, plan_all
+from dataset.caching.precomputed import reject_moments, use_moments
+from dataset.caching.taking_over import OtherCaches
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.config_keys import IGNORE
 from dataset.listing import warn_captions, warn_unused
@@ -45,9 +48,6 @@ from modules.errors import DatasetError
 from protocols.data import FPS, CacheEntry, MediaEncoders
 from protocols.family import Caches, get_audio_spec, trains_audio
 from protocols.rules import ReferenceMedium
-
-if TYPE_CHECKING:  # loaded only for families with audio
-    from dataset.caching.audio import AudioCachingFamily, AudioWork
 
 logger = logging.getLogger(__name__)
 
@@ -96,8 +96,6 @@ def _check_table(family: Caches, table: DatasetTable, media: _TableMedia) -> Non
         reject_changing(table, table.buckets.augmentation.varying_keys, "latents")
     # checked first: precomputed latents ignore keys that the family's own check rejects
     if table.source.has_precomputed_latents:
-        from dataset.caching.precomputed import reject_moments  # few tables have precomputed latents
-
         reject_moments(family, table)
     check_resolution(table, family.latent.pixel_step)
     described_table = media_table(
@@ -137,8 +135,6 @@ def _check_sources(
         warn_unused(config, sources)
     family.check_named_files()
     if any(source.precomputed is not None for source in sources):
-        from dataset.caching.precomputed import use_moments  # few tables have precomputed latents
-
         return use_moments(family, sources)
     return sources
 
@@ -190,8 +186,6 @@ class MediaWork:
         }
         self._audio: AudioWork | None = None
         if not family.latent.caches_audio and trains_audio(family):
-            from dataset.caching import audio  # only for families with audio
-
             self._audio = audio.AudioWork(
                 cast("AudioCachingFamily", self._family),
                 tables=self._config.datasets,
@@ -268,8 +262,6 @@ class MediaWork:
 
     def _copy_from_other_models(self, plans: Sequence[SourcePlan], shows: bool) -> list[SourcePlan]:
         """Copy latents that another model with the same VAE has cached; return what remains to be encoded."""
-        from dataset.caching.taking_over import OtherCaches  # few models share caches
-
         others = OtherCaches(self._family, self._cache_settings)
         remaining = [plan if plan.missing_spans == () else others.copy_for_source(plan) for plan in plans]
         if shows:

@@ -5,15 +5,13 @@ Prompts and clips are in two lists or a table; precomputed tensors may be next t
 
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dataset.config_keys import FRAMES
 from dataset.forms.cogvideox_keys import CogVideoXKeys
 from dataset.forms.contract import SourceFormat
+from dataset.sources.media_source import Fault, MediaSource
 from dataset.table import DatasetTable, get_cache_key_defaults
-
-if TYPE_CHECKING:  # torch is not loaded to read a dataset file
-    from dataset.sources.media_source import Fault, MediaSource
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +44,7 @@ class CogVideoX(SourceFormat):
                 " and ".join(unused),
             )
 
-    def list_sources(self, table: DatasetTable, faults: "list[Fault]") -> "list[MediaSource]":
+    def list_sources(self, table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
         """Return the clips that the lists or the table name."""
         from dataset.forms.cogvideox_lists import list_cogvideox  # it loads torch
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+from dataset.sources.media_source import Fault, MediaSource, PackedFile
 from dataset.table import DatasetTable, FormatKeys
 
 if TYPE_CHECKING:  # torch is not loaded to read a dataset file
     from dataset.cache_files import CacheStore, NpzNames
-    from dataset.sources.media_source import Fault, MediaSource, PackedFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class SourceFormat:
     def complete(self, fields: dict[str, Any], position: str) -> None:
         """Set fields that depend on others, with warnings; `position` names the table in messages."""
 
-    def list_sources(self, table: DatasetTable, faults: "list[Fault]") -> "list[MediaSource]":
+    def list_sources(self, table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
         """Return a table's media files; errors about single items are added to `faults`.
 
         Raises:

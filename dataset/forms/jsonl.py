@@ -6,13 +6,11 @@ Tables of a dataset may be in this format too.
 import logging
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dataset.forms.contract import InspectedColumns, RowFormat, SourceFormat, TableRow
+from dataset.sources.media_source import Fault, MediaSource
 from dataset.table import DatasetTable
-
-if TYPE_CHECKING:  # torch is not loaded to read a dataset file
-    from dataset.sources.media_source import Fault, MediaSource
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +47,7 @@ class JsonLists(SourceFormat):
             )
             fields["control_directory"] = None
 
-    def list_sources(self, table: DatasetTable, faults: "list[Fault]") -> "list[MediaSource]":
+    def list_sources(self, table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
         """Return the media files that the lines of the JSONL list name."""
         from dataset.forms.jsonl_rows import list_lines  # it loads decoders
 

@@ -2,13 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dataset.forms.contract import SourceFormat
+from dataset.sources.media_source import Fault, MediaSource
 from dataset.table import DatasetTable
-
-if TYPE_CHECKING:  # torch is not loaded to read a dataset file
-    from dataset.sources.media_source import Fault, MediaSource
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,7 @@ class Metadata(SourceFormat):
     shares_caches_with_other_programs = True
     names_images_anywhere = True
 
-    def list_sources(self, table: DatasetTable, faults: "list[Fault]") -> "list[MediaSource]":
+    def list_sources(self, table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
         """Return the images that the metadata file lists."""
         from dataset.forms.metadata_listing import list_metadata  # it loads decoders
 

@@ -15,8 +15,10 @@ from urllib.request import url2pathname
 from dataset.forms.contract import FindCell, TableRow
 from dataset.sources import media_source
 from dataset.sources.captions import complete_captions, split_first_caption, split_lines
+from dataset.sources.downloads import protocol_error
 from dataset.sources.missing import explain_lookup
 from dataset.sources.numbering import GAPS, find_gap
+from dataset.sources.shown import read_row_references
 from dataset.table import FURTHER_TEXT, DatasetTable
 from modules.control_codes import shorten
 from modules.errors import DatasetError
@@ -130,8 +132,6 @@ class RowReader:
     ) -> media_source.MediaSource:
         """Return a source with the reference media and the further text that its row names."""
         if values.get("references") is not None:
-            from dataset.sources.shown import read_row_references  # few lists have references
-
             source = replace(
                 source, row_references=read_row_references(values["references"], self.file, position)
             )
@@ -315,7 +315,6 @@ class RowReader:
             return "chains of addresses (::) are not followed"
         if protocol == "file":
             return None
-        from dataset.sources.downloads import protocol_error  # few tables have URLs
 
         return protocol_error(protocol)
 

@@ -2,15 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dataset import config_keys as forms
 from dataset.config_keys import NOTHING, key, source_field
 from dataset.forms.contract import InspectedColumns, SourceFormat
+from dataset.sources.media_source import Fault, MediaSource
 from dataset.table import DatasetTable
-
-if TYPE_CHECKING:  # torch is not loaded to read a dataset file
-    from dataset.sources.media_source import Fault, MediaSource
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,7 @@ class Tables(SourceFormat):
     has_columns = True
     is_listed_in_training = True
 
-    def list_sources(self, table: DatasetTable, faults: "list[Fault]") -> "list[MediaSource]":
+    def list_sources(self, table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
         """Return the media files that the rows of the table name or contain."""
         from dataset.forms.tables_listing import list_table  # it loads decoders
 

@@ -2,16 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dataset import config_keys as forms
 from dataset.config_keys import source_field
 from dataset.forms.contract import SourceFormat
+from dataset.sources.media_source import Fault, MediaSource
 from dataset.table import DatasetTable
 from modules.paths import hide_secrets, is_address
-
-if TYPE_CHECKING:  # torch is not loaded to read a dataset file
-    from dataset.sources.media_source import Fault, MediaSource
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,7 @@ class Tars(SourceFormat):
     shared_keys = ("caption_column", "allow_urls", "download_directory")
     empty = "holds no {kind}s"
 
-    def list_sources(self, table: DatasetTable, faults: "list[Fault]") -> "list[MediaSource]":
+    def list_sources(self, table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
         """Return the samples in the tars; remote tars are downloaded first."""
         from dataset.forms.tars_listing import list_tars  # it loads decoders
 

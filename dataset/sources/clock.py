@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dataset.config_keys import AUTO
+from dataset.sources.audio import black_frames
 from dataset.sources.fetching import fetch
 from dataset.sources.frames import (
     MAX_CHECKED_FILES,
@@ -55,8 +56,6 @@ def kept_frames(path: Path, table: DatasetTable, fps: float, alpha: bool = False
     """
     target_rate = table.buckets.target_fps or fps
     if table.source.is_audio_only:
-        from dataset.sources.audio import black_frames  # only for audio files
-
         return itertools.islice(black_frames(path, target_rate), max_decoded_frames(table))
     source_rate = table.buckets.declared_fps or target_rate  # before frames are dropped
     frames: Iterable[SampledFrame]

@@ -18,6 +18,7 @@ from dataset.table import DatasetTable
 from modules.console import format_count
 from modules.errors import DatasetError, MediaError
 from modules.media.buckets import Size, size_within
+from modules.media.canvas import composite_on_white
 from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
 from modules.media.pixels import pixels_to_uint8
 from modules.media.reading import (
@@ -285,8 +286,6 @@ def _read_references(
             reference_size = size_within(frame_size(path), rules.longest_side, rules.step)
             resize = resize_stretched
         if on_white:
-            from modules.media.canvas import composite_on_white  # only few models need white canvases
-
             references.append(pixels_to_uint8(composite_on_white(first_frame(path), *reference_size)))
             continue
         if is_single_image(path) or local.table.kind == "image":

@@ -28,7 +28,9 @@ from dataset.sources.frames import (
     resample_indices,
     spans,
 )
+from dataset.sources.layers import read_layers
 from dataset.sources.media_source import ClipInfo, FileIdentity, MediaSource
+from dataset.sources.pairs import read_rejected_clip, require_equal_size
 from dataset.sources.references import fit_reference, read_reference
 from dataset.table import DatasetTable
 from modules.console import format_count
@@ -333,8 +335,6 @@ def _read_clip_companions(
         )
     rejected: Clip | None = None
     if local.rejected is not None:
-        from dataset.sources.pairs import read_rejected_clip  # few clips have a rejected one
-
         rejected = read_rejected_clip(local, size, bucket, count=count, fps=fps, frame_times=frame_times)
     return companions._replace(
         control=tuple(control),
@@ -438,8 +438,6 @@ def _read_image_companions(
 
         companions = read_companions(source, size, bucket=bucket, count=1)
     if source.rejected is not None:
-        from dataset.sources.pairs import require_equal_size  # few images have a rejected one
-
         # the rejected image of a preference pair, 1 H W C, is resized like the chosen one
         keeps_alpha = (
             has_alpha and not source.table.source.alpha_mask
@@ -461,7 +459,6 @@ def _fit_with_layers(
     frames = (add_alpha(fitted) if has_alpha else fitted)[None]
     if not source.layers:
         return frames
-    from dataset.sources.layers import read_layers  # few images have layers
 
     return np.stack([frames[0], *read_layers(source, size, fit_to_bucket)])
 

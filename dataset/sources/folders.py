@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from dataset.config_keys import IGNORE
 from dataset.sources.captions import captions_in, explain_captions, read_caption_file, split_first_caption
+from dataset.sources.layers import group_layers
 from dataset.sources.mask_files import files_by_stem, masks_by_stem
 from dataset.sources.media_source import Fault, MediaSource
 from dataset.sources.missing import explain_lookup
@@ -91,7 +92,6 @@ def _list_with_layers(table: DatasetTable, faults: list[Fault]) -> Mapping[Path,
         paths = _leave_out_bad_names(table, paths, faults)
     if not table.source.multiple_target:
         return dict.fromkeys(paths, ())
-    from dataset.sources.layers import group_layers  # few tables have layers
 
     return group_layers(paths, table.captions.caption_extension)
 

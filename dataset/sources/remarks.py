@@ -11,6 +11,7 @@ from dataset.sources.clock import find_other_lengths
 from dataset.sources.colors import find_colors, find_reordered
 from dataset.sources.frames import find_far_rates
 from dataset.sources.media_source import Fault, MediaSource, list_errors
+from dataset.sources.numbering import find_number_gaps
 from dataset.sources.references import find_equal_references
 from dataset.sources.wildcards import fill_wildcards, has_choice
 from dataset.table import CaptionChanges
@@ -67,8 +68,6 @@ def find_media_warnings(
     if have_references or have_masks or are_listed:
         warnings += find_reordered(sources)
     if have_references or have_layers:
-        from dataset.sources.numbering import find_number_gaps  # few tables have numbered files
-
         warnings += find_number_gaps(sources)
     if have_references:
         from dataset.sources.companions import find_moving_references  # few tables have references

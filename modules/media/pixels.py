@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from logging import getLogger
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy
 import torch
@@ -17,9 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from modules.errors import MediaError
-
-if TYPE_CHECKING:  # only for type hints
-    from modules.media.buckets import Size
+from modules.media.buckets import Size
 
 logger = getLogger(__name__)
 
@@ -67,7 +64,7 @@ def check_clip(pixels: Tensor, frame_step: int, side_step: int) -> None:
         )
 
 
-def image_size(path: Path) -> "Size":
+def image_size(path: Path) -> Size:
     """Return (width, height) of an image, read from its header."""
     from modules.media.reading import frame_size
 
