@@ -1,6 +1,7 @@
 """Reading a dataset for a diagnosis: its captions, measured media files and the model's tokenizers."""
 
 import contextlib
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,17 +31,26 @@ def read_dataset(path: Path) -> MeasuredDataset:
 def read_project_dataset(folder: Path, commands: Sequence[Sequence[str]]) -> MeasuredDataset | None:
     """Measure the dataset of a described folder, with the tokenizers of its model.
 
+    Captions that are shuffled are not encoded ahead; then the tokenizers are unknown.
+
     Args:
         folder: Working folder of the commands.
         commands: The commands of run.toml.
 
     Returns:
-        The dataset; None if no command encodes captions, so that the dataset file is unknown.
+        The dataset; None if no command reads one.
     """
     families = {f"{entry.cache}_text_encoder_outputs.py": name for name, entry in with_scripts().items()}
     command = next((argv for argv in commands if len(argv) > 1 and argv[1] in families), None)
     if command is None:
-        return None
+        paths = [
+            Path(value)
+            for argv in commands
+            for option, value in itertools.pairwise(argv)
+            if option == "--dataset_config"
+        ]
+        with contextlib.chdir(folder):
+            return read_dataset(paths[0]) if paths else None
     measured: list[MeasuredDataset] = []
 
     # the script that encodes captions loads family and dataset, then calls this function instead of encoding

@@ -151,7 +151,8 @@ def _diagnose_dataset(dataset: MeasuredDataset) -> Diagnosis:
     if not dataset.counters:
         remarks.append(
             "How the model's tokenizers cut the trigger word and the captions is unknown: diagnose the "
-            "folder that `new` described, with the model's files downloaded."
+            "folder that `new` described, with the model's files downloaded. Shuffled captions are "
+            "read in the training only."
         )
     if not dataset.trigger_words:
         remarks.append(

@@ -165,6 +165,7 @@ def test_a_proposed_word_has_few_pieces_in_every_tokenizer() -> None:
     assert propose_word({"clip": count_tokens}, ["a dog"]) == "zwolf"
     assert [piece.text for piece in cut_into_pieces("zwolf", {"clip": count_tokens})["clip"]] == ["zw", "olf"]
     assert propose_word({"clip": count_tokens}, ["a zwolf"]) is None  # the others fall apart into letters
+    assert propose_word({"clip": count_tokens}, ["a dog"], ["zwing"]) is None  # they would share zw
 
 
 # --- datasets, by the command

@@ -51,7 +51,9 @@ def cut_into_pieces(word: str, counters: Mapping[str, CountTokens]) -> dict[str,
     return pieces_by_encoder
 
 
-def propose_word(counters: Mapping[str, CountTokens], taken: Iterable[str]) -> str | None:
+def propose_word(
+    counters: Mapping[str, CountTokens], taken: Iterable[str], words: Iterable[str] = ()
+) -> str | None:
     """Return a made-up word that every tokenizer cuts into two or three rare pieces of several letters.
 
     Tokenizers number their pieces from frequent to rare ones, so that of all such words the one is taken
@@ -60,6 +62,7 @@ def propose_word(counters: Mapping[str, CountTokens], taken: Iterable[str]) -> s
     Args:
         counters: Token counters of all text encoders, by name.
         taken: Texts that must not contain the word.
+        words: Other trigger words, with which it must not share a piece.
 
     Returns:
         The word; None if there is no such word.
@@ -67,10 +70,19 @@ def propose_word(counters: Mapping[str, CountTokens], taken: Iterable[str]) -> s
     texts = "\n".join(taken).lower()
     candidates = _cut_candidates(counters)
     highest = _find_highest_numbers(candidates)
+    taken_pieces = {
+        (encoder, piece.text.strip())
+        for word in words
+        for encoder, pieces in cut_into_pieces(word, counters).items()
+        for piece in pieces
+    }
     fitting = {
         word: pieces_by_encoder
         for word, pieces_by_encoder in candidates.items()
         if word not in texts
+        and taken_pieces.isdisjoint(
+            (encoder, piece.text.strip()) for encoder, pieces in pieces_by_encoder.items() for piece in pieces
+        )
         and all(
             1 < len(pieces) <= MAX_PIECES and all(len(piece.text.strip()) > 1 for piece in pieces)
             for pieces in pieces_by_encoder.values()
@@ -223,7 +235,8 @@ def _find_two_subjects(word: str, dataset: MeasuredDataset) -> Iterator[Finding]
     rarer = min(men, women, key=len)
     if len(rarer) < max(2, MIN_SUBJECT * len(captions)) or len(men + women) < MIN_NAMED * len(captions):
         return
-    proposal = propose_word(dataset.counters, [caption.text for caption in dataset.captions])
+    texts = [caption.text for caption in dataset.captions]
+    proposal = propose_word(dataset.counters, texts, dataset.trigger_words)
     other = "a word of their own" if proposal is None else f"a word of their own, such as {proposal}"
     yield Finding(
         "trigger-subjects",
