@@ -298,8 +298,12 @@ def make_network(
         dit_layers = network.dit_layers()
         if dit_layers:
             cast_before_pass(dit, dit_layers, get_spec(dit).shared_inputs)
-    elif options.scale_weight_norms is not None:
-        _require_norm_scaling(network, name)
+    elif options.scale_weight_norms is not None and not hasattr(
+        network.module, "apply_max_norm_regularization"
+    ):
+        raise OptionError(
+            f"--scale_weight_norms cannot be used with --network_module {name}, which cannot scale its norms"
+        )
     if options.network_weights is not None:
         _load_file(network, options.network_weights, dit)
     prepare: Any = getattr(network.module, "prepare_grad_etc", None)  # other packages' name for this step
@@ -308,14 +312,6 @@ def make_network(
     else:
         network.module.requires_grad_(True)
     return network
-
-
-def _require_norm_scaling(network: ForeignNetwork, name: str) -> None:
-    """Raise OptionError if another package's network, called `name`, has no function to scale its norms."""
-    if not hasattr(network.module, "apply_max_norm_regularization"):
-        raise OptionError(
-            f"--scale_weight_norms cannot be used with --network_module {name}, which cannot scale its norms"
-        )
 
 
 def _build_own(

@@ -410,21 +410,6 @@ def _round_into(
     weight.copy_(total)
 
 
-def _change_blocks(
-    weight: Tensor,
-    blocks: Iterable[slice | None],
-    changes: Sequence[Change],
-    random_rounding: RandomRounding | None,
-) -> None:
-    """Add changes to a weight in place, one block of rows after the other; see `_round_into`."""
-    num_rounded = 0  # number of elements; the random numbers depend on the position in the weight
-    for rows in blocks:
-        block = weight[rows]
-        total = _sum_changes(changes, rows, block)
-        _round_into(block, block, total, random_rounding, start=num_rounded)
-        num_rounded += block.numel()
-
-
 def _explain_other_family(lora: LoraFile, model: FamilyNames | None) -> str:
     """Return a sentence that names the families of a LoRA and of the model; "" unless they differ."""
     family = lora.family()
@@ -554,7 +539,11 @@ class LoraPatch:
         if sample is not None:  # fill the sample first, because it decides how all blocks are rounded
             _sum_changes(changes, sample.rows, weight[sample.rows], sample)
         random_rounding = self._select_rounding(name, weight.device, dtype, sample)
-        _change_blocks(weight, blocks, changes, random_rounding)
+        num_rounded = 0  # number of elements; the random numbers depend on the position in the weight
+        for rows in blocks:
+            block = weight[rows]
+            _round_into(block, block, _sum_changes(changes, rows, block), random_rounding, start=num_rounded)
+            num_rounded += block.numel()
         return weight
 
     def sample_changes(self, name: str, weight: Tensor) -> SampledRows | None:

@@ -283,7 +283,14 @@ def _make_averaging(files: Sequence[Checkpoint], weights: Sequence[float]) -> Ca
         last = files[-1].read(name)
         is_alpha = name.rpartition(".")[2] == "alpha"
         if is_alpha or not last.is_floating_point():
-            _reject_unequal(name, last, files)
+            for file in files[:-1]:
+                # in float64, so that files of different dtypes can be compared
+                if not torch.equal(file.read(name).double(), last.double()):
+                    raise CheckpointError(
+                        f"{name} differs between {file.path} and {files[-1].path}.\n"
+                        "  Use files of the same run, with equal alphas.",
+                        file.path,
+                    )
             return last
         total = torch.zeros(last.shape, dtype=torch.float64)
         for file, weight in zip(files, weights, strict=True):
@@ -293,15 +300,3 @@ def _make_averaging(files: Sequence[Checkpoint], weights: Sequence[float]) -> Ca
         return total.to(last.dtype)
 
     return average_tensor
-
-
-def _reject_unequal(name: str, last: Tensor, files: Sequence[Checkpoint]) -> None:
-    """Raise CheckpointError if a tensor differs between files."""
-    for file in files[:-1]:
-        # in float64, so that files of different dtypes can be compared
-        if not torch.equal(file.read(name).double(), last.double()):
-            raise CheckpointError(
-                f"{name} differs between {file.path} and {files[-1].path}.\n"
-                "  Use files of the same run, with equal alphas.",
-                file.path,
-            )

@@ -13,6 +13,7 @@ from checkpoints.opening import open_checkpoint
 from modules.console import list_some
 from modules.errors import CheckpointError, OptionError
 from networks.builtin_modules import OWN_MODULES, WITH_FILE, read_own
+from networks.fused_loras import convert_fused_layers
 from networks.kinds.contract import LoraModule, NetworkKind, RankRule, Target
 from networks.kinds.factors import Factors
 from networks.lora_layer import LoraLayer
@@ -262,8 +263,10 @@ def build_network(
     targets: dict[str, Target] = {}
     if dit is not None:
         targets = select_modules(dit, settings)
-    if trained_encoders:
-        targets |= _select_in_encoders(trained_encoders, settings)
+    # ranks by type and block numbers apply to the DiT only
+    text_settings = replace(settings, family_rules=None, splits_fused_layers=False, block_settings=None)
+    for prefix, encoder in trained_encoders.items():
+        targets |= _select_targets(_list_encoder_modules(encoder), text_settings, f"{prefix}_")
     layers = find_training(kind).make_layers(targets, settings, kind_settings)
     if initial_tensors:
         modules_by_name = _modules_by_name(dit, trained_encoders)
@@ -285,16 +288,6 @@ def _fit_typed_patterns(
     for prefix, encoder in encoders.items():
         modules += [(f"{prefix}_", path) for path, _ in _list_encoder_modules(encoder)]
     return fit_patterns(settings, modules)
-
-
-def _select_in_encoders(encoders: Mapping[str, nn.Module], settings: LoraSettings) -> dict[str, Target]:
-    """Return the modules of text encoders that get a LoRA, by our names."""
-    # ranks by type and block numbers apply to the DiT only
-    text_settings = replace(settings, family_rules=None, splits_fused_layers=False, block_settings=None)
-    targets: dict[str, Target] = {}
-    for prefix, encoder in encoders.items():
-        targets |= _select_targets(_list_encoder_modules(encoder), text_settings, f"{prefix}_")
-    return targets
 
 
 def _mask_ranks(layers: Mapping[str, nn.Module], rule: RankRule, dit: nn.Module | None) -> None:
@@ -374,8 +367,6 @@ def _factors_for(
     modules_by_name: Mapping[str, ModuleWithPath], tensors: Mapping[str, Tensor]
 ) -> dict[str, dict[str, Tensor]]:
     """Convert tensors of any layout to the model's modules; return {module name: {factor name: tensor}}."""
-    from networks.fused_loras import convert_fused_layers  # only for a file or a state
-
     num_rows = {name: len(target.module.weight) for name, target in modules_by_name.items()}
     return group_by_module(add_missing_alphas(convert_fused_layers(tensors, num_rows.get)))
 

@@ -209,17 +209,14 @@ class Delta:
         full_matrix = self.factors.get("diff", self.factors.get(SET_WEIGHT))
         if full_matrix is not None:
             return (full_matrix.shape[0], full_matrix.shape[1]) if full_matrix.ndim == 2 else None
-        is_convolution = not composing.TUCKER_CORES.isdisjoint(self.factors)  # has a Tucker core
-        shape = None if is_convolution else self._find_layer_shape()
-        return None if shape is None else (shape[0], math.prod(shape[1:]))
-
-    def _find_layer_shape(self) -> tuple[int, ...] | None:
-        """Return the shape of the whole layer's change, regardless of `ROW_RANGE`; None if it is unknown."""
+        if not composing.TUCKER_CORES.isdisjoint(self.factors):  # a convolution with a Tucker core
+            return None
         layer_factors = {name: tensor for name, tensor in self.factors.items() if name != ROW_RANGE}
         try:
-            return replace(self, factors=layer_factors).change_shape()
+            shape = replace(self, factors=layer_factors).change_shape()
         except MismatchError:
             return None
+        return None if shape is None else (shape[0], math.prod(shape[1:]))
 
     def count_rows(self) -> int | None:
         """Return the number of rows of the module's weight; None if the factors do not reveal it."""

@@ -215,7 +215,10 @@ def _find_part_slices(
     delta: Delta, known_rows: Mapping[RelatedModule, int], model_has_all: bool
 ) -> dict[RelatedModule, slice | Tensor]:
     """Return the rows of each part in a fused weight; raise FusionError if the row counts do not match."""
-    num_rows = _count_fused_rows(delta)
+    size = delta.matrix_size()
+    if size is None and UP not in delta.factors:
+        raise FusionError("its change is not a matrix")
+    num_rows = len(delta.factors[UP]) if size is None else size[0]
     slices: dict[RelatedModule, slice | Tensor] = {}
     for related, part_rows in known_rows.items():
         rows = find_part_rows(related.part, part_rows, num_rows)
@@ -228,16 +231,6 @@ def _find_part_slices(
         row_counts = " + ".join(map(str, known_rows.values()))
         raise FusionError(f"its {num_rows} rows are not those of its parts, which have {row_counts}")
     return slices
-
-
-def _count_fused_rows(delta: Delta) -> int:
-    """Return the number of rows of a fused weight; raise FusionError if its factors do not reveal it."""
-    size = delta.matrix_size()
-    if size is not None:
-        return size[0]
-    if UP in delta.factors:
-        return len(delta.factors[UP])
-    raise FusionError("its change is not a matrix")
 
 
 def joined_blocks(factors: Factors, split_sizes: Sequence[int]) -> list[Factors]:
@@ -440,21 +433,15 @@ def join_rotations(pieces: Sequence[FusedPiece]) -> Factors:
         if rotation is not None:
             rotation_values.append(piece.factors[rotation.factor_name])
             title = title or rotation.title
-    if not _include_all_slices(pieces):
+    # all parts of the weight, such as q, k and v, or one part with all rows
+    first_part = pieces[0].part
+    paths = {piece.part.part_path for piece in pieces}
+    if is_row_slice(first_part) and not all(part.part_path in paths for part in _list_parts_like(first_part)):
         raise FusionError(f"{title} rotates only some of its parts")
     all_are_rotated = len(rotation_values) == len(pieces)
     if not all_are_rotated or not all(torch.equal(values, rotation_values[0]) for values in rotation_values):
         raise FusionError("its parts are rotated differently")
     return pieces[0].factors
-
-
-def _include_all_slices(pieces: Sequence[FusedPiece]) -> bool:
-    """Return whether these are all parts of their weight, such as q, k and v, or one part with all rows."""
-    first_part = pieces[0].part
-    if not is_row_slice(first_part):
-        return True
-    paths = {piece.part.part_path for piece in pieces}
-    return all(part.part_path in paths for part in _list_parts_like(first_part))
 
 
 def _is_low_rank_matrix(factors: Factors) -> bool:

@@ -124,7 +124,10 @@ def to_native(
         with_texts: Whether to rename tensors of text encoders too.
     """
     internal_keys = tuple(key for key in tensors if ROW_RANGE in key)  # files must not contain them
-    rewritten = _rewrite_if_needed({key: tensors[key] for key in tensors if key not in internal_keys})
+    # some programs' fused or numbered factors become one LoRA per module
+    rewritten = Rewritten({key: tensors[key] for key in tensors if key not in internal_keys}, {})
+    if any(NEEDS_REWRITING.search(key) for key in rewritten.tensors):
+        rewritten = rewrite(rewritten.tensors)
     keys = _parse_keys(rewritten.tensors)
     possible = _find_possible_families(keys, rewritten, family_hint)
     our_modules = _map_paths_to_our_names(keys.dit_keys, possible.families)
@@ -138,7 +141,8 @@ def to_native(
     key_by_name: dict[str, str] = {}
     for key, name in names.items():
         key_by_name.setdefault(name, key)
-    duplicate_keys = _find_duplicate_keys(dit_names | text_names, key_by_name)
+    # each key whose name an earlier key has too, and that earlier key
+    duplicate_keys = {key: key_by_name[name] for key, name in names.items() if key_by_name[name] != key}
     return NativeTensors(
         tensors=_rename(dit_names.values(), key_by_name, rewritten.tensors),
         dialect=" + ".join(keys.list_dialects()),
@@ -155,22 +159,6 @@ def to_native(
         if possible.families
         else describe_unknown(parsed.full_path for parsed in keys.dit_keys.values()),
     )
-
-
-def _rewrite_if_needed(tensors: dict[str, Tensor]) -> Rewritten:
-    """Turn some programs' fused or numbered factors into one LoRA per module; other files stay unchanged."""
-    if any(NEEDS_REWRITING.search(key) for key in tensors):
-        return rewrite(tensors)
-    return Rewritten(tensors, {})
-
-
-def _find_duplicate_keys(names: Mapping[str, str], key_by_name: Mapping[str, str]) -> dict[str, str]:
-    """Return each key whose name an earlier key has too, and that earlier key."""
-    duplicate_keys: dict[str, str] = {}
-    for key, name in names.items():
-        if key_by_name[name] != key:
-            duplicate_keys[key] = key_by_name[name]
-    return duplicate_keys
 
 
 def _count_joined_loras(joined_lora_counts: Mapping[str, int], names: Mapping[str, str]) -> dict[str, int]:
@@ -236,7 +224,9 @@ def _find_possible_families(
     keys: _ParsedKeys, rewritten: Rewritten, family_hint: str | None
 ) -> _PossibleFamilies:
     """Find the families that a file may be for, by its names and sizes and by the hint."""
-    name_by_keys = rewritten.family_name or _find_family_by_dialects(keys.list_dialects())
+    # the family of the first dialect that only one family's files use
+    by_dialect = (_FAMILY_BY_DIALECT.get(dialect) for dialect in keys.list_dialects())
+    name_by_keys = rewritten.family_name or next(filter(None, by_dialect), None)
     hint = family_hint or name_by_keys
     families = _families_with_modules(keys.dit_keys, rewritten.tensors, hint)
     if len(families) > 1:
@@ -249,12 +239,6 @@ def _find_possible_families(
         if len(families) == 1:
             name_by_keys = families[0].name
     return _PossibleFamilies(families, hint, name_by_keys)
-
-
-def _find_family_by_dialects(dialects: Iterable[str]) -> str | None:
-    """Return the family of the first dialect that only one family's files use; None if there is none."""
-    families = (_FAMILY_BY_DIALECT.get(dialect) for dialect in dialects)
-    return next((family for family in families if family is not None), None)
 
 
 def _families_with_modules(

@@ -447,18 +447,6 @@ def _build_lora(stored: _StoredLora, native: NativeTensors, expert: str | None) 
     )
 
 
-def _add_alphas(native: NativeTensors, alphas: Mapping[str, Tensor]) -> NativeTensors:
-    """Return tensors under our names plus alphas that the file does not store as tensors."""
-    # names without the transformer's prefix belong to text encoders
-    dit_alphas = {name: alpha for name, alpha in alphas.items() if name.startswith(OURS)}
-    text_alphas = {name: alpha for name, alpha in alphas.items() if name not in dit_alphas}
-    return replace(
-        native,
-        tensors={**native.tensors, **dit_alphas},
-        text_tensors={**native.text_tensors, **text_alphas},
-    )
-
-
 def _drop_tensors_without_effect(path: Path, native: NativeTensors) -> NativeTensors:
     """Drop unused alphas, and (with a warning) changes of weights that the file itself replaces."""
     tensors, replaced = drop_replaced(drop_unused_alphas(native.tensors))
@@ -470,6 +458,18 @@ def _drop_tensors_without_effect(path: Path, native: NativeTensors) -> NativeTen
             f"{format_count(len(names), 'weight')}, as in ComfyUI: {list_some(names, 2)}"
         )
     return replace(native, tensors=tensors, text_tensors=text_tensors)
+
+
+def _add_alphas(native: NativeTensors, alphas: Mapping[str, Tensor]) -> NativeTensors:
+    """Return tensors under our names plus alphas that the file does not store as tensors."""
+    # names without the transformer's prefix belong to text encoders
+    dit_alphas = {name: alpha for name, alpha in alphas.items() if name.startswith(OURS)}
+    text_alphas = {name: alpha for name, alpha in alphas.items() if name not in dit_alphas}
+    return replace(
+        native,
+        tensors={**native.tensors, **dit_alphas},
+        text_tensors={**native.text_tensors, **text_alphas},
+    )
 
 
 def _read_expert_metadata(path: Path, metadata: Mapping[str, str], expert: str) -> dict[str, str]:
@@ -816,20 +816,15 @@ def select_network_part(
     return loras_on_side
 
 
-def _split_by_network(lora: LoraFile) -> tuple[dict[str, Factors], dict[str, Factors]]:
-    """Return the modules that are loaded with the text encoders, and the transformer's other modules."""
+def _reduce_to_network(weighted_lora: WeightedLora, selects_text_encoders: bool) -> WeightedLora | None:
+    """Return a LoRA with only one side's modules, or None; see `select_network_part`."""
+    lora = weighted_lora.lora
+    # the modules that are loaded with the text encoders, and the transformer's other modules
     text_modules: dict[str, Factors] = {}
     dit_modules: dict[str, Factors] = {}
     for name, factors in lora.modules().items():
         is_text_module = describe_text_module(name.removeprefix(OURS), lora.trusted_family) != ""
-        modules = text_modules if is_text_module else dit_modules
-        modules[name] = factors
-    return text_modules, dit_modules
-
-
-def _reduce_to_network(weighted_lora: WeightedLora, selects_text_encoders: bool) -> WeightedLora | None:
-    """Return a LoRA with only one side's modules, or None; see `select_network_part`."""
-    text_modules, dit_modules = _split_by_network(weighted_lora.lora)
+        (text_modules if is_text_module else dit_modules)[name] = factors
     if selects_text_encoders:
         modules = text_modules
         is_used = _keeps_any(weighted_lora, text_modules)

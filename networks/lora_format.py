@@ -246,7 +246,13 @@ def find_error(
         error = diffusers.find_saving_error(kind, family, bool(texts))
         if error:
             return error
-    return _find_text_encoder_error(family, texts)
+    for prefix, encoder in texts.items():
+        if prefix not in family.texts_in_diffusers:
+            return (
+                f"diffusers' pipeline of this model cannot load LoRAs for the text encoder {encoder}, "
+                f"which is trained. {_OTHERWISE}, or train only the transformer (--network_train_unet_only)"
+            )
+    return None
 
 
 def _find_comfyui_error(kinds: Sequence[NetworkKind], family: FamilyNames | None) -> str | None:
@@ -258,14 +264,3 @@ def _find_comfyui_error(kinds: Sequence[NetworkKind], family: FamilyNames | None
     elif family.not_in_comfyui:
         family_error = f"{family.not_in_comfyui}. {_OTHERWISE} or diffusers"
     return next(filter(None, (kind_error, family_error, *variant_errors)), None)
-
-
-def _find_text_encoder_error(family: FamilyNames, texts: Mapping[str, str]) -> str | None:
-    """Return why diffusers cannot load the LoRAs of the trained text encoders; None if it can."""
-    for prefix, encoder in texts.items():
-        if prefix not in family.texts_in_diffusers:
-            return (
-                f"diffusers' pipeline of this model cannot load LoRAs for the text encoder {encoder}, "
-                f"which is trained. {_OTHERWISE}, or train only the transformer (--network_train_unet_only)"
-            )
-    return None

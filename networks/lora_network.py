@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from modules.console import format_count, list_some
 from modules.errors import CheckpointError
 from networks.delta import read_deltas
+from networks.fused_loras import convert_fused_layers
 from networks.kinds.contract import named
 from networks.kinds.factors import DOWN, UP, Factors
 from networks.lora_layer import DropoutSeed
@@ -330,8 +331,6 @@ def _factors_for_network(
     lora: "LoraFile", network_modules: Mapping[str, Factors]
 ) -> dict[str, dict[str, Tensor]]:
     """Convert a LoRA file's tensors to the network's modules; return {module name: factors}."""
-    from networks.fused_loras import convert_fused_layers  # only for --network_weights
-
     num_rows = {name: len(factors[UP]) for name, factors in network_modules.items() if UP in factors}
     # an OFT rotation applies to all rows, so any number of rows will do
     for name, delta in read_deltas(network_modules).items():

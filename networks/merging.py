@@ -258,18 +258,6 @@ def merge_full(options: FullMergeOptions) -> None:
     )
 
 
-def _warn_of_missing_models(
-    loras_by_model: Mapping[str, Sequence[WeightedLora]], given_models: Collection[str]
-) -> None:
-    """Warn of LoRAs that also change a model for which no file is given; models are named by their option."""
-    for name, loras_of_model in loras_by_model.items():
-        if loras_of_model and name not in given_models:
-            logger.warning(
-                f"{len(loras_of_model)} of the LoRAs also change {name}, which is ignored because --{name} "
-                "is missing"
-            )
-
-
 def merge_flux(options: FluxMergeOptions) -> None:
     """Merge FLUX LoRAs into the given transformer and text encoders, or without models, into one LoRA.
 
@@ -290,7 +278,12 @@ def merge_flux(options: FluxMergeOptions) -> None:
         name: select_for_network(weighted_loras, prefix, encoder_prefixes)
         for name, prefix in MODEL_PREFIXES.items()
     }
-    _warn_of_missing_models(loras_by_model, options.targets)
+    for name, loras_of_model in loras_by_model.items():
+        if loras_of_model and name not in options.targets:
+            logger.warning(
+                f"{len(loras_of_model)} of the LoRAs also change {name}, which is ignored because --{name} "
+                "is missing"
+            )
     for name, model in options.targets.items():
         option = FLUX_OUTPUTS[name]
         merge_into_file(
@@ -425,7 +418,7 @@ def _find_merged_family(
     """Return the family of a sum of LoRAs; None if it is unknown because only text encoders change."""
     if isinstance(options, FullMergeOptions) and options.family is not None:
         return family_named(options.family)
-    by_metadata = _find_first_family_in_metadata(loras)
+    by_metadata = next(filter(None, (read_family(lora.metadata) for lora in loras)), None)
     hint = None if by_metadata is None else by_metadata.name
     families = find_lora_families(group_by_module(tensors), hint)
     if isinstance(options, FluxMergeOptions) and (FLUX in families or not families):
@@ -435,12 +428,6 @@ def _find_merged_family(
     if len(families) > 1:
         raise _make_ambiguous_error(loras, families)
     return families[0] if families else None
-
-
-def _find_first_family_in_metadata(loras: Iterable[LoraFile]) -> FamilyNames | None:
-    """Return the family of the first LoRA whose metadata names a known family; None if none does."""
-    families = (read_family(lora.metadata) for lora in loras)
-    return next((family for family in families if family is not None), None)
 
 
 def _make_ambiguous_error(loras: Iterable[LoraFile], families: Sequence[FamilyNames]) -> CheckpointError:

@@ -1,8 +1,6 @@
 """PEFT's settings of an OFT, which say how its rotations were computed: the tensors do not."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from modules.errors import CheckpointError
 from modules.text_files import parse_json, read_text
@@ -31,7 +29,12 @@ def check_peft_settings(path: Path) -> None:
             "again.",
             path,
         ) from error
-    variant = _find_unsupported_variant(settings)
+    variant: str | None = None
+    num_terms = settings.get("num_cayley_neumann_terms", TERMS)
+    if settings.get("use_cayley_neumann") is False:
+        variant = "use_cayley_neumann = false, whose rotations have the opposite direction"
+    elif num_terms != TERMS:
+        variant = f"a series of {num_terms} terms (num_cayley_neumann_terms)"
     if variant is not None:
         raise CheckpointError(
             f"{path} is an OFT with {variant} according to {PEFT_FILE}, which is not supported.\n"
@@ -39,13 +42,3 @@ def check_peft_settings(path: Path) -> None:
             "merge with PEFT.",
             path,
         )
-
-
-def _find_unsupported_variant(settings: Mapping[str, Any]) -> str | None:
-    """Return how PEFT computes the rotations according to its settings; None if it is the 5-term series."""
-    if settings.get("use_cayley_neumann") is False:
-        return "use_cayley_neumann = false, whose rotations have the opposite direction"
-    num_terms = settings.get("num_cayley_neumann_terms", TERMS)
-    if num_terms != TERMS:
-        return f"a series of {num_terms} terms (num_cayley_neumann_terms)"
-    return None
