@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import Parameter
 
+from checkpoints.dits import bare_names
 from checkpoints.opening import open_checkpoint
 from dataset.table import DatasetTable
 from modules.atomic_write import check_space
@@ -372,8 +373,6 @@ def _smallest_full_bytes(family: Family, options: TrainingOptions, file: Path) -
         options: Options of the run.
         file: File of the transformer that is trained.
     """
-    from checkpoints.dits import bare_names  # only for whole models
-
     with open_checkpoint(file) as checkpoint:
         tensors = bare_names(checkpoint).tensors
     prefixes = tuple(f"{name}." for name in family.dit.block_lists)

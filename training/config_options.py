@@ -249,17 +249,12 @@ def _convert_single(place: str, action: argparse.Action, value: Any) -> Any:
     except (ValueError, TypeError, argparse.ArgumentTypeError):
         raise _explain_wrong_value(place, action, value) from None
     if action.choices is not None and converted not in action.choices:
-        raise _explain_wrong_choice(place, action, value, converted)
+        choices = [str(choice) for choice in action.choices]
+        raise OptionError(
+            f"{place}: {action.dest} = {value!r}: choose from {', '.join(choices)}."
+            f"{did_you_mean(str(converted), choices)}"
+        )
     return converted
-
-
-def _explain_wrong_choice(place: str, action: argparse.Action, value: Any, converted: Any) -> OptionError:
-    """Return the error for a value that is not among the option's choices; `converted` is the value read."""
-    choices = [str(choice) for choice in action.choices or ()]
-    return OptionError(
-        f"{place}: {action.dest} = {value!r}: choose from {', '.join(choices)}."
-        f"{did_you_mean(str(converted), choices)}"
-    )
 
 
 def _explain_wrong_value(place: str, action: argparse.Action, value: Any) -> OptionError:

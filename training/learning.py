@@ -19,7 +19,7 @@ from networks.options import NetworkOptions
 from protocols.bundled_embeddings import get_embedding_word
 from protocols.data import CAPTION
 from protocols.family import Family, get_part_rates, trains_audio
-from protocols.loading import BlockSharder, Placement
+from protocols.loading import BlockSharder
 from protocols.rules import Expert
 from runtime.network_setup import make_host_weights
 from runtime.offload.swap_plan import HostWeights
@@ -356,7 +356,13 @@ class NetworkLoader:
             loras = plan.features.merge(expert)
             if loras.uses:
                 patch, t_loras = self._read_merged(loras, network_options, family, index)
-                placement = _add_patch(placement, patch, network_options)
+                if patch is not None:
+                    # a DoRA learns the norms of merged weights, so none of its LoRAs may stay unmerged
+                    placement = replace(
+                        placement,
+                        patch=patch,
+                        leave_unmerged=None if network_options.decomposes else patch.leave_unmerged,
+                    )
         dit = family.load_dit(placement, index)
         compute_dtype = get_compute_dtype(dit)
         autocast = experts.AUTOCAST.get(options.accelerator.mixed_precision)
@@ -472,16 +478,6 @@ class NetworkLoader:
                 from networks.gated_loras import add_stage_loras
 
                 add_stage_loras(dit, is_compiled)
-
-
-def _add_patch(placement: Placement, patch: "LoraPatch | None", network: NetworkOptions) -> Placement:
-    """Return a placement that merges LoRAs; layers that cannot be merged are left to be wrapped later."""
-    # A DoRA learns the norms of the merged weights, so none of its LoRAs may be left unmerged.
-    if patch is None:
-        return placement
-    return replace(
-        placement, patch=patch, leave_unmerged=None if network.decomposes else patch.leave_unmerged
-    )
 
 
 def _wrap_unmerged(

@@ -13,6 +13,7 @@ from dataset.batches.checks import SameEncoders, check_channels
 from dataset.batches.finding import find_items, lack_edit_references, require_items
 from dataset.batches.items import CachingCommands, TrainingItem
 from dataset.batches.order import BatchOrder, split_validation
+from dataset.batches.starting import check_caches, compare_sources
 from dataset.cache.store import Stores, npz_names
 from dataset.config import DatasetConfig, for_family, load_dataset_config, with_empty_prompts
 from dataset.sources.media_source import NO_REFERENCE
@@ -290,8 +291,6 @@ class RunPlanner:
         # 1. List the items, which must exist.
         # 2. Check the channels of new items, and that all caches fit the model and its text encoders.
         # 3. In the first process, warn about media files without caches, and caches without a media file.
-        from dataset.batches.starting import check_caches, compare_sources  # only where a run starts
-
         family, process_index = self.family, self.accelerator.process_index
         commands = sources.encoders.commands
         # identity of the checkpoint's own text encoders, by name; caches of other encoders are rejected
