@@ -194,6 +194,7 @@ BYT5 = T5Kind(
     option="--byt5",
     release="byt5_small_glyphxl_fp16.safetensors",
     has_own_tables=False,
+    reads_bytes=True,
 )
 
 

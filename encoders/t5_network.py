@@ -58,7 +58,11 @@ class T5Kind:
     option: str  # such as "--t5"
     release: str  # names of suitable files
     has_own_tables: bool  # whether each block has its own position table (umT5) or only the first (T5)
+    reads_bytes: bool = False  # whether its tokens are bytes and a few marks
 
+
+# ByT5 has 384 tokens, that of Glyph-ByT5 some thousand colors and fonts in addition; T5 has 32128
+MAX_BYTE_TOKENS = 16384
 
 HF_T5: Names = (
     (r"shared\.weight", "token_embedding.weight"),
@@ -120,6 +124,12 @@ def read_t5(checkpoint: Checkpoint, kind: T5Kind) -> LoadPlan[T5Config]:
         raise _make_first_version_error(checkpoint.path, kind)
     shape = make_shape_reader(checkpoint, sources)
     vocabulary, dim = shape("token_embedding.weight")
+    if kind.reads_bytes and vocabulary > MAX_BYTE_TOKENS:
+        raise CheckpointError(
+            f"{checkpoint.path} has {vocabulary} tokens, parts of words, but those of {kind.name} are bytes: "
+            f"it is another T5.\n  Pass {kind.release} to {kind.option}.",
+            checkpoint.path,
+        )
     buckets, heads = shape("blocks.0.pos_embedding.embedding.weight")
     attention_dim = shape("blocks.0.attn.q.weight")[0]
     ffn_dim = shape("blocks.0.ffn.fc1.weight")[0]

@@ -70,11 +70,11 @@ def _can_be_joined(weights: Sequence[Tensor], biases: Sequence[Tensor], device: 
 def view_as_one_matrix(tensors: Sequence[Tensor]) -> Tensor | None:
     """Return a view of the rows of all tensors as one matrix if they are adjacent in memory; else None."""
     first = tensors[0]
-    storage = first.untyped_storage().data_ptr()
+    storage = first.untyped_storage()._cdata  # not a pointer to data, which tensors of a plan do not have
     end = first.storage_offset()  # end of the previous tensors in the storage
     num_rows = 0
     for tensor in tensors:
-        is_adjacent = tensor.storage_offset() == end and tensor.untyped_storage().data_ptr() == storage
+        is_adjacent = tensor.storage_offset() == end and tensor.untyped_storage()._cdata == storage
         if not (is_adjacent and tensor.dtype == first.dtype and tensor.is_contiguous()):
             return None
         if tensor.shape[1:] != first.shape[1:]:

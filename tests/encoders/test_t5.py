@@ -196,6 +196,16 @@ def test_byt5s_ids_and_states_equal_those_recorded(tmp_path: Path) -> None:
     assert read_byt5_header(path).vocabulary == 1510
 
 
+def test_a_t5_of_words_is_no_byt5(tmp_path: Path) -> None:
+    """Its tensors have the same names, and caching knows no transformer to compare widths with."""
+    case, _ = read_case("hunyuan_image_text")
+    weights = make_weights("byt5", case["models"]["byt5"]["weights"])
+    (name,) = [name for name in weights if name.endswith("shared.weight")]
+    weights[name] = weights[name].new_zeros(32128, weights[name].shape[1])
+    with pytest.raises(CheckpointError, match=r"has 32128 tokens, parts of words(.|\n)*byt5_small_glyphxl"):
+        read_byt5_header(save(tmp_path / "t5.safetensors", weights))
+
+
 def test_a_long_text_keeps_its_first_bytes_and_the_end_token() -> None:
     ids, mask = byte_rows(["é" * 9, "x"], 6)
     assert ids.tolist() == [[3 + 0xC3, 3 + 0xA9] * 2 + [3 + 0xC3, 1], [3 + 0x78, 1, 0, 0, 0, 0]]

@@ -1,12 +1,14 @@
 """LoRAs of modules with a common input: which modules those are, and that results are those of each alone."""
 
 import re
+import warnings
 from collections import defaultdict
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from networks.adjacent_weights import join_weights, view_as_one_matrix
@@ -271,3 +273,12 @@ def test_compiled_blocks_give_the_same_without_sharing() -> None:
     assert len(results[1]) == 2 + 6
     for eager, compiled in zip(*results, strict=True):
         torch.testing.assert_close(compiled, eager, rtol=0, atol=2**-6 * eager.abs().max().item())
+
+
+def test_tensors_of_a_plan_are_compared_without_a_warning() -> None:
+    """They have no memory whose address could be asked for."""
+    with FakeTensorMode(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        whole = torch.empty(6, 4)
+        assert view_as_one_matrix(whole.split(2)) is not None
+        assert view_as_one_matrix([torch.empty(2, 4), torch.empty(2, 4)]) is None
