@@ -206,7 +206,7 @@ def _kandinsky_6() -> TinyFamily:
         train=["kandinsky_train_network.py", *models, *DATASET, "--sdpa", *_network("lora_kandinsky")]
         + ["--first_frame_probability", "0.5"],
         generate=["kandinsky_generate_video.py", *models, *START, "--negative_prompt", "dull", *LENGTH],
-        another_run=["--first_frame_probability", "1"],
+        another_run=["--first_frame_probability", "1.0"],
         changed_habit=["--audio_loss_weight", "2"],
         train_full="kandinsky_train.py",
         sample_line=f"{TinyFamily.sample_line} --n dull {FROM}".strip(),
