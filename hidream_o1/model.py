@@ -198,6 +198,10 @@ class HiDreamO1Text(NamedTuple):
         """Return the shape of each sample's text; only one if all are equal."""
         return self.shapes[:1] if len(set(self.shapes)) == 1 else self.shapes
 
+    def get_deep(self, index: int) -> Tensor:
+        """Return what is added to the result of a block, B T C; zeros for a text without references."""
+        return self.deep[index] if self.deep else torch.zeros_like(self.embeddings)
+
     def lengths(self, before: int) -> SampleLengths | None:
         """Return each sample's real tokens plus `before`; None if all tokens are real."""
         counts = [shape.length for shape in self.shapes]
@@ -294,7 +298,10 @@ class HiDreamO1Model(BlockNetwork):
         if overrides.combine_attention is not None:  # there is a second text
             tokens = self._add_second_text(tokens, texts[1], layouts[1], overrides.combine_attention)
         # of each of the first blocks, for the texts, which come last
-        deep = [torch.cat(tensors, dim=1) for tensors in zip(*(text.deep for text in texts), strict=True)]
+        num_deep = max(len(embedded.deep) for embedded in texts)
+        deep = [
+            torch.cat([embedded.get_deep(index) for embedded in texts], dim=1) for index in range(num_deep)
+        ]
         return Hidden(x, tokens, text_residuals=deep)
 
     def _add_second_text(

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hidream_o1.configs import HiDreamO1VisionConfig
 from modules.attention.attend import attend
+from modules.devices import send_ahead
 from modules.layers.half_rope import rotate_halves
 from modules.layers.norms import run_in_weight_dtype
 from modules.layers.rope import cos_and_sin
@@ -142,7 +143,7 @@ class HiDreamO1Vision(nn.Module):
         quarter = self.config.dim // self.config.num_heads // 4
         frequencies = 1 / THETA ** (torch.arange(quarter) / quarter)
         angles = torch.cat([rows[:, None] * frequencies, columns[:, None] * frequencies], dim=1)
-        rotary = cos_and_sin(angles).to(x.device).unsqueeze(1)
+        rotary = send_ahead(cos_and_sin(angles), x.device).unsqueeze(1)
         deep: list[Tensor] = []
         for index, block in enumerate(self.blocks):
             x = block(x, rotary)
@@ -171,8 +172,9 @@ class HiDreamO1Vision(nn.Module):
             axes.append(((low, 1 - share), ((low + 1).clamp(max=side - 1), share)))
         for row, row_share in axes[0]:
             for column, column_share in axes[1]:
-                embeddings = self.pos_embed((row * side + column).to(table.device)).float()
-                weighted = weighted + embeddings * (row_share * column_share).to(table.device)[:, None]
+                embeddings = self.pos_embed(send_ahead(row * side + column, table.device)).float()
+                shares = send_ahead(row_share * column_share, table.device)[:, None]
+                weighted = weighted + embeddings * shares
         return weighted
 
 

@@ -167,6 +167,7 @@ TEXTS = (
     *("text", "audio_text", "text_mask", "glyphs", "glyph_mask", "glyphs_mask", "caption", "caption_mask"),
     *("llama", "llama_mask", "clip_l", "t5", "t5_mask", "pooled"),
     *("states", "states_mask", "ids", "weights"),
+    *("shown", "grids"),
 )
 POOLED = {"clip_l", "pooled"}
 NAG = NormalizedGuidance(5.0, 2.5, 0.5)

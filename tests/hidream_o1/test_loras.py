@@ -1,6 +1,7 @@
 """LoRAs of every dialect that is around change the same weights in the same way."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,16 @@ from hidream_o1.model import HiDreamO1Model
 from hidream_o1.names import HIDREAM_O1
 from networks.lora_format import LoraFormat
 from networks.names.layouts import KNOWN
+from tests.faults.messages import succeed_here
 from tests.tiny.dit_files import frozen
-from tests.tiny.hidream_o1 import CONFIG, tiny_state, write_dit
+from tests.tiny.hidream_o1 import (
+    CONFIG,
+    VISION,
+    tiny_state,
+    tower_state,
+    write_dit,
+    write_tiny_hidream_o1,
+)
 from tests.tiny.loras import make_lora
 
 State = dict[str, Tensor]
@@ -129,3 +138,56 @@ def test_metadata_name_the_model_and_its_license(known: Path) -> None:
     with safe_open(convert(known, "other"), "pt") as file:
         metadata = file.metadata()
     assert metadata["ss_base_model_version"] == "hidream_o1"
+
+
+# with a vision tower, as --task i2i trains it
+
+TOWER_LAYERS = (
+    *(
+        f"visual.blocks.{{n}}.{layer}"
+        for layer in ("attn.qkv", "attn.proj", "mlp.linear_fc1", "mlp.linear_fc2")
+    ),
+    *("visual.merger.linear_fc1", "visual.merger.linear_fc2"),
+)
+
+
+@pytest.fixture
+def of_edits(tmp_path: Path) -> Path:
+    """A LoRA of an edit training, with our own names."""
+    dit = frozen(HiDreamO1Model(replace(CONFIG, vision=VISION)), {**tiny_state(), **tower_state()})
+    network = make_lora("lora_hidream_o1", RANK, ALPHA, dit)
+    generator = torch.Generator().manual_seed(4)
+    for parameter in network.parameters():
+        parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    path = tmp_path / "of edits.safetensors"
+    LoraFormat(KNOWN, HIDREAM_O1).save(network, path, None, {"ss_base_model_version": HIDREAM_O1.name})
+    return path
+
+
+def write_editor(folder: Path) -> Path:
+    return write_dit(folder, {**tiny_state(), **tower_state()})
+
+
+@pytest.mark.parametrize(
+    "name", ["ai-toolkit", "PEFT, ModelScope", "musubi-tuner", "musubi-tuner without the class"]
+)
+def test_the_tower_is_changed_alike_by_every_dialect(of_edits: Path, tmp_path: Path, name: str) -> None:
+    before, dit = {**tiny_state(), **tower_state()}, write_editor(tmp_path / "model")
+    expected = merge(dit, of_edits)
+    changed = {key for key, weight in expected.items() if not torch.equal(before[key], weight)}
+    paths = {layer.format(n=n) for layer in TOWER_LAYERS for n in range(VISION.num_layers)}
+    assert {key for key in changed if key.startswith("visual.")} == {f"{path}.weight" for path in paths}
+    target, change = DIALECTS[name]
+    path = tmp_path / "changed.safetensors"
+    state = change(load_file(convert(of_edits, target)))
+    save_file({key: tensor.contiguous() for key, tensor in state.items()}, path)
+
+    for key, weight in merge(dit, path).items():
+        torch.testing.assert_close(weight, expected[key], msg=f"{name}: {key}", rtol=0, atol=1e-6)
+
+
+def test_a_lora_of_edits_makes_images_without_the_tower_too(of_edits: Path, tmp_path: Path) -> None:
+    files = write_tiny_hidream_o1(tmp_path / "model", edits=True)
+    size = ["--image_size", "32", "32", "--infer_steps", "1", "--device", "cpu", "--output_type", "latent"]
+    words = ["--prompt", "a cat", "--save_path", "made", "--lora_weight", str(of_edits), *size]
+    succeed_here("hidream_o1_generate_image.py", *files.models, *words, folder=tmp_path)

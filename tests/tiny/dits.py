@@ -431,11 +431,13 @@ def _hidream_o1(edits: bool = False) -> TinyDit:
         }
 
     def with_reference(size: Size, batch: int) -> dict[str, Any]:
-        """Two tokens of the reference stand in front of each text."""
+        """Two tokens of the reference stand behind the first token of each text."""
         given, patch = inputs(size, batch), config.patch_size
         given["references"] = [_drawing(8)(batch, 3, 1, 2 * patch, 3 * patch).clamp(-1, 1)]
-        given["text"] = torch.cat([torch.full((batch, 2), REFERENCE_ID), given["text"]], dim=1)
-        given["text_mask"] = torch.cat([torch.ones(batch, 2), given["text_mask"]], dim=1)
+        first, others = given["text"][:, :1], given["text"][:, 1:]
+        given["text"] = torch.cat([first, torch.full((batch, 2), REFERENCE_ID), others], dim=1)
+        ones = torch.ones(batch, 2, dtype=given["text_mask"].dtype)
+        given["text_mask"] = torch.cat([ones, given["text_mask"]], dim=1)
         given["shown"] = torch.full((batch, 2, 3 * 32**2), 99, dtype=torch.uint8)
         given["grids"] = torch.tensor([[1, 2]]).expand(batch, -1, -1)
         return given
