@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self
 
 import torch
-import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -36,7 +35,7 @@ from modules.attention.attend import (
 from modules.devices import send_ahead
 from modules.flow.schedule import TRAIN_TIMESTEPS
 from modules.layers.half_rope import rotate_halves
-from modules.layers.norms import RMSNorm, TwoLayerMlp, activation_dtype, run_in_weight_dtype
+from modules.layers.norms import RMSNorm, SwiGlu, TwoLayerMlp, activation_dtype, run_in_weight_dtype
 from modules.layers.rope import GridTable, cos_and_sin, sinusoid
 from modules.speed_options import SDPA, AttentionChoice
 from protocols.steps import NO_OVERRIDES, Overrides
@@ -104,21 +103,6 @@ class HiDreamO1Attention(GroupedAttention):
         return run_in_weight_dtype(self.o_proj, attended)
 
 
-class HiDreamO1FeedForward(nn.Module):
-    """Gated feed-forward: down(silu(gate x) * up x). Source: Shazeer 2020, arXiv 2002.05202."""
-
-    def __init__(self, config: HiDreamO1Config) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.up_proj = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.down_proj = nn.Linear(config.ffn_dim, config.dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the feed-forward to x, B L C."""
-        gates = functional.silu(run_in_weight_dtype(self.gate_proj, x))
-        return run_in_weight_dtype(self.down_proj, gates * run_in_weight_dtype(self.up_proj, x))
-
-
 class HiDreamO1Block(nn.Module):
     """Attention and feed-forward, each after a norm."""
 
@@ -127,7 +111,7 @@ class HiDreamO1Block(nn.Module):
         self.input_layernorm = RMSNorm(config.dim, config.eps)
         self.self_attn = HiDreamO1Attention(config)
         self.post_attention_layernorm = RMSNorm(config.dim, config.eps)
-        self.mlp = HiDreamO1FeedForward(config)
+        self.mlp = SwiGlu("gate_proj up_proj down_proj", config.dim, config.ffn_dim)
 
     def forward(self, x: Tensor, tokens: HiDreamO1Tokens) -> Tensor:
         """Apply the block to tokens x, B L+R+1+T C."""

@@ -26,7 +26,7 @@ from lumina.blocks import GroupedAttention, Heads, LuminaTokens, repeat_kv_heads
 from lumina.model import count_real_tokens
 from modules.attention.attend import CombineAttention, SampleLengths, SecondText, attend, make_lengths
 from modules.layers.modulation import add_gated, modulate, split_segments
-from modules.layers.norms import CenteredNorm, activation_dtype, run_float32, run_in_weight_dtype
+from modules.layers.norms import CenteredNorm, SwiGlu, activation_dtype, run_float32, run_in_weight_dtype
 from modules.layers.rope import GridTable, TokenGrid, rotary_table, rotate, sinusoid
 from modules.speed_options import SDPA, AttentionChoice
 from protocols.steps import NO_OVERRIDES, Overrides
@@ -150,21 +150,6 @@ def _put_in_front(references: Tensor, heads: Tensor) -> Tensor:
     return torch.cat([references.expand(len(heads), -1, -1, -1), heads], dim=1)
 
 
-class SwiGlu(nn.Module):
-    """Gated feed-forward: down(silu(gate x) * up x). Source: Shazeer 2020, arXiv 2002.05202."""
-
-    def __init__(self, config: Krea2StreamConfig) -> None:
-        super().__init__()
-        self.gate = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.up = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.down = nn.Linear(config.ffn_dim, config.dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the feed-forward to x, B L C."""
-        gates = functional.silu(run_in_weight_dtype(self.gate, x))
-        return run_in_weight_dtype(self.down, gates * run_in_weight_dtype(self.up, x))
-
-
 class StreamBlock(nn.Module):
     """Attention and feed-forward, each after a norm."""
 
@@ -173,7 +158,7 @@ class StreamBlock(nn.Module):
         self.prenorm = CenteredNorm(config.dim, config.eps)
         self.postnorm = CenteredNorm(config.dim, config.eps)
         self.attn = GatedAttention(config)
-        self.mlp = SwiGlu(config)
+        self.mlp = SwiGlu("gate up down", config.dim, config.ffn_dim)
 
 
 class TextBlock(StreamBlock):

@@ -1,4 +1,4 @@
-"""Normalization layers of the transformers, compute dtypes of layers, and two-layer networks.
+"""Normalization layers of the transformers, compute dtypes of layers, and networks of two or three layers.
 
 Norms compute in float32, because bf16 sums over a thousand channels lose precision.
 """
@@ -62,6 +62,31 @@ class TwoLayerMlp(nn.Module):
         """Return the result of both layers, ... C' for ... C."""
         hidden = self._activation(self._run(getattr(self, self._first), x))
         return self._run(getattr(self, self._second), hidden)
+
+
+class SwiGlu(nn.Module):
+    """Gated feed-forward: down(silu(gate x) * up x). Source: Shazeer 2020, arXiv 2002.05202."""
+
+    def __init__(self, names: str, dim: int, hidden: int) -> None:
+        """Create the three linear layers, without biases.
+
+        Args:
+            names: Names in files of the layers gate, up and down, separated by spaces.
+            dim: Width of the input and of the output.
+            hidden: Width between the layers.
+        """
+        super().__init__()
+        self._gate, self._up, self._down = names.split()
+        self.add_module(self._gate, nn.Linear(dim, hidden, bias=False))
+        self.add_module(self._up, nn.Linear(dim, hidden, bias=False))
+        self.add_module(self._down, nn.Linear(hidden, dim, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the feed-forward to tokens x, ... C."""
+        gates = functional.silu(run_in_weight_dtype(getattr(self, self._gate), x))
+        values = run_in_weight_dtype(getattr(self, self._up), x)
+        output: Tensor = run_in_weight_dtype(getattr(self, self._down), gates * values)
+        return output
 
 
 class NamedFeedForward(nn.Module):

@@ -186,6 +186,28 @@ def test_the_tower_is_changed_alike_by_every_dialect(of_edits: Path, tmp_path: P
         torch.testing.assert_close(weight, expected[key], msg=f"{name}: {key}", rtol=0, atol=1e-6)
 
 
+def test_a_lora_on_the_convolution_of_patches_is_read(tmp_path: Path) -> None:
+    """As musubi-tuner trains it for edits by default."""
+    generator, name = torch.Generator().manual_seed(5), "lora_unet_model_visual_patch_embed_proj"
+    down = torch.randn(RANK, 3, 2, 16, 16, generator=generator)
+    up = torch.randn(VISION.dim, RANK, 1, 1, 1, generator=generator)
+    path = tmp_path / "convolution.safetensors"
+    save_file(
+        {
+            f"{name}.lora_down.weight": down,
+            f"{name}.lora_up.weight": up,
+            f"{name}.alpha": torch.tensor(ALPHA),
+        },
+        path,
+    )
+    change = ALPHA / RANK * torch.einsum("or,rcfpq->ocfpq", up.flatten(1), down)
+
+    merged = merge(write_editor(tmp_path / "model"), path)
+
+    key = "visual.patch_embed.proj.weight"
+    torch.testing.assert_close(merged[key], tower_state()[key] + change, rtol=1e-5, atol=1e-5)
+
+
 def test_a_lora_of_edits_makes_images_without_the_tower_too(of_edits: Path, tmp_path: Path) -> None:
     files = write_tiny_hidream_o1(tmp_path / "model", edits=True)
     size = ["--image_size", "32", "32", "--infer_steps", "1", "--device", "cpu", "--output_type", "latent"]
