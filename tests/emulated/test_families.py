@@ -15,9 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from modules.media.reading import read_image
 from tests.emulated_cuda.pairs import Done, differences, run_on_device
 from tests.faults.messages import succeed_here
-from tests.tiny.families import FAMILIES, OUTPUT, TinyFamily
+from tests.tiny.families import FAMILIES, OUTPUT, TinyFamily, family_called
+from tests.tiny.ideogram4 import SECOND_NAME
 from wan.spec import pad_texts
 
 STEPS = 4
@@ -105,3 +107,26 @@ def _can_be_emulated() -> None:
         pytest.skip("the emulated device is compiled with g++, on Linux")
     if torch.version.cuda is not None or torch.version.hip is not None:
         pytest.skip("this torch has kernels for CUDA itself: run the tests marked gpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("--blocks_to_swap", "1")], ids=["all there", "swapped"])
+def test_a_second_network_is_on_the_device_for_samples_alone(tmp_path: Path, more: tuple[str, ...]) -> None:
+    """Ideogram 4: the trained one stays; samples and what is learned are the CPU's."""
+    family = family_called("ideogram4")
+    family.prepare(tmp_path)
+    (tmp_path / "prompts.txt").write_text("a cat --w 32 --h 32 --d 3 --s 2\n", encoding="utf-8")
+    for command in (family.cache_latents, family.cache_texts):
+        succeed_here(*command, folder=tmp_path)
+    samples = ["--sample_prompts", "prompts.txt", "--sample_at_first", "--sample_every_n_steps", "1"]
+    second = ["--unconditional_dit", f"model/{SECOND_NAME}", "--max_train_steps", "2", "--seed", "5", *more]
+    train = [*family.train, *samples, *second, "--output_name", "lora", "--output_dir"]
+
+    succeed_here(*train, "here", folder=tmp_path)
+    run_on_device([*train, "there"], folder=tmp_path)
+
+    assert not differences(tmp_path / "here", tmp_path / "there", 0.0)
+    made = [sorted((tmp_path / name / "sample").glob("*_3.png")) for name in ("here", "there")]
+    assert [len(each) for each in made] == [3, 3]
+    for one, other in zip(*made, strict=True):
+        assert abs(read_image(one).astype(int) - read_image(other)).max() <= 2
