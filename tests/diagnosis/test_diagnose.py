@@ -104,6 +104,14 @@ def test_a_planted_fault_is_found_alone(measured: MeasuredDataset, found: str) -
     assert find_ids(measured) == [found]
 
 
+def test_a_background_is_no_phrase_of_the_concept() -> None:
+    wall = [f"{text} before a plain blue wall" for text in SOUND]
+    assert find_ids(dataset(wall)) == []
+    glasses = [f"{text}, with round glasses before a blue wall" for text in SOUND]
+    (phrase,) = find_caption_findings(dataset(glasses))
+    assert phrase.subject == "with round glasses"
+
+
 def test_a_word_for_two_persons_is_named_with_the_captions_of_the_rarer_one() -> None:
     captions = [SOUND[n].replace(",", " woman," if n in (2, 5, 9) else " man,") for n in range(12)]
     (finding,) = find_trigger_findings(dataset(captions))

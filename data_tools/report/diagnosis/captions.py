@@ -13,6 +13,12 @@ PHRASE_FRACTION = 0.9  # of the captions that contain a phrase
 MAX_PHRASE_WORDS = 8
 MIN_CONTENT_WORDS = 2  # of a phrase; a single one is often the class word, which belongs in every caption
 CUT_FRACTION = 0.1  # of the captions that an encoder cuts
+# a background with the words before it, such as `before a blue wall` or `simple background`
+_BACKGROUND = re.compile(
+    rf"(?:\b(?:in|on|at|before|behind|against|over|under|with|of|by)\b(?:\s+[\w-]+){{0,3}}?\s+"
+    rf"|(?:[\w-]+\s+){{0,2}}){GROUND.pattern}",
+    re.IGNORECASE,
+)
 _WORD = re.compile(r"\w+(?:['-]\w+)*")
 
 
@@ -38,9 +44,7 @@ def _find_shared_phrases(captions: Sequence[DatasetCaption], trigger_word: str) 
     frequent = {
         phrase: indices
         for phrase, indices in captions_by_phrase.items()
-        if len(indices) >= PHRASE_FRACTION * len(texts)
-        and _count_content(phrase) >= MIN_CONTENT_WORDS
-        and not GROUND.search(" ".join(phrase))
+        if len(indices) >= PHRASE_FRACTION * len(texts) and _count_content(phrase) >= MIN_CONTENT_WORDS
     }
     reported: list[str] = []
     for phrase in sorted(frequent, key=lambda phrase: (-len(phrase), phrase)):
@@ -69,8 +73,8 @@ def _find_shared_phrases(captions: Sequence[DatasetCaption], trigger_word: str) 
 
 
 def _split_clauses(text: str, trigger_word: str) -> Iterator[tuple[str, ...]]:
-    """Yield the lower-case words between punctuation marks and trigger words of a caption."""
-    lower_text = text.lower()
+    """Yield the lower-case words between punctuation marks, trigger words and backgrounds of a caption."""
+    lower_text = _BACKGROUND.sub(",", text.lower())
     if trigger_word:
         lower_text = lower_text.replace(trigger_word.lower(), ",")
     for clause in re.split(r"[,.;:!?()\[\]\n]+", lower_text):
