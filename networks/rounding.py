@@ -69,13 +69,6 @@ class RoundingLoss:
         # sums are estimated from samples, so the share may be outside 0..1
         return min(max(share, 0), 1)
 
-    def is_notable(self) -> bool:
-        """Return whether the fraction differs from 1 by more than the tolerance plus two standard errors."""
-        if self.squared_change <= 0:
-            return False
-        standard_error = math.sqrt(self.squared_products) / self.squared_change
-        return abs(self.error_dot_change) / self.squared_change > _TOLERANCE + 2 * standard_error
-
 
 class SampledRows:
     """Evenly spaced rows of a weight, and what each LoRA file adds to them."""
@@ -234,8 +227,12 @@ class LoraRounding:
         is_random = self._rule == STOCHASTIC
         if sample is not None:  # the rule is not STOCHASTIC, see `needs_samples`
             losses = sample.losses(dtype)
-            is_random = self._rule == AUTO and any(loss.is_notable() for loss in losses.values())
             for path, loss in losses.items():
+                if self._rule == AUTO and loss.squared_change > 0:
+                    # notable: the share that is lost exceeds the tolerance plus two standard errors
+                    standard_error = math.sqrt(loss.squared_products) / loss.squared_change
+                    lost_share = abs(loss.error_dot_change) / loss.squared_change
+                    is_random = is_random or lost_share > _TOLERANCE + 2 * standard_error
                 file_loss = self._weights.losses.setdefault(path, RoundingLoss())
                 # extrapolated from the sampled rows to the whole weight
                 file_loss.error_dot_change += loss.error_dot_change / sample.sampled_fraction
