@@ -541,8 +541,8 @@ def family_for_latent_caching(options: KandinskyLatentCachingOptions) -> Kandins
     """Build the model description for kandinsky_cache_latents.py, which needs only the VAEs."""
     task = select_task(options.task, None, options.vae.file.vae, options.vae.audio_vae)
     files = KandinskyFiles(task=task).add_vae_options(options.vae)
-    files.check_audio()
     if not task.has_audio:
+        files.check_audio()  # none may be given
         return Kandinsky(files)
     if files.audio_vae is None:
         logger.info("There is no --audio_vae: only the video of clips is cached")

@@ -393,7 +393,7 @@ class KandinskyFiles(TransformerFiles):
     def audio(self) -> AudioSpec:
         """Return the format of the sound's latents, from the VAE's file or the transformer's."""
         channels, rate, hop = AUDIO_CHANNELS, RATE, HOP
-        if self.audio_vae is not None:
+        if self.audio_vae is not None and self.audio_vae.exists():  # other checks report a missing file
             settings = self.audio_settings()
             channels, rate, hop = (
                 settings[name] for name in ("latent_channels", "sample_rate", "hop_length")

@@ -224,7 +224,8 @@ def _require_audio(
     folder: Path, content: FolderContent, training: PlannedTraining, has_audio_files: bool
 ) -> None:
     """Raise DatasetError if the model learns the audio of clips, and the folder has none."""
-    if not training.model_info.trains_on_audio or training.model_info.reads_separate_audio:
+    info = training.model_info
+    if not info.trains_on_audio or info.reads_separate_audio or info.takes_silent_clips:
         return
     # audio files next to the clips can be added to them by `audio_directory` in dataset.toml
     if not has_audio_files and not any(map(_has_audio, content.media)):

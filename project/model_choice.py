@@ -52,6 +52,7 @@ class ModelInfo:
     max_references: int  # maximum number of reference images; 0: it does not edit
     needs_reference: bool  # it requires a reference image
     trains_on_audio: bool  # it is trained on the audio of clips
+    takes_silent_clips: bool  # all clips may be silent, so that only the video is trained
     reads_separate_audio: bool  # uses an audio file named like the clip; accepts silent clips
     trains_on_clips: bool  # False: it is trained only on images
     min_seconds: float  # minimum length of a clip; shorter ones are not used
@@ -95,6 +96,7 @@ def read_model_info(model: ModelSet, files: Mapping[str, str] = MappingProxyType
         max_references=max_references,
         needs_reference=needs_image(model) and max_references > 0,
         trains_on_audio=audio.trains_on_audio,
+        takes_silent_clips=audio.takes_silent_clips,
         reads_separate_audio=audio.reads_separate_files,
         trains_on_clips=model.properties["frames"] > 1,
         min_seconds=model.properties.get("least_frames", 0) / model.properties.get("fps", 1),
@@ -117,6 +119,7 @@ def read_model_info(model: ModelSet, files: Mapping[str, str] = MappingProxyType
 class _AudioSupport(NamedTuple):
     trains_on_audio: bool
     reads_separate_files: bool  # an audio file named like a clip replaces the clip's audio
+    takes_silent_clips: bool = False  # clips may all be silent
 
 
 def _read_audio_support(family: Any) -> _AudioSupport:
@@ -127,7 +130,11 @@ def _read_audio_support(family: Any) -> _AudioSupport:
         return _AudioSupport(trains_on_audio=True, reads_separate_files=False)
     if audio is None:
         return _AudioSupport(trains_on_audio=False, reads_separate_files=False)
-    return _AudioSupport(trains_on_audio=True, reads_separate_files=audio.is_in_latent_cache)
+    return _AudioSupport(
+        trains_on_audio=True,
+        reads_separate_files=audio.is_in_latent_cache,
+        takes_silent_clips=not audio.silent_option,
+    )
 
 
 def trains_on_audio_alone(model: ModelSet) -> bool:

@@ -136,7 +136,7 @@ NEEDS_CLIPS = {
     "hunyuan_video_1_5 i2v-480p",
     "hunyuan_video_1_5 i2v-720p",
 }
-HEARS = {"ltx_2 av", "kandinsky k6-lite-5s"}
+HEARS = {"ltx_2 av"}
 NEEDS_SECONDS = {"minimax_h3 t2va", "minimax_h3 fl2va"}  # five: more than most clips here have
 
 
