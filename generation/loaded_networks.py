@@ -90,7 +90,10 @@ class Session:
         if self._text_encoders is None:
             self._text_encoders = self.family.text_encoders()
             if self.blocks is not None:
-                _divide_encoders(self._text_encoders, self.blocks)
+                # each process loads only some of the blocks
+                for encoder in self._text_encoders:
+                    if can_divide(encoder):
+                        encoder.blocks = self.blocks
             if self.text_loras is not None:
                 self.text_loras.warn_about_unused_changes(self._text_encoders)
         new_prompts = [text for text in list_prompts(prompts) if text not in self._encoded]
@@ -182,13 +185,6 @@ class Session:
         self._media = None
         self.dits.free()
         free_memory(self.device)
-
-
-def _divide_encoders(encoders: Iterable[TextEncoder], block_sharder: BlockSharder) -> None:
-    """Let each of several processes load only some of the blocks of the text encoders."""
-    for encoder in encoders:
-        if can_divide(encoder):
-            encoder.blocks = block_sharder
 
 
 def select_prompts(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) -> Mapping[int, Prompts]:

@@ -258,7 +258,11 @@ def _save_clip(options: OutputOptions, stem: str, clip: _Clip) -> Path:
     if saves_audio:
         side_suffixes.append(AUDIO_SUFFIX)
     if options.output_type in IMAGE_OUTPUTS:
-        path = _save_frames(options, stem, clip, side_suffixes)
+        path = options.save_path / free_stem(options.save_path, stem, ["", *side_suffixes])
+        with atomic_folder(path) as folder:
+            frame_name = f"{path.name}_{{:03d}}.png"
+            for _ in write_frames(clip.frames, folder, frame_name, as_png_texts(clip.metadata or {})):
+                pass  # each iteration writes a frame
         name = path.name
     else:
         path = _save_video(options, stem, clip, side_suffixes)
@@ -294,16 +298,6 @@ def _save_layers(
     paths = write_layers(options.save_path, stem, frames, has_full, as_png_texts(metadata or {}))
     logger.info("Layers: %s to %s", paths[0], paths[-2].name)
     return paths[-1]
-
-
-def _save_frames(options: OutputOptions, stem: str, clip: _Clip, side_suffixes: Sequence[str]) -> Path:
-    """Write the frames as a folder of PNG files; return its path."""
-    path = options.save_path / free_stem(options.save_path, stem, ["", *side_suffixes])
-    with atomic_folder(path) as folder:
-        name = f"{path.name}_{{:03d}}.png"
-        for _ in write_frames(clip.frames, folder, name, as_png_texts(clip.metadata or {})):
-            pass  # each iteration writes a frame
-    return path
 
 
 def _save_audio(

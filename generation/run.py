@@ -336,24 +336,20 @@ def make_prompt(run: GenerationRun) -> None:
             " ".join(line_options),
         )
     if run.options.num_videos > 1:
-        _make_several(run)
+        # --num_videos times; an error in one of the videos does not stop the others
+        request = run.options.request
+        count = run.options.num_videos
+        first_seed = None if request.seed is None else parse_seed(request.seed)
+        kind = "image" if run.options.output.pictures else "video"
+        jobs = []
+        for index in range(count):
+            overrides = {} if first_seed is None else {"seed": first_seed + index}
+            jobs.append(make_job(run, f"{kind} {index + 1}", overrides))
+        failures = Failures()
+        make_outputs(run, jobs, failures)
+        failures.raise_if_any(count)
     else:
         make_outputs(run, [make_job(run, "the prompt", {})], Failures(strict=True))
-
-
-def _make_several(run: GenerationRun) -> None:
-    """Generate the prompt --num_videos times; an error in one of the videos does not stop the others."""
-    request = run.options.request
-    count = run.options.num_videos
-    first_seed = None if request.seed is None else parse_seed(request.seed)
-    kind = "image" if run.options.output.pictures else "video"
-    jobs = []
-    for index in range(count):
-        overrides = {} if first_seed is None else {"seed": first_seed + index}
-        jobs.append(make_job(run, f"{kind} {index + 1}", overrides))
-    failures = Failures()
-    make_outputs(run, jobs, failures)
-    failures.raise_if_any(count)
 
 
 def check_models(run: GenerationRun) -> None:

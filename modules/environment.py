@@ -76,7 +76,13 @@ def prepare_environment(
     Raises:
         UserError: If the installation fails.
     """
-    requirements = [*_list_requirements(extra, build), *packages]
+    # those of the runtime, with a torch build or the default, of an optional extra, and the packages
+    torch = TORCH if build is None else build.torch
+    requirements = [torch if requirement_name(line) == "torch" else line for line in read_requirements()]
+    if extra is not None:
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        requirements += project["optional-dependencies"][extra]
+    requirements += packages
     uses_active_environment = sys.prefix != sys.base_prefix and build is None
     folder = Path(sys.prefix) if uses_active_environment else ROOT / ".venv"
     python = Path(sys.executable) if uses_active_environment else get_python_path(folder)
@@ -110,16 +116,6 @@ def _replace_stamp(stamp: Path, old_hash: bytes | None, new_hash: bytes) -> Iter
             stamp.write_bytes(old_hash)
         raise
     stamp.write_bytes(new_hash)
-
-
-def _list_requirements(extra: str | None, build: Build | None) -> list[str]:
-    """Return the requirements of the runtime with a torch build (or the default) and of an optional extra."""
-    torch = TORCH if build is None else build.torch
-    requirements = [torch if requirement_name(line) == "torch" else line for line in read_requirements()]
-    if extra is not None:
-        project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-        requirements += project["optional-dependencies"][extra]
-    return requirements
 
 
 def get_python_path(folder: Path) -> Path:

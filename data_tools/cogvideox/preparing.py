@@ -107,7 +107,15 @@ def _conclude(
 def _begin_folder(options: PrepareOptions, networks: PipelineNetworks | None) -> None:
     """Record the settings of the output folder, remove unfinished files, and make the folders in it."""
     # all runs into a folder share its settings and encoders
-    record = _make_record(options.shape, networks)
+    # the same types as when the record is read from JSON
+    settings = dataclasses.asdict(options.shape)
+    for option, value in settings.items():
+        if isinstance(value, tuple):
+            settings[option] = list(value)
+    if networks is None:
+        record = PreparedFolder(None, {}, settings)
+    else:
+        record = PreparedFolder(networks.architecture, networks.vae_identity, settings)
     earlier = read_prepared(options.output_dir)
     if earlier is not None:
         if networks is None and earlier.architecture is not None:
@@ -186,17 +194,6 @@ def round_frame_buckets(shape: ShapeOptions, networks: PipelineNetworks | None) 
             " ".join(map(str, rounded)),
         )
     return dataclasses.replace(shape, frame_buckets=rounded)
-
-
-def _make_record(shape: ShapeOptions, networks: PipelineNetworks | None) -> PreparedFolder:
-    """Return the record of a prepared folder, with the same types as when it is read from JSON."""
-    settings = dataclasses.asdict(shape)
-    for name, value in settings.items():
-        if isinstance(value, tuple):
-            settings[name] = list(value)
-    if networks is None:
-        return PreparedFolder(None, {}, settings)
-    return PreparedFolder(networks.architecture, networks.vae_identity, settings)
 
 
 def _describe_encoders(record: PreparedFolder) -> dict[str, Any]:

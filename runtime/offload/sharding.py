@@ -98,9 +98,16 @@ class ShardedBlocks:
         runner = get_runner(network)
         if any(parameter.requires_grad for parameter in root.parameters()):
             runner = functools.partial(_run_without_autocast_cache, runner)
-            _sum_gradients(blocks)
+            # sums of gradients over processes, not averages: the loss is already divided
+            for block in blocks:
+                block.register_forward_pre_hook(_fill_gradients, with_kwargs=True)
+                block.set_gradient_divide_factor(1.0)  # type: ignore[operator]
+                block.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
         if self._mesh.device_type == "cpu":
-            _gather_without_prefetch(blocks)
+            # each block is gathered right before it runs: prefetching would save no time there
+            for block in blocks:
+                block.register_forward_pre_hook(_gather_alone, prepend=True)
+                block.set_modules_to_backward_prefetch([block])  # type: ignore[operator]
         else:
             for block, next_block in pairwise(blocks):
                 block.set_modules_to_forward_prefetch([next_block])  # type: ignore[operator]
@@ -122,21 +129,6 @@ class ShardedBlocks:
         # split with the weights, because gloo gathers 8-bit weights only together with another dtype
         vectors = [parameter for parameter in block.parameters() if parameter.ndim < 2]
         fully_shard(block, mesh=self._mesh, reshard_after_forward=True, ignored_params={*vectors[1:]})
-
-
-def _sum_gradients(blocks: Sequence[nn.Module]) -> None:
-    """Make FSDP sum gradients over processes, not average them: the loss is already divided."""
-    for block in blocks:
-        block.register_forward_pre_hook(_fill_gradients, with_kwargs=True)
-        block.set_gradient_divide_factor(1.0)  # type: ignore[operator]
-        block.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
-
-
-def _gather_without_prefetch(blocks: Sequence[nn.Module]) -> None:
-    """Make FSDP gather each block right before it runs: on a CPU, prefetching would save no time."""
-    for block in blocks:
-        block.register_forward_pre_hook(_gather_alone, prepend=True)
-        block.set_modules_to_backward_prefetch([block])  # type: ignore[operator]
 
 
 class _Root(nn.Module):
