@@ -242,7 +242,7 @@ class PreviewOptions(Options, title="previews"):
         hint="omit it for no previews",
     )
     preview_vae: Path | None = option(  # None: a linear map from latents to colors
-        "small VAE (TAEHV: taew2_1 for Wan, taehv for HunyuanVideo, FramePack and Kandinsky 5, taehv1_5 for "
+        "small VAE (TAEHV: taew2_1 for Wan, taehv for HunyuanVideo and others with its VAE, taehv1_5 for "
         "HunyuanVideo 1.5) for previews that are sharp and have all frames; default: blurred colors, at no "
         "cost",
         needs="preview_latent_every",

@@ -72,7 +72,7 @@ MAX_LATENT = 3.0  # latents are squeezed smoothly into -MAX_LATENT..MAX_LATENT
 ENLARGEMENT = 8  # in height and width: each of three stages doubles them
 STAGES = (3, 9, 15)  # number of the first layer of each stage; a stage begins with three memory blocks
 FILES = (
-    "taew2_1 for Wan, taew2_2 for Wan2.2 TI2V-5B, taehv for HunyuanVideo, FramePack and Kandinsky 5, "
+    "taew2_1 for Wan, taew2_2 for Wan2.2 TI2V-5B, taehv for HunyuanVideo and others with its VAE, "
     "taehv1_5 for HunyuanVideo 1.5 (.pth or .safetensors)"
 )
 META, CPU = torch.device("meta"), torch.device("cpu")
