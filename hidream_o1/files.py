@@ -209,7 +209,7 @@ class HiDreamO1Files(TransformerFiles):
         """Raise CheckpointError if the network's file has no vision tower."""
         if self.dit_header().config.vision is None:
             raise CheckpointError(
-                f"{self.dit_path} has no vision tower ({TOWER}*), which references need. Pass "
+                f"{self.dit_path} has no vision tower ({TOWER}*), which references (--task i2i) need. Pass "
                 f"{RELEASED_FILES}.",
                 self.dit_path,
             )

@@ -497,9 +497,13 @@ SETTINGS: dict[str, Setting] = {
         f"{script}.task": Setting(("t2i",), family="hidream_o1 edit")
         for script in (
             *("hidream_o1_cache_latents.py", "hidream_o1_cache_text_encoder_outputs.py"),
-            *("hidream_o1_train_network.py", "hidream_o1_train.py", "hidream_o1_generate_image.py"),
+            "hidream_o1_generate_image.py",
         )
     },
+    **dict.fromkeys(
+        ("hidream_o1_train_network.py.task", "hidream_o1_train.py.task"),
+        Setting(("i2i",), family="hidream_o1"),
+    ),
     "hidream_o1_generate_image.py.editing_scheduler": Setting(
         ("flash",), also=("--model_type", "dev"), family="hidream_o1 edit"
     ),
