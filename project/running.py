@@ -126,7 +126,7 @@ def run_commands(options: RunOptions, trace: RunTrace, end: EndCommand) -> None:
         folders.append(options.models)
     # run.toml may come from a stranger: its commands can only write into these folders
     with limit_run(folders, typed_options.keys(), own_command(*options.as_arguments)):
-        _run_or_check(options, _read_project(options.folder, typed_options), trace, end)
+        _run_or_check(options, read_project(options.folder, typed_options), trace, end)
 
 
 def _run_or_check(options: RunOptions, project: Project, trace: RunTrace, end: EndCommand) -> None:
@@ -301,7 +301,7 @@ def _run_or_exit(
     raise SystemExit(1 if has_skipped_files else code)
 
 
-def _read_project(path_or_folder: Path, typed_options: Mapping[str, Any]) -> Project:
+def read_project(path_or_folder: Path, typed_options: Mapping[str, Any]) -> Project:
     """Return the project in a folder's run.toml, after checking its paths."""
     # a path to its run.toml stands for the folder
     if path_or_folder.name == RUN_FILE and not path_or_folder.is_dir():

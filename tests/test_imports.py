@@ -189,7 +189,7 @@ _TOOLS = {
         *("blocks", "cache_on_ray", "canny", "caption_dataset", "compare", "control_pictures"),
         *("convert_cache", "dataset_report", "detect_face_rotate", "diagnose", "doctor", "judge_loras"),
         *("download", "lora_post_hoc_ema", "prepare_dataset", "profile_blocks", "quantise", "run_browser"),
-        *("mask", "merge_models", "pack", "recipe", "resize_images_to_resolution", "score"),
+        *("mask", "merge_models", "pack", "recipe", "regularize", "resize_images_to_resolution", "score"),
         *("share_page", "show_metadata", "split_video", "tag", "unpack"),
     ),
     "blissful_tuner": (

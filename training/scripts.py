@@ -47,6 +47,9 @@ def training_script(
 ) -> Script:
     """Return the script that trains a LoRA for a family, or its transformer with `full_dit`.
 
+    The script's function takes an optional second argument, a function that gets the options that were read
+    and is called instead of training; it returns an exit code.
+
     Args:
         family: Name of the family.
         about: The script's docstring.
@@ -66,8 +69,11 @@ def training_script(
     sampling_settings = {"choices": samplers, **changes.settings.get("timestep_sampling", {})}
     changes = replace(changes, settings={**changes.settings, "timestep_sampling": sampling_settings})
 
-    def train(argv: Sequence[str] | None = None) -> None:
-        """Read the options in `argv` (None: the command line) and train; exit with the code of an error."""
+    def train(argv: Sequence[str] | None = None, start: Callable[..., int] | None = None) -> None:
+        """Read the options in `argv` (None: the command line) and train; exit with the code of an error.
+
+        `start` replaces the training, for other tools.
+        """
         record = entry.options_record(kind)
         if images is None:
             options, family_options, script_options = read_training(
@@ -86,7 +92,7 @@ def training_script(
             if os.environ.get(TELLS_UNUSED):
                 _warn_of_unused_options(options, family_options)
             default_script = f"{entry.script}_train.py" if full_dit else f"{entry.training_script}.py"
-            exit_code = _start_training(
+            exit_code = (start or _start_training)(
                 family, script or default_script, options, family_options, script_options
             )
         if exit_code:

@@ -52,7 +52,8 @@ VERDICTS = {
     "right": "right",
     "too_weak": "too weak: train longer, or use a higher strength",
     "overcooked": "overcooked: take an earlier file, or use a lower strength",
-    "leaks": "leaks into the class: train with regularization images of the class word",
+    "leaks": "leaks into the class: train with regularization images of the class word, which "
+    "tools/regularize.py makes",
 }
 
 
