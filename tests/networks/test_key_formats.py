@@ -120,6 +120,7 @@ def test_names_that_several_families_have_are_those_of_like_blocks() -> None:
         {"sd1", "sd2", "sdxl"},
         {"framepack", "qwen_image", "qwen_image_21", "ltx_2"},  # all in diffusers' layout
         {"lumina", "z_image", "fibo_2", "ideogram4"},
+        {"kandinsky", "kandinsky_6"},
     )
     of_several = {"x_embedder", "img_in", "txt_in", "final_layer.linear", "final_layer.adaLN_modulation.1"}
     of_several |= {"time_embedding.0", "time_embedding.2", "x_embedder.proj"}
