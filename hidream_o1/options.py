@@ -27,7 +27,7 @@ STEPS, GUIDANCE = 50, 5.0
 DEV_STEPS, DEV_GUIDANCE = 28, 1.0
 SHIFT = 3.0  # shift of the noise levels in generations; training has none
 SHIFT_OF_SEVERAL = 1.0  # the same with several references
-TASKS = T2I, I2I = ("t2i", "i2i")
+TASK_NAMES = T2I, I2I = ("t2i", "i2i")
 SCHEDULERS = FLOW_MATCH, FLASH = ("flow_match", "flash")  # of edits with Dev
 # options of a generation -> their names in Request.extra
 EXTRAS = {name: name for name in ("editing_scheduler", "layout_bboxes")}
@@ -61,7 +61,7 @@ class LayoutBox(NamedTuple):
 class HiDreamO1LatentCachingOptions(Options, title=NAME):
     """Options of hidream_o1_cache_latents.py in addition to the shared ones."""
 
-    task: str = option(_TASK, default=T2I, choices=TASKS)
+    task: str = option(_TASK, default=T2I, choices=TASK_NAMES)
     vae = not_needed(_NO_VAE, type=Path)
     model_type = not_needed(_ONE_CACHE, type=str)
 
@@ -71,7 +71,7 @@ class HiDreamO1TextCachingOptions(Options, title=NAME):
 
     dit: Path | None = option(_DIT, required=True, often=True)
     tokenizer: Path | None = option(_TOKENIZER)
-    task: str = option(_TASK, default=T2I, choices=TASKS)
+    task: str = option(_TASK, default=T2I, choices=TASK_NAMES)
     model_type = not_needed(_ONE_CACHE, type=str)
 
 
@@ -96,7 +96,7 @@ class HiDreamO1TrainingOptions(HiDreamO1ModelOptions, title=NAME):
     task: str = option(
         f"{_TASK} and is trained as well. Caches need the same option",
         default=T2I,
-        choices=TASKS,
+        choices=TASK_NAMES,
         facts=HABIT,
     )
 
@@ -107,7 +107,7 @@ class HiDreamO1GenerationOptions(HiDreamO1ModelOptions, title=NAME):
     task: str | None = option(
         "t2i leaves out the vision tower, which references need (1.2 GB); default: i2i with "
         "--control_image_path or prompt lines, else t2i",
-        choices=TASKS,
+        choices=TASK_NAMES,
         facts=NO_PIXELS,
     )
     keep_original_aspect: bool = option(

@@ -656,7 +656,7 @@ def test_a_lora_from_elsewhere_is_used_by_its_path(served: Served, root: Path) -
 def test_the_negative_prompt_of_one_model_does_not_stay_for_another(served: Served) -> None:
     fields = {"source": "model anima base", "fill": "yes", "draft": "0123456789abcdef"}
     anima = post(served, "form", fields).text
-    negative = re.search(r'<textarea id="negative"[^>]*>([^<]*)<', anima)
+    negative = re.search(r'<textarea name="negative"[^>]*>([^<]*)<', anima)
     assert negative is not None
     assert negative[1]
     other = {**fields, "source": "model stable_diffusion 1.5", "negative": html.unescape(negative[1])}
