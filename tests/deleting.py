@@ -41,7 +41,7 @@ FORM_FILES = {
 } | {caches.cache_format: caches for caches in CACHES}
 FOLDERS |= dict.fromkeys(FORM_FILES, "dataset/forms")
 # pages of the browser to which no other file leads: parts of the pages of a folder, of a run and of models
-PAGES = ("blocks", "folder_settings", "items", "masks", "memory", "samples", "tags")
+PAGES = ("blocks", "folder_settings", "items", "masks", "memory", "regularization", "samples", "tags")
 # what writes a form, and is of no use without it
 WRITERS = {
     "cogvideox": (

@@ -345,6 +345,7 @@ PAGES = (
         "/new/samples?folder={}",
         "/new/memory?folder={}",
         "/new/tags?folder={}",
+        "/new/regularization?folder={}",
         "/masks?folder={}",
         "{run}",
         "{run}deeds",
