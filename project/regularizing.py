@@ -120,7 +120,7 @@ def _read_model(project: Project) -> BaseModel:
         entry = FAMILIES[name]
         if entry.makes != "image":
             raise OptionError(
-                f"{argv[1]} trains on videos, which have no regularization images. Use an image model"
+                f"{argv[1]} trains a video model, which has no regularization images. Use an image model"
             )
         if entry.captions:
             raise OptionError(

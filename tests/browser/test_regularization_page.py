@@ -53,5 +53,5 @@ def test_the_button_runs_the_command_in_the_queue(tmp_path: Path) -> None:
             text = served.ask("/new/regularization?folder=cat&part=progress").text
             time.sleep(0.1)
     assert "job 1 of the queue" in text
-    assert "trains on videos, which have no regularization images" in text, text
+    assert "trains a video model, which has no regularization images" in text, text
     assert not (tmp_path / "cat" / "regularization_images").exists()

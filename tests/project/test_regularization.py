@@ -150,7 +150,7 @@ def test_what_has_no_such_images_is_refused_before_anything_runs(
 def test_a_video_model_is_refused(tmp_path: Path) -> None:
     folder = describe(tmp_path, "wan t2v-1.3B")
     code, said = run_here(TOOL, folder, "--class_word", "cat", folder=tmp_path)
-    assert_one_message(code, said, "trains on videos, which have no regularization images")
+    assert_one_message(code, said, "trains a video model, which has no regularization images")
     assert not (folder / "regularization_images").exists()
 
 
