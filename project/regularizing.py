@@ -20,6 +20,7 @@ from modules.atomic_write import make_folder, write_text
 from modules.console import format_count
 from modules.errors import INTERRUPTED, DatasetError, OptionError
 from modules.media.reading import image_size
+from modules.open_files import replace_file
 from modules.option_values import missing_words, option_argv
 from modules.run_limits import limit_run
 from modules.text_files import read_text
@@ -219,7 +220,7 @@ def _make_images(model: BaseModel, folder: Path, images: Sequence[ClassImage]) -
             if image is not None:
                 # the image comes last: a name that exists is complete, with its caption
                 write_text(image.path.with_suffix(CAPTION_SUFFIX), f"{image.caption}\n")
-                path.replace(image.path)
+                replace_file(path, image.path)
     if code == INTERRUPTED:
         raise KeyboardInterrupt
     if code:

@@ -43,6 +43,7 @@ OWN = {
     "modules/media/writing.py": "a clip that it writes",
     "package/release.py": "files of a release that it has just made",
     "project/packing.py": "an archive that it writes",
+    "project/regularization.py": "dataset.toml of a folder that new described",
     "stable_diffusion/textual_inversion.py": "from_pretrained of torch.nn takes a tensor",
 }
 OUTSIDE = {"tests", "benchmarks", "pocket", "docs", "build", "dist"}

@@ -124,7 +124,7 @@ NAMES = (
     wrong(NETWORK_TRAININGS, "--network_args include_patterns=.*ffn.*", "write a Python list"),
     wrong(NETWORK_TRAININGS, "--network_args rank_dropout 0.1", "'rank_dropout'", "write key=value"),
     wrong(GENERATIONS, "--lora_weight lora.safetensors --include_patterns [", "--include_patterns '['"),
-    wrong(GENERATIONS, "--include_patterns a b", "2 patterns for 0 LoRA files", "one per file"),
+    wrong(GENERATIONS, "--include_patterns a b", "is about LoRA files", "pass --lora_weight"),
     wrong(CACHE, "--debug_mode console --console_back pink", "--console_back pink", "use one of black"),
 )
 FILES = (

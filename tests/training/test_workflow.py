@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from checkpoints.writing import save_tensors
 from downloads.catalogue import known_components
 from modules.errors import OptionError, UserError
 from protocols.family import Abilities
-from protocols.requests import Prepared, Request
+from protocols.requests import Request
 from protocols.rules import ONE_EXPERT, Expert
 from protocols.workflows import CLIP_LATENT, ComfyModel, shift_thousand
 from tests.tiny.families import family_called
@@ -133,10 +133,6 @@ class DrawnFamily(toy.ToyFamily):
 
     def comfy_model(self) -> ComfyModel:
         return MODEL
-
-    def prepare(self, request: Request) -> Prepared:
-        prepared = super().prepare(request)
-        return replace(prepared, guidance_scale=prepared.guidance_scale * len(self.experts))
 
 
 def write_files(folder: Path, experts: tuple[Expert, ...] = ONE_EXPERT) -> tuple[Path, ...]:

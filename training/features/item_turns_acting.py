@@ -20,6 +20,7 @@ from dataset.sources.captions import complete_captions
 from modules.atomic_write import append_text, write_text
 from modules.control_codes import shorten
 from modules.errors import CacheError, OptionError, UserError
+from modules.open_files import replace_file
 from training.features.hooks import HookedModel, PlannedRun, RunFeatures
 from training.features.item_turns_options import ItemTurnsOptions, ItemTurnsProgress, is_measured
 from training.features.phases import GRADIENTS, STEP
@@ -361,7 +362,7 @@ def _take_file(path: Path) -> list[str]:
     try:
         if not path.is_file():
             return []
-        path.replace(taken)  # first, so that lines that the page adds meanwhile are in a new file
+        replace_file(path, taken)  # first, so that lines that the page adds meanwhile are in a new file
         if taken.stat().st_size > MAX_REQUEST_BYTES:
             logger.warning("%s asks for nothing: it contains more than %d bytes.", path, MAX_REQUEST_BYTES)
             text = ""

@@ -7,6 +7,7 @@ from browser.pages.items.run_items import RunItem
 from modules.atomic_write import explain_errors, write_text
 from modules.errors import OptionError
 from modules.file_locks import only_one
+from modules.open_files import replace_file
 from modules.pages.language import say
 from modules.text_files import bad_character, read_content
 from training.reports.item_turns import CAPTION, MAX_REQUEST_BYTES
@@ -47,7 +48,7 @@ def add_request(path: Path, line: str) -> None:
     taken = path.with_name(f"{path.name}.asking")
     with explain_errors(path), only_one(path.with_name(f".{path.name}.lock")):
         with contextlib.suppress(FileNotFoundError):
-            path.replace(taken)
+            replace_file(path, taken)
         earlier = ""
         with contextlib.suppress(FileNotFoundError):
             earlier = read_content(taken, MAX_REQUEST_BYTES).decode("utf-8", "replace")

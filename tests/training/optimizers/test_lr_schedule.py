@@ -231,7 +231,7 @@ def test_arguments_reach_the_optimizer_and_its_description_and_groups_keep_their
             "builtins is a module of Python's standard library",
         ),
         ("torch.nn.Linear", (), "is not an optimizer class"),
-        ("torch.optim.Optimizer", (), "with --optimizer_args"),
+        ("torch.optim.Optimizer", (), "--optimizer_type torch.optim.Optimizer: "),
         ("antigravity.fly", (), "which has nothing for this option and is not imported"),
         ("..os", (), "--optimizer_type ..os: is not an import path"),
         (".", (), "unknown. Use one of"),
