@@ -1,5 +1,6 @@
 """The commands of the page Blocks: diagnosis, profile, new file, and results with and without strengths."""
 
+import glob
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +13,8 @@ from browser.pages.blocks.measured import FOLDER, diagnosis_path, profile_path
 from browser.pages.blocks.strengths import parse_strengths
 from browser.runs.comparable_runs import LORA, group_options
 from browser.runs.recipes import FIELDS, STRENGTHS, ModelRecipe, RenderRequest
-from modules.errors import OptionError
 from modules.option_values import option_argv
-from modules.pages.language import say
+from modules.pages.language import refusal
 from modules.text_files import bad_character, real_path
 from protocols.families import HIGH_NOISE, LOW_NOISE
 
@@ -84,7 +84,7 @@ def make_profile_argv(lora: Path, form: BlocksForm, request: RenderRequest) -> l
     for used in request.loras:
         options["--lora_high_noise" if used.expert == HIGH_NOISE else "--lora"] = used.path
     if "--lora" not in options:  # a file for high noise alone
-        raise OptionError(say("A profile needs the file for low noise too: %(name)s.", name=LOW_NOISE))
+        raise refusal("A profile needs the file for low noise too: %(name)s.", name=LOW_NOISE)
     if form.multiplier != "1":
         options["--lora_multiplier"] = form.multiplier
     options["--json"] = str(profile_path(lora))
@@ -122,11 +122,9 @@ def make_bake_argvs(
     """
     strengths, donor_blocks = form.strengths, form.text("donor_blocks")
     if not strengths and not (donor_files and donor_blocks):
-        raise OptionError(
-            say("Nothing would change: set the strength of a block, or take blocks of a donor.")
-        )
+        raise refusal("Nothing would change: set the strength of a block, or take blocks of a donor.")
     if bool(donor_files) != bool(donor_blocks):
-        raise OptionError(say("Choose the donor, and type which of its blocks to take, such as 10-19=1."))
+        raise refusal("Choose the donor, and type which of its blocks to take, such as 10-19=1.")
     parse_strengths(strengths)
     parse_strengths(donor_blocks)
     files = list_experts_files(lora)
@@ -155,14 +153,14 @@ def find_output(path: Path, files: Sequence[Path], name: str) -> Path:
     """
     stem = name.removesuffix(SUFFIX)
     if not stem or Path(stem).name != stem or stem[0] == "." or bad_character(stem) is not None:
-        raise OptionError(say("Name of the new file: type one without folders, such as my_lora_weaker."))
+        raise refusal("Name of the new file: type one without folders, such as my_lora_weaker.")
     ending = ""
     for expert in (LOW_NOISE, HIGH_NOISE):
         if len(files) > 1 and f"_{expert}." in path.name:
             ending = f"_{expert}"
     output = path.with_name(f"{stem}{ending}{SUFFIX}")
     if output.exists() or output.is_symlink():
-        raise OptionError(say("%(name)s exists already: type another name.", name=output.name))
+        raise refusal("%(name)s exists already: type another name.", name=output.name)
     return output
 
 
@@ -170,14 +168,9 @@ def suggest_name(lora: Path) -> str:
     """Return a free name for a new file next to a LoRA."""
     stem = lora.stem.removesuffix(f"_{LOW_NOISE}").removesuffix(f"_{HIGH_NOISE}")
     number = 1
-    while any(lora.parent.glob(f"{_escape(stem)}_blocks{number if number > 1 else ''}[._]*")):
+    while any(lora.parent.glob(f"{glob.escape(stem)}_blocks{number if number > 1 else ''}[._]*")):
         number += 1
     return f"{stem}_blocks{number if number > 1 else ''}"
-
-
-def _escape(text: str) -> str:
-    """Return a name for a glob pattern that matches just this name."""
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in text)
 
 
 def require_folder(lora: Path) -> Path:
@@ -190,5 +183,5 @@ def require_folder(lora: Path) -> Path:
     folder = lora.parent / FOLDER
     folder.mkdir(exist_ok=True)
     if real_path(folder) != real_path(lora.parent) / FOLDER:
-        raise OptionError(say("%(folder)s is a link", folder=folder))
+        raise refusal("%(folder)s is a link", folder=folder)
     return folder

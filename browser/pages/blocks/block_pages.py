@@ -52,7 +52,7 @@ from browser.runs.recipes import IMAGES, RESULTS, ModelRecipe, RenderRequest
 from browser.runs.runs import FINISHED, RUNNING
 from modules.atomic_write import write_text
 from modules.errors import OptionError, UserError
-from modules.pages.language import say
+from modules.pages.language import refusal, say
 from modules.text_files import read_text
 
 DIAGNOSE, BAKE = "diagnoselora", "bakelora"  # kinds of background jobs
@@ -157,13 +157,11 @@ class BlockPages:
                 typed = form.text("preset")
                 path = find_file(self.site.runs, typed)
                 if path is None:
-                    raise OptionError(
-                        say("Preset %(path)s: there is no such file below the folders.", path=typed)
-                    )
+                    raise refusal("Preset %(path)s: there is no such file below the folders.", path=typed)
                 try:
                     return form.with_text(read_preset(read_text(path, MAX_PRESET_BYTES)))
                 except UnicodeDecodeError:
-                    raise OptionError(say("Preset %(path)s: it is not text in UTF-8.", path=typed)) from None
+                    raise refusal("Preset %(path)s: it is not text in UTF-8.", path=typed) from None
         return form
 
     # --- what the parts show
@@ -290,11 +288,9 @@ class BlockPages:
         request = self.require_request(lora, form, recipe)
         job = self.find_profile_job(lora)
         if job is not None and job.state in (WAITING, RUNNING):
-            raise OptionError(
-                say(
-                    "job %(id)s of the queue is already doing this: wait until it has ended, or stop it",
-                    id=job.id,
-                )
+            raise refusal(
+                "job %(id)s of the queue is already doing this: wait until it has ended, or stop it",
+                id=job.id,
             )
         commands.require_folder(lora)
         argv = commands.make_profile_argv(lora, form, request)
@@ -336,21 +332,17 @@ class BlockPages:
             OptionError: If there is no model for the LoRA, or if a field is not valid.
         """
         if recipe is None:
-            raise OptionError(
-                say("No model for this LoRA is on this machine: download it on the page Models first.")
-            )
+            raise refusal("No model for this LoRA is on this machine: download it on the page Models first.")
         request = commands.make_request(lora, form, recipe, self.results_folder)
         request.check()
         seed = form.text("seed")
         if not (seed.isdecimal() and len(seed) < 20):
-            raise OptionError(
-                say("Seed %(seed)s: use a whole number, so that both results have it.", seed=seed)
-            )
+            raise refusal("Seed %(seed)s: use a whole number, so that both results have it.", seed=seed)
         for name in IMAGES:
             for path in form.text(name).splitlines():
                 is_own = path in recipe.paths  # files in the model's own command may be anywhere
                 if not is_own and not self.site.runs.is_inside(recipe.folder / path):
-                    raise OptionError(say("%(path)s is outside the folders that this page shows.", path=path))
+                    raise refusal("%(path)s is outside the folders that this page shows.", path=path)
         return request
 
     def bake(self, lora: Path, form: BlocksForm, _: ModelRecipe | None) -> None:

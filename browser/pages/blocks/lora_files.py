@@ -15,8 +15,7 @@ from browser.runs.recipes import ModelRecipe, UsedLora, can_generate, make_model
 from browser.runs.runs import RunSummary
 from downloads.catalogue import ModelSet, model_sets, model_title
 from modules.console import format_size
-from modules.errors import OptionError
-from modules.pages.language import join, say
+from modules.pages.language import join, refusal, say
 from modules.text_files import read_tensor_header, real_path, require_regular_file
 from networks.module_names import list_accepted_families, read_family
 from protocols.families import HIGH_NOISE, LOW_NOISE, with_scripts
@@ -110,9 +109,9 @@ def find_lora(site: Site, text: str) -> Path:
     """
     path = find_file(site.runs, text) or Path(text)
     if not text.strip() or path.suffix != SUFFIX or not path.is_absolute() or not is_shown(site, path):
-        raise OptionError(say("%(path)s: there is no such LoRA file below the folders.", path=text[:200]))
+        raise refusal("%(path)s: there is no such LoRA file below the folders.", path=text[:200])
     if read_lora_file(path) is None:
-        raise OptionError(say("%(path)s is not a LoRA.", path=path.name))
+        raise refusal("%(path)s is not a LoRA.", path=path.name)
     return path
 
 

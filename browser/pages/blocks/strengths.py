@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from modules.control_codes import shorten
 from modules.errors import OptionError
-from modules.pages.language import say
+from modules.pages.language import refusal
 from networks.typed_strengths import OTHER, BlockStrength, read_block_strengths
 
 MAX_STRENGTH = 1000  # as of whole LoRAs
@@ -49,12 +49,10 @@ def parse_strengths(text: str) -> list[BlockStrength]:
             raise OptionError(typed)
         return read_block_strengths(typed)
     except OptionError:
-        raise OptionError(
-            say(
-                "Strengths %(text)s: write blocks and their strength, such as 0-9=0.5, 30-=0, "
-                "double_blocks:3=1 or other=0.5.",
-                text=shorten(typed, 80),
-            )
+        raise refusal(
+            "Strengths %(text)s: write blocks and their strength, such as 0-9=0.5, 30-=0, "
+            "double_blocks:3=1 or other=0.5.",
+            text=shorten(typed, 80),
         ) from None
 
 
@@ -70,12 +68,10 @@ def apply_text(text: str, blocks: Sequence[LoraBlock]) -> dict[LoraBlock, float]
         is_unclear = item.block_list is None and len(lists) > 1
         named = [] if is_unclear else [block for block in blocks if _is_named(item, block)]
         if not named:
-            raise OptionError(
-                say(
-                    "Strengths %(text)s: the file has no such block. It has %(blocks)s.",
-                    text=item.typed,
-                    blocks=describe_blocks(blocks),
-                )
+            raise refusal(
+                "Strengths %(text)s: the file has no such block. It has %(blocks)s.",
+                text=item.typed,
+                blocks=describe_blocks(blocks),
             )
         strengths |= dict.fromkeys(named, item.strength)
     return strengths
@@ -140,7 +136,7 @@ def read_strength(text: str, block: str) -> float:
             return strength
     except ValueError:
         pass
-    raise OptionError(say("Strength of %(block)s: use a number, such as 0.5.", block=block))
+    raise refusal("Strength of %(block)s: use a number, such as 0.5.", block=block)
 
 
 def read_preset(content: str) -> str:

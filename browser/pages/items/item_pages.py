@@ -20,8 +20,8 @@ from browser.pages.items.run_items import (
     obeys_requests,
 )
 from browser.runs.runs import RUNNING, RunSummary
-from modules.errors import MediaError, OptionError, UserError
-from modules.pages.language import say
+from modules.errors import MediaError, UserError
+from modules.pages.language import refusal, say
 from training.reports.item_turns import ASIDE, BACK, CAPTION, asked_path
 
 MAX_SHOWN = 200
@@ -108,7 +108,7 @@ class ItemPages:
         caption = "".join(form.get("caption", ()))
         try:
             if run.state != RUNNING or not obeys_requests(run):
-                raise OptionError(say("Only a running training with --watch_items can do this."))
+                raise refusal("Only a running training with --watch_items can do this.")
             add_request(asked_path(run.history.parent, run.name), make_line(word, item, caption))
         except (UserError, OSError) as error:
             item.caption = caption or item.caption  # what was typed stays

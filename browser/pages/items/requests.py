@@ -5,10 +5,9 @@ from pathlib import Path
 
 from browser.pages.items.run_items import RunItem
 from modules.atomic_write import explain_errors, write_text
-from modules.errors import OptionError
 from modules.file_locks import only_one
 from modules.open_files import replace_file
-from modules.pages.language import say
+from modules.pages.language import refusal
 from modules.text_files import bad_character, read_content
 from training.reports.item_turns import CAPTION, MAX_REQUEST_BYTES
 
@@ -20,19 +19,17 @@ def make_line(word: str, item: RunItem, caption: str = "") -> str:
         OptionError: If a line cannot name the item or contain the caption.
     """
     if bad_character(item.key) is not None or "\n" in item.key or (word == CAPTION and ": " in item.key):
-        raise OptionError(
-            say("%(name)s: a request cannot name this item. Rename its media file.", name=item.key)
-        )
+        raise refusal("%(name)s: a request cannot name this item. Rename its media file.", name=item.key)
     if word != CAPTION:
         return f"{word} {item.key}"
     text = caption.strip()
     if not text:
-        raise OptionError(say("Type the new caption."))
+        raise refusal("Type the new caption.")
     if len(text.splitlines()) > 1:
-        raise OptionError(say("A requested caption is a single line: remove the line break."))
+        raise refusal("A requested caption is a single line: remove the line break.")
     reason = bad_character(text)
     if reason is not None:
-        raise OptionError(say("a caption cannot contain %(reason)s", reason=reason))
+        raise refusal("a caption cannot contain %(reason)s", reason=reason)
     return f"{word} {item.key}: {text}"
 
 
@@ -58,4 +55,4 @@ def add_request(path: Path, line: str) -> None:
         write_text(path, earlier if is_too_long else text)
         taken.unlink(missing_ok=True)
     if is_too_long:
-        raise OptionError(say("Too many requests wait for the run: try again after its next step."))
+        raise refusal("Too many requests wait for the run: try again after its next step.")
