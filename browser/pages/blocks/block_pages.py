@@ -115,8 +115,7 @@ class BlockPages:
         blocks = list_blocks(diagnosis, profile)
         try:
             form = self.change_strengths(form, blocks)
-            strengths = apply_text(form.strengths, blocks) if blocks else {}
-            check_strengths(lora, form)
+            strengths = read_strengths(form, blocks)
         except (UserError, OSError) as reason:
             part, error = part or STRENGTHS_PART, error or str(reason)
             strengths = dict.fromkeys(blocks, 1.0)
@@ -370,13 +369,21 @@ def list_blocks(diagnosis: ShownDiagnosis | None, profile: Profile | None) -> li
     return sorted(read_blocks(names))
 
 
+def read_strengths(form: BlocksForm, blocks: Sequence[LoraBlock]) -> dict[LoraBlock, float]:
+    """Return the typed strength of each block that is known.
+
+    Raises:
+        OptionError: If the text is not valid, or names no block of those that are known.
+    """
+    if not blocks:
+        parse_strengths(form.strengths)
+        return {}
+    return apply_text(form.strengths, blocks)
+
+
 def check_strengths(lora: Path, form: BlocksForm) -> None:
     """Raise OptionError if the typed strengths are not valid, or name no block of those that are known."""
-    blocks = list_blocks(read_diagnosis(lora), read_profile(lora))
-    if blocks:
-        apply_text(form.strengths, blocks)
-    else:
-        parse_strengths(form.strengths)
+    read_strengths(form, list_blocks(read_diagnosis(lora), read_profile(lora)))
 
 
 def list_presets(lora: Path) -> list[Path]:

@@ -1,5 +1,6 @@
 """Strengths of blocks as text and as fields: `0-9=0.5,28-=0` and a number for each block."""
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -132,11 +133,11 @@ def read_strength(text: str, block: str) -> float:
     """
     try:
         strength = round(float(text), 3)
-        if abs(strength) <= MAX_STRENGTH:
-            return strength
     except ValueError:
-        pass
-    raise refusal("Strength of %(block)s: use a number, such as 0.5.", block=block)
+        strength = math.nan
+    if not abs(strength) <= MAX_STRENGTH:  # NaN is not either
+        raise refusal("Strength of %(block)s: use a number, such as 0.5.", block=block)
+    return strength
 
 
 def read_preset(content: str) -> str:
