@@ -1,10 +1,11 @@
 """What a folder of `browser/pages` gives to the server, and how the server finds these folders."""
 
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 from starlette.routing import Route
 
@@ -36,19 +37,14 @@ class FolderTab:
 
 
 @dataclass(frozen=True)
-class FolderSection:
-    """A section of the page New about a folder that is described for a training."""
-
-    template: str  # below `browser/pages`: what is shown until the section is loaded
-    position: int  # sections are sorted by it
-
-
-@dataclass(frozen=True)
 class PagePart:
-    """A part of the page of a run, or of the page Models, which another folder brings."""
+    """A part that another folder brings to the page of a run, to Models, or to New for a described folder."""
 
     template: str  # below `browser/pages`: what is shown until the part is loaded
     position: int  # parts are sorted by it
+
+
+Part = TypeVar("Part", NavLink, FolderTab, PagePart)
 
 
 @dataclass(frozen=True)
@@ -61,7 +57,7 @@ class Page:
     body_limits: Mapping[str, int] = field(default_factory=dict)
     public: str = ""  # beginning of the addresses that need no token; "" if all need it
     folder_tab: FolderTab | None = None
-    folder_section: FolderSection | None = None
+    folder_section: PagePart | None = None
     run_part: PagePart | None = None
     models_part: PagePart | None = None
 
@@ -87,29 +83,29 @@ def list_public_addresses() -> tuple[str, ...]:
 
 def list_links() -> list[NavLink]:
     """Return the links to all pages in the order in which they are shown."""
-    links = [page.nav for page in list_pages() if page.nav is not None]
-    return sorted(links, key=lambda link: link.position)
+    return _sort(page.nav for page in list_pages())
 
 
 def list_folder_tabs() -> list[FolderTab]:
     """Return the tabs of a folder in the order in which they are shown."""
-    tabs = [page.folder_tab for page in list_pages() if page.folder_tab is not None]
-    return sorted(tabs, key=lambda tab: tab.position)
+    return _sort(page.folder_tab for page in list_pages())
 
 
-def list_folder_sections() -> list[FolderSection]:
+def list_folder_sections() -> list[PagePart]:
     """Return the sections of a described folder in the order in which they are shown."""
-    sections = [page.folder_section for page in list_pages() if page.folder_section is not None]
-    return sorted(sections, key=lambda section: section.position)
+    return _sort(page.folder_section for page in list_pages())
 
 
 def list_run_parts() -> list[PagePart]:
     """Return the parts that other folders add to the page of a run, in the order in which they are shown."""
-    parts = [page.run_part for page in list_pages() if page.run_part is not None]
-    return sorted(parts, key=lambda part: part.position)
+    return _sort(page.run_part for page in list_pages())
 
 
 def list_models_parts() -> list[PagePart]:
     """Return the parts that other folders add to the page Models, in the order in which they are shown."""
-    parts = [page.models_part for page in list_pages() if page.models_part is not None]
-    return sorted(parts, key=lambda part: part.position)
+    return _sort(page.models_part for page in list_pages())
+
+
+def _sort(parts: Iterable[Part | None]) -> list[Part]:
+    """Return the parts of those folders that have one, sorted by position."""
+    return sorted((part for part in parts if part is not None), key=lambda part: part.position)

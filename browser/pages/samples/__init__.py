@@ -2,7 +2,7 @@
 
 from starlette.routing import Route
 
-from browser.core.page import FolderSection, Page
+from browser.core.page import Page, PagePart
 from browser.core.server_state import Site
 from browser.folders.draft_changes import folder_routes
 from browser.pages.samples.samples import SamplePages
@@ -14,5 +14,5 @@ def _list_routes(site: Site) -> list[Route]:
 
 PAGE = Page(
     make_routes=_list_routes,
-    folder_section=FolderSection("samples/sample_part.html", position=1),
+    folder_section=PagePart("samples/sample_part.html", position=1),
 )
