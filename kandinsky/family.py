@@ -307,18 +307,22 @@ class Kandinsky(OneTransformer):
         Noise is drawn with the channels last, as the released code does, so that seeds give the same clips. A
         given first frame is a clean frame of the section.
         """
-        _, channels, frames, rows, columns = self.latent.shape(
-            prepared.frames, prepared.height, prepared.width
-        )
-        drawn = noise.draw((1, frames, rows, columns, channels), self.files.compute_dtype() or torch.float32)
         conditions = dict(inputs.get(0, {}))
         first_latents = conditions.pop(FIRST_LATENTS, None)
-        section = prompts[0].section(drawn.permute(0, 4, 1, 2, 3).float().contiguous(), conditions)
+        section = prompts[0].section(self._draw_clip(prepared, noise), conditions)
         if not isinstance(first_latents, Tensor):
             return (yield section)
         overrides = Overrides(num_clean_frames=1)
         latents = yield replace(section, clean_frames=first_latents, overrides=overrides)
         return match_first_frames(latents)
+
+    def _draw_clip(self, prepared: Prepared, noise: NoiseSource) -> Tensor:
+        """Draw the noise of a clip or image with its channels last; return it as B C F H W float32."""
+        _, channels, frames, rows, columns = self.latent.shape(
+            prepared.frames, prepared.height, prepared.width
+        )
+        drawn = noise.draw((1, frames, rows, columns, channels), self.files.compute_dtype() or torch.float32)
+        return drawn.permute(0, 4, 1, 2, 3).float().contiguous()
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
         """Yield pixels: one image, or one frame and then four at a time."""
@@ -365,7 +369,7 @@ class Kandinsky6(Kandinsky):
             "task": self.task.name,
         }
         if self.files.audio_vae is not None:
-            scale = f"{self.files.audio_settings()['scaling_factor']:g}"
+            scale = self.files.audio_scale
             names[f"ss_{AUDIO_SCALE}"] = scale
             names["trained_for"] = f"latents of sound scaled by {scale}"
         return self.add_file_names(names)
@@ -427,7 +431,7 @@ class Kandinsky6(Kandinsky):
         """Raise CacheError if the sound of a batch was cached with another scale than that of --audio_vae."""
         if self.files.audio_vae is None:
             return
-        scale = f"{self.files.audio_settings()['scaling_factor']:g}"
+        scale = self.files.audio_scale
         for cache in batch.cache_origins:
             cached = cache.encoder.get(AUDIO_SCALE, scale)
             if cache.part == AUDIO_PART and cached != scale:
@@ -515,15 +519,12 @@ class Kandinsky6(Kandinsky):
         Noise is drawn with the channels last, for the video and then for the sound, as the released code
         does. A given image is an input of the network.
         """
-        _, channels, frames, rows, columns = self.latent.shape(
-            prepared.frames, prepared.height, prepared.width
-        )
-        dtype = self.files.compute_dtype() or torch.float32
-        video = noise.draw((1, frames, rows, columns, channels), dtype).permute(0, 4, 1, 2, 3).float()
+        video = self._draw_clip(prepared, noise)
         joint = prepared.audio_video_shapes
         if joint is None:
-            return (yield prompts[0].section(video.contiguous(), inputs.get(0)))
+            return (yield prompts[0].section(video, inputs.get(0)))
         audio_channels, length, _ = joint.audio
+        dtype = self.files.compute_dtype() or torch.float32
         audio = noise.draw((1, length, audio_channels), dtype).transpose(1, 2).unsqueeze(3).float()
         return (yield prompts[0].section(joint.join(video, audio), inputs.get(0)))
 

@@ -408,10 +408,14 @@ class KandinskyFiles(TransformerFiles):
             silent_option="",
         )
 
+    @property
+    def audio_scale(self) -> str:
+        """Return the scale of the sound's latents, as caches and metadata name it."""
+        return f"{self.audio_settings()['scaling_factor']:g}"
+
     def audio_identity(self) -> dict[str, str]:
         """Return what the sound's latents depend on: the weights of the VAE, and the scale next to them."""
-        scale = self.audio_settings()["scaling_factor"]
-        return {"audio_vae": fingerprint(self.audio_vae_path), AUDIO_SCALE: f"{scale:g}"}
+        return {"audio_vae": fingerprint(self.audio_vae_path), AUDIO_SCALE: self.audio_scale}
 
     def load_audio(self, device: torch.device, decodes: bool) -> AudioNetworks:
         """Load the sound's VAE, and for decoding also the vocoder."""
