@@ -15,7 +15,7 @@ MAX_COLUMNS = 100
 # sentences for findings, by id: %(figure)s is the measured value, %(subject)s what it is about. Findings
 # without one are shown as the command writes them
 SENTENCES = {
-    "lora-texts-only": say("%(subject)s changes only text encoders, not the network that draws."),
+    "lora-texts-only": say("%(subject)s changes only how the text is read, not what is drawn."),
     "lora-empty": say("%(figure)s of the modules of %(subject)s change nothing."),
     "lora-one-block": say("%(figure)s of the whole change is in %(subject)s."),
     "loras-loud": say("%(subject)s changes the weights %(figure)s times as far as the other LoRA."),
@@ -28,7 +28,8 @@ IN_PERCENT = ("lora-empty", "lora-one-block", "lora-rounded", "loras-rounded")
 REMEDIES = {
     "lora-texts-only": say(
         "It can only choose among what the model draws already. Train without "
-        "--network_train_text_encoder_only."
+        "--network_train_text_encoder_only, and without include_patterns and exclude_patterns in "
+        "--network_args."
     ),
     "lora-empty": say(
         "These modules were not trained: compare --learning_rate and --network_args of the run with them."
